@@ -1,0 +1,1 @@
+"""normlab: what does a normalisation layer actually buy?"""

@@ -1,0 +1,147 @@
+"""Between the command line and the runner: a run's settings in, a sentence out when something is wrong."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from normlab import config as schema
+from normlab import preflight, runs
+from normlab.errors import InterruptedRunError, UserError, nearest
+from normlab.progress import Display, outcome
+
+
+def settings_of(composed: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values.
+
+    Raises:
+        MissingMandatoryValue: for a setting that the user has to give and has not.
+    """
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def train(composed: DictConfig) -> float | None:
+    """Carry out one run; returns its final test accuracy (test loss where there is none).
+
+    Raises:
+        UserError: for a mistake in the configuration, before the run starts; for a run that fails.
+    """
+    try:
+        return _train(schema.parse(settings_of(composed)))
+    except (UserError, OmegaConfBaseException) as error:
+        if HydraConfig.get().mode == RunMode.RUN:
+            stop(error)  # past Hydra, which would add a line of its own
+        raise
+
+
+def _train(config: schema.RunConfig) -> float | None:
+    preflight.check(config)
+    run = runs.Run(config.as_dict())
+    if run.state in runs.FINISHED:
+        status = runs.read_status(run.folder) or {}
+        print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
+    else:
+        status = _train_here(config, run)
+    print(f"Its record is in {run.folder}; tables and figures: python report.py study={config.study}")
+    value = status.get("test_accuracy", status.get("test_loss"))
+    return None if value is None else float(value)
+
+
+def _train_here(config: schema.RunConfig, run: runs.Run) -> dict[str, Any]:
+    with Display({run.name: 1.0}) as display:
+        display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
+        from normlab.training.run import carry_out  # torch takes seconds to import
+
+        status = carry_out(config, watch=display.news)
+        display.ended(run.name, outcome(status))
+    return status
+
+
+def friendly(main: Callable[[], Any]) -> NoReturn:
+    """Run a Hydra main function; a user's mistake becomes a sentence on stderr and exit status 1."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        stop(error)
+    except (KeyboardInterrupt, InterruptedRunError):
+        print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        sys.exit(130)
+    sys.exit(0)
+
+
+def stop(error: Exception) -> NoReturn:
+    message = str(error if isinstance(error, UserError) else explain(error))
+    lines = [line for line in message.splitlines() if line.strip()][:5]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def explain(error: Exception) -> UserError:
+    """An error of Hydra or OmegaConf in a user's words."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        options = [str(option) for option in error.options or []]
+        return unknown(f"{group}={choice}", f"option of {group}", choice, options, prefix=f"{group}=")
+    if isinstance(error, MissingMandatoryValue):
+        key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
+        return UserError(f"{key} has no default and needs a value.\nGive it on the command line: {key}=...")
+    if isinstance(error, OverrideParseException):
+        return UserError(
+            f"Cannot understand {error.override!r}.\n{text.splitlines()[0]}\n"
+            "Settings look like key=value, lists in a sweep like key=1,2,3; quote values with special characters."
+        )
+    wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if wrong:
+        group = wrong[1].rpartition(".")[0]
+        options = settings()
+        siblings = [option for option in options if group and option.startswith(f"{group}.")]
+        return unknown(wrong[1], "setting or group", wrong[1], siblings or options)
+    return UserError(text)
+
+
+def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = "") -> UserError:
+    """The sentence for something that does not exist, with the nearest thing that does."""
+    close = nearest(word, options)
+    lines = [f"{given}: there is no such {kind}."]
+    if close:
+        lines.append(f"Did you mean {prefix}{close}{'' if prefix else '=...'}?")
+    if len(options) <= 30:
+        lines.append(f"Expected one of: {', '.join(sorted(options))}.")
+    else:
+        lines.append("`python train.py --cfg job` shows all settings, conf/config.yaml explains them.")
+    return UserError("\n".join(lines))
+
+
+def settings() -> list[str]:
+    """Every group and dotted key of the menu as it is without overrides."""
+    script = Path(sys.argv[0]).resolve()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(script.parent / "conf"), version_base="1.3"):
+            composed = compose("report" if script.stem == "report" else "config")
+    except (HydraException, OmegaConfBaseException):
+        return []
+    plain = OmegaConf.to_container(composed)
+    assert isinstance(plain, dict)
+    return list(_keys({str(key): value for key, value in plain.items()}))
+
+
+def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")

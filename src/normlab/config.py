@@ -1,0 +1,380 @@
+"""The typed schema of a run, and every check of it that can be made before a run starts.
+
+Defaults live in `conf/`, not here. Hydra composes a configuration, `parse` turns it into a `RunConfig`
+or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and what its identity is made of.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from normlab.errors import UserError, nearest
+
+RESNET_DEPTHS = (18, 34, 50, 101, 152)
+SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Whole = Annotated[StrictInt, Field(ge=0)]
+Number = Annotated[FiniteFloat, BeforeValidator(_not_bool)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+UnitInterval = Annotated[Number, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class NormConfig(_Section):
+    """One choice of `norm`. Keys beyond these belong to the variant's own class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+    name: Name
+    target: str = Field(alias="_target_")
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        for option, value in self.options.items():
+            if option == "eps":
+                _check(Positive, option, value)
+            elif option == "momentum":
+                _check(UnitInterval, option, value)
+            elif isinstance(value, float):
+                _check(Number, option, value)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the variant's class."""
+        return dict(self.model_extra or {})
+
+
+class ResNetConfig(_Section):
+    """torchvision's ResNet of the top-level `depth`."""
+
+    kind: Literal["resnet"]
+    name: Name
+    stem: Literal["small", "imagenet"] | None
+
+
+class CustomModelConfig(_Section):
+    """A network of the user's own, by dotted path."""
+
+    kind: Literal["custom"]
+    name: Name
+    target: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
+    kwargs: dict[str, Any]
+
+
+ModelConfig = Annotated[ResNetConfig | CustomModelConfig, Field(discriminator="kind")]
+
+
+class _Dataset(_Section):
+    name: Name
+    train_size: Count | None
+    test_size: Count | None
+    val_size: Whole
+    split_seed: Whole
+    flip: StrictBool
+    crop_padding: Whole
+
+
+class BuiltinDataset(_Dataset):
+    """A data set that is part of a package or that torchvision downloads; always held in memory."""
+
+    kind: Literal["digits", "cifar10", "cifar100"]
+
+
+class FolderDataset(_Dataset):
+    """Images in ImageNet's layout, decoded into memory or streamed."""
+
+    kind: Literal["image_folder", "imagenet"]
+    path: str
+    image_size: Count | None
+    storage: Literal["auto", "memory", "stream"]
+    memory_limit_gb: Positive
+    crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
+    workers: Whole
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
+            raise PydanticCustomError("crop_scale", "dataset.crop_scale=[low,high] needs low <= high")
+        if self.crop_scale and self.storage == "memory":
+            raise PydanticCustomError(
+                "crop_scale",
+                "dataset.crop_scale crops the original images, which dataset.storage=memory has already"
+                " reduced to one size. Use dataset.storage=stream, or dataset.crop_scale=null",
+            )
+        return self
+
+
+DatasetConfig = Annotated[BuiltinDataset | FolderDataset, Field(discriminator="kind")]
+
+
+class InitConfig(_Section):
+    """How the weights start."""
+
+    name: Literal["default"]
+
+
+class _Optimizer(_Section):
+    lr: Positive
+    weight_decay: NonNegative
+    decay_norm_and_bias: StrictBool
+
+
+class SGD(_Optimizer):
+    name: Literal["sgd"]
+    momentum: Fraction
+    nesterov: StrictBool
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise PydanticCustomError(
+                "nesterov", "optimizer.nesterov=true needs a momentum, e.g. optimizer.momentum=0.9"
+            )
+        return self
+
+
+class Adam(_Optimizer):
+    name: Literal["adam"]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    eps: Positive
+    decoupled: StrictBool
+
+
+class RMSprop(_Optimizer):
+    name: Literal["rmsprop"]
+    alpha: Fraction
+    eps: Positive
+    momentum: Fraction
+
+
+OptimizerConfig = Annotated[SGD | Adam | RMSprop, Field(discriminator="name")]
+
+
+class _Schedule(_Section):
+    warmup_epochs: NonNegative
+    per: Literal["step", "epoch"]
+
+
+class Constant(_Schedule):
+    name: Literal["constant"]
+
+
+class Step(_Schedule):
+    name: Literal["step"]
+    milestones: list[Annotated[Number, Field(gt=0, lt=1)]]
+    gamma: UnitInterval
+
+
+class Cosine(_Schedule):
+    name: Literal["cosine"]
+    final_lr: NonNegative
+
+
+class Polynomial(_Schedule):
+    name: Literal["polynomial"]
+    power: Positive
+    final_lr: NonNegative
+
+
+ScheduleConfig = Annotated[Constant | Step | Cosine | Polynomial, Field(discriminator="name")]
+
+
+class RunConfig(_Section):
+    """Everything about one run: one training, one seed."""
+
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$")]
+    seed: Whole = Field(examples=[0])
+
+    norm: NormConfig
+    model: ModelConfig
+    dataset: DatasetConfig
+    init: InitConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+
+    depth: StrictInt | None = Field(examples=[18])
+    batch: Count = Field(examples=[128])
+    norm_batch: Count | None = Field(examples=[4])
+    epochs: Count = Field(examples=[10])
+    label_smoothing: Fraction
+    drop_last: StrictBool
+    input_norm: Literal["dataset", "none"]
+    eval_every: Count
+    eval_batch: Count
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    deterministic: StrictBool
+    threads: Count | None
+    checkpoint_seconds: NonNegative | None
+    save_weights: StrictBool
+    output_dir: str
+    data_dir: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _depth_belongs_to_resnet(cls, data: Any) -> Any:
+        """`depth` means nothing to another network, so it must not make two runs out of one."""
+        if isinstance(data, Mapping) and data.get("model", {}).get("kind") == "custom":
+            return {**data, "depth": None}
+        return data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.model.kind == "resnet" and self.depth not in RESNET_DEPTHS:
+            close = nearest(self.depth or 0, RESNET_DEPTHS)
+            raise PydanticCustomError(
+                "depth",
+                f"depth={self.depth} is not a ResNet of torchvision.\n"
+                f"Expected one of {', '.join(map(str, RESNET_DEPTHS))}; nearest: depth={close}.",
+            )
+        if self.norm_batch is not None and self.norm_batch > self.batch:
+            raise PydanticCustomError(
+                "norm_batch",
+                f"norm_batch={self.norm_batch} is larger than batch={self.batch}.\n"
+                "It is the number of images that share normalisation statistics inside a batch."
+                f" Nearest valid: norm_batch={self.batch}, or norm_batch=null.",
+            )
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise PydanticCustomError(
+                "warmup",
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs="
+                f"{self.epochs}.\nUse a shorter warm-up or more epochs.",
+            )
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only, as they are kept in a run's `config.yaml`."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def study_folder(self) -> Path:
+        return Path(self.output_dir) / self.study
+
+
+def parse(composed: Mapping[str, Any]) -> RunConfig:
+    """Check a composed configuration.
+
+    Raises:
+        UserError: naming the first wrong setting, what was expected, and the fix.
+    """
+    try:
+        return RunConfig.model_validate(composed)
+    except ValidationError as error:
+        raise UserError(_sentence(error.errors()[0], composed)) from None
+
+
+def _check(kind: Any, option: str, value: Any) -> None:
+    """Validate a variant's own option as if it were a declared field."""
+    from pydantic import TypeAdapter
+
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PydanticCustomError("norm_option", f"norm.{option}={value} is wrong: {first['msg']}.") from None  # type: ignore[misc]
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, e.g. [0.5,0.75]",
+    "finite_number": "a finite number",
+}
+
+
+def _sentence(error: ErrorDetails, composed: Mapping[str, Any]) -> str:
+    """One pydantic error as a message for the user, at most five lines."""
+    path = ".".join(str(p) for p in _dotted(error["loc"], composed))
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    if kind not in _MESSAGES_WITH_VALUE and kind not in _EXPECTED:
+        return error["msg"] if not kind.startswith("value_error") else f"{path}: {error['msg']}"
+    shown = f"{path}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+    if kind == "missing":
+        return f"The setting {path} is missing.\nGive it a value: {path}=..."
+    if kind == "extra_forbidden":
+        return f"{path} is not a setting of this group."
+    if kind in _EXPECTED:
+        example = _example(path)
+        hint = f" Example: {path}={example}." if example is not None else ""
+        return f"{shown} is not valid: expected {_EXPECTED[kind]}.{hint}"
+    if kind == "literal_error":
+        choices = [c.strip("' ") for c in context["expected"].replace(" or ", ",").split(",")]
+        close = nearest(value, choices)
+        return f"{shown} is not valid: expected one of {', '.join(choices)}." + (
+            f"\nDid you mean {path}={close}?" if close else ""
+        )
+    if kind == "string_pattern_mismatch":
+        if path == "device":
+            close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
+            return f"{shown} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?"
+        return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
+    bound = next(iter(context.values()))
+    words = {
+        "greater_than": f"a number above {bound}",
+        "greater_than_equal": f"{bound} or more",
+        "less_than": f"a number below {bound}",
+        "less_than_equal": f"{bound} or less",
+    }
+    text = f"{shown} is out of range: expected {words[kind]}."
+    return text + (f" Nearest valid: {path}={bound}." if kind.endswith("equal") else "")
+
+
+_MESSAGES_WITH_VALUE = {
+    "missing",
+    "extra_forbidden",
+    "literal_error",
+    "string_pattern_mismatch",
+    "greater_than",
+    "greater_than_equal",
+    "less_than",
+    "less_than_equal",
+}
+
+
+def _dotted(location: tuple[int | str, ...], composed: Mapping[str, Any]) -> list[str | int]:
+    """A pydantic location without the tags of unions, which are no keys of the configuration."""
+    path: list[str | int] = []
+    node: Any = composed
+    for part in location:
+        if isinstance(node, Mapping) and part not in node and len(path) == 1 and part in node.values():
+            continue
+        path.append(part)
+        node = node[part] if isinstance(node, Mapping) and part in node else None
+    return path
+
+
+def _example(path: str) -> Any:
+    field = RunConfig.model_fields.get(path)
+    return field.examples[0] if field and field.examples else None

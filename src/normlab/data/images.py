@@ -1,0 +1,66 @@
+"""From an image file of any mode to the RGB pixels that a network gets."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as tf
+
+from normlab.data.inventory import unreadable
+
+
+def read(path: Path) -> Image.Image:
+    """Decode a file to mode RGB. Its EXIF orientation is ignored, as torchvision does.
+
+    Raises:
+        UserError: naming the file, if it cannot be decoded whole.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow's plugins raise whatever their parsing meets
+        raise unreadable(path, error) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode. Transparency is laid on white; of several frames the first counts.
+
+    16-bit grey is divided by 257, so that 65535 becomes 255. Mode I is taken as 16 bit, too: it is how
+    Pillow holds 16-bit files of several formats. Mode F is a fraction if no value is above 1, else 0 to 255.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        fractions = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        scaled = fractions * 255 if fractions.max() <= 1 else fractions
+        return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(image: Image.Image, size: int, short_side: int) -> Image.Image:
+    """Resize the short side to `short_side` (bilinear, antialiased), then crop the centre `size` square."""
+    resized = tf.resize(image, short_side, InterpolationMode.BILINEAR)
+    return tf.center_crop(resized, size)
+
+
+def random_crop(image: Image.Image, size: int, scale: tuple[float, float], seed: int) -> Image.Image:
+    """torchvision's RandomResizedCrop with the draws of `seed` alone; the global stream is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
+    return tf.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
+
+
+def pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """(3, H, W) uint8 of an RGB image."""
+    return np.asarray(image).transpose(2, 0, 1)

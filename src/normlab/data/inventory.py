@@ -1,0 +1,322 @@
+"""What a data set holds, known without torch and before a sweep starts.
+
+Every mistake in a data set's settings that can be seen without decoding all of it is found here.
+"""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from normlab.config import BuiltinDataset, FolderDataset
+from normlab.errors import UserError, nearest
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+PROBE_SECONDS = 2.0  # a mistake is told within 3 s, so a download is given this long to answer
+PEEK = 64  # images whose size is looked at when all are expected to have the same
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """`train_images`: those left to train on after the validation split and `train_size`."""
+
+    train_images: int
+    classes: int | None
+    image_size: int | None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a folder, by class and then by name; `/`-separated paths relative to `root`."""
+
+    root: Path
+    classes: tuple[str, ...]
+    train: tuple[str, ...]
+    train_labels: tuple[int, ...]
+    test: tuple[str, ...]
+    test_labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """torchvision's names for the files of one CIFAR (a test compares them)."""
+
+    title: str
+    classes: int
+    folder: str
+    files: tuple[str, ...]
+    archive: str
+
+    @property
+    def url(self) -> str:
+        return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
+
+
+_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
+CIFARS = {
+    "cifar10": Cifar(
+        "CIFAR-10", 10, "cifar-10-batches-py", (*_BATCHES, "test_batch", "batches.meta"), "cifar-10-python.tar.gz"
+    ),
+    "cifar100": Cifar(
+        "CIFAR-100", 100, "cifar-100-python", ("train", "test", "meta"), "cifar-100-python.tar.gz"
+    ),
+}
+IMAGENET_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+IMAGENET_TRAIN = "ILSVRC2012_img_train.tar"
+IMAGENET_VAL = "ILSVRC2012_img_val.tar"
+
+
+def check(dataset: BuiltinDataset | FolderDataset, data_dir: Path) -> Inventory:
+    """Find the data set and check the settings that depend on it.
+
+    Raises:
+        UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
+    """
+    if isinstance(dataset, BuiltinDataset):
+        if dataset.kind == "digits":
+            return _inventory(dataset, train=1438, test=359, classes=10, image_size=8)
+        _find_cifar(dataset.kind, data_dir)
+        return _inventory(
+            dataset, train=50_000, test=10_000, classes=CIFARS[dataset.kind].classes, image_size=32
+        )
+    root = Path(dataset.path).expanduser()
+    if dataset.kind == "imagenet" and not _imagenet_is_unpacked(root):
+        return _inventory(
+            dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size
+        )
+    found = scan(root, ("val",) if dataset.kind == "imagenet" else ("test", "val"))
+    image_size = dataset.image_size or common_size(found)
+    return _inventory(dataset, len(found.train), len(found.test), len(found.classes), image_size)
+
+
+def _inventory(
+    dataset: BuiltinDataset | FolderDataset, train: int, test: int, classes: int, image_size: int | None
+) -> Inventory:
+    left = train - dataset.val_size
+    if dataset.val_size and left < classes:
+        raise UserError(
+            f"dataset.val_size={dataset.val_size} leaves too few of the {train} training images of"
+            f" {dataset.name}: each of its {classes} classes needs one.\n"
+            f"Nearest valid: dataset.val_size={max(train - classes, 0)}."
+        )
+    after = f" after dataset.val_size={dataset.val_size}" if dataset.val_size else ""
+    for setting, size, most, kind in (
+        ("val_size", dataset.val_size or None, train, "training"),
+        ("train_size", dataset.train_size, left, "training"),
+        ("test_size", dataset.test_size, test, "test"),
+    ):
+        if size is not None and not classes <= size <= most:
+            shown = after if setting == "train_size" else ""
+            raise UserError(
+                f"dataset.{setting}={size} does not fit {dataset.name}, which has {most} {kind} images{shown}"
+                f" in {classes} classes.\n"
+                f"Nearest valid: dataset.{setting}={min(max(size, classes), most)}"
+                + ("." if setting == "val_size" else f", or dataset.{setting}=null for all.")
+            )
+    return Inventory(dataset.train_size or left, classes, image_size)
+
+
+# --- Folders ----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)  # a sweep asks once per run
+def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
+    """List `root/train/<class>/*` and the first of `root/<test_names>/<class>/*` that exists.
+
+    Classes are the folders' names in sorted order. Folders inside a class are entered, hidden files and
+    files without an extension of `IMAGE_EXTENSIONS` are passed over.
+
+    Raises:
+        UserError: the layout is not that, or the classes of the two parts differ.
+    """
+    layout = f"Expected {root}/train/<class>/* and {root}/{' or '.join(test_names)}/<class>/*."
+    try:
+        _require_folder(root)
+        parts = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+        test_name = next((name for name in test_names if name in parts), None)
+        if not parts:
+            raise UserError(f"The folder {root} has no folders in it.\n{layout}")
+        if "train" not in parts or test_name is None:
+            missing = "train" if "train" not in parts else " or ".join(test_names)
+            raise UserError(
+                f"The folder {root} has no folder {missing}; it has {_some(sorted(parts))}.\n{layout}"
+            )
+        train, test = _classes(root, "train", layout), _classes(root, test_name, layout)
+    except OSError as error:
+        raise UserError(f"The folder {root} cannot be read: {error.strerror} ({error.filename}).") from None
+    if train.keys() != test.keys():
+        raise UserError(_class_difference(root, set(train), test_name, set(test)))
+    classes = tuple(sorted(train))
+    return Listing(
+        root,
+        classes,
+        tuple(path for name in classes for path in train[name]),
+        tuple(label for label, name in enumerate(classes) for _ in train[name]),
+        tuple(path for name in classes for path in test[name]),
+        tuple(label for label, name in enumerate(classes) for _ in test[name]),
+    )
+
+
+def _require_folder(root: Path) -> None:
+    if root.is_dir():
+        return
+    if root.exists():
+        raise UserError(f"dataset.path={root} is a file.\nExpected a folder with train/ and test/ or val/ in it.")
+    siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
+    close = nearest(root.name, siblings)
+    raise UserError(
+        f"The folder dataset.path={root} does not exist"
+        + (f"; did you mean {root.parent / close}?" if close else ".")
+        + "\nExpected a folder with train/<class>/* and test/<class>/* (or val/) in it."
+    )
+
+
+def _classes(root: Path, part: str, layout: str) -> dict[str, list[str]]:
+    """The sorted image paths of each class below `root/part`."""
+    names = [e.name for e in os.scandir(root / part) if e.is_dir() and not e.name.startswith(".")]
+    if not names:
+        raise UserError(f"The folder {root / part} has no class folders in it.\n{layout}")
+    found = {name: sorted(_images(root, f"{part}/{name}")) for name in sorted(names)}
+    empty = [name for name, paths in found.items() if not paths]
+    if empty:
+        raise UserError(
+            f"{'Classes' if len(empty) > 1 else 'A class'} without images in {root / part}: {_some(empty)}.\n"
+            f"Files count as images by their extension: {' '.join(IMAGE_EXTENSIONS)}.\n"
+            "Add images, or remove the folder from both parts."
+        )
+    return found
+
+
+def _images(root: Path, folder: str) -> Iterator[str]:
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _images(root, f"{folder}/{entry.name}")
+            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+                yield f"{folder}/{entry.name}"
+
+
+def _class_difference(root: Path, train: set[str], test_name: str, test: set[str]) -> str:
+    lines = [f"The classes in train and {test_name} of {root} differ."]
+    for only, here in ((sorted(train - test), "train"), (sorted(test - train), test_name)):
+        if only:
+            lines.append(f"Only in {here}: {_some(only)}.")
+    return "\n".join([*lines, "Give both the same class folders: rename or remove those."])
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@lru_cache(maxsize=8)
+def common_size(found: Listing) -> int:
+    """The side in pixels that all images seem to have, from a look at `PEEK` of the training images.
+
+    Raises:
+        UserError: sizes differ or are not square, so that `dataset.image_size` has to be chosen.
+    """
+    step = max(1, len(found.train) // PEEK)
+    return require_one_size({path: peek_size(found.root / path) for path in found.train[::step]})
+
+
+def require_one_size(sizes: dict[str, tuple[int, int]]) -> int:
+    """The side of images whose (width, height) are all one square; else the error that proposes a side."""
+    if len(set(sizes.values())) == 1 and len(set(next(iter(sizes.values())))) == 1:
+        return next(iter(sizes.values()))[0]
+    short_sides = sorted(min(size) for size in sizes.values())
+    (first, a), (last, b) = (pick(sizes.items(), key=lambda item: item[1]) for pick in (min, max))
+    differ = f"{first} is {a[0]}x{a[1]} and {last} is {b[0]}x{b[1]}" if a != b else f"all are {a[0]}x{a[1]}"
+    raise UserError(
+        f"The images are not squares of one size: {differ} pixels.\n"
+        "Choose the side that they are resized and cropped to, e.g."
+        f" dataset.image_size={short_sides[len(short_sides) // 2]}."
+    )
+
+
+def peek_size(path: Path) -> tuple[int, int]:
+    """Width and height from the image's header."""
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            return image.size
+    except Exception as error:  # Pillow's plugins raise whatever their parsing meets
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    reason = "it is not an image that Pillow knows" if "cannot identify" in str(error) else str(error)
+    return UserError(
+        f"The image {path} cannot be read: {reason or type(error).__name__}.\nReplace the file or remove it."
+    )
+
+
+def _imagenet_is_unpacked(root: Path) -> bool:
+    """Whether torchvision has unpacked ImageNet into `root`; if not, require what it unpacks."""
+    parts = {
+        "meta.bin": IMAGENET_DEVKIT,
+        "train": IMAGENET_TRAIN,
+        "val": IMAGENET_VAL,
+    }
+    missing = [
+        archive for name, archive in parts.items() if not ((root / name).exists() or (root / archive).is_file())
+    ]
+    if missing:
+        raise UserError(
+            f"ImageNet is not complete in dataset.path={root}: missing {', '.join(missing)}.\n"
+            "Get the files from https://image-net.org (an account is needed) and put them into that folder;\n"
+            "they are unpacked there on first use. Or name the folder that has them: dataset.path=...\n"
+            "Another folder in this layout: dataset=image_folder. Without any download: dataset=digits."
+        )
+    return all((root / name).exists() for name in parts)
+
+
+# --- CIFAR ------------------------------------------------------------------------------------------
+
+
+def _find_cifar(kind: str, data_dir: Path) -> None:
+    """Return if the files are below `data_dir` (their checksums are tested on loading) or can be fetched."""
+    cifar = CIFARS[kind]
+    folder = data_dir / cifar.folder
+    if all((folder / name).is_file() for name in cifar.files) or (data_dir / cifar.archive).is_file():
+        return
+    reason = unreachable(cifar.url)
+    if reason:
+        raise cifar_missing(kind, data_dir, reason)
+
+
+def cifar_missing(kind: str, data_dir: Path, reason: str) -> UserError:
+    cifar = CIFARS[kind]
+    return UserError(
+        f"{cifar.title} is not (whole) in data_dir={data_dir} and cannot be downloaded: {reason}.\n"
+        f"Put {cifar.archive} from {cifar.url}\n"
+        f"into {data_dir}, or name the folder that has it: data_dir=...\n"
+        "Without any download: dataset=digits."
+    )
+
+
+@lru_cache(maxsize=8)
+def unreachable(url: str) -> str | None:
+    """Why `url` does not answer within `PROBE_SECONDS`, or None if it does. Proxies are honoured."""
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS):
+                answer.append(None)
+        except (OSError, ValueError) as error:
+            answer.append(str(getattr(error, "reason", error)))
+
+    # A thread, because the timeout of a connection does not bound the look-up of the host's name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answer[0] if answer else f"no answer within {PROBE_SECONDS:g} s"

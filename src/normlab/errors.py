@@ -1,0 +1,30 @@
+"""Errors that are a sentence for the user, and the search for what they meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake or circumstance that the user can mend; shown without a traceback.
+
+    The text is at most five lines: what is wrong, what was expected, the nearest valid choice, the fix.
+    """
+
+
+class RunBusyError(UserError):
+    """Another process is training this run right now."""
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop, wrote a checkpoint, and can go on later."""
+
+
+def nearest(word: object, choices: Iterable[object]) -> str | None:
+    """The choice that `word` most probably meant: by value for numbers, by spelling otherwise."""
+    options = list(choices)
+    numbers = [c for c in options if isinstance(c, int | float)]
+    if isinstance(word, int | float) and numbers:
+        return str(min(numbers, key=lambda c: abs(c - word)))
+    by_name = {str(option).lower(): str(option) for option in options}
+    found = difflib.get_close_matches(str(word).lower(), by_name, n=1, cutoff=0.5)
+    return by_name[found[0]] if found else None

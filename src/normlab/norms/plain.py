@@ -1,0 +1,56 @@
+"""Arms without statistics."""
+
+import torch
+from torch import Tensor, nn
+
+from normlab.norms.sites import Variant
+
+
+class ChannelAffine(nn.Module):
+    """y = gamma · x + beta per channel of x (N, C, H, W); gamma starts at 1, beta at 0, both float32 (C,)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        gamma, beta = self.weight[None, :, None, None], self.bias[None, :, None, None]
+        # Under autocast the input is half precision: promotion computes in float32, the next layer wants half.
+        return torch.addcmul(beta, input, gamma).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.weight.numel())
+
+
+class Affine(Variant):
+    """The AffineLayer of Peerthum & Stamp 2023: BatchNorm's shift and scale without its normalisation.
+
+    Invariant: at gamma = 1 and beta = 0 it is the identity; it always folds into the convolution before it.
+    """
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        layer = ChannelAffine(norm.num_features)
+        if norm.affine:  # the network's own start, e.g. zero in the last layer of a branch
+            layer.load_state_dict({"weight": norm.weight, "bias": norm.bias})
+        return layer
+
+
+class NoNorm(Variant):
+    """No normalisation: y = x.
+
+    With `conv_bias` the convolution gets the bias that the norm's shift made superfluous, starting at 0.
+    A convolution without it cannot express what `affine` can (a shift per channel): a choice to record.
+    """
+
+    def __init__(self, *, conv_bias: bool, norm_batch: int | None = None) -> None:
+        super().__init__(norm_batch=norm_batch)
+        self.conv_bias = conv_bias
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        return nn.Identity()
+
+    def convolution(self, convolution: nn.Conv2d) -> nn.Module:
+        if self.conv_bias and convolution.bias is None:
+            convolution.bias = nn.Parameter(torch.zeros(convolution.out_channels))
+        return convolution

@@ -1,0 +1,142 @@
+"""Which runs may stand beside each other: the arm of each run, and the setting that its table is about.
+
+Runs that differ only in their seed are a cell. `batch` is a table's column and the arm its row. Every
+other setting that varies makes tables of its own, so that no cell ever mixes two of them.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from normlab import runs
+
+KNOWN_ARMS = ("bn", "affine", "bnminus", "none")  # their order, colour and marker are the same everywhere
+_ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
+
+
+class Place(NamedTuple):
+    """Where a run belongs in the tables."""
+
+    setting: str  # e.g. "cifar10, resnet18, optimizer.lr=0.1"
+    arm: str  # e.g. "bn", or "bn (eps=0.001)" where a study has several
+    batch: int
+    seed: int
+
+
+def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str, str]]:
+    """The place of each run among the others, and per setting a remark about what follows its batch size.
+
+    A setting other than depth, network and data set that has one value per batch size (a learning rate
+    scaled with the batch, say) does not split the table: its values are told in the remark.
+    """
+    flat = [_flatten(runs.identity(dict(config))) for config in configs]
+    arms = _arm_labels(flat)
+    splitting = [
+        key for key in _varying(flat) if not key.startswith(("norm.", "norm_batch", "batch", "seed"))
+    ]
+    fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
+    following = [
+        key
+        for key in splitting
+        if key not in fixed
+        and _determines([(*_values(row, fixed), row.get("batch")) for row in flat], flat, key)
+    ]
+    settings = _setting_titles(flat, [key for key in splitting if key not in following])
+    found = [
+        Place(setting, arm, config["batch"], config["seed"])
+        for setting, arm, config in zip(settings, arms, configs, strict=True)
+    ]
+    return found, _remarks(found, flat, following)
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """The known arms first, in their own order, then the others by name."""
+    return sorted(set(arms), key=lambda arm: (_rank(arm.split(" (")[0]), arm))
+
+
+def _rank(name: str) -> int:
+    return KNOWN_ARMS.index(name) if name in KNOWN_ARMS else len(KNOWN_ARMS)
+
+
+def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
+    flat: dict[str, Hashable] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, Hashable) else json.dumps(value)
+    return flat
+
+
+def _values(row: Mapping[str, Hashable], keys: Iterable[str]) -> tuple[Hashable, ...]:
+    return tuple(row.get(key, "") for key in keys)
+
+
+def _varying(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
+    keys = dict.fromkeys(key for row in flat for key in row)
+    return [key for key in keys if len(set(_values_of(flat, key))) > 1]
+
+
+def _values_of(flat: Sequence[Mapping[str, Hashable]], key: str) -> list[Hashable]:
+    return [row.get(key, "") for row in flat]
+
+
+def _determines(groups: Sequence[Hashable], flat: Sequence[Mapping[str, Hashable]], key: str) -> bool:
+    """Whether all runs of one group have one value of `key`."""
+    pairs = set(zip(groups, _values_of(flat, key), strict=True))
+    return len(pairs) == len(set(groups))
+
+
+def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
+    by_name: dict[Hashable, list[Mapping[str, Hashable]]] = defaultdict(list)
+    for row in flat:
+        by_name[row["norm.name"]].append(row)
+    # Arms differ in their options by nature; only what varies within one norm has to be told apart.
+    options = {
+        name: [key for key in _varying(rows) if key.startswith("norm.")] for name, rows in by_name.items()
+    }
+    several_norm_batches = len(set(_values_of(flat, "norm_batch"))) > 1
+    labels = []
+    for row in flat:
+        name = row["norm.name"]
+        told = [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in options[name] if key in row]
+        if several_norm_batches and row.get("norm_batch") is not None:
+            told.append(f"norm_batch={row['norm_batch']}")
+        labels.append(f"{name} ({', '.join(told)})" if told else str(name))
+    return labels
+
+
+def _setting_titles(flat: Sequence[Mapping[str, Hashable]], splitting: Sequence[str]) -> list[str]:
+    """Data set and network, then each setting that tells apart what those before it do not."""
+    titles = [f"{row.get('dataset.name')}, {row.get('model.name')}{row.get('depth') or ''}" for row in flat]
+    for key in splitting:
+        if not _determines(titles, flat, key):
+            values = _values_of(flat, key)
+            titles = [f"{title}, {key}={_text(value)}" for title, value in zip(titles, values, strict=True)]
+    return titles
+
+
+def _remarks(
+    found: Sequence[Place], flat: Sequence[Mapping[str, Hashable]], following: Sequence[str]
+) -> dict[str, str]:
+    remarks: dict[str, list[str]] = defaultdict(list)
+    for key in following:
+        for setting in dict.fromkeys(place.setting for place in found):
+            here = [
+                (place.batch, row.get(key))
+                for place, row in zip(found, flat, strict=True)
+                if place.setting == setting
+            ]
+            values = dict(sorted(here, key=lambda pair: pair[0]))
+            told = ", ".join(f"{_text(value)} at {batch}" for batch, value in values.items())
+            remarks[setting].append(f"{key} follows the batch size: {told}.")
+    return {setting: " ".join(sentences) for setting, sentences in remarks.items()}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,230 @@
+"""The figures of a report, for one setting each: DataFrame in, Figure out.
+
+Sizes are those of a two-column paper. An arm has one colour and one marker in every figure of every
+study. Colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart.
+"""
+
+import itertools
+import math
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from normlab.report.arms import in_order
+from normlab.report.tables import Measure
+
+SINGLE, DOUBLE = 3.4, 7.0  # inches: widths of one and of two columns
+_RC = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "savefig.dpi": 300,
+    "pdf.fonttype": 42,  # TrueType: conferences refuse matplotlib's default, Type 3
+}
+
+
+class Style(NamedTuple):
+    color: str
+    marker: str
+
+
+_KNOWN = {
+    "bn": Style("#0072B2", "o"),
+    "affine": Style("#D55E00", "s"),
+    "bnminus": Style("#009E73", "^"),
+    "none": Style("#000000", "D"),
+}
+_OTHERS = [
+    Style(color, marker)
+    for marker, color in itertools.product("vPX*<>", ("#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"))
+]
+
+
+def styles(arms: Iterable[str]) -> dict[str, Style]:
+    """Colour and marker of each arm. Unknown arms get theirs by name, so that studies agree on them;
+    two that fall on the same one are set apart."""
+    found: dict[str, Style] = {}
+    for arm in in_order(arms):
+        if arm in _KNOWN:
+            found[arm] = _KNOWN[arm]
+            continue
+        first = zlib.crc32(arm.encode()) % len(_OTHERS)
+        candidates = [*_OTHERS[first:], *_OTHERS[:first]]
+        colors = {style.color for style in found.values()}
+        free = [style for style in candidates if style not in found.values()]
+        found[arm] = next((s for s in free if s.color not in colors), (free or candidates)[0])
+    return found
+
+
+@mpl.rc_context(_RC)
+def accuracy_against_batch(
+    tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure, looks: dict[str, Style]
+) -> Figure:
+    """The final measure against the batch size: means with t-intervals, single seeds as faint dots.
+
+    A cross at the foot says that runs of that cell diverged.
+
+    Args:
+        tidy: the accuracy table's tidy frame, of one setting.
+        values: the done runs' outcomes (arm, batch, final), of the same setting.
+    """
+    figure = Figure(figsize=(SINGLE, 2.6), layout="constrained")
+    ax = figure.add_subplot()
+    arms, batches = in_order(tidy["arm"]), sorted(int(batch) for batch in tidy["batch"].unique())
+    for position, arm in enumerate(arms):
+        look, rows = looks[arm], tidy[tidy["arm"] == arm].sort_values("batch")
+        # Arms stand side by side at each batch size, so that intervals do not hide each other.
+        dodge = 2 ** (0.1 * (position - (len(arms) - 1) / 2))
+        ax.plot(_times(rows["batch"], dodge), rows["mean"], color=look.color, marker=look.marker, zorder=3)
+        several = rows[rows["n"] > 1]
+        if len(several):
+            half = several["high"] - several["mean"]
+            x = _times(several["batch"], dodge)
+            ax.errorbar(x, several["mean"], half, fmt="none", ecolor=look.color, elinewidth=0.9, capsize=2)
+            seeds = values[values["arm"] == arm]
+            ax.plot(_times(seeds["batch"], dodge), seeds["final"], ".", color=look.color, alpha=0.45, ms=3)
+        lost = _times(rows[rows["diverged"] > 0]["batch"], dodge)
+        if lost:
+            ax.plot(lost, [0.02] * len(lost), "x", color=look.color, transform=ax.get_xaxis_transform())
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(batches, labels=[str(batch) for batch in batches])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlim(batches[0] / 1.5, batches[-1] * 1.5)
+    _limit(ax.set_ylim, pd.concat([tidy["mean"], tidy["low"], tidy["high"]]), measure)
+    ax.set_xlabel(f"images per batch ({_seeds(tidy['n'])})")
+    ax.set_ylabel(measure.with_unit)
+    _legend(figure, arms, looks)
+    return figure
+
+
+@mpl.rc_context(_RC)
+def learning_curves(evaluations: pd.DataFrame, measure: Measure, looks: dict[str, Style]) -> Figure:
+    """The measure per epoch, one panel per batch size: mean over seeds, band from lowest to highest seed.
+
+    A diverged run is a dotted line that ends in a cross, part of no mean.
+
+    Args:
+        evaluations: of the done and diverged runs of one setting (arm, batch, seed, state, epoch, ...).
+    """
+    figure, panels = _panels(evaluations, height=1.9)
+    for ax, here in panels:
+        for arm in in_order(here["arm"]):
+            look, of_arm = looks[arm], here[here["arm"] == arm]
+            done = of_arm[of_arm["state"] == "done"]
+            curve = done.groupby("epoch")[measure.column].agg(["mean", "min", "max"]) * measure.scale
+            every = max(1, math.ceil(len(curve) / 6))
+            ax.plot(curve.index, curve["mean"], color=look.color, marker=look.marker, markevery=every, ms=3)
+            if done["seed"].nunique() > 1:
+                ax.fill_between(curve.index, curve["min"], curve["max"], color=look.color, alpha=0.18, lw=0)
+            for _, lost in of_arm[of_arm["state"] == "diverged"].groupby("seed"):
+                y = lost[measure.column] * measure.scale
+                ax.plot(lost["epoch"], y, ":", color=look.color, lw=0.9)
+                ax.plot(lost["epoch"].iloc[-1:], y.iloc[-1:], "x", color=look.color)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _limit(panels[0][0].set_ylim, evaluations[measure.column] * measure.scale, measure)
+    figure.supxlabel("epoch", fontsize=8)
+    figure.supylabel(measure.with_unit, fontsize=8)
+    _legend(figure, in_order(evaluations["arm"]), looks)
+    return figure
+
+
+@mpl.rc_context(_RC)
+def train_against_test(evaluations: pd.DataFrame, measure: Measure, looks: dict[str, Style]) -> Figure:
+    """Test against training values along the training, one panel per batch size.
+
+    A line is the mean over seeds from epoch to epoch; a marker is where one seed ends. The distance
+    from the diagonal is the train-test gap.
+
+    Args:
+        evaluations: of the done runs of one setting.
+    """
+    columns = [measure.train_column, measure.column]
+    figure, panels = _panels(evaluations, height=2.2)
+    for ax, here in panels:
+        ax.axline((0, 0), slope=1, color="0.6", lw=0.7, ls="--", zorder=1)
+        for arm in in_order(here["arm"]):
+            look, of_arm = looks[arm], here[here["arm"] == arm]
+            path = of_arm.groupby("epoch")[columns].mean() * measure.scale
+            ends = of_arm[of_arm["epoch"] == of_arm["epoch"].max()][columns] * measure.scale
+            ax.plot(*path.to_numpy().T, color=look.color, lw=0.9, alpha=0.8)
+            ax.plot(*ends.to_numpy().T, color=look.color, marker=look.marker, ls="none", zorder=3)
+        ax.set_aspect("equal", adjustable="box")
+    shown = evaluations[columns].melt()["value"] * measure.scale
+    _limit(panels[0][0].set_xlim, shown, measure)
+    _limit(panels[0][0].set_ylim, shown, measure)
+    figure.supxlabel(measure.with_unit.replace("test", "training"), fontsize=8)
+    figure.supylabel(measure.with_unit, fontsize=8)
+    _legend(figure, in_order(evaluations["arm"]), looks)
+    return figure
+
+
+def _panels(evaluations: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """Small multiples with common axes, one per batch size, at most four beside each other."""
+    batches = sorted(int(batch) for batch in evaluations["batch"].unique())
+    across = min(4, len(batches))
+    down = math.ceil(len(batches) / across)
+    size = (SINGLE if across == 1 else DOUBLE, height * down + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax in grid[len(batches) :]:
+        ax.remove()
+    panels = []
+    for ax, batch in zip(grid, batches, strict=False):
+        here = evaluations[evaluations["batch"] == batch]
+        done = here[here["state"] == "done"]
+        ax.set_title(f"batch {batch} ({_seeds(done.groupby('arm')['seed'].nunique())})")
+        panels.append((ax, here))
+    return figure, panels
+
+
+def _times(batches: Iterable[int], factor: float) -> list[float]:
+    return [int(batch) * factor for batch in batches]
+
+
+def _seeds(numbers: pd.Series) -> str:
+    low, high = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, 0)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def _limit(set_limits: Callable[[float, float], object], shown: pd.Series, measure: Measure) -> None:
+    """Axis limits around what is shown; an accuracy's axis ends at 0 and 100 %."""
+    values = shown.dropna()
+    if values.empty:
+        return
+    low, high = float(values.min()), float(values.max())
+    margin = 0.06 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+    if measure.unit == "%":
+        low, high = max(low, -1.0), min(high, 101.0)  # a little beyond, so that markers at the ends are whole
+    set_limits(low, high)
+
+
+def _legend(figure: Figure, arms: Sequence[str], looks: dict[str, Style]) -> None:
+    """One row above the panels where it fits, else as many columns as do."""
+    handles = [Line2D([], [], color=looks[arm].color, marker=looks[arm].marker, label=arm) for arm in arms]
+    widest = 0.5 + 0.062 * max(len(arm) for arm in arms)  # inches: handle and text
+    columns = max(1, min(len(arms), int(figure.get_figwidth() / widest)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.2)

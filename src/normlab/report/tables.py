@@ -1,0 +1,341 @@
+"""The tables of a report, each as full-precision tidy data and as texts for a reader.
+
+A tidy frame has one row per setting, arm, batch and quantity, with the columns
+mean, low, high (the t-interval over seeds; nan for one seed), n (runs that the mean is over),
+done, diverged, missing (runs of the cell in these states; missing is every other state).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from normlab.report.arms import in_order
+from normlab.report.load import FINISHED, Study
+from normlab.report.statistics import Interval, paired_t_interval, t_interval
+
+NOTHING = "--"
+CELL = ["setting", "arm", "batch"]
+
+
+class Measure(NamedTuple):
+    """What the runs of a study are compared by."""
+
+    column: str  # of the evaluations, on the test images
+    label: str
+    unit: str
+    points: str  # unit of a difference
+    scale: float  # from what is recorded to the unit
+    higher_is_better: bool
+    decimals: int
+
+    @property
+    def train_column(self) -> str:
+        return self.column.replace("test_", "train_")
+
+    @property
+    def with_unit(self) -> str:
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+ACCURACY = Measure("test_accuracy", "test accuracy", "%", "percentage points", 100.0, True, 1)
+LOSS = Measure("test_loss", "test loss", "", "", 1.0, False, 3)
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the report: `tidy` for CSV, and one frame of texts per setting for a reader."""
+
+    name: str
+    title: str
+    caption: str
+    tidy: pd.DataFrame
+    texts: dict[str, pd.DataFrame]
+
+
+def measure_of(evaluations: pd.DataFrame) -> Measure:
+    """Accuracy where the runs record one, else the loss."""
+    return ACCURACY if "test_accuracy" in evaluations and evaluations["test_accuracy"].notna().any() else LOSS
+
+
+def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -> pd.DataFrame:
+    """What each done run came to. One row per run: setting, arm, batch, seed, and
+
+    final, best, train, gap (in the measure's unit; a gap above 0: worse on the test images),
+    epochs_to_<t> and seconds_to_<t> per threshold (nan where never reached), wall_seconds,
+    images_per_second (median over evaluations), peak_memory_mib, parameters.
+    """
+    curves = dict(iter(study.evaluations.groupby("run")))
+    rows = []
+    for run in study.runs[study.runs["state"] == "done"].itertuples(index=False):
+        curve = curves[run.run]
+        test = curve.get(measure.column, _absent(curve)) * measure.scale
+        train = curve.get(measure.train_column, _absent(curve)) * measure.scale
+        difference = train.iloc[-1] - test.iloc[-1]
+        row = {
+            **{key: getattr(run, key) for key in (*CELL, "seed")},
+            "final": test.iloc[-1],
+            "best": test.max() if measure.higher_is_better else test.min(),
+            "train": train.iloc[-1],
+            "gap": difference if measure.higher_is_better else -difference,
+            "wall_seconds": curve["wall_seconds"].iloc[-1] if "wall_seconds" in curve else run.wall_seconds,
+            "images_per_second": curve.get("images_per_second", _absent(curve)).median(),
+            "peak_memory_mib": pd.to_numeric(run.peak_memory_bytes) / 2**20
+            if run.peak_memory_bytes
+            else None,
+            "parameters": run.parameters,
+        }
+        for threshold in thresholds:
+            reached = curve[test >= threshold * measure.scale]
+            for name, column in (("epochs", "epoch"), ("seconds", "wall_seconds")):
+                known = len(reached) and column in reached
+                row[f"{name}_to_{threshold:g}"] = reached[column].iloc[0] if known else None
+        rows.append(row)
+    columns = [*CELL, "seed", *(rows[0].keys() - {*CELL, "seed"} if rows else [])]
+    found = pd.DataFrame(rows, columns=list(rows[0]) if rows else columns)
+    quantities = [column for column in found if column not in (*CELL, "seed")]
+    return found.astype(dict.fromkeys(quantities, float))
+
+
+def _absent(curve: pd.DataFrame) -> pd.Series:
+    return pd.Series(float("nan"), index=curve.index)
+
+
+def counts(runs: pd.DataFrame) -> pd.DataFrame:
+    """Per cell, in the order of the tables: done, diverged, missing (every state that is neither)."""
+    placed = runs.dropna(subset=["arm"])
+    order = {arm: position for position, arm in enumerate(in_order(placed["arm"]))}
+    state = placed["state"].where(placed["state"].isin(FINISHED), "missing")
+    found = pd.crosstab([placed[key] for key in CELL], state)
+    found = found.reindex(columns=["done", "diverged", "missing"], fill_value=0).reset_index()
+    found.columns.name = None
+    return found.sort_values(
+        CELL, key=lambda column: column.map(order) if column.name == "arm" else column, ignore_index=True
+    )
+
+
+def summarise(
+    runs: pd.DataFrame, values: pd.DataFrame, quantities: Sequence[str], confidence: float
+) -> pd.DataFrame:
+    """A tidy frame of the quantities' means over the seeds of each cell."""
+    samples = {cell: group for cell, group in values.groupby(CELL)}
+    rows: list[dict[str, Any]] = []
+    for cell in counts(runs).to_dict("records"):
+        sample = samples.get(tuple(cell[key] for key in CELL))
+        for quantity in quantities:
+            interval = t_interval([] if sample is None else sample[quantity], confidence)
+            rows.append(_tidy_row(cell, quantity, interval))
+    return pd.DataFrame(rows)
+
+
+def _tidy_row(cell: dict[str, Any], quantity: str, interval: Interval, **more: Any) -> dict[str, Any]:
+    place = {key: cell[key] for key in CELL}
+    states = {key: cell[key] for key in ("done", "diverged", "missing")}
+    return {**place, **more, "quantity": quantity, **interval._asdict(), **states}
+
+
+def differences(
+    runs: pd.DataFrame, values: pd.DataFrame, quantity: str, baseline: str, confidence: float
+) -> pd.DataFrame:
+    """A tidy frame of each arm minus the baseline, paired by seed.
+
+    Here n, done, diverged and missing count pairs: a pair is done if both its runs are, diverged if
+    one of them is, and missing otherwise. Settings without the baseline have no rows.
+    """
+    placed = runs.dropna(subset=["arm"])
+    by_seed = {cell: dict(zip(g["seed"], g[quantity], strict=True)) for cell, g in values.groupby(CELL)}
+    states = {cell: dict(zip(g["seed"], g["state"], strict=True)) for cell, g in placed.groupby(CELL)}
+    rows = []
+    for cell in counts(runs).to_dict("records"):
+        own = (cell["setting"], cell["arm"], cell["batch"])
+        other = (cell["setting"], baseline, cell["batch"])
+        if cell["arm"] == baseline or other not in states:
+            continue
+        pairs = [{states[own].get(seed), states[other].get(seed)} for seed in states[own] | states[other]]
+        done, diverged = pairs.count({"done"}), sum("diverged" in pair for pair in pairs)
+        cell = {**cell, "done": done, "diverged": diverged, "missing": len(pairs) - done - diverged}
+        interval = paired_t_interval(by_seed.get(own, {}), by_seed.get(other, {}), confidence)
+        rows.append(_tidy_row(cell, f"{quantity}_minus_baseline", interval, baseline=baseline))
+    return pd.DataFrame(rows)
+
+
+def with_interval(row: Any, decimals: int, sign: str = "") -> str:
+    """`91.2 ± 0.8`, `91.2` for one seed, or dashes."""
+    if not row.n:
+        return NOTHING
+    text = f"{row.mean:{sign},.{decimals}f}"
+    return f"{text} ± {row.high - row.mean:,.{decimals}f}" if row.n > 1 else text
+
+
+def with_counts(row: Any, decimals: int, sign: str = "") -> str:
+    """`91.2 ± 0.8 (n=3)`, `91.2 (n=1, 2 of 3 diverged)`, `-- missing`."""
+    runs = row.done + row.diverged + row.missing
+    notes = [f"n={row.n}"] if row.n else []
+    notes += [f"{row.diverged} of {runs} diverged"] if row.diverged else []
+    if row.missing:
+        notes.append("missing" if row.missing == runs else f"{row.missing} of {runs} missing")
+    text = with_interval(row, decimals, sign)
+    return f"{text} ({', '.join(notes)})" if row.n else f"{text} {', '.join(notes)}".strip()
+
+
+def grids(tidy: pd.DataFrame, text: Callable[[Any], str]) -> dict[str, pd.DataFrame]:
+    """Per setting, arms as rows and batch sizes as columns."""
+    found = {}
+    for setting, group in _settings(tidy):
+        grid = {f"batch {b}": {} for b in sorted(group["batch"].unique())}
+        for row in group.itertuples(index=False):
+            grid[f"batch {row.batch}"][row.arm] = text(row)
+        found[setting] = pd.DataFrame(grid).fillna(NOTHING).rename_axis("arm").reset_index()
+    return found
+
+
+def lists(
+    tidy: pd.DataFrame, columns: dict[str, tuple[str, Callable[[Any], str]]]
+) -> dict[str, pd.DataFrame]:
+    """Per setting, one row per arm and batch size. `columns`: quantity -> heading and text of a row."""
+    found = {}
+    for setting, group in _settings(tidy):
+        rows = []
+        for (arm, batch), cell in group.groupby(["arm", "batch"], sort=False):
+            by_quantity = {row.quantity: row for row in cell.itertuples(index=False)}
+            first = next(iter(by_quantity.values()))
+            texts = {heading: text(by_quantity[quantity]) for quantity, (heading, text) in columns.items()}
+            rows.append({"arm": arm, "batch": str(batch), "runs": _runs(first), **texts})
+        found[setting] = pd.DataFrame(rows)
+    return found
+
+
+def _runs(row: Any) -> str:
+    total = row.done + row.diverged + row.missing
+    told = [f"{row.diverged} diverged"] if row.diverged else []
+    told += [f"{row.missing} missing"] if row.missing else []
+    return f"{row.done} of {total}, {', '.join(told)}" if told else str(total)
+
+
+def _settings(tidy: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    for setting, group in tidy.groupby("setting"):
+        yield str(setting), group
+
+
+def build_tables(
+    study: Study, measure: Measure, baseline: str | None, thresholds: Sequence[float], confidence: float
+) -> list[Table]:
+    """Every table that the study's measurements allow."""
+    thresholds = thresholds if measure is ACCURACY else ()
+    values = outcomes(study, measure, thresholds)
+    over = (
+        f"mean over the seeds whose run is done, ± half of the {100 * confidence:g} % t-interval over seeds"
+    )
+    uncounted = (
+        "n counts these runs. Diverged runs have no final value: they are counted in the cell and are not part"
+        " of the mean. Missing: not started, running, interrupted, failed or unreadable. No ± where n = 1."
+    )
+    unit = f", in {measure.unit}" if measure.unit else ""
+    points = f", in {measure.points}" if measure.points else ""
+
+    def tidy(*quantities: str) -> pd.DataFrame:
+        return summarise(study.runs, values, quantities, confidence)
+
+    accuracy = tidy("final")
+    found = [
+        Table(
+            name=measure.column.removeprefix("test_"),
+            title=measure.label.capitalize(),
+            caption=f"Final {measure.label} (after the last epoch){unit}: {over}. {uncounted}",
+            tidy=accuracy,
+            texts=grids(accuracy, lambda row: with_counts(row, measure.decimals)),
+        )
+    ]
+    if baseline is not None:
+        paired = differences(study.runs, values, "final", baseline, confidence)
+        if len(paired):
+            found.append(
+                Table(
+                    name="difference",
+                    title=f"Difference to {baseline}",
+                    caption=f"Final {measure.label} minus that of {baseline}{points}, paired by seed: mean over the"
+                    f" pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval. n counts pairs; a"
+                    " pair counts as diverged if either run diverged. An interval that excludes 0 is a difference at"
+                    " that level, uncorrected for the number of comparisons.",
+                    tidy=paired,
+                    texts=grids(paired, lambda row: with_counts(row, measure.decimals + 1, "+")),
+                )
+            )
+
+    def plain(decimals: int, sign: str = "") -> Callable[[Any], str]:
+        return lambda row: with_interval(row, decimals, sign)
+
+    in_unit = f" ({measure.unit})" if measure.unit else ""
+    gap = "train-test gap" if measure.higher_is_better else "test-train gap"
+    convergence = tidy("final", "best", "train", "gap")
+    found.append(
+        Table(
+            name="convergence",
+            title="Convergence",
+            caption=f"{measure.label.capitalize()} after the last epoch (final) and at its best epoch (best: chosen"
+            f" on the test images, hence optimistic), and the final gap between training and test images{points}:"
+            f" {over}. Training values are as recorded during the last epoch. runs: done runs; diverged and"
+            " missing ones are not part of the means.",
+            tidy=convergence,
+            texts=lists(
+                convergence,
+                {
+                    "final": (f"final{in_unit}", plain(measure.decimals)),
+                    "best": (f"best{in_unit}", plain(measure.decimals)),
+                    "train": (f"train{in_unit}", plain(measure.decimals)),
+                    "gap": (gap, plain(measure.decimals, "+")),
+                },
+            ),
+        )
+    )
+    for kind, decimals in (("epochs", 1), ("seconds", 0)):
+        if not thresholds:
+            break
+        reached = tidy(*(f"{kind}_to_{t:g}" for t in thresholds))
+        seconds = " Seconds count training and evaluation." if kind == "seconds" else ""
+        found.append(
+            Table(
+                name=f"{kind}_to_accuracy",
+                title=f"{kind.capitalize()} to reach a test accuracy",
+                caption=f"{kind.capitalize()} until an evaluation first shows the accuracy: mean over the done runs"
+                f" that reach it, ± half of the {100 * confidence:g} % t-interval over seeds; in brackets how many"
+                f" of the done runs do, where not all.{seconds}",
+                tidy=reached,
+                texts=lists(
+                    reached,
+                    {f"{kind}_to_{t:g}": (f"{100 * t:g} %", _reached(decimals)) for t in thresholds},
+                ),
+            )
+        )
+    cost = tidy("wall_seconds", "images_per_second", "peak_memory_mib", "parameters")
+    found.append(
+        Table(
+            name="cost",
+            title="Cost of a run",
+            caption=f"Seconds of training and evaluation, training images per second (median over epochs), peak"
+            f" memory and trainable parameters: {over}. Runs that shared a machine slowed each other down.",
+            tidy=cost,
+            texts=lists(
+                cost,
+                {
+                    "wall_seconds": ("seconds", plain(0)),
+                    "images_per_second": ("images/s", plain(0)),
+                    "peak_memory_mib": ("peak MiB", plain(0)),
+                    "parameters": ("parameters", lambda row: f"{row.mean:,.0f}" if row.n else NOTHING),
+                },
+            ),
+        )
+    )
+    return found
+
+
+def _reached(decimals: int) -> Callable[[Any], str]:
+    def text(row: Any) -> str:
+        if not row.done:
+            return NOTHING
+        if not row.n:
+            return "not reached"
+        return with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
+
+    return text

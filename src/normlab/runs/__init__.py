@@ -1,0 +1,18 @@
+"""A run on disk: identity, folder, status, metrics. No torch, no Hydra."""
+
+from normlab.runs.folder import FINISHED, PROVENANCE, Run, find, now, read_config, read_metrics, read_status
+from normlab.runs.identity import identity, run_id, run_name
+
+__all__ = [
+    "FINISHED",
+    "PROVENANCE",
+    "Run",
+    "find",
+    "identity",
+    "now",
+    "read_config",
+    "read_metrics",
+    "read_status",
+    "run_id",
+    "run_name",
+]

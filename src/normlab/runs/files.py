@@ -1,0 +1,121 @@
+"""Files that are whole or absent: atomic writes, and reads that never execute anything."""
+
+import errno
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from normlab.errors import UserError
+
+_Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def storage_error(path: Path, error: OSError) -> UserError:
+    """An operating system's refusal as a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "The disk is full. Free some space, or choose another folder with output_dir=..., then run again."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "It is not writable. Change its permissions, or choose another folder with output_dir=..."
+    else:
+        fix = f"{error.strerror or error}. Choose another folder with output_dir=... if this one cannot be mended."
+    return UserError(f"Cannot write {path}.\n{fix}")
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in its place in one step.
+
+    `durable` waits until the disk has it, so that a power cut leaves the old file or the new one.
+
+    Raises:
+        UserError: if the folder cannot be written or the disk is full. The old file is untouched.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            write(file)  # type: ignore[arg-type]
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+    except BaseException:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN; a number that is not finite is recorded as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return value
+
+
+def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
+    write_atomically(path, lambda file: file.write((to_json(value, indent=1) + "\n").encode()), durable=durable)
+
+
+def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
+    text = yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: if the file cannot be read or holds no mapping.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise damaged(path, error) from None
+    if not isinstance(value, dict):
+        raise damaged(path, "it holds no settings")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: if the file cannot be read or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise damaged(path, error) from None
+    if not isinstance(value, dict):
+        raise damaged(path, "it holds no JSON object")
+    return value
+
+
+def damaged(path: Path, why: object) -> UserError:
+    reason = str(why).splitlines()[0] if str(why) else type(why).__name__
+    return UserError(
+        f"{path} cannot be read: {reason}.\n"
+        f"Move the folder {path.parent} away and run the same command again to repeat this run."
+    )

@@ -1,0 +1,168 @@
+"""A run's folder is the database: what it holds, and how that is read and written.
+
+config.yaml      the frozen configuration, written before the run starts
+status.json      state, host, process, heartbeat, progress, error; no file: planned, not started
+metrics.jsonl    one row per evaluation
+provenance.json  versions, code, device, command
+checkpoint.pt, checkpoint.previous.pt, run.log
+"""
+
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from normlab.errors import RunBusyError, UserError
+from normlab.runs import files
+from normlab.runs.identity import run_id, run_name
+
+CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
+FINISHED = ("done", "diverged")  # states that a repeated command skips
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def find(study_folder: Path) -> list[Path]:
+    """The run folders of a study, by name."""
+    return sorted(path.parent for path in study_folder.glob(f"*/{CONFIG}"))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: if the file is damaged.
+    """
+    return files.read_yaml(folder / CONFIG)
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """The status, or None for a run that was planned and has not started.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = folder / STATUS
+    return files.read_json(path) if path.exists() else None
+
+
+def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows that can be read, and a sentence about each line that cannot."""
+    path = folder / METRICS
+    if not path.exists():
+        return [], []
+    rows, warnings = [], []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or "epoch" not in row or "step" not in row:
+                raise ValueError("not a row of metrics")
+            rows.append(row)
+        except ValueError as error:
+            warnings.append(f"{path}, line {number} cannot be read and is left out: {error}.")
+    return rows, warnings
+
+
+class Run:
+    """One run on disk. Reading needs no lock; writing is for the process that holds `lock()`."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+        self.run_id = run_id(config)
+        self.name = run_name(config)
+        self.folder = Path(config["output_dir"]) / config["study"] / self.name
+
+    @property
+    def state(self) -> str:
+        """`new`, or the state of status.json; a damaged status counts as `failed`."""
+        try:
+            status = read_status(self.folder)
+        except UserError:
+            return "failed"
+        return str(status.get("state", "failed")) if status else "new"
+
+    def freeze(self) -> None:
+        """Write the configuration, so that later edits of YAML cannot leak into this run."""
+        files.make_folder(self.folder)
+        if not (self.folder / CONFIG).exists():
+            files.write_yaml(self.folder / CONFIG, self.config)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process; the operating system lets go of it if the process dies.
+
+        Raises:
+            RunBusyError: if another process holds it.
+        """
+        lock = FileLock(self.folder / "run.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunBusyError(f"{self.name} is already being trained{self._by_whom()}.") from None
+        except OSError as error:
+            raise files.storage_error(self.folder, error) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _by_whom(self) -> str:
+        try:
+            status = read_status(self.folder)
+        except UserError:
+            status = None
+        if not status:
+            return " by another process"
+        return f" by process {status.get('pid')} on {status.get('host')} (last sign of life {status.get('heartbeat')})"
+
+    def write_status(self, state: str, *, durable: bool = True, **facts: Any) -> dict[str, Any]:
+        """Replace status.json; every fact not given again is kept."""
+        try:
+            before = read_status(self.folder) or {}
+        except UserError:
+            before = {}
+        status = {
+            "state": state,
+            "run_id": self.run_id,
+            "name": self.name,
+            "started": None,
+            "ended": None,
+            "error": None,
+            **before,
+            **facts,
+            "heartbeat": now(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        status["state"] = state
+        files.write_json(self.folder / STATUS, status, durable=durable)
+        return status
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        path = self.folder / METRICS
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(files.to_json(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise files.storage_error(path, error) from error
+
+    def keep_metrics_until(self, step: int) -> list[str]:
+        """Drop rows after `step`, which a resumed run measures again, and lines that cannot be read.
+
+        Returns a sentence about each damaged line.
+        """
+        rows, warnings = read_metrics(self.folder)
+        kept = [row for row in rows if row["step"] <= step]
+        if warnings or len(kept) < len(rows):
+            text = "".join(files.to_json(row) + "\n" for row in kept)
+            files.write_atomically(self.folder / METRICS, lambda file: file.write(text.encode()))
+        return warnings

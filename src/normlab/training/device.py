@@ -1,0 +1,103 @@
+"""The device of a run: choice, precision, memory, and what to write down about them."""
+
+import platform
+import resource
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normlab.config import RunConfig
+from normlab.errors import UserError
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose(device: str) -> torch.device:
+    """
+    Raises:
+        UserError: for a CUDA device that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device={device}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.\n"
+            "Use device=cpu or device=auto, or check the driver (nvidia-smi)."
+        )
+    return chosen
+
+
+def prepare(config: RunConfig, device: torch.device) -> None:
+    """Process-wide settings of a run."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    tf32 = config.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=False)
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # a worker's earlier runs must not count
+
+
+def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
+    half = HALF.get(config.precision)
+    return torch.autocast(device.type, dtype=half) if half else nullcontext()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The run's highest memory use: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
+    """What a reader needs to know about where a result was made."""
+    packages = ("normlab", "torch", "torchvision", "hydra-core", "numpy")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "git": _git(),
+        "command": sys.argv,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "data_fingerprint": data_fingerprint,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git() -> dict[str, str] | None:
+    """Commit and uncommitted difference of the checkout that this code runs from, if it is one."""
+
+    def ask(*words: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        if "src/normlab/training/device.py" not in ask("ls-files", "--full-name", "device.py"):
+            return None  # some other repository that this package happens to be installed in
+        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": ask("diff", "HEAD", "--", ":/src", ":/conf")}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,172 @@
+"""The training loop: one step is one screen."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab.config import RunConfig
+from normlab.data.load import Data
+from normlab.errors import InterruptedRunError
+from normlab.streams import key
+from normlab.training.device import autocast
+from normlab.training.interrupt import StopRequest
+from normlab.training.optimizers import learning_rate, set_learning_rate
+
+BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, divergence, checkpoint
+
+
+class DivergedError(Exception):
+    """The loss of `step` (1-based) was not a finite number."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss of step {step} was not finite")
+        self.step = step
+
+
+@dataclass
+class Position:
+    """Where a run stands; with the states of network, optimizer and scaler, all that a resume needs."""
+
+    epoch: int  # epochs that are complete and evaluated
+    batch: int  # batches done of the one under way
+    losses: Tensor  # (steps,) float32 on the device: loss of each batch of the epoch
+    hits: Tensor  # (steps,) int64 on the device: images classified correctly
+    wall_seconds: float  # of the run so far, over all its processes
+    train_seconds: float  # spent on training since the last evaluation
+    train_images: int  # images trained on since the last evaluation
+
+
+def train(
+    config: RunConfig,
+    network: nn.Module,
+    data: Data,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    at: Position,
+    stop: StopRequest,
+    *,
+    beat: Callable[[Position], None],
+    checkpoint: Callable[[Position], None],
+    record: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train from `at` to the end. `beat`, `checkpoint` and `record` write down progress, state and metrics.
+
+    Raises:
+        DivergedError: at the first loss that is not finite (found within about a second).
+        InterruptedRunError: after a checkpoint, when `stop` was requested.
+    """
+    device = at.losses.device
+    steps = data.train.steps
+    started = time.monotonic() - at.wall_seconds
+    last_beat, last_checkpoint = -math.inf, time.monotonic()
+    lr = math.nan
+
+    for epoch in range(at.epoch, config.epochs):
+        network.train()
+        clock = time.monotonic()
+        for images, labels in data.train.batches(epoch, start=at.batch):
+            step = epoch * steps + at.batch
+            lr = learning_rate(config.schedule, config.optimizer.lr, step, steps, config.epochs)
+            set_learning_rate(optimizer, lr)
+            torch.manual_seed(key(config.seed, "step", step))  # dropout and the like, the same after a resume
+
+            with autocast(config, device):
+                logits = network(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            # Kept on the device: reading them here would make every step wait for the GPU.
+            at.losses[at.batch] = loss.detach()
+            at.hits[at.batch] = (logits.argmax(1) == labels).sum()
+            at.batch += 1
+            at.train_images += len(labels)
+
+            now = time.monotonic()
+            due = config.checkpoint_seconds is not None and now - last_checkpoint >= config.checkpoint_seconds
+            if now - last_beat >= BEAT_SECONDS or due or stop.requested:
+                at.wall_seconds, at.train_seconds = now - started, at.train_seconds + now - clock
+                _check_divergence(at, epoch * steps)
+                beat(at)
+                if due or stop.requested:
+                    checkpoint(at)
+                    last_checkpoint = time.monotonic()
+                if stop.requested:
+                    raise InterruptedRunError(stop.requested)
+                last_beat = clock = time.monotonic()
+
+        _check_divergence(at, epoch * steps)
+        at.train_seconds += time.monotonic() - clock
+        at.wall_seconds = time.monotonic() - started
+        last = epoch + 1 == config.epochs
+        if last or (epoch + 1) % config.eval_every == 0:
+            row = _row(config, network, data, at, epoch, lr, stop, lambda: checkpoint(at))
+            at.wall_seconds = time.monotonic() - started
+            record({**row, "wall_seconds": at.wall_seconds})
+            at.train_seconds, at.train_images = 0.0, 0
+        at.epoch, at.batch = epoch + 1, 0
+        beat(at)
+
+
+def _row(
+    config: RunConfig,
+    network: nn.Module,
+    data: Data,
+    at: Position,
+    epoch: int,
+    lr: float,
+    stop: StopRequest,
+    save: Callable[[], None],
+) -> dict[str, Any]:
+    """Evaluate; one row of metrics. Training loss and accuracy are those seen while training this epoch."""
+    sizes = torch.full_like(at.losses, config.batch)
+    images = len(data.train) if not config.drop_last else data.train.steps * config.batch
+    sizes[-1] = images - config.batch * (data.train.steps - 1)
+    row: dict[str, Any] = {
+        "epoch": epoch + 1,
+        "step": (epoch + 1) * data.train.steps,
+        "train_loss": float((at.losses.double() * sizes).sum() / images),
+        "train_accuracy": float(at.hits.sum() / images),
+    }
+    for name, split in (("val", data.val), ("test", data.test)):
+        if split is not None:
+            try:
+                loss, accuracy = evaluate(config, network, split, at.losses.device, stop)
+            except InterruptedRunError:
+                save()  # the epoch is complete: a resume begins with its evaluation
+                raise
+            row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+    return row | {"lr": lr, "images_per_second": at.train_images / at.train_seconds}
+
+
+@torch.inference_mode()
+def evaluate(
+    config: RunConfig, network: nn.Module, split: Any, device: torch.device, stop: StopRequest
+) -> tuple[float, float]:
+    """Mean cross-entropy (without label smoothing) and share of correct classifications over `split`."""
+    network.eval()
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    hits = torch.zeros((), dtype=torch.int64, device=device)
+    for images, labels in split.batches():
+        with autocast(config, device):
+            logits = network(images)
+        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+        hits += (logits.argmax(1) == labels).sum()
+        if stop.requested:
+            raise InterruptedRunError(stop.requested)
+    return float(loss) / len(split), float(hits) / len(split)
+
+
+def _check_divergence(at: Position, before: int) -> None:
+    """Look for a loss that is not finite among those of the epoch that began after step `before`."""
+    wrong = (~torch.isfinite(at.losses[: at.batch])).nonzero()
+    if len(wrong):
+        raise DivergedError(before + int(wrong[0]) + 1)

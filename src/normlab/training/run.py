@@ -1,0 +1,203 @@
+"""One run from its configuration to its record: build, resume, train, and say how it ended."""
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normlab import models, runs
+from normlab.config import RunConfig
+from normlab.data.load import Data, load
+from normlab.errors import InterruptedRunError, UserError
+from normlab.runs import files
+from normlab.training import checkpoint, device
+from normlab.training.interrupt import StopRequest
+from normlab.training.loop import DivergedError, Position, train
+from normlab.training.optimizers import build_optimizer
+
+Watch = Callable[[Mapping[str, Any]], None]
+
+
+def carry_out(config: RunConfig, watch: Watch = lambda status: None) -> dict[str, Any]:
+    """Train a run, or go on with it; returns its status. `watch` is shown the status about once a second.
+
+    A finished run is left alone. However it ends, the run's folder says so.
+
+    Raises:
+        RunBusyError: if another process is training it.
+        UserError: for what the user can mend; any other exception is an error of ours. Both are recorded.
+        InterruptedRunError: when asked to stop; the run can go on later.
+    """
+    run = runs.Run(config.as_dict())
+    run.freeze()
+    with run.lock(), StopRequest() as stop:
+        if run.state in runs.FINISHED:  # by another process, since the caller looked
+            return runs.read_status(run.folder) or {}
+        log = _logger(run.folder)
+        try:
+            started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
+            status = run.write_status("running", started=started or runs.now(), ended=None, error=None)
+            watch(status)
+            return _train(config, run, stop, watch, log)
+        except InterruptedRunError as error:
+            log.warning("interrupted by %s", error)
+            run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            log.error("%s", error, exc_info=not isinstance(error, UserError))
+            message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            run.write_status(state, ended=runs.now(), error=message)
+            raise
+        finally:
+            for handler in log.handlers:
+                handler.close()
+
+
+def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, log: logging.Logger) -> dict[str, Any]:
+    where = device.choose(config.device)
+    device.prepare(config, where)
+    data = load(
+        config.dataset,
+        data_dir=Path(config.data_dir),
+        seed=config.seed,
+        batch=config.batch,
+        eval_batch=config.eval_batch,
+        drop_last=config.drop_last,
+        input_norm=config.input_norm,
+        device=where,
+        log=log.info,
+    )
+    if data.train.steps == 0:
+        raise UserError(
+            f"batch={config.batch} with drop_last=true leaves no batch of {len(data.train)} training images.\n"
+            f"Use batch={len(data.train)} or less."
+        )
+    network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
+    _check_shapes(config, network, data)
+    network = network.to(where)
+    optimizer = build_optimizer(config.optimizer, network)
+    scaler = torch.amp.GradScaler(where.type, enabled=config.precision == "fp16")
+    at = Position(
+        epoch=0,
+        batch=0,
+        losses=torch.zeros(data.train.steps, device=where),
+        hits=torch.zeros(data.train.steps, dtype=torch.int64, device=where),
+        wall_seconds=0.0,
+        train_seconds=0.0,
+        train_images=0,
+    )
+
+    saved = checkpoint.load(run.folder, run.run_id, log.warning)
+    if saved:
+        if saved["data_fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"The images of dataset={config.dataset.name} have changed since {run.name} was interrupted.\n"
+                f"Bring the old ones back, or delete {run.folder} to start it anew, or give the new ones"
+                " another dataset.name."
+            )
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        at = Position(**saved["position"])
+        at.losses, at.hits = at.losses.to(where), at.hits.to(where)
+        log.info("going on at epoch %d, batch %d", at.epoch + 1, at.batch)
+    for warning in run.keep_metrics_until(at.epoch * data.train.steps):
+        log.warning("%s", warning)
+    files.write_json(run.folder / runs.PROVENANCE, device.provenance(where, data.fingerprint))
+    latest: dict[str, Any] = {}
+
+    def facts(at: Position) -> dict[str, Any]:
+        return {
+            "epoch": at.epoch,
+            "epochs": config.epochs,
+            "step": at.epoch * data.train.steps + at.batch,
+            "steps": config.epochs * data.train.steps,
+            "wall_seconds": at.wall_seconds,
+            "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+            "peak_memory_bytes": device.peak_memory_bytes(where),
+            **latest,
+        }
+
+    def beat(at: Position) -> None:
+        watch(run.write_status("running", durable=False, **facts(at)))
+
+    def save(at: Position) -> None:
+        state = {
+            "run_id": run.run_id,
+            "data_fingerprint": data.fingerprint,
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "position": vars(at).copy(),
+        }
+        checkpoint.save(run.folder, state)
+
+    def record(row: dict[str, Any]) -> None:
+        run.append_metrics(row)
+        latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})
+        log.info("%s", files.to_json(row))
+
+    try:
+        train(config, network, data, optimizer, scaler, at, stop, beat=beat, checkpoint=save, record=record)
+        end: dict[str, Any] = {"weights_sha256": weights_sha256(network)}
+        state = "done"
+        if config.save_weights:
+            files.write_atomically(run.folder / "weights.pt", lambda file: torch.save(network.state_dict(), file))
+    except DivergedError as error:
+        log.warning("%s", error)
+        state, end = "diverged", {"diverged_step": error.step, "error": str(error)}
+    status = run.write_status(state, ended=runs.now(), **facts(at), **end)
+    checkpoint.remove(run.folder)
+    watch(status)
+    return status
+
+
+def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
+    """Run each batch size that will occur through the network on the meta device, where it costs nothing.
+
+    Raises:
+        UserError: if the images are too small for the network, or too few for a layer's statistics.
+    """
+    rest = len(data.train) % config.batch
+    sizes = {min(config.batch, len(data.train))} | ({rest} if rest and not config.drop_last else set())
+    probe = copy.deepcopy(network).to("meta").train()
+    for size in sorted(sizes):
+        try:
+            probe(torch.empty(size, 3, data.image_size, data.image_size, device="meta"))
+        except NotImplementedError:  # some operation of the user's network has no meta form
+            return
+        except (ValueError, RuntimeError) as error:
+            last = "" if size == config.batch else f", the last of an epoch of {len(data.train)}"
+            raise UserError(
+                f"A batch of {size} images of {data.image_size}x{data.image_size} pixels{last} does not fit"
+                f" {config.model.name} with norm={config.norm.name}:\n{str(error).splitlines()[0]}\n"
+                "Use larger images or another batch (a norm over one value per channel is undefined),"
+                " or drop_last=true."
+            ) from error
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """A digest of every parameter and buffer, equal exactly for bit-identical networks."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _logger(folder: Path) -> logging.Logger:
+    """A logger of this run alone, into run.log."""
+    log = logging.Logger(folder.name, logging.INFO)
+    handler = logging.FileHandler(folder / "run.log", encoding="utf-8", delay=True)
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    log.addHandler(handler)
+    return log

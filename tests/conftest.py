@@ -1,0 +1,33 @@
+"""Shared fixtures: a composed configuration as a user would get it, kept away from the user's own folders."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from normlab import cli, config
+
+ROOT = Path(__file__).parents[1]
+Make = Callable[..., config.RunConfig]
+
+
+@functools.cache
+def composed(*overrides: str) -> config.RunConfig:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return config.parse(cli.settings_of(compose("config", list(overrides))))
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """`make("norm=affine", "batch=8")`: the checked configuration of a run below a temporary folder."""
+    folders = (f"output_dir={tmp_path}/outputs", f"data_dir={tmp_path}/data")
+    return lambda *overrides: composed(*folders, *overrides)
+
+
+@pytest.fixture
+def tiny(make: Make) -> Make:
+    """The same for a run of a second or two: 40 of the digits, two epochs, one thread."""
+    small = ("dataset.train_size=40", "dataset.test_size=20", "batch=16", "epochs=2", "threads=1", "device=cpu")
+    return lambda *overrides: make(*small, *overrides)
