@@ -1,19 +1,16 @@
 """Tables and figures of a study: python report.py study=my_study. conf/report.yaml is the manual."""
 
-from typing import Any
-
 import hydra
+from omegaconf import DictConfig
 
-from normlab.cli import friendly
+from normlab.cli import friendly, settings_of
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="report")
-def main(settings: Any) -> None:
-    from omegaconf import OmegaConf
-
+def main(composed: DictConfig) -> None:
     from normlab.report import build
 
-    build(**OmegaConf.to_container(settings, resolve=True))
+    build(**settings_of(composed))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,145 @@
-"""Decoded image folders as one array file that processes share."""
+"""Decoded image folders as one array file below `data_dir`, whose pages processes share."""
 
 import hashlib
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import batched
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from normlab.data.images import Decoder
+from normlab.errors import UserError
+
+FORMAT = 1  # raise it when the same files would decode to other pixels
+CHUNK = 512  # images that are decoded between two writes
+CHECKSUM_BYTES = hashlib.sha256().digest_size
+
+
+def decoded(
+    decoder: Decoder, paths: list[str], data_dir: Path, log: Callable[[str], None]
+) -> tuple[NDArray[np.uint8], str]:
+    """The pixels of `paths`, decoded now or at an earlier time, and their checksum.
+
+    The file is named by all that decides its content: the files' paths, sizes and times and the decoding.
+    A damaged file is decoded again. Processes that ask at once decode once.
+
+    Returns:
+        uint8 (N, 3, S, S), mapped into memory: writing to it changes neither file nor other processes.
+
+    Raises:
+        UserError: an image cannot be read, or `data_dir` cannot be written.
+    """
+    name = f"{decoder.root.resolve().name}-{decoder.size}px-{_key(decoder, paths)}.npy"
+    file = data_dir / "cache" / name
+    if (found := _open(file)) is None:
+        with locked(file.with_suffix(".lock"), log):
+            if (found := _open(file)) is None:
+                if file.exists():
+                    log(f"{file} is damaged; the images are decoded again.")
+                _write(file, decoder, paths, log)
+                found = _open(file)
+    if found is None:
+        raise UserError(f"{file} was written but does not read back the same.\nCheck the disk of data_dir={data_dir}.")
+    return found
+
+
+@contextmanager
+def locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock file `path`, so that of several processes one prepares the data and the others wait."""
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        log("Waiting for another process that prepares the same data.")
+        lock.acquire()
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"The data cannot be written to {folder}: {error.strerror or error}.\n"
+        "Make room there, or name a folder that can be written: data_dir=... (or the variable NORMLAB_DATA)."
+    )
+
+
+def _key(decoder: Decoder, paths: list[str]) -> str:
+    digest = hashlib.sha256(repr((FORMAT, decoder.size, decoder.short_side)).encode())
+    for path in paths:
+        status = (decoder.root / path).stat()
+        digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _open(file: Path) -> tuple[NDArray[np.uint8], str] | None:
+    """The array of `file` and its checksum; None if there is no such file or it is damaged."""
+    try:
+        content = np.memmap(file, np.uint8, "r")
+    except (OSError, ValueError):  # none, or an empty one
+        return None
+    checksum = hashlib.sha256(content[:-CHECKSUM_BYTES].data).digest()
+    if checksum != content[-CHECKSUM_BYTES:].tobytes():
+        return None
+    return np.load(file, mmap_mode="c"), checksum.hex()
+
+
+def _write(file: Path, decoder: Decoder, paths: list[str], log: Callable[[str], None]) -> None:
+    """Decode into a file of NumPy's format with a checksum of all its bytes at the end."""
+    started = time.monotonic()
+    temporary = file.with_suffix(".tmp")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, decoder.size, decoder.size)}
+    try:
+        with (
+            temporary.open("w+b") as out,
+            ThreadPoolExecutor(cores()) as pool,
+            warnings.catch_warnings(action="ignore"),  # Pillow's remarks on odd files that it does read
+            _progress(f"Decoding {decoder.root.name}", len(paths), log) as advance,
+        ):
+            np.lib.format.write_array_header_1_0(out, header)
+            out.seek(0)
+            checksum = hashlib.sha256(out.read())
+            for start in range(0, len(paths), CHUNK):
+                images = np.stack(list(pool.map(decoder, paths[start : start + CHUNK])))
+                checksum.update(images.data)
+                out.write(images.data)  # not through a memory map: there a full disk is a crash, not an error
+                advance(len(images))
+            out.write(checksum.digest())
+        temporary.replace(file)
+    except OSError as error:
+        raise cannot_write(file.parent, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    log(f"Decoded {len(paths):,} images of {decoder.root} in {time.monotonic() - started:.0f} s, kept as {file}.")
+
+
+@contextmanager
+def _progress(title: str, total: int, log: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr if that is a terminal, else one line of the log."""
+    if not sys.stderr.isatty():
+        log(f"{title}: {total:,} images, once.")
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,5 +1,6 @@
 """From an image file of any mode to the RGB pixels that a network gets."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tf
 
-from normlab.data.inventory import unreadable
+from normlab.data.inventory import require_one_size, unreadable
 
 
 def read(path: Path) -> Image.Image:
@@ -61,6 +62,27 @@ def random_crop(image: Image.Image, size: int, scale: tuple[float, float], seed:
     return tf.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
 
 
-def pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """(3, H, W) uint8 of an RGB image."""
-    return np.asarray(image).transpose(2, 0, 1)
+@dataclass(frozen=True)
+class Decoder:
+    """Makes (3, size, size) uint8 pixels of the files below `root`, in memory and streamed alike."""
+
+    root: Path
+    size: int
+    short_side: int  # of the resized image that the centre square is taken from
+    one_size: bool  # every file has to have `size` already, because nobody chose one
+    crop_scale: tuple[float, float] | None
+
+    def __call__(self, path: str, crop_seed: int | None = None) -> NDArray[np.uint8]:
+        """Decode `root/path`, under the random resized crop of `crop_seed` if there is one.
+
+        Raises:
+            UserError: naming the file, if it cannot be decoded or breaks `one_size`.
+        """
+        image = read(self.root / path)
+        if self.one_size and image.size != (self.size, self.size):
+            require_one_size({"the first training image": (self.size, self.size), path: image.size})
+        if self.crop_scale and crop_seed is not None:
+            image = random_crop(image, self.size, self.crop_scale, crop_seed)
+        else:
+            image = fit(image, self.size, self.short_side)
+        return np.array(np.asarray(image).transpose(2, 0, 1), order="C")

@@ -61,9 +61,7 @@ CIFARS = {
     "cifar10": Cifar(
         "CIFAR-10", 10, "cifar-10-batches-py", (*_BATCHES, "test_batch", "batches.meta"), "cifar-10-python.tar.gz"
     ),
-    "cifar100": Cifar(
-        "CIFAR-100", 100, "cifar-100-python", ("train", "test", "meta"), "cifar-100-python.tar.gz"
-    ),
+    "cifar100": Cifar("CIFAR-100", 100, "cifar-100-python", ("train", "test", "meta"), "cifar-100-python.tar.gz"),
 }
 IMAGENET_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 IMAGENET_TRAIN = "ILSVRC2012_img_train.tar"
@@ -80,14 +78,10 @@ def check(dataset: BuiltinDataset | FolderDataset, data_dir: Path) -> Inventory:
         if dataset.kind == "digits":
             return _inventory(dataset, train=1438, test=359, classes=10, image_size=8)
         _find_cifar(dataset.kind, data_dir)
-        return _inventory(
-            dataset, train=50_000, test=10_000, classes=CIFARS[dataset.kind].classes, image_size=32
-        )
+        return _inventory(dataset, train=50_000, test=10_000, classes=CIFARS[dataset.kind].classes, image_size=32)
     root = Path(dataset.path).expanduser()
     if dataset.kind == "imagenet" and not _imagenet_is_unpacked(root):
-        return _inventory(
-            dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size
-        )
+        return _inventory(dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size)
     found = scan(root, ("val",) if dataset.kind == "imagenet" else ("test", "val"))
     image_size = dataset.image_size or common_size(found)
     return _inventory(dataset, len(found.train), len(found.test), len(found.classes), image_size)
@@ -142,9 +136,7 @@ def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
             raise UserError(f"The folder {root} has no folders in it.\n{layout}")
         if "train" not in parts or test_name is None:
             missing = "train" if "train" not in parts else " or ".join(test_names)
-            raise UserError(
-                f"The folder {root} has no folder {missing}; it has {_some(sorted(parts))}.\n{layout}"
-            )
+            raise UserError(f"The folder {root} has no folder {missing}; it has {_some(sorted(parts))}.\n{layout}")
         train, test = _classes(root, "train", layout), _classes(root, test_name, layout)
     except OSError as error:
         raise UserError(f"The folder {root} cannot be read: {error.strerror} ({error.filename}).") from None
@@ -266,9 +258,7 @@ def _imagenet_is_unpacked(root: Path) -> bool:
         "train": IMAGENET_TRAIN,
         "val": IMAGENET_VAL,
     }
-    missing = [
-        archive for name, archive in parts.items() if not ((root / name).exists() or (root / archive).is_file())
-    ]
+    missing = [archive for name, archive in parts.items() if not ((root / name).exists() or (root / archive).is_file())]
     if missing:
         raise UserError(
             f"ImageNet is not complete in dataset.path={root}: missing {', '.join(missing)}.\n"
@@ -296,7 +286,7 @@ def _find_cifar(kind: str, data_dir: Path) -> None:
 def cifar_missing(kind: str, data_dir: Path, reason: str) -> UserError:
     cifar = CIFARS[kind]
     return UserError(
-        f"{cifar.title} is not (whole) in data_dir={data_dir} and cannot be downloaded: {reason}.\n"
+        f"{cifar.title} is not complete in data_dir={data_dir} and cannot be downloaded: {reason}.\n"
         f"Put {cifar.archive} from {cifar.url}\n"
         f"into {data_dir}, or name the folder that has it: data_dir=...\n"
         "Without any download: dataset=digits."

@@ -34,9 +34,7 @@ def without(count: int, chosen: Tensor) -> Tensor:
     return kept.nonzero().flatten()
 
 
-def training_rows(
-    labels: Tensor, train_size: int | None, val_size: int, split_seed: int
-) -> tuple[Tensor, Tensor]:
+def training_rows(labels: Tensor, train_size: int | None, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
     """Positions to train on and to validate on. The validation images are taken out first, so that they
     do not depend on `train_size`, which counts the images that are left to train on."""
     val = stratified(labels, val_size, split_seed, "val")

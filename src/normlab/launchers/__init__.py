@@ -1,1 +1,1 @@
-"""How the runs of a sweep are carried out. Hydra finds a launcher by the `_target_` of its YAML file."""
+"""How the runs of a sweep are carried out. Hydra finds a launcher through `hydra_plugins.normlab_launchers`."""

@@ -12,9 +12,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from normlab import config as schema
@@ -26,43 +23,29 @@ from normlab.progress import Display, outcome, span
 POLL_SECONDS = 0.5
 
 
-class PoolLauncher(Launcher):
-    """Checks every run of the sweep, skips what is finished, and trains the rest, several at a time."""
+def launch(composed: Sequence[DictConfig], slots: int | None) -> list[float | None]:
+    """Check every run of the sweep, skip what is finished, and train the rest, several at a time.
 
-    def __init__(self, slots: int | None) -> None:
-        self.slots = slots
+    Returns each run's final test accuracy (test loss where there is none).
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context = hydra_context
-        self.config = config
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """
-        Raises:
-            UserError: if a run is misconfigured (before any starts), or at the end if any failed.
-        """
-        if self.slots is not None and (not isinstance(self.slots, int) or self.slots < 1):
-            raise UserError(f"hydra.launcher.slots={self.slots} is out of range: expected 1 or more, or null.")
-        jobs = [self._job(list(overrides)) for overrides in job_overrides]
-        unique = {job.run.name: job for job in jobs}
-        waiting = [job for job in unique.values() if job.run.state not in runs.FINISHED]
-        if len(waiting) < len(unique):
-            print(f"{len(unique) - len(waiting)} of {len(unique)} runs are finished and skipped.", flush=True)
-        for job in waiting:
-            job.run.freeze()
-        failed = _carry_out(waiting, self.slots) if waiting else []
-        if failed:
-            lines = [f"  {job.run.folder}/run.log: {why}" for job, why in failed]
-            more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
-            raise UserError("\n".join([f"{len(failed)} of {len(unique)} runs failed:", *lines[:3], *more]))
-        return [job.result() for job in jobs]
-
-    def _job(self, overrides: list[str]) -> "Job":
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(composed):
-            del composed["hydra"]
-        config = schema.parse(settings_of(composed))
-        return Job(config, runs.Run(config.as_dict()), overrides, preflight.check(config).train_images)
+    Raises:
+        UserError: if a run is misconfigured (before any starts), or at the end if any failed.
+    """
+    if slots is not None and (not isinstance(slots, int) or slots < 1):
+        raise UserError(f"hydra.launcher.slots={slots} is out of range: expected 1 or more, or null.")
+    jobs = [_job(settings) for settings in composed]
+    unique = {job.run.name: job for job in jobs}
+    waiting = [job for job in unique.values() if job.run.state not in runs.FINISHED]
+    if len(waiting) < len(unique):
+        print(f"{len(unique) - len(waiting)} of {len(unique)} runs are finished and skipped.", flush=True)
+    for job in waiting:
+        job.run.freeze()
+    failed = _carry_out(waiting, slots) if waiting else []
+    if failed:
+        lines = [f"  {job.run.folder}/run.log: {why}" for job, why in failed]
+        more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
+        raise UserError("\n".join([f"{len(failed)} of {len(unique)} runs failed:", *lines[:3], *more]))
+    return [job.result() for job in jobs]
 
 
 @dataclass
@@ -71,7 +54,6 @@ class Job:
 
     config: schema.RunConfig
     run: runs.Run
-    overrides: list[str]
     train_images: int
 
     @property
@@ -79,10 +61,16 @@ class Job:
         """Estimated cost in arbitrary units: images, and a part of each step that no batch size saves."""
         return self.config.epochs * self.train_images * (1 + 16 / self.config.batch)
 
-    def result(self) -> JobReturn:
+    def result(self) -> float | None:
         status = runs.read_status(self.run.folder) or {}
-        value = status.get("test_accuracy", status.get("test_loss"))
-        return JobReturn(overrides=self.overrides, status=JobStatus.COMPLETED, _return_value=value, task_name="normlab")
+        return status.get("test_accuracy", status.get("test_loss"))
+
+
+def _job(composed: DictConfig) -> Job:
+    with open_dict(composed):
+        composed.pop("hydra", None)
+    config = schema.parse(settings_of(composed))
+    return Job(config, runs.Run(config.as_dict()), preflight.check(config).train_images)
 
 
 class Slot:

@@ -4,6 +4,6 @@
 """
 
 from normlab.report.load import Study, load
-from normlab.report.page import build
+from normlab.report.write import build
 
 __all__ = ["Study", "build", "load"]

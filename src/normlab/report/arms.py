@@ -5,6 +5,7 @@ other setting that varies makes tables of its own, so that no cell ever mixes tw
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,15 +33,12 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     """
     flat = [_flatten(runs.identity(dict(config))) for config in configs]
     arms = _arm_labels(flat)
-    splitting = [
-        key for key in _varying(flat) if not key.startswith(("norm.", "norm_batch", "batch", "seed"))
-    ]
+    splitting = [key for key in _varying(flat) if not key.startswith(("norm.", "norm_batch", "batch", "seed"))]
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
     following = [
         key
         for key in splitting
-        if key not in fixed
-        and _determines([(*_values(row, fixed), row.get("batch")) for row in flat], flat, key)
+        if key not in fixed and _determines([(*_values(row, fixed), row.get("batch")) for row in flat], flat, key)
     ]
     settings = _setting_titles(flat, [key for key in splitting if key not in following])
     found = [
@@ -52,7 +50,13 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
 
 def in_order(arms: Iterable[str]) -> list[str]:
     """The known arms first, in their own order, then the others by name."""
-    return sorted(set(arms), key=lambda arm: (_rank(arm.split(" (")[0]), arm))
+    return sorted(set(arms), key=lambda arm: (_rank(arm.split(" (")[0]), natural(arm)))
+
+
+def natural(text: str) -> list[str | float]:
+    """A sorting key that takes numbers by their value: resnet18 before resnet101, 0.05 before 0.1."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _rank(name: str) -> int:
@@ -93,9 +97,7 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     for row in flat:
         by_name[row["norm.name"]].append(row)
     # Arms differ in their options by nature; only what varies within one norm has to be told apart.
-    options = {
-        name: [key for key in _varying(rows) if key.startswith("norm.")] for name, rows in by_name.items()
-    }
+    options = {name: [key for key in _varying(rows) if key.startswith("norm.")] for name, rows in by_name.items()}
     several_norm_batches = len(set(_values_of(flat, "norm_batch"))) > 1
     labels = []
     for row in flat:
@@ -124,9 +126,7 @@ def _remarks(
     for key in following:
         for setting in dict.fromkeys(place.setting for place in found):
             here = [
-                (place.batch, row.get(key))
-                for place, row in zip(found, flat, strict=True)
-                if place.setting == setting
+                (place.batch, row.get(key)) for place, row in zip(found, flat, strict=True) if place.setting == setting
             ]
             values = dict(sorted(here, key=lambda pair: pair[0]))
             told = ", ".join(f"{_text(value)} at {batch}" for batch, value in values.items())

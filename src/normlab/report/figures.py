@@ -4,13 +4,15 @@ Sizes are those of a two-column paper. An arm has one colour and one marker in e
 study. Colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart.
 """
 
+import io
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,10 +20,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normlab.report.arms import in_order
-from normlab.report.tables import Measure
+from normlab.report.load import FINISHED, Study
+from normlab.report.tables import Measure, Table, outcomes
 
 SINGLE, DOUBLE = 3.4, 7.0  # inches: widths of one and of two columns
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,
@@ -46,6 +49,17 @@ _RC = {
 }
 
 
+_CAPTIONS = {
+    "against_batch": "Final {label} against batch size: mean over seeds; bars: {percent:g} % t-interval (where"
+    " n > 1); dots: single seeds; crosses at the foot: some runs diverged.",
+    "learning_curves": "The {label} after each epoch: mean over the done seeds; band: lowest to highest seed"
+    " (where n > 1); dotted: diverged runs.",
+    "train_against_test": "Test against training values (those seen while training) from epoch to epoch, the"
+    " second half of the training in view; lines: mean over the done seeds; markers: where each seed ends;"
+    " dashed: equal values.",
+}
+
+
 class Style(NamedTuple):
     color: str
     marker: str
@@ -58,8 +72,7 @@ _KNOWN = {
     "none": Style("#000000", "D"),
 }
 _OTHERS = [
-    Style(color, marker)
-    for marker, color in itertools.product("vPX*<>", ("#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"))
+    Style(color, marker) for marker, color in itertools.product("vPX*<>", ("#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"))
 ]
 
 
@@ -79,10 +92,29 @@ def styles(arms: Iterable[str]) -> dict[str, Style]:
     return found
 
 
+def draw(study: Study, accuracy: Table, measure: Measure, confidence: float) -> Iterator[tuple[str, str, Figure]]:
+    """Every figure that the study's measurements allow: its name, its caption, and itself."""
+    values, evaluations = outcomes(study, measure), study.evaluations
+    looks = styles(study.runs["arm"].dropna())
+    for i, (setting, tidy) in enumerate(accuracy.tidy.groupby("setting", sort=False)):
+        curves = evaluations[(evaluations["setting"] == setting) & evaluations["state"].isin(FINISHED)]
+        done = curves[curves["state"] == "done"]
+        figures = {}
+        if tidy["n"].any():
+            of_setting = values[values["setting"] == setting]
+            figures[f"{accuracy.name}_against_batch"] = against_batch(tidy, of_setting, measure, looks)
+        if len(curves) and measure.column in curves:
+            figures["learning_curves"] = learning_curves(curves, measure, looks)
+        if len(done) and {measure.column, measure.train_column} <= set(done):
+            figures["train_against_test"] = train_against_test(done, measure, looks)
+        for name, figure in figures.items():
+            caption = next(text for end, text in _CAPTIONS.items() if name.endswith(end))
+            caption = caption.format(label=measure.label, percent=100 * confidence)
+            yield f"{name}_{i + 1}" if i else name, f"{setting}. {caption}", figure
+
+
 @mpl.rc_context(_RC)
-def accuracy_against_batch(
-    tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure, looks: dict[str, Style]
-) -> Figure:
+def against_batch(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure, looks: dict[str, Style]) -> Figure:
     """The final measure against the batch size: means with t-intervals, single seeds as faint dots.
 
     A cross at the foot says that runs of that cell diverged.
@@ -94,10 +126,11 @@ def accuracy_against_batch(
     figure = Figure(figsize=(SINGLE, 2.6), layout="constrained")
     ax = figure.add_subplot()
     arms, batches = in_order(tidy["arm"]), sorted(int(batch) for batch in tidy["batch"].unique())
+    # Arms stand side by side at each batch size, so that their intervals do not hide each other.
+    apart = min(0.1, 0.4 / len(arms)) if (tidy["n"] > 1).any() else 0.0
     for position, arm in enumerate(arms):
         look, rows = looks[arm], tidy[tidy["arm"] == arm].sort_values("batch")
-        # Arms stand side by side at each batch size, so that intervals do not hide each other.
-        dodge = 2 ** (0.1 * (position - (len(arms) - 1) / 2))
+        dodge = 2 ** (apart * (position - (len(arms) - 1) / 2))
         ax.plot(_times(rows["batch"], dodge), rows["mean"], color=look.color, marker=look.marker, zorder=3)
         several = rows[rows["n"] > 1]
         if len(several):
@@ -108,7 +141,7 @@ def accuracy_against_batch(
             ax.plot(_times(seeds["batch"], dodge), seeds["final"], ".", color=look.color, alpha=0.45, ms=3)
         lost = _times(rows[rows["diverged"] > 0]["batch"], dodge)
         if lost:
-            ax.plot(lost, [0.02] * len(lost), "x", color=look.color, transform=ax.get_xaxis_transform())
+            ax.plot(lost, [0.04] * len(lost), "x", color=look.color, transform=ax.get_xaxis_transform())
     ax.set_xscale("log", base=2)
     ax.set_xticks(batches, labels=[str(batch) for batch in batches])
     ax.xaxis.set_minor_locator(NullLocator())
@@ -129,7 +162,7 @@ def learning_curves(evaluations: pd.DataFrame, measure: Measure, looks: dict[str
     Args:
         evaluations: of the done and diverged runs of one setting (arm, batch, seed, state, epoch, ...).
     """
-    figure, panels = _panels(evaluations, height=1.9)
+    figure, panels = _panels(evaluations)
     for ax, here in panels:
         for arm in in_order(here["arm"]):
             look, of_arm = looks[arm], here[here["arm"] == arm]
@@ -162,7 +195,7 @@ def train_against_test(evaluations: pd.DataFrame, measure: Measure, looks: dict[
         evaluations: of the done runs of one setting.
     """
     columns = [measure.train_column, measure.column]
-    figure, panels = _panels(evaluations, height=2.2)
+    figure, panels = _panels(evaluations, square=True)
     for ax, here in panels:
         ax.axline((0, 0), slope=1, color="0.6", lw=0.7, ls="--", zorder=1)
         for arm in in_order(here["arm"]):
@@ -171,8 +204,12 @@ def train_against_test(evaluations: pd.DataFrame, measure: Measure, looks: dict[
             ends = of_arm[of_arm["epoch"] == of_arm["epoch"].max()][columns] * measure.scale
             ax.plot(*path.to_numpy().T, color=look.color, lw=0.9, alpha=0.8)
             ax.plot(*ends.to_numpy().T, color=look.color, marker=look.marker, ls="none", zorder=3)
-        ax.set_aspect("equal", adjustable="box")
-    shown = evaluations[columns].melt()["value"] * measure.scale
+        ax.set_box_aspect(1)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+    # The first epochs, far down the diagonal, would leave no room to see the ends apart.
+    late = evaluations[evaluations["epoch"] > evaluations["epoch"].max() / 2]
+    shown = late[columns].melt()["value"] * measure.scale
     _limit(panels[0][0].set_xlim, shown, measure)
     _limit(panels[0][0].set_ylim, shown, measure)
     figure.supxlabel(measure.with_unit.replace("test", "training"), fontsize=8)
@@ -181,13 +218,14 @@ def train_against_test(evaluations: pd.DataFrame, measure: Measure, looks: dict[
     return figure
 
 
-def _panels(evaluations: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+def _panels(evaluations: pd.DataFrame, square: bool = False) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """Small multiples with common axes, one per batch size, at most four beside each other."""
     batches = sorted(int(batch) for batch in evaluations["batch"].unique())
     across = min(4, len(batches))
     down = math.ceil(len(batches) / across)
-    size = (SINGLE if across == 1 else DOUBLE, height * down + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
+    width = SINGLE if across == 1 else DOUBLE
+    height = min(2.6, 0.85 * width / across + 0.35) if square else 1.9
+    figure = Figure(figsize=(width, height * down + 0.5), layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     for ax in grid[len(batches) :]:
         ax.remove()
@@ -197,6 +235,8 @@ def _panels(evaluations: pd.DataFrame, height: float) -> tuple[Figure, list[tupl
         done = here[here["state"] == "done"]
         ax.set_title(f"batch {batch} ({_seeds(done.groupby('arm')['seed'].nunique())})")
         panels.append((ax, here))
+    for ax, _ in panels[-across:]:
+        ax.tick_params(labelbottom=True)  # also where the panel below is left out
     return figure, panels
 
 
@@ -223,8 +263,19 @@ def _limit(set_limits: Callable[[float, float], object], shown: pd.Series, measu
 
 
 def _legend(figure: Figure, arms: Sequence[str], looks: dict[str, Style]) -> None:
-    """One row above the panels where it fits, else as many columns as do."""
+    """Above the panels, in as many columns as fit."""
     handles = [Line2D([], [], color=looks[arm].color, marker=looks[arm].marker, label=arm) for arm in arms]
-    widest = 0.5 + 0.062 * max(len(arm) for arm in arms)  # inches: handle and text
-    columns = max(1, min(len(arms), int(figure.get_figwidth() / widest)))
+    lengths = [len(arm) for arm in arms]
+    for columns in range(len(arms), 0, -1):
+        inches = sum(0.42 + 0.06 * max(column) for column in np.array_split(lengths, columns))
+        if inches <= figure.get_figwidth():
+            break
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.2)
+
+
+@mpl.rc_context(_RC)
+def encode(figure: Figure, suffix: str) -> bytes:
+    """The figure as a file's content, `png` or `pdf`; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix, metadata={"CreationDate": None} if suffix == "pdf" else None)
+    return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +23,6 @@ _RUN_COLUMNS = [
     "run", "setting", "arm", "batch", "seed", "state", "note", "epochs",
     "wall_seconds", "peak_memory_bytes", "parameters",
 ]  # fmt: skip
-_PLACE = ["setting", "arm", "batch", "seed"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,10 @@ class Study:
         names = [*STATES, UNREADABLE] if UNREADABLE in counts else STATES
         return {state: int(counts.get(state, 0)) for state in names}
 
+    def noted(self) -> list[Any]:
+        """The rows of runs whose state wants an explanation, as named tuples."""
+        return list(self.runs[self.runs["note"].fillna("") != ""].itertuples(index=False))
+
 
 def load(study_folder: Path | str, name: str | None = None, now: datetime | None = None) -> Study:
     """Read every run of a study. A damaged file costs its own run only, and leaves a warning.
@@ -68,7 +71,7 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
     now = now or datetime.now(UTC)
     configs: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
-    evaluations: list[pd.DataFrame] = []
+    measured: list[dict[str, Any]] = []
     warnings: list[str] = []
     for path in runs.find(folder):
         try:
@@ -77,22 +80,27 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
             warnings.append(str(error))
             rows.append({"run": path.name, "state": UNREADABLE, "note": _first_line(error)})
             continue
-        row, measured, complaints = _read(path, configs[path.name], now)
+        row, evaluations, complaints = _read(path, configs[path.name], now)
         rows.append(row)
-        evaluations += [pd.DataFrame(measured).assign(run=path.name)] if measured else []
+        measured += [{"run": path.name, **evaluation} for evaluation in evaluations]
         warnings += complaints
 
     found, remarks = places(list(configs.values()))
     where = dict(zip(configs, found, strict=True))
-    table = pd.DataFrame([row | _placed(where.get(row["run"])) for row in rows], columns=_RUN_COLUMNS)
-    table, complaints = _without_twins(table)
-    table = pd.concat([table, *_gaps(table)], ignore_index=True)
+    rows, complaints = _without_twins(rows, where)
+    table = pd.DataFrame(
+        [row | (where[row["run"]]._asdict() if row["run"] in where else {}) for row in rows]
+        + [{**gap._asdict(), "run": "", "state": "missing", "note": ""} for gap in _gaps(where.values())],
+        columns=_RUN_COLUMNS,
+    )
     table = table.astype({"batch": "Int64", "seed": "Int64"})
+    numbers = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters"]
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     return Study(
         name=name or folder.name,
         folder=folder,
         runs=table,
-        evaluations=_tidy(evaluations, table),
+        evaluations=_tidy(measured, table),
         configs=configs,
         provenance={run: _provenance(folder / run) for run in configs},
         remarks=remarks,
@@ -103,14 +111,14 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
 def _config(path: Path) -> dict[str, Any]:
     config = runs.read_config(path)
     if not (
-        isinstance(config.get("norm"), dict)
+        all(isinstance(config.get(group), dict) for group in ("norm", "model", "dataset"))
         and "name" in config["norm"]
         and isinstance(config.get("batch"), int)
         and isinstance(config.get("seed"), int)
     ):
         raise UserError(
-            f"{path / 'config.yaml'} lacks norm.name, batch or seed; its run is left out of the tables.\n"
-            "Delete the run's folder and start the run again."
+            f"{path / 'config.yaml'} lacks settings of a run (norm.name, model, dataset, batch, seed).\n"
+            "Move the run's folder away and start the run again."
         )
     return config
 
@@ -166,45 +174,34 @@ def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _placed(place: Place | None) -> dict[str, Any]:
-    return place._asdict() if place else {}
+def _without_twins(rows: list[dict[str, Any]], where: Mapping[str, Place]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Leave out copies of a run, the unfinished ones first: one seed must count once."""
+    chosen: dict[Place, str] = {}
+    for row in sorted(rows, key=lambda row: row["state"] not in FINISHED):
+        if row["run"] in where:
+            chosen.setdefault(where[row["run"]], row["run"])
+    kept = [row for row in rows if row["run"] not in where or chosen[where[row["run"]]] == row["run"]]
+    twins = [(run, chosen[place]) for run, place in where.items() if chosen[place] != run]
+    return kept, [f"{run} is the same run as {other} and is left out." for run, other in twins]
 
 
-def _without_twins(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Leave out copies of a run: one seed must count once."""
-    best_first = table.assign(rank=table["state"].map(lambda state: state not in FINISHED))
-    best_first = best_first.sort_values("rank", kind="stable")
-    twins = best_first["arm"].notna() & best_first.duplicated(_PLACE)
-    names = sorted(best_first.loc[twins, "run"])
-    complaints = [f"{name} has the same settings and seed as another run and is left out." for name in names]
-    return table[~table["run"].isin(names)], complaints
-
-
-def _gaps(table: pd.DataFrame) -> list[pd.DataFrame]:
+def _gaps(have: Collection[Place]) -> Iterator[Place]:
     """The runs that would complete each setting's grid of arms, batch sizes and seeds."""
-    gaps = []
-    for setting, group in table.groupby("setting"):
-        have = set(zip(group["arm"], group["batch"], group["seed"], strict=True))
-        grid = itertools.product(*(group[key].unique() for key in ("arm", "batch", "seed")))
-        absent = [{"arm": a, "batch": b, "seed": s} for a, b, s in grid if (a, b, s) not in have]
-        if absent:
-            gaps.append(pd.DataFrame(absent).assign(setting=setting, run="", state="missing", note=""))
-    return gaps
+    for setting in {place.setting for place in have}:
+        here = {place for place in have if place.setting == setting}
+        arms, batches, seeds = ({place[i] for place in here} for i in range(1, 4))
+        grid = (Place(setting, *cell) for cell in itertools.product(arms, batches, seeds))  # type: ignore[arg-type]
+        yield from sorted(set(grid) - here)
 
 
-def _tidy(evaluations: list[pd.DataFrame], table: pd.DataFrame) -> pd.DataFrame:
-    if not evaluations:
-        return pd.DataFrame(columns=["run", *_PLACE, "state", "epoch"])
-    every = pd.concat(evaluations, ignore_index=True)
-    measured = every.drop(columns="run").apply(pd.to_numeric, errors="coerce")
-    every = pd.concat([every["run"], measured], axis=1)
+def _tidy(measured: list[dict[str, Any]], table: pd.DataFrame) -> pd.DataFrame:
+    every = pd.DataFrame(measured, columns=None if measured else ["run", "epoch"])
+    numbers = every.columns.drop("run")
+    every[numbers] = every[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     # A run that went on from a checkpoint may have evaluated an epoch twice: the later row counts.
     every = every.drop_duplicates(["run", "epoch"], keep="last")
-    return (
-        table[["run", *_PLACE, "state"]]
-        .merge(every, on="run")
-        .sort_values(["run", "epoch"], ignore_index=True)
-    )
+    places_and_states = table[["run", *Place._fields, "state"]]
+    return places_and_states.merge(every, on="run").sort_values(["run", "epoch"], ignore_index=True)
 
 
 def _provenance(path: Path) -> dict[str, Any]:

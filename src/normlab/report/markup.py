@@ -46,7 +46,7 @@ def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
             r"\toprule",
             line(frame.columns),
             r"\midrule",
-            *(line(row) for row in frame.itertuples(index=False)),
+            *(line(row) for row in frame.to_numpy()),
             r"\bottomrule",
             r"\end{tabular}",
             r"\end{table}",
@@ -57,10 +57,7 @@ def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
 
 def markdown(frame: pd.DataFrame) -> str:
     """A pipe table, padded so that it can be read as plain text; the first column is left-aligned."""
-    lines = [
-        [str(cell).replace("|", r"\|") for cell in row]
-        for row in (frame.columns, *frame.itertuples(index=False))
-    ]
+    lines = [[str(cell).replace("|", r"\|") for cell in row] for row in (frame.columns, *frame.to_numpy())]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(frame.shape[1])]
 
     def line(cells: list[str]) -> str:

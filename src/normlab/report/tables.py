@@ -5,13 +5,14 @@ mean, low, high (the t-interval over seeds; nan for one seed), n (runs that the 
 done, diverged, missing (runs of the cell in these states; missing is every other state).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from normlab.report.arms import in_order
+from normlab.report.arms import in_order, natural
 from normlab.report.load import FINISHED, Study
 from normlab.report.statistics import Interval, paired_t_interval, t_interval
 
@@ -66,9 +67,9 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
     epochs_to_<t> and seconds_to_<t> per threshold (nan where never reached), wall_seconds,
     images_per_second (median over evaluations), peak_memory_mib, parameters.
     """
-    curves = dict(iter(study.evaluations.groupby("run")))
+    curves: dict[Any, pd.DataFrame] = dict(iter(study.evaluations.groupby("run")))
     rows = []
-    for run in study.runs[study.runs["state"] == "done"].itertuples(index=False):
+    for run in _rows(study.runs[study.runs["state"] == "done"]):
         curve = curves[run.run]
         test = curve.get(measure.column, _absent(curve)) * measure.scale
         train = curve.get(measure.train_column, _absent(curve)) * measure.scale
@@ -80,10 +81,8 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
             "train": train.iloc[-1],
             "gap": difference if measure.higher_is_better else -difference,
             "wall_seconds": curve["wall_seconds"].iloc[-1] if "wall_seconds" in curve else run.wall_seconds,
-            "images_per_second": curve.get("images_per_second", _absent(curve)).median(),
-            "peak_memory_mib": pd.to_numeric(run.peak_memory_bytes) / 2**20
-            if run.peak_memory_bytes
-            else None,
+            "images_per_second": curve.get("images_per_second", _absent(curve)).dropna().median(),
+            "peak_memory_mib": run.peak_memory_bytes / 2**20,
             "parameters": run.parameters,
         }
         for threshold in thresholds:
@@ -92,10 +91,14 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
                 known = len(reached) and column in reached
                 row[f"{name}_to_{threshold:g}"] = reached[column].iloc[0] if known else None
         rows.append(row)
-    columns = [*CELL, "seed", *(rows[0].keys() - {*CELL, "seed"} if rows else [])]
-    found = pd.DataFrame(rows, columns=list(rows[0]) if rows else columns)
-    quantities = [column for column in found if column not in (*CELL, "seed")]
-    return found.astype(dict.fromkeys(quantities, float))
+    quantities = _quantities(thresholds)
+    return pd.DataFrame(rows, columns=[*CELL, "seed", *quantities]).astype(dict.fromkeys(quantities, float))
+
+
+def _quantities(thresholds: Sequence[float]) -> list[str]:
+    reached = [f"{kind}_to_{threshold:g}" for kind in ("epochs", "seconds") for threshold in thresholds]
+    cost = ["wall_seconds", "images_per_second", "peak_memory_mib", "parameters"]
+    return ["final", "best", "train", "gap", *cost, *reached]
 
 
 def _absent(curve: pd.DataFrame) -> pd.Series:
@@ -105,22 +108,21 @@ def _absent(curve: pd.DataFrame) -> pd.Series:
 def counts(runs: pd.DataFrame) -> pd.DataFrame:
     """Per cell, in the order of the tables: done, diverged, missing (every state that is neither)."""
     placed = runs.dropna(subset=["arm"])
-    order = {arm: position for position, arm in enumerate(in_order(placed["arm"]))}
+    ranked = [*sorted(placed["setting"].unique(), key=natural), *in_order(placed["arm"])]
+    rank = {name: position for position, name in enumerate(ranked)}
     state = placed["state"].where(placed["state"].isin(FINISHED), "missing")
     found = pd.crosstab([placed[key] for key in CELL], state)
     found = found.reindex(columns=["done", "diverged", "missing"], fill_value=0).reset_index()
     found.columns.name = None
     return found.sort_values(
-        CELL, key=lambda column: column.map(order) if column.name == "arm" else column, ignore_index=True
+        CELL, key=lambda column: column if column.name == "batch" else column.map(rank), ignore_index=True
     )
 
 
-def summarise(
-    runs: pd.DataFrame, values: pd.DataFrame, quantities: Sequence[str], confidence: float
-) -> pd.DataFrame:
+def summarise(runs: pd.DataFrame, values: pd.DataFrame, quantities: Sequence[str], confidence: float) -> pd.DataFrame:
     """A tidy frame of the quantities' means over the seeds of each cell."""
-    samples = {cell: group for cell, group in values.groupby(CELL)}
-    rows: list[dict[str, Any]] = []
+    samples: dict[Any, pd.DataFrame] = dict(iter(values.groupby(CELL)))
+    rows = []
     for cell in counts(runs).to_dict("records"):
         sample = samples.get(tuple(cell[key] for key in CELL))
         for quantity in quantities:
@@ -129,7 +131,7 @@ def summarise(
     return pd.DataFrame(rows)
 
 
-def _tidy_row(cell: dict[str, Any], quantity: str, interval: Interval, **more: Any) -> dict[str, Any]:
+def _tidy_row(cell: Mapping[Any, Any], quantity: str, interval: Interval, **more: Any) -> dict[str, Any]:
     place = {key: cell[key] for key in CELL}
     states = {key: cell[key] for key in ("done", "diverged", "missing")}
     return {**place, **more, "quantity": quantity, **interval._asdict(), **states}
@@ -172,6 +174,7 @@ def with_counts(row: Any, decimals: int, sign: str = "") -> str:
     """`91.2 ± 0.8 (n=3)`, `91.2 (n=1, 2 of 3 diverged)`, `-- missing`."""
     runs = row.done + row.diverged + row.missing
     notes = [f"n={row.n}"] if row.n else []
+    notes += [f"{row.done - row.n} without a value"] if row.done > row.n else []
     notes += [f"{row.diverged} of {runs} diverged"] if row.diverged else []
     if row.missing:
         notes.append("missing" if row.missing == runs else f"{row.missing} of {runs} missing")
@@ -181,29 +184,33 @@ def with_counts(row: Any, decimals: int, sign: str = "") -> str:
 
 def grids(tidy: pd.DataFrame, text: Callable[[Any], str]) -> dict[str, pd.DataFrame]:
     """Per setting, arms as rows and batch sizes as columns."""
+    cells: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for row in _rows(tidy):
+        cells[row.setting][row.arm][row.batch] = text(row)
     found = {}
-    for setting, group in _settings(tidy):
-        grid = {f"batch {b}": {} for b in sorted(group["batch"].unique())}
-        for row in group.itertuples(index=False):
-            grid[f"batch {row.batch}"][row.arm] = text(row)
-        found[setting] = pd.DataFrame(grid).fillna(NOTHING).rename_axis("arm").reset_index()
+    for setting, arms in cells.items():
+        batches = sorted({batch for cell in arms.values() for batch in cell})
+        found[setting] = pd.DataFrame(
+            [{"arm": arm} | {f"batch {b}": cell.get(b, NOTHING) for b in batches} for arm, cell in arms.items()]
+        )
     return found
 
 
-def lists(
-    tidy: pd.DataFrame, columns: dict[str, tuple[str, Callable[[Any], str]]]
-) -> dict[str, pd.DataFrame]:
+def lists(tidy: pd.DataFrame, columns: dict[str, tuple[str, Callable[[Any], str]]]) -> dict[str, pd.DataFrame]:
     """Per setting, one row per arm and batch size. `columns`: quantity -> heading and text of a row."""
-    found = {}
-    for setting, group in _settings(tidy):
-        rows = []
-        for (arm, batch), cell in group.groupby(["arm", "batch"], sort=False):
-            by_quantity = {row.quantity: row for row in cell.itertuples(index=False)}
-            first = next(iter(by_quantity.values()))
-            texts = {heading: text(by_quantity[quantity]) for quantity, (heading, text) in columns.items()}
-            rows.append({"arm": arm, "batch": str(batch), "runs": _runs(first), **texts})
-        found[setting] = pd.DataFrame(rows)
-    return found
+    cells: dict[tuple[str, str, int], dict[str, str]] = {}
+    for row in _rows(tidy):
+        head = {"arm": row.arm, "batch": str(row.batch), "runs": _runs(row)}
+        heading, text = columns[row.quantity]
+        cells.setdefault((row.setting, row.arm, row.batch), head)[heading] = text(row)
+    found = defaultdict(list)
+    for (setting, *_), cell in cells.items():
+        found[setting].append(cell)
+    return {setting: pd.DataFrame(rows) for setting, rows in found.items()}
+
+
+def _rows(frame: pd.DataFrame) -> Iterator[Any]:
+    return frame.itertuples(index=False)
 
 
 def _runs(row: Any) -> str:
@@ -213,20 +220,13 @@ def _runs(row: Any) -> str:
     return f"{row.done} of {total}, {', '.join(told)}" if told else str(total)
 
 
-def _settings(tidy: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for setting, group in tidy.groupby("setting"):
-        yield str(setting), group
-
-
 def build_tables(
     study: Study, measure: Measure, baseline: str | None, thresholds: Sequence[float], confidence: float
 ) -> list[Table]:
     """Every table that the study's measurements allow."""
     thresholds = thresholds if measure is ACCURACY else ()
     values = outcomes(study, measure, thresholds)
-    over = (
-        f"mean over the seeds whose run is done, ± half of the {100 * confidence:g} % t-interval over seeds"
-    )
+    over = f"mean over the seeds whose run is done, ± half of the {100 * confidence:g} % t-interval over seeds"
     uncounted = (
         "n counts these runs. Diverged runs have no final value: they are counted in the cell and are not part"
         " of the mean. Missing: not started, running, interrupted, failed or unreadable. No ± where n = 1."
@@ -234,8 +234,10 @@ def build_tables(
     unit = f", in {measure.unit}" if measure.unit else ""
     points = f", in {measure.points}" if measure.points else ""
 
+    every = summarise(study.runs, values, _quantities(thresholds), confidence)
+
     def tidy(*quantities: str) -> pd.DataFrame:
-        return summarise(study.runs, values, quantities, confidence)
+        return every[every["quantity"].isin(quantities)].reset_index(drop=True)
 
     accuracy = tidy("final")
     found = [

@@ -69,7 +69,8 @@ def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
     """What a reader needs to know about where a result was made."""
     packages = ("normlab", "torch", "torchvision", "hydra-core", "numpy")
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}
+        | {"torch": str(torch.__version__)},
         "git": _git(),
         "command": sys.argv,
         "platform": platform.platform(),

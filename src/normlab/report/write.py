@@ -1,0 +1,137 @@
+"""From a study's name to its report on disk: the only part of the report that writes files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from normlab import runs
+from normlab.errors import UserError, nearest
+from normlab.report.arms import in_order
+from normlab.report.load import FINISHED, Study, load
+from normlab.report.markup import latex, markdown
+from normlab.report.page import page
+from normlab.report.tables import Table, build_tables, measure_of
+from normlab.report.terminal import show
+from normlab.runs import files
+
+
+def build(
+    study: str,
+    output_dir: str | Path = "outputs",
+    baseline: str | None = "bn",
+    thresholds: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    figures: bool = True,
+    confidence: float = 0.95,
+) -> Path:
+    """Report whatever has finished in `output_dir`/`study`; return the page `report/report.md` there.
+
+    Raises:
+        UserError: for a setting out of range, a study that does not exist or has no finished run, and a
+            folder that cannot be written.
+    """
+    _check(thresholds, figures, confidence)
+    found = _find(Path(output_dir), str(study))
+    measure = measure_of(found.evaluations)
+    baseline, remarks = _baseline(found, baseline)
+    tables = build_tables(found, measure, baseline, thresholds, confidence)
+    folder = found.folder / "report"
+    files.make_folder(folder)
+    for table in tables:
+        for suffix, text in render(table, found.name).items():
+            _write(folder / f"{table.name}.{suffix}", text.encode())
+    drawn = []
+    if figures:
+        from normlab.report.figures import draw, encode  # matplotlib is slow to import; tables can do without
+
+        for name, caption, figure in draw(found, tables[0], measure, confidence):
+            for suffix in ("png", "pdf"):
+                _write(folder / f"{name}.{suffix}", encode(figure, suffix))
+            drawn.append((name, caption))
+    warnings = found.warnings + remarks
+    _write(folder / "report.md", page(found, tables, drawn, warnings).encode())
+    show(found, tables[0], folder / "report.md", warnings)
+    return folder / "report.md"
+
+
+def render(table: Table, study_name: str) -> dict[str, str]:
+    """A table as the text of its files, by suffix: md, csv (full precision, tidy) and tex."""
+    slug = study_name.replace("/", "-")
+    sections = [f"**{setting}**\n\n{markdown(texts)}" for setting, texts in table.texts.items()]
+    environments = [
+        latex(texts, f"{table.title}. {setting}. {table.caption}", f"tab:{slug}-{table.name}{f'_{i + 1}' if i else ''}")
+        for i, (setting, texts) in enumerate(table.texts.items())
+    ]
+    return {
+        "md": "\n".join([f"# {table.title}\n", *sections, f"{table.caption}\n"]),
+        "csv": table.tidy.to_csv(index=False, lineterminator="\n"),
+        "tex": "\n".join(["% needs \\usepackage{booktabs}", *environments]),
+    }
+
+
+def _check(thresholds: object, figures: object, confidence: object) -> None:
+    if not isinstance(thresholds, Sequence) or isinstance(thresholds, str) or not all(map(_share, thresholds)):
+        raise UserError(
+            f"thresholds={thresholds} is not valid: expected a list of accuracies between 0 and 1.\n"
+            "Example: thresholds=[0.5,0.8,0.95]"
+        )
+    if not isinstance(figures, bool):
+        raise UserError(f"figures={figures} is not valid: expected true or false.")
+    if not _share(confidence) or confidence == 1:
+        raise UserError(
+            f"confidence={confidence} is not valid: expected a number between 0 and 1.\nExample: confidence=0.95"
+        )
+
+
+def _share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _find(output_dir: Path, study: str) -> Study:
+    folder = output_dir / study
+    if not folder.is_dir() or not runs.find(folder):
+        names = _studies(output_dir)
+        close = nearest(study, names)
+        raise UserError(
+            f"There is no study {study} in {output_dir}."
+            + (f"\nStudies there: {', '.join(names[:5])}{_more(names)}." if names else " It holds no study yet.")
+            + (f"\nDid you mean study={close}?" if close else "")
+            + f"\nTo start it: python train.py -m study={study} norm=bn,none"
+        )
+    found = load(folder, study)
+    states = found.states()
+    if not any(states[state] for state in FINISHED):
+        told = ", ".join(f"{number} {state}" for state, number in states.items() if number)
+        failed = found.runs[found.runs["state"] == "failed"]
+        raise UserError(
+            f"Study {study} has no finished run yet: {told}."
+            + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
+            + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
+            f"\n  python train.py -m study={study} norm=bn,none"
+        )
+    return found
+
+
+def _studies(output_dir: Path) -> list[str]:
+    """Every folder that holds runs; a study's name may have several parts."""
+    configs = [*output_dir.glob("*/*/config.yaml"), *output_dir.glob("*/*/*/config.yaml")]
+    folders = {path.parent.parent for path in configs if not path.parent.name.startswith(".")}
+    return sorted(folder.relative_to(output_dir).as_posix() for folder in folders)
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 5} more" if len(names) > 5 else ""
+
+
+def _baseline(study: Study, baseline: str | None) -> tuple[str | None, list[str]]:
+    """The baseline, or None with a sentence if the study has no such arm."""
+    arms = in_order(study.runs["arm"].dropna())
+    if baseline is None or baseline in arms:
+        return baseline, []
+    close = nearest(baseline, arms)
+    return None, [
+        f"baseline={baseline} is not an arm of this study, so there is no table of differences. Arms:"
+        f" {', '.join(arms)}." + (f" Did you mean baseline={close}?" if close else "")
+    ]
+
+
+def _write(path: Path, content: bytes) -> None:
+    files.write_atomically(path, lambda file: file.write(content), durable=False)

@@ -1,0 +1,185 @@
+import errno
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normlab.data import cache
+from normlab.data.images import Decoder
+from normlab.data.inventory import scan
+from normlab.data.load import Data
+from normlab.data.streaming import worker_context
+from normlab.errors import UserError
+
+Folder = Callable[..., Path]
+Load = Callable[..., Data]
+
+
+class Decoding:
+    """The arguments of `cache.decoded` for one folder, and what it logged."""
+
+    def __init__(self, root: Path, data_dir: Path, size: int = 8) -> None:
+        scan.cache_clear()
+        found = scan(root)
+        self.paths = [*found.train, *found.test]
+        self.decoder = Decoder(root, size, size, one_size=False, crop_scale=None)
+        self.data_dir = data_dir
+        self.lines: list[str] = []
+
+    def run(self) -> np.ndarray:
+        return cache.decoded(self.decoder, self.paths, self.data_dir, self.lines.append)[0]
+
+    @property
+    def decoded(self) -> bool:
+        return any(line.startswith("Decoded") for line in self.lines)
+
+
+def test_the_array_holds_the_pixels_of_the_files(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder()
+    array = Decoding(root, tmp_path).run()
+    assert array.shape == (20, 3, 8, 8)
+    for pixels, path in zip(array, scan(root).train, strict=False):
+        assert np.array_equal(pixels.transpose(1, 2, 0), np.array(Image.open(root / path)))
+
+
+def test_a_second_load_decodes_nothing(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder()
+    first, second = Decoding(root, tmp_path), Decoding(root, tmp_path)
+    assert np.array_equal(first.run(), second.run())
+    assert first.decoded
+    assert second.lines == []
+
+
+@pytest.mark.parametrize("change", ["content", "time", "name", "addition", "size"])
+def test_any_change_of_the_folder_decodes_again(image_folder: Folder, tmp_path: Path, change: str) -> None:
+    root = image_folder()
+    Decoding(root, tmp_path).run()
+    file = root / "train" / "cat" / "0.png"
+    if change == "content":
+        Image.new("RGB", (8, 8), "red").save(file)
+    elif change == "time":
+        os.utime(file, ns=(1, 1))
+    elif change == "name":
+        file.rename(file.with_name("00.png"))
+    elif change == "addition":
+        shutil.copy2(file, file.with_name("9.png"))
+    again = Decoding(root, tmp_path, size=4 if change == "size" else 8)
+    array = again.run()
+    assert again.decoded
+    if change == "content":
+        assert array[0, :, 0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "header", "empty", "text"])
+def test_a_damaged_file_is_decoded_again(image_folder: Folder, tmp_path: Path, damage: str) -> None:
+    root = image_folder()
+    intact = np.array(Decoding(root, tmp_path).run())
+    (file,) = (tmp_path / "cache").glob("*.npy")
+    content = bytearray(file.read_bytes())
+    if damage == "flipped bit":
+        content[-100] ^= 1
+    elif damage == "header":
+        content[20] ^= 1
+    file.write_bytes({"truncated": content[:-50], "empty": b"", "text": b"hello"}.get(damage, content))
+    again = Decoding(root, tmp_path)
+    assert np.array_equal(again.run(), intact)
+    assert any("damaged" in line for line in again.lines)
+
+
+def test_writing_to_the_array_leaves_the_file_as_it_is(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder()
+    array = Decoding(root, tmp_path).run()
+    array[:] = 0
+    assert Decoding(root, tmp_path).run().any()
+
+
+def test_two_processes_at_once_decode_once(image_folder: Folder, tmp_path: Path) -> None:
+    ours = Decoding(image_folder(), tmp_path)
+    file = tmp_path / "cache" / f"images-8px-{cache._key(ours.decoder, ours.paths)}.lock"
+    context = worker_context()
+    with context.Manager() as manager:
+        lines = manager.Queue()
+        arguments = (ours.decoder, ours.paths, tmp_path, lines.put)
+        others = [context.Process(target=cache.decoded, args=arguments) for _ in range(2)]
+        with cache.locked(file, print):
+            for other in others:
+                other.start()
+            assert all("Waiting" in lines.get(timeout=60) for _ in others)
+        for other in others:
+            other.join()
+        logged = [lines.get() for _ in range(lines.qsize())]
+    assert [other.exitcode for other in others] == [0, 0]
+    assert sum(line.startswith("Decoded") for line in logged) == 1
+
+
+def test_an_unreadable_image_is_named_and_leaves_nothing_behind(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder()
+    (root / "test" / "dog" / "3.png").write_text("no image")
+    with pytest.raises(UserError, match=r"test/dog/3\.png cannot be read"):
+        Decoding(root, tmp_path).run()
+    assert [file.suffix for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == []
+
+
+def test_an_image_of_another_size_is_named(image_folder: Folder, load_it: Load) -> None:
+    root = image_folder(count=70)
+    Image.new("RGB", (8, 12)).save(root / "train" / "dog" / "33.png")  # where no glance at a few images falls
+    with pytest.raises(UserError, match=r"33\.png is 8x12.*\n.*dataset\.image_size=8"):
+        load_it("image_folder", path=str(root))
+
+
+def test_a_data_dir_that_cannot_be_written(image_folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="data_dir="):
+        Decoding(image_folder(), tmp_path / "file").run()
+
+
+def test_a_full_disk(image_folder: Folder, tmp_path: Path) -> None:
+    """Stood in for by the kernel's limit on a file's size: the same failure of the same call."""
+    ours = Decoding(image_folder(), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(UserError, match=os.strerror(errno.EFBIG)):
+            ours.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list((tmp_path / "cache").glob("*.tmp")) == []
+
+
+def test_pillows_remarks_are_not_errors(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder()
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([9, 9, 9])
+    image.save(root / "train" / "cat" / "0.png", transparency=b"\xff")
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x05\x00\x12\x01"  # breaks off
+    Image.new("RGB", (8, 8)).save(root / "train" / "cat" / "1.jpg", exif=exif)
+    assert Decoding(root, tmp_path).run()[0, :, 0, 0].tolist() == [9, 9, 9]
+
+
+def test_a_bar_is_drawn_in_a_terminal_only(
+    image_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = Decoding(image_folder(), tmp_path / "a")
+    ours.run()
+    assert any(line.startswith("Decoding images: 20 images") for line in ours.lines)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    ours = Decoding(image_folder("more"), tmp_path / "b")
+    ours.run()
+    assert "Decoding more" in capsys.readouterr().err
+    assert [line for line in ours.lines if line.startswith("Decoding")] == []
+
+
+def test_cached_loading_is_quick(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder(count=100)
+    Decoding(root, tmp_path).run()
+    started = time.perf_counter()
+    Decoding(root, tmp_path).run()
+    assert time.perf_counter() - started < 0.2

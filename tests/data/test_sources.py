@@ -1,0 +1,184 @@
+import hashlib
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from normlab.data import inventory, sources
+from normlab.data.inventory import check
+from normlab.data.load import Data
+from normlab.errors import UserError
+
+Load = Callable[..., Data]
+
+# --- digits -----------------------------------------------------------------------------------------
+
+
+def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    table = sources._digits_table()
+    assert np.array_equal(table[:, :64], bunch.data)
+    assert np.array_equal(table[:, 64], bunch.target)
+
+
+def test_digits_pixels_are_exactly_linear_in_the_grey_values() -> None:
+    source = sources.digits()
+    everything = torch.cat([source.train.images, source.test.images])  # type: ignore[union-attr]
+    assert everything.dtype == torch.uint8
+    assert everything.shape == (1797, 3, 8, 8)
+    assert everything.unique().tolist() == [15 * grey for grey in range(17)]
+    assert torch.equal(everything[:, 0], everything[:, 2])
+
+
+def test_digits_splits_are_what_the_inventory_knows(settings: Callable[..., Any]) -> None:
+    source, known = sources.digits(), check(settings("digits"), Path())
+    assert len(source.train_labels) == known.train_images == 1438
+    assert len(source.test_labels) == 359
+    assert len(source.classes) == known.classes
+    shares = torch.bincount(source.test_labels) / torch.bincount(torch.cat([source.train_labels, source.test_labels]))
+    assert (shares - 0.2).abs().max() < 0.005
+
+
+def test_digits_are_read_without_scikit_learns_file_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = sources._digits_table()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert np.array_equal(sources._digits_table(), expected)
+
+
+# --- CIFAR ------------------------------------------------------------------------------------------
+
+
+class _OldDtype:
+    """Pickled as NumPy 1 under Python 2 pickled a dtype, which NumPy 2.4 remarks on."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.dtype, ("u1", 0, 1)
+
+
+@pytest.fixture
+def small_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data_dir with an archive of 20 training and 10 test images, whose checksums torchvision is told."""
+    draw = np.random.default_rng(0)
+    made = tmp_path / "made" / "cifar-10-batches-py"
+    made.mkdir(parents=True)
+
+    def md5(name: str, content: dict[str, Any]) -> str:
+        (made / name).write_bytes(pickle.dumps(content | {"old": _OldDtype()}))
+        return hashlib.md5((made / name).read_bytes()).hexdigest()
+
+    def batch() -> dict[str, Any]:
+        pixels = draw.integers(0, 256, (10, 3072), dtype=np.uint8)
+        return {"data": pixels, "labels": list(range(10))}
+
+    reader = datasets.CIFAR10
+    names = {"label_names": [f"class{n}" for n in range(10)]}
+    monkeypatch.setattr(reader, "meta", reader.meta | {"md5": md5("batches.meta", names)})
+    monkeypatch.setattr(reader, "train_list", [[n, md5(n, batch())] for n in ("data_batch_1", "data_batch_2")])
+    monkeypatch.setattr(reader, "test_list", [["test_batch", md5("test_batch", batch())]])
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    with tarfile.open(data_dir / reader.filename, "w:gz") as archive:
+        archive.add(made, made.name)
+    monkeypatch.setattr(reader, "tgz_md5", hashlib.md5((data_dir / reader.filename).read_bytes()).hexdigest())
+    monkeypatch.setattr(reader, "url", f"http://127.0.0.1:9/{reader.filename}")  # nothing listens there
+    return data_dir
+
+
+def test_cifar_is_unpacked_from_its_archive_without_a_network(small_cifar: Path, load_it: Load) -> None:
+    data = load_it("cifar10", input_norm="none")
+    assert (len(data.train), len(data.test), data.image_size) == (20, 10, 32)
+    assert data.classes[3] == "class3"
+    pickled = pickle.loads((small_cifar / "cifar-10-batches-py" / "test_batch").read_bytes())
+    images, labels = next(data.test.batches())
+    expected = torch.from_numpy(pickled["data"]).view(10, 3, 32, 32) / 255
+    assert torch.equal(images, expected)
+    assert labels.tolist() == pickled["labels"]
+    assert images.is_contiguous()
+
+
+def test_cifar_once_unpacked_is_not_unpacked_again(
+    small_cifar: Path, load_it: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_it("cifar10")
+    monkeypatch.setattr(sources, "_download_cifar", lambda *a: pytest.fail("unpacked again"))
+    load_it("cifar10")
+
+
+@pytest.mark.parametrize("damage", ["archive cut", "file cut and no archive"])
+def test_a_damaged_cifar_that_cannot_be_fetched_says_where_the_files_go(
+    small_cifar: Path, load_it: Load, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    archive = small_cifar / datasets.CIFAR10.filename
+    if damage == "archive cut":
+        archive.write_bytes(archive.read_bytes()[:-100])
+    else:
+        load_it("cifar10")
+        archive.unlink()
+        (small_cifar / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"")
+        monkeypatch.setattr(inventory, "unreachable", lambda url: None)
+    with pytest.raises(UserError) as caught:
+        load_it("cifar10")
+    message = str(caught.value)
+    assert "cifar-10-python.tar.gz" in message
+    assert str(small_cifar) in message
+    assert "dataset=digits" in message
+    assert "refused" in message
+    assert len(message.splitlines()) <= 5
+
+
+def test_a_data_dir_for_cifar_that_cannot_be_written(
+    tmp_path: Path, load_it: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "unreachable", lambda url: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="data_dir="):
+        load_it("cifar10", data_dir=tmp_path / "file" / "data")
+
+
+# --- ImageNet ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_imagenet(tmp_path: Path) -> Path:
+    """A folder as torchvision leaves it: two classes of three images, the names in meta.bin."""
+    root = tmp_path / "imagenet"
+    for part in ("train", "val"):
+        for number, wnid in enumerate(("n01440764", "n02102040")):
+            (root / part / wnid).mkdir(parents=True)
+            for image in range(3):
+                Image.new("RGB", (30, 20), (number * 100, image * 50, 0)).save(
+                    root / part / wnid / f"{part}_{image}.JPEG"
+                )
+    names = {"n01440764": ("tench", "Tinca tinca"), "n02102040": ("English springer",)}
+    torch.save((names, ["n01440764", "n02102040"]), root / "meta.bin")
+    return root
+
+
+def test_imagenet_is_torchvisions(small_imagenet: Path, load_it: Load) -> None:
+    data = load_it("imagenet", path=str(small_imagenet), image_size=14, input_norm="none", crop_scale=[0.5, 1.0])
+    oracle = datasets.ImageNet(small_imagenet, "val")
+    assert data.classes == ("tench (n01440764)", "English springer (n02102040)")
+    images, labels = next(data.test.batches())
+    assert labels.tolist() == oracle.targets
+    for image, (path, _) in zip(images, oracle.samples, strict=True):
+        colour = torch.tensor(Image.open(path).getpixel((0, 0))) / 255
+        assert torch.allclose(image, colour.view(3, 1, 1).expand(3, 14, 14))
+    assert sum(len(labels) for _, labels in data.train.batches(0)) == len(datasets.ImageNet(small_imagenet)) == 6
+
+
+def test_a_broken_archive_of_imagenet_is_a_sentence(tmp_path: Path, load_it: Load) -> None:
+    root = tmp_path / "imagenet"
+    root.mkdir()
+    for archive in (inventory.IMAGENET_DEVKIT, inventory.IMAGENET_TRAIN, inventory.IMAGENET_VAL):
+        (root / archive).write_bytes(b"half of it")
+    with pytest.raises(UserError, match="ILSVRC2012_devkit_t12"):
+        load_it("imagenet", path=str(root), image_size=14)

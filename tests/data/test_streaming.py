@@ -1,0 +1,149 @@
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from normlab.data.load import Data
+from normlab.data.streaming import Files
+from normlab.errors import UserError
+
+Folder = Callable[..., Path]
+Load = Callable[..., Data]
+MIXED = ((20, 16), (14, 14), (9, 30))
+
+
+def equal(one: Iterator[tuple[Tensor, Tensor]], other: Iterator[tuple[Tensor, Tensor]]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return bool(pairs) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def streams(data: Data) -> bool:
+    return isinstance(data.train._source, Files)
+
+
+def test_streamed_batches_equal_those_from_memory(image_folder: Folder, load_it: Load) -> None:
+    settings: dict[str, Any] = {
+        "path": str(image_folder(sizes=MIXED)),
+        "image_size": 12,
+        "flip": True,
+        "crop_padding": 2,
+        "val_size": 4,
+    }
+    memory = load_it("image_folder", storage="memory", **settings)
+    stream = load_it("image_folder", storage="stream", **settings)
+    assert streams(stream)
+    assert not streams(memory)
+    assert equal(memory.train.batches(3), stream.train.batches(3))
+    assert equal(memory.test.batches(), stream.test.batches())
+    assert memory.val is not None
+    assert stream.val is not None
+    assert equal(memory.val.batches(), stream.val.batches())
+
+
+def test_random_crops_depend_on_neither_workers_nor_batch(image_folder: Folder, load_it: Load) -> None:
+    settings: dict[str, Any] = {
+        "path": str(image_folder(sizes=MIXED)),
+        "image_size": 12,
+        "flip": True,
+        "crop_scale": [0.2, 1.0],
+    }
+    here = load_it("image_folder", **settings)
+    elsewhere = load_it("image_folder", workers=2, **settings)
+    assert equal(here.train.batches(1), elsewhere.train.batches(1))
+    assert equal(here.train.batches(1, start=1), islice(elsewhere.train.batches(1), 1, None))
+    by_threes = load_it("image_folder", batch=3, **settings)
+    images, again = (torch.cat([i for i, _ in data.train.batches(1)]) for data in (here, by_threes))
+    assert torch.equal(images, again)
+    assert not torch.equal(images, torch.cat([i for i, _ in here.train.batches(2)]))
+
+
+def test_auto_streams_what_does_not_fit(image_folder: Folder, load_it: Load) -> None:
+    path = str(image_folder(count=10))  # 40 images of 192 bytes
+    assert not streams(load_it("image_folder", path=path, memory_limit_gb=7.681e-6))
+    assert streams(load_it("image_folder", path=path, memory_limit_gb=7.679e-6))
+    assert streams(load_it("image_folder", path=path, crop_scale=[0.5, 1.0]))
+
+
+def test_the_evaluation_of_random_crops_sees_the_central_part(image_folder: Folder, load_it: Load) -> None:
+    from PIL import Image
+    from torchvision import transforms
+
+    root = image_folder(sizes=((40, 30),))
+    data = load_it("image_folder", path=str(root), image_size=14, crop_scale=[0.2, 1.0], input_norm="none")
+    oracle = transforms.Compose([transforms.Resize(16), transforms.CenterCrop(14), transforms.ToTensor()])
+    images, _ = next(data.test.batches())
+    assert torch.equal(images[0], oracle(Image.open(root / "test/cat/0.png")))
+
+
+def test_no_worker_outlives_its_iterator(image_folder: Folder, load_it: Load) -> None:
+    data = load_it("image_folder", path=str(image_folder()), storage="stream", workers=2, batch=1)
+    half_read = data.train.batches(0)
+    next(half_read)
+    assert multiprocessing.active_children()
+    half_read.close()
+    list(data.test.batches())
+    deadline = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert multiprocessing.active_children() == []
+
+
+def test_two_iterators_of_one_split_do_not_disturb_each_other(image_folder: Folder, load_it: Load) -> None:
+    train = load_it("image_folder", path=str(image_folder()), storage="stream").train
+    assert equal(train.batches(0), train.batches(0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_named(image_folder: Folder, load_it: Load, workers: int) -> None:
+    root = image_folder()
+    data = load_it("image_folder", path=str(root), storage="stream", workers=workers)
+    (root / "train" / "dog" / "4.png").write_text("no image")
+    with pytest.raises(UserError, match=r"^The image .*train/dog/4\.png cannot be read: [^\n]*\n[^\n]*$"):
+        list(data.train.batches(0))
+
+
+def test_an_image_of_another_size_is_named(image_folder: Folder, load_it: Load) -> None:
+    from PIL import Image
+
+    root = image_folder()
+    data = load_it("image_folder", path=str(root), storage="stream")
+    Image.new("RGB", (8, 12)).save(root / "train" / "dog" / "3.png")
+    with pytest.raises(UserError, match=r"3\.png is 8x12"):
+        list(data.train.batches(0))
+
+
+def test_streaming_leaves_the_global_stream_alone(image_folder: Folder, load_it: Load) -> None:
+    data = load_it("image_folder", path=str(image_folder()), storage="stream", crop_scale=[0.5, 1.0])
+    before = torch.get_rng_state()
+    list(data.train.batches(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_statistics_of_a_stream_are_a_fixed_samples(
+    image_folder: Folder, load_it: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"path": str(image_folder(count=20)), "storage": "stream"}
+    exact = load_it("image_folder", **settings)
+    monkeypatch.setattr("normlab.data.batches.SAMPLE", 10)
+    one, other = (load_it("image_folder", seed=seed, **settings) for seed in (0, 1))
+    assert equal(one.test.batches(), other.test.batches())
+    assert not equal(one.test.batches(), exact.test.batches())
+
+
+def test_the_fingerprint_follows_the_files_and_not_their_place(image_folder: Folder, load_it: Load) -> None:
+    import shutil
+
+    root = image_folder()
+    copy = shutil.copytree(root, root.with_name("copy"), copy_function=shutil.copy)
+    streamed = [load_it("image_folder", path=str(path), storage="stream").fingerprint for path in (root, copy)]
+    decoded = [load_it("image_folder", path=str(path)).fingerprint for path in (root, copy)]
+    assert streamed[0] == streamed[1]
+    assert decoded[0] == decoded[1]
+    (copy / "train" / "cat" / "0.png").write_bytes((copy / "train" / "cat" / "0.png").read_bytes() + b" ")
+    assert load_it("image_folder", path=str(copy), storage="stream").fingerprint != streamed[0]

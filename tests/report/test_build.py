@@ -1,0 +1,141 @@
+import csv
+import subprocess
+import sys
+
+import pytest
+
+from normlab.errors import UserError
+from normlab.report import build
+
+
+@pytest.fixture
+def sweep(add_run):
+    for norm in ("bn", "none"):
+        for batch in (8, 32):
+            for seed in (0, 1):
+                diverged = (norm, batch, seed) == ("none", 32, 1)
+                accuracies = (0.2,) if diverged else (0.5, 0.8, 0.9 + 0.01 * seed)
+                add_run(norm, batch, seed, accuracies, state="diverged" if diverged else "done")
+    return add_run
+
+
+def test_a_report_has_every_table_and_figure_and_its_page_links_them(sweep, tmp_path):
+    page = build("study", tmp_path / "outputs")
+    folder = page.parent
+    assert page == tmp_path / "outputs" / "study" / "report" / "report.md"
+    text = page.read_text()
+    for name in ("accuracy", "difference", "convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost"):
+        for suffix in ("md", "csv", "tex"):
+            assert (folder / f"{name}.{suffix}").stat().st_size > 0
+            assert f"({name}.{suffix})" in text
+    for name in ("accuracy_against_batch", "learning_curves", "train_against_test"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (folder / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        assert f"({name}.png)" in text
+    assert "8 runs: 7 done, 0 running, 1 diverged" in text
+    assert "Device: a processor" in text
+    assert "90.0 (n=1, 1 of 2 diverged)" in text
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_the_csv_has_full_precision(sweep, tmp_path):
+    page = build("study", tmp_path / "outputs", figures=False)
+    with (page.parent / "accuracy.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert (first["arm"], first["batch"], first["n"]) == ("bn", "8", "2")
+    assert float(first["mean"]) == pytest.approx(90.5, abs=1e-12)
+    assert float(first["high"]) - 90.5 == pytest.approx(12.7062047364 * 0.5, abs=1e-9)
+
+
+def test_a_second_report_is_the_same_to_the_byte(sweep, tmp_path):
+    def contents():
+        folder = build("study", tmp_path / "outputs").parent
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    assert contents() == contents()
+
+
+def test_the_terminal_shows_states_failures_table_and_page(sweep, tmp_path, capsys):
+    sweep("affine", state="failed", accuracies=(), status={"error": "MemoryError: [out] of memory\nmore"})
+    page = build("study", tmp_path / "outputs", figures=False)
+    text = capsys.readouterr().out
+    assert "7 done, 0 running, 1 diverged, 1 failed, 0 interrupted, 3 missing" in text
+    assert "failed (MemoryError: [out] of memory)" in text
+    assert "more" not in text
+    assert "90.5 ± 6.4 (n=2)" in text
+    assert str(page) in text
+
+
+def test_a_wide_table_fits_80_columns(add_run, tmp_path, capsys):
+    for batch in (2, 4, 8, 16, 32, 64, 128, 256):
+        add_run("bn", batch)
+    build("study", tmp_path / "outputs", figures=False)
+    table = capsys.readouterr().out.split("Test accuracy")[1].split("Report:")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert table.count("90.0 (n=1)") == 8
+
+
+def test_an_unknown_study_is_answered_with_the_nearest(add_run, tmp_path):
+    add_run(study="digits_small")
+    add_run(study="reference/cifar10")
+    with pytest.raises(UserError) as error:
+        build("digits_smal", tmp_path / "outputs")
+    assert "There is no study digits_smal" in str(error.value)
+    assert "digits_small, reference/cifar10" in str(error.value)
+    assert "Did you mean study=digits_small?" in str(error.value)
+
+
+def test_without_any_study_the_error_says_how_to_start_one(tmp_path):
+    with pytest.raises(UserError, match=r"python train\.py -m study=default"):
+        build("default", tmp_path)
+
+
+def test_a_study_without_a_finished_run_tells_its_states(add_run, tmp_path):
+    add_run("bn", state="failed", accuracies=(), status={"error": "OSError: no space"})
+    add_run("none", state=None)
+    with pytest.raises(UserError) as error:
+        build("study", tmp_path / "outputs")
+    assert "no finished run yet: 1 failed, 1 missing" in str(error.value)
+    assert "OSError: no space" in str(error.value)
+    assert "train.py" in str(error.value)
+    assert len(str(error.value).splitlines()) <= 5
+
+
+def test_a_baseline_that_is_no_arm_is_explained_and_the_rest_reported(sweep, tmp_path, capsys):
+    page = build("study", tmp_path / "outputs", baseline="nonne", figures=False)
+    assert "baseline=nonne is not an arm of this study" in page.read_text()
+    assert "Did you mean baseline=none?" in capsys.readouterr().out
+    assert not (page.parent / "difference.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("thresholds", [80]),
+        ("thresholds", 0.8),
+        ("thresholds", ["high"]),
+        ("confidence", 95),
+        ("confidence", 1),
+        ("confidence", float("nan")),
+        ("figures", "maybe"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_what_was_expected(sweep, tmp_path, setting, value):
+    with pytest.raises(UserError, match=rf"(?s)^{setting}=.* is not valid: expected"):
+        build("study", tmp_path / "outputs", **{setting: value})
+
+
+def test_a_report_folder_that_cannot_be_made_is_a_sentence(sweep, study, tmp_path):
+    (study / "report").write_text("in the way")
+    with pytest.raises(UserError, match="Cannot write"):
+        build("study", tmp_path / "outputs")
+
+
+def test_tables_need_neither_torch_nor_hydra_nor_matplotlib(sweep, tmp_path):
+    code = (
+        "import sys; from normlab.report import build\n"
+        f"build('study', {str(tmp_path / 'outputs')!r}, figures=False)\n"
+        "print({'torch', 'hydra', 'omegaconf', 'matplotlib', 'scipy.stats'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"

@@ -1,0 +1,148 @@
+from datetime import timedelta
+
+import pytest
+
+from normlab.report import load
+
+
+def labels(study):
+    runs = load(study).runs
+    return sorted(zip(runs["setting"], runs["arm"], runs["batch"], strict=True))
+
+
+def test_one_row_per_run_and_one_per_evaluation(add_run, study):
+    add_run("bn")
+    add_run("none", accuracies=(0.1, 0.2, 0.3))
+    found = load(study)
+    assert len(found.runs) == 2
+    assert len(found.evaluations) == 6
+    assert found.evaluations.groupby("arm")["test_accuracy"].max().to_dict() == {"bn": 0.9, "none": 0.3}
+    assert found.warnings == []
+
+
+def test_options_that_differ_between_norms_are_no_part_of_an_arms_name(add_run, study):
+    add_run("bn")
+    add_run("affine")
+    assert labels(study) == [("digits, resnet18", "affine", 8), ("digits, resnet18", "bn", 8)]
+
+
+def test_options_that_vary_within_a_norm_are_part_of_the_arms_name(add_run, study):
+    add_run("bn", norm__eps=1e-3)
+    add_run("bn", norm__eps=1e-5)
+    add_run("none")
+    assert {arm for _, arm, _ in labels(study)} == {"bn (eps=0.001)", "bn (eps=1e-05)", "none"}
+
+
+def test_a_norm_batch_is_part_of_the_arms_name(add_run, study):
+    add_run("bn")
+    add_run("bn", norm_batch=4)
+    assert {arm for _, arm, _ in labels(study)} == {"bn", "bn (norm_batch=4)"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "title"),
+    [
+        ("depth", 34, "digits, resnet34"),
+        ("dataset__name", "cifar10", "cifar10, resnet18"),
+        ("optimizer__lr", 0.01, "digits, resnet18, optimizer.lr=0.01"),
+        ("epochs", 2, "digits, resnet18, epochs=2"),
+        ("dataset__train_size", 100, "digits, resnet18, dataset.train_size=100"),
+    ],
+)
+def test_any_other_setting_that_varies_is_another_table(add_run, study, setting, value, title):
+    add_run()
+    add_run(**{setting: value}, accuracies=(0.5, 0.6))
+    settings = [found for found, _, _ in labels(study)]
+    assert title in settings
+    assert len(set(settings)) == 2
+
+
+def test_where_a_run_was_carried_out_is_no_setting(add_run, study):
+    add_run("bn", dataset__path="/a", output_dir="outputs")
+    add_run("none", dataset__path="/b", output_dir="elsewhere")
+    assert {setting for setting, _, _ in labels(study)} == {"digits, resnet18"}
+
+
+def test_a_learning_rate_scaled_with_the_batch_does_not_split_the_table(add_run, study):
+    for norm in ("bn", "none"):
+        add_run(norm, 8, optimizer__lr=0.01)
+        add_run(norm, 32, optimizer__lr=0.04)
+    found = load(study)
+    assert set(found.runs["setting"]) == {"digits, resnet18"}
+    assert found.remarks == {"digits, resnet18": "optimizer.lr follows the batch size: 0.01 at 8, 0.04 at 32."}
+
+
+def test_a_folder_without_status_and_a_gap_of_the_grid_are_missing(add_run, study):
+    add_run("bn", 8)
+    add_run("bn", 32)
+    add_run("none", 8, state=None)  # and none at batch 32 has no folder at all
+    found = load(study)
+    assert found.states()["missing"] == 2
+    assert len(found.runs) == 4
+
+
+def test_a_running_run_that_is_silent_is_noted(add_run, study, now):
+    add_run("bn", state="running", accuracies=())
+    add_run("none", state="running", accuracies=(), status={"heartbeat": (now - timedelta(minutes=7)).isoformat()})
+    notes = load(study, now=now + timedelta(seconds=60)).runs.set_index("arm")["note"]
+    assert notes["bn"] == ""
+    assert notes["none"] == "no sign of life for 8 min"
+
+
+def test_a_failed_runs_note_is_its_errors_first_line(add_run, study):
+    add_run(state="failed", status={"error": "ValueError: wrong\nTraceback ..."})
+    assert load(study).runs["note"].item() == "ValueError: wrong"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("status.json", '{"state": "do'),
+        ("config.yaml", "norm: ["),
+        ("config.yaml", "study: x\n"),
+        ("status.json", "[]"),
+    ],
+)
+def test_a_damaged_file_costs_only_its_own_run(add_run, study, file, content):
+    add_run("bn")
+    damaged = add_run("none")
+    (damaged / file).write_text(content)
+    found = load(study)
+    assert found.states()["unreadable"] == 1
+    assert found.states()["done"] == 1
+    [warning] = found.warnings
+    assert str(damaged / file) in warning
+
+
+def test_an_unreadable_line_is_left_out_with_a_warning(add_run, study):
+    folder = add_run()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([lines[0], "{bad", lines[2]]))
+    found = load(study)
+    assert list(found.evaluations["epoch"]) == [1, 3]
+    assert any("metrics.jsonl, line 2" in warning for warning in found.warnings)
+    assert found.states()["done"] == 1
+
+
+def test_without_its_last_evaluation_a_done_run_has_no_final_accuracy(add_run, study):
+    folder = add_run()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join(lines[:2]))
+    found = load(study)
+    assert found.states()["unreadable"] == 1
+    assert any("lacks the evaluation after epoch 3" in warning for warning in found.warnings)
+
+
+def test_a_copy_of_a_run_does_not_count_twice(add_run, study):
+    folder = add_run()
+    copy = folder.with_name("a-copy")
+    copy.mkdir()
+    (copy / "config.yaml").write_bytes((folder / "config.yaml").read_bytes())
+    found = load(study)
+    assert list(found.runs["run"]) == [folder.name]  # the finished one, though the copy comes first
+    assert "a-copy is the same run" in found.warnings[0]
+
+
+def test_a_number_that_is_not_finite_is_nan(add_run, study):
+    add_run(state="diverged", accuracies=(0.5, None))
+    assert load(study).evaluations["test_accuracy"].isna().tolist() == [False, True]

@@ -1,0 +1,187 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from normlab.report import load
+from normlab.report.tables import ACCURACY, LOSS, build_tables, measure_of
+
+
+@pytest.fixture
+def tables(study):
+    def build(baseline="bn", thresholds=(0.8, 0.95)):
+        found = load(study)
+        built = build_tables(found, measure_of(found.evaluations), baseline, thresholds, 0.95)
+        return {table.name: table for table in built}
+
+    return build
+
+
+def row(table, **where):
+    frame = table.tidy
+    for key, value in where.items():
+        frame = frame[frame[key] == value]
+    [found] = frame.to_dict("records")
+    return found
+
+
+def cell(table, arm, batch, setting="digits, resnet18"):
+    return table.texts[setting].set_index("arm").loc[arm, f"batch {batch}"]
+
+
+def test_accuracy_is_the_mean_of_the_last_epoch_with_scipys_interval(add_run, tables):
+    finals = [0.90, 0.92, 0.97]
+    for seed, final in enumerate(finals):
+        add_run(seed=seed, accuracies=(0.1, 0.99, final))
+    found = row(tables()["accuracy"], arm="bn")
+    sample = 100 * np.array(finals)
+    low, high = stats.t.interval(0.95, 2, sample.mean(), stats.sem(sample))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((93.0, low, high))
+    assert cell(tables()["accuracy"], "bn", 8) == f"93.0 ± {high - 93:.1f} (n=3)"
+
+
+def test_one_seed_has_no_interval(add_run, tables):
+    add_run()
+    assert cell(tables()["accuracy"], "bn", 8) == "90.0 (n=1)"
+
+
+def test_a_diverged_run_is_counted_and_not_averaged(add_run, tables):
+    add_run(seed=0, accuracies=(0.5, 0.8, 0.9))
+    add_run(seed=1, accuracies=(0.1,), state="diverged")
+    found = row(tables()["accuracy"], arm="bn")
+    assert (found["mean"], found["n"], found["done"], found["diverged"]) == (pytest.approx(90), 1, 1, 1)
+    assert cell(tables()["accuracy"], "bn", 8) == "90.0 (n=1, 1 of 2 diverged)"
+
+
+def test_a_cell_without_finished_runs_says_why(add_run, tables):
+    add_run("bn", 8)
+    add_run("bn", 32, accuracies=(), state="diverged")
+    add_run("none", 8, accuracies=(0.5,), state="running")
+    texts = tables()["accuracy"]
+    assert cell(texts, "bn", 32) == "-- 1 of 1 diverged"
+    assert cell(texts, "none", 8) == "-- missing"
+    assert cell(texts, "none", 32) == "-- missing"  # it has no folder
+
+
+def test_every_planned_run_is_counted_exactly_once(add_run, tables):
+    for seed, state in enumerate(["done", "diverged", "failed", "interrupted", "running", None]):
+        add_run(seed=seed, state=state)
+    found = row(tables()["accuracy"], arm="bn")
+    assert (found["done"], found["diverged"], found["missing"]) == (1, 1, 4)
+    assert cell(tables()["accuracy"], "bn", 8) == "90.0 (n=1, 1 of 6 diverged, 4 of 6 missing)"
+
+
+def test_settings_are_never_mixed_in_a_cell(add_run, tables):
+    add_run(depth=18, accuracies=(0.1, 0.1, 0.9))
+    add_run(depth=101, accuracies=(0.1, 0.1, 0.5))
+    add_run(depth=34, accuracies=(0.1, 0.1, 0.7))
+    texts = tables()["accuracy"]
+    assert list(texts.texts) == ["digits, resnet18", "digits, resnet34", "digits, resnet101"]
+    assert cell(texts, "bn", 8, "digits, resnet101") == "50.0 (n=1)"
+
+
+def test_known_arms_come_first_and_batches_by_number(add_run, tables):
+    for norm in ("zeta", "none", "bn", "alpha"):
+        for batch in (128, 8, 32):
+            add_run(norm, batch)
+    texts = tables()["accuracy"].texts["digits, resnet18"]
+    assert list(texts["arm"]) == ["bn", "none", "alpha", "zeta"]
+    assert list(texts.columns) == ["arm", "batch 8", "batch 32", "batch 128"]
+
+
+def test_differences_are_paired_by_seed(add_run, tables):
+    # The seeds differ by far more than the arms do: unpaired, this difference would be lost.
+    for seed, level in ((0, 0.2), (1, 0.5), (2, 0.8)):
+        add_run("bn", seed=seed, accuracies=(0, 0, level))
+        add_run("none", seed=seed, accuracies=(0, 0, level - 0.01 * (seed + 1)))
+    add_run("none", seed=9, accuracies=(0, 0, 0.99))  # has no partner
+    found = row(tables()["difference"], arm="none")
+    expected = stats.t.interval(0.95, 2, -2.0, 1 / np.sqrt(3))
+    assert found["mean"] == pytest.approx(-2.0)
+    assert (found["low"], found["high"]) == pytest.approx(expected)
+    assert (found["n"], found["done"], found["missing"]) == (3, 3, 1)
+
+
+def test_a_pair_is_diverged_if_either_run_is(add_run, tables):
+    for seed in (0, 1, 2):
+        add_run("bn", seed=seed, state="diverged" if seed == 0 else "done")
+        add_run("none", seed=seed, state="diverged" if seed == 1 else "done")
+    found = row(tables()["difference"], arm="none")
+    assert (found["n"], found["diverged"], found["missing"]) == (1, 2, 0)
+    assert cell(tables()["difference"], "none", 8) == "+0.00 (n=1, 2 of 3 diverged)"
+
+
+def test_there_is_no_difference_without_a_baseline(add_run, tables):
+    add_run("none")
+    assert "difference" not in tables()
+    assert "difference" not in tables(baseline=None)
+
+
+def test_convergence_tells_final_best_and_gap(add_run, tables):
+    add_run(accuracies=(0.5, 0.9, 0.8))
+    [texts] = tables()["convergence"].texts["digits, resnet18"].to_dict("records")
+    assert texts == {
+        "arm": "bn",
+        "batch": "8",
+        "runs": "1",
+        "final (%)": "80.0",
+        "best (%)": "90.0",
+        "train (%)": "85.0",
+        "train-test gap": "+5.0",
+    }
+
+
+def test_an_accuracy_is_reached_at_the_first_evaluation_that_shows_it(add_run, tables):
+    add_run(seed=0, accuracies=(0.5, 0.8, 0.7))
+    add_run(seed=1, accuracies=(0.8, 0.9, 0.96))
+    built = tables()
+    assert row(built["epochs_to_accuracy"], quantity="epochs_to_0.8")["mean"] == 1.5
+    assert row(built["seconds_to_accuracy"], quantity="seconds_to_0.8")["mean"] == 3.0
+    [texts] = built["epochs_to_accuracy"].texts["digits, resnet18"].to_dict("records")
+    assert texts["95 %"] == "3.0 (1 of 2)"
+
+
+def test_an_accuracy_that_no_run_reaches_is_said(add_run, tables):
+    add_run(accuracies=(0.1, 0.2, 0.3))
+    [texts] = tables()["epochs_to_accuracy"].texts["digits, resnet18"].to_dict("records")
+    assert texts["80 %"] == "not reached"
+
+
+def test_cost_is_of_the_done_runs(add_run, tables):
+    add_run(seed=0)
+    add_run(seed=1, accuracies=(0.1,), state="diverged")
+    [texts] = tables()["cost"].texts["digits, resnet18"].to_dict("records")
+    assert texts == {
+        "arm": "bn",
+        "batch": "8",
+        "runs": "1 of 2, 1 diverged",
+        "seconds": "6",
+        "images/s": "100",
+        "peak MiB": "1",
+        "parameters": "7",
+    }
+
+
+def test_runs_without_accuracies_are_compared_by_their_loss(add_run, study, tables):
+    add_run("bn", accuracies=(None, None, None))
+    folder = add_run("none")
+    rows = [f'{{"epoch": {e}, "step": {e}, "test_loss": {1 / e}}}\n' for e in (1, 2, 3)]
+    for path in study.iterdir():
+        (path / "metrics.jsonl").write_text("".join(rows))
+    assert measure_of(load(study).evaluations) is LOSS
+    built = tables()
+    assert cell(built["loss"], "none", 8) == "0.333 (n=1)"
+    assert "epochs_to_accuracy" not in built
+    assert folder.is_dir()
+
+
+def test_a_study_of_which_all_runs_diverged_has_its_tables(add_run, tables):
+    add_run("bn", accuracies=(), state="diverged")
+    add_run("none", accuracies=(0.1,), state="diverged")
+    built = tables()
+    assert cell(built["accuracy"], "none", 8) == "-- 1 of 1 diverged"
+    assert built["epochs_to_accuracy"].texts["digits, resnet18"]["80 %"].tolist() == ["--", "--"]
+
+
+def test_measure_is_accuracy_where_there_is_one(add_run, study):
+    add_run()
+    assert measure_of(load(study).evaluations) is ACCURACY

@@ -1,0 +1,346 @@
+"""A run from start to end: pairing, resume, divergence, locks, damaged files."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from normlab import runs
+from normlab.config import RunConfig
+from normlab.errors import InterruptedRunError, RunBusyError, UserError
+from normlab.training import checkpoint, loop
+from normlab.training import run as training
+from normlab.training.run import carry_out
+
+MEASURED = ("epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
+
+
+def record(config: RunConfig) -> runs.Run:
+    return runs.Run(config.as_dict())
+
+
+def rows(config: RunConfig) -> list[dict]:
+    """What a run measured, without what depends on the machine's speed."""
+    read, warnings = runs.read_metrics(record(config).folder)
+    assert not warnings
+    return [{key: row[key] for key in MEASURED} for row in read]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Interrupt the run as a signal would, after so many training steps."""
+
+    def arrange(steps: int) -> None:
+        seen = 0
+
+        def counting(*arguments, **options):
+            nonlocal seen
+            seen += 1
+            if seen == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments, **options)
+
+        original = loop.set_learning_rate
+        monkeypatch.setattr(loop, "set_learning_rate", counting)
+
+    yield arrange
+    monkeypatch.undo()
+
+
+def test_a_run_leaves_the_promised_record(tiny) -> None:
+    config = tiny()
+    status = carry_out(config)
+    folder = record(config).folder
+    assert json.loads((folder / "status.json").read_text()) == status
+    assert status["state"] == "done"
+    assert status["error"] is None
+    assert status["run_id"] in folder.name
+    assert status["started"] <= status["heartbeat"] <= status["ended"]
+    assert status["peak_memory_bytes"] > 50e6
+    assert status["parameters"] == 11_173_962
+    read, _ = runs.read_metrics(folder)
+    assert [row["epoch"] for row in read] == [1, 2]
+    assert [row["step"] for row in read] == [3, 6]
+    for row in read:
+        assert set(row) == {*MEASURED, "wall_seconds", "images_per_second"}
+        assert 0 <= row["train_accuracy"] <= 1
+        assert row["wall_seconds"] > 0
+        assert row["images_per_second"] > 0
+    assert runs.read_config(folder) == config.as_dict()
+    provenance = json.loads((folder / "provenance.json").read_text())
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert not list(folder.glob("*.pt"))
+
+
+def test_a_finished_run_is_left_alone(tiny) -> None:
+    config = tiny("epochs=1")
+    first = carry_out(config)
+    assert carry_out(config) == first
+
+
+def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypatch) -> None:
+    """Against a plain sum over every batch's own loss, the last and smaller batch weighted by its images."""
+    seen: list[tuple[float, int, int]] = []
+    original = loop.F.cross_entropy
+
+    def recording(logits, labels, **options):
+        if torch.is_grad_enabled():
+            loss = original(logits.double(), labels, **options).item()
+            seen.append((loss, len(labels), int((logits.argmax(1) == labels).sum())))
+        return original(logits, labels, **options)
+
+    monkeypatch.setattr(loop.F, "cross_entropy", recording)
+    config = tiny("epochs=1")
+    carry_out(config)
+    assert [images for _, images, _ in seen] == [16, 16, 8]
+    assert rows(config)[0]["train_loss"] == pytest.approx(sum(loss * n for loss, n, _ in seen) / 40, rel=1e-6)
+    assert rows(config)[0]["train_accuracy"] == pytest.approx(sum(hits for *_, hits in seen) / 40)
+
+
+def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
+    from normlab import models
+    from normlab.data.load import load
+
+    config = tiny("save_weights=true")
+    status = carry_out(config)
+    network = models.build(config, num_classes=10, image_size=8).eval()
+    network.load_state_dict(torch.load(record(config).folder / "weights.pt", weights_only=True))
+    assert training.weights_sha256(network) == status["weights_sha256"]
+    data = load(
+        config.dataset,
+        data_dir=Path(config.data_dir),
+        seed=0,
+        batch=16,
+        eval_batch=7,
+        drop_last=False,
+        input_norm="dataset",
+        device=torch.device("cpu"),
+        log=print,
+    )
+    with torch.no_grad():
+        hits = sum((network(images).argmax(1) == labels).sum().item() for images, labels in data.test.batches())
+    assert hits / len(data.test) == rows(config)[-1]["test_accuracy"]
+
+
+@pytest.mark.parametrize("arm", ["bn", "affine"])
+@pytest.mark.parametrize("steps", [1, 3, 4, 6])  # within the first epoch, at its end, within the second, at the end
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, make, stop_after, tmp_path, arm, steps) -> None:
+    whole = tiny(f"norm={arm}", "study=whole", "optimizer.lr=0.01")
+    parts = tiny(f"norm={arm}", "study=parts", "optimizer.lr=0.01")
+    expected = carry_out(whole)
+    stop_after(steps)
+    with pytest.raises(InterruptedRunError):
+        carry_out(parts)
+    assert record(parts).state == "interrupted"
+    assert (record(parts).folder / checkpoint.NEWEST).exists()
+    status = carry_out(parts)
+    assert status["state"] == "done"
+    assert status["weights_sha256"] == expected["weights_sha256"]
+    assert rows(parts) == rows(whole)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("optimizer=adam", "schedule=polynomial", "schedule.per=step", "schedule.warmup_epochs=0.5"),
+        ("optimizer=rmsprop", "schedule=step", "label_smoothing=0.1", "dataset.val_size=20"),
+        ("precision=fp16", "norm=bnminus", "drop_last=true"),
+        ("precision=bf16", "norm_batch=4", "dataset.flip=true", "dataset.crop_padding=1"),
+    ],
+)
+def test_resume_is_bit_identical_whatever_the_settings(tiny, stop_after, settings) -> None:
+    expected = carry_out(tiny("study=whole", *settings))
+    stop_after(3)
+    with pytest.raises(InterruptedRunError):
+        carry_out(tiny("study=parts", *settings))
+    assert carry_out(tiny("study=parts", *settings))["weights_sha256"] == expected["weights_sha256"]
+    assert rows(tiny("study=parts", *settings)) == rows(tiny("study=whole", *settings))
+
+
+def test_an_interrupted_evaluation_is_repeated(tiny, monkeypatch) -> None:
+    expected = carry_out(tiny("study=whole"))
+    original = loop.evaluate
+
+    def interrupted(*arguments):
+        raise InterruptedRunError("SIGTERM")
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    with pytest.raises(InterruptedRunError):
+        carry_out(tiny("study=parts"))
+    monkeypatch.setattr(loop, "evaluate", original)
+    assert carry_out(tiny("study=parts"))["weights_sha256"] == expected["weights_sha256"]
+    assert rows(tiny("study=parts")) == rows(tiny("study=whole"))
+
+
+KILLED = """
+    import json, os, signal, sys
+    from normlab.config import RunConfig
+    from normlab.training import checkpoint, run
+
+    saved, save = 0, checkpoint.save
+    def dying(*arguments):
+        global saved
+        save(*arguments)
+        saved += 1
+        if saved == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.save = dying
+    run.carry_out(RunConfig.model_validate(json.loads(sys.argv[1])))
+"""
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny) -> None:
+    whole, killed = tiny("study=whole"), tiny("study=killed", "checkpoint_seconds=0")
+    expected = carry_out(whole)
+    died = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(killed.as_dict())], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert record(killed).state == "running"
+    assert carry_out(killed)["weights_sha256"] == expected["weights_sha256"]
+    assert rows(killed) == rows(whole)
+
+
+@pytest.fixture
+def interrupted(tiny, stop_after) -> RunConfig:
+    """A run that was interrupted after its fourth step and has two checkpoints."""
+    config = tiny("checkpoint_seconds=0")
+    stop_after(4)
+    with pytest.raises(InterruptedRunError):
+        carry_out(config)
+    return config
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle"])
+def test_a_damaged_checkpoint_gives_way_to_its_predecessor(tiny, interrupted, damage, tmp_path) -> None:
+    expected = carry_out(tiny("study=whole"))
+    newest = record(interrupted).folder / checkpoint.NEWEST
+    content = newest.read_bytes()
+    if damage == "pickle":
+        torch.save({"run_id": _Malicious(tmp_path / "executed")}, newest)
+    else:
+        middle = len(content) // 2
+        newest.write_bytes(
+            {
+                "truncated": content[:middle],
+                "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
+                "empty": b"",
+            }[damage]
+        )
+    assert carry_out(interrupted)["weights_sha256"] == expected["weights_sha256"]
+    assert rows(interrupted) == rows(tiny("study=whole"))
+    assert "cannot be used and is left out" in (newest.parent / "run.log").read_text()
+    assert not (tmp_path / "executed").exists()
+
+
+class _Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_without_a_usable_checkpoint_the_run_starts_again(tiny, interrupted) -> None:
+    for name in (checkpoint.NEWEST, checkpoint.PREVIOUS):
+        (record(interrupted).folder / name).write_bytes(b"not a checkpoint")
+    expected = carry_out(tiny("study=whole"))
+    assert carry_out(interrupted)["weights_sha256"] == expected["weights_sha256"]
+    assert rows(interrupted) == rows(tiny("study=whole"))
+
+
+def test_damaged_metrics_and_status_do_not_stop_a_resume(tiny, interrupted) -> None:
+    folder = record(interrupted).folder
+    (folder / "status.json").write_text('{"state": "runn')
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "st')
+    assert carry_out(interrupted)["state"] == "done"
+    assert [row["epoch"] for row in rows(interrupted)] == [1, 2]
+    assert "metrics.jsonl, line 2 cannot be read" in (folder / "run.log").read_text()
+
+
+def test_resume_refuses_other_images(tiny, interrupted, monkeypatch) -> None:
+    original = training.load
+    monkeypatch.setattr(training, "load", lambda *a, **o: dataclasses.replace(original(*a, **o), fingerprint="another"))
+    with pytest.raises(UserError, match="have changed since"):
+        carry_out(interrupted)
+    assert record(interrupted).state == "failed"
+
+
+def test_divergence_is_a_result_with_its_step(tiny) -> None:
+    config = tiny("norm=none", "optimizer.lr=1e10", "epochs=3")
+    status = carry_out(config)
+    assert status["state"] == "diverged"
+    assert 2 <= status["diverged_step"] <= 9
+    assert f"step {status['diverged_step']} " in status["error"]
+    assert record(config).state in runs.FINISHED
+    assert carry_out(config) == status
+
+
+def test_the_step_of_a_divergence_does_not_depend_on_when_it_is_noticed(tiny, monkeypatch) -> None:
+    late = carry_out(tiny("norm=none", "optimizer.lr=1e10", "study=late"))
+    monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
+    soon = carry_out(tiny("norm=none", "optimizer.lr=1e10", "study=soon"))
+    assert soon["diverged_step"] == late["diverged_step"]
+
+
+def test_of_two_processes_on_one_run_the_second_says_so(tiny) -> None:
+    config = tiny()
+    run = record(config)
+    run.freeze()
+    with run.lock():
+        run.write_status("running", started=runs.now())
+        with pytest.raises(RunBusyError, match=f"already being trained by process {os.getpid()}"):
+            carry_out(config)
+    assert record(config).state == "running"
+
+
+def test_a_failure_is_recorded_with_its_reason(tiny, monkeypatch) -> None:
+    def failing(*_):
+        raise RuntimeError("the reason")
+
+    monkeypatch.setattr(training.models, "build", failing)
+    config = tiny()
+    with pytest.raises(RuntimeError):
+        carry_out(config)
+    status = runs.read_status(record(config).folder)
+    assert status is not None
+    assert status["state"] == "failed"
+    assert status["error"] == "RuntimeError: the reason"
+    assert "Traceback" in (record(config).folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("settings", [("batch=13",), ("batch=1",)])
+def test_statistics_over_a_single_value_are_refused_before_training(tiny, settings) -> None:
+    """The last feature maps of a digit are 1x1 pixels, so a batch of one image has one value per channel."""
+    with pytest.raises(UserError, match="does not fit"):
+        carry_out(tiny(*settings))
+    assert carry_out(tiny(*settings, "norm=affine", "epochs=1"))["state"] == "done"
+
+
+def test_input_and_order_of_images_are_equal_in_all_arms(tiny, monkeypatch) -> None:
+    """What the networks of two arms were shown, image by image."""
+    from torch import nn
+
+    shown: dict[str, list] = {}
+    original = training.models.build
+
+    for arm in ("bn", "none"):
+        shown[arm] = []
+
+        def watched(*arguments, arm=arm, **options) -> nn.Module:
+            network = original(*arguments, **options)
+            network.register_forward_pre_hook(
+                lambda module, inputs: shown[arm].append(inputs[0].clone()) if not inputs[0].is_meta else None
+            )
+            return network
+
+        monkeypatch.setattr(training.models, "build", watched)
+        carry_out(tiny(f"norm={arm}", "dataset.flip=true", "dataset.crop_padding=1"))
+    assert len(shown["bn"]) == len(shown["none"]) > 6
+    assert all(torch.equal(a, b) for a, b in zip(shown["bn"], shown["none"], strict=True))
