@@ -28,6 +28,16 @@ def make(tmp_path: Path) -> Make:
 
 @pytest.fixture
 def tiny(make: Make) -> Make:
-    """The same for a run of a second or two: 40 of the digits, two epochs, one thread."""
-    small = ("dataset.train_size=40", "dataset.test_size=20", "batch=16", "epochs=2", "threads=1", "device=cpu")
+    """The same for a run of a second: 40 of the digits, two epochs, one thread, a small network with dropout."""
+    small = (
+        "model=custom",
+        "model.target=small.SmallNet",
+        "model.name=small",
+        "dataset.train_size=40",
+        "dataset.test_size=20",
+        "batch=16",
+        "epochs=2",
+        "threads=1",
+        "device=cpu",
+    )
     return lambda *overrides: make(*small, *overrides)

@@ -2,7 +2,6 @@ import errno
 import os
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,11 +174,3 @@ def test_a_bar_is_drawn_in_a_terminal_only(
     ours.run()
     assert "Decoding more" in capsys.readouterr().err
     assert [line for line in ours.lines if line.startswith("Decoding")] == []
-
-
-def test_cached_loading_is_quick(image_folder: Folder, tmp_path: Path) -> None:
-    root = image_folder(count=100)
-    Decoding(root, tmp_path).run()
-    started = time.perf_counter()
-    Decoding(root, tmp_path).run()
-    assert time.perf_counter() - started < 0.2

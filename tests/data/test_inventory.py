@@ -160,18 +160,12 @@ def test_the_listing_equals_torchvisions(image_folder: Folder) -> None:
     assert list(found.train_labels) == oracle.targets
 
 
-def test_a_sweep_looks_once(settings: Settings, tmp_path: Path) -> None:
-    for part, count in (("train", 5000), ("test", 1000)):
-        for name in "abcdefghij":
-            (tmp_path / part / name).mkdir(parents=True)
-            for number in range(count // 10):
-                (tmp_path / part / name / f"{number}.png").touch()
-    dataset = settings("image_folder", path=str(tmp_path), image_size=8)
-    check(dataset, Path())
-    started = time.perf_counter()
-    for _ in range(12):
-        check(dataset, Path())
-    assert time.perf_counter() - started < 0.05
+def test_a_sweep_looks_once(settings: Settings, image_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = settings("image_folder", path=str(image_folder()))
+    found = check(dataset, Path())
+    monkeypatch.setattr("os.scandir", lambda path: pytest.fail("looked again"))
+    monkeypatch.setattr("PIL.Image.open", lambda path: pytest.fail("opened again"))
+    assert [check(dataset, Path()) for _ in range(12)] == [found] * 12
 
 
 # --- CIFAR and ImageNet -----------------------------------------------------------------------------
@@ -239,7 +233,7 @@ def test_a_host_that_is_silent_is_given_up_in_time(monkeypatch: pytest.MonkeyPat
         silent.listen()
         started = time.perf_counter()
         assert inventory.unreachable(f"http://127.0.0.1:{silent.getsockname()[1]}/file")
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 2
 
 
 def test_imagenet_without_its_files_says_which_go_where(settings: Settings, tmp_path: Path) -> None:

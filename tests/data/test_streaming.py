@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from normlab.data.load import Data
-from normlab.data.streaming import Files
+from normlab.data.streaming import Files, worker_context
 from normlab.errors import UserError
 
 Folder = Callable[..., Path]
@@ -92,6 +93,42 @@ def test_no_worker_outlives_its_iterator(image_folder: Folder, load_it: Load) ->
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert multiprocessing.active_children() == []
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_no_worker_outlives_a_killed_run(image_folder: Folder, tmp_path: Path) -> None:
+    code = f"""
+import multiprocessing, pathlib, time, torch
+from normlab.data.images import Decoder
+from normlab.data.streaming import Files, worker_context
+decoder = Decoder(pathlib.Path({str(image_folder())!r}), 8, 8, one_size=True, crop_scale=None)
+files = Files(decoder, ("train/cat/0.png",), seed=0, workers=2, device=torch.device("cpu"))
+batches = files.read(torch.zeros(1000, dtype=torch.int64), batch=1)
+next(batches)
+workers = " ".join(str(worker.pid) for worker in multiprocessing.active_children())
+pathlib.Path({str(tmp_path)!r}, "half").write_text(workers)
+pathlib.Path({str(tmp_path)!r}, "half").rename({str(tmp_path / "workers")!r})
+time.sleep(60)
+"""
+    run = worker_context().Process(target=exec, args=(code,))
+    run.start()
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "workers").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = [int(pid) for pid in (tmp_path / "workers").read_text().split()]
+    assert workers
+    run.kill()
+    run.join()
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
 
 
 def test_two_iterators_of_one_split_do_not_disturb_each_other(image_folder: Folder, load_it: Load) -> None:

@@ -9,6 +9,7 @@ from normlab import models
 from normlab.training.optimizers import build_optimizer, learning_rate, parameter_groups
 
 STEPS, EPOCHS, BASE = 5, 8, 0.1
+RUN = (f"epochs={EPOCHS}", f"optimizer.lr={BASE}")
 
 
 def by_torch(scheduler) -> list[float]:
@@ -30,17 +31,17 @@ def by_torch(scheduler) -> list[float]:
     ],
 )
 def test_schedule_per_epoch_equals_pytorchs(make, settings, make_scheduler) -> None:
-    schedule = make(*settings).schedule
-    ours = [learning_rate(schedule, BASE, epoch * STEPS, STEPS, EPOCHS) for epoch in range(EPOCHS)]
-    within = [learning_rate(schedule, BASE, epoch * STEPS + STEPS - 1, STEPS, EPOCHS) for epoch in range(EPOCHS)]
+    config = make(*settings, *RUN)
+    ours = [learning_rate(config, epoch * STEPS, STEPS) for epoch in range(EPOCHS)]
+    within = [learning_rate(config, epoch * STEPS + STEPS - 1, STEPS) for epoch in range(EPOCHS)]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=BASE)
     assert ours == pytest.approx(by_torch(make_scheduler(optimizer)), rel=1e-9)
     assert within == ours
 
 
 def test_schedule_per_step_moves_within_an_epoch(make) -> None:
-    schedule = make("schedule=cosine", "schedule.per=step").schedule
-    rates = [learning_rate(schedule, BASE, step, STEPS, EPOCHS) for step in range(STEPS * EPOCHS)]
+    config = make("schedule=cosine", "schedule.per=step", *RUN)
+    rates = [learning_rate(config, step, STEPS) for step in range(STEPS * EPOCHS)]
     assert rates[0] == BASE
     assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
     assert rates[STEPS * EPOCHS // 2] == pytest.approx(BASE / 2, rel=1e-6)
@@ -48,8 +49,8 @@ def test_schedule_per_step_moves_within_an_epoch(make) -> None:
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "polynomial"])
 def test_warm_up_rises_linearly_to_the_full_rate(make, name) -> None:
-    schedule = make(f"schedule={name}", "schedule.warmup_epochs=2").schedule
-    rates = [learning_rate(schedule, BASE, step, STEPS, EPOCHS) for step in range(2 * STEPS + 1)]
+    config = make(f"schedule={name}", "schedule.warmup_epochs=2", *RUN)
+    rates = [learning_rate(config, step, STEPS) for step in range(2 * STEPS + 1)]
     assert rates[: 2 * STEPS] == pytest.approx([BASE * (step + 1) / 10 for step in range(10)])
     assert rates[2 * STEPS] == pytest.approx(BASE)
 

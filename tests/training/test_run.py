@@ -63,8 +63,8 @@ def test_a_run_leaves_the_promised_record(tiny) -> None:
     assert status["error"] is None
     assert status["run_id"] in folder.name
     assert status["started"] <= status["heartbeat"] <= status["ended"]
-    assert status["peak_memory_bytes"] > 50e6
-    assert status["parameters"] == 11_173_962
+    assert status["peak_memory_bytes"] > 50e6  # torch alone takes more
+    assert status["parameters"] == 8 * 27 + 16 * 72 + 2 * (8 + 16) + 170
     read, _ = runs.read_metrics(folder)
     assert [row["epoch"] for row in read] == [1, 2]
     assert [row["step"] for row in read] == [3, 6]
@@ -129,11 +129,10 @@ def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
     assert hits / len(data.test) == rows(config)[-1]["test_accuracy"]
 
 
-@pytest.mark.parametrize("arm", ["bn", "affine"])
-@pytest.mark.parametrize("steps", [1, 3, 4, 6])  # within the first epoch, at its end, within the second, at the end
-def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, make, stop_after, tmp_path, arm, steps) -> None:
-    whole = tiny(f"norm={arm}", "study=whole", "optimizer.lr=0.01")
-    parts = tiny(f"norm={arm}", "study=parts", "optimizer.lr=0.01")
+@pytest.mark.parametrize("arm", ["bn", "affine", "bnminus", "none"])
+@pytest.mark.parametrize("steps", range(1, 7))  # three per epoch: at each boundary and within
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, stop_after, arm, steps) -> None:
+    whole, parts = tiny(f"norm={arm}", "study=whole"), tiny(f"norm={arm}", "study=parts")
     expected = carry_out(whole)
     stop_after(steps)
     with pytest.raises(InterruptedRunError):
@@ -199,7 +198,11 @@ KILLED = """
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny) -> None:
     whole, killed = tiny("study=whole"), tiny("study=killed", "checkpoint_seconds=0")
     expected = carry_out(whole)
-    died = subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(killed.as_dict())], check=False)
+    died = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(killed.as_dict())],
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
     assert died.returncode == -signal.SIGKILL
     assert record(killed).state == "running"
     assert carry_out(killed)["weights_sha256"] == expected["weights_sha256"]
@@ -272,6 +275,15 @@ def test_resume_refuses_other_images(tiny, interrupted, monkeypatch) -> None:
     assert record(interrupted).state == "failed"
 
 
+def test_a_resnet_interrupted_within_an_epoch_ends_bit_identical(make, stop_after) -> None:
+    settings = ("dataset.train_size=40", "dataset.test_size=20", "batch=16", "epochs=2", "threads=1")
+    expected = carry_out(make(*settings, "study=whole"))
+    stop_after(4)
+    with pytest.raises(InterruptedRunError):
+        carry_out(make(*settings, "study=parts"))
+    assert carry_out(make(*settings, "study=parts"))["weights_sha256"] == expected["weights_sha256"]
+
+
 def test_divergence_is_a_result_with_its_step(tiny) -> None:
     config = tiny("norm=none", "optimizer.lr=1e10", "epochs=3")
     status = carry_out(config)
@@ -301,7 +313,7 @@ def test_of_two_processes_on_one_run_the_second_says_so(tiny) -> None:
 
 
 def test_a_failure_is_recorded_with_its_reason(tiny, monkeypatch) -> None:
-    def failing(*_):
+    def failing(*_, **__):
         raise RuntimeError("the reason")
 
     monkeypatch.setattr(training.models, "build", failing)
@@ -315,12 +327,17 @@ def test_a_failure_is_recorded_with_its_reason(tiny, monkeypatch) -> None:
     assert "Traceback" in (record(config).folder / "run.log").read_text()
 
 
-@pytest.mark.parametrize("settings", [("batch=13",), ("batch=1",)])
-def test_statistics_over_a_single_value_are_refused_before_training(tiny, settings) -> None:
-    """The last feature maps of a digit are 1x1 pixels, so a batch of one image has one value per channel."""
+@pytest.mark.parametrize("batch", [13, 1])
+def test_statistics_over_a_single_value_are_refused_before_training(make, batch) -> None:
+    """ResNet's last feature maps of a digit are 1x1 pixels, so a batch of one image has one value per channel."""
+    config = make("dataset.train_size=40", f"batch={batch}", "epochs=1")
     with pytest.raises(UserError, match="does not fit"):
-        carry_out(tiny(*settings))
-    assert carry_out(tiny(*settings, "norm=affine", "epochs=1"))["state"] == "done"
+        carry_out(config)
+    assert not runs.read_metrics(record(config).folder)[0]
+
+
+def test_a_batch_of_one_trains_without_statistics(tiny) -> None:
+    assert carry_out(tiny("batch=1", "norm=affine", "epochs=1", "dataset.train_size=10"))["state"] == "done"
 
 
 def test_input_and_order_of_images_are_equal_in_all_arms(tiny, monkeypatch) -> None:

@@ -1,6 +1,8 @@
 """Images that are read from their files batch by batch, for sets that do not fit into memory."""
 
 import multiprocessing
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ class Files:
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             multiprocessing_context=worker_context() if workers else None,
+            worker_init_fn=_end_with_the_run,
             generator=torch.Generator(),  # else each iterator draws a number from the global stream
         )
         for images in batches:
@@ -103,3 +106,17 @@ def worker_context() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return context
+
+
+def _end_with_the_run(worker: int) -> None:
+    """Leave no worker behind a run that was killed: torch watches for the death of a worker's parent, but
+    that is the process it was forked from, which in turn waits for its workers."""
+    run = multiprocessing.parent_process()
+    if run is None:
+        return
+
+    def wait() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,14 +1,34 @@
-"""Checkpoints: the newest and its predecessor, written atomically, read without executing anything."""
+"""Checkpoints: the newest and its predecessor, written atomically, verified, read without executing anything.
 
+The file is what torch.save writes, followed by its SHA-256: torch alone does not notice a flipped bit.
+"""
+
+import hashlib
+import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from normlab.runs.files import storage_error, write_atomically
 
-NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+NEWEST, PREVIOUS, INCOMING = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.incoming.pt"
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class _Hashing:
+    """A file to write to that keeps the digest of what it was given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def save(folder: Path, checkpoint: dict[str, Any]) -> None:
@@ -17,24 +37,32 @@ def save(folder: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         UserError: if the folder cannot be written or the disk is full; both older files stay usable.
     """
-    incoming = folder / "checkpoint.incoming.pt"
-    write_atomically(incoming, lambda file: torch.save(checkpoint, file))
+
+    def write(file: BinaryIO) -> None:
+        hashing = _Hashing(file)
+        torch.save(checkpoint, hashing)  # type: ignore[arg-type]
+        file.write(hashing.digest.digest())
+
+    write_atomically(folder / INCOMING, write)
     try:
         if (folder / NEWEST).exists():
             (folder / NEWEST).replace(folder / PREVIOUS)
-        incoming.replace(folder / NEWEST)
+        (folder / INCOMING).replace(folder / NEWEST)
     except OSError as error:
         raise storage_error(folder / NEWEST, error) from error
 
 
 def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None. `warn` is told of each that cannot."""
+    """The newest checkpoint that can be trusted, or None. `warn` is told of each that cannot."""
     for name in (NEWEST, PREVIOUS):
         path = folder / name
         if not path.exists():
             continue
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            content = path.read_bytes()
+            if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
+                raise ValueError("it is truncated or altered")
+            checkpoint = torch.load(io.BytesIO(content[:-DIGEST_BYTES]), map_location="cpu", weights_only=True)
             if checkpoint["run_id"] != run_id:
                 raise ValueError("it belongs to another run")
             return dict(checkpoint)
@@ -45,5 +73,5 @@ def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, An
 
 
 def remove(folder: Path) -> None:
-    for name in (NEWEST, PREVIOUS, "checkpoint.incoming.pt"):
+    for name in (NEWEST, PREVIOUS, INCOMING):
         (folder / name).unlink(missing_ok=True)

@@ -65,15 +65,13 @@ def train(
     steps = data.train.steps
     started = time.monotonic() - at.wall_seconds
     last_beat, last_checkpoint = -math.inf, time.monotonic()
-    lr = math.nan
 
     for epoch in range(at.epoch, config.epochs):
         network.train()
         clock = time.monotonic()
         for images, labels in data.train.batches(epoch, start=at.batch):
             step = epoch * steps + at.batch
-            lr = learning_rate(config.schedule, config.optimizer.lr, step, steps, config.epochs)
-            set_learning_rate(optimizer, lr)
+            set_learning_rate(optimizer, learning_rate(config, step, steps))
             torch.manual_seed(key(config.seed, "step", step))  # dropout and the like, the same after a resume
 
             with autocast(config, device):
@@ -108,7 +106,7 @@ def train(
         at.wall_seconds = time.monotonic() - started
         last = epoch + 1 == config.epochs
         if last or (epoch + 1) % config.eval_every == 0:
-            row = _row(config, network, data, at, epoch, lr, stop, lambda: checkpoint(at))
+            row = _row(config, network, data, at, epoch, stop, lambda: checkpoint(at))
             at.wall_seconds = time.monotonic() - started
             record({**row, "wall_seconds": at.wall_seconds})
             at.train_seconds, at.train_images = 0.0, 0
@@ -122,7 +120,6 @@ def _row(
     data: Data,
     at: Position,
     epoch: int,
-    lr: float,
     stop: StopRequest,
     save: Callable[[], None],
 ) -> dict[str, Any]:
@@ -130,11 +127,12 @@ def _row(
     sizes = torch.full_like(at.losses, config.batch)
     images = len(data.train) if not config.drop_last else data.train.steps * config.batch
     sizes[-1] = images - config.batch * (data.train.steps - 1)
+    end = (epoch + 1) * data.train.steps
     row: dict[str, Any] = {
         "epoch": epoch + 1,
-        "step": (epoch + 1) * data.train.steps,
+        "step": end,
         "train_loss": float((at.losses.double() * sizes).sum() / images),
-        "train_accuracy": float(at.hits.sum() / images),
+        "train_accuracy": int(at.hits.sum()) / images,
     }
     for name, split in (("val", data.val), ("test", data.test)):
         if split is not None:
@@ -144,6 +142,7 @@ def _row(
                 save()  # the epoch is complete: a resume begins with its evaluation
                 raise
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+    lr = learning_rate(config, end - 1, data.train.steps)
     return row | {"lr": lr, "images_per_second": at.train_images / at.train_seconds}
 
 

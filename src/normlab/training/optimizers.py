@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from normlab.config import SGD, Adam, Cosine, OptimizerConfig, Polynomial, ScheduleConfig, Step
+from normlab.config import SGD, Adam, Cosine, OptimizerConfig, Polynomial, RunConfig, Step
 
 WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -43,13 +43,14 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.
     return torch.optim.RMSprop(groups, config.lr, config.alpha, config.eps, momentum=config.momentum)
 
 
-def learning_rate(schedule: ScheduleConfig, base: float, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The learning rate of `step` (0-based) of a run of `epochs` epochs.
+def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of `step` (0-based) of a run.
 
     After a linear warm-up that reaches `base` at its end, the schedule runs over the rest, t in [0, 1):
     step: base · gamma^(milestones passed, as fractions of the whole run); cosine: from base to final_lr by
     half a cosine; polynomial: final_lr + (base - final_lr) · (1 - t)^power.
     """
+    schedule, base, epochs = config.schedule, config.optimizer.lr, config.epochs
     warmup = schedule.warmup_epochs
     epoch = step / steps_per_epoch
     if epoch < warmup:

@@ -1,0 +1,23 @@
+"""A network small enough for tests that are about something else."""
+
+from torch import Tensor, nn
+
+
+class SmallNet(nn.Module):
+    """Two convolutions with BatchNorm2d, dropout, and a classifier; 8x8 images become 4x4 maps."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+        )
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images).mean((2, 3)))
