@@ -3,13 +3,14 @@
 import hydra
 from omegaconf import DictConfig
 
-from normlab import cli
+from normlab.cli import friendly
+from normlab.launchers import single
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(settings: DictConfig) -> float | None:
-    return cli.train(settings)
+def main(composed: DictConfig) -> float | None:
+    return single.carry_out(composed)
 
 
 if __name__ == "__main__":
-    cli.friendly(main)
+    friendly(main)

@@ -1,4 +1,4 @@
-"""Between the command line and the runner: a run's settings in, a sentence out when something is wrong."""
+"""Around Hydra: a composed configuration as plain values, and its exceptions as sentences for a user."""
 
 import os
 import re
@@ -9,16 +9,11 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from normlab import config as schema
-from normlab import preflight, runs
 from normlab.errors import InterruptedRunError, UserError, nearest
-from normlab.progress import Display, outcome
 
 
 def settings_of(composed: DictConfig) -> dict[str, Any]:
@@ -30,43 +25,6 @@ def settings_of(composed: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def train(composed: DictConfig) -> float | None:
-    """Carry out one run; returns its final test accuracy (test loss where there is none).
-
-    Raises:
-        UserError: for a mistake in the configuration, before the run starts; for a run that fails.
-    """
-    try:
-        return _train(schema.parse(settings_of(composed)))
-    except (UserError, OmegaConfBaseException) as error:
-        if HydraConfig.get().mode == RunMode.RUN:
-            stop(error)  # past Hydra, which would add a line of its own
-        raise
-
-
-def _train(config: schema.RunConfig) -> float | None:
-    preflight.check(config)
-    run = runs.Run(config.as_dict())
-    if run.state in runs.FINISHED:
-        status = runs.read_status(run.folder) or {}
-        print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
-    else:
-        status = _train_here(config, run)
-    print(f"Its record is in {run.folder}; tables and figures: python report.py study={config.study}")
-    value = status.get("test_accuracy", status.get("test_loss"))
-    return None if value is None else float(value)
-
-
-def _train_here(config: schema.RunConfig, run: runs.Run) -> dict[str, Any]:
-    with Display({run.name: 1.0}) as display:
-        display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
-        from normlab.training.run import carry_out  # torch takes seconds to import
-
-        status = carry_out(config, watch=display.news)
-        display.ended(run.name, outcome(status))
-    return status
 
 
 def friendly(main: Callable[[], Any]) -> NoReturn:

@@ -300,7 +300,7 @@ def _check(kind: Any, option: str, value: Any) -> None:
         TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
-        raise PydanticCustomError("norm_option", f"norm.{option}={value} is wrong: {first['msg']}.") from None  # type: ignore[misc]
+        raise PydanticCustomError("norm_option", f"norm.{option}={value} is wrong: {first['msg']}.") from None
 
 
 _EXPECTED = {

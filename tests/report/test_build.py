@@ -2,10 +2,21 @@ import csv
 import subprocess
 import sys
 
-import pytest
+from pathlib import Path
 
+import pytest
+import yaml
+
+from normlab import report
 from normlab.errors import UserError
-from normlab.report import build
+
+MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
+OPTIONS = {key: MENU[key] for key in ("baseline", "thresholds", "figures", "confidence")}
+
+
+def build(study, output_dir, **options):
+    """The report with the menu's own defaults."""
+    return report.build(study, output_dir, **OPTIONS | options)
 
 
 @pytest.fixture
@@ -134,7 +145,7 @@ def test_a_report_folder_that_cannot_be_made_is_a_sentence(sweep, study, tmp_pat
 def test_tables_need_neither_torch_nor_hydra_nor_matplotlib(sweep, tmp_path):
     code = (
         "import sys; from normlab.report import build\n"
-        f"build('study', {str(tmp_path / 'outputs')!r}, figures=False)\n"
+        f"build('study', {str(tmp_path / 'outputs')!r}, **{OPTIONS | {'figures': False}!r})\n"
         "print({'torch', 'hydra', 'omegaconf', 'matplotlib', 'scipy.stats'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

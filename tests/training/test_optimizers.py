@@ -1,5 +1,7 @@
 """Parameter groups, and schedules against PyTorch's own."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -43,7 +45,7 @@ def test_schedule_per_step_moves_within_an_epoch(make) -> None:
     config = make("schedule=cosine", "schedule.per=step", *RUN)
     rates = [learning_rate(config, step, STEPS) for step in range(STEPS * EPOCHS)]
     assert rates[0] == BASE
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[STEPS * EPOCHS // 2] == pytest.approx(BASE / 2, rel=1e-6)
 
 

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, open_dict
 from normlab import config as schema
 from normlab import preflight, runs
 from normlab.cli import settings_of
-from normlab.errors import InterruptedRunError, UserError
+from normlab.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.progress import Display, outcome, span
 
 POLL_SECONDS = 0.5
+ELSEWHERE = "left alone"  # another process trains the run
 
 
 def launch(composed: Sequence[DictConfig], slots: int | None) -> list[float | None]:
@@ -102,15 +103,16 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     """In a worker: one run, from settings that were checked. Torch is imported here."""
     from normlab.training.run import carry_out
 
-    run = runs.Run(settings)
     try:
         return carry_out(schema.parse(settings))
-    except InterruptedRunError:
-        return runs.read_status(run.folder) or {}
+    except RunBusyError as error:
+        return {"state": ELSEWHERE, "error": str(error)}
+    except InterruptedRunError as error:
+        return {"state": "interrupted", "error": f"by {error}"}
     except UserError as error:
-        return {"name": run.name, "state": "not done", "error": str(error)}
-    except Exception:
-        return runs.read_status(run.folder) or {}
+        return {"state": "failed", "error": str(error)}
+    except Exception as error:  # with its traceback in run.log
+        return {"state": "failed", "error": f"{type(error).__name__}: {error}"}
 
 
 def _slots(wanted: int | None, jobs: Sequence[Job]) -> list[Slot]:
@@ -128,6 +130,7 @@ def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]
     queue = deque(jobs)
     active: dict[Future[dict[str, Any]], tuple[Slot, Job]] = {}
     failed: list[tuple[Job, str]] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must not outlive us
     with Display({job.run.name: job.work for job in jobs}) as display:
         kind = "GPU" if slots[0].device != "cpu" else f"CPU, {slots[0].threads} thread(s) each"
         display.say(f"{len(jobs)} runs, {len(slots)} at a time ({kind}). Ctrl-C stops after a checkpoint.")
@@ -143,12 +146,13 @@ def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]
                     free.append(slot)
                     status = _status_of(future, slot, job)
                     display.ended(job.run.name, outcome(status))
-                    if status["state"] not in runs.FINISHED:
+                    if status["state"] not in (*runs.FINISHED, ELSEWHERE):
                         failed.append((job, str(status.get("error")).splitlines()[0]))
                 for _, job in active.values():
                     with contextlib.suppress(UserError):
-                        if (status := runs.read_status(job.run.folder)) and status["state"] == "running":
-                            display.news(status)
+                        latest = runs.read_status(job.run.folder)
+                        if latest and latest["state"] == "running":
+                            display.news(latest)
         except KeyboardInterrupt:
             display.say("Stopping: the runs under way write a checkpoint. The same command goes on from there.")
             _ask_to_stop(active)

@@ -11,6 +11,7 @@ from normlab.report.tables import Table
 
 _HARDWARE = {  # what the page tells of a run's provenance
     "device": "Device",
+    "cores": "Cores",
     "threads": "Threads of a run",
     "versions.torch": "torch",
     "versions.torchvision": "torchvision",

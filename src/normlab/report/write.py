@@ -16,11 +16,12 @@ from normlab.runs import files
 
 def build(
     study: str,
-    output_dir: str | Path = "outputs",
-    baseline: str | None = "bn",
-    thresholds: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
-    figures: bool = True,
-    confidence: float = 0.95,
+    output_dir: str | Path,
+    *,
+    baseline: str | None,
+    thresholds: Sequence[float],
+    figures: bool,
+    confidence: float,
 ) -> Path:
     """Report whatever has finished in `output_dir`/`study`; return the page `report/report.md` there.
 

@@ -18,17 +18,34 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _Hashing:
-    """A file to write to that keeps the digest of what it was given."""
+    """A file to write to that keeps the digest of what it was given, and the error that stopped it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
+
+
+def save_tensors(value: object, file: BinaryIO) -> bytes:
+    """torch.save that raises the file's own OSError, a full disk say, and returns the SHA-256 of what it wrote."""
+    hashing = _Hashing(file)
+    try:
+        torch.save(value, hashing)  # type: ignore[arg-type]
+    except RuntimeError:
+        if hashing.error:  # torch hides it behind an error about positions in its archive
+            raise hashing.error from None
+        raise
+    return hashing.digest.digest()
 
 
 def save(folder: Path, checkpoint: dict[str, Any]) -> None:
@@ -37,13 +54,7 @@ def save(folder: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         UserError: if the folder cannot be written or the disk is full; both older files stay usable.
     """
-
-    def write(file: BinaryIO) -> None:
-        hashing = _Hashing(file)
-        torch.save(checkpoint, hashing)  # type: ignore[arg-type]
-        file.write(hashing.digest.digest())
-
-    write_atomically(folder / INCOMING, write)
+    write_atomically(folder / INCOMING, lambda file: file.write(save_tensors(checkpoint, file)))
     try:
         if (folder / NEWEST).exists():
             (folder / NEWEST).replace(folder / PREVIOUS)

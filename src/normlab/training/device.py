@@ -1,5 +1,6 @@
 """The device of a run: choice, precision, memory, and what to write down about them."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -75,6 +76,7 @@ def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
         "command": sys.argv,
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "data_fingerprint": data_fingerprint,
     }

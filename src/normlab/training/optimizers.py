@@ -16,7 +16,9 @@ def parameter_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Pa
 
     By the type of the owning module: shapes and names misfile a 1-output Linear or a 1-channel norm.
     """
-    weights, others, seen = [], [], set()
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    seen: set[nn.Parameter] = set()
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen:  # shared between modules

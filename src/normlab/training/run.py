@@ -149,7 +149,9 @@ def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, lo
         end: dict[str, Any] = {"weights_sha256": weights_sha256(network)}
         state = "done"
         if config.save_weights:
-            files.write_atomically(run.folder / "weights.pt", lambda file: torch.save(network.state_dict(), file))
+            files.write_atomically(
+                run.folder / "weights.pt", lambda file: checkpoint.save_tensors(network.state_dict(), file)
+            )
     except DivergedError as error:
         log.warning("%s", error)
         state, end = "diverged", {"diverged_step": error.step, "error": str(error)}

@@ -1,0 +1,185 @@
+"""A run on disk: identity, names, status, metrics, damage, and what the operating system refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normlab import runs
+from normlab.errors import RunBusyError, UserError
+from normlab.runs import files
+
+
+@pytest.fixture
+def run(make) -> runs.Run:
+    run = runs.Run(make().as_dict())
+    run.freeze()
+    return run
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["device=cpu", "threads=1", "study=other", "checkpoint_seconds=5", "save_weights=true", "data_dir=/elsewhere"],
+)
+def test_how_a_run_is_carried_out_does_not_change_what_it_is(make, setting) -> None:
+    assert runs.run_name(make(setting).as_dict()) == runs.run_name(make().as_dict())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["seed=1", "norm.eps=1e-3", "optimizer.lr=0.3", "epochs=9", "precision=bf16", "dataset.flip=true", "norm_batch=4"],
+)
+def test_what_can_change_a_result_changes_the_run(make, setting) -> None:
+    assert runs.run_id(make(setting).as_dict()) != runs.run_id(make().as_dict())
+
+
+def test_equal_numbers_make_equal_runs_however_they_are_written(make) -> None:
+    for one, other in [("optimizer.lr=1", "optimizer.lr=1.0"), ("norm.eps=1e-5", "norm.eps=0.00001")]:
+        assert runs.run_id(make(one).as_dict()) == runs.run_id(make(other).as_dict())
+
+
+def test_the_path_of_a_folder_is_not_part_of_a_run_but_its_name_is(make) -> None:
+    def folder(*settings: str) -> str:
+        return runs.run_id(make("dataset=image_folder", *settings).as_dict())
+
+    assert folder("dataset.path=/a") == folder("dataset.path=/b", "dataset.workers=7")
+    assert folder("dataset.path=/a") != folder("dataset.path=/a", "dataset.name=b")
+
+
+def test_a_name_tells_the_main_settings(make) -> None:
+    name = runs.run_name(make("norm=none", "batch=8", "norm_batch=4", "seed=2", "depth=50").as_dict())
+    assert name.startswith("resnet50-digits-none-b8-g4-s2-")
+
+
+def test_a_frozen_configuration_is_not_overwritten(run) -> None:
+    (run.folder / "config.yaml").write_text("as: it was\n")
+    run.freeze()
+    assert runs.read_config(run.folder) == {"as": "it was"}
+
+
+def test_a_planned_run_has_no_status(run) -> None:
+    assert runs.read_status(run.folder) is None
+    assert run.state == "new"
+    assert runs.find(run.folder.parent) == [run.folder]
+
+
+def test_status_keeps_what_is_not_said_again(run) -> None:
+    run.write_status("running", started="then", step=3)
+    status = run.write_status("done", ended="now")
+    assert (status["state"], status["started"], status["step"], status["ended"]) == ("done", "then", 3, "now")
+    assert json.loads((run.folder / "status.json").read_text()) == status
+
+
+def test_numbers_that_are_not_finite_are_recorded_as_null(run) -> None:
+    run.append_metrics({"epoch": 1, "step": 2, "train_loss": float("nan"), "test_loss": float("inf")})
+    rows, warnings = runs.read_metrics(run.folder)
+    assert rows == [{"epoch": 1, "step": 2, "train_loss": None, "test_loss": None}]
+    assert not warnings
+
+
+@pytest.mark.parametrize("damage", ['{"epoch": 2, "st', "[1]", '{"other": 1}', "\udcff"])
+def test_a_damaged_line_costs_only_itself(run, damage) -> None:
+    run.append_metrics({"epoch": 1, "step": 2})
+    with (run.folder / "metrics.jsonl").open("ab") as file:
+        file.write(damage.encode(errors="surrogateescape") + b"\n")
+    run.append_metrics({"epoch": 3, "step": 6})
+    rows, warnings = runs.read_metrics(run.folder)
+    assert [row["epoch"] for row in rows] == [1, 3]
+    assert len(warnings) == 1
+    assert "metrics.jsonl, line 2 cannot be read" in warnings[0]
+
+
+def test_rows_after_the_step_of_a_resume_are_dropped(run) -> None:
+    for step in (2, 4, 6):
+        run.append_metrics({"epoch": step // 2, "step": step})
+    run.keep_metrics_until(4)
+    assert [row["step"] for row in runs.read_metrics(run.folder)[0]] == [2, 4]
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", "\x00"])
+def test_a_damaged_status_is_a_sentence_and_counts_as_failed(run, content) -> None:
+    (run.folder / "status.json").write_text(content)
+    with pytest.raises(UserError, match=r"status\.json cannot be read"):
+        runs.read_status(run.folder)
+    assert run.state == "failed"
+
+
+def test_a_configuration_from_disk_is_never_executed(run, tmp_path) -> None:
+    (run.folder / "config.yaml").write_text(f"a: !!python/object/apply:os.mkdir ['{tmp_path}/executed']\n")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        runs.read_config(run.folder)
+    assert not (tmp_path / "executed").exists()
+
+
+HOLDING = "import json, sys; from normlab import runs\nwith runs.Run(json.loads(sys.argv[1])).lock(): print(flush=True); input()"
+
+
+def test_a_lock_holds_against_another_process_and_ends_with_it(run) -> None:
+    command = [sys.executable, "-c", HOLDING, json.dumps(run.config)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RunBusyError, match="already being trained"), run.lock():
+            pass
+        other.kill()
+    with run.lock():
+        pass
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def failing(file) -> None:
+        file.write(b"new")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="The disk is full"):
+        files.write_atomically(path, failing)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_below_a_file_cannot_be_made(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Cannot write"):
+        files.make_folder(tmp_path / "file" / "folder")
+
+
+def test_records_need_neither_torch_nor_hydra() -> None:
+    code = "import sys, normlab.runs; print([m for m in ('torch', 'hydra', 'omegaconf', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system of half a megabyte."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], check=False, capture_output=True
+        ).returncode
+    )
+    if not mounted:
+        pytest.skip("a full disk needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_checkpoint_on_a_full_disk_is_a_sentence_and_keeps_the_old_one(small_disk) -> None:
+    import torch
+
+    from normlab.training import checkpoint
+
+    checkpoint.save(small_disk, {"run_id": "a", "step": 1})
+    with pytest.raises(UserError, match="The disk is full"):
+        checkpoint.save(small_disk, {"run_id": "a", "step": 2, "network": torch.zeros(1_000_000)})
+    saved = checkpoint.load(small_disk, "a", pytest.fail)
+    assert saved is not None
+    assert saved["step"] == 1
+    assert [path.name for path in small_disk.iterdir()] == [checkpoint.NEWEST]
