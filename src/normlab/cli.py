@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from normlab.errors import InterruptedRunError, UserError, nearest
+from normlab.runs.files import storage_error
 
 
 def settings_of(composed: DictConfig) -> dict[str, Any]:
@@ -34,6 +35,10 @@ def friendly(main: Callable[[], Any]) -> NoReturn:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         stop(error)
+    except OSError as error:  # Hydra itself makes the folder of a sweep
+        if not error.filename:
+            raise
+        stop(storage_error(Path(error.filename), error))
     except (KeyboardInterrupt, InterruptedRunError):
         print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -114,7 +114,14 @@ def test_a_configuration_from_disk_is_never_executed(run, tmp_path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-HOLDING = "import json, sys; from normlab import runs\nwith runs.Run(json.loads(sys.argv[1])).lock(): print(flush=True); input()"
+HOLDING = """
+import json, sys
+from normlab import runs
+
+with runs.Run(json.loads(sys.argv[1])).lock():
+    print(flush=True)
+    input()
+"""
 
 
 def test_a_lock_holds_against_another_process_and_ends_with_it(run) -> None:

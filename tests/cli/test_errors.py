@@ -1,0 +1,173 @@
+"""A user's mistakes at the real command line: a sentence, exit status not 0, no traceback, no run started."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run a script of the repository in an empty folder; returns exit status, stdout, stderr."""
+
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        finished = subprocess.run(
+            [sys.executable, str(ROOT / script), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "NORMLAB_DATA": str(tmp_path / "data"), "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        return finished.returncode, finished.stdout, finished.stderr
+
+    return run
+
+
+def images(folder: Path, split: str, classes: tuple[str, ...], number: int = 4) -> None:
+    for name in classes:
+        (folder / split / name).mkdir(parents=True)
+        for i in range(number):
+            Image.new("RGB", (8, 8), (40 * i, 9, 9)).save(folder / split / name / f"{i}.png")
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    """Image folders, each wrong in one way."""
+    images(tmp_path / "classes_differ", "train", ("cat", "dog"))
+    images(tmp_path / "classes_differ", "test", ("cat", "god"))
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+MISTAKES = {
+    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bnminus, none"],
+    "nrom=bn": ["nrom", "Did you mean norm"],
+    "modle.stem=small": ["modle.stem", "model.stem"],
+    "norm.esp=1": ["norm.esp", "Did you mean norm.eps"],
+    "depth=19": ["depth=19", "18, 34, 50, 101, 152", "nearest: depth=18"],
+    "batch=0": ["batch=0", "1 or more", "batch=1"],
+    "batch=abc": ["batch=abc", "a whole number", "batch=128"],
+    "batch=8.5": ["batch=8.5", "a whole number"],
+    "batch=true": ["batch=true", "a whole number"],
+    "seed=-1": ["seed=-1", "0 or more", "seed=0"],
+    "epochs=0": ["epochs=0", "1 or more", "epochs=1"],
+    "batch=100000": ["batch=100000", "larger than the data", "1438", "Nearest valid"],
+    "norm_batch=256": ["norm_batch=256", "larger than batch=128", "norm_batch=128"],
+    "optimizer.lr=nan": ["optimizer.lr=nan", "finite"],
+    "optimizer.lr=-0.1": ["optimizer.lr=-0.1", "above 0"],
+    "norm.eps=0": ["norm.eps=0", "greater than 0"],
+    "precision=fp8": ["precision=fp8", "Did you mean precision=fp32?"],
+    "device=cudda": ["device=cudda", "Did you mean device=cuda?"],
+    "device=cuda:99": ["device=cuda:99", "CUDA devices", "device=cpu"],
+    "study=../elsewhere": ["study=../elsewhere", "letters, digits"],
+    "dataset=image_folder": ["dataset.path", "needs a value"],
+    "dataset=image_folder dataset.path=missing": ["missing", "dataset.path"],
+    "dataset=image_folder dataset.path=empty": ["empty", "train"],
+    "dataset=image_folder dataset.path=classes_differ": ["god", "dog"],
+    "dataset.train_size=100000": ["dataset.train_size=100000", "1438"],
+    "dataset=cifar10": ["cifar", "dataset=digits"],
+    "model=custom": ["model.target", "needs a value"],
+    "model=custom model.target=no_such_package.Net": ["no_such_package"],
+    "output_dir=/proc/nowhere": ["/proc/nowhere", "output_dir="],
+    "norm=[bn": ["norm=[bn", "key=value"],
+    "schedule.warmup_epochs=9": ["schedule.warmup_epochs=9", "epochs=4"],
+}
+
+
+IN_SWEEPS = ("norm=bnn", "nrom=bn", "depth=19", "batch=abc", "device=cuda:99", "output_dir=/proc/nowhere", "norm=[bn")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "mode"), [*((mistake, "run") for mistake in MISTAKES), *((mistake, "sweep") for mistake in IN_SWEEPS)]
+)
+def test_a_mistake_is_answered_in_at_most_five_lines(command, folders, mistake, mode) -> None:
+    arguments = mistake.split(" ")
+    sweep = ["-m", "seed=0,1"] if mode == "sweep" else []
+    status, out, error = command("train.py", *sweep, *arguments)
+    assert status == 1, out + error
+    assert "Traceback" not in out + error
+    assert 1 <= len(error.strip().splitlines()) <= 5, error
+    for word in MISTAKES[mistake]:
+        assert word in error, error
+    assert not list(folders.glob("outputs/**/config.yaml"))
+
+
+def test_one_wrong_run_of_a_sweep_stops_it_before_the_first(command, tmp_path) -> None:
+    status, _, error = command("train.py", "-m", "norm=bn", "batch=8,0")
+    assert status == 1
+    assert error.startswith("batch=0 is out of range")
+    assert not list(tmp_path.glob("outputs/**/config.yaml"))
+
+
+def test_an_unreadable_image_is_named(command, tmp_path) -> None:
+    images(tmp_path / "set", "train", ("cat", "dog"))
+    images(tmp_path / "set", "test", ("cat", "dog"))
+    (tmp_path / "set" / "train" / "dog" / "1.png").write_bytes(b"\x89PNG no image")
+    arguments = ("dataset=image_folder", "dataset.path=set", "batch=4", "epochs=1")
+    for mode in ((), ("-m",)):
+        status, out, error = command("train.py", *mode, *arguments)
+        assert status == 1
+        assert "dog/1.png" in error
+        assert "Traceback" not in out + error
+
+
+def test_a_read_only_folder_is_named(command, tmp_path) -> None:
+    (tmp_path / "outputs").write_text("a file where the folder should be")
+    for mode in ((), ("-m",)):
+        status, out, error = command("train.py", *mode, "batch=64")
+        assert status == 1
+        assert "outputs" in error
+        assert "output_dir=" in error
+        assert "Traceback" not in out + error
+
+
+def test_a_study_that_does_not_exist_is_answered_with_how_to_start_it(command) -> None:
+    status, out, error = command("report.py", "study=nothing")
+    assert status == 1
+    assert "There is no study nothing" in error
+    assert "Traceback" not in out + error
+
+
+def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
+    status, out, _ = command("train.py", "--help")
+    assert status == 0
+    for word in ("norm: affine, bn, bnminus, none", "hydra/launcher", "depth: 18", "python train.py -m norm="):
+        assert word in out
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train.py', '--help']; import train, atexit\n"
+        "atexit.register(lambda: print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules]))\n"
+        "train.main()"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert finished.stdout.splitlines()[-1] == "[]"
+
+
+def test_tab_completion_knows_groups_and_options(command, tmp_path) -> None:
+    status, out, _ = command("train.py", "--shell-completion", "install=bash")
+    assert status == 0
+    assert "complete" in out
+    query = {"COMP_LINE": "python train.py norm=b", "COMP_POINT": "22"}
+    finished = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "-sc", "query=bash"],
+        env={**os.environ, **query},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    assert finished.stdout.split() == ["norm=bn", "norm=bnminus"]
+
+
+def test_a_users_own_configuration_folder_is_searched(command, tmp_path) -> None:
+    (tmp_path / "own" / "optimizer").mkdir(parents=True)
+    (tmp_path / "own" / "optimizer" / "mine.yaml").write_text("defaults: [sgd]\nlr: 0.123\n")
+    status, out, error = command("train.py", "--config-dir", "own", "optimizer=mine", "--cfg", "job")
+    assert status == 0, error
+    assert "lr: 0.123" in out
