@@ -1,6 +1,7 @@
 """What a person sees while runs go on: live bars in a terminal, a plain line per finished run elsewhere."""
 
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any, Self
@@ -30,7 +31,11 @@ def outcome(status: Mapping[str, Any]) -> str:
         return f"{result} ({span(status['wall_seconds'])})"
     if status["state"] == "diverged":
         return f"diverged at step {status.get('diverged_step')}"
-    return f"{status['state']}: {str(status.get('error')).splitlines()[0]}"
+    return f"{status['state']}: {one_line(status.get('error'))}"
+
+
+def one_line(error: object) -> str:
+    return textwrap.shorten(str(error), 240, placeholder=" ...")
 
 
 class Display:

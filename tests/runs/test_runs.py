@@ -54,10 +54,16 @@ def test_a_name_tells_the_main_settings(make) -> None:
     assert name.startswith("resnet50-digits-none-b8-g4-s2-")
 
 
-def test_a_frozen_configuration_is_not_overwritten(run) -> None:
-    (run.folder / "config.yaml").write_text("as: it was\n")
+def test_a_frozen_configuration_is_not_overwritten_by_how_the_run_is_carried_out_later(make, run) -> None:
+    runs.Run(make("threads=3").as_dict()).freeze()
+    assert runs.read_config(run.folder)["threads"] is None
+
+
+@pytest.mark.parametrize("damage", ["", "norm: {", "as: it was\n", "dataset: 3\n"])
+def test_a_damaged_configuration_is_written_again(run, damage) -> None:
+    (run.folder / "config.yaml").write_text(damage)
     run.freeze()
-    assert runs.read_config(run.folder) == {"as": "it was"}
+    assert runs.read_config(run.folder) == run.config
 
 
 def test_a_planned_run_has_no_status(run) -> None:

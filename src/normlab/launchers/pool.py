@@ -18,7 +18,7 @@ from normlab import config as schema
 from normlab import preflight, runs
 from normlab.cli import settings_of
 from normlab.errors import InterruptedRunError, RunBusyError, UserError
-from normlab.progress import Display, outcome, span
+from normlab.progress import Display, one_line, outcome, span
 
 POLL_SECONDS = 0.5
 ELSEWHERE = "left alone"  # another process trains the run
@@ -132,8 +132,8 @@ def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]
     failed: list[tuple[Job, str]] = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must not outlive us
     with Display({job.run.name: job.work for job in jobs}) as display:
-        kind = "GPU" if slots[0].device != "cpu" else f"CPU, {slots[0].threads} thread(s) each"
-        display.say(f"{len(jobs)} runs, {len(slots)} at a time ({kind}). Ctrl-C stops after a checkpoint.")
+        kind = "GPU" if slots[0].device != "cpu" else f"CPU, threads of each: {slots[0].threads}"
+        display.say(f"Runs to train: {len(jobs)}, {len(slots)} at a time ({kind}). Ctrl-C stops after a checkpoint.")
         try:
             free = list(slots)
             while queue or active:
@@ -147,7 +147,7 @@ def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]
                     status = _status_of(future, slot, job)
                     display.ended(job.run.name, outcome(status))
                     if status["state"] not in (*runs.FINISHED, ELSEWHERE):
-                        failed.append((job, str(status.get("error")).splitlines()[0]))
+                        failed.append((job, one_line(status.get("error"))))
                 for _, job in active.values():
                     with contextlib.suppress(UserError):
                         latest = runs.read_status(job.run.folder)

@@ -89,9 +89,16 @@ class Run:
         return str(status.get("state", "failed")) if status else "new"
 
     def freeze(self) -> None:
-        """Write the configuration, so that later edits of YAML cannot leak into this run."""
+        """Write the configuration, so that later edits of YAML cannot leak into this run.
+
+        One that is there and describes this run stays as it is; a damaged one is replaced.
+        """
         files.make_folder(self.folder)
-        if not (self.folder / CONFIG).exists():
+        try:
+            written = run_id(read_config(self.folder))
+        except (UserError, KeyError, AttributeError, TypeError, ValueError):  # not there, or not of a run
+            written = ""
+        if written != self.run_id:
             files.write_yaml(self.folder / CONFIG, self.config)
 
     @contextmanager

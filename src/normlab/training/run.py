@@ -201,5 +201,6 @@ def _logger(folder: Path) -> logging.Logger:
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk is told elsewhere
     log.addHandler(handler)
     return log
