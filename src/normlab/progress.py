@@ -89,6 +89,7 @@ class Display:
         if steps:
             text = f"epoch {min(status['epoch'] + 1, status['epochs'])}/{status['epochs']}"
             text += f", {accuracy:.1%}" if accuracy is not None else ""
+            text += f", {span(status['wall_seconds'] * (1 - share) / share)} left" if 0 < share < 1 else ""
         self.bars.update(self.tasks[name], completed=share, text=text)
         self._refresh()
 

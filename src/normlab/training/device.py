@@ -41,6 +41,8 @@ def prepare(config: RunConfig, device: torch.device) -> None:
     tf32 = config.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic, warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
     if device.type == "cuda":
