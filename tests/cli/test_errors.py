@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def command(tmp_path):
         finished = subprocess.run(
             [sys.executable, str(ROOT / script), *arguments],
             cwd=tmp_path,
-            env={**os.environ, "NORMLAB_DATA": str(tmp_path / "data"), "COLUMNS": "200"},
+            env={**os.environ, **NO_NETWORK, "NORMLAB_DATA": str(tmp_path / "data"), "COLUMNS": "200"},
             capture_output=True,
             text=True,
             timeout=120,
@@ -141,9 +142,9 @@ def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
     for word in ("norm: affine, bn, bnminus, none", "hydra/launcher", "depth: 18", "python train.py -m norm="):
         assert word in out
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train.py', '--help']; import train, atexit\n"
+        f"import atexit, runpy, sys; sys.argv = [{str(ROOT / 'train.py')!r}, '--help']\n"
         "atexit.register(lambda: print([m for m in ('torch', 'numpy', 'pandas') if m in sys.modules]))\n"
-        "train.main()"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert finished.stdout.splitlines()[-1] == "[]"
