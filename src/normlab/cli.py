@@ -72,6 +72,8 @@ def explain(error: Exception) -> UserError:
         group = wrong[1].rpartition(".")[0]
         options = settings()
         siblings = [option for option in options if group and option.startswith(f"{group}.")]
+        if group in options and not siblings:
+            return UserError(f"{wrong[1]} is new to {group}: add it with a plus, +{wrong[1]}=...")
         return unknown(wrong[1], "setting or group", wrong[1], siblings or options)
     return UserError(text)
 
@@ -95,7 +97,10 @@ def settings() -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(script.parent / "conf"), version_base="1.3"):
-            composed = compose("report" if script.stem == "report" else "config")
+            name = "report" if script.stem == "report" else "config"
+            choices = [word for word in sys.argv[1:] if re.fullmatch(r"[a-z]+=\w+", word)]
+            groups = [word for word in choices if (script.parent / "conf" / f"{word.replace('=', '/')}.yaml").exists()]
+            composed = compose(name, groups)
     except (HydraException, OmegaConfBaseException):
         return []
     plain = OmegaConf.to_container(composed)

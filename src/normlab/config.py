@@ -4,11 +4,14 @@ Defaults live in `conf/`, not here. Hydra composes a configuration, `parse` turn
 or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and what its identity is made of.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -16,6 +19,7 @@ from pydantic import (
     FiniteFloat,
     StrictBool,
     StrictInt,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -33,6 +37,11 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _text(value: Any) -> Any:
+    """A name that looks like a number reaches us as one: study=2024."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 Count = Annotated[StrictInt, Field(ge=1)]
 Whole = Annotated[StrictInt, Field(ge=0)]
 Number = Annotated[FiniteFloat, BeforeValidator(_not_bool)]
@@ -40,11 +49,22 @@ Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 UnitInterval = Annotated[Number, Field(gt=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+Name = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+
+
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """A failed check whose text is already a sentence for the user."""
+    return PydanticCustomError("sentence", text)
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+_OPTIONS: dict[str, Any] = {"eps": Positive, "momentum": UnitInterval, "conv_bias": StrictBool}
 
 
 class NormConfig(_Section):
@@ -55,16 +75,13 @@ class NormConfig(_Section):
     name: Name
     target: str = Field(alias="_target_")
 
-    @model_validator(mode="after")
-    def _check_options(self) -> Self:
-        for option, value in self.options.items():
-            if option == "eps":
-                _check(Positive, option, value)
-            elif option == "momentum":
-                _check(UnitInterval, option, value)
-            elif isinstance(value, float):
-                _check(Number, option, value)
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _check_options(cls, data: Any) -> Any:
+        """The options that several variants share, checked as if they were declared fields."""
+        if not isinstance(data, Mapping):
+            return data
+        return {**data, **{key: _checked(kind, key, data[key]) for key, kind in _OPTIONS.items() if key in data}}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -112,20 +129,28 @@ class FolderDataset(_Dataset):
     """Images in ImageNet's layout, decoded into memory or streamed."""
 
     kind: Literal["image_folder", "imagenet"]
-    path: str
+    path: Folder
     image_size: Count | None
     storage: Literal["auto", "memory", "stream"]
     memory_limit_gb: Positive
     crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
     workers: Whole
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_folder(cls, data: Any) -> Any:
+        """The path is no part of a run's identity, so two folders must not share a name by default."""
+        if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("path"), str):
+            folder = Path(data["path"]).expanduser().resolve().name
+            return {**data, "name": re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9]+", "_", folder).lstrip("_") or "images"}
+        return data
+
     @model_validator(mode="after")
     def _check_crop(self) -> Self:
         if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
-            raise PydanticCustomError("crop_scale", "dataset.crop_scale=[low,high] needs low <= high")
+            raise wrong("dataset.crop_scale=[low,high] needs low <= high")
         if self.crop_scale and self.storage == "memory":
-            raise PydanticCustomError(
-                "crop_scale",
+            raise wrong(
                 "dataset.crop_scale crops the original images, which dataset.storage=memory has already"
                 " reduced to one size. Use dataset.storage=stream, or dataset.crop_scale=null",
             )
@@ -155,9 +180,7 @@ class SGD(_Optimizer):
     @model_validator(mode="after")
     def _check_nesterov(self) -> Self:
         if self.nesterov and self.momentum == 0:
-            raise PydanticCustomError(
-                "nesterov", "optimizer.nesterov=true needs a momentum, e.g. optimizer.momentum=0.9"
-            )
+            raise wrong("optimizer.nesterov=true needs a momentum, e.g. optimizer.momentum=0.9")
         return self
 
 
@@ -210,7 +233,9 @@ ScheduleConfig = Annotated[Constant | Step | Cosine | Polynomial, Field(discrimi
 class RunConfig(_Section):
     """Everything about one run: one training, one seed."""
 
-    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$")]
+    study: Annotated[
+        str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$")
+    ]
     seed: Whole = Field(examples=[0])
 
     norm: NormConfig
@@ -236,8 +261,8 @@ class RunConfig(_Section):
     threads: Count | None
     checkpoint_seconds: NonNegative | None
     save_weights: StrictBool
-    output_dir: str
-    data_dir: str
+    output_dir: Folder
+    data_dir: Folder
 
     @model_validator(mode="before")
     @classmethod
@@ -251,21 +276,18 @@ class RunConfig(_Section):
     def _check_together(self) -> Self:
         if self.model.kind == "resnet" and self.depth not in RESNET_DEPTHS:
             close = nearest(self.depth or 0, RESNET_DEPTHS)
-            raise PydanticCustomError(
-                "depth",
+            raise wrong(
                 f"depth={self.depth} is not a ResNet of torchvision.\n"
                 f"Expected one of {', '.join(map(str, RESNET_DEPTHS))}; nearest: depth={close}.",
             )
         if self.norm_batch is not None and self.norm_batch > self.batch:
-            raise PydanticCustomError(
-                "norm_batch",
+            raise wrong(
                 f"norm_batch={self.norm_batch} is larger than batch={self.batch}.\n"
                 "It is the number of images that share normalisation statistics inside a batch."
                 f" Nearest valid: norm_batch={self.batch}, or norm_batch=null.",
             )
         if self.schedule.warmup_epochs >= self.epochs:
-            raise PydanticCustomError(
-                "warmup",
+            raise wrong(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs="
                 f"{self.epochs}.\nUse a shorter warm-up or more epochs.",
             )
@@ -292,15 +314,11 @@ def parse(composed: Mapping[str, Any]) -> RunConfig:
         raise UserError(_sentence(error.errors()[0], composed)) from None
 
 
-def _check(kind: Any, option: str, value: Any) -> None:
-    """Validate a variant's own option as if it were a declared field."""
-    from pydantic import TypeAdapter
-
+def _checked(kind: Any, option: str, value: Any) -> Any:
     try:
-        TypeAdapter(kind).validate_python(value)
+        return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise PydanticCustomError("norm_option", f"norm.{option}={value} is wrong: {first['msg']}.") from None
+        raise wrong(_sentence({**error.errors()[0], "loc": ("norm", option)}, {})) from None
 
 
 _EXPECTED = {
@@ -318,48 +336,49 @@ def _sentence(error: ErrorDetails, composed: Mapping[str, Any]) -> str:
     """One pydantic error as a message for the user, at most five lines."""
     path = ".".join(str(p) for p in _dotted(error["loc"], composed))
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    if kind not in _MESSAGES_WITH_VALUE and kind not in _EXPECTED:
-        return error["msg"] if not kind.startswith("value_error") else f"{path}: {error['msg']}"
     shown = f"{path}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+    if kind == "sentence":
+        return error["msg"]
     if kind == "missing":
         return f"The setting {path} is missing.\nGive it a value: {path}=..."
     if kind == "extra_forbidden":
-        return f"{path} is not a setting of this group."
+        close = nearest(path, RunConfig.model_fields)
+        return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
+    if kind == "union_tag_invalid":
+        key = context["discriminator"].strip("'")
+        return _not_one_of(f"{path}.{key}", context["tag"], context["expected_tags"])
+    if kind == "literal_error":
+        return _not_one_of(path, value, context["expected"])
     if kind in _EXPECTED:
         example = _example(path)
         hint = f" Example: {path}={example}." if example is not None else ""
         return f"{shown} is not valid: expected {_EXPECTED[kind]}.{hint}"
-    if kind == "literal_error":
-        choices = [c.strip("' ") for c in context["expected"].replace(" or ", ",").split(",")]
-        close = nearest(value, choices)
-        return f"{shown} is not valid: expected one of {', '.join(choices)}." + (
-            f"\nDid you mean {path}={close}?" if close else ""
-        )
     if kind == "string_pattern_mismatch":
         if path == "device":
             close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
             return f"{shown} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?"
+        if path.endswith("target"):
+            return f"{shown} is not valid: expected a dotted path, e.g. {path}=my_package.my_module.MyNet."
         return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
+    if kind not in _BOUNDS:
+        return f"{shown} is not valid: {error['msg']}."
     bound = next(iter(context.values()))
-    words = {
-        "greater_than": f"a number above {bound}",
-        "greater_than_equal": f"{bound} or more",
-        "less_than": f"a number below {bound}",
-        "less_than_equal": f"{bound} or less",
-    }
-    text = f"{shown} is out of range: expected {words[kind]}."
-    return text + (f" Nearest valid: {path}={bound}." if kind.endswith("equal") else "")
+    nearest_valid = f" Nearest valid: {path}={bound}." if kind.endswith("equal") else ""
+    return f"{shown} is out of range: expected {_BOUNDS[kind].format(bound)}.{nearest_valid}"
 
 
-_MESSAGES_WITH_VALUE = {
-    "missing",
-    "extra_forbidden",
-    "literal_error",
-    "string_pattern_mismatch",
-    "greater_than",
-    "greater_than_equal",
-    "less_than",
-    "less_than_equal",
+def _not_one_of(path: str, value: object, expected: str) -> str:
+    choices = [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
+    close = nearest(value, choices)
+    text = f"{path}={value} is not valid: expected one of {', '.join(choices)}."
+    return text + (f"\nDid you mean {path}={close}?" if close else "")
+
+
+_BOUNDS = {
+    "greater_than": "a number above {}",
+    "greater_than_equal": "{} or more",
+    "less_than": "a number below {}",
+    "less_than_equal": "{} or less",
 }
 
 

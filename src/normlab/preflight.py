@@ -37,7 +37,7 @@ def check(config: RunConfig) -> inventory.Inventory:
 def gpu_count() -> int:
     """CUDA devices as the driver counts them, CUDA_VISIBLE_DEVICES respected."""
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0
     count = ctypes.c_int(0)

@@ -21,6 +21,7 @@ SMALL = (
     "dataset.test_size=40",
     "epochs=2",
     "device=cpu",
+    "threads=1",
 )
 
 
@@ -101,7 +102,7 @@ def test_the_report_of_a_sweep_has_its_tables_and_figures(sweep) -> None:
 
 
 def test_hydras_own_launcher_gives_the_same_runs(sweep) -> None:
-    arguments = ("-m", "norm=bn,none", "batch=32", "hydra/launcher=basic", "study=basic", "threads=1", *SMALL)
+    arguments = ("-m", "norm=bn,none", "batch=32", "hydra/launcher=basic", "study=basic", *SMALL)
     status, _, error = command(sweep, "train.py", *arguments)
     assert status == 0, error
     for folder in runs.find(sweep / "outputs" / "basic"):
@@ -155,6 +156,34 @@ def test_interrupting_a_command_leaves_a_run_that_can_go_on(tmp_path, mode) -> N
     assert (run / "checkpoint.pt").exists()
 
 
+def test_interrupting_a_sweep_before_its_first_step_stops_it(tmp_path) -> None:
+    with start(tmp_path, "train.py", "-m", *LONG) as process:
+        for _ in range(600):
+            if runs.find(tmp_path / "outputs" / "default"):
+                break
+            time.sleep(0.05)
+        time.sleep(0.7)  # the worker is importing torch
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    (run,) = runs.find(tmp_path / "outputs" / "default")
+    status = runs.read_status(run)
+    assert status is None or status["state"] == "interrupted"
+
+
+def test_a_killed_launcher_leaves_no_worker_behind(tmp_path) -> None:
+    with start(tmp_path, "train.py", "-m", *LONG) as process:
+        run = wait_for_progress(tmp_path)
+        worker = json.loads((run / "status.json").read_text())["pid"]
+        process.kill()
+    for _ in range(100):
+        if not Path(f"/proc/{worker}").exists() or "zombie" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the worker goes on")
+
+
 def test_a_killed_worker_costs_its_run_only(tmp_path) -> None:
     with start(tmp_path, "train.py", "-m", "norm=bn", *LONG, "seed=0,1", "hydra.launcher.slots=1") as process:
         first = wait_for_progress(tmp_path)
@@ -171,6 +200,19 @@ def test_a_killed_worker_costs_its_run_only(tmp_path) -> None:
     assert status is not None
     assert status["state"] == "failed"
     assert "killed" in status["error"]
+
+
+def test_of_two_commands_started_together_one_trains(tmp_path) -> None:
+    with start(tmp_path, "train.py", *LONG[:-1], "batch=8") as one, start(tmp_path, "train.py", *LONG) as other:
+        run = wait_for_progress(tmp_path)
+        loser = one if json.loads((run / "status.json").read_text())["pid"] == other.pid else other
+        _, error = loser.communicate(timeout=60)
+        assert loser.returncode == 1
+        assert "is already being trained by" in error
+        winner = other if loser is one else one
+        winner.send_signal(signal.SIGINT)
+        winner.communicate(timeout=60)
+    assert len(runs.find(tmp_path / "outputs" / "default")) == 1
 
 
 def test_of_two_commands_on_one_run_one_trains_and_the_other_says_so(tmp_path) -> None:

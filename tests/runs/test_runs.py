@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from normlab import runs
+from normlab.config import RunConfig
 from normlab.errors import RunBusyError, UserError
 from normlab.runs import files
+
+REFERENCE = Path(__file__).parents[2] / "outputs" / "reference" / "cifar10_jpeg_laptop"
 
 
 @pytest.fixture
@@ -37,7 +40,11 @@ def test_what_can_change_a_result_changes_the_run(make, setting) -> None:
 
 
 def test_equal_numbers_make_equal_runs_however_they_are_written(make) -> None:
-    for one, other in [("optimizer.lr=1", "optimizer.lr=1.0"), ("norm.eps=1e-5", "norm.eps=0.00001")]:
+    for one, other in [
+        ("optimizer.lr=1", "optimizer.lr=1.0"),
+        ("norm.momentum=1", "norm.momentum=1.0"),
+        ("norm.eps=1e-5", "norm.eps=0.00001"),
+    ]:
         assert runs.run_id(make(one).as_dict()) == runs.run_id(make(other).as_dict())
 
 
@@ -45,8 +52,23 @@ def test_the_path_of_a_folder_is_not_part_of_a_run_but_its_name_is(make) -> None
     def folder(*settings: str) -> str:
         return runs.run_id(make("dataset=image_folder", *settings).as_dict())
 
-    assert folder("dataset.path=/a") == folder("dataset.path=/b", "dataset.workers=7")
-    assert folder("dataset.path=/a") != folder("dataset.path=/a", "dataset.name=b")
+    assert folder("dataset.path=/a/x") == folder("dataset.path=/b/x", "dataset.workers=7")
+    assert folder("dataset.path=/a/x") != folder("dataset.path=/a/x", "dataset.name=b")
+
+
+def test_folders_are_told_apart_by_their_names_by_default(make) -> None:
+    names = [make("dataset=image_folder", f"dataset.path={path}").dataset.name for path in ("/a/cats", "/a/dogs 2/")]
+    assert names == ["cats", "dogs_2"]
+
+
+@pytest.mark.parametrize("folder", runs.find(REFERENCE), ids=lambda folder: folder.name)
+def test_recorded_runs_are_what_their_configuration_says(folder) -> None:
+    config = runs.read_config(folder)
+    status = runs.read_status(folder)
+    assert RunConfig.model_validate(config).as_dict() == config
+    assert status is not None
+    assert folder.name == status["name"] == runs.run_name(config)
+    assert status["run_id"] == runs.run_id(config)
 
 
 def test_a_name_tells_the_main_settings(make) -> None:

@@ -49,6 +49,14 @@ def test_schedule_per_step_moves_within_an_epoch(make) -> None:
     assert rates[STEPS * EPOCHS // 2] == pytest.approx(BASE / 2, rel=1e-6)
 
 
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_milestone_is_at_its_epoch_for_every_fraction(make, percent) -> None:
+    """0.07 * 100 is a little more than 7 in floating point."""
+    config = make("schedule=step", f"schedule.milestones=[{percent / 100}]", "epochs=100", "optimizer.lr=1.0")
+    dropped = [learning_rate(config, epoch * STEPS, STEPS) < 1 for epoch in range(100)]
+    assert dropped.index(True) == percent
+
+
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "polynomial"])
 def test_warm_up_rises_linearly_to_the_full_rate(make, name) -> None:
     config = make(f"schedule={name}", "schedule.warmup_epochs=2", *RUN)

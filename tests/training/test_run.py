@@ -33,25 +33,37 @@ def rows(config: RunConfig) -> list[dict]:
     return [{key: row[key] for key in MEASURED} for row in read]
 
 
+class Steps:
+    """Counts the training steps of this process, and can ask it to stop after one of them."""
+
+    def __init__(self) -> None:
+        self.taken, self.stop_after = 0, 0
+
+    def __call__(self, *arguments, **options) -> None:
+        self.taken += 1
+        if self.taken == self.stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        set_learning_rate(*arguments, **options)
+
+
+set_learning_rate = loop.set_learning_rate
+
+
 @pytest.fixture
-def stop_after(monkeypatch):
-    """Interrupt the run as a signal would, after so many training steps."""
+def steps_taken(monkeypatch) -> Steps:
+    steps = Steps()
+    monkeypatch.setattr(loop, "set_learning_rate", steps)
+    return steps
+
+
+@pytest.fixture
+def stop_after(steps_taken):
+    """Interrupt the run as a signal would, after so many training steps from now."""
 
     def arrange(steps: int) -> None:
-        seen = 0
+        steps_taken.stop_after = steps_taken.taken + steps
 
-        def counting(*arguments, **options):
-            nonlocal seen
-            seen += 1
-            if seen == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*arguments, **options)
-
-        original = loop.set_learning_rate
-        monkeypatch.setattr(loop, "set_learning_rate", counting)
-
-    yield arrange
-    monkeypatch.undo()
+    return arrange
 
 
 def test_a_run_leaves_the_promised_record(tiny) -> None:
@@ -131,7 +143,7 @@ def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
 
 @pytest.mark.parametrize("arm", ["bn", "affine", "bnminus", "none"])
 @pytest.mark.parametrize("steps", range(1, 7))  # three per epoch: at each boundary and within
-def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, stop_after, arm, steps) -> None:
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, stop_after, steps_taken, arm, steps) -> None:
     whole, parts = tiny(f"norm={arm}", "study=whole"), tiny(f"norm={arm}", "study=parts")
     expected = carry_out(whole)
     stop_after(steps)
@@ -140,6 +152,7 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, stop_after, arm
     assert record(parts).state == "interrupted"
     assert (record(parts).folder / checkpoint.NEWEST).exists()
     status = carry_out(parts)
+    assert steps_taken.taken == 6 + 6, "a step was repeated or left out"
     assert status["state"] == "done"
     assert status["weights_sha256"] == expected["weights_sha256"]
     assert rows(parts) == rows(whole)
@@ -163,7 +176,7 @@ def test_resume_is_bit_identical_whatever_the_settings(tiny, stop_after, setting
     assert rows(tiny("study=parts", *settings)) == rows(tiny("study=whole", *settings))
 
 
-def test_an_interrupted_evaluation_is_repeated(tiny, monkeypatch) -> None:
+def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch, steps_taken) -> None:
     expected = carry_out(tiny("study=whole"))
     original = loop.evaluate
 
@@ -175,6 +188,7 @@ def test_an_interrupted_evaluation_is_repeated(tiny, monkeypatch) -> None:
         carry_out(tiny("study=parts"))
     monkeypatch.setattr(loop, "evaluate", original)
     assert carry_out(tiny("study=parts"))["weights_sha256"] == expected["weights_sha256"]
+    assert steps_taken.taken == 6 + 6
     assert rows(tiny("study=parts")) == rows(tiny("study=whole"))
 
 
@@ -195,7 +209,7 @@ KILLED = """
 """
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny) -> None:
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny, steps_taken) -> None:
     whole, killed = tiny("study=whole"), tiny("study=killed", "checkpoint_seconds=0")
     expected = carry_out(whole)
     died = subprocess.run(
@@ -205,7 +219,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny) -> None:
     )
     assert died.returncode == -signal.SIGKILL
     assert record(killed).state == "running"
+    steps_taken.taken = 0
     assert carry_out(killed)["weights_sha256"] == expected["weights_sha256"]
+    assert steps_taken.taken == 6 - 4
     assert rows(killed) == rows(whole)
 
 
@@ -220,8 +236,11 @@ def interrupted(tiny, stop_after) -> RunConfig:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle"])
-def test_a_damaged_checkpoint_gives_way_to_its_predecessor(tiny, interrupted, damage, tmp_path) -> None:
+def test_a_damaged_checkpoint_gives_way_to_its_predecessor(
+    tiny, interrupted, steps_taken, damage, tmp_path, capfd
+) -> None:
     expected = carry_out(tiny("study=whole"))
+    steps_taken.taken = 0
     newest = record(interrupted).folder / checkpoint.NEWEST
     content = newest.read_bytes()
     if damage == "pickle":
@@ -236,8 +255,10 @@ def test_a_damaged_checkpoint_gives_way_to_its_predecessor(tiny, interrupted, da
             }[damage]
         )
     assert carry_out(interrupted)["weights_sha256"] == expected["weights_sha256"]
+    assert steps_taken.taken == 6 - 3, "the predecessor was written after the third step"
     assert rows(interrupted) == rows(tiny("study=whole"))
     assert "cannot be used and is left out" in (newest.parent / "run.log").read_text()
+    assert "cannot be used and is left out" in capfd.readouterr().err
     assert not (tmp_path / "executed").exists()
 
 
@@ -267,6 +288,24 @@ def test_damaged_metrics_and_status_do_not_stop_a_resume(tiny, interrupted) -> N
     assert "metrics.jsonl, line 2 cannot be read" in (folder / "run.log").read_text()
 
 
+def test_a_resumed_run_keeps_its_number_of_threads(make, stop_after) -> None:
+    settings = ("model=custom", "model.target=small.SmallNet", "dataset.train_size=40", "batch=16", "epochs=1")
+    config = make(*settings, "dataset.test_size=20", "device=cpu")
+    stop_after(2)
+    with pytest.raises(InterruptedRunError):
+        carry_out(config, share=training.Share(threads=1))
+    carry_out(config, share=training.Share(threads=2))
+    assert json.loads((record(config).folder / "provenance.json").read_text())["threads"] == 1
+
+
+def test_a_network_that_changed_since_is_a_sentence(tiny, interrupted, monkeypatch) -> None:
+    from torch import nn
+
+    monkeypatch.setattr(training.models, "build", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    with pytest.raises(UserError, match="The network has changed since"):
+        carry_out(interrupted)
+
+
 def test_resume_refuses_other_images(tiny, interrupted, monkeypatch) -> None:
     original = training.load
     monkeypatch.setattr(training, "load", lambda *a, **o: dataclasses.replace(original(*a, **o), fingerprint="another"))
@@ -294,6 +333,14 @@ def test_divergence_is_a_result_with_its_step(tiny) -> None:
     assert carry_out(config) == status
 
 
+def test_what_the_last_step_of_an_epoch_breaks_is_divergence_too(tiny, monkeypatch) -> None:
+    original = loop.learning_rate
+    monkeypatch.setattr(loop, "learning_rate", lambda c, step, n: float("inf") if step == 5 else original(c, step, n))
+    status = carry_out(tiny())
+    assert (status["state"], status["diverged_step"]) == ("diverged", 6)
+    assert [row["epoch"] for row in rows(tiny())] == [1]
+
+
 def test_the_step_of_a_divergence_does_not_depend_on_when_it_is_noticed(tiny, monkeypatch) -> None:
     late = carry_out(tiny("norm=none", "optimizer.lr=1e10", "study=late"))
     monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
@@ -310,6 +357,24 @@ def test_of_two_processes_on_one_run_the_second_says_so(tiny) -> None:
         with pytest.raises(RunBusyError, match=f"already being trained by process {os.getpid()}"):
             carry_out(config)
     assert record(config).state == "running"
+
+
+def test_an_output_that_does_not_fit_the_classes_is_a_sentence(tiny, monkeypatch) -> None:
+    from torch import nn
+
+    monkeypatch.setattr(training.models, "build", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)))
+    with pytest.raises(UserError, match=r"gives \(8, 9\) for a batch of 8 images"):
+        carry_out(tiny())
+
+
+def test_too_little_memory_is_a_sentence(tiny, monkeypatch) -> None:
+    def hungry(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "train", hungry)
+    with pytest.raises(UserError, match="does not fit into the memory"):
+        carry_out(tiny())
+    assert record(tiny()).state == "failed"
 
 
 def test_a_failure_is_recorded_with_its_reason(tiny, monkeypatch) -> None:

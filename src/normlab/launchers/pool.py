@@ -4,7 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
+import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -19,6 +19,7 @@ from normlab import preflight, runs
 from normlab.cli import settings_of
 from normlab.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.progress import Display, one_line, outcome, span
+from normlab.training.interrupt import StopRequest
 
 POLL_SECONDS = 0.5
 ELSEWHERE = "left alone"  # another process trains the run
@@ -34,9 +35,14 @@ def launch(composed: Sequence[DictConfig], slots: int | None) -> list[float | No
     """
     if slots is not None and (not isinstance(slots, int) or slots < 1):
         raise UserError(f"hydra.launcher.slots={slots} is out of range: expected 1 or more, or null.")
-    jobs = [_job(settings) for settings in composed]
-    unique = {job.run.name: job for job in jobs}
-    waiting = [job for job in unique.values() if job.run.state not in runs.FINISHED]
+    configs = [_parse(settings) for settings in composed]
+    unique = {runs.run_name(config.as_dict()): config for config in configs}
+    planned = {name: (config, runs.Run(config.as_dict())) for name, config in unique.items()}
+    waiting = [
+        Job(config, run, preflight.check(config).train_images)
+        for config, run in planned.values()
+        if run.state not in runs.FINISHED
+    ]
     if len(waiting) < len(unique):
         print(f"{len(unique) - len(waiting)} of {len(unique)} runs are finished and skipped.", flush=True)
     for job in waiting:
@@ -46,7 +52,7 @@ def launch(composed: Sequence[DictConfig], slots: int | None) -> list[float | No
         lines = [f"  {job.run.folder}/run.log: {why}" for job, why in failed]
         more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
         raise UserError("\n".join([f"{len(failed)} of {len(unique)} runs failed:", *lines[:3], *more]))
-    return [job.result() for job in jobs]
+    return [_result(planned[runs.run_name(config.as_dict())][1]) for config in configs]
 
 
 @dataclass
@@ -60,18 +66,18 @@ class Job:
     @property
     def work(self) -> float:
         """Estimated cost in arbitrary units: images, and a part of each step that no batch size saves."""
-        return self.config.epochs * self.train_images * (1 + 16 / self.config.batch)
-
-    def result(self) -> float | None:
-        status = runs.read_status(self.run.folder) or {}
-        return status.get("test_accuracy", status.get("test_loss"))
+        return self.config.epochs * self.train_images * (1 + 16 / self.config.batch) * (self.config.depth or 18)
 
 
-def _job(composed: DictConfig) -> Job:
+def _parse(composed: DictConfig) -> schema.RunConfig:
     with open_dict(composed):
         composed.pop("hydra", None)
-    config = schema.parse(settings_of(composed))
-    return Job(config, runs.Run(config.as_dict()), preflight.check(config).train_images)
+    return schema.parse(settings_of(composed))
+
+
+def _result(run: runs.Run) -> float | None:
+    status = runs.read_status(run.folder) or {}
+    return status.get("test_accuracy", status.get("test_loss"))
 
 
 class Slot:
@@ -84,10 +90,13 @@ class Slot:
     def submit(self, job: Job) -> "Future[dict[str, Any]]":
         if self.executor is None:
             spawn = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP state does not work
-            self.executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_quiet_worker)
-        device = self.device if job.config.device == "auto" else job.config.device
-        settings = {**job.run.config, "device": device, "threads": job.config.threads or self.threads}
-        return self.executor.submit(_work, settings)
+            self.executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_the_launcher)
+        # The worker inherits that it ignores Ctrl-C, which a terminal sends to all: the launcher passes it on.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return self.executor.submit(_work, job.run.config, self.device, self.threads)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def replace_worker(self) -> None:
         if self.executor:
@@ -95,16 +104,25 @@ class Slot:
         self.executor = None
 
 
-def _quiet_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides; a run takes Ctrl-C while it trains
+def _end_with_the_launcher() -> None:
+    """In a worker: leave none behind a launcher that was killed. Its run goes on from its last checkpoint."""
+
+    def wait() -> None:
+        launcher = multiprocessing.parent_process()
+        if launcher is not None:
+            launcher.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def _work(settings: dict[str, Any]) -> dict[str, Any]:
+def _work(settings: dict[str, Any], device: str, threads: int) -> dict[str, Any]:
     """In a worker: one run, from settings that were checked. Torch is imported here."""
-    from normlab.training.run import carry_out
-
     try:
-        return carry_out(schema.parse(settings))
+        with StopRequest() as stop:
+            from normlab.training.run import Share, carry_out
+
+            return carry_out(schema.parse(settings), stop=stop, share=Share(device, threads))
     except RunBusyError as error:
         return {"state": ELSEWHERE, "error": str(error)}
     except InterruptedRunError as error:
@@ -112,7 +130,7 @@ def _work(settings: dict[str, Any]) -> dict[str, Any]:
     except UserError as error:
         return {"state": "failed", "error": str(error)}
     except Exception as error:  # with its traceback in run.log
-        return {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+        return {"state": "failed", "error": f"{type(error).__name__}: {error}", "crashed": True}
 
 
 def _slots(wanted: int | None, jobs: Sequence[Job]) -> list[Slot]:
@@ -130,9 +148,12 @@ def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]
     queue = deque(jobs)
     active: dict[Future[dict[str, Any]], tuple[Slot, Job]] = {}
     failed: list[tuple[Job, str]] = []
+    finished_here = 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must not outlive us
     with Display({job.run.name: job.work for job in jobs}) as display:
-        kind = "GPU" if slots[0].device != "cpu" else f"CPU, threads of each: {slots[0].threads}"
+        kind = (
+            "GPU" if slots[0].device != "cpu" else f"CPU, threads of each: {jobs[0].config.threads or slots[0].threads}"
+        )
         display.say(f"Runs to train: {len(jobs)}, {len(slots)} at a time ({kind}). Ctrl-C stops after a checkpoint.")
         try:
             free = list(slots)
@@ -145,7 +166,10 @@ def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]
                     slot, job = active.pop(future)
                     free.append(slot)
                     status = _status_of(future, slot, job)
+                    if status.get("crashed"):  # a CUDA error, say, spoils its process for the next run
+                        slot.replace_worker()
                     display.ended(job.run.name, outcome(status))
+                    finished_here += status["state"] in runs.FINISHED
                     if status["state"] not in (*runs.FINISHED, ELSEWHERE):
                         failed.append((job, one_line(status.get("error"))))
                 for _, job in active.values():
@@ -155,13 +179,14 @@ def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]
                             display.news(latest)
         except KeyboardInterrupt:
             display.say("Stopping: the runs under way write a checkpoint. The same command goes on from there.")
-            _ask_to_stop(active)
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # TERM: a run writes its checkpoint first
             raise
         finally:
             for slot in slots:
                 if slot.executor:
                     slot.executor.shutdown(wait=True, cancel_futures=True)
-        display.say(f"{len(jobs) - len(failed)} of {len(jobs)} runs finished in {span(display.elapsed)}.")
+        display.say(f"{finished_here} of {len(jobs)} runs finished in {span(display.elapsed)}.")
     return failed
 
 
@@ -174,12 +199,3 @@ def _status_of(future: "Future[dict[str, Any]]", slot: Slot, job: Job) -> dict[s
             reason = "its process was killed, perhaps for want of memory"
             return job.run.write_status("failed", ended=runs.now(), error=reason)
         return {"state": "failed", "error": "its process was killed"}
-
-
-def _ask_to_stop(active: dict["Future[dict[str, Any]]", tuple[Slot, Job]]) -> None:
-    """TERM, which may come twice without harm, to every run of this machine that is under way."""
-    for _, job in active.values():
-        with contextlib.suppress(UserError, OSError):
-            status = runs.read_status(job.run.folder)
-            if status and status["state"] == "running" and status["host"] == socket.gethostname():
-                os.kill(status["pid"], signal.SIGTERM)

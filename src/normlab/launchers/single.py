@@ -12,6 +12,7 @@ from normlab import preflight, runs
 from normlab.cli import settings_of, stop
 from normlab.errors import UserError
 from normlab.progress import Display, outcome
+from normlab.training.interrupt import StopRequest
 
 
 def carry_out(composed: DictConfig) -> float | None:
@@ -29,12 +30,12 @@ def carry_out(composed: DictConfig) -> float | None:
 
 
 def _carry_out(config: schema.RunConfig) -> float | None:
-    preflight.check(config)
     run = runs.Run(config.as_dict())
     if run.state in runs.FINISHED:
         status = runs.read_status(run.folder) or {}
         print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
     else:
+        preflight.check(config)
         status = _train(config, run)
     print(f"Its record is in {run.folder}; tables and figures: python report.py study={config.study}")
     value = status.get("test_accuracy", status.get("test_loss"))
@@ -42,10 +43,10 @@ def _carry_out(config: schema.RunConfig) -> float | None:
 
 
 def _train(config: schema.RunConfig, run: runs.Run) -> dict[str, Any]:
-    with Display({run.name: 1.0}) as display:
+    with StopRequest() as stop, Display({run.name: 1.0}) as display:
         display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
         from normlab.training.run import carry_out  # torch takes seconds to import
 
-        status = carry_out(config, watch=display.news)
+        status = carry_out(config, stop=stop, watch=display.news)
         display.ended(run.name, outcome(status))
     return status

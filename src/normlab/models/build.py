@@ -33,9 +33,12 @@ def variant(config: RunConfig) -> Variant:
     """The variant that `norm` names, with its options."""
     kind = locate(config.norm.target, "norm._target_")
     try:
-        return kind(**config.norm.options, norm_batch=config.norm_batch)
+        made = kind(**config.norm.options, norm_batch=config.norm_batch)
     except TypeError as error:
         raise UserError(f"norm={config.norm.name} cannot be made with these options: {error}.") from error
+    if not isinstance(made, Variant):
+        raise UserError(f"norm._target_={config.norm.target} is no variant: derive it from normlab.norms.Variant.")
+    return made
 
 
 def _resnet(model: ResNetConfig, depth: int | None, num_classes: int, image_size: int) -> nn.Module:

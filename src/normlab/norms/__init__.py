@@ -1,4 +1,4 @@
-"""Normalisation variants as rewrites of a network's sites. Depends on torch alone: use it in any project.
+"""Normalisation variants as rewrites of a network's sites, for any project: needs torch and `normlab.errors`.
 
 from normlab.norms import Affine, rewrite
 network = rewrite(torchvision.models.resnet18(num_classes=10), Affine())

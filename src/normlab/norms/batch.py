@@ -91,7 +91,7 @@ class BatchNorm(Variant):
         else:
             layer = GroupedBatchNorm2d(norm.num_features, norm_batch=self.norm_batch, **options)
         if self.affine and norm.affine:  # the network's own start, e.g. zero in the last layer of a branch
-            layer.load_state_dict(norm.state_dict())
+            layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
         return layer
 
 

@@ -44,7 +44,7 @@ def find_sites(network: nn.Module) -> list[Site]:
         norm = called(node, nn.BatchNorm2d)
         if norm is None:
             continue
-        before, after = node.args[0], list(node.users)
+        before, after = node.all_input_nodes[0], list(node.users)
         sites[norm] = Site(
             norm,
             convolution=called(before, nn.Conv2d) if len(before.users) == 1 else None,

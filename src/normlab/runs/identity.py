@@ -7,7 +7,7 @@ from typing import Any
 
 # Where and how a run is carried out; everything else is part of its identity.
 CARRIED_OUT = frozenset({"study", "device", "threads", "checkpoint_seconds", "save_weights", "output_dir", "data_dir"})
-DATASET_CARRIED_OUT = frozenset({"path", "workers", "memory_limit_gb"})
+DATASET_CARRIED_OUT = frozenset({"path", "workers"})
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

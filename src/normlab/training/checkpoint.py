@@ -84,5 +84,5 @@ def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, An
 
 
 def remove(folder: Path) -> None:
-    for name in (NEWEST, PREVIOUS, INCOMING):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / NEWEST, folder / PREVIOUS, *folder.glob(f"*{INCOMING}*")):
+        path.unlink(missing_ok=True)

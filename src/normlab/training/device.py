@@ -1,5 +1,6 @@
 """The device of a run: choice, precision, memory, and what to write down about them."""
 
+import contextlib
 import os
 import platform
 import resource
@@ -18,15 +19,18 @@ from normlab.errors import UserError
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose(device: str) -> torch.device:
-    """
+def choose(device: str, share: str | None = None) -> torch.device:
+    """The device of a run; `share` is the one that a launcher offers to a run that does not care which.
+
     Raises:
         UserError: for a CUDA device that is not there.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = (share or "cuda:0") if torch.cuda.is_available() else "cpu"
+    elif device == "cuda":
+        device = share if share and share != "cpu" else "cuda:0"
     chosen = torch.device(device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
         raise UserError(
             f"device={device}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices.\n"
             "Use device=cpu or device=auto, or check the driver (nvidia-smi)."
@@ -34,10 +38,10 @@ def choose(device: str) -> torch.device:
     return chosen
 
 
-def prepare(config: RunConfig, device: torch.device) -> None:
+def prepare(config: RunConfig, device: torch.device, threads: int | None) -> None:
     """Process-wide settings of a run."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if threads:
+        torch.set_num_threads(threads)
     tf32 = config.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -46,9 +50,11 @@ def prepare(config: RunConfig, device: torch.device) -> None:
     torch.use_deterministic_algorithms(config.deterministic, warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # initialises CUDA, which the next line needs
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # a worker's earlier runs must not count
+        with contextlib.suppress(OSError):  # hardened containers forbid it
+            Path("/proc/self/clear_refs").write_text("5")  # a worker's earlier runs must not count
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
@@ -98,7 +104,9 @@ def _git() -> dict[str, str] | None:
 
     def ask(*words: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True).stdout
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, errors="replace", timeout=10, check=True
+        ).stdout
 
     try:
         if "src/normlab/training/device.py" not in ask("ls-files", "--full-name", "device.py"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.config import RunConfig
+from normlab.data.batches import Split
 from normlab.data.load import Data
 from normlab.errors import InterruptedRunError
 from normlab.streams import key
@@ -22,10 +23,10 @@ BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, dive
 
 
 class DivergedError(Exception):
-    """The loss of `step` (1-based) was not a finite number."""
+    """The loss of `step` (1-based), or a parameter after it, was not a finite number."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"the loss of step {step} was not finite")
+    def __init__(self, step: int, what: str = "the loss") -> None:
+        super().__init__(f"{what} of step {step} was not finite")
         self.step = step
 
 
@@ -82,7 +83,7 @@ def train(
             scaler.step(optimizer)
             scaler.update()
 
-            # Kept on the device: reading them here would make every step wait for the GPU.
+            # Kept on the device: reading them here would make every step wait for the GPU (as fp16's scaler does).
             at.losses[at.batch] = loss.detach()
             at.hits[at.batch] = (logits.argmax(1) == labels).sum()
             at.batch += 1
@@ -91,22 +92,24 @@ def train(
             now = time.monotonic()
             due = config.checkpoint_seconds is not None and now - last_checkpoint >= config.checkpoint_seconds
             if now - last_beat >= BEAT_SECONDS or due or stop.requested:
-                at.wall_seconds, at.train_seconds = now - started, at.train_seconds + now - clock
-                _check_divergence(at, epoch * steps)
+                _check_losses(at, epoch * steps)  # waits for the device
+                at.wall_seconds = time.monotonic() - started
                 beat(at)
                 if due or stop.requested:
+                    at.train_seconds += time.monotonic() - clock
                     checkpoint(at)
-                    last_checkpoint = time.monotonic()
+                    last_checkpoint = clock = time.monotonic()
                 if stop.requested:
                     raise InterruptedRunError(stop.requested)
-                last_beat = clock = time.monotonic()
+                last_beat = time.monotonic()
 
-        _check_divergence(at, epoch * steps)
+        _check_losses(at, epoch * steps)
+        _check_parameters(network, (epoch + 1) * steps)
         at.train_seconds += time.monotonic() - clock
         at.wall_seconds = time.monotonic() - started
         last = epoch + 1 == config.epochs
         if last or (epoch + 1) % config.eval_every == 0:
-            row = _row(config, network, data, at, epoch, stop, lambda: checkpoint(at))
+            row = _row(config, network, data, at, epoch, stop, lambda: checkpoint(at), lambda: beat(at))
             at.wall_seconds = time.monotonic() - started
             record({**row, "wall_seconds": at.wall_seconds})
             at.train_seconds, at.train_images = 0.0, 0
@@ -122,6 +125,7 @@ def _row(
     epoch: int,
     stop: StopRequest,
     save: Callable[[], None],
+    beat: Callable[[], None],
 ) -> dict[str, Any]:
     """Evaluate; one row of metrics. Training loss and accuracy are those seen while training this epoch."""
     sizes = torch.full_like(at.losses, config.batch)
@@ -137,7 +141,7 @@ def _row(
     for name, split in (("val", data.val), ("test", data.test)):
         if split is not None:
             try:
-                loss, accuracy = evaluate(config, network, split, at.losses.device, stop)
+                loss, accuracy = evaluate(config, network, split, at.losses.device, stop, beat)
             except InterruptedRunError:
                 save()  # the epoch is complete: a resume begins with its evaluation
                 raise
@@ -148,12 +152,18 @@ def _row(
 
 @torch.inference_mode()
 def evaluate(
-    config: RunConfig, network: nn.Module, split: Any, device: torch.device, stop: StopRequest
+    config: RunConfig,
+    network: nn.Module,
+    split: Split,
+    device: torch.device,
+    stop: StopRequest,
+    beat: Callable[[], None],
 ) -> tuple[float, float]:
     """Mean cross-entropy (without label smoothing) and share of correct classifications over `split`."""
     network.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
+    last_beat = time.monotonic()
     for images, labels in split.batches():
         with autocast(config, device):
             logits = network(images)
@@ -161,11 +171,21 @@ def evaluate(
         hits += (logits.argmax(1) == labels).sum()
         if stop.requested:
             raise InterruptedRunError(stop.requested)
+        if time.monotonic() - last_beat >= BEAT_SECONDS:
+            beat()
+            last_beat = time.monotonic()
     return float(loss) / len(split), float(hits) / len(split)
 
 
-def _check_divergence(at: Position, before: int) -> None:
+def _check_losses(at: Position, before: int) -> None:
     """Look for a loss that is not finite among those of the epoch that began after step `before`."""
     wrong = (~torch.isfinite(at.losses[: at.batch])).nonzero()
     if len(wrong):
         raise DivergedError(before + int(wrong[0]) + 1)
+
+
+def _check_parameters(network: nn.Module, step: int) -> None:
+    """What the last step of an epoch broke, no later loss of training shows before the evaluation."""
+    finite = torch.stack([torch.isfinite(parameter).all() for parameter in network.parameters()])
+    if not finite.all():
+        raise DivergedError(step, "a parameter after the update")

@@ -61,7 +61,7 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
         epoch = max(float(step // steps_per_epoch), warmup)
     t = (epoch - warmup) / (epochs - warmup)
     if isinstance(schedule, Step):
-        return base * schedule.gamma ** sum(epoch >= milestone * epochs for milestone in schedule.milestones)
+        return base * schedule.gamma ** sum(epoch + 1e-9 >= milestone * epochs for milestone in schedule.milestones)
     if isinstance(schedule, Cosine):
         final = min(schedule.final_lr, base)
         return final + (base - final) * (1 + math.cos(math.pi * t)) / 2

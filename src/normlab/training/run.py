@@ -1,10 +1,12 @@
 """One run from its configuration to its record: build, resume, train, and say how it ended."""
 
+import contextlib
 import copy
 import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,25 @@ from normlab.training.optimizers import build_optimizer
 Watch = Callable[[Mapping[str, Any]], None]
 
 
-def carry_out(config: RunConfig, watch: Watch = lambda status: None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Share:
+    """What a launcher offers a run of this machine; the run's own settings go first."""
+
+    device: str | None = None
+    threads: int | None = None
+
+
+def carry_out(
+    config: RunConfig,
+    *,
+    stop: StopRequest | None = None,
+    share: Share = Share(),
+    watch: Watch = lambda status: None,
+) -> dict[str, Any]:
     """Train a run, or go on with it; returns its status. `watch` is shown the status about once a second.
 
-    A finished run is left alone. However it ends, the run's folder says so.
+    A finished run is left alone. However it ends, the run's folder says so. `stop` may have been entered by
+    the caller, so that a request made while torch was being imported counts.
 
     Raises:
         RunBusyError: if another process is training it.
@@ -36,7 +53,7 @@ def carry_out(config: RunConfig, watch: Watch = lambda status: None) -> dict[str
     """
     run = runs.Run(config.as_dict())
     run.freeze()
-    with run.lock(), StopRequest() as stop:
+    with run.lock(), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
         if run.state in runs.FINISHED:  # by another process, since the caller looked
             return runs.read_status(run.folder) or {}
         log = _logger(run.folder)
@@ -44,25 +61,35 @@ def carry_out(config: RunConfig, watch: Watch = lambda status: None) -> dict[str
             started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
             status = run.write_status("running", started=started or runs.now(), ended=None, error=None)
             watch(status)
-            return _train(config, run, stop, watch, log)
+            return _train(config, run, stop, share, watch, log)
         except InterruptedRunError as error:
-            log.warning("interrupted by %s", error)
+            log.info("interrupted by %s", error)
             run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
             raise
         except (Exception, KeyboardInterrupt) as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            log.error("%s", error, exc_info=not isinstance(error, UserError))
+            log.error("%s", error, exc_info=not isinstance(error, UserError) or error.__cause__ is not None)
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in message:
+                error = UserError(
+                    f"{run.name} does not fit into the memory of its device.\n"
+                    "Use a smaller batch, fewer runs at a time (hydra.launcher.slots=1), or another device."
+                )
+                message = str(error)
             run.write_status(state, ended=runs.now(), error=message)
-            raise
+            raise error
         finally:
             for handler in log.handlers:
                 handler.close()
 
 
-def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, log: logging.Logger) -> dict[str, Any]:
-    where = device.choose(config.device)
-    device.prepare(config, where)
+def _train(
+    config: RunConfig, run: runs.Run, stop: StopRequest, share: Share, watch: Watch, log: logging.Logger
+) -> dict[str, Any]:
+    saved = checkpoint.load(run.folder, run.run_id, log.warning)
+    where = device.choose(config.device, share.device)
+    # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
+    device.prepare(config, where, config.threads or (saved["threads"] if saved else share.threads))
     data = load(
         config.dataset,
         data_dir=Path(config.data_dir),
@@ -74,11 +101,6 @@ def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, lo
         device=where,
         log=log.info,
     )
-    if data.train.steps == 0:
-        raise UserError(
-            f"batch={config.batch} with drop_last=true leaves no batch of {len(data.train)} training images.\n"
-            f"Use batch={len(data.train)} or less."
-        )
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     _check_shapes(config, network, data)
     network = network.to(where)
@@ -94,7 +116,7 @@ def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, lo
         train_images=0,
     )
 
-    saved = checkpoint.load(run.folder, run.run_id, log.warning)
+    peak_before = 0
     if saved:
         if saved["data_fingerprint"] != data.fingerprint:
             raise UserError(
@@ -102,7 +124,14 @@ def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, lo
                 f"Bring the old ones back, or delete {run.folder} to start it anew, or give the new ones"
                 " another dataset.name."
             )
-        network.load_state_dict(saved["network"])
+        try:
+            network.load_state_dict(saved["network"])
+        except RuntimeError as error:
+            raise UserError(
+                f"The network has changed since {run.name} was interrupted: {str(error).splitlines()[0]}\n"
+                f"Bring the old one back, or delete {run.folder} to start it anew."
+            ) from error
+        peak_before = saved["peak_memory_bytes"]
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         at = Position(**saved["position"])
@@ -121,7 +150,7 @@ def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, lo
             "steps": config.epochs * data.train.steps,
             "wall_seconds": at.wall_seconds,
             "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
-            "peak_memory_bytes": device.peak_memory_bytes(where),
+            "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
             **latest,
         }
 
@@ -136,6 +165,8 @@ def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, lo
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "position": vars(at).copy(),
+            "threads": torch.get_num_threads(),
+            "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
         }
         checkpoint.save(run.folder, state)
 
@@ -153,10 +184,11 @@ def _train(config: RunConfig, run: runs.Run, stop: StopRequest, watch: Watch, lo
                 run.folder / "weights.pt", lambda file: checkpoint.save_tensors(network.state_dict(), file)
             )
     except DivergedError as error:
-        log.warning("%s", error)
+        log.info("%s", error)
         state, end = "diverged", {"diverged_step": error.step, "error": str(error)}
     status = run.write_status(state, ended=runs.now(), **facts(at), **end)
-    checkpoint.remove(run.folder)
+    with contextlib.suppress(OSError):  # the result is safe: what is left over only takes space
+        checkpoint.remove(run.folder)
     watch(status)
     return status
 
@@ -165,17 +197,20 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
     """Run each batch size that will occur through the network on the meta device, where it costs nothing.
 
     Raises:
-        UserError: if the images are too small for the network, or too few for a layer's statistics.
+        UserError: if the images are too small for the network or too few for a layer's statistics, or the
+            network's output is not one number per image and class.
     """
     rest = len(data.train) % config.batch
     sizes = {min(config.batch, len(data.train))} | ({rest} if rest and not config.drop_last else set())
     probe = copy.deepcopy(network).to("meta").train()
     for size in sorted(sizes):
         try:
-            probe(torch.empty(size, 3, data.image_size, data.image_size, device="meta"))
+            output = probe(torch.empty(size, 3, data.image_size, data.image_size, device="meta"))
         except NotImplementedError:  # some operation of the user's network has no meta form
             return
         except (ValueError, RuntimeError) as error:
+            if "device" in str(error):  # a tensor that the user's network keeps to itself
+                return
             last = "" if size == config.batch else f", the last of an epoch of {len(data.train)}"
             raise UserError(
                 f"A batch of {size} images of {data.image_size}x{data.image_size} pixels{last} does not fit"
@@ -183,6 +218,13 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
                 "Use larger images or another batch (a norm over one value per channel is undefined),"
                 " or drop_last=true."
             ) from error
+        expected = (size, len(data.classes))
+        if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
+            found = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise UserError(
+                f"{config.model.name} gives {found} for a batch of {size} images.\n"
+                f"Expected a tensor {expected}: one number per image and class of {config.dataset.name}."
+            )
 
 
 def weights_sha256(network: nn.Module) -> str:
@@ -203,4 +245,7 @@ def _logger(folder: Path) -> logging.Logger:
     handler.setFormatter(formatter)
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk is told elsewhere
     log.addHandler(handler)
+    shown = logging.StreamHandler()  # a warning is for whoever watches, too
+    shown.addFilter(lambda record: record.levelno == logging.WARNING)
+    log.addHandler(shown)
     return log
