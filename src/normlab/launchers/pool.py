@@ -35,12 +35,11 @@ def launch(composed: Sequence[DictConfig], slots: int | None) -> list[float | No
     """
     if slots is not None and (not isinstance(slots, int) or slots < 1):
         raise UserError(f"hydra.launcher.slots={slots} is out of range: expected 1 or more, or null.")
-    configs = [_parse(settings) for settings in composed]
-    unique = {runs.run_name(config.as_dict()): config for config in configs}
-    planned = {name: (config, runs.Run(config.as_dict())) for name, config in unique.items()}
+    planned = [(config, runs.Run(config.as_dict())) for config in map(_parse, composed)]
+    unique = {run.name: (config, run) for config, run in planned}
     waiting = [
         Job(config, run, preflight.check(config).train_images)
-        for config, run in planned.values()
+        for config, run in unique.values()
         if run.state not in runs.FINISHED
     ]
     if len(waiting) < len(unique):
@@ -52,7 +51,7 @@ def launch(composed: Sequence[DictConfig], slots: int | None) -> list[float | No
         lines = [f"  {job.run.folder}/run.log: {why}" for job, why in failed]
         more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
         raise UserError("\n".join([f"{len(failed)} of {len(unique)} runs failed:", *lines[:3], *more]))
-    return [_result(planned[runs.run_name(config.as_dict())][1]) for config in configs]
+    return [_result(run) for _, run in planned]
 
 
 @dataclass

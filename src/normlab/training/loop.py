@@ -77,10 +77,10 @@ def train(
             set_learning_rate(optimizer, learning_rate(config, step, steps))
             generator.manual_seed(key(config.seed, "step", step))  # dropout and the like, the same after a resume
 
+            optimizer.zero_grad(set_to_none=True)
             with autocast(config, device):
                 logits = network(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
