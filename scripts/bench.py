@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from normlab import config, models, runs
 from normlab.cli import settings_of
-from normlab.data.load import Data, load
+from normlab.data.load import Data
 from normlab.training import device
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import Position, train
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import carry_out
+from normlab.training.run import carry_out, data_of
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -36,20 +36,6 @@ def configure(folder: str, *overrides: str) -> config.RunConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         settings = ["device=cpu", f"output_dir={folder}", f"data_dir={folder}", *overrides]
         return config.parse(settings_of(compose("config", settings)))
-
-
-def data_of(settings: config.RunConfig) -> Data:
-    return load(
-        settings.dataset,
-        data_dir=Path(settings.data_dir),
-        seed=settings.seed,
-        batch=settings.batch,
-        eval_batch=settings.eval_batch,
-        drop_last=settings.drop_last,
-        input_norm=settings.input_norm,
-        device=CPU,
-        log=print,
-    )
 
 
 def ours(settings: config.RunConfig, data: Data, network: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -107,7 +93,7 @@ def loop(rounds: int) -> None:
     for batch, turns in ((8, rounds), (128, 3 * rounds)):  # an epoch at 128 is short, so its pairs scatter more
         with tempfile.TemporaryDirectory() as folder:
             settings = configure(folder, f"batch={batch}", "epochs=1", "dataset.test_size=10")
-            data = data_of(settings)
+            data = data_of(settings, CPU, print)
             images, labels = in_memory(data)
             # One network for both: where its tensors happen to lie in memory can change the speed by a tenth.
             network = models.build(settings, num_classes=10, image_size=8)
@@ -152,7 +138,7 @@ def peak(who: str, batch: int) -> None:
         if who == "ours":
             carry_out(settings)
         else:
-            images, labels = in_memory(data_of(settings))
+            images, labels = in_memory(data_of(settings, CPU, print))
             network = models.build(settings, num_classes=10, image_size=8)
             optimizer = build_optimizer(settings.optimizer, network)
             for _ in range(2):

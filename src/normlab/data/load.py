@@ -22,7 +22,6 @@ class Data:
 
     classes: tuple[str, ...]
     image_size: int
-    channels: int
     fingerprint: str
     train: Split
     test: Split
@@ -73,7 +72,6 @@ def load(
     return Data(
         source.classes,
         source.image_size,
-        channels=3,
         fingerprint=source.fingerprint,
         train=split(
             source.train,

@@ -83,14 +83,9 @@ def carry_out(
                 handler.close()
 
 
-def _train(
-    config: RunConfig, run: runs.Run, stop: StopRequest, share: Share, watch: Watch, log: logging.Logger
-) -> dict[str, Any]:
-    saved = checkpoint.load(run.folder, run.run_id, log.warning)
-    where = device.choose(config.device, share.device)
-    # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
-    device.prepare(config, where, config.threads or (saved["threads"] if saved else share.threads))
-    data = load(
+def data_of(config: RunConfig, where: torch.device, log: Callable[[str], None]) -> Data:
+    """The images of a run on its device, in the batches that its settings ask for."""
+    return load(
         config.dataset,
         data_dir=Path(config.data_dir),
         seed=config.seed,
@@ -99,8 +94,18 @@ def _train(
         drop_last=config.drop_last,
         input_norm=config.input_norm,
         device=where,
-        log=log.info,
+        log=log,
     )
+
+
+def _train(
+    config: RunConfig, run: runs.Run, stop: StopRequest, share: Share, watch: Watch, log: logging.Logger
+) -> dict[str, Any]:
+    saved = checkpoint.load(run.folder, run.run_id, log.warning)
+    where = device.choose(config.device, share.device)
+    # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
+    device.prepare(config, where, config.threads or (saved["threads"] if saved else share.threads))
+    data = data_of(config, where, log.info)
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     _check_shapes(config, network, data)
     network = network.to(where)
