@@ -28,6 +28,13 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from normlab.errors import UserError, nearest
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
+DEPTHS = {  # the sizes of each network that has several; None: any
+    "resnet": RESNET_DEPTHS,
+    "cifar_resnet": (20, 32, 44, 56, 110),
+    "vgg": (11, 13, 16, 19),
+    "deep_linear": None,
+}
+TITLES = {"resnet": "a ResNet of torchvision", "cifar_resnet": "a CIFAR ResNet", "vgg": "a VGG of torchvision"}
 SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
 
 
@@ -64,7 +71,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-_OPTIONS: dict[str, Any] = {"eps": Positive, "momentum": UnitInterval, "conv_bias": StrictBool}
+_OPTIONS: dict[str, Any] = {
+    "eps": Positive,
+    "momentum": UnitInterval,
+    "conv_bias": StrictBool,
+    "scale_init": Number,
+    "scale_lr_divisor": Positive,
+}
 
 
 class NormConfig(_Section):
@@ -106,7 +119,53 @@ class CustomModelConfig(_Section):
     kwargs: dict[str, Any]
 
 
-ModelConfig = Annotated[ResNetConfig | CustomModelConfig, Field(discriminator="kind")]
+class CifarResNetConfig(_Section):
+    """The ResNets that He et al. 2016 built for 32x32 images, of the top-level `depth`."""
+
+    kind: Literal["cifar_resnet"]
+    name: Name
+
+
+class VGGConfig(_Section):
+    """torchvision's VGG with batch normalisation, of the top-level `depth`."""
+
+    kind: Literal["vgg"]
+    name: Name
+    head: Literal["small", "imagenet"] | None
+
+
+class TorchvisionConfig(_Section):
+    """Any classification network of torchvision in which sites are found."""
+
+    kind: Literal["torchvision"]
+    name: Name
+    kwargs: dict[str, Any]
+
+
+class GitmanCifarConfig(_Section):
+    """The CIFAR network of Gitman & Ginsburg 2017."""
+
+    kind: Literal["gitman_cifar"]
+    name: Name
+
+
+class DeepLinearConfig(_Section):
+    """The deep linear network of Santurkar et al. 2018; the top-level `depth` is its number of layers."""
+
+    kind: Literal["deep_linear"]
+    name: Name
+
+
+ModelConfig = Annotated[
+    ResNetConfig
+    | CifarResNetConfig
+    | VGGConfig
+    | TorchvisionConfig
+    | GitmanCifarConfig
+    | DeepLinearConfig
+    | CustomModelConfig,
+    Field(discriminator="kind"),
+]
 
 
 class _Dataset(_Section):
@@ -117,6 +176,7 @@ class _Dataset(_Section):
     split_seed: Whole
     flip: StrictBool
     crop_padding: Whole
+    crop_size: Count | None
 
 
 class BuiltinDataset(_Dataset):
@@ -157,19 +217,49 @@ class FolderDataset(_Dataset):
         return self
 
 
-DatasetConfig = Annotated[BuiltinDataset | FolderDataset, Field(discriminator="kind")]
+class RegressionDataset(_Section):
+    """The synthetic task of Santurkar et al. 2018: y = A x with Gaussian A and x. A loss, no accuracy."""
+
+    kind: Literal["linear_regression"]
+    name: Name
+    features: Count
+    train_size: Count
+    test_size: Count
+    split_seed: Whole
+
+
+ImageDataset = BuiltinDataset | FolderDataset
+DatasetConfig = Annotated[BuiltinDataset | FolderDataset | RegressionDataset, Field(discriminator="kind")]
 
 
 class InitConfig(_Section):
     """How the weights start."""
 
-    name: Literal["default"]
+    name: Literal["default", "he_fan_in", "glorot", "orthogonal", "zero_gamma", "lsuv", "bn_folded", "fixup"]
+
+
+class IID(_Section):
+    """Every training image once per epoch, in random order."""
+
+    name: Literal["iid"]
+
+
+class Paired(_Section):
+    """Batches of batch / images_per_label labels, drawn with replacement, times images_per_label images."""
+
+    name: Literal["paired"]
+    images_per_label: Annotated[StrictInt, Field(ge=2)]
+
+
+SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
 
 
 class _Optimizer(_Section):
     lr: Positive
     weight_decay: NonNegative
     decay_norm_and_bias: StrictBool
+    agc: Positive | None
+    precondition: Literal["bnp"] | None
 
 
 class SGD(_Optimizer):
@@ -241,6 +331,7 @@ class RunConfig(_Section):
     norm: NormConfig
     model: ModelConfig
     dataset: DatasetConfig
+    sampler: SamplerConfig
     init: InitConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
@@ -251,7 +342,12 @@ class RunConfig(_Section):
     epochs: Count = Field(examples=[10])
     label_smoothing: Fraction
     drop_last: StrictBool
-    input_norm: Literal["dataset", "none"]
+    input_norm: Literal["dataset", "none", "bn"]
+    sync_stats: StrictBool
+    calibration_images: Count
+    weight_average: Fraction | None
+    eval_stats: Literal["running", "precise", "batch"]
+    precise_batches: Count
     eval_every: Count
     eval_batch: Count
 
@@ -266,19 +362,46 @@ class RunConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _depth_belongs_to_resnet(cls, data: Any) -> Any:
-        """`depth` means nothing to another network, so it must not make two runs out of one."""
-        if isinstance(data, Mapping) and data.get("model", {}).get("kind") == "custom":
-            return {**data, "depth": None}
-        return data
+    def _drop_what_means_nothing(cls, data: Any) -> Any:
+        """What means nothing to a network or a data set must not make two runs out of one."""
+        if not isinstance(data, Mapping):
+            return data
+        changes: dict[str, Any] = {}
+        if data.get("model", {}).get("kind") not in DEPTHS:
+            changes["depth"] = None
+        if data.get("dataset", {}).get("kind") == "linear_regression":
+            changes["input_norm"] = "none"
+        return {**data, **changes}
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.model.kind == "resnet" and self.depth not in RESNET_DEPTHS:
-            close = nearest(self.depth or 0, RESNET_DEPTHS)
+        depths = DEPTHS.get(self.model.kind)
+        if depths and self.depth not in depths:
             raise wrong(
-                f"depth={self.depth} is not a ResNet of torchvision.\n"
-                f"Expected one of {', '.join(map(str, RESNET_DEPTHS))}; nearest: depth={close}.",
+                f"depth={self.depth} is not {TITLES[self.model.kind]}.\n"
+                f"Expected one of {', '.join(map(str, depths))}; nearest: depth={nearest(self.depth or 0, depths)}.",
+            )
+        if self.model.kind == "deep_linear" and (self.depth is None or self.depth < 1):
+            raise wrong(f"depth={self.depth} is no number of layers.\nExpected 1 or more; the paper has depth=25.")
+        if (self.model.kind == "deep_linear") != (self.dataset.kind == "linear_regression"):
+            raise wrong(
+                f"model={self.model.name} cannot learn dataset={self.dataset.name}.\n"
+                "The deep linear network and the synthetic regression task belong together:"
+                " model=deep_linear dataset=linear_regression.",
+            )
+        if isinstance(self.sampler, Paired):
+            each = self.sampler.images_per_label
+            if self.dataset.kind == "linear_regression":
+                raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
+            if self.batch % each:
+                raise wrong(
+                    f"sampler=paired makes batches of labels x {each} images, and {each} does not divide"
+                    f" batch={self.batch}.\nNearest valid: batch={max(self.batch // each, 1) * each}.",
+                )
+        if self.sync_stats and self.norm_batch is not None:
+            raise wrong(
+                "sync_stats=true makes one group of all processes' images, norm_batch makes several of one"
+                " process's.\nUse one of the two.",
             )
         if self.norm_batch is not None and self.norm_batch > self.batch:
             raise wrong(

@@ -1,4 +1,4 @@
-"""Normalisers that use the statistics of the batch."""
+"""Batch normalisation: PyTorch's kernel, for the whole batch or for groups inside it."""
 
 from typing import Any
 
@@ -7,63 +7,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.norms.sites import Variant
+from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 
 
-class GroupedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics come from groups of `norm_batch` images inside the batch.
+class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):
+    """BatchNorm2d, over groups of `norm_batch` images if that is given (see `BatchStatistics`).
 
-    For x of shape (N, C, H, W), with N = G·k + r and k = `norm_batch`: image n < G·k belongs to group
-    n mod G, so that the groups are a view of x and one kernel normalises them all; the last r images
-    are a smaller group of their own. Per group and channel, mu and v are mean and biased variance:
+    Per group and channel, with mean mu and biased variance v:
 
         y = gamma · (x - mu) / sqrt(v + eps) + beta
 
-    The moving averages take the mean over groups of each group's update, weighted by its images (Ioffe
-    2017, section 4.2, normalises groups of 4 inside batches of 32 in this way).
+    The moving averages take the mean over groups of each group's mean and unbiased variance, weighted by its
+    images (Ioffe 2017, section 4.2, normalises groups of 4 inside batches of 32 in this way).
 
-    Invariant: with k >= N it is nn.BatchNorm2d.
+    Invariant: with k >= N it is nn.BatchNorm2d, and runs as that.
     """
 
-    def __init__(self, *args: Any, norm_batch: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, channels: int, *, norm_batch: int | None = None, **options: Any) -> None:
+        super().__init__(channels, **options)
         self.norm_batch = norm_batch
 
     def forward(self, input: Tensor) -> Tensor:
-        images, channels, height, width = input.shape
-        groups, rest = divmod(images, self.norm_batch)
-        if not self.training or groups == 0 or (groups == 1 and rest == 0):
-            return super().forward(input)
-        whole = groups * self.norm_batch
-        viewed = input[:whole].reshape(self.norm_batch, groups * channels, height, width)
-        output, mean, var = self._normalise(viewed, groups)
-        output = output.reshape(whole, channels, height, width)
-        if rest:
-            last, last_mean, last_var = self._normalise(input[whole:], 1)
-            output = torch.cat([output, last])
-            mean = torch.lerp(mean, last_mean, rest / images)
-            var = torch.lerp(var, last_var, rest / images)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(var)
-        self.num_batches_tracked.add_(1)
-        return output
+        whole = self.norm_batch is None or self.norm_batch >= len(input)
+        if (whole and not (self.synchronised or self.evaluates_on_batch)) or not (
+            self.training or self.evaluates_on_batch
+        ):
+            return self.evaluate(input)
+        return super().forward(input)
 
-    def _normalise(self, input: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise (k, G·C, H, W); returns it with the moving averages' next values, mean over groups."""
+    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        gamma = None if self.weight is None else per_group(self.weight, groups)
+        beta = None if self.bias is None else per_group(self.bias, groups)
+        if self.synchronised:
+            return self._normalise_together(input, gamma, beta)
+        mean = torch.zeros(input.shape[1], device=input.device, dtype=full_precision(input[:0]).dtype)
+        var = torch.zeros_like(mean)
+        return F.batch_norm(input, mean, var, gamma, beta, True, 1.0, self.eps), (mean, var)
 
-        def repeated(per_channel: Tensor | None) -> Tensor | None:
-            return None if per_channel is None else per_channel.repeat(groups)
+    def _normalise_together(
+        self, input: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The formula, with means over all processes."""
+        x = full_precision(input)
+        mu = self.batch_mean(x)
+        centred = x - broadcast(mu)
+        v = self.batch_mean(centred.square())
+        y = centred * broadcast(torch.rsqrt(v + self.eps))
+        if gamma is not None and beta is not None:
+            y = y * broadcast(gamma) + broadcast(beta)
+        count = self.batch_count(input)
+        return y.to(input.dtype), (mu.detach(), v.detach() * count / (count - 1))
 
-        mean, var = repeated(self.running_mean), repeated(self.running_var)
-        assert mean is not None
-        assert var is not None
+    def evaluate(self, input: Tensor) -> Tensor:
+        return nn.BatchNorm2d.forward(self, input)
+
+    def update(self, *statistics: Tensor) -> None:
+        mean, var = statistics
         assert self.momentum is not None
-        output = F.batch_norm(
-            input, mean, var, repeated(self.weight), repeated(self.bias), True, self.momentum, self.eps
-        )
-        return output, mean.view(groups, -1).mean(0), var.view(groups, -1).mean(0)
+        self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr]
+        self.running_var.lerp_(var, self.momentum)  # type: ignore[union-attr]
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+
+    def adopt(self, *means: Tensor) -> None:
+        mean, square = means
+        self.running_mean.copy_(mean)  # type: ignore[union-attr]
+        self.running_var.copy_((square - mean.square()).clamp_min(0))  # type: ignore[union-attr]
 
 
 class BatchNorm(Variant):
@@ -73,25 +81,36 @@ class BatchNorm(Variant):
 
         y = gamma · (x - mu) / sqrt(v + eps) + beta
 
-    Evaluation uses moving averages of mu and of the unbiased variance, as PyTorch does.
+    Evaluation uses moving averages of mu and of the unbiased variance, as PyTorch does. gamma starts at
+    `scale_init` times the network's own start and learns at lr / `scale_lr_divisor` (Davis & Frank 2021: 0.1, 100).
     Invariant: at gamma = 1 and beta = 0 it equals `BatchNormMinus`, forward and backward.
     """
 
     affine = True
 
-    def __init__(self, *, eps: float, momentum: float, norm_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        eps: float,
+        momentum: float,
+        scale_init: float = 1.0,
+        scale_lr_divisor: float = 1.0,
+        norm_batch: int | None = None,
+    ) -> None:
         super().__init__(norm_batch=norm_batch)
         self.eps = eps
         self.momentum = momentum
+        self.scale_init = scale_init
+        self.scale_lr_divisor = scale_lr_divisor
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        options: dict[str, Any] = {"eps": self.eps, "momentum": self.momentum, "affine": self.affine}
-        if self.norm_batch is None:
-            layer = nn.BatchNorm2d(norm.num_features, **options)
-        else:
-            layer = GroupedBatchNorm2d(norm.num_features, norm_batch=self.norm_batch, **options)
+        layer = GroupedBatchNorm2d(
+            norm.num_features, norm_batch=self.norm_batch, eps=self.eps, momentum=self.momentum, affine=self.affine
+        )
         if self.affine and norm.affine:  # the network's own start, e.g. zero in the last layer of a branch
-            layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
+            start = {"weight": norm.weight * self.scale_init, "bias": norm.bias}
+            layer.load_state_dict(start, strict=False)
+            layer.lr_divisors = {"weight": self.scale_lr_divisor}
         return layer
 
 

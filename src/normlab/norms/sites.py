@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from normlab.errors import UserError
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.GELU)
+_FUNCTIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.gelu: nn.GELU}
+_METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
 
 
 @dataclass(frozen=True)
@@ -15,54 +19,17 @@ class Site:
 
     norm: str
     convolution: str | None  # feeds the norm and nothing else
-    activation: str | None  # the module that alone takes the norm's output
-
-
-def find_sites(network: nn.Module) -> list[Site]:
-    """Every BatchNorm2d of `network` in order of execution, with its neighbours.
-
-    Raises:
-        UserError: if the network's forward pass cannot be traced, or it holds no BatchNorm2d.
-    """
-    try:
-        graph = fx.symbolic_trace(network).graph
-    except Exception as error:
-        raise UserError(
-            f"{type(network).__name__} cannot be traced by torch.fx, so its normalisation layers cannot be found:\n"
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}.\n"
-            "Its forward pass must not branch on the values of tensors."
-        ) from error
-    modules = dict(network.named_modules())
-
-    def called(node: object, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> str | None:
-        if isinstance(node, fx.Node) and node.op == "call_module" and isinstance(modules[str(node.target)], kind):
-            return str(node.target)
-        return None
-
-    sites: dict[str, Site] = {}
-    for node in graph.nodes:
-        norm = called(node, nn.BatchNorm2d)
-        if norm is None:
-            continue
-        before, after = node.all_input_nodes[0], list(node.users)
-        sites[norm] = Site(
-            norm,
-            convolution=called(before, nn.Conv2d) if len(before.users) == 1 else None,
-            activation=called(after[0], _ACTIVATIONS) if len(after) == 1 else None,
-        )
-    if not sites:
-        raise UserError(
-            f"{type(network).__name__} has no BatchNorm2d layer, so there is nothing for norm=... to rewrite.\n"
-            "Build it with nn.BatchNorm2d where a normaliser belongs."
-        )
-    return list(sites.values())
+    activation: str | None  # the module or function that alone takes the norm's output
 
 
 class Variant:
     """One choice of `norm`: says what each part of a site becomes. The base changes nothing.
 
-    A variant is made once per network with the options of its YAML file, and called per site.
+    A variant is made once per network with the options of its YAML file, and called per site. Most override
+    `norm` alone.
     """
+
+    needs_convolution = False  # whether a site without one is refused
 
     def __init__(self, *, norm_batch: int | None = None) -> None:
         self.norm_batch = norm_batch  # images that share statistics; None: all of the batch
@@ -75,19 +42,171 @@ class Variant:
         """What replaces the convolution before it."""
         return convolution
 
+    def norm_and_activation(
+        self, norm: nn.BatchNorm2d, activation: nn.Module | None
+    ) -> tuple[nn.Module, nn.Module | None]:
+        """What replaces the BatchNorm2d and the activation after it, for variants that are about both.
+
+        `activation` is None at a site without one, and must then be returned as None.
+        """
+        return self.norm(norm), activation
+
+    def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
+        """Change what is between the sites, residual branches or the classifier, after all sites are rewritten."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A site as nodes of the traced graph."""
+
+    norm: fx.Node
+    convolution: fx.Node | None
+    activation: fx.Node | None
+
+    @property
+    def site(self) -> Site:
+        return Site(*(None if node is None else str(node.target) for node in vars(self).values()))  # type: ignore[arg-type]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """Also torchvision's modules that look at `self.training`, which a trace would freeze."""
+        return super().is_leaf_module(module, qualified_name) or type(module).__name__ == "StochasticDepth"
+
+
+def trace(network: nn.Module) -> fx.GraphModule:
+    """`network` as a graph over the same modules.
+
+    Raises:
+        UserError: if its forward pass cannot be traced.
+    """
+    try:
+        return fx.GraphModule(network, _Tracer().trace(network), type(network).__name__)
+    except Exception as error:
+        raise UserError(
+            f"{type(network).__name__} cannot be traced by torch.fx, so its normalisation layers cannot be found:\n"
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}.\n"
+            "Its forward pass must not branch on the values of tensors."
+        ) from error
+
+
+def find_sites(network: nn.Module) -> list[Site]:
+    """Every BatchNorm2d of `network` in order of execution, with its neighbours.
+
+    Raises:
+        UserError: if the network's forward pass cannot be traced, or it holds no BatchNorm2d.
+    """
+    return [place.site for place in _places(trace(network))]
+
+
+def _places(traced: fx.GraphModule) -> list[_Place]:
+    modules = dict(traced.named_modules())
+
+    def calls(node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+        return node.op == "call_module" and isinstance(modules[str(node.target)], kind)
+
+    places: dict[str, _Place] = {}
+    for node in traced.graph.nodes:
+        if not calls(node, nn.BatchNorm2d):
+            continue
+        before, after = node.all_input_nodes[0], list(node.users)
+        activates = len(after) == 1 and (calls(after[0], _ACTIVATIONS) or _function(after[0]) is not None)
+        places[str(node.target)] = _Place(
+            node,
+            convolution=before if calls(before, nn.Conv2d) and len(before.users) == 1 else None,
+            activation=after[0] if activates else None,
+        )
+    if not places:
+        name = traced._get_name()
+        raise UserError(
+            f"{name} has no BatchNorm2d layer, so there is nothing for norm=... to rewrite.\n"
+            "Build it with nn.BatchNorm2d where a normaliser belongs."
+        )
+    return list(places.values())
+
+
+def _function(node: fx.Node) -> type[nn.Module] | None:
+    """The module's type of an activation that is called as a function or method."""
+    if node.op == "call_function":
+        return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    return _METHODS.get(str(node.target)) if node.op == "call_method" else None
+
 
 def rewrite(network: nn.Module, variant: Variant) -> nn.Module:
-    """Rewrite every site of `network` in place, after construction.
+    """Rewrite every site of `network`, after construction; its modules are changed in place.
 
+    Returns the same network, or a graph over its modules where a variant changes activations or the graph.
     (torchvision's constructors initialise `weight` of every BatchNorm2d, which would crash on layers
     without one and overwrite a variant's own start.)
+
+    Raises:
+        UserError: if there is no site, or one that the variant cannot serve.
     """
-    for site in find_sites(network):
-        norm = network.get_submodule(site.norm)
+    traced = trace(network)
+    places = _places(traced)
+    name = f"norm={type(variant).__name__}"
+    regraphed = type(variant).graph is not Variant.graph
+    for place in places:
+        site = place.site
+        norm = traced.get_submodule(site.norm)
         assert isinstance(norm, nn.BatchNorm2d)
+        activation = None
+        if place.activation is not None:
+            kind = _function(place.activation)
+            activation = kind() if kind else traced.get_submodule(str(place.activation.target))
         if site.convolution:
-            convolution = network.get_submodule(site.convolution)
+            convolution = traced.get_submodule(site.convolution)
             assert isinstance(convolution, nn.Conv2d)
-            network.set_submodule(site.convolution, variant.convolution(convolution))
-        network.set_submodule(site.norm, variant.norm(norm))
-    return network
+            _replace(network, traced, site.convolution, variant.convolution(convolution))
+        elif variant.needs_convolution:
+            raise UserError(
+                f"{name} rewrites the convolution before each norm, and {site.norm} of {type(network).__name__}"
+                " has none of its own before it.\nUse a network with norms after convolutions, or another norm."
+            )
+        new_norm, new_activation = variant.norm_and_activation(norm, activation)
+        _replace(network, traced, site.norm, new_norm)
+        if new_activation is not activation:
+            assert place.activation is not None
+            assert new_activation is not None
+            _reactivate(traced, place, new_activation)
+            regraphed = True
+    if not regraphed:
+        return network
+    _check_mode_free(network)
+    variant.graph(traced, [place.site for place in places])
+    traced.graph.lint()
+    traced.recompile()
+    traced.delete_all_unused_submodules()
+    return traced
+
+
+def _replace(network: nn.Module, traced: fx.GraphModule, name: str, module: nn.Module) -> None:
+    network.set_submodule(name, module)
+    traced.set_submodule(name, module)
+
+
+def _reactivate(traced: fx.GraphModule, place: _Place, activation: nn.Module) -> None:
+    """One activation of its own for a site: networks share theirs among sites, or call a function."""
+    old = place.activation
+    assert old is not None
+    name = f"{place.norm.target}_activation"
+    traced.add_submodule(name, activation)
+    with traced.graph.inserting_after(old):
+        new = traced.graph.call_module(name, (place.norm,))
+    old.replace_all_uses_with(new)
+    traced.graph.erase_node(old)
+
+
+def _check_mode_free(network: nn.Module) -> None:
+    """A graph keeps what the forward pass did in the mode it was traced in."""
+    training, graphs = network.training, []
+    for mode in (True, False):
+        network.train(mode)
+        graphs.append(_Tracer().trace(network).python_code("self").src)
+    network.train(training)
+    if graphs[0] != graphs[1]:
+        raise UserError(
+            f"{type(network).__name__} does different things in training and evaluation, outside of its modules,"
+            " so that this norm, which rewrites activations, cannot serve it.\n"
+            "Use modules (nn.Dropout, not F.dropout) there, or a norm that leaves activations as they are."
+        )

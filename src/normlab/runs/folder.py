@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from normlab.errors import RunBusyError, UserError
 from normlab.runs import files
-from normlab.runs.identity import run_id, run_name
+from normlab.runs.identity import completed, run_id, run_name
 
 CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
 FINISHED = ("done", "diverged")  # states that a repeated command skips
@@ -36,11 +36,12 @@ def find(study_folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """
+    """The frozen configuration, completed by the settings that came after it was written.
+
     Raises:
         UserError: if the file is damaged.
     """
-    return files.read_yaml(folder / CONFIG)
+    return completed(files.read_yaml(folder / CONFIG))
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:

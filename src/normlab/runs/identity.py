@@ -8,13 +8,46 @@ from typing import Any
 # Where and how a run is carried out; everything else is part of its identity.
 CARRIED_OUT = frozenset({"study", "device", "threads", "checkpoint_seconds", "save_weights", "output_dir", "data_dir"})
 DATASET_CARRIED_OUT = frozenset({"path", "workers"})
+# Settings that came later, each with the value at which they change nothing: with it they are no part of
+# the identity, so that runs recorded before stay the runs they are. Never remove one, never change a value.
+LATER: dict[str, Any] = {
+    "calibration_images": 256,
+    "dataset.crop_size": None,
+    "eval_stats": "running",
+    "norm.scale_init": 1.0,
+    "norm.scale_lr_divisor": 1.0,
+    "optimizer.agc": None,
+    "optimizer.precondition": None,
+    "precise_batches": 200,
+    "sampler": {"name": "iid"},
+    "sync_stats": False,
+    "weight_average": None,
+}
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The nested part of a run's configuration that can change its result."""
     kept = {key: value for key, value in config.items() if key not in CARRIED_OUT}
     kept["dataset"] = {k: v for k, v in config["dataset"].items() if k not in DATASET_CARRIED_OUT}
+    for path, unchanged in LATER.items():
+        group, _, key = path.rpartition(".")
+        if group and key in kept.get(group, {}) and kept[group][key] == unchanged:
+            kept[group] = {k: v for k, v in kept[group].items() if k != key}
+        elif not group and key in kept and kept[key] == unchanged:
+            del kept[key]
     return kept
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it would be recorded today: with the settings that came after it was written."""
+    full = dict(config)
+    for path, unchanged in LATER.items():
+        group, _, key = path.rpartition(".")
+        if not group:
+            full.setdefault(key, unchanged)
+        elif group != "norm" and isinstance(full.get(group), Mapping):  # a norm's options are its own
+            full[group] = {key: unchanged, **full[group]}
+    return full
 
 
 def run_id(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,146 @@
+"""What layers with statistics of the batch share: groups inside the batch, moving averages, synchronisation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather, all_reduce
+
+
+class BatchStatistics(nn.Module):
+    """A layer over x (N, C, H, W) with statistics per channel over the images of a group, and H and W.
+
+    A subclass says what happens to one group (`normalise`), in evaluation (`evaluate`), to the moving averages
+    (`update`), and which moments of its input make up its averages (`moments`, `adopt`).
+
+    With `norm_batch` = k and N = G·k + r, image n < G·k belongs to group n mod G, so that the groups are a view
+    (k, G·C, H, W) of x in which every group's channel is a channel; the last r images are a smaller group.
+    """
+
+    norm_batch: int | None = None  # images of a group; None: all of the batch
+    synchronised = False  # one group over all processes of torch.distributed
+    evaluates_on_batch = False  # in evaluation, use the batch's statistics as in training
+
+    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(k, G·C, H, W) -> the output, and statistics (G·C,) without gradient for the moving averages.
+
+        Parameters and averages (C,) belong to channel c of every group: `per_group` repeats them.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> the output, by moving averages."""
+        raise NotImplementedError
+
+    def update(self, *statistics: Tensor) -> None:
+        """Take a step's statistics (C,), means over its groups weighted by images, into the moving averages."""
+        raise NotImplementedError
+
+    def moments(self, input: Tensor) -> tuple[Tensor, ...]:
+        """Statistics (C,) of the whole input whose means over many batches `adopt` can use; by default the mean
+        and the mean square."""
+        return _mean(input.double()), _mean(input.double().square())
+
+    def adopt(self, *means: Tensor) -> None:
+        """Set the moving averages to what `moments` says of many batches."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not (self.training or self.evaluates_on_batch):
+            return self.evaluate(input)
+        images = len(input)
+        size = self.norm_batch or images
+        groups, rest = divmod(images, size)
+        if groups <= 1 and (groups == 0 or rest == 0):
+            output, statistics = self.normalise(input, 1)
+        else:
+            whole, shape = groups * size, input.shape[1:]
+            viewed = input[:whole].reshape(size, groups * shape[0], *shape[1:])
+            output, statistics = self.normalise(viewed, groups)
+            output = output.reshape(whole, *shape)
+            statistics = tuple(s.view(groups, -1).mean(0) for s in statistics)
+            if rest:
+                last, others = self.normalise(input[whole:], 1)
+                output = torch.cat([output, last])
+                pairs = zip(statistics, others, strict=True)
+                statistics = tuple(torch.lerp(s, other, rest / images) for s, other in pairs)
+        if self.training:
+            with torch.no_grad():
+                self.update(*statistics)
+        return output
+
+    def batch_mean(self, input: Tensor) -> Tensor:
+        """Mean over images, H and W of float32 or float64 (n, C, H, W), over all processes if synchronised; (C,).
+
+        Differentiable, also across processes."""
+        mean = _mean(input)
+        if not self.synchronised or _processes() == 1:
+            return mean
+        count = torch.full_like(mean[:1], input.numel() / mean.numel())
+        total = all_reduce(torch.cat([mean * count, count]))
+        return total[:-1] / total[-1]
+
+    def batch_count(self, input: Tensor) -> Tensor | float:
+        """Values per channel that `batch_mean` takes the mean of."""
+        count = input.numel() / input.shape[1]
+        if not self.synchronised or _processes() == 1:
+            return count
+        total = torch.tensor(count, device=input.device)
+        dist.all_reduce(total)
+        return total
+
+    def batch_max(self, input: Tensor) -> Tensor:
+        """Maximum over images, H and W, over all processes if synchronised; (C,). Differentiable."""
+        highest = input.amax((0, 2, 3))
+        if not self.synchronised or _processes() == 1:
+            return highest
+        return torch.stack(all_gather(highest)).amax(0)
+
+
+def per_group(per_channel: Tensor, groups: int) -> Tensor:
+    """(C,) -> (G·C,), the same for the channels of every group."""
+    return per_channel if groups == 1 else per_channel.repeat(groups)
+
+
+def broadcast(per_channel: Tensor) -> Tensor:
+    """(C,) -> (1, C, 1, 1)."""
+    return per_channel[None, :, None, None]
+
+
+def full_precision(input: Tensor) -> Tensor:
+    """Statistics are computed in float32 at least."""
+    return input if input.dtype == torch.float64 else input.float()
+
+
+def _mean(input: Tensor) -> Tensor:
+    return input.mean((0, 2, 3))
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def synchronise(network: nn.Module) -> nn.Module:
+    """Let every layer with batch statistics take them over all processes of a distributed run; in place."""
+    for layer in statistics_layers(network):
+        layer.synchronised = True
+    return network
+
+
+def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
+    return [module for module in network.modules() if isinstance(module, BatchStatistics)]
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """Inside, a network in evaluation mode normalises each batch by its own statistics and keeps its averages."""
+    layers = statistics_layers(network)
+    for layer in layers:
+        layer.evaluates_on_batch = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.evaluates_on_batch = False

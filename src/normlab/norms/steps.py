@@ -1,0 +1,71 @@
+"""What layers do around an optimisation step, and what their parameters are to an optimizer."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["weight", "scale", "shift", "bias"]
+WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+class Clock(nn.Module):
+    """How far a run is, for layers that change in its course. One is shared by all layers of a variant.
+
+    Args:
+        unit: "fraction": `now` is the fraction of the run that is done, in [0, 1); "steps": the number of steps.
+
+    Attributes:
+        now: float32 scalar on the layers' device; 0 until a training loop calls `at_step`.
+    """
+
+    now: Tensor
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+        self.register_buffer("now", torch.zeros(()), persistent=False)
+
+    def at_step(self, step: int, steps: int) -> None:
+        self.now.fill_(step if self.unit == "steps" else step / steps)
+
+
+class Steps:
+    """Calls `at_step(step, steps)` of the modules that have it before a step (0-based), `after_step()` after it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._before = [module.at_step for module in network.modules() if hasattr(module, "at_step")]
+        self._after = [module.after_step for module in network.modules() if hasattr(module, "after_step")]
+
+    def begin(self, step: int, steps: int) -> None:
+        for at_step in self._before:
+            at_step(step, steps)
+
+    def end(self) -> None:
+        for after_step in self._after:
+            after_step()
+
+
+def parameter_roles(network: nn.Module) -> Iterator[tuple[nn.Parameter, Role, float]]:
+    """Each trainable parameter once, with its role and the divisor of its learning rate.
+
+    By the type of the owning module: shapes and names misfile a 1-output Linear or a 1-channel norm. A module may
+    name the roles of parameters of its own in `roles`, e.g. ``{"g": "scale"}``, and their divisors in
+    `lr_divisors`. Otherwise convolutions and linear layers have weight and bias; elsewhere what is called bias is
+    a shift, all else a scale.
+    """
+    seen: set[nn.Parameter] = set()
+    for module in network.modules():
+        own: dict[str, Role] = getattr(module, "roles", {})
+        divisors: dict[str, float] = getattr(module, "lr_divisors", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen or not parameter.requires_grad:  # shared between modules, or frozen
+                continue
+            seen.add(parameter)
+            usual: Role
+            if isinstance(module, WEIGHT_LAYERS):
+                usual = "bias" if name == "bias" else "weight"
+            else:
+                usual = "shift" if name == "bias" else "scale"
+            yield parameter, own.get(name, usual), divisors.get(name, 1.0)
