@@ -4,6 +4,11 @@ Both train the same ResNet-18 of torchvision (3x3 stem) on the digits with the s
 loop has its normalised float32 images in memory and does nothing but index, forward, backward, step. Ours
 is what a run does: seeds, schedule, metrics, heartbeat, divergence checks. Evaluation is in neither.
 `scripts/bench loop memory` compares the peak memory of two processes instead, each training two epochs.
+
+`scripts/bench norms`: the time of a whole training step (forward, backward, update, and what a norm does around
+it) with every file of conf/norm, over that with bn; ResNet-18, batch 32, 32x32 random images. Each round builds
+every network anew, so that no norm keeps a lucky place in memory, and times bn between the others. What has
+statistics of the batch is also timed with norm_batch=4.
 """
 
 import argparse
@@ -22,7 +27,9 @@ from torch import Tensor, nn
 from normlab import config, models, runs
 from normlab.cli import settings_of
 from normlab.data.load import Data
+from normlab.norms import BatchStatistics, Steps
 from normlab.training import device
+from normlab.training.gradients import build_transform
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import Position, train
 from normlab.training.optimizers import build_optimizer
@@ -146,14 +153,74 @@ def peak(who: str, batch: int) -> None:
         print(device.peak_memory_bytes(CPU))
 
 
+def norms(rounds: int, chosen: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        names = chosen or sorted(path.stem for path in (ROOT / "conf" / "norm").glob("*.yaml"))
+        arms: dict[str, config.RunConfig] = {}
+        for name in names:
+            arms[name] = configure(folder, f"norm={name}", "batch=32")
+            if has_statistics(arms[name]):
+                arms[f"{name}, norm_batch=4"] = configure(folder, f"norm={name}", "batch=32", "norm_batch=4")
+        reference = configure(folder, "norm=bn", "batch=32")
+        ratios: dict[str, list[float]] = {arm: [] for arm in arms}
+        for turn in range(rounds):
+            before = step_seconds(reference)
+            for number, (arm, settings) in enumerate(arms.items()):
+                seconds = step_seconds(settings)
+                after = step_seconds(reference) if number % 3 == 2 or number + 1 == len(arms) else before
+                ratios[arm].append(seconds / ((before + after) / 2))
+                before = after
+            print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+        found = device.provenance(CPU, "")
+        versions = found["versions"]
+        print(
+            f"{found['device']}, {found['threads']} threads, Python {versions['python']}, torch {versions['torch']},"
+            f" torchvision {versions['torchvision']}; ResNet-18, batch 32, 32x32, fp32; {rounds} rounds;"
+            f" bn: {before:.2f} s a step\n"
+        )
+        print("| norm | step time / bn's: median | min to max |")
+        print("|---|---|---|")
+        for arm, found_ratios in ratios.items():
+            print(f"| `{arm}` | {statistics.median(found_ratios):.2f} | {min(found_ratios):.2f} to {max(found_ratios):.2f} |")
+
+
+def has_statistics(settings: config.RunConfig) -> bool:
+    network = models.build(settings, num_classes=10, image_size=32)
+    return any(isinstance(module, BatchStatistics) for module in network.modules())
+
+
+def step_seconds(settings: config.RunConfig) -> float:
+    """The faster of two training steps, after one to warm up."""
+    network = models.build(settings, num_classes=10, image_size=32)
+    optimizer = build_optimizer(settings.optimizer, network)
+    transform, layers = build_transform(settings.optimizer, network), Steps(network)
+    images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+    network.train()
+    times = []
+    for step in range(3):
+        begun = time.perf_counter()
+        layers.begin(50 + step, 100)  # past every warm-up and ramp
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(network(images), labels).backward()
+        if transform:
+            transform()
+        optimizer.step()
+        layers.end()
+        times.append(time.perf_counter() - begun)
+    return min(times[1:])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["loop"])
+    parser.add_argument("bench", choices=["loop", "norms"])
     parser.add_argument("what", nargs="?", default="speed", choices=["speed", "memory", "peak-ours", "peak-bare"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--norm", nargs="*", default=[], help="for norms: these only")
     parser.add_argument("--batch", type=int, default=128, help="for peak-ours and peak-bare")
     chosen = parser.parse_args()
-    if chosen.what == "speed":
+    if chosen.bench == "norms":
+        norms(chosen.rounds, chosen.norm)
+    elif chosen.what == "speed":
         loop(chosen.rounds)
     elif chosen.what == "memory":
         memory(min(chosen.rounds, 3))

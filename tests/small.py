@@ -1,6 +1,7 @@
-"""A network small enough for tests that are about something else."""
+"""Networks small enough for tests that are about something else."""
 
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 
 
 class SmallNet(nn.Module):
@@ -21,3 +22,18 @@ class SmallNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images).mean((2, 3)))
+
+
+class SmallResNet(nn.Module):
+    """Two of torchvision's residual blocks, 32 and 64 channels; 8x8 images become 4x4 maps."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.relu = nn.ReLU(inplace=True)
+        downsample = nn.Sequential(nn.Conv2d(32, 64, 1, 2, bias=False), nn.BatchNorm2d(64))
+        self.blocks = nn.Sequential(BasicBlock(32, 32), BasicBlock(32, 64, 2, downsample))
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.relu(self.bn1(self.conv1(images)))).mean((2, 3)))

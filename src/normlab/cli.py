@@ -58,7 +58,8 @@ def explain(error: Exception) -> UserError:
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         options = [str(option) for option in error.options or []]
-        return unknown(f"{group}={choice}", f"option of {group}", choice, options, prefix=f"{group}=")
+        known = _NICKNAMES.get(re.sub(r"[^a-z0-9]", "", choice.lower())) if group == "norm" else None
+        return unknown(f"{group}={choice}", f"option of {group}", known or choice, options, prefix=f"{group}=")
     if isinstance(error, MissingMandatoryValue):
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return UserError(f"{key} has no default and needs a value.\nGive it on the command line: {key}=...")
@@ -76,6 +77,60 @@ def explain(error: Exception) -> UserError:
             return UserError(f"{wrong[1]} is new to {group}: add it with a plus, +{wrong[1]}=...")
         return unknown(wrong[1], "setting or group", wrong[1], siblings or options)
     return UserError(text)
+
+
+_NICKNAMES = {  # what else the normalisers are called, without punctuation
+    "adaptivegradientclipping": "nf",
+    "affinelayer": "affine",
+    "batch": "bn",
+    "batchnorm": "bn",
+    "batchnorm2d": "bn",
+    "batchnormalization": "bn",
+    "batchnormminus": "bnminus",
+    "batchnormpreconditioning": "bnp",
+    "batchrenorm": "renorm",
+    "batchrenormalization": "renorm",
+    "brn": "renorm",
+    "evonorm": "evonorm_s0",
+    "evonormb0": "evonorm_b0",
+    "evonorms0": "evonorm_s0",
+    "filterresponsenorm": "frn",
+    "filterresponsenormalization": "frn",
+    "group": "gn",
+    "groupnorm": "gn",
+    "groupnormalization": "gn",
+    "identity": "none",
+    "instance": "in",
+    "instancenorm": "in",
+    "instancenorm2d": "in",
+    "instancenormalization": "in",
+    "l1norm": "lp1",
+    "l2norm": "lp2",
+    "layer": "ln",
+    "layernorm": "ln",
+    "layernorm2d": "ln",
+    "layernormalization": "ln",
+    "linfnorm": "lpinf",
+    "meanonlybatchnorm": "wn_mean",
+    "movingaveragebatchnorm": "mabn",
+    "mimic": "mimicnorm",
+    "nfnet": "nf",
+    "nfresnet": "nf",
+    "noisybatchnorm": "noisy_bn",
+    "nonorm": "none",
+    "normalizationpropagation": "normprop",
+    "normalizerfree": "nf",
+    "power": "powernorm",
+    "scaledweightstandardization": "nf",
+    "syncbatchnorm": "bn",
+    "syncbn": "bn",
+    "tlu": "frn",
+    "trelu": "wn_trelu",
+    "weight": "wn",
+    "weightnorm": "wn",
+    "weightnormalization": "wn",
+    "weightstandardization": "nf",
+}
 
 
 def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = "") -> UserError:

@@ -370,7 +370,9 @@ class RunConfig(_Section):
         if data.get("model", {}).get("kind") not in DEPTHS:
             changes["depth"] = None
         if data.get("dataset", {}).get("kind") == "linear_regression":
-            changes["input_norm"] = "none"
+            changes |= {"input_norm": "none", "label_smoothing": 0.0}
+        if data.get("sampler", {}).get("name") == "paired":
+            changes["drop_last"] = False  # every batch is full
         return {**data, **changes}
 
     @model_validator(mode="after")
@@ -397,6 +399,12 @@ class RunConfig(_Section):
                 raise wrong(
                     f"sampler=paired makes batches of labels x {each} images, and {each} does not divide"
                     f" batch={self.batch}.\nNearest valid: batch={max(self.batch // each, 1) * each}.",
+                )
+            if self.eval_stats == "batch" and self.eval_batch % each:
+                raise wrong(
+                    f"eval_stats=batch with sampler=paired makes test batches of labels x {each} images, and {each}"
+                    f" does not divide eval_batch={self.eval_batch}.\n"
+                    f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
                 )
         if self.sync_stats and self.norm_batch is not None:
             raise wrong(

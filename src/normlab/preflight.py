@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from normlab.config import CustomModelConfig, RunConfig
+from normlab.config import CustomModelConfig, RegressionDataset, RunConfig
 from normlab.data import inventory
 from normlab.errors import UserError
 from normlab.runs import files
@@ -22,9 +22,10 @@ def check(config: RunConfig) -> inventory.Inventory:
     _check_device(config)
     found = inventory.check(config.dataset, Path(config.data_dir))
     if config.batch > found.train_images:
+        what = "samples" if isinstance(config.dataset, RegressionDataset) else "images"
         raise UserError(
             f"batch={config.batch} is larger than the data: dataset={config.dataset.name} has"
-            f" {found.train_images} images to train on.\nNearest valid: batch={found.train_images}."
+            f" {found.train_images} {what} to train on.\nNearest valid: batch={found.train_images}."
         )
     _check_importable(config.norm.target, "norm._target_")
     if isinstance(config.model, CustomModelConfig):

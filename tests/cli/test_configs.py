@@ -1,5 +1,6 @@
 """Every shipped file of the menu composes, is valid, and builds."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,16 @@ from normlab.training.optimizers import build_optimizer, learning_rate
 CONF = Path(__file__).parents[2] / "conf"
 NEEDED = {  # what a file asks of its user
     "model=custom": ("model.target=small.SmallNet",),
+    "model=torchvision": ("model.name=mobilenet_v2",),
     "dataset=image_folder": ("dataset.path=somewhere",),
+    "dataset=linear_regression": ("model=deep_linear",),
 }
-GROUPS = ("norm", "model", "dataset", "init", "optimizer", "schedule")
+SHAPES = {  # what it takes, if not an image of 32x32 pixels
+    "model=inception_v3": (3, 75, 75),
+    "model=deep_linear": (10, 1, 1),
+    "dataset=linear_regression": (10, 1, 1),
+}
+GROUPS = ("norm", "model", "dataset", "sampler", "init", "optimizer", "schedule")
 FILES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 
@@ -21,21 +29,22 @@ def test_every_group_has_files_and_is_on_the_menu() -> None:
     menu = (CONF / "config.yaml").read_text()
     for file in FILES:
         group, _, option = file.partition("=")
-        line = next(line for line in menu.splitlines() if line.strip().startswith(f"- {group}: "))
-        assert option in line, f"{file} is not on the menu"
+        [entry] = re.findall(rf"((?:^ *#.*\n)*)^ *- {group}:(.*)$", menu, re.MULTILINE)
+        assert re.search(rf"[:|#] *{option}( |$)", " ".join(entry), re.MULTILINE), f"{file} is not on the menu"
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == {*GROUPS, "hydra"}
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_composes_and_builds(make, file) -> None:
     config = make(file, *NEEDED.get(file, ()))
-    network = models.build(config, num_classes=10, image_size=32).to("meta")
-    assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
+    shape = SHAPES.get(file, (3, 32, 32))
+    network = models.build(config, num_classes=10, image_size=shape[-1]).to("meta")
+    assert network(torch.empty(2, *shape, device="meta")).shape == (2, 10)
     optimizer = build_optimizer(config.optimizer, network)
     assert optimizer.param_groups[0]["lr"] == config.optimizer.lr
     assert 0 < learning_rate(config, 0, 10) <= config.optimizer.lr
 
 
-@pytest.mark.parametrize("norm", ["bn", "affine", "bnminus", "none"])
+@pytest.mark.parametrize("norm", [file.removeprefix("norm=") for file in FILES if file.startswith("norm=")])
 def test_an_arm_is_named_as_its_file(make, norm) -> None:
     assert make(f"norm={norm}").norm.name == norm

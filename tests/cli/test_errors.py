@@ -48,7 +48,19 @@ def folders(tmp_path) -> Path:
 
 
 MISTAKES = {
-    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bnminus, none"],
+    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_scaled"],
+    "norm=batch_norm": ["Did you mean norm=bn?"],
+    "norm=layernorm": ["Did you mean norm=ln?"],
+    "norm=GroupNorm": ["Did you mean norm=gn?"],
+    "norm=weight_norm": ["Did you mean norm=wn?"],
+    "norm=instance_norm": ["Did you mean norm=in?"],
+    "norm=batch_renorm": ["Did you mean norm=renorm?"],
+    "model=vgg depth=18": ["depth=18", "11, 13, 16, 19", "nearest: depth=19"],
+    "model=deep_linear dataset=digits": ["model=deep_linear", "linear_regression"],
+    "sampler=paired batch=33": ["batch=33", "Nearest valid: batch=32"],
+    "sampler=paired eval_stats=batch eval_batch=51": ["eval_batch=51", "Nearest valid: eval_batch=50"],
+    "sync_stats=true norm_batch=4": ["sync_stats", "norm_batch"],
+    "init=xavier": ["init=xavier", "glorot"],
     "nrom=bn": ["nrom", "Did you mean norm"],
     "modle.stem=small": ["modle.stem", "model.stem"],
     "norm.esp=1": ["norm.esp", "Did you mean norm.eps"],
@@ -145,7 +157,7 @@ def test_a_study_that_does_not_exist_is_answered_with_how_to_start_it(command) -
 def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
     status, out, _ = command("train.py", "--help")
     assert status == 0
-    for word in ("norm: affine, bn, bnminus, none", "hydra/launcher", "depth: 18", "python train.py -m norm="):
+    for word in ("norm: affine, bn, bn_scaled, bnminus", "hydra/launcher", "depth: 18", "python train.py -m norm="):
         assert word in out
     code = (
         f"import atexit, runpy, sys; sys.argv = [{str(ROOT / 'train.py')!r}, '--help']\n"
@@ -169,7 +181,7 @@ def test_tab_completion_knows_groups_and_options(command, tmp_path) -> None:
         check=True,
         cwd=tmp_path,
     )
-    assert finished.stdout.split() == ["norm=bn", "norm=bnminus"]
+    assert finished.stdout.split() == ["norm=bn", "norm=bn_scaled", "norm=bnminus", "norm=bnp"]
 
 
 def test_a_users_own_configuration_folder_is_searched(command, tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from normlab.config import BuiltinDataset, FolderDataset
+from normlab.config import IID, BuiltinDataset, FolderDataset
 from normlab.data.load import Data, load
 
 Settings = Callable[..., BuiltinDataset | FolderDataset]
@@ -27,6 +27,7 @@ def settings() -> Settings:
             "split_seed": 0,
             "flip": False,
             "crop_padding": 0,
+            "crop_size": None,
         }
         values: dict[str, Any] = {"kind": kind, "name": kind, **common}
         if kind in ("image_folder", "imagenet"):
@@ -48,6 +49,8 @@ def load_it(tmp_path: Path, settings: Settings) -> Callable[..., Data]:
             "batch": 8,
             "eval_batch": 16,
             "drop_last": False,
+            "sampler": IID(name="iid"),
+            "eval_stats": "running",
             "input_norm": "dataset",
             "device": torch.device("cpu"),
             "log": lambda line: None,

@@ -5,13 +5,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tf
 
+from normlab.config import IID, Paired
 from normlab.data import batches
 from normlab.data.batches import Augmentation, Split, standardisation, unit_interval
 from normlab.data.load import Data
 from normlab.data.resident import Resident
+from normlab.errors import UserError
+from normlab.streams import stream
 
 CPU = torch.device("cpu")
 Load = Callable[..., Data]
@@ -117,6 +121,49 @@ def test_crop_and_flip_equal_torchvisions_on_pictures(shape: tuple[int, int]) ->
         assert np.array_equal(made.permute(1, 2, 0).numpy(), expected)
 
 
+@pytest.mark.parametrize(("size", "padding"), [(6, 0), (5, 0), (3, 0), (4, 2), (1, 1)])
+def test_smaller_crops_equal_torchvisions_on_pictures(size: int, padding: int) -> None:
+    pictures = noise(12)
+    augment = Augmentation(flip=True, crop_padding=padding, cut=6 - size)
+    draws = augment.draw(12, torch.Generator().manual_seed(3))
+    for picture, made, (top, left, flip) in zip(pictures, augment(pictures, draws), draws.tolist(), strict=True):
+        image = tf.crop(tf.pad(Image.fromarray(picture.permute(1, 2, 0).numpy()), padding), top, left, size, size)
+        expected = np.array(tf.hflip(image) if flip else image)
+        assert np.array_equal(made.permute(1, 2, 0).numpy(), expected)
+
+
+def test_offsets_of_smaller_crops_are_uniform_over_the_padded_image() -> None:
+    draws = Augmentation(flip=False, crop_padding=2, cut=3).draw(30_000, torch.Generator().manual_seed(0))
+    places = torch.bincount(draws[:, 0] * 8 + draws[:, 1])
+    assert len(places) == 64  # 6 + 2·2 - 3 leaves 8 offsets each way
+    assert stats.chisquare(places).pvalue > 1e-3
+    assert draws[:, 2].max() == 0
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("flip", "padding"), [(False, 0), (True, 0), (False, 2), (True, 2)])
+def test_the_draws_of_recorded_runs_stay_what_they_were(flip: bool, padding: int, drop_last: bool) -> None:
+    """An epoch written out: the order, then of every image its flip, then of every image its two offsets."""
+    pictures = noise()
+    order = torch.randperm(20, generator=stream(7, "order", 4))
+    generator = stream(7, "augment", 4)
+    flips = torch.randint(0, 1 + flip, (20,), generator=generator)
+    offsets = torch.randint(0, 2 * padding + 1, (20, 2), generator=generator)
+    expected = []
+    for number in order[: 16 if drop_last else 20].tolist():
+        top, left = offsets[number].tolist()
+        padded = torch.zeros(3, 6 + 2 * padding, 6 + 2 * padding)
+        padded[:, padding : padding + 6, padding : padding + 6] = pictures[number]
+        image = padded[:, top : top + 6, left : left + 6]
+        expected.append(image.flip(2) if flips[number] else image)
+    augmentation = Augmentation(flip, padding) if flip or padding else None
+    whole = torch.arange(20)
+    settings = {"batch": 8, "drop_last": drop_last, "augmentation": augmentation, "seed": 7}
+    images, labels = together(Split(Resident(pictures), whole, whole, unit_interval(CPU), CPU, **settings).batches(4))
+    assert labels.tolist() == order[: len(expected)].tolist()
+    assert torch.equal(images, torch.stack(expected) / 255)
+
+
 def test_draws_are_uniform() -> None:
     draws = Augmentation(flip=True, crop_padding=1).draw(30_000, torch.Generator().manual_seed(0))
     for column, values in ((0, 3), (1, 3), (2, 2)):
@@ -154,6 +201,12 @@ def test_input_norm_none_gives_pixels_over_255(load_it: Load) -> None:
     assert images.max() == torch.tensor(240) / 255
 
 
+def test_input_norm_bn_leaves_normalising_to_the_network(load_it: Load) -> None:
+    one, other = (load_it("digits", input_norm=kind) for kind in ("none", "bn"))
+    for (images, _), (again, _) in zip(one.train.batches(0), other.train.batches(0), strict=True):
+        assert torch.equal(images, again)
+
+
 def test_small_sets_kept_ready_equal_those_normalised_by_the_batch(
     load_it: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +215,75 @@ def test_small_sets_kept_ready_equal_those_normalised_by_the_batch(
     for (images, labels), (again, labels_again) in zip(ready, load_it("digits").train.batches(3), strict=True):
         assert torch.equal(images, again)
         assert torch.equal(labels, labels_again)
+
+
+# --- Crops of a data set's images -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "offset"), [(8, 0), (7, 0), (6, 1), (5, 1), (1, 3)])
+def test_an_evaluation_sees_the_central_crop(load_it: Load, size: int, offset: int) -> None:
+    data, whole = (load_it("digits", crop_size=crop, val_size=100) for crop in (size, None))
+    assert (data.image_size, whole.image_size) == (size, 8)
+    for part in ("test", "val"):
+        images, _ = together(getattr(whole, part).batches())  # normalised by statistics of whole images, too
+        cropped, _ = together(getattr(data, part).batches())
+        assert torch.equal(cropped, images[:, :, offset : offset + size, offset : offset + size])
+    in_order, _ = together(whole.train.batches())
+    seen = {image.numpy().tobytes() for image in in_order[:, :, offset : offset + size, offset : offset + size]}
+    assert {image.numpy().tobytes() for image in data.calibration(50)} <= seen
+    assert {image.numpy().tobytes() for images in data.train.plain_batches(3) for image in images} <= seen
+
+
+def test_training_sees_every_crop(load_it: Load) -> None:
+    settings = {"crop_size": 6, "crop_padding": 1, "input_norm": "none"}
+    data, whole = load_it("digits", **settings), load_it("digits", input_norm="none")
+    images, _ = together(data.train.batches(0))
+    originals, _ = together(whole.train.batches(0))  # in the same order
+    assert images.shape == (1438, 3, 6, 6)
+    windows = torch.nn.functional.pad(originals, (1,) * 4).unfold(2, 6, 1).unfold(3, 6, 1)
+    found = (windows == images[:, :, None, None]).all(dim=5).all(dim=4).all(dim=1)  # (N, 5, 5): which crops it equals
+    assert found.any(dim=(1, 2)).all()
+    alone = found[found.sum((1, 2)) == 1].sum(0)  # where no other crop has the same pixels
+    assert alone.sum() > 1000
+    assert alone.min() > 0
+
+
+def test_a_crop_of_the_whole_image_changes_nothing(load_it: Load) -> None:
+    settings = {"flip": True, "crop_padding": 1}
+    whole, cropped = (load_it("digits", crop_size=size, **settings) for size in (None, 8))
+    for (images, _), (again, _) in zip(whole.train.batches(1), cropped.train.batches(1), strict=True):
+        assert torch.equal(images, again)
+
+
+def test_streamed_crops_equal_those_from_memory(load_it: Load, image_folder: Callable[..., Path]) -> None:
+    settings = {"path": str(image_folder()), "flip": True, "crop_padding": 1, "crop_size": 5, "val_size": 4}
+    memory, streamed = (load_it("image_folder", storage=storage, **settings) for storage in ("memory", "stream"))
+    assert memory.val
+    assert streamed.val
+    for one, other in (
+        (memory.train.batches(2), streamed.train.batches(2)),
+        (memory.test.batches(), streamed.test.batches()),
+        (memory.val.batches(), streamed.val.batches()),
+    ):
+        for (images, labels), (again, labels_again) in zip(one, other, strict=True):
+            assert images.shape[1:] == (3, 5, 5)
+            assert images.is_contiguous()
+            assert again.is_contiguous()
+            assert torch.equal(images, again)
+            assert torch.equal(labels, labels_again)
+    assert torch.equal(memory.calibration(10), streamed.calibration(10))
+
+
+def test_central_crops_are_the_same_ready_or_by_the_batch(load_it: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready, _ = together(load_it("digits", crop_size=5).test.batches())
+    monkeypatch.setattr(batches, "READY_BYTES", 0)
+    assert torch.equal(together(load_it("digits", crop_size=5).test.batches())[0], ready)
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_a_crop_larger_than_the_images_is_refused(load_it: Load, padding: int) -> None:
+    with pytest.raises(UserError, match=r"crop_size=9 is larger than the 8x8 images .*\n.*\n.*crop_size=8, or"):
+        load_it("digits", crop_size=9, crop_padding=padding)
 
 
 # --- The whole --------------------------------------------------------------------------------------
@@ -195,7 +317,10 @@ def test_the_test_set_is_the_same_for_every_seed_and_split(load_it: Load) -> Non
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("storage", ["memory", "stream"])
-def test_a_gpu_gets_the_batches_of_the_cpu(load_it: Load, image_folder: Callable[..., Path], storage: str) -> None:
+@pytest.mark.parametrize("sampler", [IID(name="iid"), Paired(name="paired", images_per_label=2)])
+def test_a_gpu_gets_the_batches_of_the_cpu(
+    load_it: Load, image_folder: Callable[..., Path], storage: str, sampler: IID | Paired
+) -> None:
     settings = {
         "path": str(image_folder(count=20)),
         "storage": storage,
@@ -203,6 +328,9 @@ def test_a_gpu_gets_the_batches_of_the_cpu(load_it: Load, image_folder: Callable
         "crop_padding": 2,
         "val_size": 6,
         "workers": 1,
+        "crop_size": 7,
+        "sampler": sampler,
+        "eval_stats": "batch",
     }
     on_cpu, on_gpu = (load_it("image_folder", device=torch.device(name), **settings) for name in ("cpu", "cuda"))
     for expected, got in (
@@ -213,3 +341,4 @@ def test_a_gpu_gets_the_batches_of_the_cpu(load_it: Load, image_folder: Callable
             assert gpu_images.device.type == gpu_labels.device.type == "cuda"
             assert torch.allclose(images, gpu_images.cpu())
             assert torch.equal(labels, gpu_labels.cpu())
+    assert torch.allclose(on_cpu.calibration(9), on_gpu.calibration(9).cpu())

@@ -48,7 +48,7 @@ CASES: dict[str, Callable[[int], Tensor]] = {
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference over the largest value (over 1e-8, if all are smaller: a gradient that is zero)."""
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-8))
+    return float(((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-8)).detach())
 
 
 def compare(

@@ -82,5 +82,22 @@ def add_run(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def add_losses(add_run: Callable[..., Path]) -> Callable[..., Path]:
+    """`add_losses("bn", (300.0, 20.0))`: a run of a regression, which records a test and a training loss only."""
+
+    def add(norm: str, losses: tuple[float, ...], **settings: Any) -> Path:
+        settings = {"dataset__name": "linear_regression", "model__name": "deep_linear"} | settings
+        folder = add_run(norm, epochs=len(losses), **settings)
+        rows = [
+            {"epoch": epoch, "step": epoch, "train_loss": 0.9 * loss, "test_loss": loss}
+            for epoch, loss in enumerate(losses, start=1)
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return add
+
+
+@pytest.fixture
 def study(tmp_path: Path) -> Path:
     return tmp_path / "outputs" / "study"

@@ -48,6 +48,26 @@ def test_a_report_has_every_table_and_figure_and_its_page_links_them(sweep, tmp_
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+def test_a_study_of_losses_has_its_tables_and_figures(add_losses, tmp_path, capsys):
+    for norm, losses in (("bn", (1e5, 500.0)), ("none", (1e5, 1700.0))):
+        add_losses(norm, losses)
+    page = build("study", tmp_path / "outputs")
+    text = page.read_text()
+    for name in ("loss", "difference", "convergence", "cost"):
+        assert f"({name}.csv)" in text
+    for name in ("loss_against_batch", "learning_curves", "train_against_test"):
+        assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "accuracy" not in text
+    assert "1,700 (n=1)" in capsys.readouterr().out
+
+
+def test_a_setting_that_does_not_measure_what_the_study_is_compared_by_is_told(add_run, add_losses, tmp_path, capsys):
+    add_run("bn")
+    add_losses("bn", (1e5, 500.0))
+    page = build("study", tmp_path / "outputs", figures=False)
+    assert "linear_regression, deep_linear18: its runs have no test accuracy" in page.read_text()
+
+
 def test_the_csv_has_full_precision(sweep, tmp_path):
     page = build("study", tmp_path / "outputs", figures=False)
     with (page.parent / "accuracy.csv").open() as file:

@@ -2,15 +2,15 @@ import pytest
 from matplotlib.collections import PolyCollection
 
 from normlab.report import figures, load
-from normlab.report.tables import ACCURACY, build_tables
+from normlab.report.tables import ACCURACY, LOSS, build_tables
 
 
 @pytest.fixture
 def drawn(study):
-    def draw():
+    def draw(measure=ACCURACY):
         found = load(study)
-        [accuracy, *_] = build_tables(found, ACCURACY, None, (), 0.95)
-        return {name: figure for name, _, figure in figures.draw(found, accuracy, ACCURACY, 0.95)}
+        [main, *_] = build_tables(found, measure, None, (), 0.95)
+        return {name: figure for name, _, figure in figures.draw(found, main, measure, 0.95)}
 
     return draw
 
@@ -113,3 +113,48 @@ def test_labels_lie_inside_the_figure(add_run, drawn):
         assert inside.y0 >= -0.01
         assert inside.x1 <= figure.get_figwidth() + 0.01
         assert inside.y1 <= figure.get_figheight() + 0.01
+
+
+def test_a_loss_that_falls_tenfold_has_logarithmic_axes(add_losses, drawn):
+    add_losses("bn", (1e5, 2e4, 500.0))
+    add_losses("none", (1e5, 5e4, 4e4))
+    found = drawn(LOSS)
+    for figure in found.values():
+        [ax] = figure.axes
+        assert ax.get_yscale() == "log"
+        figure.draw_without_rendering()
+    [ax] = found["learning_curves"].axes
+    assert ax.get_xscale() == "linear"
+    low, high = ax.get_ylim()
+    assert 100 < low < 500
+    assert 1e5 < high < 5e5
+    [ax] = found["train_against_test"].axes
+    assert ax.get_xscale() == "log"
+    assert ax.get_xlim() == ax.get_ylim()
+
+
+@pytest.mark.parametrize(("last", "scale"), [(500.0, "log"), (4e4, "linear")])
+def test_the_diagonal_of_equal_losses_is_one_on_either_scale(add_losses, drawn, last, scale):
+    """A point of it is on the line that is drawn, in the figure's own coordinates."""
+    add_losses("bn", (1e5, 5e4, last))
+    figure = drawn(LOSS)["train_against_test"]
+    [ax] = figure.axes
+    assert ax.get_xscale() == scale
+    figure.draw_without_rendering()
+    [diagonal] = [line for line in ax.lines if line.get_linestyle() == "--"]
+    (x0, y0), (x1, y1) = diagonal.get_transform().transform([(0, 0), (1, 1)])
+    x, y = ax.transData.transform((3e4, 3e4))
+    assert (y - y0) * (x1 - x0) == pytest.approx((y1 - y0) * (x - x0))
+
+
+def test_a_loss_that_hardly_falls_and_one_that_reaches_0_have_linear_axes(add_losses, drawn):
+    add_losses("bn", (5.0, 4.0, 3.0))
+    assert drawn(LOSS)["learning_curves"].axes[0].get_yscale() == "linear"
+    add_losses("none", (5.0, 0.0, 0.0))
+    assert drawn(LOSS)["learning_curves"].axes[0].get_yscale() == "linear"
+
+
+def test_a_setting_without_the_measure_has_no_figures(add_run, add_losses, drawn):
+    add_run("bn")
+    add_losses("bn", (1e5, 500.0))
+    assert set(drawn()) == {"accuracy_against_batch", "learning_curves", "train_against_test"}

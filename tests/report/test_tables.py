@@ -174,6 +174,35 @@ def test_runs_without_accuracies_are_compared_by_their_loss(add_run, study, tabl
     assert folder.is_dir()
 
 
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ((0.00123456,), "0.00123 (n=1)"),
+        ((0.98765,), "0.988 (n=1)"),
+        ((17.123,), "17.12 (n=1)"),
+        ((1712.3456,), "1,712 (n=1)"),
+        ((21_333_002_240.0,), "2.13e+10 (n=1)"),
+        ((1700.0, 1710.0), "1,705 ± 64 (n=2)"),  # t = 12.706, s / sqrt(2) = 5
+        ((1.0, 1001.0), "501 ± 6,353 (n=2)"),
+        ((0.0,), "0.000 (n=1)"),
+    ],
+)
+def test_losses_of_any_size_show_three_or_four_digits(add_losses, tables, losses, shown):
+    for seed, loss in enumerate(losses):
+        add_losses("bn", (2 * loss, loss), seed=seed)
+    assert cell(tables()["loss"], "bn", 8, "linear_regression, deep_linear18") == shown
+
+
+def test_the_best_loss_is_the_lowest_and_a_gap_above_0_is_worse_on_test_images(add_losses, tables):
+    add_losses("bn", (3000.0, 1000.0, 2000.0))
+    add_losses("none", (3000.0, 2000.0, 2500.0))
+    built = tables()
+    first = built["convergence"].texts["linear_regression, deep_linear18"].iloc[0]
+    assert (first["final"], first["best"], first["train"]) == ("2,000", "1,000", "1,800")
+    assert first["test-train gap"] == "+200.0"
+    assert cell(built["difference"], "none", 8, "linear_regression, deep_linear18") == "+500.0 (n=1)"
+
+
 def test_a_study_of_which_all_runs_diverged_has_its_tables(add_run, tables):
     add_run("bn", accuracies=(), state="diverged")
     add_run("none", accuracies=(0.1,), state="diverged")

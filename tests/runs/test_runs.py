@@ -12,6 +12,7 @@ from normlab import runs
 from normlab.config import RunConfig
 from normlab.errors import RunBusyError, UserError
 from normlab.runs import files
+from normlab.runs.identity import LATER, completed
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 RECORDED = [folder for study in sorted(REFERENCE.iterdir()) for folder in runs.find(study)]
@@ -70,6 +71,26 @@ def test_recorded_runs_are_what_their_configuration_says(folder) -> None:
     assert status is not None
     assert folder.name == status["name"] == runs.run_name(config)
     assert status["run_id"] == runs.run_id(config)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["norm.scale_init=0.1", "eval_stats=batch", "sampler=paired", "optimizer.agc=0.01", "dataset.crop_size=6"],
+)
+def test_settings_that_came_later_count_when_they_change_something(make, setting) -> None:
+    assert runs.run_id(make(setting).as_dict()) != runs.run_id(make().as_dict())
+
+
+def test_settings_that_came_later_change_no_run_while_they_change_nothing(make) -> None:
+    """0.1.0's first configuration of the defaults, and its id as it was then."""
+    config = make().as_dict()
+    for path in LATER:
+        group, _, key = path.rpartition(".")
+        (config[group] if group else config).pop(key)
+    assert runs.run_id(config) == runs.run_id(make().as_dict()) == "db23c4ec2e"
+    full = completed(config)
+    assert full.items() >= {"eval_stats": "running", "sampler": {"name": "iid"}}.items()
+    assert full["dataset"]["crop_size"] is None
 
 
 def test_a_name_tells_the_main_settings(make) -> None:

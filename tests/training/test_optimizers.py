@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from normlab import models
-from normlab.training.optimizers import build_optimizer, learning_rate, parameter_groups
+from normlab.training.optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 STEPS, EPOCHS, BASE = 5, 8, 0.1
 RUN = (f"epochs={EPOCHS}", f"optimizer.lr={BASE}")
@@ -65,22 +65,47 @@ def test_warm_up_rises_linearly_to_the_full_rate(make, name) -> None:
     assert rates[2 * STEPS] == pytest.approx(BASE)
 
 
-def test_weights_are_those_of_convolutions_and_linear_layers_by_module(make) -> None:
+def scalars(network: nn.Module) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for group in parameter_groups(network):
+        counts[group["role"]] = counts.get(group["role"], 0) + sum(p.numel() for p in group["params"])
+    return counts
+
+
+def test_groups_are_weights_biases_scales_and_shifts_by_module(make) -> None:
     network = models.build(make("norm=bn"), num_classes=10, image_size=8)
-    weights, others = parameter_groups(network)
-    kinds = (nn.Conv2d, nn.Linear)
-    expected = {m.weight for m in network.modules() if isinstance(m, kinds)}
-    assert set(weights) == expected
-    assert set(others) == set(network.parameters()) - expected
-    # papers.md section 4 has 11,164,352 weights for this network
-    assert sum(p.numel() for p in weights) == 11_164_352
+    weights = {m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    groups = {group["role"]: group["params"] for group in parameter_groups(network)}
+    assert set(groups["weight"]) == weights
+    assert set(itertools.chain(*groups.values())) == set(network.parameters())
+    assert groups["bias"] == [network.fc.bias]
+
+
+def test_groups_have_the_sizes_worked_out_for_the_paper(make) -> None:
+    """papers.md section 4, scalars of ResNet18 with the input BN and 10 classes."""
+    config = make("norm=bn_scaled", "input_norm=bn")
+    counts = scalars(models.build(config, num_classes=10, image_size=32))
+    assert counts["weight"] == 11_164_352
+    assert counts["scale"] == 4_803
+    assert counts["bias"] + counts["shift"] == 4_810
+
+
+def test_scales_learn_slowly_where_the_paper_says_so_and_shifts_do_not(make) -> None:
+    config = make("norm=bn_scaled", "input_norm=bn", "optimizer.lr=0.1")
+    network = models.build(config, num_classes=10, image_size=8)
+    assert network.network.bn1.weight.tolist() == pytest.approx([0.1] * 64)
+    assert network.input_norm.weight.tolist() == pytest.approx([0.058] * 3)
+    optimizer = build_optimizer(config.optimizer, network)
+    assert {g["role"]: g["lr"] for g in optimizer.param_groups} == pytest.approx(
+        {"weight": 0.1, "bias": 0.1, "shift": 0.1, "scale": 0.001}
+    )
+    set_learning_rate(optimizer, 0.05)
+    assert {g["role"]: g["lr"] for g in optimizer.param_groups}["scale"] == pytest.approx(0.0005)
 
 
 def test_one_output_linear_and_one_channel_norm_are_told_apart() -> None:
     network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 1))
-    weights, others = parameter_groups(network)
-    assert [tuple(p.shape) for p in weights] == [(1, 3, 1, 1), (1, 1)]
-    assert len(others) == 4
+    assert scalars(network) == {"weight": 4, "bias": 2, "scale": 1, "shift": 1}
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
@@ -88,7 +113,9 @@ def test_one_output_linear_and_one_channel_norm_are_told_apart() -> None:
 def test_one_switch_decays_norms_and_biases(make, name, decay_all) -> None:
     config = make(f"optimizer={name}", f"optimizer.decay_norm_and_bias={str(decay_all).lower()}")
     optimizer = build_optimizer(config.optimizer, models.build(config, num_classes=10, image_size=8))
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4 if decay_all else 0.0]
+    decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
+    others = 1e-4 if decay_all else 0.0
+    assert decays == {"weight": 1e-4, "bias": others, "scale": others, "shift": others}
 
 
 def test_an_arm_without_norms_and_biases_still_has_an_optimizer(make) -> None:

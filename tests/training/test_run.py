@@ -15,7 +15,7 @@ import torch
 from normlab import runs
 from normlab.config import RunConfig
 from normlab.errors import InterruptedRunError, RunBusyError, UserError
-from normlab.training import checkpoint, loop
+from normlab.training import checkpoint, loop, tasks
 from normlab.training import run as training
 from normlab.training.run import carry_out
 
@@ -100,7 +100,7 @@ def test_a_finished_run_is_left_alone(tiny) -> None:
 def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypatch) -> None:
     """Against a plain sum over every batch's own loss, the last and smaller batch weighted by its images."""
     seen: list[tuple[float, int, int]] = []
-    original = loop.F.cross_entropy
+    original = tasks.F.cross_entropy
 
     def recording(logits, labels, **options):
         if torch.is_grad_enabled():
@@ -108,7 +108,7 @@ def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypat
             seen.append((loss, len(labels), int((logits.argmax(1) == labels).sum())))
         return original(logits, labels, **options)
 
-    monkeypatch.setattr(loop.F, "cross_entropy", recording)
+    monkeypatch.setattr(tasks.F, "cross_entropy", recording)
     config = tiny("epochs=1")
     carry_out(config)
     assert [images for _, images, _ in seen] == [16, 16, 8]
@@ -132,7 +132,9 @@ def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
         batch=16,
         eval_batch=7,
         drop_last=False,
+        sampler=config.sampler,
         input_norm="dataset",
+        eval_stats="running",
         device=torch.device("cpu"),
         log=print,
     )
@@ -165,6 +167,9 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, stop_after, ste
         ("optimizer=rmsprop", "schedule=step", "label_smoothing=0.1", "dataset.val_size=20"),
         ("precision=fp16", "norm=bnminus", "drop_last=true"),
         ("precision=bf16", "norm_batch=4", "dataset.flip=true", "dataset.crop_padding=1"),
+        ("sampler=paired", "norm_batch=8", "eval_stats=batch", "weight_average=0.9", "dataset.crop_size=6"),
+        ("input_norm=bn", "norm=bn_scaled", "eval_stats=precise", "precise_batches=2", "init=lsuv"),
+        ("norm=bnp", "init=bn_folded", "optimizer.agc=0.02", "optimizer.lr=1e-3"),
     ],
 )
 def test_resume_is_bit_identical_whatever_the_settings(tiny, stop_after, settings) -> None:
@@ -363,7 +368,7 @@ def test_an_output_that_does_not_fit_the_classes_is_a_sentence(tiny, monkeypatch
     from torch import nn
 
     monkeypatch.setattr(training.models, "build", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)))
-    with pytest.raises(UserError, match=r"gives \(8, 9\) for a batch of 8 images"):
+    with pytest.raises(UserError, match=r"gives \(16, 9\) for a batch of 16 images"):
         carry_out(tiny())
 
 

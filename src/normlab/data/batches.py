@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.data.resident import Resident
+from normlab.data.samplers import paired
 from normlab.data.streaming import Files
 from normlab.streams import stream
 
@@ -54,23 +55,27 @@ def standardisation(source: Resident | Files, rows: Tensor, device: torch.device
 
 @dataclass(frozen=True)
 class Augmentation:
-    """torchvision's RandomCrop(size, crop_padding) on black, then RandomHorizontalFlip, of uint8 batches."""
+    """torchvision's RandomCrop(size, crop_padding) on black, then RandomHorizontalFlip, of uint8 batches.
+
+    The crops are `cut` pixels smaller than the images, in height and in width.
+    """
 
     flip: bool
     crop_padding: int
+    cut: int = 0
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """For each of `count` images: row offset, column offset, flip; int64 (count, 3)."""
         flips = torch.randint(0, 1 + self.flip, (count,), generator=generator)
-        offsets = torch.randint(0, 2 * self.crop_padding + 1, (count, 2), generator=generator)
+        offsets = torch.randint(0, 2 * self.crop_padding + self.cut + 1, (count, 2), generator=generator)
         return torch.cat([offsets, flips[:, None]], dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
         """(B, 3, H, W) of any dtype, and the draws of these images."""
-        if self.crop_padding:
-            height, width = images.shape[2:]
+        if self.crop_padding or self.cut:
+            height, width = (side - self.cut for side in images.shape[2:])
             padded = F.pad(images, (self.crop_padding,) * 4)
-            windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, offsets, offsets, H, W), a view
+            windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, offsets, offsets, h, w), a view
             image = torch.arange(len(images), device=images.device)
             images = windows[image, :, draws[:, 0], draws[:, 1]]
         if self.flip:
@@ -78,16 +83,28 @@ class Augmentation:
         return images
 
 
+def centre(images: Tensor, cut: int) -> Tensor:
+    """The central crop that is `cut` pixels smaller in height and in width, offset floor(cut / 2); a view."""
+    height, width = images.shape[-2:]
+    first = cut // 2
+    return images[..., first : first + height - cut, first : first + width - cut]
+
+
 class Split:
     """Some rows of a source, as batches of float32 (B, 3, H, W) images and int64 (B,) labels on the device.
+
+    An epoch has every image once, in random order, in ceil(N / batch) batches. With `images_per_label` it has
+    as many batches, all of them full, of images that `samplers.paired` draws.
 
     Args:
         source: where the images are.
         rows: which of its images belong to the split; int64 (N,).
         labels: of these images; int64 (N,).
         batch: images per batch.
+        images_per_label: None, or a divisor of `batch`.
         drop_last: leave out the last batch of an epoch if it is smaller.
         augmentation: applied in an epoch.
+        cut: pixels by which an image's central crop is smaller, where it is not augmented.
         seed: of order and augmentation.
     """
 
@@ -100,18 +117,22 @@ class Split:
         device: torch.device,
         *,
         batch: int,
+        images_per_label: int | None = None,
         drop_last: bool = False,
         augmentation: Augmentation | None = None,
+        cut: int = 0,
         seed: int = 0,
     ) -> None:
-        self.batch, self.drop_last, self.seed, self.device = batch, drop_last, seed, device
+        self.batch, self.images_per_label, self.drop_last = batch, images_per_label, drop_last
+        self.seed, self.device = seed, device
         self.rows, self.labels = rows, labels
         self._source, self._normalise = source, normalisation
-        self._augment = augmentation
+        self._augment, self._cut = augmentation, cut
         self._ready: Tensor | None = None
         if isinstance(source, Resident) and not augmentation:
-            small = 4 * len(rows) * source.images[0].numel() <= READY_BYTES
-            self._ready = normalisation(source.images[rows.to(device)]) if small else None
+            images = centre(source.images, cut)
+            small = 4 * len(rows) * images[0].numel() <= READY_BYTES
+            self._ready = normalisation(images[rows.to(device)]) if small else None
 
     def __len__(self) -> int:
         """Images."""
@@ -120,16 +141,46 @@ class Split:
     @property
     def steps(self) -> int:
         """Batches of an epoch."""
-        return len(self) // self.batch if self.drop_last else -(-len(self) // self.batch)
+        whole, rest = divmod(len(self), self.batch)
+        return whole if self.drop_last and not self.images_per_label else whole + bool(rest)
+
+    @property
+    def images(self) -> int:
+        """Images of an epoch, counted as often as they come. Only the last batch can have fewer than `batch`."""
+        full = self.steps * self.batch
+        return full if self.images_per_label else min(full, len(self))
 
     def batches(self, epoch: int | None = None, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from number `start` on: shuffled and augmented by what (seed, epoch)
-        says of each image. Without an epoch: all images in their order as they are."""
+        """The batches of an epoch from number `start` on: drawn and augmented by what (seed, epoch) says.
+        Without an epoch: all images in their order as they are."""
+        first = start * self.batch
         if epoch is None:
-            order = torch.arange(start * self.batch, len(self))
-        else:
-            order = torch.randperm(len(self), generator=stream(self.seed, "order", epoch))
-            order = order[start * self.batch : self.steps * self.batch]
+            return self.plain(torch.arange(first, len(self)))
+        order, draws = self._order("order", epoch), None
+        if self._augment:
+            # An image has its draw wherever it comes. If it can come twice, a place has, and the image looks new
+            # (but for the random resized crop of a streamed one, which is the image's own throughout an epoch).
+            count, whose = (len(order), slice(None)) if self.images_per_label else (len(self), order)
+            draws = self._augment.draw(count, stream(self.seed, "augment", epoch))[whose][first:]
+        return self._read(order[first:], epoch, draws)
+
+    def plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images at positions `order` (int64, (n,)) of the split, in batches, not augmented."""
+        return self._read(order, None, None)
+
+    def plain_batches(self, count: int) -> Iterator[Tensor]:
+        """The images of the first `count` batches, or fewer if it has fewer, of an epoch of its own: drawn as in
+        training, the same ones whenever asked for, not augmented."""
+        return (images for images, _ in self.plain(self._order("precise")[: count * self.batch]))
+
+    def _order(self, *key: object) -> Tensor:
+        """The positions that an epoch goes through; int64 (images,)."""
+        generator = stream(self.seed, *key)
+        if self.images_per_label:
+            return paired(self.labels, self.images, self.images_per_label, generator)
+        return torch.randperm(len(self), generator=generator)[: self.images]
+
+    def _read(self, order: Tensor, epoch: int | None, draws: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(order):
             return
         # Whatever belongs to single images is put into order once, so that a batch is but a slice of it.
@@ -139,7 +190,8 @@ class Split:
                 yield self._ready.index_select(0, part), targets
             return
         pixels = self._source.read(self.rows[order], self.batch, epoch)
-        if self._augment and epoch is not None:
-            draws = self._augment.draw(len(self), stream(self.seed, "augment", epoch))[order]
+        if self._augment and draws is not None:
             pixels = map(self._augment, pixels, draws.to(self.device).split(self.batch))
+        else:
+            pixels = (centre(images, self._cut) for images in pixels)
         yield from zip(map(self._normalise, pixels), labels, strict=True)

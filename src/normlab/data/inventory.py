@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from normlab.config import BuiltinDataset, FolderDataset
+from normlab.config import BuiltinDataset, ImageDataset, RegressionDataset
 from normlab.errors import UserError, nearest
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
@@ -68,12 +68,14 @@ IMAGENET_TRAIN = "ILSVRC2012_img_train.tar"
 IMAGENET_VAL = "ILSVRC2012_img_val.tar"
 
 
-def check(dataset: BuiltinDataset | FolderDataset, data_dir: Path) -> Inventory:
+def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventory:
     """Find the data set and check the settings that depend on it.
 
     Raises:
         UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
     """
+    if isinstance(dataset, RegressionDataset):
+        return Inventory(dataset.train_size, classes=None, image_size=1)
     if isinstance(dataset, BuiltinDataset):
         if dataset.kind == "digits":
             return _inventory(dataset, train=1438, test=359, classes=10, image_size=8)
@@ -87,9 +89,7 @@ def check(dataset: BuiltinDataset | FolderDataset, data_dir: Path) -> Inventory:
     return _inventory(dataset, len(found.train), len(found.test), len(found.classes), image_size)
 
 
-def _inventory(
-    dataset: BuiltinDataset | FolderDataset, train: int, test: int, classes: int, image_size: int | None
-) -> Inventory:
+def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image_size: int | None) -> Inventory:
     left = train - dataset.val_size
     if dataset.val_size and left < classes:
         raise UserError(
@@ -111,6 +111,12 @@ def _inventory(
                 f"Nearest valid: dataset.{setting}={min(max(size, classes), most)}"
                 + ("." if setting == "val_size" else f", or dataset.{setting}=null for all.")
             )
+    if dataset.crop_size and image_size and dataset.crop_size > image_size:
+        raise UserError(
+            f"dataset.crop_size={dataset.crop_size} is larger than the {image_size}x{image_size} images of"
+            f" {dataset.name}.\nAn evaluation sees the central crop of an image, without crop_padding.\n"
+            f"Nearest valid: dataset.crop_size={image_size}, or dataset.crop_size=null for whole images."
+        )
     return Inventory(dataset.train_size or left, classes, image_size)
 
 

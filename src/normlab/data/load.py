@@ -3,22 +3,27 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from normlab.config import BuiltinDataset, FolderDataset
-from normlab.data import inventory, sources
-from normlab.data.batches import Augmentation, Split, standardisation, unit_interval
+from normlab.config import FolderDataset, ImageDataset, Paired, RegressionDataset, SamplerConfig
+from normlab.data import inventory, regression, sources
+from normlab.data.batches import Augmentation, Normalisation, Split, standardisation, unit_interval
 from normlab.data.resident import Resident
+from normlab.data.samplers import evaluation_order
 from normlab.data.splits import stratified, training_rows
 from normlab.data.streaming import Files
+from normlab.streams import stream
 
 
 @dataclass(frozen=True)
 class Data:
-    """`fingerprint` names the content, so that a run is not resumed on other data."""
+    """`classes` names what the network has an output for: of a regression the components of y.
+
+    `fingerprint` names the content, so that a run is not resumed on other data.
+    """
 
     classes: tuple[str, ...]
     image_size: int
@@ -26,27 +31,41 @@ class Data:
     train: Split
     test: Split
     val: Split | None
+    task: Literal["classification", "regression"] = "classification"
+    channels: int = 3
+
+    def calibration(self, count: int) -> Tensor:
+        """The training images that a data-dependent start looks at, normalised and not augmented: `count` of
+        them, or all if there are fewer, the same ones for every arm; float32 (n, channels, S, S) on the device."""
+        chosen = torch.randperm(len(self.train), generator=stream(self.train.seed, "calibration"))[:count]
+        return torch.cat([images for images, _ in self.train.plain(chosen)])
 
 
 def load(
-    dataset: BuiltinDataset | FolderDataset,
+    dataset: ImageDataset | RegressionDataset,
     *,
     data_dir: Path,
     seed: int,
     batch: int,
     eval_batch: int,
     drop_last: bool,
+    sampler: SamplerConfig,
     input_norm: str,
+    eval_stats: str,
     device: torch.device,
     log: Callable[[str], None],
 ) -> Data:
     """Read, download, decode or prepare to stream a data set, and split it.
 
-    Images in memory are put on `device` once. `input_norm`: "dataset" or "none", as in `conf/config.yaml`.
+    Images in memory are put on `device` once. `sampler`, `input_norm` and `eval_stats` are those of
+    `conf/config.yaml`; with eval_stats=batch, test and validation come in the sampler's manner, in an order that
+    depends on the split alone [A], so that every arm and seed is evaluated on the same batches.
 
     Raises:
         UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
     """
+    if isinstance(dataset, RegressionDataset):
+        return _regression(dataset, seed=seed, batch=batch, eval_batch=eval_batch, drop_last=drop_last, device=device)
     data_dir = data_dir.expanduser()
     inventory.scan.cache_clear()  # what counts from now on is what is there now
     inventory.check(dataset, data_dir)
@@ -59,29 +78,60 @@ def load(
 
     rows, val_rows = training_rows(source.train_labels, dataset.train_size, dataset.val_size, dataset.split_seed)
     test_rows = stratified(source.test_labels, dataset.test_size, dataset.split_seed, "test")
+    each = sampler.images_per_label if isinstance(sampler, Paired) else None
     of_the_set = input_norm == "dataset"
     normalisation = standardisation(source.train, rows, device) if of_the_set else unit_interval(device)
+    cut = source.image_size - (dataset.crop_size or source.image_size)
 
     def split(images: Resident | Files, labels: Tensor, chosen: Tensor, **settings: Any) -> Split:
         labels = labels[chosen]
         if isinstance(images, Resident) and device.type != "cpu":  # only what is used goes to the device
             images, chosen = Resident(images.images[chosen].to(device)), torch.arange(len(chosen))
-        return Split(images, chosen, labels, normalisation, device, **settings)
+        return Split(images, chosen, labels, normalisation, device, cut=cut, **settings)
 
-    augments = dataset.flip or dataset.crop_padding > 0
+    def evaluated(part: str, images: Resident | Files, labels: Tensor, chosen: Tensor) -> Split:
+        if eval_stats == "batch":
+            order = evaluation_order(labels[chosen], each, stream(dataset.split_seed, part, "order"))
+            chosen = chosen[order]
+        return split(images, labels, chosen, batch=eval_batch)
+
+    augments = dataset.flip or dataset.crop_padding > 0 or cut > 0
     return Data(
         source.classes,
-        source.image_size,
+        source.image_size - cut,
         fingerprint=source.fingerprint,
         train=split(
             source.train,
             source.train_labels,
             rows,
             batch=batch,
+            images_per_label=each,
             drop_last=drop_last,
-            augmentation=Augmentation(dataset.flip, dataset.crop_padding) if augments else None,
+            augmentation=Augmentation(dataset.flip, dataset.crop_padding, cut) if augments else None,
             seed=seed,
         ),
-        test=split(source.test, source.test_labels, test_rows, batch=eval_batch),
-        val=split(source.train, source.train_labels, val_rows, batch=eval_batch) if len(val_rows) else None,
+        test=evaluated("test", source.test, source.test_labels, test_rows),
+        val=evaluated("val", source.train, source.train_labels, val_rows) if len(val_rows) else None,
+    )
+
+
+def _regression(
+    dataset: RegressionDataset, *, seed: int, batch: int, eval_batch: int, drop_last: bool, device: torch.device
+) -> Data:
+    """x stands for the images, 1x1 pixels of `features` channels, and y for the labels."""
+    train, test = regression.samples(dataset)
+    unchanged = Normalisation(torch.zeros((), device=device), torch.ones((), device=device))
+
+    def split(x: Tensor, y: Tensor, **settings: Any) -> Split:
+        return Split(Resident(x.to(device)), torch.arange(len(x)), y, unchanged, device, **settings)
+
+    return Data(
+        classes=tuple(f"y{component}" for component in range(dataset.features)),
+        image_size=1,
+        fingerprint=regression.fingerprint(*train, *test),
+        train=split(*train, batch=batch, drop_last=drop_last, seed=seed),
+        test=split(*test, batch=eval_batch),
+        val=None,
+        task="regression",
+        channels=dataset.features,
     )

@@ -21,10 +21,15 @@ def stratified(labels: Tensor, size: int | None, *key: object) -> Tensor:
     shares, remainders = counts * size // len(labels), counts * size % len(labels)
     extra = torch.argsort(remainders, descending=True, stable=True)[: size - int(shares.sum())]
     shares[extra] += 1
-    shuffled = torch.randperm(len(labels), generator=stream(*key))
-    by_class = shuffled[torch.argsort(labels[shuffled], stable=True)].split(counts.tolist())
+    by_class = shuffled_by_class(labels, stream(*key))
     chosen = [members[:share] for members, share in zip(by_class, shares.tolist(), strict=True)]
     return torch.cat(chosen).sort().values
+
+
+def shuffled_by_class(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """For each class 0, 1, ... its positions in `labels` (int64, (N,)), in random order."""
+    shuffled = torch.randperm(len(labels), generator=generator)
+    return shuffled[torch.argsort(labels[shuffled], stable=True)].split(torch.bincount(labels).tolist())
 
 
 def without(count: int, chosen: Tensor) -> Tensor:

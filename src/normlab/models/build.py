@@ -1,32 +1,90 @@
 """From a configuration to a network."""
 
-import torch
-import torchvision
-from torch import nn
+from collections import OrderedDict
 
-from normlab.config import SMALL_STEM_UP_TO, CustomModelConfig, ResNetConfig, RunConfig
+import torch
+from torch import Tensor, nn
+
+from normlab.config import RunConfig
 from normlab.errors import UserError
 from normlab.imports import locate
-from normlab.norms import Variant, rewrite
+from normlab.models import networks, starts
+from normlab.norms import (
+    GroupedBatchNorm2d,
+    Variant,
+    batch_statistics,
+    data_dependent_start,
+    find_sites,
+    rewrite,
+    synchronise,
+)
 from normlab.streams import key
 
 
 def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
-    """The network of a run, float32 on the CPU, taking images (N, 3, image_size, image_size).
+    """The network of a run, float32 on the CPU, taking images (N, 3, image_size, image_size) to (N, num_classes).
 
-    The base network is constructed first, from a stream that only the seed chooses, and then rewritten: all
-    arms of a seed start from the same convolution and linear weights.
+    A deep linear network takes x (N, num_classes, 1, 1), its features.
+
+    The base network is constructed and initialised first, from streams that only the seed chooses, and then
+    rewritten: all arms of a seed start from the same convolution and linear weights.
 
     Raises:
-        UserError: if the user's own network or variant cannot be made, or has no sites.
+        UserError: if the user's own network or variant cannot be made, or has no sites, or does not fit `init`.
     """
+    network = base(config, num_classes, image_size)
+    sites = find_sites(network) if config.init.name == "bn_folded" else []
+    network = rewrite(network, variant(config))
+    for site in sites:
+        if site.convolution is not None and starts.is_free(network, site):
+            starts.add_bias(network.get_submodule(site.convolution))
+    if config.input_norm == "bn":
+        network = nn.Sequential(OrderedDict(input_norm=_input_norm(config), network=network))
+    return synchronise(network) if config.sync_stats else network
+
+
+def base(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
+    """The network that variants rewrite, with its start."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "init"))
-        if isinstance(config.model, CustomModelConfig):
-            network = _custom(config.model, num_classes)
-        else:
-            network = _resnet(config.model, config.depth, num_classes, image_size)
-    return rewrite(network, variant(config))
+        network = networks.make(config, num_classes, image_size)
+    starts.initialise(network, config.init.name, config.seed)
+    return network
+
+
+def start(config: RunConfig, network: nn.Module, images: Tensor, *, num_classes: int, image_size: int) -> None:
+    """The part of a start that looks at data, the calibration images (N, 3, S, S), before the first step; in place.
+
+    Raises:
+        UserError: if the network does not fit `init`.
+    """
+    inner = network
+    if config.input_norm == "bn":
+        inner = network.get_submodule("network")
+        with torch.no_grad(), batch_statistics(network.eval()):
+            images = network.get_submodule("input_norm")(images)
+        network.train()
+    if config.init.name == "lsuv":
+        starts.lsuv(inner, images)
+    elif config.init.name == "bn_folded":
+        starts.fold(inner, base(config, num_classes, image_size), images)
+    data_dependent_start(inner, images)
+
+
+def needs_data(config: RunConfig) -> bool:
+    """Whether `start` does anything."""
+    return config.init.name in ("lsuv", "bn_folded") or config.norm.options.get("init") == "data"
+
+
+def _input_norm(config: RunConfig) -> nn.Module:
+    """Davis & Frank 2021: a batch normalisation of the input's channels, its shift frozen at 0, its scale starting
+    at 0.58 times that of the network's norms (0.58: the standard deviation of a normalised and rectified channel)."""
+    layer = GroupedBatchNorm2d(3, norm_batch=config.norm_batch)
+    options = config.norm.options
+    nn.init.constant_(layer.weight, 0.58 * options.get("scale_init", 1.0))
+    layer.lr_divisors = {"weight": options.get("scale_lr_divisor", 1.0)}
+    layer.bias.requires_grad_(False)
+    return layer
 
 
 def variant(config: RunConfig) -> Variant:
@@ -39,25 +97,3 @@ def variant(config: RunConfig) -> Variant:
     if not isinstance(made, Variant):
         raise UserError(f"norm._target_={config.norm.target} is no variant: derive it from normlab.norms.Variant.")
     return made
-
-
-def _resnet(model: ResNetConfig, depth: int | None, num_classes: int, image_size: int) -> nn.Module:
-    network = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=num_classes)
-    if (model.stem or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "small":
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
-        network.maxpool = nn.Identity()
-    return network
-
-
-def _custom(model: CustomModelConfig, num_classes: int) -> nn.Module:
-    make = locate(model.target, "model.target")
-    try:
-        network = make(num_classes=num_classes, **model.kwargs)
-    except TypeError as error:
-        raise UserError(
-            f"model.target={model.target} cannot be called with num_classes={num_classes} and model.kwargs: {error}."
-        ) from error
-    if not isinstance(network, nn.Module):
-        raise UserError(f"model.target={model.target} gave a {type(network).__name__}, not an nn.Module.")
-    return network

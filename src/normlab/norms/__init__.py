@@ -5,28 +5,121 @@ network = rewrite(torchvision.models.resnet18(num_classes=10), Affine())
 """
 
 from normlab.norms.batch import BatchNorm, BatchNormMinus, GroupedBatchNorm2d
+from normlab.norms.coupled import (
+    EvoNorm2dB0,
+    EvoNorm2dS0,
+    EvoNormB0,
+    EvoNormS0,
+    FilterResponseNorm,
+    FilterResponseNorm2d,
+)
+from normlab.norms.free import (
+    Constant,
+    Fixup,
+    NormaliserFree,
+    ScalarAffine,
+    ScalarBias,
+    ScalarScale,
+    ScaledStandardConv2d,
+    activation_gain,
+)
+from normlab.norms.lp import LpNorm, LpNorm2d
+from normlab.norms.mimic import LogitBatchNorm, MimicConv2d, MimicNorm
+from normlab.norms.moving import MABN, CentredConv2d, MovingAverageBatchNorm2d, PowerNorm, PowerNorm2d
+from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
+from normlab.norms.renorm import BatchRenorm, BatchRenorm2d
+from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
+from normlab.norms.sample import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm
 from normlab.norms.sites import Site, Variant, find_sites, rewrite, trace
-from normlab.norms.statistics import BatchStatistics, batch_statistics, statistics_layers, synchronise
+from normlab.norms.statistics import (
+    BatchStatistics,
+    batch_statistics,
+    precise_statistics,
+    statistics_layers,
+    synchronise,
+)
 from normlab.norms.steps import Clock, Steps, parameter_roles
+from normlab.norms.weights import (
+    MeanOnlyBatchNorm2d,
+    MeanOnlyWeightNorm,
+    NormProp,
+    PropagatedReLU,
+    ReparametrisedConv2d,
+    TReLU,
+    TReLUWeightNorm,
+    UnitNormConv2d,
+    WeightNorm,
+    WeightNormConv2d,
+    data_dependent_start,
+)
 
 __all__ = [
+    "MABN",
     "Affine",
     "BatchNorm",
     "BatchNormMinus",
+    "BatchRenorm",
+    "BatchRenorm2d",
     "BatchStatistics",
+    "Branch",
+    "CentredConv2d",
     "ChannelAffine",
     "Clock",
+    "Constant",
+    "EvoNorm2dB0",
+    "EvoNorm2dS0",
+    "EvoNormB0",
+    "EvoNormS0",
+    "FilterResponseNorm",
+    "FilterResponseNorm2d",
+    "Fixup",
+    "GroupNorm",
+    "GroupNorm2d",
     "GroupedBatchNorm2d",
+    "InstanceNorm",
+    "LayerNorm",
+    "LogitBatchNorm",
+    "LpNorm",
+    "LpNorm2d",
+    "MeanOnlyBatchNorm2d",
+    "MeanOnlyWeightNorm",
+    "MimicConv2d",
+    "MimicNorm",
+    "MovingAverageBatchNorm2d",
     "NoNorm",
+    "Noise",
+    "NoisyBatchNorm",
+    "NoisyNoNorm",
+    "NormProp",
+    "NormaliserFree",
+    "PowerNorm",
+    "PowerNorm2d",
+    "PropagatedReLU",
+    "ReparametrisedConv2d",
+    "ScalarAffine",
+    "ScalarBias",
+    "ScalarScale",
+    "ScaledStandardConv2d",
     "Site",
     "Steps",
+    "TReLU",
+    "TReLUWeightNorm",
+    "UnitNormConv2d",
     "Variant",
+    "WeightNorm",
+    "WeightNormConv2d",
+    "activation_gain",
     "batch_statistics",
+    "data_dependent_start",
+    "find_branches",
     "find_sites",
+    "fixup_start",
     "parameter_roles",
+    "precise_statistics",
     "rewrite",
     "statistics_layers",
     "synchronise",
     "trace",
+    "zero_gamma",
 ]

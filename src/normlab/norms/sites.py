@@ -70,8 +70,9 @@ class _Place:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Also torchvision's modules that look at `self.training`, which a trace would freeze."""
-        return super().is_leaf_module(module, qualified_name) or type(module).__name__ == "StochasticDepth"
+        """Also our own layers, and torchvision's that look at `self.training`, which a trace would freeze."""
+        own = type(module).__module__.startswith("normlab.norms")
+        return own or type(module).__name__ == "StochasticDepth" or super().is_leaf_module(module, qualified_name)
 
 
 def trace(network: nn.Module) -> fx.GraphModule:

@@ -1,12 +1,14 @@
 """What layers with statistics of the batch share: groups inside the batch, moving averages, synchronisation."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather, all_reduce
+
+from normlab.errors import UserError
 
 
 class BatchStatistics(nn.Module):
@@ -130,12 +132,29 @@ def synchronise(network: nn.Module) -> nn.Module:
 
 
 def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
-    return [module for module in network.modules() if isinstance(module, BatchStatistics)]
+    """
+    Raises:
+        UserError: if the network has a batch normalisation that does not know what the others know.
+    """
+    layers = []
+    for name, module in network.named_modules():
+        if isinstance(module, BatchStatistics):
+            layers.append(module)
+        elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            raise UserError(
+                f"{name} is a {type(module).__name__} of PyTorch, which knows neither precise nor synchronised"
+                " statistics.\nUse normlab.norms.GroupedBatchNorm2d in its place, or eval_stats=running sync_stats=false."
+            )
+    return layers
 
 
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside, a network in evaluation mode normalises each batch by its own statistics and keeps its averages."""
+    """Inside, a network in evaluation mode normalises each batch by its own statistics and keeps its averages.
+
+    Raises:
+        UserError: see `statistics_layers`.
+    """
     layers = statistics_layers(network)
     for layer in layers:
         layer.evaluates_on_batch = True
@@ -144,3 +163,59 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.evaluates_on_batch = False
+
+
+@contextmanager
+def precise_statistics(
+    network: nn.Module, batches: Iterable[Tensor], within: AbstractContextManager[object] | None = None
+) -> Iterator[None]:
+    """Inside, the moving averages of a network are what its layers see over all of `batches`, in place of what
+    training left; afterwards they are again what they were.
+
+    Every layer's mean and variance (or what it has) are those of the pooled batches (Wu & Johnson 2021,
+    2105.07576, section 3), while the layers before it normalise as in training; dropout and noise are off.
+    `within` is a context for the forward passes, e.g. autocast.
+
+    Raises:
+        UserError: see `statistics_layers`.
+    """
+    layers = statistics_layers(network)
+    sums: dict[nn.Module, list[Tensor]] = {}
+    images: dict[nn.Module, int] = {}
+    training = network.training
+    before = {layer: {name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers}
+
+    def restore() -> None:
+        for layer, saved in before.items():
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(saved[name])
+
+    def add(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, BatchStatistics)
+        count = len(inputs[0])
+        moments = [moment.double() * count for moment in layer.moments(inputs[0])]
+        sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
+        images[layer] = images.get(layer, 0) + count
+
+    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+    with torch.no_grad():
+        try:
+            network.eval()
+            for layer in layers:
+                layer.train()
+            with within or nullcontext():
+                for batch in batches if layers else ():
+                    network(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            restore()
+            network.train(training)
+        for layer in layers:
+            if layer in sums:
+                layer.adopt(*(total / images[layer] for total in sums[layer]))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            restore()

@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 
 from normlab import runs
 
-KNOWN_ARMS = ("bn", "affine", "bnminus", "none")  # their order, colour and marker are the same everywhere
+KNOWN_ARMS = (  # their order in tables
+    "bn", "affine", "bnminus", "none", "bn_scaled", "noisy_bn", "noisy_none", "renorm", "lp1", "lp2", "lpinf", "mabn",
+    "powernorm", "mimicnorm", "gn", "ln", "in", "frn", "evonorm_s0", "evonorm_b0", "wn", "wn_mean", "wn_trelu",
+    "normprop", "nf", "fixup", "bnp",
+)  # fmt: skip
+_OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
 _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
 
 
@@ -33,7 +38,7 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     """
     flat = [_flatten(runs.identity(dict(config))) for config in configs]
     arms = _arm_labels(flat)
-    splitting = [key for key in _varying(flat) if not key.startswith(("norm.", "norm_batch", "batch", "seed"))]
+    splitting = [key for key in _varying(flat) if not key.startswith((*_OF_THE_ARM, "norm_batch", "batch", "seed"))]
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
     following = [
         key
@@ -97,7 +102,7 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     for row in flat:
         by_name[row["norm.name"]].append(row)
     # Arms differ in their options by nature; only what varies within one norm has to be told apart.
-    options = {name: [key for key in _varying(rows) if key.startswith("norm.")] for name, rows in by_name.items()}
+    options = {name: [key for key in _varying(rows) if key.startswith(_OF_THE_ARM)] for name, rows in by_name.items()}
     several_norm_batches = len(set(_values_of(flat, "norm_batch"))) > 1
     labels = []
     for row in flat:

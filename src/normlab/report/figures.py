@@ -8,8 +8,8 @@ import io
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -42,6 +42,8 @@ _RC: dict[Any, Any] = {
     "grid.linewidth": 0.5,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "savefig.dpi": 300,
@@ -103,9 +105,10 @@ def draw(study: Study, accuracy: Table, measure: Measure, confidence: float) -> 
         if tidy["n"].any():
             of_setting = values[values["setting"] == setting]
             figures[f"{accuracy.name}_against_batch"] = against_batch(tidy, of_setting, measure, looks)
-        if len(curves) and measure.column in curves:
+        if measure.column in curves and curves[measure.column].notna().any():
             figures["learning_curves"] = learning_curves(curves, measure, looks)
-        if len(done) and {measure.column, measure.train_column} <= set(done):
+        columns = [measure.column, measure.train_column]
+        if set(columns) <= set(done) and len(done.dropna(subset=columns)):
             figures["train_against_test"] = train_against_test(done, measure, looks)
         for name, figure in figures.items():
             caption = next(text for end, text in _CAPTIONS.items() if name.endswith(end))
@@ -146,7 +149,7 @@ def against_batch(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure, lo
     ax.set_xticks(batches, labels=[str(batch) for batch in batches])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlim(batches[0] / 1.5, batches[-1] * 1.5)
-    _limit(ax.set_ylim, pd.concat([tidy["mean"], tidy["low"], tidy["high"]]), measure)
+    _limit(ax, "y", pd.concat([tidy["mean"], tidy["low"], tidy["high"]]), measure)
     ax.set_xlabel(f"images per batch ({_seeds(tidy['n'])})")
     ax.set_ylabel(measure.with_unit)
     _legend(figure, arms, looks)
@@ -177,7 +180,7 @@ def learning_curves(evaluations: pd.DataFrame, measure: Measure, looks: dict[str
                 ax.plot(lost["epoch"], y, ":", color=look.color, lw=0.9)
                 ax.plot(lost["epoch"].iloc[-1:], y.iloc[-1:], "x", color=look.color)
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    _limit(panels[0][0].set_ylim, evaluations[measure.column] * measure.scale, measure)
+    _limit(panels[0][0], "y", evaluations[measure.column] * measure.scale, measure)
     figure.supxlabel("epoch", fontsize=8)
     figure.supylabel(measure.with_unit, fontsize=8)
     _legend(figure, in_order(evaluations["arm"]), looks)
@@ -197,7 +200,7 @@ def train_against_test(evaluations: pd.DataFrame, measure: Measure, looks: dict[
     columns = [measure.train_column, measure.column]
     figure, panels = _panels(evaluations, square=True)
     for ax, here in panels:
-        ax.axline((0, 0), slope=1, color="0.6", lw=0.7, ls="--", zorder=1)
+        ax.axline((1, 1), (2, 2), color="0.6", lw=0.7, ls="--", zorder=1)
         for arm in in_order(here["arm"]):
             look, of_arm = looks[arm], here[here["arm"] == arm]
             path = of_arm.groupby("epoch")[columns].mean() * measure.scale
@@ -210,8 +213,8 @@ def train_against_test(evaluations: pd.DataFrame, measure: Measure, looks: dict[
     # The first epochs, far down the diagonal, would leave no room to see the ends apart.
     late = evaluations[evaluations["epoch"] > evaluations["epoch"].max() / 2]
     shown = late[columns].melt()["value"] * measure.scale
-    _limit(panels[0][0].set_xlim, shown, measure)
-    _limit(panels[0][0].set_ylim, shown, measure)
+    _limit(panels[0][0], "x", shown, measure)
+    _limit(panels[0][0], "y", shown, measure)
     figure.supxlabel(measure.with_unit.replace("test", "training"), fontsize=8)
     figure.supylabel(measure.with_unit, fontsize=8)
     _legend(figure, in_order(evaluations["arm"]), looks)
@@ -249,17 +252,22 @@ def _seeds(numbers: pd.Series) -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-def _limit(set_limits: Callable[[float, float], object], shown: pd.Series, measure: Measure) -> None:
-    """Axis limits around what is shown; an accuracy's axis ends at 0 and 100 %."""
+def _limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, measure: Measure) -> None:
+    """Limits of one axis around what is shown; an accuracy's axis ends at 0 and 100 %, and that of a loss that
+    falls tenfold is logarithmic."""
     values = shown.dropna()
     if values.empty:
         return
     low, high = float(values.min()), float(values.max())
+    if measure.unit != "%" and 0 < 10 * low <= high:
+        margin = (high / low) ** 0.06
+        ax.set(**{f"{name}scale": "log", f"{name}lim": (low / margin, high * margin)})
+        return
     margin = 0.06 * (high - low) or 0.5
     low, high = low - margin, high + margin
     if measure.unit == "%":
         low, high = max(low, -1.0), min(high, 101.0)  # a little beyond, so that markers at the ends are whole
-    set_limits(low, high)
+    ax.set(**{f"{name}lim": (low, high)})
 
 
 def _legend(figure: Figure, arms: Sequence[str], looks: dict[str, Style]) -> None:

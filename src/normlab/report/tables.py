@@ -5,6 +5,7 @@ mean, low, high (the t-interval over seeds; nan for one seed), n (runs that the 
 done, diverged, missing (runs of the cell in these states; missing is every other state).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Measure(NamedTuple):
     points: str  # unit of a difference
     scale: float  # from what is recorded to the unit
     higher_is_better: bool
-    decimals: int
+    decimals: int | None  # None: as many as show three or four digits
 
     @property
     def train_column(self) -> str:
@@ -41,7 +42,7 @@ class Measure(NamedTuple):
 
 
 ACCURACY = Measure("test_accuracy", "test accuracy", "%", "percentage points", 100.0, True, 1)
-LOSS = Measure("test_loss", "test loss", "", "", 1.0, False, 3)
+LOSS = Measure("test_loss", "test loss", "", "", 1.0, False, None)
 
 
 @dataclass(frozen=True)
@@ -162,15 +163,25 @@ def differences(
     return pd.DataFrame(rows)
 
 
-def with_interval(row: Any, decimals: int, sign: str = "") -> str:
+def with_interval(row: Any, decimals: int | None, sign: str = "") -> str:
     """`91.2 ± 0.8`, `91.2` for one seed, or dashes."""
     if not row.n:
         return NOTHING
-    text = f"{row.mean:{sign},.{decimals}f}"
-    return f"{text} ± {row.high - row.mean:,.{decimals}f}" if row.n > 1 else text
+    half = row.high - row.mean if row.n > 1 else 0.0
+    shown = _format(max(abs(row.mean), half)) if decimals is None else f",.{decimals}f"
+    text = f"{row.mean:{sign}{shown}}"
+    return f"{text} ± {half:{shown}}" if row.n > 1 else text
 
 
-def with_counts(row: Any, decimals: int, sign: str = "") -> str:
+def _format(size: float) -> str:
+    """What shows three or four digits of numbers up to `size`: 0.123, 1.234, 12.34, 1,234; 1.23e+07."""
+    exponent = math.floor(math.log10(size)) if size > 0 else 0
+    if not -4 <= exponent < 7:
+        return ".3g"
+    return f",.{max((3 if exponent >= 0 else 2) - exponent, 0)}f"
+
+
+def with_counts(row: Any, decimals: int | None, sign: str = "") -> str:
     """`91.2 ± 0.8 (n=3)`, `91.2 (n=1, 2 of 3 diverged)`, `-- missing`."""
     runs = row.done + row.diverged + row.missing
     notes = [f"n={row.n}"] if row.n else []
@@ -250,6 +261,7 @@ def build_tables(
         )
     ]
     if baseline is not None:
+        finer = None if measure.decimals is None else measure.decimals + 1
         paired = differences(study.runs, values, "final", baseline, confidence)
         if len(paired):
             found.append(
@@ -261,11 +273,11 @@ def build_tables(
                     " pair counts as diverged if either run diverged. An interval that excludes 0 is a difference at"
                     " that level, uncorrected for the number of comparisons.",
                     tidy=paired,
-                    texts=grids(paired, lambda row: with_counts(row, measure.decimals + 1, "+")),
+                    texts=grids(paired, lambda row: with_counts(row, finer, "+")),
                 )
             )
 
-    def plain(decimals: int, sign: str = "") -> Callable[[Any], str]:
+    def plain(decimals: int | None, sign: str = "") -> Callable[[Any], str]:
         return lambda row: with_interval(row, decimals, sign)
 
     in_unit = f" ({measure.unit})" if measure.unit else ""

@@ -1,6 +1,6 @@
 """From a study's name to its report on disk: the only part of the report that writes files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from normlab import runs
@@ -9,7 +9,7 @@ from normlab.report.arms import in_order
 from normlab.report.load import FINISHED, Study, load
 from normlab.report.markup import latex, markdown
 from normlab.report.page import page
-from normlab.report.tables import Table, build_tables, measure_of
+from normlab.report.tables import Measure, Table, build_tables, measure_of
 from normlab.report.terminal import show
 from normlab.runs import files
 
@@ -47,7 +47,7 @@ def build(
             for suffix in ("png", "pdf"):
                 _write(folder / f"{name}.{suffix}", encode(figure, suffix))
             drawn.append((name, caption))
-    warnings = found.warnings + remarks
+    warnings = found.warnings + remarks + list(_unmeasured(found, measure))
     _write(folder / "report.md", page(found, tables, drawn, warnings).encode())
     show(found, tables[0], folder / "report.md", warnings)
     return folder / "report.md"
@@ -132,6 +132,17 @@ def _baseline(study: Study, baseline: str | None) -> tuple[str | None, list[str]
         f"baseline={baseline} is not an arm of this study, so there is no table of differences. Arms:"
         f" {', '.join(arms)}." + (f" Did you mean baseline={close}?" if close else "")
     ]
+
+
+def _unmeasured(study: Study, measure: Measure) -> Iterator[str]:
+    """A sentence per setting that the tables can say nothing about."""
+    evaluated = study.evaluations[study.evaluations["state"] == "done"]
+    for setting, rows in evaluated.groupby("setting"):
+        if measure.column not in rows or rows[measure.column].isna().all():
+            yield (
+                f"{setting}: its runs have no {measure.label}, by which this study is compared. Give them a study of"
+                " their own: study=..."
+            )
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,21 +3,24 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from normlab.config import RunConfig
 from normlab.data.batches import Split
 from normlab.data.load import Data
 from normlab.errors import InterruptedRunError
+from normlab.norms import Steps, batch_statistics, precise_statistics
 from normlab.streams import key
 from normlab.training.device import autocast
 from normlab.training.interrupt import StopRequest
 from normlab.training.optimizers import learning_rate, set_learning_rate
+from normlab.training.tasks import Task, task_of
 
 BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, divergence, checkpoint
 
@@ -52,11 +55,15 @@ def train(
     at: Position,
     stop: StopRequest,
     *,
+    averaged: AveragedModel | None = None,
+    transform: Callable[[], None] | None = None,
     beat: Callable[[Position], None],
     checkpoint: Callable[[Position], None],
     record: Callable[[dict[str, Any]], None],
 ) -> None:
     """Train from `at` to the end. `beat`, `checkpoint` and `record` write down progress, state and metrics.
+
+    `averaged` follows the network and is evaluated in its place; `transform` changes gradients before each update.
 
     Raises:
         DivergedError: at the first loss that is not finite (found within about a second).
@@ -66,6 +73,7 @@ def train(
     # The global generator of this device alone: torch.manual_seed would seed every backend, at 0.1 ms a step.
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     steps = data.train.steps
+    layers, task = Steps(network), task_of(data.task, config.label_smoothing)
     started = time.monotonic() - at.wall_seconds
     last_beat, last_checkpoint = -math.inf, time.monotonic()
 
@@ -76,18 +84,25 @@ def train(
             step = epoch * steps + at.batch
             set_learning_rate(optimizer, learning_rate(config, step, steps))
             generator.manual_seed(key(config.seed, "step", step))  # dropout and the like, the same after a resume
+            layers.begin(step, config.epochs * steps)
 
             optimizer.zero_grad(set_to_none=True)
             with autocast(config, device):
-                logits = network(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                outputs = network(images)
+                loss = task.loss(outputs, labels)
             scaler.scale(loss).backward()
+            if transform:
+                scaler.unscale_(optimizer)
+                transform()
             scaler.step(optimizer)
             scaler.update()
+            layers.end()
+            if averaged:
+                averaged.update_parameters(network)
 
             # Kept on the device: reading them here would make every step wait for the GPU (as fp16's scaler does).
             at.losses[at.batch] = loss.detach()
-            at.hits[at.batch] = (logits.argmax(1) == labels).sum()
+            at.hits[at.batch] = task.hits(outputs, labels)
             at.batch += 1
             at.train_images += len(labels)
 
@@ -111,7 +126,8 @@ def train(
         at.wall_seconds = time.monotonic() - started
         last = epoch + 1 == config.epochs
         if last or (epoch + 1) % config.eval_every == 0:
-            row = _row(config, network, data, at, epoch, stop, lambda: checkpoint(at), lambda: beat(at))
+            evaluated = averaged.module if averaged else network
+            row = _row(config, task, evaluated, data, at, epoch, stop, lambda: checkpoint(at), lambda: beat(at))
             at.wall_seconds = time.monotonic() - started
             record({**row, "wall_seconds": at.wall_seconds})
             at.train_seconds, at.train_images = 0.0, 0
@@ -121,6 +137,7 @@ def train(
 
 def _row(
     config: RunConfig,
+    task: Task,
     network: nn.Module,
     data: Data,
     at: Position,
@@ -131,52 +148,62 @@ def _row(
 ) -> dict[str, Any]:
     """Evaluate; one row of metrics. Training loss and accuracy are those seen while training this epoch."""
     sizes = torch.full_like(at.losses, config.batch)
-    images = len(data.train) if not config.drop_last else data.train.steps * config.batch
+    images = data.train.images
     sizes[-1] = images - config.batch * (data.train.steps - 1)
     end = (epoch + 1) * data.train.steps
-    row: dict[str, Any] = {
-        "epoch": epoch + 1,
-        "step": end,
-        "train_loss": float((at.losses.double() * sizes).sum() / images),
-        "train_accuracy": int(at.hits.sum()) / images,
-    }
-    for name, split in (("val", data.val), ("test", data.test)):
-        if split is not None:
-            try:
-                loss, accuracy = evaluate(config, network, split, at.losses.device, stop, beat)
-            except InterruptedRunError:
-                save()  # the epoch is complete: a resume begins with its evaluation
-                raise
-            row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+    row: dict[str, Any] = {"epoch": epoch + 1, "step": end}
+    row |= task.metrics("train", task.train_loss(at.losses, sizes), int(at.hits.sum()), images)
+    try:
+        with _statistics(config, network, data, at.losses.device):
+            for name, split in (("val", data.val), ("test", data.test)):
+                if split is not None:
+                    loss, hits = evaluate(config, task, network, split, at.losses.device, stop, beat)
+                    row |= task.metrics(name, loss, hits, len(split))
+    except InterruptedRunError:
+        save()  # the epoch is complete: a resume begins with its evaluation
+        raise
     lr = learning_rate(config, end - 1, data.train.steps)
     return row | {"lr": lr, "images_per_second": at.train_images / at.train_seconds}
+
+
+def _statistics(
+    config: RunConfig, network: nn.Module, data: Data, device: torch.device
+) -> AbstractContextManager[None]:
+    """What an evaluation normalises by: `eval_stats`."""
+    if config.eval_stats == "batch":
+        return batch_statistics(network)
+    if config.eval_stats == "precise":
+        batches = data.train.plain_batches(config.precise_batches)
+        return precise_statistics(network, batches, within=autocast(config, device))
+    return nullcontext()
 
 
 @torch.inference_mode()
 def evaluate(
     config: RunConfig,
+    task: Task,
     network: nn.Module,
     split: Split,
     device: torch.device,
     stop: StopRequest,
     beat: Callable[[], None],
-) -> tuple[float, float]:
-    """Mean cross-entropy (without label smoothing) and share of correct classifications over `split`."""
+) -> tuple[float, int]:
+    """The sums over `split` of the loss (without label smoothing) and of correct classifications."""
     network.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
     last_beat = time.monotonic()
     for images, labels in split.batches():
         with autocast(config, device):
-            logits = network(images)
-        loss += F.cross_entropy(logits.float(), labels, reduction="sum")
-        hits += (logits.argmax(1) == labels).sum()
+            outputs = network(images)
+        loss += task.test_loss(outputs, labels)
+        hits += task.hits(outputs, labels)
         if stop.requested:
             raise InterruptedRunError(stop.requested)
         if time.monotonic() - last_beat >= BEAT_SECONDS:
             beat()
             last_beat = time.monotonic()
-    return float(loss) / len(split), float(hits) / len(split)
+    return float(loss), int(hits)
 
 
 def _check_losses(at: Position, before: int) -> None:

@@ -1,48 +1,39 @@
 """Optimizers with parameter groups by module type, and learning-rate schedules as pure functions."""
 
 import math
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from normlab.config import SGD, Adam, Cosine, OptimizerConfig, Polynomial, RunConfig, Step
+from normlab.norms import parameter_roles
 
-WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
-
-def parameter_groups(network: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(weights of convolutions and linear layers, everything else: scales, shifts, biases).
-
-    By the type of the owning module: shapes and names misfile a 1-output Linear or a 1-channel norm.
-    """
-    weights: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    seen: set[nn.Parameter] = set()
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen:  # shared between modules
-                continue
-            seen.add(parameter)
-            is_weight = isinstance(module, WEIGHT_LAYERS) and name != "bias"
-            (weights if is_weight else others).append(parameter)
-    return weights, others
+def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
+    """One group per role of parameters ("weight", "bias", "scale", "shift"; by the type of the owning module)
+    and per divisor of the learning rate: `params`, `role`, `lr_divisor`."""
+    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for parameter, role, divisor in parameter_roles(network):
+        groups.setdefault((role, divisor), []).append(parameter)
+    return [{"params": params, "role": role, "lr_divisor": divisor} for (role, divisor), params in groups.items()]
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
-    weights, others = parameter_groups(network)
-    decay = config.weight_decay
-    groups = [
-        {"params": weights, "weight_decay": decay},
-        {"params": others, "weight_decay": decay if config.decay_norm_and_bias else 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    """The optimizer of a run. Weights decay; biases, shifts and scales only with `decay_norm_and_bias`."""
+    groups = parameter_groups(network)
+    for group in groups:
+        decays = group["role"] == "weight" or config.decay_norm_and_bias
+        group["weight_decay"] = config.weight_decay if decays else 0.0
     if isinstance(config, SGD):
-        return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)
-    if isinstance(config, Adam):
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)
+    elif isinstance(config, Adam):
         kind = torch.optim.AdamW if config.decoupled else torch.optim.Adam
-        return kind(groups, config.lr, (config.betas[0], config.betas[1]), config.eps)
-    return torch.optim.RMSprop(groups, config.lr, config.alpha, config.eps, momentum=config.momentum)
+        optimizer = kind(groups, config.lr, (config.betas[0], config.betas[1]), config.eps)
+    else:
+        optimizer = torch.optim.RMSprop(groups, config.lr, config.alpha, config.eps, momentum=config.momentum)
+    set_learning_rate(optimizer, config.lr)
+    return optimizer
 
 
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
@@ -72,6 +63,6 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    groups: Iterable[dict[str, object]] = optimizer.param_groups
-    for group in groups:
-        group["lr"] = lr
+    """To each group its share of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr / group["lr_divisor"]

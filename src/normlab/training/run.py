@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from normlab import models, runs
 from normlab.config import RunConfig
@@ -19,6 +20,7 @@ from normlab.data.load import Data, load
 from normlab.errors import InterruptedRunError, UserError
 from normlab.runs import files
 from normlab.training import checkpoint, device
+from normlab.training.gradients import build_transform
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import DivergedError, Position, train
 from normlab.training.optimizers import build_optimizer
@@ -92,7 +94,9 @@ def data_of(config: RunConfig, where: torch.device, log: Callable[[str], None]) 
         batch=config.batch,
         eval_batch=config.eval_batch,
         drop_last=config.drop_last,
+        sampler=config.sampler,
         input_norm=config.input_norm,
+        eval_stats=config.eval_stats,
         device=where,
         log=log,
     )
@@ -109,7 +113,14 @@ def _train(
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     _check_shapes(config, network, data)
     network = network.to(where)
+    if saved is None and models.needs_data(config):
+        calibration = data.calibration(config.calibration_images)
+        models.start(config, network, calibration, num_classes=len(data.classes), image_size=data.image_size)
+    averaged = None
+    if config.weight_average is not None:
+        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.weight_average))
     optimizer = build_optimizer(config.optimizer, network)
+    transform = build_transform(config.optimizer, network)
     scaler = torch.amp.GradScaler(where.type, enabled=config.precision == "fp16")
     at = Position(
         epoch=0,
@@ -131,6 +142,8 @@ def _train(
             )
         try:
             network.load_state_dict(saved["network"])
+            if averaged:
+                averaged.load_state_dict(saved["averaged"])
         except RuntimeError as error:
             raise UserError(
                 f"The network has changed since {run.name} was interrupted: {str(error).splitlines()[0]}\n"
@@ -167,6 +180,7 @@ def _train(
             "run_id": run.run_id,
             "data_fingerprint": data.fingerprint,
             "network": network.state_dict(),
+            "averaged": averaged.state_dict() if averaged else None,
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "position": vars(at).copy(),
@@ -181,13 +195,25 @@ def _train(
         log.info("%s", files.to_json(row))
 
     try:
-        train(config, network, data, optimizer, scaler, at, stop, beat=beat, checkpoint=save, record=record)
+        train(
+            config,
+            network,
+            data,
+            optimizer,
+            scaler,
+            at,
+            stop,
+            averaged=averaged,
+            transform=transform,
+            beat=beat,
+            checkpoint=save,
+            record=record,
+        )
         end: dict[str, Any] = {"weights_sha256": weights_sha256(network)}
         state = "done"
         if config.save_weights:
-            files.write_atomically(
-                run.folder / "weights.pt", lambda file: checkpoint.save_tensors(network.state_dict(), file)
-            )
+            weights = (averaged.module if averaged else network).state_dict()  # those that were evaluated
+            files.write_atomically(run.folder / "weights.pt", lambda file: checkpoint.save_tensors(weights, file))
     except DivergedError as error:
         log.info("%s", error)
         state, end = "diverged", {"diverged_step": error.step, "error": str(error)}
@@ -205,23 +231,27 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
         UserError: if the images are too small for the network or too few for a layer's statistics, or the
             network's output is not one number per image and class.
     """
-    rest = len(data.train) % config.batch
-    sizes = {min(config.batch, len(data.train))} | ({rest} if rest and not config.drop_last else set())
+    normalised = [data.train, *((data.val, data.test) if config.eval_stats == "batch" else ())]
+    sizes = {min(split.batch, split.images) for split in normalised if split}
+    sizes |= {split.images % split.batch for split in normalised if split} - {0}
+    side = data.image_size
+    what, mend = f"images of {side}x{side} pixels", "larger images or another batch"
+    if data.task == "regression":
+        what, mend = "samples", "another batch"
     probe = copy.deepcopy(network).to("meta").train()
-    for size in sorted(sizes):
+    for size in sorted(sizes, reverse=True):  # what no batch size mends is told of the whole batch
         try:
-            output = probe(torch.empty(size, 3, data.image_size, data.image_size, device="meta"))
+            output = probe(torch.empty(size, data.channels, side, side, device="meta"))
         except NotImplementedError:  # some operation of the user's network has no meta form
             return
         except (ValueError, RuntimeError) as error:
             if "device" in str(error):  # a tensor that the user's network keeps to itself
                 return
-            last = "" if size == config.batch else f", the last of an epoch of {len(data.train)}"
+            last = "" if size in (config.batch, config.eval_batch) else ", the last of an epoch or evaluation,"
             raise UserError(
-                f"A batch of {size} images of {data.image_size}x{data.image_size} pixels{last} does not fit"
-                f" {config.model.name} with norm={config.norm.name}:\n{str(error).splitlines()[0]}\n"
-                "Use larger images or another batch (a norm over one value per channel is undefined),"
-                " or drop_last=true."
+                f"A batch of {size} {what}{last} does not fit {config.model.name} with norm={config.norm.name}:\n"
+                f"{str(error).splitlines()[0]}\n"
+                f"Use {mend} (a norm over one value per channel is undefined), or drop_last=true."
             ) from error
         expected = (size, len(data.classes))
         if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:

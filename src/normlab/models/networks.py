@@ -1,0 +1,103 @@
+"""The networks that `model` names, as they are before a variant rewrites them."""
+
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from normlab.config import (
+    SMALL_STEM_UP_TO,
+    CifarResNetConfig,
+    CustomModelConfig,
+    DeepLinearConfig,
+    GitmanCifarConfig,
+    ResNetConfig,
+    RunConfig,
+    TorchvisionConfig,
+    VGGConfig,
+)
+from normlab.errors import UserError, nearest
+from normlab.imports import locate
+from normlab.models.nets import CifarResNet, DeepLinear, GitmanCifarNet, he_fan_out
+
+
+def make(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
+    """Build with torch's global generator.
+
+    Raises:
+        UserError: if torchvision has no such network, or the arguments do not fit it or the user's own.
+    """
+    depth = config.depth or 0  # of the networks that have one: checked by the schema
+    match config.model:
+        case ResNetConfig() as model:
+            return _resnet(model, depth, num_classes, image_size)
+        case CifarResNetConfig():
+            return CifarResNet(depth, num_classes)
+        case VGGConfig() as model:
+            return _vgg(model, depth, num_classes, image_size)
+        case TorchvisionConfig() as model:
+            return _torchvision(model, num_classes)
+        case GitmanCifarConfig():
+            return GitmanCifarNet(num_classes)
+        case DeepLinearConfig():
+            return DeepLinear(num_classes, depth)
+        case CustomModelConfig() as model:
+            return _custom(model, num_classes)
+
+
+def _resnet(model: ResNetConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
+    network = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=num_classes)
+    if (model.stem or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "small":
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        network.maxpool = nn.Identity()
+    return network
+
+
+def _vgg(model: VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
+    make = getattr(torchvision.models, f"vgg{depth}_bn")
+    if (model.head or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
+        return make(weights=None, num_classes=num_classes)
+    with torch.device("meta"):  # the large head would be 120 million numbers drawn and thrown away
+        network = make(weights=None, init_weights=False)
+        network.avgpool = nn.AdaptiveAvgPool2d(1)
+        network.classifier = nn.Linear(512, num_classes)
+    network.to_empty(device="cpu")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+    he_fan_out(network)
+    nn.init.normal_(network.classifier.weight, std=0.01)  # as torchvision's
+    nn.init.zeros_(network.classifier.bias)
+    return network
+
+
+def _torchvision(model: TorchvisionConfig, num_classes: int) -> nn.Module:
+    names = torchvision.models.list_models(module=torchvision.models)
+    if model.name not in names:
+        close = nearest(model.name, names)
+        raise UserError(
+            f"model.name={model.name} is no classification network of torchvision {torchvision.__version__}."
+            + (f"\nDid you mean model.name={close}?" if close else f"\nExpected one of {', '.join(names)}.")
+        )
+    own: dict[str, Any] = {}
+    if model.name in ("googlenet", "inception_v3"):  # one output; and they warn if not told what they do by default
+        own = {"aux_logits": False, "init_weights": True}
+    try:
+        return torchvision.models.get_model(model.name, weights=None, num_classes=num_classes, **own, **model.kwargs)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model.name={model.name} cannot be made with model.kwargs={model.kwargs}: {error}.") from error
+
+
+def _custom(model: CustomModelConfig, num_classes: int) -> nn.Module:
+    make = locate(model.target, "model.target")
+    try:
+        network = make(num_classes=num_classes, **model.kwargs)
+    except TypeError as error:
+        raise UserError(
+            f"model.target={model.target} cannot be called with num_classes={num_classes} and model.kwargs: {error}."
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"model.target={model.target} gave a {type(network).__name__}, not an nn.Module.")
+    return network

@@ -1,0 +1,89 @@
+"""Normalisers of each image by itself: the same in training and evaluation, and at any batch size."""
+
+import torch
+from torch import Tensor, nn
+
+from normlab.errors import UserError, nearest
+from normlab.norms.sites import Variant
+from normlab.norms.statistics import full_precision
+
+
+class GroupNorm2d(nn.GroupNorm):
+    """nn.GroupNorm with float32 statistics and the input's dtype, and for a group of a single value as well.
+
+    nn.GroupNorm refuses one image with 1x1 maps if a group is one channel; here its output is beta.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = torch.group_norm(full_precision(input), self.num_groups, self.weight, self.bias, self.eps)
+        return output.to(input.dtype)
+
+
+class GroupNorm(Variant):
+    """Group normalisation (Wu & He 2018, 1803.08494), by PyTorch's kernel.
+
+    For x of shape (N, C, H, W), with mean mu and biased variance v per image and group of C / `groups`
+    neighbouring channels, over those channels and H and W:
+
+        y = gamma · (x - mu) / sqrt(v + eps) + beta      gamma, beta (C,) per channel
+
+    Invariant: an image's output depends on no other image, so `norm_batch` changes nothing.
+    """
+
+    def __init__(self, *, groups: int, eps: float, norm_batch: int | None = None) -> None:
+        super().__init__(norm_batch=norm_batch)
+        check_groups(groups)
+        self.groups = groups
+        self.eps = eps
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        groups = groups_for(self.groups, norm.num_features)
+        return start_as(norm, GroupNorm2d(groups, norm.num_features, eps=self.eps))
+
+
+class LayerNorm(GroupNorm):
+    """Layer normalisation of the maps: `GroupNorm` with one group, as in its paper.
+
+    Statistics per image over C, H and W; gamma and beta stay per channel (nn.LayerNorm's are per value).
+    """
+
+    def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
+        super().__init__(groups=1, eps=eps, norm_batch=norm_batch)
+
+
+class InstanceNorm(Variant):
+    """Instance normalisation: `GroupNorm` with a group for each channel, without moving averages.
+
+    Statistics per image and channel over H and W. On 1x1 maps its output is beta, whatever the input, where
+    nn.InstanceNorm2d raises an error in training: networks that end in such maps do train, without their signal.
+    """
+
+    def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
+        super().__init__(norm_batch=norm_batch)
+        self.eps = eps
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        return start_as(norm, GroupNorm2d(norm.num_features, norm.num_features, eps=self.eps))
+
+
+def start_as(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
+    """`layer`, its gamma and beta at the network's own start, e.g. zero in the last norm of a branch."""
+    if norm.affine:
+        layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
+    return layer
+
+
+def check_groups(groups: int) -> None:
+    if type(groups) is not int or groups < 1:
+        raise UserError(f"norm.groups={groups} is out of range: expected a whole number of 1 or more.")
+
+
+def groups_for(groups: int, channels: int) -> int:
+    """`groups`, if the channels of a layer can be divided into as many."""
+    if channels % groups:
+        valid = nearest(groups, [g for g in range(1, channels + 1) if channels % g == 0])
+        raise UserError(
+            f"norm.groups={groups} does not divide the {channels} channels of a layer; the nearest that does is"
+            f" norm.groups={valid}."
+        )
+    return groups

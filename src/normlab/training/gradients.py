@@ -1,0 +1,120 @@
+"""What may happen to the gradients between the backward pass and the optimizer's step."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from normlab.config import OptimizerConfig
+from normlab.errors import UserError
+
+AGC_LEAST_NORM = 1e-3  # of a unit's weights (Brock et al. 2021, section 4.1): small ones must not freeze
+BNP_FLOOR = 0.01  # [A] an input's variance counts as at least this share of its layer's mean variance
+
+
+def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[], None] | None:
+    """What `optimizer.precondition` and then `optimizer.agc` do to the gradients of `network`, or None.
+
+    Raises:
+        UserError: if the network lacks biases that the preconditioner needs.
+    """
+    transforms: list[Callable[[], None]] = []
+    if config.precondition == "bnp":
+        transforms.append(Preconditioner(network))
+    if config.agc is not None:
+        transforms.append(AdaptiveClipping(network, config.agc))
+    if not transforms:
+        return None
+
+    def transform() -> None:
+        for apply in transforms:
+            apply()
+
+    return transform
+
+
+class AdaptiveClipping:
+    """Adaptive gradient clipping (Brock et al. 2021, 2102.06171, section 4.1).
+
+    Per output unit i of every parameter but the classifier's, with weights W_i and gradient G_i:
+
+        G_i <- G_i · min(1, ratio · max(||W_i||, 1e-3) / ||G_i||)
+
+    A unit is a row of the first dimension; a vector (biases, gains) is one unit, as in the authors' code.
+    Invariant: no unit's gradient is longer than `ratio` times its weights, which keeps relative updates small.
+    """
+
+    def __init__(self, network: nn.Module, ratio: float) -> None:
+        self.ratio = ratio
+        classifier = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
+        left_alone = {parameter for module in classifier for parameter in module.parameters()}
+        self.parameters = [p for p in network.parameters() if p.requires_grad and p not in left_alone]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                longest = _unit_norms(parameter).clamp_min(AGC_LEAST_NORM) * self.ratio
+                # The least positive number: a gradient of zero stays zero.
+                lengths = _unit_norms(parameter.grad).clamp_min(torch.finfo(parameter.dtype).tiny)
+                parameter.grad.mul_((longest / lengths).clamp_max(1.0))
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    """L2 norm per row of the first dimension, (O, 1, ...); of a vector or scalar as a whole."""
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())) or None, keepdim=True)
+
+
+class Preconditioner:
+    """BNP-style conditioning, after Batch Normalization Preconditioning (Lange, Helfrich & Ye 2022).
+
+    For a layer a = W·h + b, with mean mu and variance s² of each input (of each input channel over N, H, W for a
+    convolution) in the current batch, constants in the derivation:
+
+        dW = (g_W - g_b·mu^T) / s²  column by column,   db = g_b - dW·mu
+
+    which is a plain gradient step in the parameters of the same layer with normalised inputs (derived in
+    `papers.md`, section 6, and checked by a test). Ours [A]: statistics of the current batch only, and s² is at
+    least `BNP_FLOOR` times its mean over the layer's inputs. The paper's scaling, running averages and its
+    convolution's form are not known to us. At the padded border of a convolution the step is approximate.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.statistics: dict[nn.Conv2d | nn.Linear, tuple[Tensor, Tensor]] = {}
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                if module.bias is None:
+                    raise UserError(
+                        f"optimizer.precondition=bnp conditions weights and biases together, and {name} has no bias.\n"
+                        "Use norm=bnp, or norm=none norm.conv_bias=true, and a network whose convolutions feed norms."
+                    )
+                module.register_forward_pre_hook(self._note)
+
+    @torch.no_grad()
+    def _note(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        if module.training:
+            h = inputs[0].float() if inputs[0].dtype != torch.float64 else inputs[0]
+            over = (0, 2, 3) if isinstance(module, nn.Conv2d) else tuple(range(h.dim() - 1))
+            variance, mean = torch.var_mean(h, over, correction=0)
+            self.statistics[module] = (mean, variance)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for module, (mean, variance) in self.statistics.items():
+            if module.weight.grad is None or module.bias is None or module.bias.grad is None:
+                continue
+            s2 = variance.maximum(BNP_FLOOR * variance.mean()).clamp_min(torch.finfo(variance.dtype).eps)
+            mean, s2 = (_per_weight(statistic, module) for statistic in (mean, s2))
+            g_b = module.bias.grad
+            g_w = module.weight.grad
+            g_w.sub_(g_b.view(-1, *[1] * (g_w.dim() - 1)) * mean).div_(s2)
+            g_b.sub_((g_w * mean).flatten(1).sum(1))
+
+
+def _per_weight(per_input: Tensor, module: nn.Conv2d | nn.Linear) -> Tensor:
+    """(I,) in the shape of a weight (O, I / groups, ...), broadcast over the kernel."""
+    if isinstance(module, nn.Linear):
+        return per_input[None]
+    each = per_input.view(module.groups, 1, -1).expand(-1, module.out_channels // module.groups, -1)
+    return each.reshape(module.out_channels, -1, 1, 1)

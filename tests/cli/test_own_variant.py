@@ -1,0 +1,84 @@
+"""A variant from outside the package: one class, one YAML file in a folder of the user's own, a sweep."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+# CONTRIBUTING.md shows these two files; a test below holds them together.
+VARIANT = '''\
+import torch
+from torch import nn
+from normlab.norms import BatchStatistics, Variant
+
+class HalfNorm(BatchStatistics):
+    """y = gamma · x / E[x²]^power + beta: between no normalisation (power 0) and that by the mean square (1/2)."""
+
+    def __init__(self, channels, power, momentum, norm_batch):
+        super().__init__()
+        self.power, self.momentum, self.norm_batch = power, momentum, norm_batch
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_square", torch.ones(channels))
+
+    def scaled(self, x, square, groups=1):
+        scale = self.weight.repeat(groups) * (square + 1e-5) ** -self.power
+        return x * scale[:, None, None] + self.bias.repeat(groups)[:, None, None]
+
+    def normalise(self, x, groups):
+        square = self.batch_mean(x.float().square())
+        return self.scaled(x, square, groups), (square.detach(),)
+
+    def evaluate(self, x):
+        return self.scaled(x, self.running_square)
+
+    def update(self, square):
+        self.running_square.lerp_(square, self.momentum)
+
+    def adopt(self, mean, square):
+        self.running_square.copy_(square)
+
+class Half(Variant):
+    def __init__(self, *, power, momentum, norm_batch):
+        super().__init__(norm_batch=norm_batch)
+        self.power, self.momentum = power, momentum
+
+    def norm(self, norm):
+        return HalfNorm(norm.num_features, self.power, self.momentum, self.norm_batch)
+'''
+OPTIONS = """\
+_target_: half_norm.Half
+name: half
+power: 0.25
+momentum: 0.1
+"""
+
+
+def test_it_runs_in_a_sweep_beside_the_shipped_ones(tmp_path) -> None:
+    assert len([line for line in (VARIANT + OPTIONS).splitlines() if line]) < 40
+    (tmp_path / "own" / "norm").mkdir(parents=True)
+    (tmp_path / "half_norm.py").write_text(VARIANT)
+    (tmp_path / "own" / "norm" / "half.yaml").write_text(OPTIONS)
+    command = [
+        sys.executable, str(ROOT / "train.py"), "-m", "--config-dir", "own", "norm=half,bn", "norm_batch=4,null",
+        "model=custom", "model.target=small.SmallResNet", "model.name=small", "dataset.train_size=40", "batch=16",
+        "epochs=1", "eval_stats=precise", "device=cpu",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    configs = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("outputs/default/*/config.yaml")]
+    assert sorted((c["norm"]["name"], c["norm_batch"] or 0) for c in configs) == [
+        ("bn", 0), ("bn", 4), ("half", 0), ("half", 4),
+    ]  # fmt: skip
+    assert {c["norm"]["power"] for c in configs if c["norm"]["name"] == "half"} == {0.25}
+
+
+def test_contributing_shows_exactly_this() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    assert VARIANT in page
+    assert OPTIONS in page

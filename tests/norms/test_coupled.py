@@ -1,0 +1,376 @@
+"""FRN and EvoNorm against their formulas in plain autograd, and the sites they take."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from norms.oracle import CASES, compare, images, relative_error
+from torch import Tensor, nn
+
+from normlab.errors import UserError
+from normlab.norms import (
+    ChannelAffine,
+    EvoNorm2dB0,
+    EvoNorm2dS0,
+    EvoNormB0,
+    EvoNormS0,
+    FilterResponseNorm,
+    FilterResponseNorm2d,
+    Variant,
+    batch_statistics,
+    parameter_roles,
+    rewrite,
+)
+from normlab.norms.coupled import spatial_moments
+
+# oracle.relative_error makes a float of a tensor with a graph.
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+
+FRN_EPS = 1e-6
+EPS = 1e-5
+MOMENTUM = 0.1
+FRN = FilterResponseNorm(eps=FRN_EPS, learned_eps=False)
+FRN_LEARNED = FilterResponseNorm(eps=FRN_EPS, learned_eps=True)
+S0 = EvoNormS0(groups=3, eps=EPS)
+B0 = EvoNormB0(eps=EPS, momentum=MOMENTUM)
+
+
+def per_channel(parameter: Tensor) -> Tensor:
+    return parameter[None, :, None, None]
+
+
+class FrnOracle:
+    def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        p = {name: per_channel(value) for name, value in parameters.items() if value.dim()}
+        eps = FRN_EPS + (abs(parameters["learned_eps"]) if "learned_eps" in parameters else 0)
+        nu2 = (x**2).sum((2, 3), keepdim=True) / (x.shape[2] * x.shape[3])
+        y = p["weight"] * x / torch.sqrt(nu2 + eps) + p["bias"]
+        return torch.maximum(y, p["tau"]) if "tau" in p else y
+
+    evaluate = train
+
+
+class S0Oracle:
+    """Group after group."""
+
+    groups = 3
+
+    def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        weight, bias, v = (per_channel(parameters[name]) for name in ("weight", "bias", "v"))
+        stds = []
+        for part in x.split(x.shape[1] // self.groups, dim=1):
+            variance = ((part - part.mean((1, 2, 3), keepdim=True)) ** 2).mean((1, 2, 3), keepdim=True)
+            stds.append(torch.sqrt(variance + EPS).expand(-1, part.shape[1], 1, 1))
+        gate = (1 + torch.tanh(v * x / 2)) / 2  # the logistic function, without the overflow of exp
+        return x * gate / torch.cat(stds, 1) * weight + bias
+
+    evaluate = train
+
+
+class B0Oracle:
+    """Images of a group, group after group: image n below G·k in group n mod G, the rest apart."""
+
+    def __init__(self, channels: int = 6, norm_batch: int | None = None) -> None:
+        self.norm_batch = norm_batch
+        self.running_var = torch.ones(channels, dtype=torch.float64)
+
+    def divide(self, x: Tensor, batch_var: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        weight, bias, v = (per_channel(parameters[name]) for name in ("weight", "bias", "v"))
+        instance_var = ((x - x.mean((2, 3), keepdim=True)) ** 2).mean((2, 3), keepdim=True)
+        batch_std = torch.sqrt(batch_var + EPS).expand_as(x)
+        return x / torch.maximum(batch_std, v * x + torch.sqrt(instance_var + EPS)) * weight + bias
+
+    def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        number = len(x)
+        groups = number // (self.norm_batch or number)
+        whole = groups * (self.norm_batch or number)
+        members = [list(range(g, whole, groups)) for g in range(groups)]
+        members += [list(range(whole, number))] if whole < number else []
+        outputs, newest = {}, torch.zeros_like(self.running_var)
+        for group in members:
+            part = x[group]
+            variance = ((part - part.mean((0, 2, 3), keepdim=True)) ** 2).mean((0, 2, 3), keepdim=True)
+            outputs |= dict(zip(group, self.divide(part, variance, parameters), strict=True))
+            newest += variance.detach().flatten() * len(group) / number
+        self.running_var = (1 - MOMENTUM) * self.running_var + MOMENTUM * newest
+        return torch.stack([outputs[n] for n in range(number)])
+
+    def evaluate(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return self.divide(x, per_channel(self.running_var), parameters)
+
+
+def layer_of(variant: Variant, channels: int = 6, activation: nn.Module | None = None) -> nn.Module:
+    return variant.norm_and_activation(nn.BatchNorm2d(channels), activation or nn.ReLU())[0]
+
+
+ALL: dict[str, tuple[Variant, Callable[[], object]]] = {
+    "frn": (FRN, FrnOracle),
+    "frn, learned eps": (FRN_LEARNED, FrnOracle),
+    "evonorm_s0": (S0, S0Oracle),
+    "evonorm_b0": (B0, B0Oracle),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ALL)
+def test_equals_the_formula(name: str, case: str) -> None:
+    variant, oracle = ALL[name]
+    # A 1x1 map becomes its sign: 1 - xhat² of the gradient is about eps / x² = 1e-6, and loses those digits.
+    bound = 1e-8 if (name, case) == ("frn", "1x1 maps") else 1e-10
+    compare(layer_of(variant), oracle(), CASES[case], bound=bound)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frn_without_activation_equals_the_formula_without_threshold(case: str) -> None:
+    layer, activation = FRN_LEARNED.norm_and_activation(nn.BatchNorm2d(6), None)
+    assert activation is None
+    assert "tau" not in dict(layer.named_parameters())
+    compare(layer, FrnOracle(), CASES[case])
+
+
+@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_b0_in_groups_equals_the_formula_per_group(case: str, k: int) -> None:
+    variant = EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=k)
+    compare(layer_of(variant), B0Oracle(norm_batch=k), CASES[case])
+
+
+def test_moments_and_their_first_and_second_gradients() -> None:
+    x = images(2, 3, 3, 2, shift=2.0)
+    mean, variance = spatial_moments(x)
+    assert relative_error(mean, x.mean((2, 3), keepdim=True)) < 1e-14
+    assert relative_error(variance, x.var((2, 3), correction=0, keepdim=True)) < 1e-14
+    assert torch.autograd.gradcheck(spatial_moments, (x.requires_grad_(),))
+    assert torch.autograd.gradgradcheck(spatial_moments, (x,))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    layer = layer_of(ALL[name][0]).double()
+    x = images(3, 6, 2, 3, shift=0.2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0]), (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_lower_precision_is_close_to_the_formula(name: str) -> None:
+    """float32: 2e-6 of the largest value; half precision: its rounding of input and output, once each."""
+    variant, oracle = ALL[name]
+    layer = layer_of(variant)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    parameters = {name: parameter.detach().double() for name, parameter in layer.named_parameters()}
+    x = images(4, 6, 8, 8).float()
+    assert relative_error(layer(x).double(), oracle().train(x.double(), parameters)) < 2e-6
+    for half in (torch.bfloat16, torch.float16):
+        x = (images(4, 6, 8, 8) + 20).to(half).requires_grad_()
+        with torch.autocast("cpu", dtype=half):
+            output = layer(x)
+        exact = x.detach().double().requires_grad_()
+        expected = oracle().train(exact, parameters)
+        assert output.dtype == half
+        assert relative_error(output.double(), expected) < torch.finfo(half).eps
+        cotangent = images(4, 6, 8, 8, seed=1).to(half)
+        output.backward(cotangent)
+        expected.backward(cotangent.double())
+        assert relative_error(x.grad.double(), exact.grad) < torch.finfo(half).eps
+    assert all(buffer.dtype == torch.float32 for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("name", ["frn", "evonorm_s0"])
+def test_an_image_does_not_depend_on_the_others(name: str) -> None:
+    layer = layer_of(ALL[name][0]).double()
+    x = images(5, 6, 4, 4)
+    assert relative_error(layer(x), torch.cat([layer(image[None]) for image in x])) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["frn", "evonorm_s0", "evonorm_b0"])
+def test_scale_of_the_input_does_not_matter(name: str) -> None:
+    variants = {
+        "frn": FilterResponseNorm(eps=1e-15, learned_eps=False),
+        "evonorm_s0": EvoNormS0(groups=3, eps=1e-15),
+        "evonorm_b0": EvoNormB0(eps=1e-15, momentum=MOMENTUM),
+    }
+    layer = layer_of(variants[name]).double()
+    other = copy.deepcopy(layer)
+    if name == "evonorm_s0":
+        other.v.data /= 50
+    x = images(4, 6, 5, 5)
+    assert relative_error(other(50 * x), layer(x)) < 1e-10
+    assert relative_error(other(-50 * x), layer(x)) > 0.1
+
+
+def test_tlu_at_threshold_zero_is_relu_of_frn_and_its_gradient() -> None:
+    """Also where y = tau: in channels of zeros, which plain maximum would half pass."""
+    layer = layer_of(FRN).double()
+    x = images(3, 6, 4, 4)
+    x[:, 2] = 0
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output = layer(ours)
+    expected = F.relu(theirs / torch.sqrt((theirs**2).mean((2, 3), keepdim=True) + FRN_EPS))
+    cotangent = images(3, 6, 4, 4, seed=1)
+    output.backward(cotangent)
+    expected.backward(cotangent)
+    assert relative_error(output, expected) < 1e-14
+    assert relative_error(ours.grad, theirs.grad) < 1e-12
+
+
+def test_b0_of_one_image_without_v_is_instance_normalisation_without_mean() -> None:
+    layer = layer_of(B0).double()
+    layer.v.data.zero_()
+    x = images(1, 6, 4, 4, shift=1.0)
+    expected = x / torch.sqrt(x.var((2, 3), correction=0, keepdim=True) + EPS)
+    assert relative_error(layer(x), expected) < 1e-12
+
+
+def test_b0_on_batch_statistics_evaluates_as_it_trains_and_keeps_its_average() -> None:
+    layer = layer_of(EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=3)).double()
+    x = images(8, 6, 4, 4)
+    trained = layer(x)
+    before = layer.running_var.clone()
+    layer.eval()
+    assert relative_error(layer(x), trained) > 1e-3
+    with batch_statistics(layer):
+        assert torch.equal(layer(x), trained)
+    assert torch.equal(layer.running_var, before)
+
+
+def test_b0_adopts_the_variance_of_many_batches() -> None:
+    layer = layer_of(B0).double()
+    batches = [images(4, 6, 3, 3, seed=seed, shift=seed) for seed in range(3)]
+    moments = [layer.moments(x) for x in batches]
+    layer.adopt(*(torch.stack(values).mean(0) for values in zip(*moments, strict=True)))
+    pooled = torch.cat(batches).var((0, 2, 3), correction=0)
+    assert relative_error(layer.running_var, pooled) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        (FRN, FilterResponseNorm2d),
+        (EvoNormS0(groups=32, eps=EPS), EvoNorm2dS0),
+        (EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=4), EvoNorm2dB0),
+    ],
+)
+def test_a_resnets_sites_lose_norm_and_activation(variant: Variant, kind: type[nn.Module]) -> None:
+    """torchvision's blocks call one ReLU twice: after bn1, a site's own, and after the residual sum, which stays."""
+    rewritten = rewrite(torchvision.models.resnet18(weights=None, zero_init_residual=True), variant)
+    assert not [m for m in rewritten.modules() if isinstance(m, nn.BatchNorm2d)]
+    first, second = rewritten.get_submodule("layer1.0.bn1"), rewritten.get_submodule("layer1.0.bn2")
+    assert isinstance(first, kind)
+    assert isinstance(second, FilterResponseNorm2d if kind is FilterResponseNorm2d else ChannelAffine)
+    assert first.weight.min() == 1
+    assert second.weight.abs().max() == 0  # the network's own start
+    relus = [n for n in rewritten.graph.nodes if n.op == "call_module" and isinstance(_module(rewritten, n), nn.ReLU)]
+    assert len(relus) == 8  # one per residual sum
+    assert all("add" in node.all_input_nodes[0].name for node in relus)
+    if kind is FilterResponseNorm2d:
+        assert first.tau is not None
+        assert second.tau is None
+    if kind is EvoNorm2dB0:
+        assert first.norm_batch == 4
+
+
+def _module(network: nn.Module, node: torch.fx.Node) -> nn.Module:
+    return network.get_submodule(str(node.target))
+
+
+class StemAndBlock(nn.Module):
+    """A stem and one of torchvision's BasicBlocks, with its shared ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        down = nn.Sequential(nn.Conv2d(6, 12, 1, stride=2, bias=False), nn.BatchNorm2d(12))
+        self.block = torchvision.models.resnet.BasicBlock(6, 12, stride=2, downsample=down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(F.relu(self.bn(self.conv(x))))
+
+
+@pytest.mark.parametrize("name", ["frn", "evonorm_s0", "evonorm_b0"])
+def test_a_network_is_its_independently_composed_forward_pass(name: str) -> None:
+    torch.manual_seed(0)
+    variant = ALL[name][0]
+    network = rewrite(StemAndBlock(), variant).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    state = {key: value.detach().clone().requires_grad_() for key, value in network.named_parameters()}
+
+    def norm(x: Tensor, place: str, activated: bool) -> Tensor:
+        parameters = {
+            key.removeprefix(f"{place}."): value for key, value in state.items() if key.startswith(f"{place}.")
+        }
+        if activated or name == "frn":
+            oracle = {"frn": FrnOracle, "evonorm_s0": S0Oracle, "evonorm_b0": lambda: B0Oracle(x.shape[1])}[name]()
+            assert ("tau" in parameters or "v" in parameters) == activated
+            return oracle.train(x, parameters)
+        return x * per_channel(parameters["weight"]) + per_channel(parameters["bias"])
+
+    x = images(4, 3, 8, 8)
+    stem = norm(F.conv2d(x, state["conv.weight"], padding=1), "bn", True)
+    inner = norm(F.conv2d(stem, state["block.conv1.weight"], stride=2, padding=1), "block.bn1", True)
+    outer = norm(F.conv2d(inner, state["block.conv2.weight"], padding=1), "block.bn2", False)
+    shortcut = norm(F.conv2d(stem, state["block.downsample.0.weight"], stride=2), "block.downsample.1", False)
+    expected = (outer + shortcut).clamp_min(0)
+    output = network(x)
+    assert relative_error(output, expected) < 1e-10
+    cotangent = torch.randn_like(output)
+    output.backward(cotangent)
+    expected.backward(cotangent)
+    for key, parameter in network.named_parameters():
+        assert relative_error(parameter.grad, state[key].grad) < 1e-9, key
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.ReLU6(), nn.GELU(), nn.LeakyReLU(0.1)])
+def test_other_activations_stay_after_frn_and_go_with_evonorm(activation: nn.Module) -> None:
+    layer, after = FRN.norm_and_activation(nn.BatchNorm2d(6), activation)
+    assert after is activation
+    assert layer.tau is None
+    for variant in (S0, B0):
+        assert isinstance(variant.norm_and_activation(nn.BatchNorm2d(6), activation)[1], nn.Identity)
+
+
+def test_all_start_at_the_papers_values() -> None:
+    frn = dict(layer_of(FRN_LEARNED).named_parameters())
+    assert frn["tau"].abs().max() == 0
+    assert frn["learned_eps"].item() == pytest.approx(1e-4)
+    for variant in (S0, B0):
+        assert torch.equal(layer_of(variant).v, torch.ones(6))
+
+
+def test_the_threshold_is_a_shift_and_v_a_scale() -> None:
+    for variant in (FRN_LEARNED, S0, B0):
+        layer = layer_of(variant)
+        names = {parameter: name for name, parameter in layer.named_parameters()}
+        roles = {names[parameter]: role for parameter, role, _ in parameter_roles(layer)}
+        expected = {"weight": "scale", "bias": "shift", "tau": "shift", "v": "scale", "learned_eps": "scale"}
+        assert roles == {name: expected[name] for name in names.values()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_compiled_it_is_the_same(name: str) -> None:
+    torch._dynamo.reset()
+    layer = layer_of(ALL[name][0]).double()
+    other = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    ours, theirs = images(4, 6, 4, 4).requires_grad_(), images(4, 6, 4, 4).requires_grad_()
+    outputs = [layer(ours), other(theirs)]
+    for output in outputs:
+        output.backward(images(4, 6, 4, 4, seed=1))
+    assert relative_error(*outputs) < 1e-12
+    assert relative_error(theirs.grad, ours.grad) < 1e-12
+
+
+def test_options_out_of_range_are_refused_in_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"norm\.groups=0 is out of range: expected a whole number of 1 or more"):
+        EvoNormS0(groups=0, eps=EPS)
+    with pytest.raises(UserError, match=r"norm\.groups=4 does not divide the 6 channels .* norm\.groups=3"):
+        layer_of(EvoNormS0(groups=4, eps=EPS))
+    with pytest.raises(UserError, match=r"norm\.learned_eps=1 is neither true nor false"):
+        FilterResponseNorm(eps=FRN_EPS, learned_eps=1)  # type: ignore[arg-type]

@@ -1,0 +1,440 @@
+"""Fixup and normaliser-free networks: whole networks against forward passes by hand from the papers' formulas."""
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from norms.oracle import CASES, compare, images, relative_error
+from torch import Tensor, fx, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from normlab.errors import UserError
+from normlab.norms import (
+    Fixup,
+    NormaliserFree,
+    ScalarAffine,
+    ScalarBias,
+    ScalarScale,
+    ScaledStandardConv2d,
+    activation_gain,
+    find_branches,
+    parameter_roles,
+    rewrite,
+    trace,
+)
+
+# The oracle's relative_error takes the float of a tensor with a gradient.
+pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
+
+Parameters = dict[str, Tensor]
+ALPHA, EPS = 0.2, 1e-4
+RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
+LAYERS = (2, 1, 2, 1)  # stages with and without a second block, whose entry has another variance
+VARIANTS = {"fixup": Fixup(), "nf": NormaliserFree(alpha=ALPHA, eps=EPS)}
+BLOCKS = [BasicBlock, Bottleneck]
+
+
+def small_resnet(block: type[nn.Module] = BasicBlock) -> nn.Module:
+    torch.manual_seed(0)
+    return ResNet(block, list(LAYERS), num_classes=10)
+
+
+def started(name: str, block: type[nn.Module] = BasicBlock) -> nn.Module:
+    return rewrite(small_resnet(block), copy.deepcopy(VARIANTS[name])).double()
+
+
+def trained(name: str, block: type[nn.Module] = BasicBlock) -> nn.Module:
+    """Parameters away from their start, where zeros would hide errors."""
+    network = started(name, block)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.05)
+    return network
+
+
+# The oracles: residual networks of torchvision's layout, one block after the other, parameters by name.
+
+
+def blocks(block: type[nn.Module]) -> Iterator[tuple[str, bool, list[tuple[int, int]]]]:
+    """Name, whether the shortcut has a convolution, and (stride, padding) of each convolution."""
+    for stage, count in enumerate(LAYERS):
+        for i in range(count):
+            stride = 2 if stage > 0 and i == 0 else 1
+            projected = i == 0 and (stage > 0 or block is Bottleneck)
+            sizes = [(stride, 1), (1, 1)] if block is BasicBlock else [(1, 0), (stride, 1), (1, 0)]
+            yield f"layer{stage + 1}.{i}", projected, sizes
+
+
+def fixup_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
+    x = F.conv2d(x + p["conv1_shift.bias"], p["conv1.weight"], stride=2, padding=3)
+    x = F.max_pool2d(F.relu(x + p["bn1.bias"]), 3, 2, 1)
+    for name, projected, sizes in blocks(block):
+        first = y = x + p[f"{name}.conv1_shift.bias"]
+        for i, (stride, padding) in enumerate(sizes, start=1):
+            if i > 1:
+                y = F.relu(y + p[f"{name}.bn{i - 1}.bias"]) + p[f"{name}.conv{i}_shift.bias"]
+            y = F.conv2d(y, p[f"{name}.conv{i}.weight"], stride=stride, padding=padding)
+        if projected:
+            stride = max(s for s, _ in sizes)
+            x = F.conv2d(first, p[f"{name}.downsample.0.weight"], stride=stride)
+        x = F.relu(x + y * p[f"{name}.conv{i}_affine.weight"] + p[f"{name}.conv{i}_affine.bias"])
+    return F.linear(x.mean((2, 3)) + p["fc_shift.bias"], p["fc.weight"], p["fc.bias"])
+
+
+def standardised(v: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
+    rows = v.flatten(1)
+    centred = rows - rows.sum(1, keepdim=True) / rows.shape[1]
+    filters = gain[:, None] * centred / torch.sqrt((centred * centred).sum(1, keepdim=True) + eps)
+    return filters.unflatten(1, v.shape[1:])
+
+
+def nf_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
+    def conv(name: str, x: Tensor, stride: int, padding: int) -> Tensor:
+        weight = standardised(p[f"{name}.weight"], p[f"{name}.gain"])
+        return F.conv2d(x, weight, p[f"{name}.bias"], stride, padding)
+
+    x = F.max_pool2d(RELU_GAIN * F.relu(conv("conv1", x, 2, 3)), 3, 2, 1)
+    variance = 1.0
+    for name, projected, sizes in blocks(block):
+        y = down = x / math.sqrt(variance)
+        for i, (stride, padding) in enumerate(sizes, start=1):
+            y = conv(f"{name}.conv{i}", y if i == 1 else RELU_GAIN * F.relu(y), stride, padding)
+        branch = ALPHA * p[f"{name}.conv{i}_scale.weight"] * y
+        if projected:
+            x = RELU_GAIN * F.relu(conv(f"{name}.downsample.0", down, max(s for s, _ in sizes), 0) + branch)
+            variance = 1 + ALPHA**2
+        else:
+            x = F.relu(x + branch)
+            variance = variance + ALPHA**2
+    return F.linear(x.mean((2, 3)), p["fc.weight"], p["fc.bias"])
+
+
+BY_HAND = {"fixup": fixup_by_hand, "nf": nf_by_hand}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_network_equals_the_one_written_by_hand(name: str, block: type[nn.Module]) -> None:
+    network = trained(name, block).train()
+    parameters = {key: p.detach().clone().requires_grad_() for key, p in network.named_parameters()}
+    ours, theirs = images(3, 3, 33, 33).requires_grad_(), images(3, 3, 33, 33).requires_grad_()
+    output, expected = network(ours), BY_HAND[name](parameters, theirs, block)
+    cotangent = images(3, 10, seed=1)
+    output.backward(cotangent)
+    expected.backward(cotangent)
+    pairs = {"output": (output.detach(), expected.detach()), "input": (ours.grad, theirs.grad)}
+    pairs |= {key: (p.grad, parameters[key].grad) for key, p in network.named_parameters()}
+    errors = {key: relative_error(*pair) for key, pair in pairs.items()}
+    assert {key: error for key, error in errors.items() if not error <= 1e-10} == {}
+    assert torch.equal(network.eval()(ours), output)
+
+
+def shortcuts_only(name: str, block: type[nn.Module]) -> nn.Module:
+    """The network whose branches are cut out of its graph."""
+    network = started(name, block)
+    for branch in find_branches(network):
+        with network.graph.inserting_after(branch.sum):
+            copied = network.graph.call_function(torch.mul, (branch.shortcut, 1.0))  # a ReLU works in place on it
+        branch.sum.replace_all_uses_with(copied)
+    network.graph.eliminate_dead_code()
+    network.recompile()
+    return network
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_at_the_start_every_residual_sum_is_its_shortcut(name: str, block: type[nn.Module]) -> None:
+    network, shortcuts = started(name, block), shortcuts_only(name, block)
+    for some in (network, shortcuts):
+        nn.init.constant_(some.get_parameter("fc.weight"), 0.1)
+    assert len(find_branches(shortcuts)) == 0
+    output = network(images(2, 3, 33, 33))
+    assert output.abs().max() > 1e-3
+    torch.testing.assert_close(output, shortcuts(images(2, 3, 33, 33)), rtol=0, atol=0)
+
+
+def test_fixup_starts_with_the_output_zero_and_the_scaled_weights() -> None:
+    network, base = started("fixup"), small_resnet().double()
+    assert network(images(2, 3, 33, 33)).abs().max() == 0
+    factor = 6 ** (-1 / 2)  # 6 branches of 2 convolutions
+    for key in ("conv1.weight", "layer2.0.downsample.0.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"):
+        expected = base.get_parameter(key) * (factor if key.endswith("0.conv1.weight") else 1)
+        torch.testing.assert_close(network.get_parameter(key), expected, rtol=1e-6, atol=0)
+    scalars = {key: p.item() for key, p in network.named_parameters() if p.numel() == 1}
+    assert all(value == (1.0 if "affine.weight" in key else 0.0) for key, value in scalars.items())
+    convolutions, joint = 1 + 6 * 2 + 3, 3  # in a block with a projection, two of them take the same
+    assert len(scalars) == (convolutions - joint) + (1 + 6) + 2 * 6 + 1  # convolutions, activations, branches, fc
+
+
+def test_roles_of_parameters() -> None:
+    for name, expected in {
+        "fixup": {"layer1.0.conv1_shift.bias": "shift", "layer1.0.conv2_affine.weight": "scale", "bn1.bias": "shift"},
+        "nf": {"layer1.0.conv2_scale.weight": "scale", "conv1.gain": "scale", "conv1.weight": "weight"},
+    }.items():
+        network = started(name)
+        names = {parameter: key for key, parameter in network.named_parameters()}
+        roles = {names[parameter]: role for parameter, role, _ in parameter_roles(network)}
+        assert expected.items() <= roles.items()
+
+
+def test_both_start_from_the_weights_that_the_network_has() -> None:
+    base = small_resnet().double()
+    nf = started("nf")
+    for key, weight in base.named_parameters():
+        if "bn" not in key and "downsample.1" not in key:
+            torch.testing.assert_close(nf.get_parameter(key), weight, rtol=1e-6, atol=0)
+
+
+# The layers.
+
+
+class Formula:
+    """The oracle of a layer that is the same in training and evaluation."""
+
+    def __init__(self, formula: Callable[[Tensor, Parameters], Tensor]) -> None:
+        self.train = self.evaluate = formula
+
+
+def standard_conv(groups: int = 1) -> ScaledStandardConv2d:
+    torch.manual_seed(0)
+    return ScaledStandardConv2d.of(nn.Conv2d(6, 4, 3, padding=1, groups=groups, bias=False), eps=EPS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layers_equal_their_formulas(case: str) -> None:
+    compare(ScalarBias(), Formula(lambda x, p: x + p["bias"]), CASES[case])
+    compare(ScalarAffine(), Formula(lambda x, p: p["weight"] * x + p["bias"]), CASES[case])
+    compare(ScalarScale(0.3), Formula(lambda x, p: 0.3 * p["weight"] * x), CASES[case])
+    for groups in (1, 2):
+
+        def convolved(x: Tensor, p: Parameters, groups: int = groups) -> Tensor:
+            return F.conv2d(x, standardised(p["weight"], p["gain"]), p["bias"], padding=1, groups=groups)
+
+        compare(standard_conv(groups), Formula(convolved), CASES[case])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_standardised_filters_have_mean_zero_and_the_norm_of_their_gain(scale: float) -> None:
+    layer = standard_conv().double()
+    nn.init.normal_(layer.weight, 2.0 * scale, scale)
+    nn.init.normal_(layer.gain)
+    w = layer.effective_weight().flatten(1)
+    square = layer.weight.flatten(1).var(1, correction=0) * 54
+    torch.testing.assert_close(w.mean(1), torch.zeros(4).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(w.norm(dim=1), layer.gain.abs() * torch.sqrt(square / (square + EPS)))
+
+
+def test_a_constant_filter_gives_zero_and_finite_gradients() -> None:
+    layer = standard_conv()
+    nn.init.constant_(layer.weight, 0.3)
+    output = layer(images(2, 6, 5, 5).float())
+    output.square().sum().backward()
+    assert output.abs().max() < 1e-2  # of 0.3 less a float32 mean of 0.3
+    assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
+
+
+def test_the_gradient_of_the_standardisation_is_right_numerically() -> None:
+    layer = standard_conv().double()
+    nn.init.normal_(layer.gain)
+
+    def weight(v: Tensor, gain: Tensor) -> Tensor:
+        return torch.func.functional_call(Weight(layer), {"layer.weight": v, "layer.gain": gain}, ())
+
+    assert torch.autograd.gradcheck(weight, (layer.weight, layer.gain))
+
+
+class Weight(nn.Module):
+    def __init__(self, layer: ScaledStandardConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return self.layer.effective_weight()
+
+
+def test_the_gain_of_relu_is_the_papers() -> None:
+    assert activation_gain(nn.ReLU(inplace=True)) == pytest.approx(RELU_GAIN, rel=1e-11)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.LeakyReLU(0.1)])
+def test_the_gain_of_an_activation_makes_a_standard_normal_keep_its_variance(activation: nn.Module) -> None:
+    knots, weights = np.polynomial.hermite_e.hermegauss(180)
+    y = activation(torch.from_numpy(knots)).numpy()
+    mean = (weights @ y) / weights.sum()
+    std = math.sqrt(weights @ (y - mean) ** 2 / weights.sum())
+    smooth = isinstance(activation, (nn.SiLU, nn.GELU))  # Gauss-Hermite is exact to rounding for these alone
+    assert activation_gain(activation) == pytest.approx(1 / std, rel=1e-10 if smooth else 2e-3)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_lower_precision_stays_close_to_float64(name: str, precision: str, bound: float) -> None:
+    network = trained(name)
+    x = images(4, 3, 33, 33)
+    expected = network(x)
+    low = copy.deepcopy(network).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        output = low(x.float())
+    output.float().square().sum().backward()
+    assert output.dtype == getattr(torch, precision)
+    assert relative_error(output.detach().double(), expected.detach()) <= bound
+    assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in low.parameters())
+
+
+@pytest.mark.parametrize("layer", [ScalarBias(), ScalarAffine(), ScalarScale(0.2), standard_conv()])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_in_and_out(layer: nn.Module, half: torch.dtype) -> None:
+    with torch.autocast("cpu", dtype=half):
+        assert layer(images(2, 6, 4, 4).to(half)).dtype == half
+
+
+# Propagation of the signal through normaliser-free networks.
+
+
+def gaussian_resnet(block: type[nn.Module]) -> nn.Module:
+    """White weights, no pooling in the stem, and circular padding: zeros at the border would lower the variance."""
+    torch.manual_seed(0)
+    base = ResNet(block, [2, 2, 2, 2])
+    base.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    base.maxpool = nn.Identity()
+    for module in base.modules():
+        if isinstance(module, nn.Conv2d):
+            circular = nn.Conv2d(1, 1, 3, padding=module.padding, padding_mode="circular")
+            module.padding_mode = "circular"
+            module._reversed_padding_repeated_twice = circular._reversed_padding_repeated_twice
+            nn.init.normal_(module.weight)
+    return base
+
+
+def variances(network: nn.Module, x: Tensor) -> dict[str, float]:
+    """Of what every node of the graph gives, by the node's name."""
+    seen: dict[str, float] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            output = super().run_node(node)
+            if isinstance(output, Tensor):
+                seen[node.name] = float(output.var())
+            return output
+
+    with torch.no_grad():
+        Watch(network).run(x)
+    return seen
+
+
+@pytest.mark.parametrize("s", [0.0, 1.0])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_variance_of_the_signal_stays_near_its_expectation(block: type[nn.Module], s: float) -> None:
+    """One draw, 8 blocks deep. The bounds leave room for what the expectation ignores: filters see finitely many
+    inputs, sums are not Gaussian, and h / beta divides by the variance at s = 1."""
+    network = rewrite(gaussian_resnet(block), NormaliserFree(alpha=ALPHA, eps=EPS))
+    for module in network.modules():
+        if isinstance(module, ScalarScale):
+            nn.init.constant_(module.weight, s)
+    seen = variances(network, images(16, 3, 32, 32).float())
+    convolutions = [name for name in seen if ("conv" in name and "scale" not in name) or "downsample_0" in name]
+    assert len(convolutions) == 1 + 8 * (2 if block is BasicBlock else 3) + (3 if block is BasicBlock else 4)
+    expected = dict.fromkeys(convolutions, 1.0)
+    for i in range(8):
+        projected = i % 2 == 0 and (i > 0 or block is Bottleneck)
+        before = 1.0 if projected or i == 0 else 1 + s * ALPHA**2
+        expected["add" if i == 0 else f"add_{i}"] = before + s * ALPHA**2
+    ratios = {name: seen[name] / value for name, value in expected.items()}
+    assert {name: ratio for name, ratio in ratios.items() if not 0.7 < ratio < 1.1} == {}
+
+
+def test_the_variance_that_a_second_block_divides_by_follows_the_recursion() -> None:
+    network = rewrite(gaussian_resnet(BasicBlock), NormaliserFree(alpha=0.5, eps=EPS))
+    factors = [node for node in network.graph.nodes if node.name.endswith("_downscale")]
+    values = [network.get_submodule(str(node.target)).factor for node in factors]  # type: ignore[union-attr]
+    # Blocks 0 | 1, 2 (a projection, after two sums) | 3, 4 (after a projection's sum and one more) | ...
+    one, two = (1 + 0.25) ** -0.5, (1 + 0.5) ** -0.5
+    assert values == pytest.approx([one, two, one, two, one, two, one], rel=1e-14)
+
+
+# What else a variant must stand.
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_copies_states_pickles_and_traces_give_the_same_network(name: str) -> None:
+    network = trained(name)
+    x = images(2, 3, 33, 33)
+    expected = network(x)
+    loaded = started(name)
+    loaded.load_state_dict(network.state_dict())
+    others = [copy.deepcopy(network), loaded, pickle.loads(pickle.dumps(network)), trace(network)]
+    for other in others:
+        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(network(x.contiguous(memory_format=torch.channels_last)), expected)
+
+
+@contextmanager
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("layer", [ScalarAffine(), ScalarScale(0.2), standard_conv()])
+def test_layers_compile(layer: nn.Module) -> None:
+    x = images(2, 6, 5, 5).float()
+    with fresh_compiler():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0", "regnet_y_400mf"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_residual_networks_start_with_their_shortcuts(name: str, variant: str) -> None:
+    torch.manual_seed(0)
+    base = torchvision.models.get_model(name, weights=None, num_classes=10)
+    network = rewrite(base, copy.deepcopy(VARIANTS[variant])).eval()
+    branches = find_branches(network)
+    assert len(branches) == {"mobilenet_v2": 10, "efficientnet_b0": 9, "regnet_y_400mf": 16}[name]
+    seen = variances(network, images(2, 3, 64, 64).float())
+    assert [seen[branch.end.name] for branch in branches] == [0.0] * len(branches)
+    assert all(math.isfinite(value) for value in seen.values())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def plain_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU()),
+        *(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 10)),
+    )
+
+
+def test_nf_of_a_network_without_branches_is_the_convolutions_and_gains() -> None:
+    network = rewrite(plain_network(), copy.deepcopy(VARIANTS["nf"])).double()
+    p = dict(network.named_parameters())
+    x = images(2, 3, 6, 6)
+    y = F.conv2d(x, standardised(p["0.weight"], p["0.gain"]), p["0.bias"])
+    y = F.conv2d(activation_gain(nn.SiLU()) * F.silu(y), standardised(p["3.weight"], p["3.gain"]), p["3.bias"])
+    expected = F.linear((RELU_GAIN * F.relu(y)).flatten(1), p["7.weight"], p["7.bias"])
+    torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_fixup_of_a_network_without_branches_is_refused() -> None:
+    with pytest.raises(UserError, match="norm=fixup is about residual branches, and Sequential has none"):
+        rewrite(plain_network(), Fixup())
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values())
+def test_norms_before_convolutions_are_refused(variant: Fixup | NormaliserFree) -> None:
+    with pytest.raises(UserError, match="rewrites the convolution before each norm"):
+        rewrite(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), variant)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
+def test_alpha_is_checked(alpha: float) -> None:
+    with pytest.raises(UserError, match=r"norm\.alpha=.* is out of range"):
+        NormaliserFree(alpha=alpha, eps=EPS)

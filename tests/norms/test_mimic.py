@@ -1,0 +1,205 @@
+"""MimicNorm: weights centred by hand, and PyTorch's BatchNorm1d over the logits."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from norms.oracle import images
+from torch import Tensor, nn
+
+from normlab.errors import UserError
+from normlab.norms import (
+    LogitBatchNorm,
+    MimicConv2d,
+    MimicNorm,
+    NoNorm,
+    Steps,
+    batch_statistics,
+    parameter_roles,
+    precise_statistics,
+    rewrite,
+)
+
+OPTIONS: dict[str, Any] = {"eps": 1e-5, "momentum": 0.1, "conv_bias": False}
+
+
+def small_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).double()
+
+
+def centre_by_hand(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            for weights in module.weight.data:
+                weights -= weights.sum() / weights.numel()
+
+
+def test_a_training_run_equals_one_without_norms_centred_by_hand_and_batch_norm_1d_at_the_end() -> None:
+    ours = rewrite(small_resnet(), MimicNorm(**OPTIONS)).double().train()
+    theirs = nn.Sequential(rewrite(small_resnet(), NoNorm(conv_bias=False)), nn.BatchNorm1d(5)).double().train()
+    centre_by_hand(theirs)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2) for net in (ours, theirs)]
+    steps, labels = Steps(ours), torch.tensor([0, 1, 2, 3, 4, 0])
+    first = ours.get_submodule("conv1").weight.detach().clone()  # type: ignore[union-attr,operator]
+    for step in range(4):
+        steps.begin(step, 4)
+        outputs = []
+        for network, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            outputs.append(network(images(6, 3, 32, 32, seed=step)))
+            F.cross_entropy(outputs[-1], labels).backward()
+            optimizer.step()
+        steps.end()
+        centre_by_hand(theirs)
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-9, atol=1e-9)
+        x = images(3, 3, 32, 32, seed=9)
+        evaluated = [copy.deepcopy(network).eval()(x) for network in (ours, theirs)]
+        torch.testing.assert_close(*evaluated, rtol=1e-9, atol=1e-9)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert (ours.get_submodule("conv1").weight - first).abs().max() > 1e-4  # type: ignore[union-attr,operator]
+
+
+def test_weights_are_centred_from_the_start_and_after_each_step() -> None:
+    network = rewrite(small_resnet(), MimicNorm(**OPTIONS))
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert all(isinstance(convolution, MimicConv2d) for convolution in convolutions)
+
+    def largest_mean() -> float:
+        return max(float(c.weight.detach().mean((1, 2, 3)).abs().max()) for c in convolutions)
+
+    assert largest_mean() < 1e-15
+    with torch.no_grad():
+        for convolution in convolutions:
+            convolution.weight.add_(1.0)
+    assert largest_mean() > 0.9
+    Steps(network).end()
+    assert largest_mean() < 1e-15
+
+
+def test_no_norm_remains_but_one_of_the_logits_and_parameters_keep_their_roles() -> None:
+    base = small_resnet()
+    network = rewrite(copy.deepcopy(base), MimicNorm(**OPTIONS))
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert list(norms) == ["logit_norm"]
+    weights = sum(p.numel() for m in base.modules() if isinstance(m, nn.Conv2d | nn.Linear) for p in m.parameters())
+    assert sum(p.numel() for p in network.parameters()) == weights + 2 * 5
+    roles = {id(p): role for p, role, _ in parameter_roles(network)}
+    assert roles[id(norms["logit_norm"].weight)] == "scale"
+    assert roles[id(network.get_submodule("conv1").weight)] == "weight"  # type: ignore[union-attr]
+    assert norms["logit_norm"].norm_batch is None
+    grouped = rewrite(copy.deepcopy(base), MimicNorm(**OPTIONS, norm_batch=2))
+    assert grouped.get_submodule("logit_norm").norm_batch == 2  # type: ignore[union-attr]
+    biased = rewrite(copy.deepcopy(base), MimicNorm(**OPTIONS | {"conv_bias": True}))
+    assert biased.get_submodule("conv1").bias is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("count", "k"), [(6, None), (6, 2), (7, 3), (7, 4), (5, 2), (2, 2)])
+def test_logits_are_normalised_group_by_group(count: int, k: int | None) -> None:
+    layer = LogitBatchNorm(4, norm_batch=k, eps=1e-5, momentum=0.1).double()
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    layer.running_mean.normal_()  # type: ignore[union-attr]
+    before_mean, before_var = layer.running_mean.clone(), layer.running_var.clone()  # type: ignore[union-attr]
+    x = images(count, 4, scale=2.0, shift=1.0).requires_grad_()
+    theirs = x.detach().clone().requires_grad_()
+    size = k or count
+    whole = count // size * size
+    members = [torch.arange(g, whole, count // size) for g in range(count // size)]
+    if whole < count:
+        members.append(torch.arange(whole, count))
+    expected, mean, var = torch.zeros_like(x), 0.0, 0.0
+    for index in members:
+        part, share = theirs[index], len(index) / count
+        own = len(index) > 1  # an image alone: by the moving averages
+        mu, v = (part.mean(0), part.var(0, correction=0)) if own else (before_mean, before_var)
+        y = (part - mu) / torch.sqrt(v + 1e-5) * layer.weight.detach() + layer.bias.detach()
+        expected = expected.index_put((index,), y)
+        mean, var = mean + share * mu.detach(), var + share * (part.var(0).detach() if own else v)
+    cotangent = images(count, 4, seed=1)
+    output = layer(x)
+    output.backward(cotangent)
+    expected.backward(cotangent)
+    torch.testing.assert_close((output, x.grad), (expected, theirs.grad), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.running_mean, 0.9 * before_mean + 0.1 * mean, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer.running_var, 0.9 * before_var + 0.1 * var, rtol=1e-10, atol=1e-12)
+
+
+def test_one_image_alone_is_trained_by_the_moving_averages() -> None:
+    layer = LogitBatchNorm(4, eps=1e-5, momentum=0.1).double()
+    layer(images(8, 4))
+    before = copy.deepcopy(layer.state_dict())
+    x = images(1, 4, seed=3).requires_grad_()
+    output = layer(x)
+    output.sum().backward()
+    torch.testing.assert_close(output, copy.deepcopy(layer).eval()(x), rtol=1e-12, atol=1e-12)
+    assert x.grad.abs().min() > 0  # type: ignore[union-attr]
+    torch.testing.assert_close(layer.running_mean, before["running_mean"], rtol=1e-12, atol=1e-12)
+
+
+def test_logit_gradients_are_right() -> None:
+    layer = LogitBatchNorm(3, norm_batch=4, eps=1e-5, momentum=0.0).double()  # the last of 9 images is alone
+    assert torch.autograd.gradcheck(lambda x: layer(x), (images(9, 3).requires_grad_(),))
+
+
+def test_evaluation_statistics_know_the_logits() -> None:
+    network = rewrite(small_resnet(), MimicNorm(**OPTIONS)).double()
+    x = images(6, 3, 32, 32)
+    with batch_statistics(network.eval()):
+        own = network(x)
+    with precise_statistics(network, [x]):
+        precise = network(x)
+    torch.testing.assert_close(own, copy.deepcopy(network).train()(x), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(own, precise, rtol=1e-10, atol=1e-10)
+
+
+def test_copies_and_saved_states_are_the_same_network() -> None:
+    network = rewrite(small_resnet(), MimicNorm(**OPTIONS)).double()
+    x = images(6, 3, 32, 32)
+    network(x)
+    loaded = rewrite(small_resnet(), MimicNorm(**OPTIONS)).double()
+    loaded.load_state_dict(network.state_dict())
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network)), loaded):
+        torch.testing.assert_close(other.eval()(x), copy.deepcopy(network).eval()(x), rtol=0, atol=0)
+        weight = other.get_submodule("conv1").weight
+        weight.data.add_(1)
+        Steps(other).end()
+        assert weight.mean((1, 2, 3)).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_in_lower_precision_are_normalised_in_float32(dtype: torch.dtype) -> None:
+    layer, reference = LogitBatchNorm(4, eps=1e-5, momentum=0.1), nn.BatchNorm1d(4).double()
+    logits = images(16, 4, shift=20.0).to(dtype)  # a mean that half-precision statistics would lose
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = layer(logits)
+    assert output.dtype == dtype
+    bound = 1e-5 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(output.double(), reference(logits.double()), rtol=bound, atol=bound)
+    assert layer.running_var.dtype == torch.float32  # type: ignore[union-attr]
+
+
+class Pair(nn.Module):
+    """Two outputs, as of a network with an auxiliary classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.bn(self.conv(x)).mean((2, 3))
+        return self.fc(features), features
+
+
+def test_what_cannot_be_served_is_refused_in_a_sentence() -> None:
+    with pytest.raises(UserError, match="does not return one tensor"):
+        rewrite(Pair(), MimicNorm(**OPTIONS))
+    with pytest.raises(UserError, match="Set norm_batch=2 or more"):
+        MimicNorm(**OPTIONS, norm_batch=1)
+    with pytest.raises(UserError, match="has none of its own before it"):
+        rewrite(torchvision.models.densenet121(weights=None), MimicNorm(**OPTIONS))

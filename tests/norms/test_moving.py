@@ -1,0 +1,465 @@
+"""MABN and PowerNorm against step-by-step transcriptions of both passes, in NumPy, with windows as lists."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from norms.oracle import CASES, compare, images, relative_error
+from torch import Tensor, nn
+
+from normlab.errors import UserError
+from normlab.norms import MABN, CentredConv2d, PowerNorm, Steps, Variant, batch_statistics, rewrite
+from normlab.norms.moving import _held
+
+EPS = 1e-5
+STEPS = 8
+MABN_OPTIONS: dict[str, Any] = {
+    "eps": EPS,
+    "momentum": 0.02,
+    "window": 3,
+    "rmax": 5.0,
+    "warmup": 0.25,
+    "r_from": 0.5,
+    "unit": "fraction",
+}
+POWER_OPTIONS: dict[str, Any] = {"eps": EPS, "alpha": 0.9, "alpha_backward": 0.8, "warmup": 0.25, "unit": "fraction"}
+
+
+class Transcription:
+    """What both papers share, group after group. `step` is the training step it is at."""
+
+    step = 0
+
+    def __init__(self, options: dict[str, Any], k: int | None = None) -> None:
+        self.options, self.k = options, k
+        self.running: Any = None
+        self.chis: list[Any] = []
+        self.ratios: list[Any] = []
+
+    @property
+    def warming(self) -> bool:
+        return self.before("warmup")
+
+    def before(self, option: str) -> bool:
+        return self.step / (STEPS if self.options["unit"] == "fraction" else 1) < self.options[option]
+
+    def members(self, count: int) -> list[Any]:
+        k = self.k or count
+        whole = count // k * k
+        groups = [np.arange(g, whole, count // k) for g in range(count // k)]
+        return groups + ([np.arange(whole, count)] if whole < count else [])
+
+    def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return ByHand.apply(x, parameters["weight"], parameters["bias"], self)  # type: ignore[no-any-return]
+
+    def evaluate(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        divisor = torch.from_numpy(np.sqrt(self.running + EPS))[:, None, None]
+        return x / divisor * parameters["weight"][:, None, None] + parameters["bias"][:, None, None]
+
+    def forward(self, x: Any, gamma: Any, beta: Any) -> Any:
+        y = np.empty_like(x)
+        self.saved, mean_chi = [], 0.0
+        for index in self.members(len(x)):
+            chi = (x[index] ** 2).mean((0, 2, 3))
+            s, r = self.divisor(chi)
+            z = x[index] / np.sqrt(s + EPS)[:, None, None]
+            y[index] = (gamma * r)[:, None, None] * z + beta[:, None, None]
+            self.saved.append((index, z, s, r))
+            self.ratios.append(r)
+            mean_chi = mean_chi + chi * len(index) / len(x)
+        self.chis.append(mean_chi)
+        newest = max(self.momentum(), 1 / len(self.chis))
+        self.running = mean_chi if self.running is None else (1 - newest) * self.running + newest * mean_chi
+        return y
+
+    def backward(self, dy: Any, gamma: Any) -> tuple[Any, Any, Any]:
+        dx, dgamma = np.empty_like(dy), 0.0
+        mean_psi, mean_zz = 0.0, 0.0
+        for index, z, s, r in self.saved:
+            g = dy[index] * (gamma * r)[:, None, None]
+            psi, zz = (g * z).mean((0, 2, 3)), (z * z).mean((0, 2, 3))
+            used = psi if self.warming else self.psi(psi)
+            dx[index] = (g - z * used[:, None, None]) / np.sqrt(s + EPS)[:, None, None]
+            dgamma = dgamma + (dy[index] * z * r[:, None, None]).sum((0, 2, 3))
+            mean_psi = mean_psi + psi * len(index) / len(dy)
+            mean_zz = mean_zz + zz * len(index) / len(dy)
+        self.gradients(mean_psi, mean_zz)
+        return dx, dgamma, dy.sum((0, 2, 3))
+
+    divisor: Callable[[Any], tuple[Any, Any]]
+    psi: Callable[[Any], Any]
+    gradients: Callable[[Any, Any], None]
+    momentum: Callable[[], float]
+
+
+class ByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, transcription: Transcription) -> Tensor:  # type: ignore[override]
+        ctx.transcription, ctx.gamma = transcription, gamma.detach().numpy()
+        y = transcription.forward(x.detach().numpy(), ctx.gamma, beta.detach().numpy())
+        return torch.from_numpy(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        return *map(torch.from_numpy, ctx.transcription.backward(dy.numpy(), ctx.gamma)), None
+
+
+class MABNByHand(Transcription):
+    def __init__(self, options: dict[str, Any] = MABN_OPTIONS, k: int | None = None) -> None:
+        super().__init__(options, k)
+        self.psis: list[Any] = []
+
+    def windowed(self, history: list[Any], newest: Any) -> Any:
+        window = [*history, newest][-self.options["window"] :]
+        return sum(window) / len(window)
+
+    def divisor(self, chi: Any) -> tuple[Any, Any]:
+        s = chi if self.warming else self.windowed(self.chis, chi)
+        if self.before("r_from"):
+            return s, np.ones_like(s)
+        rmax = self.options["rmax"]
+        return s, np.clip(np.sqrt(s + EPS) / np.sqrt(self.running + EPS), 1 / rmax, rmax)
+
+    def psi(self, psi: Any) -> Any:  # type: ignore[override]
+        return self.windowed(self.psis, psi)
+
+    def gradients(self, psi: Any, zz: Any) -> None:  # type: ignore[override]
+        self.psis.append(psi)
+
+    def momentum(self) -> float:  # type: ignore[override]
+        return float(self.options["momentum"])
+
+
+class PowerNormByHand(Transcription):
+    def __init__(self, options: dict[str, Any] = POWER_OPTIONS, k: int | None = None) -> None:
+        super().__init__(options, k)
+        self.nu: Any = 0.0
+
+    def divisor(self, chi: Any) -> tuple[Any, Any]:
+        return (chi if self.warming else self.running), np.ones_like(chi)
+
+    def psi(self, psi: Any) -> Any:  # type: ignore[override]
+        return self.nu
+
+    def gradients(self, psi: Any, zz: Any) -> None:  # type: ignore[override]
+        new = 1 - self.options["alpha_backward"]
+        self.nu = self.nu * (1 - new * zz) + new * psi
+
+    def momentum(self) -> float:  # type: ignore[override]
+        return float(1 - self.options["alpha"])
+
+
+BOTH = pytest.mark.parametrize(
+    ("variant", "options", "oracle"),
+    [(MABN, MABN_OPTIONS, MABNByHand), (PowerNorm, POWER_OPTIONS, PowerNormByHand)],
+    ids=["mabn", "powernorm"],
+)
+
+
+def layer_of(variant: Variant, channels: int = 6) -> Any:
+    return variant.norm(nn.BatchNorm2d(channels)).double().train()
+
+
+def compare_with(layer: Any, oracle: Transcription, case: Callable[[int], Tensor], bound: float = 1e-10) -> None:
+    def before_step(step: int) -> None:
+        if step:
+            layer.after_step()
+        oracle.step = step
+        layer.clock.at_step(step, STEPS)
+
+    compare(layer, oracle, case, steps=STEPS, before_step=before_step, bound=bound)
+
+
+@BOTH
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_transcription(variant: Any, options: Any, oracle: Any, case: str) -> None:
+    compare_with(layer_of(variant(**options)), oracle(), CASES[case])
+
+
+@BOTH
+@pytest.mark.parametrize("case", ["plain", "odd sizes", "batch size changes", "channels last", "one image"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_equals_the_transcription_in_groups(variant: Any, options: Any, oracle: Any, case: str, k: int) -> None:
+    compare_with(layer_of(variant(**options, norm_batch=k)), oracle(k=k), CASES[case])
+
+
+@pytest.mark.parametrize("window", [1, 2, 20])
+def test_mabn_equals_the_transcription_with_windows_of_all_lengths(window: int) -> None:
+    options = MABN_OPTIONS | {"window": window}
+    compare_with(layer_of(MABN(**options, norm_batch=3)), MABNByHand(options, 3), CASES["odd sizes"])
+
+
+@BOTH
+def test_phases_can_be_in_steps(variant: Any, options: Any, oracle: Any) -> None:
+    options = options | {"unit": "steps", "warmup": 3} | ({"r_from": 6} if "r_from" in options else {})
+    compare_with(layer_of(variant(**options)), oracle(options), CASES["plain"])
+
+
+@pytest.mark.parametrize("factor", [10.0, 0.1])
+def test_mabn_clips_r(factor: float) -> None:
+    oracle = MABNByHand()
+    compare_with(layer_of(MABN(**MABN_OPTIONS)), oracle, lambda step: images(4, 6, 3, 3, seed=step) * factor**step)
+    assert (oracle.ratios[0], oracle.ratios[-1]) == (pytest.approx(1), pytest.approx(min(max(factor, 0.2), 5)))
+
+
+def exact(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    return (
+        F.rms_norm(x.transpose(0, 1), list(x.transpose(0, 1).shape[1:]), eps=EPS).transpose(0, 1) * gamma[:, None, None]
+        + (beta[:, None, None])
+    )
+
+
+@BOTH
+def test_the_warm_up_is_the_exact_root_mean_square_norm(variant: Any, options: Any, oracle: Any) -> None:
+    layer = layer_of(variant(**options), 3)
+    torch.nn.init.normal_(layer.weight)
+    x = images(4, 3, 2, 5, scale=2.0, shift=1.0).requires_grad_()
+    theirs = x.detach().clone().requires_grad_()
+    cotangent = images(4, 3, 2, 5, seed=1)
+    layer(x).backward(cotangent)
+    exact(theirs, layer.weight.detach(), layer.bias.detach()).backward(cotangent)
+    assert relative_error(x.grad, theirs.grad) < 1e-12  # type: ignore[arg-type]
+    parameters = (layer.weight, layer.bias)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x.detach().requires_grad_(), *parameters), fast_mode=False)
+
+
+def test_mabn_with_a_window_of_one_is_exact_after_the_warm_up() -> None:
+    options = MABN_OPTIONS | {"window": 1, "warmup": 0, "r_from": 1.0}
+    layer = layer_of(MABN(**options), 3)
+    layer.clock.at_step(5, 10)
+    for step in range(3):
+        x = images(4, 3, 2, 5, scale=2.0, seed=step).requires_grad_()
+        theirs = x.detach().clone().requires_grad_()
+        output, expected = layer(x), exact(theirs, layer.weight.detach(), layer.bias.detach())
+        cotangent = images(4, 3, 2, 5, seed=9)
+        output.backward(cotangent)
+        expected.backward(cotangent)
+        assert relative_error(output, expected) < 1e-12
+        assert relative_error(x.grad, theirs.grad) < 1e-12  # type: ignore[arg-type]
+
+
+def warm(variant: Any, options: Any, **more: Any) -> Any:
+    """A layer past its phases, after some steps."""
+    layer = layer_of(variant(**options, **more))
+    for step in range(STEPS - 1):
+        layer.clock.at_step(step, STEPS)
+        layer(images(6, 6, 4, 4, seed=step)).backward(images(6, 6, 4, 4, seed=step + 50))
+        layer.after_step()
+    layer.clock.at_step(STEPS - 1, STEPS)
+    return layer
+
+
+def test_power_norm_treats_every_image_alone_after_the_warm_up() -> None:
+    layer = warm(PowerNorm, POWER_OPTIONS)
+    x = images(6, 6, 4, 4)
+    together = copy.deepcopy(layer)(x)
+    alone = torch.cat([copy.deepcopy(layer)(image[None]) for image in x])
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    torch.testing.assert_close(together, copy.deepcopy(layer).eval()(x), rtol=0, atol=0)
+
+
+def gradient_state(layer: Any) -> dict[str, Tensor]:
+    names = ("gradient", "nu")
+    return {name: buffer.clone() for name, buffer in layer.named_buffers() if name.startswith(names)}
+
+
+@BOTH
+def test_a_forward_pass_without_backward_leaves_the_gradient_averages(variant: Any, options: Any, oracle: Any) -> None:
+    layer = warm(variant, options)
+    before = gradient_state(layer)
+    layer(images(6, 6, 4, 4, seed=1))
+    with torch.no_grad():
+        layer(images(6, 6, 4, 4, seed=2))
+    layer.after_step()
+    torch.testing.assert_close(gradient_state(layer), before, rtol=0, atol=0)
+    layer(images(6, 6, 4, 4)).backward(images(6, 6, 4, 4))
+    layer.after_step()
+    assert any((state != before[name]).any() for name, state in gradient_state(layer).items())
+
+
+@BOTH
+def test_gradients_that_overflowed_are_left_out_of_the_averages(variant: Any, options: Any, oracle: Any) -> None:
+    layer = warm(variant, options)
+    before = gradient_state(layer)
+    layer(images(6, 6, 4, 4)).backward(torch.full((6, 6, 4, 4), torch.inf, dtype=torch.float64))
+    layer.after_step()
+    torch.testing.assert_close(gradient_state(layer), before, rtol=0, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("k", [None, 4])
+def test_batch_statistics_in_evaluation_are_the_groups_own_and_change_nothing(
+    variant: Any, options: Any, oracle: Any, k: int | None
+) -> None:
+    layer = warm(variant, options, norm_batch=k).eval()
+    before = copy.deepcopy(layer.state_dict())
+    x = images(6, 6, 4, 4, scale=3.0).requires_grad_()
+    with batch_statistics(layer):
+        output = layer(x)
+    output.sum().backward()
+    parts = [range(6)] if k is None else [range(4), range(4, 6)]
+    for part in parts:
+        expected = exact(x[part], layer.weight, layer.bias)
+        torch.testing.assert_close(output[part], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@BOTH
+def test_goes_on_from_its_saved_state(variant: Any, options: Any, oracle: Any) -> None:
+    first = warm(variant, options, norm_batch=4)
+    loaded = layer_of(variant(**options, norm_batch=4))
+    loaded.load_state_dict(first.state_dict())
+    loaded.clock.at_step(STEPS - 1, STEPS)
+    for layer in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), loaded):
+        expected = copy.deepcopy(first)
+        for step in range(3):
+            ours, theirs = (images(6, 6, 4, 4, seed=step).requires_grad_() for _ in range(2))
+            a, b = layer(ours), expected(theirs)
+            a.square().sum().backward()
+            b.square().sum().backward()
+            layer.after_step()
+            expected.after_step()
+            torch.testing.assert_close((a, ours.grad), (b, theirs.grad), rtol=0, atol=0)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision_is_close_to_the_transcription(variant: Any, options: Any, oracle: Any, dtype: Any) -> None:
+    layer, reference = layer_of(variant(**options, norm_batch=4)).float(), oracle(k=4)
+    # bfloat16 rounds the output and the input's gradient once or twice, each to 2^-8 of its size.
+    bound = 1e-5 if dtype == torch.float32 else 2**-7
+    for step in range(STEPS):
+        reference.step = step
+        layer.clock.at_step(step, STEPS)
+        x = images(6, 6, 8, 8, seed=step, scale=2.0, shift=3.0).to(dtype)
+        cotangent = images(6, 6, 8, 8, seed=step + 50).to(dtype)
+        ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+        parameters = {name: p.detach().double() for name, p in layer.named_parameters()}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            output = layer(ours)
+        output.backward(cotangent)
+        expected = reference.train(theirs, parameters)
+        expected.backward(cotangent.double())
+        assert output.dtype == dtype
+        assert relative_error(output.double(), expected) < bound
+        assert relative_error(ours.grad.double(), theirs.grad) < bound  # type: ignore[union-attr,arg-type]
+        layer.after_step()
+    assert layer.running_square.dtype == torch.float32
+    assert relative_error(layer.running_square.double(), torch.from_numpy(reference.running)) < 1e-5
+
+
+@BOTH
+@pytest.mark.parametrize("k", [None, 4])
+def test_compiled_as_one_graph_it_is_the_same(variant: Any, options: Any, oracle: Any, k: int | None) -> None:
+    """Both passes see the averages from before the step, although the forward pass goes on to move them."""
+    torch._dynamo.reset()
+    layer = layer_of(variant(**options, norm_batch=k))
+    network = nn.Sequential(nn.Conv2d(3, 6, 1), layer, nn.ReLU()).double()
+    reference = copy.deepcopy(network)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    for step in range(STEPS):
+        ours, theirs = (images(6, 3, 4, 4, seed=step).requires_grad_() for _ in range(2))
+        for net, run, x in ((network, compiled, ours), (reference, reference, theirs)):
+            net[1].clock.at_step(step, STEPS)
+            run(x).square().sum().backward()
+            net[1].after_step()
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(network.state_dict(), reference.state_dict())
+
+
+def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -> None:
+    torch._dynamo.reset()
+    buffer = torch.ones(3)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            factor = _held(buffer.clone() * 2)
+        y = (x * factor).relu() * factor
+        buffer.add_(1)
+        return y
+
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(step, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    assert x.grad is not None
+    assert (x.grad.tolist(), buffer.tolist()) == ([4.0] * 3, [2.0] * 3)
+
+
+def test_centred_convolutions_ignore_constants_and_pass_gradients_through_the_mean() -> None:
+    convolution = nn.Conv2d(3, 5, 3, bias=False).double()
+    centred = CentredConv2d.of(copy.deepcopy(convolution))
+    x = images(2, 3, 6, 6)
+    torch.testing.assert_close(centred(x), centred(x + 7), rtol=0, atol=1e-12)
+    weight = convolution.weight.detach().clone().requires_grad_()
+    flat = weight.flatten(1)
+    F.conv2d(x, (flat - flat.mean(1, keepdim=True)).view_as(weight)).square().sum().backward()
+    output = centred(x)
+    output.square().sum().backward()
+    (parameter,) = centred.parameters()
+    torch.testing.assert_close(parameter.grad, weight.grad, rtol=1e-12, atol=1e-12)
+    assert parameter.grad.sum((1, 2, 3)).abs().max() < 1e-12  # type: ignore[union-attr]
+
+
+def small_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+
+
+@BOTH
+def test_a_network_trains_through_all_phases(variant: Any, options: Any, oracle: Any) -> None:
+    network = rewrite(small_resnet(), variant(**options, norm_batch=4))
+    assert isinstance(network.get_submodule("layer1.0.conv1"), CentredConv2d) == (variant is MABN)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    steps = Steps(network)
+    x, labels = images(10, 3, 32, 32).float(), torch.arange(10)
+    losses = []
+    for step in range(STEPS):
+        steps.begin(step, STEPS)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(x), labels)
+        loss.backward()
+        optimizer.step()
+        steps.end()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    clocks = {id(module.clock) for module in network.modules() if hasattr(module, "clock")}
+    assert len(clocks) == 1
+
+
+@BOTH
+def test_the_networks_own_start_is_kept(variant: Any, options: Any, oracle: Any) -> None:
+    norm = nn.BatchNorm2d(4)
+    nn.init.constant_(norm.weight, 0)
+    nn.init.constant_(norm.bias, 0.5)
+    layer = variant(**options).norm(norm)
+    assert (layer.weight.tolist(), layer.bias.tolist()) == ([0] * 4, [0.5] * 4)
+
+
+def test_mabn_refuses_norms_without_a_convolution() -> None:
+    with pytest.raises(UserError, match="has none of its own before it"):
+        rewrite(torchvision.models.densenet121(weights=None), MABN(**MABN_OPTIONS))
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "wrong"),
+    [
+        (MABN, MABN_OPTIONS, {"window": 0}),
+        (MABN, MABN_OPTIONS, {"window": 2.5}),
+        (MABN, MABN_OPTIONS, {"rmax": 0.5}),
+        (MABN, MABN_OPTIONS, {"r_from": 0.1}),
+        (MABN, MABN_OPTIONS, {"warmup": 100}),
+        (MABN, MABN_OPTIONS, {"unit": "epochs"}),
+        (PowerNorm, POWER_OPTIONS, {"warmup": -1}),
+        (PowerNorm, POWER_OPTIONS, {"alpha": 1.0}),
+        (PowerNorm, POWER_OPTIONS, {"alpha_backward": 1.5}),
+    ],
+)
+def test_options_out_of_range_are_refused_in_a_sentence(variant: Any, options: Any, wrong: dict[str, Any]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"norm.{name}={value} is out of range: expected"):
+        variant(**options | wrong)

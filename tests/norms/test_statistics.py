@@ -1,0 +1,217 @@
+"""Evaluation statistics and synchronisation, against pooled moments and a single process."""
+
+import copy
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from norms.oracle import images
+from normlab.errors import UserError
+from normlab.models.build import variant
+from normlab.norms import (
+    BatchNorm,
+    BatchStatistics,
+    Steps,
+    batch_statistics,
+    precise_statistics,
+    rewrite,
+    statistics_layers,
+    synchronise,
+)
+
+# Every arm with statistics of the batch; noisy_bn's are bn's.
+WITH_STATISTICS = [
+    "bn", "bnminus", "bn_scaled", "renorm", "lp1", "lp2", "lpinf", "wn_mean", "evonorm_b0", "mabn", "powernorm", "mimicnorm",
+]  # fmt: skip
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def network(make, arm: str, *settings: str) -> nn.Module:
+    torch.manual_seed(0)
+    return rewrite(Net(), variant(make(f"norm={arm}", *settings))).double()
+
+
+def test_precise_statistics_are_those_of_all_batches_pooled() -> None:
+    torch.manual_seed(0)
+    net = rewrite(Net(), BatchNorm(eps=1e-5, momentum=0.1)).double()
+    batches = [images(count, 6, 5, 5, seed=count, shift=count) for count in (3, 8, 5)]
+    first, second = (net.body[i] for i in (1, 4))
+
+    before_first = [net.body[0](batch) for batch in batches]
+    pooled = torch.cat(before_first)
+    normalised = [torch.batch_norm(x, first.weight, first.bias, None, None, True, 0, 1e-5, False) for x in before_first]
+    before_second = torch.cat([net.body[3](x.relu()) for x in normalised])
+    with precise_statistics(net.eval(), batches):
+        for layer, inputs in ((first, pooled), (second, before_second)):
+            torch.testing.assert_close(layer.running_mean, inputs.mean((0, 2, 3)), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(layer.running_var, inputs.var((0, 2, 3), correction=0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("arm", WITH_STATISTICS)
+def test_precise_statistics_of_one_batch_evaluate_it_as_its_own_statistics_do(make, arm) -> None:
+    net = network(make, arm)
+    batch = images(8, 6, 5, 5)
+    with precise_statistics(net, [batch]):
+        precise = net.eval()(batch)
+    with batch_statistics(net):
+        own = net.eval()(batch)
+    torch.testing.assert_close(precise, own, rtol=1e-9, atol=1e-9)
+    assert (own - net(batch)).abs().max() > 1e-3  # the moving averages are far from it
+
+
+@pytest.mark.parametrize("arm", [*WITH_STATISTICS, "noisy_bn"])
+@pytest.mark.parametrize("kind", ["batch", "precise"])
+def test_evaluation_statistics_leave_the_network_as_it_was(make, arm, kind) -> None:
+    net = network(make, arm)
+    net(images(8, 6, 5, 5))
+    before = copy.deepcopy(net.state_dict())
+    training = [images(4, 6, 5, 5, seed=s) for s in (1, 2)]
+    with batch_statistics(net) if kind == "batch" else precise_statistics(net, training):
+        net.eval()(images(5, 6, 5, 5, seed=3))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(layer.evaluates_on_batch for layer in statistics_layers(net))
+
+
+def test_batch_statistics_are_those_of_training_without_its_moving_averages() -> None:
+    net = rewrite(Net(), BatchNorm(eps=1e-5, momentum=0.1)).double()
+    batch = images(6, 6, 5, 5)
+    with batch_statistics(net.eval()):
+        evaluated = net(batch)
+    torch.testing.assert_close(evaluated, net.train()(batch), rtol=1e-12, atol=1e-12)
+
+
+def test_batch_statistics_keep_to_the_groups_of_training(make) -> None:
+    net = network(make, "bn", "norm_batch=2")
+    batch = images(6, 6, 5, 5)
+    with batch_statistics(net.eval()):
+        evaluated = net(batch)
+    torch.testing.assert_close(evaluated, net.train()(batch), rtol=1e-12, atol=1e-12)
+
+
+def test_a_norm_without_these_statistics_is_named_in_a_sentence() -> None:
+    with pytest.raises(UserError, match="body.1 is a BatchNorm2d of PyTorch"), batch_statistics(Net()):
+        pass
+
+
+# --- two processes -------------------------------------------------------------------------------------------------
+
+
+STEPS = (0, 3, 6, 9)  # of ten: warm-ups, ramps and what follows them
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output).cos()).square().mean(1).mean()
+
+
+# Averages of the loss' gradient, whose scale follows the loss: two means of halves are twice a mean of the whole.
+OF_GRADIENTS = ("noted", "gradients", "nu")
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    named = net.named_buffers()
+    buffers = {name: buffer.clone() for name, buffer in named if not name.endswith(OF_GRADIENTS)}
+    return buffers | {f"grad {name}": p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+
+
+def one_of_two(rank: int, port: int, folder: str, nets: dict[str, nn.Module]) -> None:
+    """Half of each batch, under DistributedDataParallel."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = {}
+    for name, net in nets.items():
+        net = copy.deepcopy(net)  # what is handed to a process lies in memory shared by all
+        parallel, layers = DistributedDataParallel(net), Steps(net)
+        for step in STEPS:
+            batch = images(8, 6, 5, 5, seed=step)[4 * rank : 4 * rank + 4]
+            layers.begin(step, 10)
+            net.zero_grad()
+            loss_of(parallel(batch)).backward()
+            layers.end()
+        found[name] = state(net)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    """Runs networks in two processes, one half of each batch in each; returns what each process ends with."""
+
+    def run(nets: dict[str, nn.Module]) -> list[dict[str, dict[str, Tensor]]]:
+        folder = tmp_path_factory.mktemp("ddp")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(one_of_two, (port, str(folder), nets), nprocs=2)
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    return run
+
+
+def test_synchronised_statistics_make_two_processes_one(make, in_two_processes) -> None:
+    nets = {arm: synchronise(network(make, arm)) for arm in WITH_STATISTICS}
+    singles = {arm: network(make, arm) for arm in WITH_STATISTICS}
+    both = in_two_processes(nets)
+    for arm, single in singles.items():
+        layers = Steps(single)
+        for step in STEPS:
+            layers.begin(step, 10)
+            single.zero_grad()
+            halves = [loss_of(half) for half in single(images(8, 6, 5, 5, seed=step)).split(4)]
+            (sum(halves) / 2).backward()
+            layers.end()
+        for found in both:
+            for name, value in state(single).items():
+                torch.testing.assert_close(found[arm][name], value, rtol=1e-8, atol=1e-10, msg=f"{arm}: {name}")
+
+
+def test_local_statistics_are_each_processes_own(make, in_two_processes) -> None:
+    arms = ["bn", "renorm", "lp2", "gn"]
+    both = in_two_processes({arm: network(make, arm, *(["norm.groups=2"] if arm == "gn" else [])) for arm in arms})
+    for arm in arms:
+        single = network(make, arm, *(["norm.groups=2"] if arm == "gn" else []))
+        for step in STEPS:
+            Steps(single).begin(step, 10)
+            single.zero_grad()
+            halves = images(8, 6, 5, 5, seed=step).split(4)
+            first = copy.deepcopy(single)  # each process begins the step with the first one's averages
+            total = loss_of(first(halves[0])) / 2
+            total.backward()
+            second = copy.deepcopy(single)
+            (loss_of(second(halves[1])) / 2).backward()
+            for p, a, b in zip(single.parameters(), first.parameters(), second.parameters(), strict=True):
+                p.grad = a.grad + b.grad
+            for buffer, kept in zip(single.buffers(), first.buffers(), strict=True):
+                buffer.copy_(kept)
+        expected = {name: value for name, value in state(single).items() if name.startswith("grad")}
+        for found in both:
+            for name, value in expected.items():
+                torch.testing.assert_close(found[arm][name], value, rtol=1e-8, atol=1e-10, msg=f"{arm}: {name}")
+
+
+def test_the_setting_reaches_every_layer(make) -> None:
+    from normlab import models
+
+    net = models.build(make("sync_stats=true", "norm=renorm", "input_norm=bn"), num_classes=10, image_size=8)
+    layers = [module for module in net.modules() if isinstance(module, BatchStatistics)]
+    assert len(layers) == 21
+    assert all(layer.synchronised for layer in layers)

@@ -1,0 +1,134 @@
+"""Adaptive clipping and BNP-style conditioning, each against a derivation of its own in float64."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from normlab import models
+from normlab.errors import UserError
+from normlab.training.gradients import AdaptiveClipping, Preconditioner, build_transform
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 2), nn.Flatten(), nn.Linear(4 * 9, 10))
+    return layers.double()
+
+
+def images(count: int = 6) -> Tensor:
+    return torch.randn(count, 3, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 + 1
+
+
+def backward(network: nn.Module) -> None:
+    F.cross_entropy(network(images()), torch.arange(6)).backward()
+
+
+@pytest.mark.parametrize("ratio", [1e-4, 0.01, 1e3])
+def test_adaptive_clipping_equals_the_formula_unit_by_unit(ratio) -> None:
+    network = small_network()
+    backward(network)
+    with torch.no_grad():
+        network[0].weight[2] = 0  # a unit shorter than the least norm
+        network[2].weight.grad[1] = 0
+    before = {name: p.grad.numpy().copy() for name, p in network.named_parameters()}
+    AdaptiveClipping(network, ratio)()
+    for name, parameter in network.named_parameters():
+        weights, grads = parameter.detach().numpy(), before[name]
+        if name.startswith("4."):  # the classifier
+            expected = grads
+        elif grads.ndim == 1:
+            expected = grads * min(1, ratio * max(np.linalg.norm(weights), 1e-3) / np.linalg.norm(grads))
+        else:
+            expected = np.empty_like(grads)
+            for unit, (w, g) in enumerate(zip(weights, grads, strict=True)):
+                length = np.sqrt((g**2).sum())
+                longest = ratio * max(np.sqrt((w**2).sum()), 1e-3)
+                expected[unit] = g * longest / length if length > longest else g
+        np.testing.assert_allclose(parameter.grad.numpy(), expected, rtol=1e-12, atol=0)
+
+
+def test_no_units_gradient_is_longer_than_its_share_of_the_weights() -> None:
+    network = small_network()
+    backward(network)
+    AdaptiveClipping(network, 1e-3)()
+    for layer in (network[0], network[2]):
+        share = layer.weight.grad.flatten(1).norm(dim=1) / layer.weight.flatten(1).norm(dim=1)
+        assert share.max() <= 1e-3 * (1 + 1e-12)
+        assert share.min() > 0.9e-3  # they were all longer before
+
+
+def step_with_normalised_inputs(layer: nn.Conv2d | nn.Linear, h: Tensor, loss, rate: float) -> tuple[Tensor, Tensor]:
+    """A plain gradient step in V, c of a = V·(h - mu)/s + c, told as the W, b of a = W·h + b."""
+    over = (0, 2, 3) if isinstance(layer, nn.Conv2d) else (0,)
+    mu, s = h.mean(over), h.var(over, correction=0).sqrt()
+    shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1)
+    v = (layer.weight.detach() * s.view(shape)).requires_grad_()
+    c = layer.bias.detach() + (layer.weight.detach() * mu.view(shape)).flatten(1).sum(1)
+    c.requires_grad_()
+    normalised = (h - mu.view(shape)) / s.view(shape)
+    a = F.conv2d(normalised, v, c, layer.stride) if isinstance(layer, nn.Conv2d) else F.linear(normalised, v, c)
+    loss(a).backward()
+    v_next, c_next = v.detach() - rate * v.grad, c.detach() - rate * c.grad
+    weight = v_next / s.view(shape)
+    return weight, c_next - (weight * mu.view(shape)).flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(7, 4), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 2, 2)])
+def test_conditioning_equals_a_plain_step_with_normalised_inputs(layer) -> None:
+    layer = layer.double()
+    shape = (6, 7) if isinstance(layer, nn.Linear) else (6, 3, 6, 6)
+    h = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3 + 1
+
+    def loss(a: Tensor) -> Tensor:
+        return (a.sin() * torch.linspace(-1, 1, a.numel(), dtype=a.dtype).view_as(a)).sum()
+
+    weight, bias = step_with_normalised_inputs(layer, h, loss, rate=0.1)
+    condition = Preconditioner(layer)
+    loss(layer(h)).backward()
+    condition()
+    torch.testing.assert_close(layer.weight - 0.1 * layer.weight.grad, weight, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer.bias - 0.1 * layer.bias.grad, bias, rtol=1e-10, atol=1e-12)
+
+
+def test_conditioning_of_a_grouped_convolution_is_that_of_its_parts() -> None:
+    grouped = nn.Conv2d(4, 6, 2, groups=2).double()
+    parts = [nn.Conv2d(2, 3, 2).double() for _ in range(2)]
+    with torch.no_grad():
+        for i, part in enumerate(parts):
+            part.weight.copy_(grouped.weight[3 * i : 3 * i + 3])
+            part.bias.copy_(grouped.bias[3 * i : 3 * i + 3])
+    h = torch.randn(5, 4, 4, 4, dtype=torch.float64) + 1
+    h[:, 2:] *= 2  # the same spread of variances in each part, so that no floor acts
+    conditions = [Preconditioner(grouped), *map(Preconditioner, parts)]
+    grouped(h).square().sum().backward()
+    for i, part in enumerate(parts):
+        part(h[:, 2 * i : 2 * i + 2]).square().sum().backward()
+    for condition in conditions:
+        condition()
+    expected = torch.cat([part.weight.grad for part in parts])
+    torch.testing.assert_close(grouped.weight.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_conditioning_survives_inputs_without_variance() -> None:
+    layer = nn.Linear(3, 2)
+    condition = Preconditioner(layer)
+    layer(torch.ones(4, 3)).sum().backward()
+    condition()
+    assert torch.isfinite(layer.weight.grad).all()
+
+
+def test_conditioning_without_biases_is_refused_in_a_sentence(make) -> None:
+    config = make("norm=none", "optimizer.precondition=bnp")
+    network = models.build(config, num_classes=10, image_size=8)
+    with pytest.raises(UserError, match="conv1 has no bias"):
+        build_transform(config.optimizer, network)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+def test_the_shipped_arms_set_what_they_are_about(make, optimizer) -> None:
+    assert make("norm=bnp", f"optimizer={optimizer}").optimizer.precondition == "bnp"
+    assert make("norm=nf", f"optimizer={optimizer}").optimizer.agc == 0.01
+    assert make("norm=nf", f"optimizer={optimizer}", "optimizer.agc=null").optimizer.agc is None
+    assert make("norm=bn", f"optimizer={optimizer}").optimizer.precondition is None
