@@ -180,8 +180,8 @@ def norms(rounds: int, chosen: list[str]) -> None:
         )
         print("| norm | step time / bn's: median | min to max |")
         print("|---|---|---|")
-        for arm, found_ratios in ratios.items():
-            print(f"| `{arm}` | {statistics.median(found_ratios):.2f} | {min(found_ratios):.2f} to {max(found_ratios):.2f} |")
+        for arm, times in ratios.items():
+            print(f"| `{arm}` | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} |")
 
 
 def has_statistics(settings: config.RunConfig) -> bool:

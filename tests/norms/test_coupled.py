@@ -26,9 +26,6 @@ from normlab.norms import (
 )
 from normlab.norms.coupled import spatial_moments
 
-# oracle.relative_error makes a float of a tensor with a graph.
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
-
 FRN_EPS = 1e-6
 EPS = 1e-5
 MOMENTUM = 0.1

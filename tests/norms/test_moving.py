@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.norms import MABN, CentredConv2d, PowerNorm, Steps, Variant, batch_statistics, rewrite
-from normlab.norms.moving import _held
+from normlab.norms.statistics import held
 
 EPS = 1e-5
 STEPS = 8
@@ -379,7 +379,7 @@ def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -
 
     def step(x: Tensor) -> Tensor:
         with torch.no_grad():
-            factor = _held(buffer.clone() * 2)
+            factor = held(buffer.clone() * 2)
         y = (x * factor).relu() * factor
         buffer.add_(1)
         return y

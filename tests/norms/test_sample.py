@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from normlab.errors import UserError
 from normlab.norms import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm, Variant, rewrite
 
-# oracle.relative_error makes a float of a tensor with a graph.
-pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
-
 EPS = 1e-5
 # Variants with the number of groups they make of 6 channels.
 VARIANTS = {

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from norms.oracle import images
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from norms.oracle import images
 from normlab.errors import UserError
 from normlab.models.build import variant
 from normlab.norms import (
@@ -28,7 +28,8 @@ from normlab.norms import (
 
 # Every arm with statistics of the batch; noisy_bn's are bn's.
 WITH_STATISTICS = [
-    "bn", "bnminus", "bn_scaled", "renorm", "lp1", "lp2", "lpinf", "wn_mean", "evonorm_b0", "mabn", "powernorm", "mimicnorm",
+    "bn", "bnminus", "bn_scaled", "renorm", "lp1", "lp2", "lpinf", "wn_mean", "evonorm_b0", "mabn", "powernorm",
+    "mimicnorm",
 ]  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def test_batch_statistics_keep_to_the_groups_of_training(make) -> None:
 
 
 def test_a_norm_without_these_statistics_is_named_in_a_sentence() -> None:
-    with pytest.raises(UserError, match="body.1 is a BatchNorm2d of PyTorch"), batch_statistics(Net()):
+    with pytest.raises(UserError, match=r"body\.1 is a BatchNorm2d of PyTorch"), batch_statistics(Net()):
         pass
 
 
@@ -119,7 +120,12 @@ STEPS = (0, 3, 6, 9)  # of ten: warm-ups, ramps and what follows them
 
 
 def loss_of(output: Tensor) -> Tensor:
-    return (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output).cos()).square().mean(1).mean()
+    return (
+        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output).cos())
+        .square()
+        .mean(1)
+        .mean()
+    )
 
 
 # Averages of the loss' gradient, whose scale follows the loss: two means of halves are twice a mean of the whole.

@@ -57,7 +57,7 @@ def lsuv(network: nn.Module, images: Tensor) -> None:
         std = output.std(correction=0)
         if std < 1e-8:  # a layer that starts at zero stays there
             return output
-        layer.weight.div_(std)  # type: ignore[union-attr,operator]
+        layer.weight.div_(std)  # type: ignore[operator]
         return output / std
 
     plain = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.Linear)]

@@ -14,7 +14,7 @@ from normlab.norms.coupled import (
     FilterResponseNorm2d,
 )
 from normlab.norms.free import (
-    Constant,
+    ConstantScale,
     Fixup,
     NormaliserFree,
     ScalarAffine,
@@ -66,7 +66,7 @@ __all__ = [
     "CentredConv2d",
     "ChannelAffine",
     "Clock",
-    "Constant",
+    "ConstantScale",
     "EvoNorm2dB0",
     "EvoNorm2dS0",
     "EvoNormB0",

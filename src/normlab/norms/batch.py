@@ -23,9 +23,12 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):
     Invariant: with k >= N it is nn.BatchNorm2d, and runs as that.
     """
 
+    lr_divisors: dict[str, float]
+
     def __init__(self, channels: int, *, norm_batch: int | None = None, **options: Any) -> None:
         super().__init__(channels, **options)
         self.norm_batch = norm_batch
+        self.lr_divisors = {}
 
     def forward(self, input: Tensor) -> Tensor:
         whole = self.norm_batch is None or self.norm_batch >= len(input)

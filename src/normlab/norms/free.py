@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from normlab.errors import UserError
 from normlab.norms.residual import Branch, find_branches, fixup_start
-from normlab.norms.sites import _ACTIVATIONS, Site, Variant, _function
+from normlab.norms.sites import Site, Variant, activation_of
 from normlab.norms.steps import WEIGHT_LAYERS, Role
 from normlab.norms.weights import ReparametrisedConv2d
 
@@ -51,7 +51,7 @@ class ScalarScale(nn.Module):
         return f"alpha={self.alpha}"
 
 
-class Constant(nn.Module):
+class ConstantScale(nn.Module):
     """y = factor · x, nothing learned."""
 
     def __init__(self, factor: float) -> None:
@@ -177,21 +177,13 @@ class NormaliserFree(Variant):
 def _gain(network: fx.GraphModule, node: fx.Node) -> None:
     """Put its gain after the activation that alone takes what `node` gives, if there is one."""
     user, *others = node.users
-    activation = _activation(network, user)
+    activation = activation_of(network, user)
     if activation is None or others:
         return
     users = list(user.users)
-    gained = _after(network, user, f"{node.name}_gain", Constant(activation_gain(activation)))
+    gained = _after(network, user, f"{node.name}_gain", ConstantScale(activation_gain(activation)))
     for after in users:
         after.replace_input_with(user, gained)
-
-
-def _activation(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    if node.op == "call_module":
-        module = network.get_submodule(str(node.target))
-        return module if isinstance(module, _ACTIVATIONS) else None
-    kind = _function(node)
-    return kind() if kind else None
 
 
 def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) -> None:
@@ -210,7 +202,7 @@ def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) ->
         else:
             variance[node] = next((variance[input] for input in node.all_input_nodes), 1.0)
         if node in takers and variance[node] != 1:
-            scaled = _after(network, node, f"{node.name}_downscale", Constant(variance[node] ** -0.5))
+            scaled = _after(network, node, f"{node.name}_downscale", ConstantScale(variance[node] ** -0.5))
             variance[scaled] = 1.0
             for taker in takers[node]:
                 taker.replace_input_with(node, scaled)

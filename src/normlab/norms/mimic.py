@@ -8,7 +8,7 @@ from normlab.errors import UserError
 from normlab.norms.batch import GroupedBatchNorm2d
 from normlab.norms.plain import NoNorm
 from normlab.norms.sites import Site
-from normlab.norms.statistics import BatchStatistics, _processes
+from normlab.norms.statistics import BatchStatistics, processes
 
 
 class MimicConv2d(nn.Conv2d):
@@ -43,7 +43,7 @@ class LogitBatchNorm(GroupedBatchNorm2d):
         return y[:, :, 0, 0]
 
     def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if len(input) > 1 or (self.synchronised and _processes() > 1):
+        if len(input) > 1 or (self.synchronised and processes() > 1):
             return super().normalise(input, groups)
         mean, var = self.running_mean, self.running_var
         assert mean is not None

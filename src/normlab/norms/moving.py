@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.norms.sites import Variant
-from normlab.norms.statistics import BatchStatistics, _processes, broadcast, full_precision, per_group
+from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, held, per_group, processes
 from normlab.norms.steps import Clock
 from normlab.norms.weights import ReparametrisedConv2d
 
@@ -70,25 +70,6 @@ def _over_processes(mean: Tensor, images: int) -> Tensor:
     return total[:-1] / total[-1]
 
 
-@torch.library.custom_op("normlab::held", mutates_args=())
-def _copy(x: Tensor) -> Tensor:
-    return x.clone()
-
-
-@_copy.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _held(x: Tensor) -> Tensor:
-    """x, also to the backward pass of a compiled forward pass that goes on to change what x was computed from.
-
-    torch.compile recomputes cheap values in the backward pass, from buffers that `update` has changed by then; it does
-    not recompute operations that it does not know.
-    """
-    return _copy(x) if torch.compiler.is_compiling() else x
-
-
 class MovingSquare(BatchStatistics):
     """y = gamma · r · x / sqrt(s + eps) + beta, where s, r and the gradient's psi (see `_Scaled`) come from moving
     averages of E[x²] and of E[g·z].
@@ -143,10 +124,10 @@ class MovingSquare(BatchStatistics):
                 s = torch.where(warming, square, s)
                 share, past, excess = self.moving_gradient(square / (s + self.eps), groups)
                 share, past = torch.where(warming, one, share), torch.where(warming, zero, past)
-            constants = _held(torch.stack([s, r, share, past, excess]))
+            constants = held(torch.stack([s, r, share, past, excess]))
         gamma, beta = per_group(self.weight, groups), per_group(self.bias, groups)
         noted = self.noted if self.training else None
-        together = self.synchronised and _processes() > 1
+        together = self.synchronised and processes() > 1
         return _Scaled.apply(input, gamma, beta, constants, noted, self.eps, together), (square,)
 
     def evaluate(self, input: Tensor) -> Tensor:

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.errors import UserError
-from normlab.norms.moving import _held
 from normlab.norms.sites import Variant
-from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
+from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, held, per_group
 from normlab.norms.steps import Clock
 
 
@@ -95,7 +94,7 @@ class BatchRenorm2d(BatchStatistics):
         mu, s = per_group(self.running_mean, groups), per_group(self.running_std, groups)
         rmax = 1 + (self.rmax - 1) * self._ramp(self.rmax_end)
         dmax = self.dmax * self._ramp(self.dmax_end)
-        return _held((std_b / s).clamp(1 / rmax, rmax)), _held(((mean_b - mu) / s).clamp(-dmax, dmax))
+        return held((std_b / s).clamp(1 / rmax, rmax)), held(((mean_b - mu) / s).clamp(-dmax, dmax))
 
     def _ramp(self, end: float) -> Tensor:
         """0 up to and at `ramp_start`, 1 from `end` on, linear between (and a jump if they are one)."""

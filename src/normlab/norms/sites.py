@@ -103,7 +103,7 @@ def find_sites(network: nn.Module) -> list[Site]:
 def _places(traced: fx.GraphModule) -> list[_Place]:
     modules = dict(traced.named_modules())
 
-    def calls(node: fx.Node, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> bool:
+    def calls(node: fx.Node, kind: type[nn.Module]) -> bool:
         return node.op == "call_module" and isinstance(modules[str(node.target)], kind)
 
     places: dict[str, _Place] = {}
@@ -111,7 +111,7 @@ def _places(traced: fx.GraphModule) -> list[_Place]:
         if not calls(node, nn.BatchNorm2d):
             continue
         before, after = node.all_input_nodes[0], list(node.users)
-        activates = len(after) == 1 and (calls(after[0], _ACTIVATIONS) or _function(after[0]) is not None)
+        activates = len(after) == 1 and activation_of(traced, after[0]) is not None
         places[str(node.target)] = _Place(
             node,
             convolution=before if calls(before, nn.Conv2d) and len(before.users) == 1 else None,
@@ -126,11 +126,16 @@ def _places(traced: fx.GraphModule) -> list[_Place]:
     return list(places.values())
 
 
-def _function(node: fx.Node) -> type[nn.Module] | None:
-    """The module's type of an activation that is called as a function or method."""
+def activation_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The activation that a node applies, made anew if it is called as a function; None: it is no activation."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        return module if isinstance(module, _ACTIVATIONS) else None
     if node.op == "call_function":
-        return _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
-    return _METHODS.get(str(node.target)) if node.op == "call_method" else None
+        kind = _FUNCTIONS.get(node.target)  # type: ignore[arg-type]
+    else:
+        kind = _METHODS.get(str(node.target)) if node.op == "call_method" else None
+    return kind() if kind else None
 
 
 def rewrite(network: nn.Module, variant: Variant) -> nn.Module:
@@ -151,10 +156,7 @@ def rewrite(network: nn.Module, variant: Variant) -> nn.Module:
         site = place.site
         norm = traced.get_submodule(site.norm)
         assert isinstance(norm, nn.BatchNorm2d)
-        activation = None
-        if place.activation is not None:
-            kind = _function(place.activation)
-            activation = kind() if kind else traced.get_submodule(str(place.activation.target))
+        activation = None if place.activation is None else activation_of(traced, place.activation)
         if site.convolution:
             convolution = traced.get_submodule(site.convolution)
             assert isinstance(convolution, nn.Conv2d)

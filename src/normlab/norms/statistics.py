@@ -78,7 +78,7 @@ class BatchStatistics(nn.Module):
 
         Differentiable, also across processes."""
         mean = _mean(input)
-        if not self.synchronised or _processes() == 1:
+        if not self.synchronised or processes() == 1:
             return mean
         count = torch.full_like(mean[:1], input.numel() / mean.numel())
         total = all_reduce(torch.cat([mean * count, count]))
@@ -87,7 +87,7 @@ class BatchStatistics(nn.Module):
     def batch_count(self, input: Tensor) -> Tensor | float:
         """Values per channel that `batch_mean` takes the mean of."""
         count = input.numel() / input.shape[1]
-        if not self.synchronised or _processes() == 1:
+        if not self.synchronised or processes() == 1:
             return count
         total = torch.tensor(count, device=input.device)
         dist.all_reduce(total)
@@ -96,7 +96,7 @@ class BatchStatistics(nn.Module):
     def batch_max(self, input: Tensor) -> Tensor:
         """Maximum over images, H and W, over all processes if synchronised; (C,). Differentiable."""
         highest = input.amax((0, 2, 3))
-        if not self.synchronised or _processes() == 1:
+        if not self.synchronised or processes() == 1:
             return highest
         return torch.stack(all_gather(highest)).amax(0)
 
@@ -116,11 +116,30 @@ def full_precision(input: Tensor) -> Tensor:
     return input if input.dtype == torch.float64 else input.float()
 
 
+@torch.library.custom_op("normlab::held", mutates_args=())
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_copy.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def held(x: Tensor) -> Tensor:
+    """x, also to the backward pass of a compiled forward pass that goes on to change what x was computed from.
+
+    torch.compile recomputes cheap values in the backward pass, from buffers that `update` has changed by then; it does
+    not recompute operations that it does not know.
+    """
+    return _copy(x) if torch.compiler.is_compiling() else x
+
+
 def _mean(input: Tensor) -> Tensor:
     return input.mean((0, 2, 3))
 
 
-def _processes() -> int:
+def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -142,8 +161,8 @@ def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
             layers.append(module)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise UserError(
-                f"{name} is a {type(module).__name__} of PyTorch, which knows neither precise nor synchronised"
-                " statistics.\nUse normlab.norms.GroupedBatchNorm2d in its place, or eval_stats=running sync_stats=false."
+                f"{name} is a {type(module).__name__} of PyTorch, without precise, batch or synchronised statistics.\n"
+                "Use normlab.norms.GroupedBatchNorm2d in its place, or eval_stats=running sync_stats=false."
             )
     return layers
 

@@ -1,7 +1,7 @@
 """What layers do around an optimisation step, and what their parameters are to an optimizer."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,9 @@ class Steps:
     """Calls `at_step(step, steps)` of the modules that have it before a step (0-based), `after_step()` after it."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._before = [module.at_step for module in network.modules() if hasattr(module, "at_step")]
-        self._after = [module.after_step for module in network.modules() if hasattr(module, "after_step")]
+        modules: list[Any] = list(network.modules())
+        self._before = [module.at_step for module in modules if hasattr(module, "at_step")]
+        self._after = [module.after_step for module in modules if hasattr(module, "after_step")]
 
     def begin(self, step: int, steps: int) -> None:
         for at_step in self._before:

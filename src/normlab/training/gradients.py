@@ -36,11 +36,11 @@ def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[],
 class AdaptiveClipping:
     """Adaptive gradient clipping (Brock et al. 2021, 2102.06171, section 4.1).
 
-    Per output unit i of every parameter but the classifier's, with weights W_i and gradient G_i:
+    Per output unit i (a row of the first dimension) of every weight but the classifier's, with its gradient G_i:
 
         G_i <- G_i · min(1, ratio · max(||W_i||, 1e-3) / ||G_i||)
 
-    A unit is a row of the first dimension; a vector (biases, gains) is one unit, as in the authors' code.
+    Biases, gains and scalars are left alone [A]: a branch's scalar that starts at 0 could hardly leave it.
     Invariant: no unit's gradient is longer than `ratio` times its weights, which keeps relative updates small.
     """
 
@@ -48,7 +48,8 @@ class AdaptiveClipping:
         self.ratio = ratio
         classifier = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
         left_alone = {parameter for module in classifier for parameter in module.parameters()}
-        self.parameters = [p for p in network.parameters() if p.requires_grad and p not in left_alone]
+        parameters = network.parameters()
+        self.parameters = [p for p in parameters if p.requires_grad and p.dim() > 1 and p not in left_alone]
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -61,8 +62,8 @@ class AdaptiveClipping:
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:
-    """L2 norm per row of the first dimension, (O, 1, ...); of a vector or scalar as a whole."""
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())) or None, keepdim=True)
+    """L2 norm per row of the first dimension, (O, 1, ...)."""
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)
 
 
 class Preconditioner:
