@@ -9,12 +9,15 @@ from normlab.norms.statistics import full_precision
 
 
 class GroupNorm2d(nn.GroupNorm):
-    """nn.GroupNorm with float32 statistics and the input's dtype, and for a group of a single value as well.
+    """nn.GroupNorm with float32 statistics and the input's dtype.
 
-    nn.GroupNorm refuses one image with 1x1 maps if a group is one channel; here its output is beta.
+    Raises:
+        ValueError: in training, if a group is a single value, of which normalisation leaves nothing.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.training and input[0].numel() == self.num_groups:
+            raise ValueError(f"Expected more than one value per group of channels, got maps of {tuple(input.shape)}")
         output = torch.group_norm(full_precision(input), self.num_groups, self.weight, self.bias, self.eps)
         return output.to(input.dtype)
 
@@ -54,8 +57,8 @@ class LayerNorm(GroupNorm):
 class InstanceNorm(Variant):
     """Instance normalisation: `GroupNorm` with a group for each channel, without moving averages.
 
-    Statistics per image and channel over H and W. On 1x1 maps its output is beta, whatever the input, where
-    nn.InstanceNorm2d raises an error in training: networks that end in such maps do train, without their signal.
+    Statistics per image and channel over H and W. A network that ends in 1x1 maps is refused: of a single value
+    nothing is left, and all images would be classified alike.
     """
 
     def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
