@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.norms.plain import ChannelAffine
-from normlab.norms.sample import check_groups, groups_for, start_as
-from normlab.norms.sites import Variant
+from normlab.norms.sample import check_groups, groups_for
+from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.steps import Role
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.errors import UserError
-from normlab.norms.sites import Variant
+from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 
 
@@ -136,6 +136,4 @@ class LpNorm(Variant):
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         layer = LpNorm2d(norm.num_features, p=self.p, eps=self.eps, momentum=self.momentum, norm_batch=self.norm_batch)
-        if norm.affine:  # the network's own start, e.g. zero in the last layer of a branch
-            layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
-        return layer
+        return start_as(norm, layer)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.errors import UserError
-from normlab.norms.sites import Variant
+from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, held, per_group, processes
 from normlab.norms.steps import Clock
 from normlab.norms.weights import ReparametrisedConv2d
@@ -248,10 +248,7 @@ class _MovingVariant(Variant):
         raise NotImplementedError
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        layer = self.layer(norm.num_features)
-        if norm.affine:
-            layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
-        return layer
+        return start_as(norm, self.layer(norm.num_features))
 
 
 class MABN(_MovingVariant):

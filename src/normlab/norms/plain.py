@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms.sites import Variant
+from normlab.norms.sites import Variant, start_as
 
 
 def scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -38,10 +38,7 @@ class Affine(Variant):
     """
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        layer = ChannelAffine(norm.num_features)
-        if norm.affine:  # the network's own start, e.g. zero in the last layer of a branch
-            layer.load_state_dict({"weight": norm.weight, "bias": norm.bias})
-        return layer
+        return start_as(norm, ChannelAffine(norm.num_features))
 
 
 class NoNorm(Variant):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.errors import UserError
-from normlab.norms.sites import Variant
+from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, held, per_group
 from normlab.norms.steps import Clock
 
@@ -174,10 +174,7 @@ class BatchRenorm(Variant):
         }
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        layer = BatchRenorm2d(norm.num_features, norm_batch=self.norm_batch, **self.options)
-        if norm.affine:  # the network's own start, e.g. zero in the last layer of a branch
-            layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
-        return layer
+        return start_as(norm, BatchRenorm2d(norm.num_features, norm_batch=self.norm_batch, **self.options))
 
 
 def _check(name: str, value: object, low: float, high: float = sys.float_info.max) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.errors import UserError, nearest
-from normlab.norms.sites import Variant
+from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import full_precision
 
 
@@ -67,13 +67,6 @@ class InstanceNorm(Variant):
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         return start_as(norm, GroupNorm2d(norm.num_features, norm.num_features, eps=self.eps))
-
-
-def start_as(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
-    """`layer`, its gamma and beta at the network's own start, e.g. zero in the last norm of a branch."""
-    if norm.affine:
-        layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
-    return layer
 
 
 def check_groups(groups: int) -> None:

@@ -55,6 +55,14 @@ class Variant:
         """Change what is between the sites, residual branches or the classifier, after all sites are rewritten."""
 
 
+def start_as(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
+    """`layer`, its weight and bias, if it has them, at the network's own start of gamma and beta, e.g. zero in the
+    last norm of a branch."""
+    if norm.affine:
+        layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
+    return layer
+
+
 @dataclass(frozen=True)
 class _Place:
     """A site as nodes of the traced graph."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.errors import UserError, nearest
-from normlab.norms.sites import Variant
+from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.steps import Role
 
@@ -333,9 +333,7 @@ class MeanOnlyWeightNorm(WeightNorm):
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         super().norm(norm)
         layer = MeanOnlyBatchNorm2d(norm.num_features, momentum=self.momentum, norm_batch=self.norm_batch)
-        if norm.affine:
-            layer.load_state_dict({"bias": norm.bias}, strict=False)
-        return layer
+        return start_as(norm, layer)
 
 
 class TReLUWeightNorm(Variant):
