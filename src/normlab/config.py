@@ -80,6 +80,37 @@ _OPTIONS: dict[str, Any] = {
 }
 
 
+def _lp(value: Any) -> Any:
+    """One spelling of each: p = .inf or 1.0 must not make another run of it."""
+    return "inf" if value == float("inf") else int(value) if value in (1.0, 2.0) else value
+
+
+_Unit = Literal["fraction", "steps"]
+_SHIPPED_OPTIONS: dict[str, Any] = {
+    "alpha": Positive,
+    "alpha_backward": NonNegative,
+    "dmax": NonNegative,
+    "dmax_end": NonNegative,
+    "groups": Count,
+    "init": Literal["weights", "data"],
+    "learn_scale": StrictBool,
+    "learned_eps": StrictBool,
+    "mu_range": NonNegative,
+    "p": Annotated[Literal[1, 2, "inf"], BeforeValidator(_lp)],
+    "r_from": NonNegative,
+    "ramp_start": NonNegative,
+    "ramp_unit": _Unit,
+    "rmax": Positive,
+    "rmax_end": NonNegative,
+    "sigma_high": NonNegative,
+    "sigma_low": NonNegative,
+    "spread": NonNegative,
+    "unit": _Unit,
+    "warmup": NonNegative,
+    "window": Annotated[StrictInt, Field(ge=1, le=10_000)],
+}
+
+
 class NormConfig(_Section):
     """One choice of `norm`. Keys beyond these belong to the variant's own class."""
 
@@ -91,10 +122,12 @@ class NormConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _check_options(cls, data: Any) -> Any:
-        """The options that several variants share, checked as if they were declared fields."""
+        """The options that several variants share, and all of ours, checked as if they were declared fields."""
         if not isinstance(data, Mapping):
             return data
-        return {**data, **{key: _checked(kind, key, data[key]) for key, kind in _OPTIONS.items() if key in data}}
+        ours = str(data.get("_target_")).startswith("normlab.")
+        options = _OPTIONS | (_SHIPPED_OPTIONS if ours else {})
+        return {**data, **{key: _checked(kind, key, data[key]) for key, kind in options.items() if key in data}}
 
     @property
     def options(self) -> dict[str, Any]:

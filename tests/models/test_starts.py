@@ -158,6 +158,26 @@ def test_a_folded_start_without_a_place_to_fold_into_is_a_sentence(make) -> None
         models.start(config, network, torch.randn(2, 3, 32, 32), num_classes=10, image_size=32)
 
 
+@pytest.mark.parametrize("conv_bias", ["true", "false"])
+def test_none_has_biases_exactly_where_it_is_told_to(make, conv_bias) -> None:
+    """torchvision's VGG has biases before its norms as well."""
+    network = models.build(make("model=vgg", "norm=none", f"norm.conv_bias={conv_bias}"), num_classes=10, image_size=32)
+    biases = [module.bias is not None for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert biases == [conv_bias == "true"] * 13
+
+
+def test_a_start_from_data_does_not_depend_on_random_depth(make) -> None:
+    config = make("model=torchvision", "model.name=efficientnet_b0", "norm=affine", "init=bn_folded")
+    calibration = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for seed in (0, 1):
+        network = models.build(config, num_classes=10, image_size=32)
+        torch.manual_seed(seed)
+        models.start(config, network, calibration, num_classes=10, image_size=32)
+        found.append(network.eval()(calibration))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("method", ["lsuv", "bn_folded"])
 def test_a_start_from_data_works_behind_an_input_norm(make, method) -> None:
     config = make(*SMALL, f"init={method}", "norm=none", "input_norm=bn")

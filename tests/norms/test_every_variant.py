@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small import SmallResNet
 from torch import Tensor, nn
 
 from normlab import models, runs
 from normlab.config import RunConfig
-from normlab.errors import InterruptedRunError
-from normlab.norms import BatchStatistics, Steps, trace
+from normlab.errors import InterruptedRunError, UserError
+from normlab.models.build import variant
+from normlab.norms import BatchStatistics, Steps, rewrite, trace
 from normlab.training import loop
 from normlab.training.gradients import build_transform
 from normlab.training.optimizers import build_optimizer
@@ -157,7 +159,7 @@ GROUPED = [norm for norm in NORMS if norm not in RANDOM]
 @pytest.mark.parametrize("norm", GROUPED)
 def test_groups_inside_the_batch_are_independent_exactly_where_there_are_statistics(make, norm) -> None:
     """With norm_batch=4, image 0 of 8 shares statistics with the even images, and with no odd one."""
-    _, network = build(make, norm, "norm_batch=4", *(["init=default"] if norm == "fixup" else []))
+    _, network = build(make, norm, "norm_batch=4")
     network = network.double().train()
     images = batch().double()
     other = images.clone()
@@ -204,6 +206,83 @@ def test_an_interrupted_run_ends_bit_identical(make, norm, monkeypatch) -> None:
     assert parts.get("weights_sha256") == whole.get("weights_sha256")
     assert runs.Run(config.as_dict()).state in runs.FINISHED
     assert parts.get("test_loss") == whole.get("test_loss")
+
+
+@pytest.mark.parametrize("norm", ["bn", "renorm", "mabn", "powernorm"])
+def test_an_interrupted_evaluation_is_repeated_with_the_layers_where_they_were(make, norm, monkeypatch) -> None:
+    """No step follows it that would tell the layers how far the run is."""
+    settings = (
+        *SMALL, f"norm={norm}", "dataset.train_size=64", "dataset.test_size=20", "epochs=1", "threads=1",
+        "eval_stats=precise", "precise_batches=2",
+    )  # fmt: skip
+    whole = carry_out(make(*settings, "study=whole"))
+    config = make(*settings, "study=parts")
+
+    def interrupted(*arguments: object) -> None:
+        monkeypatch.undo()
+        raise InterruptedRunError("a test")
+
+    monkeypatch.setattr(loop, "evaluate", interrupted)
+    with pytest.raises(InterruptedRunError):
+        carry_out(config)
+    assert carry_out(config)["test_loss"] == whole["test_loss"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("norm=nf", "init=fixup"),
+        ("norm=normprop", "init=fixup"),
+        ("norm=wn_trelu", "init=fixup"),
+        ("norm=fixup", "init=fixup"),
+        ("norm=fixup", "init=lsuv"),
+        ("norm=mabn", "precision=fp16"),
+    ],
+)
+def test_what_a_norm_cannot_have_is_refused_by_its_name(make, settings) -> None:
+    with pytest.raises(UserError, match=f"{settings[0]} cannot have {settings[1]}"):
+        models.build(make(*SMALL, *settings), num_classes=10, image_size=8)
+
+
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm != "bnp"])
+def test_networks_that_share_what_a_variant_rewrites_are_refused(make, norm) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3)
+            self.norm = nn.BatchNorm2d(32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.second(self.norm(self.first(x)).relu()))
+
+    with pytest.raises(UserError, match="norm of Shared is called at two places"):
+        rewrite(Shared(), variant(make(f"norm={norm}")))
+
+
+@pytest.mark.parametrize("norm", ["affine", "none", "noisy_none", "bn", "gn"])
+def test_an_activation_in_place_does_not_overwrite_a_shortcut(make, norm) -> None:
+    """In a block that normalises before its convolution, the norm's input is the shortcut as well."""
+
+    class Block(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.conv = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 32, 3, padding=1)
+            self.bn, self.relu = nn.BatchNorm2d(32), nn.ReLU(inplace=inplace)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return x + self.conv(self.relu(self.bn(x)))
+
+    networks = [rewrite(Block(inplace), variant(make(f"norm={norm}"))).eval() for inplace in (True, False)]
+    assert torch.equal(*(network(batch()) for network in networks))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_what_is_rewritten_keeps_dtype_and_mode(make, norm) -> None:
+    network = rewrite(SmallResNet(10).double().eval(), variant(make(f"norm={norm}")))
+    assert not any(module.training for module in network.modules())
+    network(batch(2).double())
 
 
 # docs/variants.md says why: the same noise without normalisation prevents training (papers.md section 5).

@@ -116,7 +116,13 @@ def test_groups_that_do_not_divide_the_channels_are_refused_in_a_sentence(
     groups: int, channels: int, valid: int
 ) -> None:
     with pytest.raises(UserError, match=rf"{groups} does not divide the {channels} channels .* norm\.groups={valid}\."):
-        GroupNorm(groups=groups, eps=EPS).norm(nn.BatchNorm2d(channels))
+        GroupNorm(groups=groups, eps=EPS).check([channels])
+
+
+def test_the_groups_proposed_divide_the_channels_of_every_layer() -> None:
+    with pytest.raises(UserError, match=r"divides those of all layers is norm\.groups=8"):
+        rewrite(torchvision.models.mobilenet_v2(weights=None), GroupNorm(groups=32, eps=EPS))
+    rewrite(torchvision.models.mobilenet_v2(weights=None), GroupNorm(groups=8, eps=EPS))
 
 
 @pytest.mark.parametrize("groups", [0, -1, 2.5, True])

@@ -108,6 +108,17 @@ def test_batch_statistics_keep_to_the_groups_of_training(make) -> None:
     torch.testing.assert_close(evaluated, net.train()(batch), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("arm", ["bn", "bnminus", "lp1", "lpinf", "wn_mean", "evonorm_b0"])
+@pytest.mark.parametrize("together", [False, True])
+def test_statistics_of_a_single_value_are_refused(make, arm, together) -> None:
+    net = network(make, arm)
+    if together:
+        synchronise(net)
+    net(images(2, 6, 3, 3))
+    with pytest.raises(ValueError, match=r"more than (1|one) value"):
+        net(images(1, 6, 3, 3))
+
+
 def test_a_norm_without_these_statistics_is_named_in_a_sentence() -> None:
     with pytest.raises(UserError, match=r"body\.1 is a BatchNorm2d of PyTorch"), batch_statistics(Net()):
         pass

@@ -18,6 +18,7 @@ from normlab.norms import (
     rewrite,
     synchronise,
 )
+from normlab.norms.plain import with_bias
 from normlab.streams import key
 
 
@@ -33,11 +34,20 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
         UserError: if the user's own network or variant cannot be made, or has no sites, or does not fit `init`.
     """
     network = base(config, num_classes, image_size)
+    made = variant(config)
+    for setting, value in (("init", config.init.name), ("precision", config.precision)):
+        if value in made.refused.get(setting, {}):
+            raise UserError(
+                f"norm={config.norm.name} cannot have {setting}={value}: {made.refused[setting][value]}.\n"
+                f"Use another {setting}, or another norm."
+            )
     sites = find_sites(network) if config.init.name == "bn_folded" else []
-    network = rewrite(network, variant(config))
+    network = rewrite(network, made)
     for site in sites:
         if site.convolution is not None and starts.is_free(network, site):
-            starts.add_bias(network.get_submodule(site.convolution))
+            convolution = network.get_submodule(site.convolution)
+            assert isinstance(convolution, nn.Conv2d)
+            with_bias(convolution, True)
     if config.input_norm == "bn":
         network = nn.Sequential(OrderedDict(input_norm=_input_norm(config), network=network))
     return synchronise(network) if config.sync_stats else network
@@ -96,4 +106,5 @@ def variant(config: RunConfig) -> Variant:
         raise UserError(f"norm={config.norm.name} cannot be made with these options: {error}.") from error
     if not isinstance(made, Variant):
         raise UserError(f"norm._target_={config.norm.target} is no variant: derive it from normlab.norms.Variant.")
+    made.name = config.norm.name
     return made

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.norms import ChannelAffine, Noise, Site, find_sites, fixup_start, zero_gamma
+from normlab.norms.statistics import look_at
 from normlab.norms.steps import WEIGHT_LAYERS
 from normlab.streams import stream
 
@@ -120,29 +121,10 @@ def is_free(network: nn.Module, site: Site) -> bool:
     return plain and type(network.get_submodule(site.norm)) in (nn.Identity, ChannelAffine, Noise)
 
 
-def add_bias(convolution: nn.Module) -> None:
-    """The bias that a folded shift needs, starting at 0."""
-    assert isinstance(convolution, nn.Conv2d)
-    if convolution.bias is None:
-        convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
-
-
 def _watched(network: nn.Module, images: Tensor, layers: list[Any], hook: Callable[..., Any]) -> None:
-    """One forward pass in training mode, but without dropout or noise, that leaves buffers and modes as they were."""
     handles = [layer.register_forward_hook(hook) for layer in layers]
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    modes = {module: module.training for module in network.modules()}
-    network.train()
-    for module in network.modules():
-        if isinstance(module, Noise | nn.modules.dropout._DropoutNd):
-            module.eval()
     try:
-        with torch.no_grad():
-            network(images)
-            for name, buffer in network.named_buffers():
-                buffer.copy_(buffers[name])
+        look_at(network, images)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for handle in handles:
             handle.remove()

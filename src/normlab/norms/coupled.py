@@ -1,5 +1,6 @@
 """Normalisers that come with an activation of their own, and take the place of a site's norm and activation."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.norms.plain import ChannelAffine
-from normlab.norms.sample import check_groups, groups_for
+from normlab.norms.sample import check_divides, check_groups
 from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.steps import Role
@@ -142,13 +143,16 @@ class EvoNormS0(Variant):
         self.groups = groups
         self.eps = eps
 
+    def check(self, channels: Sequence[int]) -> None:
+        check_divides(self.groups, channels)
+
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
         channels = norm.num_features
         if activation is None:
             return start_as(norm, ChannelAffine(channels)), None
-        layer = EvoNorm2dS0(channels, groups=groups_for(self.groups, channels), eps=self.eps)
+        layer = EvoNorm2dS0(channels, groups=self.groups, eps=self.eps)
         return start_as(norm, layer), nn.Identity()
 
 

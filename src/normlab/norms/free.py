@@ -78,6 +78,9 @@ class Fixup(Variant):
     """
 
     needs_convolution = True
+    refused: ClassVar[dict[str, dict[str, str]]] = {
+        "init": dict.fromkeys(("fixup", "lsuv"), "it has a start of its own, which this one would change")
+    }
 
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
@@ -148,6 +151,9 @@ class NormaliserFree(Variant):
     """
 
     needs_convolution = True
+    refused: ClassVar[dict[str, dict[str, str]]] = {
+        "init": {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
+    }
 
     def __init__(self, *, alpha: float, eps: float, norm_batch: int | None = None) -> None:
         super().__init__(norm_batch=norm_batch)

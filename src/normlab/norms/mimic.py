@@ -37,6 +37,8 @@ class LogitBatchNorm(GroupedBatchNorm2d):
     as they are [A].
     """
 
+    takes_single_values = True
+
     def forward(self, input: Tensor) -> Tensor:
         x = input[:, :, None, None]
         y = BatchStatistics.forward(self, x) if len(x) == 1 else super().forward(x)

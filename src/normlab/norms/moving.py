@@ -1,6 +1,6 @@
 """Normalisers by moving averages in both passes: MABN and PowerNorm."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -84,6 +84,8 @@ class MovingSquare(BatchStatistics):
     the layer stays in its warm-up. Under a GradScaler the averages are of scaled gradients; what overflowed is left
     out.
     """
+
+    takes_single_values = True  # there is no mean to subtract
 
     running_square: Tensor
     batches: Tensor
@@ -235,6 +237,10 @@ class CentredConv2d(ReparametrisedConv2d):
 class _MovingVariant(Variant):
     """What the two have in common: the phases, one clock for all layers, the network's own start."""
 
+    refused: ClassVar[dict[str, dict[str, str]]] = {
+        "precision": {"fp16": "its averages of gradients cannot follow a loss scale that changes; use bf16"}
+    }
+
     def __init__(self, *, eps: float, warmup: float, unit: str, norm_batch: int | None) -> None:
         super().__init__(norm_batch=norm_batch)
         _require(unit in ("fraction", "steps"), "unit", unit, "fraction or steps")
@@ -291,6 +297,7 @@ class MABN(_MovingVariant):
         _require(isinstance(window, int) and window >= 1, "window", window, "a whole number, 1 or more")
         _require(rmax >= 1, "rmax", rmax, "1 or more")
         _require(r_from >= warmup, "r_from", r_from, f"norm.warmup={warmup} or more")
+        _require(unit == "steps" or r_from <= 1, "r_from", r_from, "a fraction of the run, 0 to 1, with unit=fraction")
         self.momentum = momentum
         self.window = window
         self.rmax = rmax

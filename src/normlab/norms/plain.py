@@ -16,6 +16,15 @@ def scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.batch_norm(input, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
 
 
+def with_bias(convolution: nn.Conv2d, bias: bool) -> nn.Conv2d:
+    """Give it one that starts at 0, if it has none; or take it away."""
+    if not bias:
+        convolution.bias = None
+    elif convolution.bias is None:
+        convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
+    return convolution
+
+
 class ChannelAffine(nn.Module):
     """y = gamma · x + beta per channel of x (N, C, H, W); gamma starts at 1, beta at 0, both float32 (C,)."""
 
@@ -44,7 +53,8 @@ class Affine(Variant):
 class NoNorm(Variant):
     """No normalisation: y = x.
 
-    With `conv_bias` the convolution gets the bias that the norm's shift made superfluous, starting at 0.
+    With `conv_bias` the convolution has the bias that the norm's shift made superfluous, starting at 0 where the
+    network has none; without it a network's own (VGG has them) goes.
     A convolution without it cannot express what `affine` can (a shift per channel): a choice to record.
     """
 
@@ -56,6 +66,4 @@ class NoNorm(Variant):
         return nn.Identity()
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        if self.conv_bias and convolution.bias is None:
-            convolution.bias = nn.Parameter(torch.zeros(convolution.out_channels))
-        return convolution
+        return with_bias(convolution, self.conv_bias)

@@ -75,7 +75,10 @@ class BatchRenorm2d(BatchStatistics):
             # Averages that nobody reads: without them, those of half-precision input were half-precision on a CPU.
             unused = torch.zeros(input.shape[1], device=input.device, dtype=full_precision(input[:0]).dtype)
             with torch.no_grad():
-                mean, var = torch.batch_norm_update_stats(input, unused, unused.clone(), 0.0)
+                if input.is_meta:  # where the fast kernel has no form; shapes alone are asked for
+                    mean, var = unused, unused
+                else:
+                    mean, var = torch.batch_norm_update_stats(input, unused, unused.clone(), 0.0)
         mean_b, std_b = mean.detach(), torch.sqrt(self.eps + var.detach())
         gamma = 1.0 if self.weight is None else per_group(self.weight, groups)
         beta = per_group(self.bias, groups)

@@ -1,5 +1,8 @@
 """Normalisers of each image by itself: the same in training and evaluation, and at any batch size."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -39,9 +42,11 @@ class GroupNorm(Variant):
         self.groups = groups
         self.eps = eps
 
+    def check(self, channels: Sequence[int]) -> None:
+        check_divides(self.groups, channels)
+
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        groups = groups_for(self.groups, norm.num_features)
-        return start_as(norm, GroupNorm2d(groups, norm.num_features, eps=self.eps))
+        return start_as(norm, GroupNorm2d(self.groups, norm.num_features, eps=self.eps))
 
 
 class LayerNorm(GroupNorm):
@@ -74,12 +79,13 @@ def check_groups(groups: int) -> None:
         raise UserError(f"norm.groups={groups} is out of range: expected a whole number of 1 or more.")
 
 
-def groups_for(groups: int, channels: int) -> int:
-    """`groups`, if the channels of a layer can be divided into as many."""
-    if channels % groups:
-        valid = nearest(groups, [g for g in range(1, channels + 1) if channels % g == 0])
+def check_divides(groups: int, channels: Sequence[int]) -> None:
+    """Refuse groups that do not divide the channels of every site."""
+    wrong = [count for count in channels if count % groups]
+    if wrong:
+        common = math.gcd(*channels)
+        valid = nearest(groups, [g for g in range(1, common + 1) if common % g == 0])
         raise UserError(
-            f"norm.groups={groups} does not divide the {channels} channels of a layer; the nearest that does is"
-            f" norm.groups={valid}."
+            f"norm.groups={groups} does not divide the {wrong[0]} channels of a layer; the nearest that divides those"
+            f" of all layers is norm.groups={valid}."
         )
-    return groups

@@ -1,6 +1,8 @@
 """Sites: the (convolution, norm, activation) places of a network that a variant rewrites."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,17 @@ from torch import fx, nn
 
 from normlab.errors import UserError
 
-_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.GELU)
-_FUNCTIONS = {F.relu: nn.ReLU, torch.relu: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.gelu: nn.GELU}
-_METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU}
+# The activations that networks for images have; what a call has besides its input is taken to be its default.
+_ACTIVATIONS = (
+    nn.ReLU, nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.GELU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.Mish,
+    nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid,
+)  # fmt: skip
+_FUNCTIONS = {
+    F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.gelu: nn.GELU,
+    F.hardswish: nn.Hardswish, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.mish: nn.Mish, F.softplus: nn.Softplus,
+    torch.tanh: nn.Tanh, torch.sigmoid: nn.Sigmoid,
+}  # fmt: skip
+_METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,14 @@ class Variant:
     """
 
     needs_convolution = False  # whether a site without one is refused
+    refused: ClassVar[dict[str, dict[str, str]]] = {}  # setting -> value -> why a run cannot have it with this variant
+    name: str | None = None  # what the user calls it
 
     def __init__(self, *, norm_batch: int | None = None) -> None:
         self.norm_batch = norm_batch  # images that share statistics; None: all of the batch
+
+    def check(self, channels: Sequence[int]) -> None:
+        """Refuse, as a UserError, a network whose sites have so many channels."""
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """What replaces the site's BatchNorm2d."""
@@ -118,6 +133,11 @@ def _places(traced: fx.GraphModule) -> list[_Place]:
     for node in traced.graph.nodes:
         if not calls(node, nn.BatchNorm2d):
             continue
+        if str(node.target) in places:
+            raise UserError(
+                f"{node.target} of {traced._get_name()} is called at two places, which no norm can tell apart.\n"
+                "Give each place a BatchNorm2d of its own."
+            )
         before, after = node.all_input_nodes[0], list(node.users)
         activates = len(after) == 1 and activation_of(traced, after[0]) is not None
         places[str(node.target)] = _Place(
@@ -158,7 +178,8 @@ def rewrite(network: nn.Module, variant: Variant) -> nn.Module:
     """
     traced = trace(network)
     places = _places(traced)
-    name = f"norm={type(variant).__name__}"
+    name = f"norm={variant.name or type(variant).__name__}"
+    variant.check([traced.get_submodule(str(place.norm.target)).num_features for place in places])  # type: ignore[misc]
     regraphed = type(variant).graph is not Variant.graph
     for place in places:
         site = place.site
@@ -168,18 +189,21 @@ def rewrite(network: nn.Module, variant: Variant) -> nn.Module:
         if site.convolution:
             convolution = traced.get_submodule(site.convolution)
             assert isinstance(convolution, nn.Conv2d)
-            _replace(network, traced, site.convolution, variant.convolution(convolution))
+            _replace(network, traced, site.convolution, variant.convolution(convolution), norm)
         elif variant.needs_convolution:
             raise UserError(
                 f"{name} rewrites the convolution before each norm, and {site.norm} of {type(network).__name__}"
                 " has none of its own before it.\nUse a network with norms after convolutions, or another norm."
             )
         new_norm, new_activation = variant.norm_and_activation(norm, activation)
-        _replace(network, traced, site.norm, new_norm)
+        _replace(network, traced, site.norm, new_norm, norm)
+        if not site.convolution and hasattr(activation, "inplace"):
+            # What it would overwrite may be the norm's own input now, which others take.
+            activation.inplace = False  # type: ignore[union-attr]
         if new_activation is not activation:
             assert place.activation is not None
             assert new_activation is not None
-            _reactivate(traced, place, new_activation)
+            _reactivate(traced, place, _like(norm, new_activation))
             regraphed = True
     if not regraphed:
         return network
@@ -188,12 +212,19 @@ def rewrite(network: nn.Module, variant: Variant) -> nn.Module:
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
-    return traced
+    assert isinstance(norm, nn.BatchNorm2d)
+    return _like(norm, traced)  # what the variant put between the sites, too
 
 
-def _replace(network: nn.Module, traced: fx.GraphModule, name: str, module: nn.Module) -> None:
-    network.set_submodule(name, module)
+def _replace(network: nn.Module, traced: fx.GraphModule, name: str, module: nn.Module, norm: nn.BatchNorm2d) -> None:
+    network.set_submodule(name, _like(norm, module))
     traced.set_submodule(name, module)
+
+
+def _like(norm: nn.BatchNorm2d, module: nn.Module) -> nn.Module:
+    """`module` on the device, with the dtype and in the mode of the norm that it is for."""
+    tensor = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
+    return (module if tensor is None else module.to(tensor.device, tensor.dtype)).train(norm.training)
 
 
 def _reactivate(traced: fx.GraphModule, place: _Place, activation: nn.Module) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather, all_reduce
 
 from normlab.errors import UserError
 
@@ -22,6 +22,7 @@ class BatchStatistics(nn.Module):
     """
 
     norm_batch: int | None = None  # images of a group; None: all of the batch
+    takes_single_values = False  # whether a group may have a single value per channel
     synchronised = False  # one group over all processes of torch.distributed
     evaluates_on_batch = False  # in evaluation, use the batch's statistics as in training
 
@@ -53,9 +54,12 @@ class BatchStatistics(nn.Module):
         if not (self.training or self.evaluates_on_batch):
             return self.evaluate(input)
         images = len(input)
-        size = self.norm_batch or images
+        size = min(self.norm_batch or images, images)
         groups, rest = divmod(images, size)
-        if groups <= 1 and (groups == 0 or rest == 0):
+        values = (rest or size) * input[0, 0].numel() * (processes() if self.synchronised else 1)
+        if values == 1 and not self.takes_single_values:
+            raise ValueError(f"Expected more than one value per channel and group, got maps of {tuple(input.shape)}")
+        if groups == 1 and rest == 0:
             output, statistics = self.normalise(input, 1)
         else:
             whole, shape = groups * size, input.shape[1:]
@@ -81,7 +85,7 @@ class BatchStatistics(nn.Module):
         if not self.synchronised or processes() == 1:
             return mean
         count = torch.full_like(mean[:1], input.numel() / mean.numel())
-        total = all_reduce(torch.cat([mean * count, count]))
+        total = _AllReduce.apply(torch.cat([mean * count, count]))
         return total[:-1] / total[-1]
 
     def batch_count(self, input: Tensor) -> Tensor | float:
@@ -98,7 +102,41 @@ class BatchStatistics(nn.Module):
         highest = input.amax((0, 2, 3))
         if not self.synchronised or processes() == 1:
             return highest
-        return torch.stack(all_gather(highest)).amax(0)
+        return _AllReduceMax.apply(highest)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over processes, and of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _AllReduceMax(torch.autograd.Function):
+    """The maximum over processes; the sum of its gradients goes to the processes that have it, in equal parts."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        highest = local.clone()
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        ctx.save_for_backward(local == highest)
+        return highest
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (has_it,) = ctx.saved_tensors
+        total = torch.stack([gradient, has_it.to(gradient.dtype)])
+        dist.all_reduce(total)
+        return has_it * total[0] / total[1]
 
 
 def per_group(per_channel: Tensor, groups: int) -> Tensor:
@@ -182,6 +220,25 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.evaluates_on_batch = False
+
+
+@torch.no_grad()
+def look_at(network: nn.Module, images: Tensor) -> None:
+    """One forward pass for what hooks see of it: in training mode, but without what is random (dropout, stochastic
+    depth, noise), and with buffers and modes left as they were."""
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    modes = {module: module.training for module in network.modules()}
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "Noise"):
+            module.eval()
+    try:
+        network(images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for name, buffer in network.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 @contextmanager

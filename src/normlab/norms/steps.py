@@ -25,7 +25,7 @@ class Clock(nn.Module):
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
-        self.register_buffer("now", torch.zeros(()), persistent=False)
+        self.register_buffer("now", torch.zeros(()))
 
     def at_step(self, step: int, steps: int) -> None:
         self.now.fill_(step if self.unit == "steps" else step / steps)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.errors import UserError, nearest
+from normlab.norms.plain import with_bias
 from normlab.norms.sites import Variant, start_as
-from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
+from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, look_at, per_group
 from normlab.norms.steps import Role
 
 
@@ -129,6 +130,8 @@ class WeightNormConv2d(UnitNormConv2d):
 
     def start(self) -> None:
         self.g = self.per_filter(1.0) if self.gain_start == "one" else nn.Parameter(self.length().detach())
+        if self.starts_from_data and self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def gain(self) -> Tensor:
         return self.g
@@ -157,8 +160,8 @@ class WeightNormConv2d(UnitNormConv2d):
             # Rounding gives a constant output a relative std of about 1e-6.
             varies = std > 1e-5 * (variance + mean.square()).sqrt().clamp_min(1e-7)
             self.g.copy_(torch.where(varies, self.g / self.length() / std, self.g))
-            if self.bias is not None:
-                self.bias.copy_(-mean * self.g)
+            if self.bias is not None:  # which is beta so far, where the network starts that elsewhere than at 0
+                self.bias.sub_(mean * self.g)
 
 
 def _unit(v: Tensor, eps: float) -> Tensor:
@@ -174,23 +177,12 @@ def data_dependent_start(network: nn.Module, images: Tensor) -> None:
     layers = [module for module in network.modules() if getattr(module, "starts_from_data", False)]
     if not layers:
         return
-    modes = {module: module.training for module in network.modules()}
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.start_from_data(*inputs)) for layer in layers]
-    network.train()
-    for module in network.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
-            module.eval()
-    with torch.no_grad():
-        try:
-            network(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, training in modes.items():
-                module.training = training
-            for name, buffer in network.named_buffers():
-                buffer.copy_(buffers[name])
+    try:
+        look_at(network, images)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class MeanOnlyBatchNorm2d(BatchStatistics):
@@ -295,7 +287,7 @@ class WeightNorm(Variant):
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
         self._latest = WeightNormConv2d.of(
-            _with_bias(convolution, self.shifts), gain_start=self.gain_start, eps=self.eps
+            with_bias(convolution, self.shifts), gain_start=self.gain_start, eps=self.eps
         )
         return self._latest
 
@@ -305,13 +297,7 @@ class WeightNorm(Variant):
         return nn.Identity()
 
 
-def _with_bias(convolution: nn.Conv2d, bias: bool) -> nn.Conv2d:
-    """Give it one that starts at 0, if it has none; or take it away."""
-    if not bias:
-        convolution.bias = None
-    elif convolution.bias is None:
-        convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
-    return convolution
+_NO_ZERO_FILTERS = {"init": {"fixup": "filters that start at zero have no direction to normalise"}}
 
 
 class MeanOnlyWeightNorm(WeightNorm):
@@ -347,13 +333,14 @@ class TReLUWeightNorm(Variant):
     """
 
     needs_convolution = True
+    refused: ClassVar[dict[str, dict[str, str]]] = _NO_ZERO_FILTERS
 
     def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
         super().__init__(norm_batch=norm_batch)
         self.eps = eps
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        return UnitNormConv2d.of(_with_bias(convolution, False), eps=self.eps)
+        return UnitNormConv2d.of(with_bias(convolution, False), eps=self.eps)
 
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
@@ -372,6 +359,8 @@ class NormProp(WeightNorm):
     normalised over the whole data set, as images are here before they reach a network.
     Invariant: standard normal z gives y with mean 0 and variance 1.
     """
+
+    refused: ClassVar[dict[str, dict[str, str]]] = _NO_ZERO_FILTERS
 
     def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
         super().__init__(init="weights", eps=eps, norm_batch=norm_batch)
