@@ -36,7 +36,7 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     A setting other than depth, network and data set that has one value per batch size (a learning rate
     scaled with the batch, say) does not split the table: its values are told in the remark.
     """
-    flat = [_flatten(runs.identity(dict(config))) for config in configs]
+    flat = [_flatten(runs.completed(runs.identity(dict(config)))) for config in configs]
     arms = _arm_labels(flat)
     splitting = [key for key in _varying(flat) if not key.startswith((*_OF_THE_ARM, "norm_batch", "batch", "seed"))]
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]

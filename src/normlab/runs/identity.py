@@ -25,6 +25,10 @@ LATER: dict[str, Any] = {
 }
 
 
+# What they do not belong to: options of a norm, which are its own, and data sets without images.
+NO_LATER = (("norm", False), ("dataset", False))
+
+
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The nested part of a run's configuration that can change its result."""
     kept = {key: value for key, value in config.items() if key not in CARRIED_OUT}
@@ -45,7 +49,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         group, _, key = path.rpartition(".")
         if not group:
             full.setdefault(key, unchanged)
-        elif group != "norm" and isinstance(full.get(group), Mapping):  # a norm's options are its own
+        elif isinstance(full.get(group), Mapping) and (group, "flip" in full[group]) not in NO_LATER:
             full[group] = {key: unchanged, **full[group]}
     return full
 
