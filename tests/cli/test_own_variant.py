@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from normlab.norms import BatchStatistics, Variant
 
+
 class HalfNorm(BatchStatistics):
     """y = gamma · x / E[x²]^power + beta: between no normalisation (power 0) and that by the mean square (1/2)."""
 
@@ -41,6 +42,7 @@ class HalfNorm(BatchStatistics):
 
     def adopt(self, mean, square):
         self.running_square.copy_(square)
+
 
 class Half(Variant):
     def __init__(self, *, power, momentum, norm_batch):
