@@ -141,7 +141,7 @@ def test_a_folded_start_does_not_need_the_plain_start_to_be_close(make) -> None:
     torch.testing.assert_close(network(images().double()), reference(images().double()), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("arm", ["bn", "bnminus", "gn", "wn", "renorm"])
+@pytest.mark.parametrize("arm", ["bn", "bnminus", "gn", "wn", "renorm", "evonorm_s0", "evonorm_b0", "fixup"])
 def test_a_folded_start_leaves_an_arm_that_normalises(make, arm) -> None:
     config = make(*SMALL, "init=bn_folded", f"norm={arm}")
     network = models.build(config, num_classes=10, image_size=8)

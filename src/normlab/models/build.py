@@ -41,7 +41,7 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
                 f"norm={config.norm.name} cannot have {setting}={value}: {made.refused[setting][value]}.\n"
                 f"Use another {setting}, or another norm."
             )
-    sites = find_sites(network) if config.init.name == "bn_folded" else []
+    sites = find_sites(network) if config.init.name == "bn_folded" and not made.normalises else []
     network = rewrite(network, made)
     for site in sites:
         if site.convolution is not None and starts.is_free(network, site):
@@ -76,7 +76,7 @@ def start(config: RunConfig, network: nn.Module, images: Tensor, *, num_classes:
         network.train()
     if config.init.name == "lsuv":
         starts.lsuv(inner, images)
-    elif config.init.name == "bn_folded":
+    elif config.init.name == "bn_folded" and not variant(config).normalises:
         starts.fold(inner, base(config, num_classes, image_size), images)
     data_dependent_start(inner, images)
 

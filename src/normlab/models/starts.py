@@ -100,7 +100,8 @@ def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
                 convolution = network.get_submodule(site.convolution)
                 assert isinstance(convolution, nn.Conv2d)
                 assert convolution.bias is not None
-                convolution.bias.copy_(convolution.bias * scale + shift)
+                own = base.get_submodule(site.convolution).bias  # which `none` may have taken away
+                convolution.bias.copy_(shift if own is None else own * scale + shift)  # type: ignore[operator]
                 convolution.weight.mul_(scale[:, None, None, None])
                 if isinstance(layer, ChannelAffine):  # it started as gamma and beta, which are folded now
                     layer.weight.fill_(1.0)

@@ -46,6 +46,8 @@ class Affine(Variant):
     Invariant: at gamma = 1 and beta = 0 it is the identity; it always folds into the convolution before it.
     """
 
+    normalises = False
+
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         return start_as(norm, ChannelAffine(norm.num_features))
 
@@ -57,6 +59,8 @@ class NoNorm(Variant):
     network has none; without it a network's own (VGG has them) goes.
     A convolution without it cannot express what `affine` can (a shift per channel): a choice to record.
     """
+
+    normalises = False
 
     def __init__(self, *, conv_bias: bool, norm_batch: int | None = None) -> None:
         super().__init__(norm_batch=norm_batch)

@@ -39,6 +39,7 @@ class Variant:
     `norm` alone.
     """
 
+    normalises = True  # False: init=bn_folded may fold statistics into its convolutions
     needs_convolution = False  # whether a site without one is refused
     refused: ClassVar[dict[str, dict[str, str]]] = {}  # setting -> value -> why a run cannot have it with this variant
     name: str | None = None  # what the user calls it

@@ -144,13 +144,13 @@ def _train(
             network.load_state_dict(saved["network"])
             if averaged:
                 averaged.load_state_dict(saved["averaged"])
-        except RuntimeError as error:
+            optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"The network has changed since {run.name} was interrupted: {str(error).splitlines()[0]}\n"
                 f"Bring the old one back, or delete {run.folder} to start it anew."
             ) from error
         peak_before = saved["peak_memory_bytes"]
-        optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         at = Position(**saved["position"])
         at.losses, at.hits = at.losses.to(where), at.hits.to(where)
