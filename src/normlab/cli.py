@@ -35,6 +35,10 @@ def friendly(main: Callable[[], Any]) -> NoReturn:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         stop(error)
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        stop(_no_choice())
     except OSError as error:  # Hydra itself makes the folder of a sweep
         if not error.filename:
             raise
@@ -50,6 +54,17 @@ def stop(error: Exception) -> NoReturn:
     lines = [line for line in message.splitlines() if line.strip()][:5]
     print("\n".join(lines), file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def _no_choice() -> UserError:
+    """For a group that was given null."""
+    groups = re.findall(r"(?<!\S)(\w+)=\S*null\b", " ".join(sys.argv[1:]))
+    group = next((g for g in groups if (Path(sys.argv[0]).resolve().parent / "conf" / g).is_dir()), "group")
+    none = "\nWithout normalisation: norm=none." if group == "norm" else ""
+    return UserError(
+        f"{group}=null: a group takes the name of one of its files.{none}\n"
+        "`python train.py --help` shows the choices of every group."
+    )
 
 
 def explain(error: Exception) -> UserError:

@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from normlab.errors import UserError, nearest
+from normlab.runs.identity import LATER
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
@@ -141,6 +142,7 @@ class ResNetConfig(_Section):
     kind: Literal["resnet"]
     name: Name
     stem: Literal["small", "imagenet"] | None
+    dropout: Fraction
 
 
 class CustomModelConfig(_Section):
@@ -216,6 +218,7 @@ class BuiltinDataset(_Dataset):
     """A data set that is part of a package or that torchvision downloads; always held in memory."""
 
     kind: Literal["digits", "cifar10", "cifar100"]
+    image_size: Count | None
 
 
 class FolderDataset(_Dataset):
@@ -353,12 +356,73 @@ class Polynomial(_Schedule):
 ScheduleConfig = Annotated[Constant | Step | Cosine | Polynomial, Field(discriminator="name")]
 
 
+def _each_once(steps: list[int]) -> list[int]:
+    return sorted(set(steps))
+
+
+class _Probe(_Section):
+    """What is measured while training, and when: `times` evenly over the run, or before `steps` (from 0)."""
+
+    times: Count | None
+    steps: Annotated[list[Whole], Field(min_length=1), AfterValidator(_each_once)] | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_go_first(cls, data: Any) -> Any:
+        return {**data, "times": None} if isinstance(data, Mapping) and data.get("steps") is not None else data
+
+    @model_validator(mode="after")
+    def _check_when(self) -> Self:
+        if self.times is None and self.steps is None:
+            name = self.name  # type: ignore[attr-defined]
+            raise wrong(f"probe={name} is told neither how often nor when to measure.\nUse probe.{name}.times=20.")
+        return self
+
+
+class ICSProbe(_Probe):
+    name: Literal["ics"]
+    layers: Count | Annotated[list[str], Field(min_length=1)]
+
+
+class LandscapeProbe(_Probe):
+    name: Literal["landscape"]
+    reach: Annotated[list[Positive], Field(min_length=1)]
+
+
+class ActivationsProbe(_Probe):
+    name: Literal["activations"]
+    histograms: Whole
+    bins: Annotated[StrictInt, Field(ge=3)]
+
+
+class AffineProbe(_Probe):
+    name: Literal["affine"]
+
+
+class GradientsProbe(_Probe):
+    name: Literal["gradients"]
+
+
+class SharpnessProbe(_Probe):
+    name: Literal["sharpness"]
+    iterations: Annotated[StrictInt, Field(ge=2)]
+    tolerance: Annotated[Number, Field(gt=0, lt=1)]
+
+
+ProbeConfig = Annotated[
+    ICSProbe | LandscapeProbe | ActivationsProbe | AffineProbe | GradientsProbe | SharpnessProbe,
+    Field(discriminator="name"),
+]
+
+
 class RunConfig(_Section):
     """Everything about one run: one training, one seed."""
 
     study: Annotated[
         str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$")
     ]
+    experiment: Name | None
+    budget: Literal["smoke", "laptop", "paper"] | None
     seed: Whole = Field(examples=[0])
 
     norm: NormConfig
@@ -368,6 +432,7 @@ class RunConfig(_Section):
     init: InitConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
+    probe: dict[str, ProbeConfig]
 
     depth: StrictInt | None = Field(examples=[18])
     batch: Count = Field(examples=[128])
@@ -378,7 +443,7 @@ class RunConfig(_Section):
     input_norm: Literal["dataset", "none", "bn"]
     sync_stats: StrictBool
     calibration_images: Count
-    weight_average: Fraction | None
+    weight_average: Annotated[Number, Field(gt=0, lt=1)] | None
     eval_stats: Literal["running", "precise", "batch"]
     precise_batches: Count
     eval_every: Count
@@ -402,8 +467,8 @@ class RunConfig(_Section):
         changes: dict[str, Any] = {}
         if data.get("model", {}).get("kind") not in DEPTHS:
             changes["depth"] = None
-        if data.get("dataset", {}).get("kind") == "linear_regression":
-            changes |= {"input_norm": "none", "label_smoothing": 0.0}
+        if data.get("dataset", {}).get("kind") == "linear_regression" and data.get("input_norm") == "dataset":
+            changes["input_norm"] = "none"
         if data.get("sampler", {}).get("name") == "paired":
             changes["drop_last"] = False  # every batch is full
         return {**data, **changes}
@@ -424,6 +489,14 @@ class RunConfig(_Section):
                 "The deep linear network and the synthetic regression task belong together:"
                 " model=deep_linear dataset=linear_regression.",
             )
+        if self.dataset.kind == "linear_regression":
+            if self.input_norm == "bn":
+                raise wrong("input_norm=bn normalises images, and a regression has none.\nUse input_norm=none.")
+            if self.label_smoothing:
+                raise wrong(
+                    f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
+                    "Use label_smoothing=0."
+                )
         if isinstance(self.sampler, Paired):
             each = self.sampler.images_per_label
             if self.dataset.kind == "linear_regression":
@@ -439,6 +512,11 @@ class RunConfig(_Section):
                     f" does not divide eval_batch={self.eval_batch}.\n"
                     f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
                 )
+        if self.budget and not self.experiment:
+            raise wrong(
+                f"budget={self.budget} is the size of an experiment, and none is named.\n"
+                "Add experiment=..., or leave budget out.",
+            )
         if self.sync_stats and self.norm_batch is not None:
             raise wrong(
                 "sync_stats=true makes one group of all processes' images, norm_batch makes several of one"
@@ -457,9 +535,26 @@ class RunConfig(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _neutralise_what_means_nothing(self) -> Self:
+        """The same for settings that another one makes idle, once all are known to be valid."""
+        changes: dict[str, Any] = {}
+        if not self.starts_from_data:
+            changes["calibration_images"] = LATER["calibration_images"]
+        if self.eval_stats != "precise":
+            changes["precise_batches"] = LATER["precise_batches"]
+        if self.norm_batch == self.batch and self.eval_stats != "batch" and not self.starts_from_data:
+            changes["norm_batch"] = None  # the groups of batches of other sizes would differ
+        return self.model_copy(update=changes)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, as they are kept in a run's `config.yaml`."""
         return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether a part of the start looks at the calibration images."""
+        return self.init.name in ("lsuv", "bn_folded") or self.norm.options.get("init") == "data"
 
     @property
     def study_folder(self) -> Path:

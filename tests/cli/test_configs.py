@@ -45,6 +45,18 @@ def test_every_file_composes_and_builds(make, file) -> None:
     assert 0 < learning_rate(config, 0, 10) <= config.optimizer.lr
 
 
+def test_a_deep_linear_network_descends_as_its_papers(make) -> None:
+    config = make("model=deep_linear")
+    assert (config.optimizer.lr, config.optimizer.momentum, config.optimizer.weight_decay) == (1e-6, 0, 0)
+    assert (config.schedule.name, config.dataset.kind, config.depth, config.batch) == (
+        "constant",
+        "linear_regression",
+        25,
+        1000,
+    )
+    assert make("model=deep_linear", "optimizer=adam", "schedule=cosine").optimizer.lr == make("optimizer=adam").optimizer.lr
+
+
 @pytest.mark.parametrize("norm", [file.removeprefix("norm=") for file in FILES if file.startswith("norm=")])
 def test_an_arm_is_named_as_its_file(make, norm) -> None:
     assert make(f"norm={norm}").norm.name == norm

@@ -49,6 +49,8 @@ def folders(tmp_path) -> Path:
 
 MISTAKES = {
     "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_scaled"],
+    "norm=null": ["norm=null", "norm=none"],
+    "model=null": ["model=null", "the name of one of its files"],
     "norm=batch_norm": ["Did you mean norm=bn?"],
     "norm=layernorm": ["Did you mean norm=ln?"],
     "norm=GroupNorm": ["Did you mean norm=gn?"],
@@ -57,6 +59,9 @@ MISTAKES = {
     "norm=batch_renorm": ["Did you mean norm=renorm?"],
     "model=vgg depth=18": ["depth=18", "11, 13, 16, 19", "nearest: depth=19"],
     "model=deep_linear dataset=digits": ["model=deep_linear", "linear_regression"],
+    "model=deep_linear input_norm=bn": ["input_norm=bn", "input_norm=none"],
+    "model=deep_linear label_smoothing=0.1": ["label_smoothing=0.1", "label_smoothing=0"],
+    "weight_average=0": ["weight_average=0", "above 0"],
     "sampler=paired batch=33": ["batch=33", "Nearest valid: batch=32"],
     "sampler=paired eval_stats=batch eval_batch=51": ["eval_batch=51", "Nearest valid: eval_batch=50"],
     "sync_stats=true norm_batch=4": ["sync_stats", "norm_batch"],
@@ -100,7 +105,7 @@ MISTAKES = {
 }
 
 
-IN_SWEEPS = ("norm=bnn", "nrom=bn", "depth=19", "batch=abc", "device=cuda:99", "output_dir=/proc/nowhere", "norm=[bn")
+IN_SWEEPS = ("norm=bnn", "norm=null", "nrom=bn", "depth=19", "batch=abc", "device=cuda:99", "output_dir=/proc/nowhere", "norm=[bn")
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,10 @@ def test_users_own_network_is_an_ablation_subject(make, own_module) -> None:
     [
         ("own_nets.Nett", "Did you mean model.target=own_nets.Net?"),
         ("own_nets.not_a_network", "not an nn.Module"),
+        ("own_nets.Net +model.kwargs.num_classes=3", "model.kwargs.num_classes is set already"),
         ("no_such_package.Net", "importing no_such_package failed"),
     ],
 )
 def test_a_wrong_path_to_a_network_is_a_sentence(make, own_module, target, says) -> None:
     with pytest.raises(UserError, match=says.replace("?", r"\?")):
-        models.build(make("model=custom", f"model.target={target}"), num_classes=10, image_size=8)
+        models.build(make("model=custom", *f"model.target={target}".split()), num_classes=10, image_size=8)

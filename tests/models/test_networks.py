@@ -223,9 +223,12 @@ def test_inception_has_a_file_of_its_own(make) -> None:
         (("model.name=fcn_resnet50",), "no classification network of torchvision"),
         (("model.name=vit_b_16",), "has no BatchNorm2d layer"),
         (("model.name=mobilenet_v2", "+model.kwargs.width=2"), "unexpected keyword argument 'width'"),
+        (("model.name=googlenet", "+model.kwargs.aux_logits=true"), "model.kwargs.aux_logits is set already"),
+        (("model.name=resnet18", "+model.kwargs.num_classes=3"), "model.kwargs.num_classes is set already"),
+        (("model.name=resnet18", "+model.kwargs.weights=DEFAULT"), "model.kwargs.weights is set already"),
         (
-            ("model.name=googlenet", "+model.kwargs.aux_logits=true"),
-            "multiple values for keyword argument 'aux_logits'",
+            ("model.name=resnet18", "+model.kwargs.replace_stride_with_dilation=[false,true,true]"),
+            "resnet18 cannot be made with model.kwargs",
         ),
     ],
 )

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from small import SmallNet
 from torch import nn
 
 from normlab import models
@@ -49,11 +51,18 @@ def test_orthogonal_rows_have_the_gain_of_what_follows(make) -> None:
         torch.testing.assert_close(small, gain * torch.eye(len(small)).double(), rtol=0, atol=1e-5)
 
 
+def test_orthogonal_layers_without_activations_keep_lengths(make) -> None:
+    network = models.build(make("model=deep_linear", "norm=none", "init=orthogonal"), num_classes=10, image_size=1)
+    x = torch.randn(7, 10, 1, 1)
+    torch.testing.assert_close(network(x).norm(dim=1), x.flatten(1).norm(dim=1), rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("method", ["default", "he_fan_in", "glorot", "orthogonal", "fixup", "zero_gamma"])
 def test_all_arms_of_a_seed_start_from_the_same_weights(make, method) -> None:
     found = [
         weights(models.build(make(*SMALL, f"init={method}", f"norm={arm}"), num_classes=10, image_size=8))
         for arm in ARMS
+        if (method, arm) != ("zero_gamma", "none")  # which is refused
     ]
     for other in found[1:]:
         for name, weight in found[0].items():
@@ -83,13 +92,19 @@ def test_fixup_scales_the_branches_of_any_arm(make) -> None:
     assert network.fc.weight.abs().max() == 0
 
 
+@pytest.mark.parametrize("arm", ["none", "bnminus", "bnp", "mimicnorm", "nf", "noisy_none", "wn_trelu", "fixup"])
+def test_a_norm_without_scales_refuses_a_start_that_is_about_them(make, arm) -> None:
+    with pytest.raises(UserError, match=f"norm={arm} cannot have init=zero_gamma: it has no scale"):
+        models.build(make(*SMALL, f"norm={arm}", "init=zero_gamma"), num_classes=10, image_size=8)
+
+
 @pytest.mark.parametrize("method", ["zero_gamma", "fixup"])
 def test_a_start_about_branches_refuses_a_network_without_any(make, method) -> None:
     with pytest.raises(UserError, match="residual"):
         models.build(make("model=vgg", f"init={method}"), num_classes=10, image_size=32)
 
 
-@pytest.mark.parametrize("arm", ["none", "affine", "bn", "gn"])
+@pytest.mark.parametrize("arm", ["none", "affine", "bn", "gn", "mimicnorm"])
 def test_lsuv_gives_every_layer_unit_variance(make, arm) -> None:
     config = make(*SMALL, "init=lsuv", f"norm={arm}")
     network = models.build(config, num_classes=10, image_size=8)
@@ -158,12 +173,14 @@ def test_a_folded_start_without_a_place_to_fold_into_is_a_sentence(make) -> None
         models.start(config, network, torch.randn(2, 3, 32, 32), num_classes=10, image_size=32)
 
 
-@pytest.mark.parametrize("conv_bias", ["true", "false"])
-def test_none_has_biases_exactly_where_it_is_told_to(make, conv_bias) -> None:
+@pytest.mark.parametrize(("model", "own"), [("vgg", True), ("resnet", False)])
+@pytest.mark.parametrize("conv_bias", [True, False])
+def test_none_adds_biases_where_it_is_told_to_and_takes_none_away(make, model, own, conv_bias) -> None:
     """torchvision's VGG has biases before its norms as well."""
-    network = models.build(make("model=vgg", "norm=none", f"norm.conv_bias={conv_bias}"), num_classes=10, image_size=32)
-    biases = [module.bias is not None for module in network.modules() if isinstance(module, nn.Conv2d)]
-    assert biases == [conv_bias == "true"] * 13
+    settings = (f"model={model}", "norm=none", f"norm.conv_bias={str(conv_bias).lower()}")
+    network = models.build(make(*settings), num_classes=10, image_size=32)
+    biases = {module.bias is not None for module in network.modules() if isinstance(module, nn.Conv2d)}
+    assert biases == {conv_bias or own}
 
 
 def test_a_start_from_data_does_not_depend_on_random_depth(make) -> None:
@@ -176,6 +193,41 @@ def test_a_start_from_data_does_not_depend_on_random_depth(make) -> None:
         models.start(config, network, calibration, num_classes=10, image_size=32)
         found.append(network.eval()(calibration))
     assert torch.equal(*found)
+
+
+class FunctionalDropout(SmallNet):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+def test_a_start_from_data_repeats_what_is_random_outside_of_modules(make) -> None:
+    target = f"model.target={__name__}.FunctionalDropout"
+    found = []
+    for number in (0, 1):
+        config = make("model=custom", target, "init=lsuv", "norm=none")
+        network = models.build(config, num_classes=10, image_size=8)
+        torch.manual_seed(number)
+        state = torch.get_rng_state()
+        models.start(config, network, images(), num_classes=10, image_size=8)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(network.head.weight)
+    assert torch.equal(*found)
+
+
+class FlatNorm(SmallNet):
+    """Has a batch normalisation after its maps, too, which is no site."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.head = nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, num_classes))
+
+
+def test_a_start_from_data_behind_an_input_norm_leaves_other_norms_be(make) -> None:
+    config = make("model=custom", f"model.target={__name__}.FlatNorm", "init=lsuv", "input_norm=bn")
+    network = models.build(config, num_classes=10, image_size=8)
+    models.start(config, network, images(), num_classes=10, image_size=8)
+    assert network.training
+    assert all(module.training for module in network.modules())
 
 
 @pytest.mark.parametrize("method", ["lsuv", "bn_folded"])

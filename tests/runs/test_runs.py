@@ -63,6 +63,25 @@ def test_folders_are_told_apart_by_their_names_by_default(make) -> None:
     assert names == ["cats", "dogs_2"]
 
 
+@pytest.mark.parametrize(
+    ("idle", "at_work"),
+    [
+        ("precise_batches=7", "eval_stats=precise"),
+        ("calibration_images=7", "init=lsuv"),
+        ("calibration_images=7", "init=bn_folded"),
+        ("calibration_images=7", "norm=wn norm.init=data"),
+        ("norm_batch=128", "eval_stats=batch"),
+        ("norm_batch=128", "init=lsuv"),
+        ("norm_batch=128", "batch=256"),
+    ],
+)
+def test_what_means_nothing_makes_no_other_run(make, idle, at_work) -> None:
+    """Groups of the training batch's size are the whole of it, but not of larger batches of other images."""
+    at_work = at_work.split()
+    assert runs.run_name(make(idle).as_dict()) == runs.run_name(make().as_dict())
+    assert runs.run_id(make(idle, *at_work).as_dict()) != runs.run_id(make(*at_work).as_dict())
+
+
 @pytest.mark.parametrize("folder", RECORDED, ids=lambda folder: folder.name)
 def test_recorded_runs_are_what_their_configuration_says(folder) -> None:
     config = runs.read_config(folder)
@@ -145,7 +164,7 @@ def test_a_damaged_line_costs_only_itself(run, damage) -> None:
 def test_rows_after_the_step_of_a_resume_are_dropped(run) -> None:
     for step in (2, 4, 6):
         run.append_metrics({"epoch": step // 2, "step": step})
-    run.keep_metrics_until(4)
+    run.keep_rows_until(4, 4)
     assert [row["step"] for row in runs.read_metrics(run.folder)[0]] == [2, 4]
 
 

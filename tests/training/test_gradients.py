@@ -47,6 +47,28 @@ def test_adaptive_clipping_equals_the_formula_unit_by_unit(ratio) -> None:
         np.testing.assert_allclose(parameter.grad.numpy(), expected, rtol=1e-12, atol=0)
 
 
+class OutOfOrder(nn.Module):
+    """Declares its classifier first; has a norm of the user's own, whose forward pass cannot be traced."""
+
+    class Norm(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.std() if bool(x.std() > 0) else x
+
+    def __init__(self, classifier: nn.Module, hidden: nn.Module) -> None:
+        super().__init__()
+        self.classifier, self.hidden, self.norm = classifier, hidden, self.Norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.norm(self.hidden(x)))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, lambda a, b: nn.Conv2d(a, b, 1)])
+def test_the_classifier_is_what_is_executed_last(layer) -> None:
+    network = OutOfOrder(layer(4, 3), layer(2, 4))
+    (clipped,) = AdaptiveClipping(network, 0.01).parameters
+    assert clipped is network.hidden.weight
+
+
 def test_no_units_gradient_is_longer_than_its_share_of_the_weights() -> None:
     network = small_network()
     backward(network)
@@ -110,11 +132,31 @@ def test_conditioning_of_a_grouped_convolution_is_that_of_its_parts() -> None:
 
 
 def test_conditioning_survives_inputs_without_variance() -> None:
+    """Of a constant input the bias learns all, the weights nothing: g_W = g_b mu^T."""
     layer = nn.Linear(3, 2)
     condition = Preconditioner(layer)
-    layer(torch.ones(4, 3)).sum().backward()
+    (layer(torch.full((7, 3), 0.1)) * torch.linspace(-1, 2, 14).view(7, 2)).sum().backward()
+    plain = layer.bias.grad.clone()
     condition()
-    assert torch.isfinite(layer.weight.grad).all()
+    torch.testing.assert_close(layer.weight.grad, torch.zeros(2, 3), rtol=0, atol=1e-2)
+    torch.testing.assert_close(layer.bias.grad, plain, rtol=1e-2, atol=0)
+
+
+def test_a_layer_that_sees_one_value_per_channel_is_not_conditioned() -> None:
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    condition = Preconditioner(layer)
+    layer(torch.randn(1, 3, 1, 1)).square().sum().backward()
+    plain = layer.weight.grad.clone(), layer.bias.grad.clone()
+    condition()
+    assert torch.equal(layer.weight.grad, plain[0])
+    assert torch.equal(layer.bias.grad, plain[1])
+
+
+def test_conditioning_of_computed_weights_is_refused_in_a_sentence(make) -> None:
+    config = make("norm=wn", "optimizer.precondition=bnp")
+    network = models.build(config, num_classes=10, image_size=8)
+    with pytest.raises(UserError, match="conv1 is a WeightNormConv2d"):
+        build_transform(config.optimizer, network)
 
 
 def test_conditioning_without_biases_is_refused_in_a_sentence(make) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from normlab import runs
 from normlab.config import RunConfig
+from normlab.data.batches import Split
 from normlab.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.training import checkpoint, loop, tasks
 from normlab.training import run as training
@@ -197,6 +198,28 @@ def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch,
     assert rows(tiny("study=parts")) == rows(tiny("study=whole"))
 
 
+def test_measuring_statistics_anew_is_interrupted_between_batches_and_beats(tiny, monkeypatch) -> None:
+    """eval_stats=precise: three batches a time; the signal comes in the second one of the first evaluation."""
+    settings = ("eval_stats=precise", "epochs=1")
+    expected = carry_out(tiny("study=whole", *settings))
+    original, shown, beats = Split.plain_batches, [], []
+
+    def signalled(self, count):
+        for images in original(self, count):
+            shown.append(len(beats))
+            if len(shown) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield images
+
+    monkeypatch.setattr(Split, "plain_batches", signalled)
+    monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
+    with pytest.raises(InterruptedRunError):
+        carry_out(tiny("study=parts", *settings), watch=beats.append)
+    assert len(shown) == 2
+    assert shown[1] > shown[0], "no heartbeat after the first"
+    assert carry_out(tiny("study=parts", *settings))["weights_sha256"] == expected["weights_sha256"]
+
+
 KILLED = """
     import json, os, signal, sys
     from normlab.config import RunConfig
@@ -311,6 +334,20 @@ def test_a_network_that_changed_since_is_a_sentence(tiny, interrupted, monkeypat
         carry_out(interrupted)
 
 
+def test_a_checkpoint_of_other_parameter_groups_is_a_sentence(tiny, interrupted, monkeypatch) -> None:
+    """What an older version of ours may have left."""
+    original = training.build_optimizer
+
+    def in_one_group(config, network):
+        optimizer = original(config, network)
+        return torch.optim.SGD([p for group in optimizer.param_groups for p in group["params"]], lr=0.1)
+
+    monkeypatch.setattr(training, "build_optimizer", in_one_group)
+    with pytest.raises(UserError, match="The network has changed since") as error:
+        carry_out(interrupted)
+    assert "start it anew" in str(error.value)
+
+
 def test_resume_refuses_other_images(tiny, interrupted, monkeypatch) -> None:
     original = training.load
     monkeypatch.setattr(training, "load", lambda *a, **o: dataclasses.replace(original(*a, **o), fingerprint="another"))
@@ -404,6 +441,34 @@ def test_statistics_over_a_single_value_are_refused_before_training(make, batch)
     with pytest.raises(UserError, match="does not fit"):
         carry_out(config)
     assert not runs.read_metrics(record(config).folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (("batch=13",), "Use larger images, another norm (one over a single value is undefined) or another batch or"),
+        (("batch=10", "eval_stats=batch", "eval_batch=19"), "undefined) or another eval_batch."),
+        (("batch=10", "norm=in"), "another norm"),
+        (("model=deep_linear", "dataset.train_size=40", "batch=10", "norm=in"), "Use another norm"),
+    ],
+)
+def test_what_mends_a_batch_that_does_not_fit_is_said(make, settings, advice) -> None:
+    small = ("dataset.train_size=40", "dataset.test_size=20", "epochs=1")
+    with pytest.raises(UserError, match="does not fit") as error:
+        carry_out(make(*small, *settings))
+    assert advice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("norm=none", "init=bn_folded", "calibration_images=1"), ("init=lsuv", "norm_batch=8", "calibration_images=9")],
+)
+def test_calibration_images_that_have_no_statistics_are_a_sentence(make, settings) -> None:
+    """In groups of 8 the ninth image is alone, with maps of one pixel at the end of the network."""
+    config = make("dataset.train_size=40", "dataset.test_size=20", "batch=8", "epochs=1", *settings)
+    with pytest.raises(UserError, match="calibration images does not fit resnet") as error:
+        carry_out(config)
+    assert len(str(error.value).splitlines()) <= 5
 
 
 def test_a_batch_of_one_trains_without_statistics(tiny) -> None:

@@ -78,9 +78,10 @@ def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventor
         return Inventory(dataset.train_size, classes=None, image_size=1)
     if isinstance(dataset, BuiltinDataset):
         if dataset.kind == "digits":
-            return _inventory(dataset, train=1438, test=359, classes=10, image_size=8)
+            return _inventory(dataset, train=1438, test=359, classes=10, image_size=dataset.image_size or 8)
         _find_cifar(dataset.kind, data_dir)
-        return _inventory(dataset, train=50_000, test=10_000, classes=CIFARS[dataset.kind].classes, image_size=32)
+        classes, size = CIFARS[dataset.kind].classes, dataset.image_size or 32
+        return _inventory(dataset, train=50_000, test=10_000, classes=classes, image_size=size)
     root = Path(dataset.path).expanduser()
     if dataset.kind == "imagenet" and not _imagenet_is_unpacked(root):
         return _inventory(dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size)

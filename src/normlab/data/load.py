@@ -72,9 +72,9 @@ def load(
     if isinstance(dataset, FolderDataset):
         source = sources.folder(dataset, data_dir, seed, device, log)
     elif dataset.kind == "digits":
-        source = sources.digits()
+        source = sources.resized(sources.digits(), dataset.image_size)
     else:
-        source = sources.cifar(dataset.kind, data_dir, log)
+        source = sources.resized(sources.cifar(dataset.kind, data_dir, log), dataset.image_size)
 
     rows, val_rows = training_rows(source.train_labels, dataset.train_size, dataset.val_size, dataset.split_seed)
     test_rows = stratified(source.test_labels, dataset.test_size, dataset.split_seed, "test")

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,20 @@ def _download_cifar(reader: Any, kind: str, data_dir: Path, log: Log) -> Any:
 def _planar(images: np.ndarray[Any, Any]) -> Tensor:
     """(N, H, W, 3) as torchvision has it to (N, 3, H, W): a view back of what the files hold, no copy."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def resized(source: Source, size: int | None) -> Source:
+    """Images in memory at another size, bilinear with antialiasing, as torchvision resizes tensors."""
+    if size is None or size == source.image_size:
+        return source
+    from torchvision.transforms import functional
+
+    def resize(images: Resident | Files) -> Resident:
+        assert isinstance(images, Resident)
+        parts = images.images.split(1000)  # in floating point on the way
+        return Resident(torch.cat([functional.resize(part, [size, size], antialias=True) for part in parts]))
+
+    return replace(source, image_size=size, train=resize(source.train), test=resize(source.test))
 
 
 def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.device, log: Log) -> Source:

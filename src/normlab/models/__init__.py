@@ -1,5 +1,5 @@
 """Networks: torchvision's, or the user's own, with the sites rewritten by a variant."""
 
-from normlab.models.build import build, needs_data, start
+from normlab.models.build import base, build, start
 
-__all__ = ["build", "needs_data", "start"]
+__all__ = ["base", "build", "start"]

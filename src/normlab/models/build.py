@@ -35,7 +35,8 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
     """
     network = base(config, num_classes, image_size)
     made = variant(config)
-    for setting, value in (("init", config.init.name), ("precision", config.precision)):
+    probes = (("probe", name) for name in config.probe)
+    for setting, value in (("init", config.init.name), ("precision", config.precision), *probes):
         if value in made.refused.get(setting, {}):
             raise UserError(
                 f"norm={config.norm.name} cannot have {setting}={value}: {made.refused[setting][value]}.\n"
@@ -70,20 +71,17 @@ def start(config: RunConfig, network: nn.Module, images: Tensor, *, num_classes:
     """
     inner = network
     if config.input_norm == "bn":
-        inner = network.get_submodule("network")
-        with torch.no_grad(), batch_statistics(network.eval()):
-            images = network.get_submodule("input_norm")(images)
-        network.train()
-    if config.init.name == "lsuv":
-        starts.lsuv(inner, images)
-    elif config.init.name == "bn_folded" and not variant(config).normalises:
-        starts.fold(inner, base(config, num_classes, image_size), images)
-    data_dependent_start(inner, images)
-
-
-def needs_data(config: RunConfig) -> bool:
-    """Whether `start` does anything."""
-    return config.init.name in ("lsuv", "bn_folded") or config.norm.options.get("init") == "data"
+        inner, input_norm = network.get_submodule("network"), network.get_submodule("input_norm")
+        with torch.no_grad(), batch_statistics(input_norm.eval()):
+            images = input_norm(images)
+        input_norm.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(key(config.seed, "start"))  # of dropout that is called as a function
+        if config.init.name == "lsuv":
+            starts.lsuv(inner, images)
+        elif config.init.name == "bn_folded" and not variant(config).normalises:
+            starts.fold(inner, base(config, num_classes, image_size), images)
+        data_dependent_start(inner, images)
 
 
 def _input_norm(config: RunConfig) -> nn.Module:

@@ -52,6 +52,8 @@ def _resnet(model: ResNetConfig, depth: int, num_classes: int, image_size: int) 
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
         network.maxpool = nn.Identity()
+    if model.dropout:
+        network.avgpool = nn.Sequential(network.avgpool, nn.Dropout(model.dropout))
     return network
 
 
@@ -81,17 +83,24 @@ def _torchvision(model: TorchvisionConfig, num_classes: int) -> nn.Module:
             f"model.name={model.name} is no classification network of torchvision {torchvision.__version__}."
             + (f"\nDid you mean model.name={close}?" if close else f"\nExpected one of {', '.join(names)}.")
         )
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if model.name in ("googlenet", "inception_v3"):  # one output; and they warn if not told what they do by default
-        own = {"aux_logits": False, "init_weights": True}
+        own |= {"aux_logits": False, "init_weights": True}
+    for key in own.keys() & model.kwargs.keys():
+        raise UserError(
+            f"model.kwargs.{key} is set already: a network has the classes of its data set, no trained weights and"
+            " one output.\nLeave it out."
+        )
     try:
-        return torchvision.models.get_model(model.name, weights=None, num_classes=num_classes, **own, **model.kwargs)
-    except (TypeError, ValueError) as error:
+        return torchvision.models.get_model(model.name, **own, **model.kwargs)
+    except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"model.name={model.name} cannot be made with model.kwargs={model.kwargs}: {error}.") from error
 
 
 def _custom(model: CustomModelConfig, num_classes: int) -> nn.Module:
     make = locate(model.target, "model.target")
+    if "num_classes" in model.kwargs:
+        raise UserError("model.kwargs.num_classes is set already, to that of the data set.\nLeave it out.")
     try:
         network = make(num_classes=num_classes, **model.kwargs)
     except TypeError as error:

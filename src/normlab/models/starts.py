@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.errors import UserError
-from normlab.norms import ChannelAffine, Noise, Site, find_sites, fixup_start, zero_gamma
+from normlab.norms import ChannelAffine, MimicConv2d, Noise, Site, find_sites, fixup_start, zero_gamma
 from normlab.norms.statistics import look_at
 from normlab.norms.steps import WEIGHT_LAYERS
 from normlab.streams import stream
@@ -23,7 +23,7 @@ def initialise(network: nn.Module, method: str, seed: int) -> None:
     Draws are keyed by seed and the parameter's name.
 
     Raises:
-        UserError: if the network has no residual branches and the method is about them.
+        UserError: if the network has no residual branches and the method is about them, or no sites.
     """
     if method == "zero_gamma":
         zero_gamma(network)
@@ -32,6 +32,7 @@ def initialise(network: nn.Module, method: str, seed: int) -> None:
     elif method in ("he_fan_in", "glorot", "orthogonal", "lsuv"):
         layers = [(name, module) for name, module in network.named_modules() if isinstance(module, WEIGHT_LAYERS)]
         linear = [module for _, module in layers if isinstance(module, nn.Linear)]
+        active = method == "orthogonal" and any(site.activation for site in find_sites(network))
         with torch.no_grad():
             for name, module in layers:
                 draw = stream(seed, "init", f"{name}.weight")
@@ -40,8 +41,8 @@ def initialise(network: nn.Module, method: str, seed: int) -> None:
                 elif method == "glorot":
                     nn.init.xavier_uniform_(module.weight, generator=draw)
                 else:
-                    hidden = method == "orthogonal" and module not in linear[-1:]
-                    nn.init.orthogonal_(module.weight, RELU_GAIN if hidden else 1.0, generator=draw)
+                    gain = RELU_GAIN if active and module not in linear[-1:] else 1.0
+                    nn.init.orthogonal_(module.weight, gain, generator=draw)
                 if module.bias is not None:
                     module.bias.zero_()
 
@@ -61,7 +62,7 @@ def lsuv(network: nn.Module, images: Tensor) -> None:
         layer.weight.div_(std)  # type: ignore[operator]
         return output / std
 
-    plain = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    plain = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.Linear, MimicConv2d)]
     _watched(network, images, plain, scale)
 
 
@@ -100,7 +101,7 @@ def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
                 convolution = network.get_submodule(site.convolution)
                 assert isinstance(convolution, nn.Conv2d)
                 assert convolution.bias is not None
-                own = base.get_submodule(site.convolution).bias  # which `none` may have taken away
+                own = base.get_submodule(site.convolution).bias
                 convolution.bias.copy_(shift if own is None else own * scale + shift)  # type: ignore[operator]
                 convolution.weight.mul_(scale[:, None, None, None])
                 if isinstance(layer, ChannelAffine):  # it started as gamma and beta, which are folded now

@@ -1,12 +1,12 @@
 """Batch normalisation: PyTorch's kernel, for the whole batch or for groups inside it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms.sites import Variant
+from normlab.norms.sites import NO_GAMMA, Variant
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 
 
@@ -126,3 +126,4 @@ class BatchNormMinus(BatchNorm):
     """
 
     affine = False
+    refused: ClassVar[dict[str, dict[str, str]]] = NO_GAMMA

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from normlab.errors import UserError
 from normlab.norms.residual import Branch, find_branches, fixup_start
-from normlab.norms.sites import Site, Variant, activation_of
+from normlab.norms.sites import NO_GAMMA, Site, Variant, activation_of
 from normlab.norms.steps import WEIGHT_LAYERS, Role
 from normlab.norms.weights import ReparametrisedConv2d
 
@@ -79,7 +79,8 @@ class Fixup(Variant):
 
     needs_convolution = True
     refused: ClassVar[dict[str, dict[str, str]]] = {
-        "init": dict.fromkeys(("fixup", "lsuv"), "it has a start of its own, which this one would change")
+        "init": NO_GAMMA["init"]
+        | dict.fromkeys(("fixup", "lsuv"), "it has a start of its own, which this one would change")
     }
 
     def norm_and_activation(
@@ -152,7 +153,8 @@ class NormaliserFree(Variant):
 
     needs_convolution = True
     refused: ClassVar[dict[str, dict[str, str]]] = {
-        "init": {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
+        "init": NO_GAMMA["init"]
+        | {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
     }
 
     def __init__(self, *, alpha: float, eps: float, norm_batch: int | None = None) -> None:

@@ -238,7 +238,8 @@ class _MovingVariant(Variant):
     """What the two have in common: the phases, one clock for all layers, the network's own start."""
 
     refused: ClassVar[dict[str, dict[str, str]]] = {
-        "precision": {"fp16": "its averages of gradients cannot follow a loss scale that changes; use bf16"}
+        "precision": {"fp16": "its averages of gradients cannot follow a loss scale that changes; use bf16"},
+        "probe": {"sharpness": "its backward pass is not the derivative of the loss, so there is no Hessian"},
     }
 
     def __init__(self, *, eps: float, warmup: float, unit: str, norm_batch: int | None) -> None:

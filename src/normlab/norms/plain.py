@@ -1,10 +1,12 @@
 """Arms without statistics."""
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms.sites import Variant, start_as
+from normlab.norms.sites import NO_GAMMA, Variant, start_as
 
 
 def scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -56,11 +58,12 @@ class NoNorm(Variant):
     """No normalisation: y = x.
 
     With `conv_bias` the convolution has the bias that the norm's shift made superfluous, starting at 0 where the
-    network has none; without it a network's own (VGG has them) goes.
-    A convolution without it cannot express what `affine` can (a shift per channel): a choice to record.
+    network has none; a network's own (VGG has them) stays either way.
+    A convolution without one cannot express what `affine` can (a shift per channel): a choice to record.
     """
 
     normalises = False
+    refused: ClassVar[dict[str, dict[str, str]]] = NO_GAMMA
 
     def __init__(self, *, conv_bias: bool, norm_batch: int | None = None) -> None:
         super().__init__(norm_batch=norm_batch)
@@ -70,4 +73,4 @@ class NoNorm(Variant):
         return nn.Identity()
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        return with_bias(convolution, self.conv_bias)
+        return with_bias(convolution, True) if self.conv_bias else convolution

@@ -7,7 +7,8 @@ import torch
 from torch import fx, nn
 
 from normlab.errors import UserError
-from normlab.norms.sites import trace
+from normlab.norms.sites import Tracer, trace
+from normlab.norms.steps import WEIGHT_LAYERS
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -108,9 +109,9 @@ def find_branches(traced: fx.GraphModule) -> list[Branch]:
     return branches
 
 
-def _calls(traced: fx.GraphModule, nodes: list[fx.Node], kind: type[nn.Module]) -> tuple[str, ...]:
+def _calls(network: nn.Module, nodes: list[fx.Node], kind: type[nn.Module]) -> tuple[str, ...]:
     calls = [str(node.target) for node in nodes if node.op == "call_module"]
-    return tuple(name for name in calls if isinstance(traced.get_submodule(name), kind))
+    return tuple(name for name in calls if isinstance(network.get_submodule(name), kind))
 
 
 def _needed(branches: list[Branch], name: str, what: str) -> list[Branch]:
@@ -147,7 +148,7 @@ def fixup_start(network: nn.Module, what: str = "init=fixup") -> None:
     """The start of Fixup (Zhang, Dauphin & Ma 2019, section 3) from the weights that `network` has, in place.
 
     With L residual branches, each of m convolutions: all but a branch's last one times L^(-1/(2m - 2)), the last one
-    0, and the classifier (the last linear layer; without one, the last convolution) 0. Convolutions of a gate
+    0, and the classifier (`classifier_of`) 0. Convolutions of a gate
     inside a branch (squeeze-and-excitation) neither count for m nor change: the paper has none [A].
 
     Raises:
@@ -161,9 +162,21 @@ def fixup_start(network: nn.Module, what: str = "init=fixup") -> None:
             with torch.no_grad():
                 convolution.weight.mul_(len(branches) ** (-1 / (2 * len(inner))))  # type: ignore[operator]
         _zero(last)
-    nodes = list(traced.graph.nodes)
-    *_, classifier = _calls(traced, nodes, nn.Linear) or _calls(traced, nodes, nn.Conv2d)
-    _zero(traced.get_submodule(classifier))
+    _zero(traced.get_submodule(classifier_of(traced)))
+
+
+class _LayerTracer(Tracer):
+    """Looks only into modules that hold weights: a user's own norm may do what cannot be traced."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        holds = not isinstance(module, WEIGHT_LAYERS) and any(isinstance(m, WEIGHT_LAYERS) for m in module.modules())
+        return not holds or super().is_leaf_module(module, qualified_name)
+
+
+def classifier_of(network: nn.Module) -> str:
+    """The name of the linear layer that is executed last; without one, of the convolution."""
+    nodes = list(_LayerTracer().trace(network).nodes)
+    return (_calls(network, nodes, nn.Linear) or _calls(network, nodes, nn.Conv2d))[-1]
 
 
 def _zero(layer: nn.Module) -> None:

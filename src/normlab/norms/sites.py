@@ -22,6 +22,9 @@ _FUNCTIONS = {
 }  # fmt: skip
 _METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
+# `refused` of a variant that leaves nothing of gamma: the run would be that of init=default under another name.
+NO_GAMMA = {"init": {"zero_gamma": "it has no scale per channel that could start at zero"}}
+
 
 @dataclass(frozen=True)
 class Site:
@@ -92,7 +95,7 @@ class _Place:
         return Site(*(None if node is None else str(node.target) for node in vars(self).values()))  # type: ignore[arg-type]
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Also our own layers, and torchvision's that look at `self.training`, which a trace would freeze."""
         own = type(module).__module__.startswith("normlab.norms")
@@ -106,7 +109,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
         UserError: if its forward pass cannot be traced.
     """
     try:
-        return fx.GraphModule(network, _Tracer().trace(network), type(network).__name__)
+        return fx.GraphModule(network, Tracer().trace(network), type(network).__name__)
     except Exception as error:
         raise UserError(
             f"{type(network).__name__} cannot be traced by torch.fx, so its normalisation layers cannot be found:\n"
@@ -245,7 +248,7 @@ def _check_mode_free(network: nn.Module) -> None:
     training, graphs = network.training, []
     for mode in (True, False):
         network.train(mode)
-        graphs.append(_Tracer().trace(network).python_code("self").src)
+        graphs.append(Tracer().trace(network).python_code("self").src)
     network.train(training)
     if graphs[0] != graphs[1]:
         raise UserError(

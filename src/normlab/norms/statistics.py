@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from normlab.errors import UserError
 
@@ -154,7 +154,7 @@ def full_precision(input: Tensor) -> Tensor:
     return input if input.dtype == torch.float64 else input.float()
 
 
-@torch.library.custom_op("normlab::held", mutates_args=())
+@library.custom_op("normlab::held", mutates_args=())
 def _copy(x: Tensor) -> Tensor:
     return x.clone()
 

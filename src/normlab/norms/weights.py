@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError, nearest
 from normlab.norms.plain import with_bias
-from normlab.norms.sites import Variant, start_as
+from normlab.norms.sites import NO_GAMMA, Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, look_at, per_group
 from normlab.norms.steps import Role
 
@@ -328,12 +328,12 @@ class TReLUWeightNorm(Variant):
         z = v · x / sqrt(sum v² + eps),   y = ReLU(z - b) + b
 
     No gain, no other bias. Before a residual sum there is no activation, and y = z. The paper ends in an affine map;
-    so does every network here, in its own classifier [A]. Where the network starts gamma is of no consequence.
+    so does every network here, in its own classifier [A].
     Invariant: z does not depend on the norm of v, but for eps.
     """
 
     needs_convolution = True
-    refused: ClassVar[dict[str, dict[str, str]]] = _NO_ZERO_FILTERS
+    refused: ClassVar[dict[str, dict[str, str]]] = {"init": NO_GAMMA["init"] | _NO_ZERO_FILTERS["init"]}
 
     def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
         super().__init__(norm_batch=norm_batch)

@@ -1,6 +1,16 @@
 """A run on disk: identity, folder, status, metrics. No torch, no Hydra."""
 
-from normlab.runs.folder import FINISHED, PROVENANCE, Run, find, now, read_config, read_metrics, read_status
+from normlab.runs.folder import (
+    FINISHED,
+    PROVENANCE,
+    Run,
+    find,
+    now,
+    read_config,
+    read_metrics,
+    read_probes,
+    read_status,
+)
 from normlab.runs.identity import completed, identity, run_id, run_name
 
 __all__ = [
@@ -13,6 +23,7 @@ __all__ = [
     "now",
     "read_config",
     "read_metrics",
+    "read_probes",
     "read_status",
     "run_id",
     "run_name",

@@ -3,6 +3,7 @@
 config.yaml      the frozen configuration, written before the run starts
 status.json      state, host, process, heartbeat, progress, error; no file: planned, not started
 metrics.jsonl    one row per evaluation
+probes/*.jsonl   one row per measurement of a probe and layer (docs/probes.md)
 provenance.json  versions, code, device, command
 checkpoint.pt, checkpoint.previous.pt, run.log
 """
@@ -10,7 +11,7 @@ checkpoint.pt, checkpoint.previous.pt, run.log
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from normlab.runs import files
 from normlab.runs.identity import completed, run_id, run_name
 
 CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
+PROBES = "probes"
 FINISHED = ("done", "diverged")  # states that a repeated command skips
 
 
@@ -56,19 +58,46 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The rows that can be read, and a sentence about each line that cannot."""
-    path = folder / METRICS
+    return _read_rows(folder / METRICS, "epoch", "step")
+
+
+def read_probes(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """By probe, the rows that can be read; and a sentence about each line that cannot."""
+    found, warnings = {}, []
+    for path in sorted((folder / PROBES).glob("*.jsonl")):
+        found[path.stem], complaints = _read_rows(path, "step")
+        warnings += complaints
+    return found, warnings
+
+
+def _read_rows(path: Path, *needed: str) -> tuple[list[dict[str, Any]], list[str]]:
     if not path.exists():
         return [], []
     rows, warnings = [], []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or "epoch" not in row or "step" not in row:
-                raise ValueError("not a row of metrics")
+            if not isinstance(row, dict) or not all(isinstance(row.get(key), int) for key in needed):
+                raise ValueError(f"not a row of {path.stem}")
             rows.append(row)
         except ValueError as error:
             warnings.append(f"{path}, line {number} cannot be read and is left out: {error}.")
     return rows, warnings
+
+
+def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(files.to_json(row) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise files.storage_error(path, error) from error
+
+
+def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    text = "".join(files.to_json(row) + "\n" for row in rows)
+    files.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 class Run:
@@ -154,23 +183,25 @@ class Run:
         return status
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        path = self.folder / METRICS
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(files.to_json(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise files.storage_error(path, error) from error
+        _append(self.folder / METRICS, [row])
 
-    def keep_metrics_until(self, step: int) -> list[str]:
-        """Drop rows after `step`, which a resumed run measures again, and lines that cannot be read.
+    def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        files.make_folder(self.folder / PROBES)
+        _append(self.folder / PROBES / f"{probe}.jsonl", rows)
+
+    def keep_rows_until(self, evaluated: int, step: int) -> list[str]:
+        """Drop what a resumed run measures again: evaluations after step `evaluated`, probes from `step` (0-based) on;
+        and lines that cannot be read.
 
         Returns a sentence about each damaged line.
         """
         rows, warnings = read_metrics(self.folder)
-        kept = [row for row in rows if row["step"] <= step]
+        kept = [row for row in rows if row["step"] <= evaluated]
         if warnings or len(kept) < len(rows):
-            text = "".join(files.to_json(row) + "\n" for row in kept)
-            files.write_atomically(self.folder / METRICS, lambda file: file.write(text.encode()))
-        return warnings
+            _rewrite(self.folder / METRICS, kept)
+        probes, complaints = read_probes(self.folder)
+        for probe, rows in probes.items():
+            kept = [row for row in rows if row["step"] < step]
+            if complaints or len(kept) < len(rows):
+                _rewrite(self.folder / PROBES / f"{probe}.jsonl", kept)
+        return warnings + complaints

@@ -2,31 +2,45 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # Where and how a run is carried out; everything else is part of its identity.
-CARRIED_OUT = frozenset({"study", "device", "threads", "checkpoint_seconds", "save_weights", "output_dir", "data_dir"})
+CARRIED_OUT = frozenset(
+    {
+        *("study", "experiment", "budget"),
+        *("device", "threads", "checkpoint_seconds", "save_weights", "output_dir", "data_dir"),
+    }
+)
 DATASET_CARRIED_OUT = frozenset({"path", "workers"})
 # Settings that came later, each with the value at which they change nothing: with it they are no part of
 # the identity, so that runs recorded before stay the runs they are. Never remove one, never change a value.
 LATER: dict[str, Any] = {
     "calibration_images": 256,
     "dataset.crop_size": None,
+    "dataset.image_size": None,
     "eval_stats": "running",
+    "model.dropout": 0.0,
     "norm.scale_init": 1.0,
     "norm.scale_lr_divisor": 1.0,
     "optimizer.agc": None,
     "optimizer.precondition": None,
     "precise_batches": 200,
+    "probe": {},
     "sampler": {"name": "iid"},
     "sync_stats": False,
     "weight_average": None,
 }
 
 
-# What they do not belong to: options of a norm, which are its own, and data sets without images.
-NO_LATER = (("norm", False), ("dataset", False))
+# Which groups some of them came to later: to others they never did, or they have always had them.
+CAME_TO: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "dataset.crop_size": lambda dataset: "flip" in dataset,
+    "dataset.image_size": lambda dataset: dataset.get("kind") in ("digits", "cifar10", "cifar100"),
+    "model.dropout": lambda model: model.get("kind") == "resnet",
+    "norm.scale_init": lambda norm: "scale_init" in norm,  # an option of some norms
+    "norm.scale_lr_divisor": lambda norm: "scale_lr_divisor" in norm,
+}
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +49,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     kept["dataset"] = {k: v for k, v in config["dataset"].items() if k not in DATASET_CARRIED_OUT}
     for path, unchanged in LATER.items():
         group, _, key = path.rpartition(".")
-        if group and key in kept.get(group, {}) and kept[group][key] == unchanged:
+        if group and _came(path, kept.get(group)) and kept[group].get(key, ...) == unchanged:
             kept[group] = {k: v for k, v in kept[group].items() if k != key}
         elif not group and key in kept and kept[key] == unchanged:
             del kept[key]
@@ -44,14 +58,18 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it would be recorded today: with the settings that came after it was written."""
-    full = dict(config)
+    full = {"experiment": None, "budget": None, **config}
     for path, unchanged in LATER.items():
         group, _, key = path.rpartition(".")
         if not group:
             full.setdefault(key, unchanged)
-        elif isinstance(full.get(group), Mapping) and (group, "flip" in full[group]) not in NO_LATER:
+        elif _came(path, full.get(group)):
             full[group] = {key: unchanged, **full[group]}
     return full
+
+
+def _came(path: str, group: Any) -> bool:
+    return isinstance(group, Mapping) and CAME_TO.get(path, lambda _: True)(group)
 
 
 def run_id(config: Mapping[str, Any]) -> str:

@@ -7,16 +7,17 @@ from torch import Tensor, nn
 
 from normlab.config import OptimizerConfig
 from normlab.errors import UserError
+from normlab.norms.residual import classifier_of
 
 AGC_LEAST_NORM = 1e-3  # of a unit's weights (Brock et al. 2021, section 4.1): small ones must not freeze
-BNP_FLOOR = 0.01  # [A] an input's variance counts as at least this share of its layer's mean variance
+BNP_FLOOR = 0.01  # [A] an input's variance counts as at least this share of its layer's mean square
 
 
 def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[], None] | None:
     """What `optimizer.precondition` and then `optimizer.agc` do to the gradients of `network`, or None.
 
     Raises:
-        UserError: if the network lacks biases that the preconditioner needs.
+        UserError: if the network has layers that the preconditioner cannot condition.
     """
     transforms: list[Callable[[], None]] = []
     if config.precondition == "bnp":
@@ -36,7 +37,8 @@ def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[],
 class AdaptiveClipping:
     """Adaptive gradient clipping (Brock et al. 2021, 2102.06171, section 4.1).
 
-    Per output unit i (a row of the first dimension) of every weight but the classifier's, with its gradient G_i:
+    Per output unit i (a row of the first dimension) of every weight but the classifier's (`classifier_of`), with its
+    gradient G_i:
 
         G_i <- G_i · min(1, ratio · max(||W_i||, 1e-3) / ||G_i||)
 
@@ -46,8 +48,7 @@ class AdaptiveClipping:
 
     def __init__(self, network: nn.Module, ratio: float) -> None:
         self.ratio = ratio
-        classifier = [module for module in network.modules() if isinstance(module, nn.Linear)][-1:]
-        left_alone = {parameter for module in classifier for parameter in module.parameters()}
+        left_alone = set(network.get_submodule(classifier_of(network)).parameters())
         parameters = network.parameters()
         self.parameters = [p for p in parameters if p.requires_grad and p.dim() > 1 and p not in left_alone]
 
@@ -76,14 +77,21 @@ class Preconditioner:
 
     which is a plain gradient step in the parameters of the same layer with normalised inputs (derived in
     `papers.md`, section 6, and checked by a test). Ours [A]: statistics of the current batch only, and s² is at
-    least `BNP_FLOOR` times its mean over the layer's inputs. The paper's scaling, running averages and its
-    convolution's form are not known to us. At the padded border of a convolution the step is approximate.
+    least `BNP_FLOOR` times the mean of h² over the layer's inputs; a layer that sees one value per input, which has no
+    variance, keeps its gradients. The paper's scaling, running averages and its convolution's form are not known to
+    us. At the padded border of a convolution the step is approximate.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.statistics: dict[nn.Conv2d | nn.Linear, tuple[Tensor, Tensor]] = {}
         for name, module in network.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
+                if type(module) not in (nn.Conv2d, nn.Linear):
+                    raise UserError(
+                        f"optimizer.precondition=bnp conditions the weights of plain layers, and {name} is a"
+                        f" {type(module).__name__}.\n"
+                        "Use norm=bnp, or optimizer.precondition=null with this norm."
+                    )
                 if module.bias is None:
                     raise UserError(
                         f"optimizer.precondition=bnp conditions weights and biases together, and {name} has no bias.\n"
@@ -98,14 +106,17 @@ class Preconditioner:
             h = inputs[0].float() if inputs[0].dtype != torch.float64 else inputs[0]
             over = (0, 2, 3) if isinstance(module, nn.Conv2d) else tuple(range(h.dim() - 1))
             variance, mean = torch.var_mean(h, over, correction=0)
-            self.statistics[module] = (mean, variance)
+            self.statistics.pop(module, None)
+            if h.numel() > mean.numel():
+                self.statistics[module] = (mean, variance)
 
     @torch.no_grad()
     def __call__(self) -> None:
         for module, (mean, variance) in self.statistics.items():
             if module.weight.grad is None or module.bias is None or module.bias.grad is None:
                 continue
-            s2 = variance.maximum(BNP_FLOOR * variance.mean()).clamp_min(torch.finfo(variance.dtype).eps)
+            square = (variance + mean.square()).mean()
+            s2 = variance.maximum(BNP_FLOOR * square).clamp_min(torch.finfo(variance.dtype).eps)
             mean, s2 = (_per_weight(statistic, module) for statistic in (mean, s2))
             g_b = module.bias.grad
             g_w = module.weight.grad

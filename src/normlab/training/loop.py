@@ -1,11 +1,13 @@
 """The training loop: one step is one screen."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,14 @@ from normlab.data.batches import Split
 from normlab.data.load import Data
 from normlab.errors import InterruptedRunError
 from normlab.norms import Steps, batch_statistics, precise_statistics
+from normlab.probes import Moment, Probes
 from normlab.streams import key
 from normlab.training.device import autocast
 from normlab.training.interrupt import StopRequest
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.tasks import Task, task_of
 
+T = TypeVar("T")
 BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, divergence, checkpoint
 
 
@@ -57,13 +61,15 @@ def train(
     *,
     averaged: AveragedModel | None = None,
     transform: Callable[[], None] | None = None,
+    probes: Probes | None = None,
     beat: Callable[[Position], None],
     checkpoint: Callable[[Position], None],
     record: Callable[[dict[str, Any]], None],
 ) -> None:
     """Train from `at` to the end. `beat`, `checkpoint` and `record` write down progress, state and metrics.
 
-    `averaged` follows the network and is evaluated in its place; `transform` changes gradients before each update.
+    `averaged` follows the network and is evaluated in its place; `transform` changes gradients before each update;
+    `probes` look on.
 
     Raises:
         DivergedError: at the first loss that is not finite (found within about a second).
@@ -74,6 +80,17 @@ def train(
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     steps = data.train.steps
     layers, task = Steps(network), task_of(data.task, config.label_smoothing)
+    moment = partial(
+        Moment,
+        network=network,
+        optimizer=optimizer,
+        scaler=scaler,
+        transform=transform,
+        loss=task.loss,
+        within=partial(autocast, config, device),
+        seed=lambda step: generator.manual_seed(key(config.seed, "step", step)),
+        pulse=partial(next, _watched(itertools.repeat(None), stop, lambda: beat(at))),
+    )
     started = time.monotonic() - at.wall_seconds
     last_beat, last_checkpoint = -math.inf, time.monotonic()
 
@@ -82,11 +99,22 @@ def train(
         clock = time.monotonic()
         for images, labels in data.train.batches(epoch, start=at.batch):
             step = epoch * steps + at.batch
-            set_learning_rate(optimizer, learning_rate(config, step, steps))
+            lr = learning_rate(config, step, steps)
+            set_learning_rate(optimizer, lr)
             generator.manual_seed(key(config.seed, "step", step))  # dropout and the like, the same after a resume
             layers.begin(step, config.epochs * steps)
 
             optimizer.zero_grad(set_to_none=True)
+            if probes and probes.due(step):
+                _check_losses(at, epoch * steps)
+                begun = time.monotonic()
+                try:
+                    probes.measure(moment(step, lr, images, labels))
+                except InterruptedRunError:
+                    at.train_seconds += begun - clock
+                    checkpoint(at)  # a resume begins with this measurement
+                    raise
+                clock += time.monotonic() - begun
             with autocast(config, device):
                 outputs = network(images)
                 loss = task.loss(outputs, labels)
@@ -154,7 +182,7 @@ def _row(
     row: dict[str, Any] = {"epoch": epoch + 1, "step": end}
     row |= task.metrics("train", task.train_loss(at.losses, sizes), int(at.hits.sum()), images)
     try:
-        with _statistics(config, network, data, at.losses.device):
+        with _statistics(config, network, data, at.losses.device, stop, beat):
             for name, split in (("val", data.val), ("test", data.test)):
                 if split is not None:
                     loss, hits = evaluate(config, task, network, split, at.losses.device, stop, beat)
@@ -167,13 +195,18 @@ def _row(
 
 
 def _statistics(
-    config: RunConfig, network: nn.Module, data: Data, device: torch.device
+    config: RunConfig,
+    network: nn.Module,
+    data: Data,
+    device: torch.device,
+    stop: StopRequest,
+    beat: Callable[[], None],
 ) -> AbstractContextManager[None]:
     """What an evaluation normalises by: `eval_stats`."""
     if config.eval_stats == "batch":
         return batch_statistics(network)
     if config.eval_stats == "precise":
-        batches = data.train.plain_batches(config.precise_batches)
+        batches = _watched(data.train.plain_batches(config.precise_batches), stop, beat)
         return precise_statistics(network, batches, within=autocast(config, device))
     return nullcontext()
 
@@ -192,18 +225,24 @@ def evaluate(
     network.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
-    last_beat = time.monotonic()
-    for images, labels in split.batches():
+    for images, labels in _watched(split.batches(), stop, beat):
         with autocast(config, device):
             outputs = network(images)
         loss += task.test_loss(outputs, labels)
         hits += task.hits(outputs, labels)
+    return float(loss), int(hits)
+
+
+def _watched(batches: Iterable[T], stop: StopRequest, beat: Callable[[], None]) -> Iterator[T]:
+    """`batches`, with a heartbeat and an ear for `stop` after each."""
+    last_beat = time.monotonic()
+    for batch in batches:
+        yield batch
         if stop.requested:
             raise InterruptedRunError(stop.requested)
         if time.monotonic() - last_beat >= BEAT_SECONDS:
             beat()
             last_beat = time.monotonic()
-    return float(loss), int(hits)
 
 
 def _check_losses(at: Position, before: int) -> None:

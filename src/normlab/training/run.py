@@ -18,6 +18,8 @@ from normlab import models, runs
 from normlab.config import RunConfig
 from normlab.data.load import Data, load
 from normlab.errors import InterruptedRunError, UserError
+from normlab.norms import find_sites
+from normlab.probes import Probes, Subject
 from normlab.runs import files
 from normlab.training import checkpoint, device
 from normlab.training.gradients import build_transform
@@ -113,15 +115,25 @@ def _train(
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     _check_shapes(config, network, data)
     network = network.to(where)
-    if saved is None and models.needs_data(config):
+    if saved is None and config.starts_from_data:
         calibration = data.calibration(config.calibration_images)
-        models.start(config, network, calibration, num_classes=len(data.classes), image_size=data.image_size)
+        try:
+            models.start(config, network, calibration, num_classes=len(data.classes), image_size=data.image_size)
+        except ValueError as error:
+            raise UserError(
+                f"The start that looks at {len(calibration)} calibration images does not fit {config.model.name} with"
+                f" norm={config.norm.name}:\n{str(error).splitlines()[0]}\n"
+                "Use another calibration_images (a norm over one value per channel is undefined), a multiple of"
+                " norm_batch."
+            ) from error
     averaged = None
     if config.weight_average is not None:
         averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.weight_average))
     optimizer = build_optimizer(config.optimizer, network)
     transform = build_transform(config.optimizer, network)
     scaler = torch.amp.GradScaler(where.type, enabled=config.precision == "fp16")
+    total = config.epochs * data.train.steps
+    probes = Probes(config.probe, _subject(config, network, data), total, run.append_probe) if config.probe else None
     at = Position(
         epoch=0,
         batch=0,
@@ -150,12 +162,15 @@ def _train(
                 f"The network has changed since {run.name} was interrupted: {str(error).splitlines()[0]}\n"
                 f"Bring the old one back, or delete {run.folder} to start it anew."
             ) from error
+        if probes:
+            probes.load_state_dict(saved["probes"])
         peak_before = saved["peak_memory_bytes"]
         scaler.load_state_dict(saved["scaler"])
         at = Position(**saved["position"])
         at.losses, at.hits = at.losses.to(where), at.hits.to(where)
         log.info("going on at epoch %d, batch %d", at.epoch + 1, at.batch)
-    for warning in run.keep_metrics_until(at.epoch * data.train.steps):
+    evaluated = at.epoch * data.train.steps
+    for warning in run.keep_rows_until(evaluated, evaluated + at.batch):
         log.warning("%s", warning)
     files.write_json(run.folder / runs.PROVENANCE, device.provenance(where, data.fingerprint))
     latest: dict[str, Any] = {}
@@ -168,6 +183,7 @@ def _train(
             "steps": config.epochs * data.train.steps,
             "wall_seconds": at.wall_seconds,
             "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+            "classes": len(data.classes),
             "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
             **latest,
         }
@@ -183,6 +199,7 @@ def _train(
             "averaged": averaged.state_dict() if averaged else None,
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
+            "probes": probes.state_dict() if probes else {},
             "position": vars(at).copy(),
             "threads": torch.get_num_threads(),
             "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
@@ -205,6 +222,7 @@ def _train(
             stop,
             averaged=averaged,
             transform=transform,
+            probes=probes,
             beat=beat,
             checkpoint=save,
             record=record,
@@ -224,6 +242,13 @@ def _train(
     return status
 
 
+def _subject(config: RunConfig, network: nn.Module, data: Data) -> Subject:
+    """What probes look at, with the sites that the network had before its norms were rewritten."""
+    base = models.base(config, num_classes=len(data.classes), image_size=data.image_size)
+    prefix = "network." if config.input_norm == "bn" else ""
+    return Subject(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)
+
+
 def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
     """Run each batch size that will occur through the network on the meta device, where it costs nothing.
 
@@ -231,13 +256,18 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
         UserError: if the images are too small for the network or too few for a layer's statistics, or the
             network's output is not one number per image and class.
     """
-    normalised = [data.train, *((data.val, data.test) if config.eval_stats == "batch" else ())]
-    sizes = {min(split.batch, split.images) for split in normalised if split}
-    sizes |= {split.images % split.batch for split in normalised if split} - {0}
+    # Batch sizes, each with what mends it. Those of training go first: they are the ones that always count.
+    sizes: dict[int, str] = {}
+    for split, mend in ((data.train, "batch"), (data.val, "eval_batch"), (data.test, "eval_batch")):
+        if split and (split is data.train or config.eval_stats == "batch"):
+            last = " or drop_last=true" if split is data.train else ""
+            sizes.setdefault(min(split.batch, split.images), f"another {mend}")
+            sizes.setdefault(split.images % split.batch, f"another {mend}{last}")
+    sizes.pop(0, None)
     side = data.image_size
-    what, mend = f"images of {side}x{side} pixels", "larger images or another batch"
+    what, larger = f"images of {side}x{side} pixels", "larger images, "
     if data.task == "regression":
-        what, mend = "samples", "another batch"
+        what, larger = "samples", ""
     probe = copy.deepcopy(network).to("meta").train()
     for size in sorted(sizes, reverse=True):  # what no batch size mends is told of the whole batch
         try:
@@ -251,7 +281,7 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
             raise UserError(
                 f"A batch of {size} {what}{last} does not fit {config.model.name} with norm={config.norm.name}:\n"
                 f"{str(error).splitlines()[0]}\n"
-                f"Use {mend} (a norm over one value per channel is undefined), or drop_last=true."
+                f"Use {larger}another norm (one over a single value is undefined) or {sizes[size]}."
             ) from error
         expected = (size, len(data.classes))
         if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:

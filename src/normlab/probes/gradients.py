@@ -1,0 +1,27 @@
+"""Norms of gradients."""
+
+from collections.abc import Iterator
+
+from normlab.config import GradientsProbe
+from normlab.probes.base import Probe, Row, norm
+from normlab.probes.moment import Moment
+
+
+class Gradients(Probe[GradientsProbe]):
+    """norm = ||dL/dW|| and weight_norm = ||W|| of every convolution and linear layer, for its weight W.
+
+    Of the gradient as backpropagation has it, before clipping, preconditioning and weight decay.
+    """
+
+    def measure(self, moment: Moment) -> Iterator[Row]:
+        layers = self.subject.layers()
+        parameters, gradients = moment.parameters, moment.here[1]
+        for position, layer in enumerate(name for name in moment.order if name in layers):
+            weight = f"{layer}.weight"
+            if weight in gradients:
+                yield {
+                    "layer": layer,
+                    "position": position,
+                    "norm": float(norm(gradients[weight])),
+                    "weight_norm": float(norm(parameters[weight])),
+                }
