@@ -9,6 +9,9 @@ is what a run does: seeds, schedule, metrics, heartbeat, divergence checks. Eval
 it) with every file of conf/norm, over that with bn; ResNet-18, batch 32, 32x32 random images. Each round builds
 every network anew, so that no norm keeps a lucky place in memory, and times bn between the others. What has
 statistics of the batch is also timed with norm_batch=4.
+
+`scripts/bench probes`: the time of one measurement of every file of conf/probe, over that of a training step; the same
+network and images, at two steps of training. A probe that measures pairs of steps is timed at one.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,7 +31,8 @@ from torch import Tensor, nn
 from normlab import config, models, runs
 from normlab.cli import settings_of
 from normlab.data.load import Data
-from normlab.norms import BatchStatistics, Steps
+from normlab.norms import BatchStatistics, Steps, find_sites
+from normlab.probes import Moment, Probes, Subject
 from normlab.training import device
 from normlab.training.gradients import build_transform
 from normlab.training.interrupt import StopRequest
@@ -89,12 +94,7 @@ def in_memory(data: Data) -> tuple[Tensor, Tensor]:
 
 
 def loop(rounds: int) -> None:
-    found = device.provenance(CPU, "")
-    versions = found["versions"]
-    print(
-        f"{found['device']}, {found['threads']} threads, Python {versions['python']}, torch {versions['torch']},"
-        f" torchvision {versions['torchvision']}; digits, ResNet-18, fp32; one epoch a turn\n"
-    )
+    print_machine("digits, ResNet-18, fp32; one epoch a turn")
     print("| batch | ours, images/s | bare, images/s | ours / bare: median (min to max), pairs |")
     print("|---|---|---|---|")
     for batch, turns in ((8, rounds), (128, 3 * rounds)):  # an epoch at 128 is short, so its pairs scatter more
@@ -171,13 +171,7 @@ def norms(rounds: int, chosen: list[str]) -> None:
                 ratios[arm].append(seconds / ((before + after) / 2))
                 before = after
             print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
-        found = device.provenance(CPU, "")
-        versions = found["versions"]
-        print(
-            f"{found['device']}, {found['threads']} threads, Python {versions['python']}, torch {versions['torch']},"
-            f" torchvision {versions['torchvision']}; ResNet-18, batch 32, 32x32, fp32; {rounds} rounds;"
-            f" bn: {before:.2f} s a step\n"
-        )
+        print_machine(f"ResNet-18, batch 32, 32x32, fp32; {rounds} rounds; bn: {before:.2f} s a step")
         print("| norm | step time / bn's: median | min to max |")
         print("|---|---|---|")
         for arm, times in ratios.items():
@@ -210,9 +204,73 @@ def step_seconds(settings: config.RunConfig) -> float:
     return min(times[1:])
 
 
+def probes(rounds: int) -> None:
+    """Each round times a training step before and after each probe, on one network that trains on."""
+    with tempfile.TemporaryDirectory() as folder:
+        names = sorted(path.stem for path in (ROOT / "conf" / "probe").glob("*.yaml"))
+        settings = configure(folder, f"probe=[{','.join(names)}]", "batch=32")
+        network = models.build(settings, num_classes=10, image_size=32)
+        optimizer = build_optimizer(settings.optimizer, network)
+        subject = Subject(network, tuple(site.norm for site in find_sites(network)))
+        every = {name: Probes({name: one}, subject, 1, lambda *found: None) for name, one in settings.probe.items()}
+        images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
+        ratios: dict[str, list[float]] = {name: [] for name in names}
+        network.train()
+        train_seconds(network, optimizer, images, labels)
+        for turn in range(rounds + 1):  # the first warms up, and finds out the order of the layers
+            before = train_seconds(network, optimizer, images, labels)
+            for name, probe in every.items():
+                optimizer.zero_grad(set_to_none=True)
+                begun = time.perf_counter()
+                probe.measure(
+                    Moment(
+                        0,
+                        settings.optimizer.lr,
+                        images,
+                        labels,
+                        network=network,
+                        optimizer=optimizer,
+                        scaler=torch.amp.GradScaler("cpu", enabled=False),
+                        transform=None,
+                        loss=F.cross_entropy,
+                        within=nullcontext,
+                        seed=torch.manual_seed,
+                    )
+                )
+                seconds = time.perf_counter() - begun
+                after = train_seconds(network, optimizer, images, labels)
+                ratios[name].append(seconds / ((before + after) / 2))
+                before = after
+            print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
+        print_machine(f"ResNet-18, batch 32, 32x32, fp32; {rounds} rounds; a training step: {before:.2f} s")
+        print("| probe | a measurement / a training step: median | min to max |")
+        print("|---|---|---|")
+        for name, times in ratios.items():
+            times = times[1:]
+            print(f"| `{name}` | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} |")
+
+
+def train_seconds(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
+    """One step of training."""
+    begun = time.perf_counter()
+    optimizer.zero_grad(set_to_none=True)
+    F.cross_entropy(network(images), labels).backward()
+    optimizer.step()
+    return time.perf_counter() - begun
+
+
+def print_machine(what: str) -> None:
+    found = device.provenance(CPU, "")
+    versions = found["versions"]
+    print(
+        f"{found['device']}, {found['threads']} threads, Python {versions['python']}, torch {versions['torch']},"
+        f" torchvision {versions['torchvision']}; {what}\n"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=["loop", "norms"])
+    parser.add_argument("bench", choices=["loop", "norms", "probes"])
     parser.add_argument("what", nargs="?", default="speed", choices=["speed", "memory", "peak-ours", "peak-bare"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--norm", nargs="*", default=[], help="for norms: these only")
@@ -220,6 +278,8 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     if chosen.bench == "norms":
         norms(chosen.rounds, chosen.norm)
+    elif chosen.bench == "probes":
+        probes(chosen.rounds)
     elif chosen.what == "speed":
         loop(chosen.rounds)
     elif chosen.what == "memory":

@@ -37,7 +37,7 @@ class ExperimentSweeper(BasicSweeper):
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:  # type: ignore[override]
         """One batch: the runs of every grid, each run once. `overrides` are those of the command line."""
-        if self.budget not in self.sizes:
+        if self.budget is None or self.budget not in self.sizes:
             given = f"has no budget={self.budget}" if self.budget else "needs a budget"
             known = ", ".join(f"budget={name}" for name in self.sizes)
             raise HydraException(f"experiment={self.experiment} {given}. Expected one of: {known}.")

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +49,24 @@ def friendly(main: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
+def command_of(arguments: list[str], commands: Sequence[str]) -> str | None:
+    """Take the bare word off the front of a command line (`arguments[1]`), if one is there.
+
+    Raises:
+        UserError: for a word that is none of the commands.
+    """
+    if len(arguments) < 2 or not re.fullmatch(r"[\w./-]*\w", arguments[1]) or arguments[1].startswith("-"):
+        return None
+    word = arguments.pop(1)
+    if word in commands:
+        return word
+    close = nearest(word, commands)
+    raise UserError(
+        f"{word}: there is no such command. Expected one of: {', '.join(commands)}; or settings, key=value.\n"
+        f"Did you mean {f'{close}, or ' if close else ''}study={word}?"
+    )
+
+
 def stop(error: Exception) -> NoReturn:
     message = str(error if isinstance(error, UserError) else explain(error))
     lines = [line for line in message.splitlines() if line.strip()][:5]
@@ -72,7 +90,9 @@ def explain(error: Exception) -> UserError:
     text = str(error)
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        options = [str(option) for option in error.options or []]
+        # For a group whose choice is a list Hydra knows no options.
+        files = (Path(sys.argv[0]).resolve().parent / "conf" / group).glob("*.yaml")
+        options = [str(option) for option in error.options or (file.stem for file in files)]
         known = _NICKNAMES.get(re.sub(r"[^a-z0-9]", "", choice.lower())) if group == "norm" else None
         return unknown(f"{group}={choice}", f"option of {group}", known or choice, options, prefix=f"{group}=")
     if isinstance(error, MissingMandatoryValue):

@@ -379,9 +379,20 @@ class _Probe(_Section):
         return self
 
 
+def _layers(value: Any) -> Any:
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise wrong(
+        f"layers={value} is neither a number of layers, 1 or more, nor a list of their names.\n"
+        "Use e.g. probe.ics.layers=5 or probe.ics.layers=[conv1,fc].",
+    )
+
+
 class ICSProbe(_Probe):
     name: Literal["ics"]
-    layers: Count | Annotated[list[str], Field(min_length=1)]
+    layers: Annotated[int | list[str], BeforeValidator(_layers)]
 
 
 class LandscapeProbe(_Probe):
@@ -646,7 +657,7 @@ def _dotted(location: tuple[int | str, ...], composed: Mapping[str, Any]) -> lis
     path: list[str | int] = []
     node: Any = composed
     for part in location:
-        if isinstance(node, Mapping) and part not in node and len(path) == 1 and part in node.values():
+        if isinstance(node, Mapping) and part not in node and path and part in node.values():
             continue
         path.append(part)
         node = node[part] if isinstance(node, Mapping) and part in node else None

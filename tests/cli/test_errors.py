@@ -105,7 +105,16 @@ MISTAKES = {
 }
 
 
-IN_SWEEPS = ("norm=bnn", "norm=null", "nrom=bn", "depth=19", "batch=abc", "device=cuda:99", "output_dir=/proc/nowhere", "norm=[bn")
+IN_SWEEPS = (
+    "norm=bnn",
+    "norm=null",
+    "nrom=bn",
+    "depth=19",
+    "batch=abc",
+    "device=cuda:99",
+    "output_dir=/proc/nowhere",
+    "norm=[bn",
+)
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_layers_are_chosen_evenly_over_depth_or_by_name() -> None:
     assert chosen(2) == [1, 6]
     assert chosen(3) == [1, 3, 6]
     assert chosen(["fc", "conv1"]) == [0, 6]
-    with pytest.raises(UserError, match=r"names blocks\.0\.conv, .*\nDid you mean blocks\.0\.conv[12]\?"):
+    with pytest.raises(UserError, match=r"names blocks\.0\.conv, .*\nNearest: blocks\.0\.conv[12]\."):
         ICS(ics(["blocks.0.conv"]), Subject(net))
 
 

@@ -1,6 +1,5 @@
 """Normalisers that come with an activation of their own, and take the place of a site's norm and activation."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from normlab.errors import UserError
 from normlab.norms.plain import ChannelAffine
-from normlab.norms.sample import check_divides, check_groups
+from normlab.norms.sample import GroupedVariant
 from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.steps import Role
@@ -125,7 +124,21 @@ class EvoNorm2dS0(nn.Module):
         return f"{self.weight.numel()}, groups={self.groups}, eps={self.eps}"
 
 
-class EvoNormS0(Variant):
+class _EvoNorm(Variant):
+    """A layer in the place of norm and activation; gamma · x + beta where there is no activation."""
+
+    def layer(self, channels: int) -> nn.Module:
+        raise NotImplementedError
+
+    def norm_and_activation(
+        self, norm: nn.BatchNorm2d, activation: nn.Module | None
+    ) -> tuple[nn.Module, nn.Module | None]:
+        if activation is None:
+            return start_as(norm, ChannelAffine(norm.num_features)), None
+        return start_as(norm, self.layer(norm.num_features)), nn.Identity()
+
+
+class EvoNormS0(_EvoNorm, GroupedVariant):
     """EvoNorm-S0 (Liu et al. 2020, 2004.02967): a norm and activation in one, of each image by itself.
 
     For x of shape (N, C, H, W), with Var_group the variance per image and group of C / `groups` neighbouring
@@ -137,23 +150,8 @@ class EvoNormS0(Variant):
     by c > 0 and v by 1/c changes nothing, up to eps.
     """
 
-    def __init__(self, *, groups: int, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        check_groups(groups)
-        self.groups = groups
-        self.eps = eps
-
-    def check(self, channels: Sequence[int]) -> None:
-        check_divides(self.groups, channels)
-
-    def norm_and_activation(
-        self, norm: nn.BatchNorm2d, activation: nn.Module | None
-    ) -> tuple[nn.Module, nn.Module | None]:
-        channels = norm.num_features
-        if activation is None:
-            return start_as(norm, ChannelAffine(channels)), None
-        layer = EvoNorm2dS0(channels, groups=self.groups, eps=self.eps)
-        return start_as(norm, layer), nn.Identity()
+    def layer(self, channels: int) -> nn.Module:
+        return EvoNorm2dS0(channels, groups=self.groups, eps=self.eps)
 
 
 class EvoNorm2dB0(BatchStatistics):
@@ -200,7 +198,7 @@ class EvoNorm2dB0(BatchStatistics):
         return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}"
 
 
-class EvoNormB0(Variant):
+class EvoNormB0(_EvoNorm):
     """EvoNorm-B0 (Liu et al. 2020, 2004.02967): a norm and activation in one, with statistics of the batch.
 
     For x of shape (N, C, H, W), with Var_batch the biased variance per channel over N, H and W, and Var_inst the
@@ -219,11 +217,5 @@ class EvoNormB0(Variant):
         self.eps = eps
         self.momentum = momentum
 
-    def norm_and_activation(
-        self, norm: nn.BatchNorm2d, activation: nn.Module | None
-    ) -> tuple[nn.Module, nn.Module | None]:
-        channels = norm.num_features
-        if activation is None:
-            return start_as(norm, ChannelAffine(channels)), None
-        layer = EvoNorm2dB0(channels, norm_batch=self.norm_batch, eps=self.eps, momentum=self.momentum)
-        return start_as(norm, layer), nn.Identity()
+    def layer(self, channels: int) -> nn.Module:
+        return EvoNorm2dB0(channels, norm_batch=self.norm_batch, eps=self.eps, momentum=self.momentum)

@@ -1,5 +1,6 @@
 """Normalisers by moving averages in both passes: MABN and PowerNorm."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -7,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.norms.options import check_count, check_range, last_time
 from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, held, per_group, processes
 from normlab.norms.steps import Clock
@@ -244,9 +245,7 @@ class _MovingVariant(Variant):
 
     def __init__(self, *, eps: float, warmup: float, unit: str, norm_batch: int | None) -> None:
         super().__init__(norm_batch=norm_batch)
-        _require(unit in ("fraction", "steps"), "unit", unit, "fraction or steps")
-        _require(warmup >= 0, "warmup", warmup, "0 or more")
-        _require(unit == "steps" or warmup <= 1, "warmup", warmup, "a fraction of the run, 0 to 1, with unit=fraction")
+        check_range("warmup", warmup, 0.0, last_time("unit", unit))
         self.eps = eps
         self.warmup = warmup
         self.clock = Clock(unit)
@@ -295,10 +294,9 @@ class MABN(_MovingVariant):
         norm_batch: int | None = None,
     ) -> None:
         super().__init__(eps=eps, warmup=warmup, unit=unit, norm_batch=norm_batch)
-        _require(isinstance(window, int) and window >= 1, "window", window, "a whole number, 1 or more")
-        _require(rmax >= 1, "rmax", rmax, "1 or more")
-        _require(r_from >= warmup, "r_from", r_from, f"norm.warmup={warmup} or more")
-        _require(unit == "steps" or r_from <= 1, "r_from", r_from, "a fraction of the run, 0 to 1, with unit=fraction")
+        check_count("window", window)
+        check_range("rmax", rmax, 1.0)
+        check_range("r_from", r_from, warmup, last_time("unit", unit))
         self.momentum = momentum
         self.window = window
         self.rmax = rmax
@@ -348,8 +346,8 @@ class PowerNorm(_MovingVariant):
         norm_batch: int | None = None,
     ) -> None:
         super().__init__(eps=eps, warmup=warmup, unit=unit, norm_batch=norm_batch)
-        _require(0 <= alpha < 1, "alpha", alpha, "0 up to, but not including, 1")
-        _require(0 <= alpha_backward < 1, "alpha_backward", alpha_backward, "0 up to, but not including, 1")
+        for name, value in (("alpha", alpha), ("alpha_backward", alpha_backward)):
+            check_range(name, value, 0.0, math.nextafter(1.0, 0.0), "0 up to, but not including, 1")
         self.alpha = alpha
         self.alpha_backward = alpha_backward
 
@@ -363,8 +361,3 @@ class PowerNorm(_MovingVariant):
             clock=self.clock,
             norm_batch=self.norm_batch,
         )
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise UserError(f"norm.{name}={value} is out of range: expected {expected}.")

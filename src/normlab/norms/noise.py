@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.errors import UserError
 from normlab.norms.batch import BatchNorm
+from normlab.norms.options import check_range
 from normlab.norms.plain import NoNorm
 from normlab.norms.statistics import full_precision
 
@@ -25,11 +25,10 @@ class Noise(nn.Module):
 
     def __init__(self, *, mu_range: float, sigma_low: float, sigma_high: float, spread: float) -> None:
         super().__init__()
-        options = {"mu_range": mu_range, "sigma_low": sigma_low, "sigma_high": sigma_high, "spread": spread}
-        for name, value in options.items():
-            low = sigma_low if name == "sigma_high" else 0
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < float("inf"):
-                raise UserError(f"norm.{name}={value} is out of range: expected {low:g} or more.")
+        check_range("mu_range", mu_range)
+        check_range("sigma_low", sigma_low)
+        check_range("sigma_high", sigma_high, sigma_low)
+        check_range("spread", spread)
         self.mu_range, self.sigma_low, self.sigma_high, self.spread = mu_range, sigma_low, sigma_high, spread
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Batch renormalisation: batch normalisation that training and evaluation agree about."""
 
-import sys
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.errors import UserError
+from normlab.norms.options import check_range, last_time
 from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, held, per_group
 from normlab.norms.steps import Clock
@@ -154,14 +154,12 @@ class BatchRenorm(Variant):
         norm_batch: int | None = None,
     ) -> None:
         super().__init__(norm_batch=norm_batch)
-        if ramp_unit not in ("fraction", "steps"):
-            raise UserError(f"norm.ramp_unit={ramp_unit} is not a unit: expected fraction (of the run) or steps.")
-        last = 1.0 if ramp_unit == "fraction" else sys.float_info.max
-        _check("rmax", rmax, 1.0)
-        _check("dmax", dmax, 0.0)
-        _check("ramp_start", ramp_start, 0.0, last)
-        _check("dmax_end", dmax_end, ramp_start, last)
-        _check("rmax_end", rmax_end, ramp_start, last)
+        last = last_time("ramp_unit", ramp_unit)
+        check_range("rmax", rmax, 1.0)
+        check_range("dmax", dmax)
+        check_range("ramp_start", ramp_start, 0.0, last)
+        check_range("dmax_end", dmax_end, ramp_start, last)
+        check_range("rmax_end", rmax_end, ramp_start, last)
         if not isinstance(learn_scale, bool):
             raise UserError(f"norm.learn_scale={learn_scale} is neither true nor false.")
         self.options: dict[str, Any] = {
@@ -178,9 +176,3 @@ class BatchRenorm(Variant):
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         return start_as(norm, BatchRenorm2d(norm.num_features, norm_batch=self.norm_batch, **self.options))
-
-
-def _check(name: str, value: object, low: float, high: float = sys.float_info.max) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        expected = f"{low:g} or more" if high == sys.float_info.max else f"{low:g} to {high:g}, a fraction of the run"
-        raise UserError(f"norm.{name}={value} is out of range: expected {expected}.")

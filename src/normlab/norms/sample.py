@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.errors import UserError, nearest
+from normlab.norms.options import check_count
 from normlab.norms.sites import Variant, start_as
 from normlab.norms.statistics import full_precision
 
@@ -25,7 +26,27 @@ class GroupNorm2d(nn.GroupNorm):
         return output.to(input.dtype)
 
 
-class GroupNorm(Variant):
+class GroupedVariant(Variant):
+    """A variant with `groups` of neighbouring channels at each site."""
+
+    def __init__(self, *, groups: int, eps: float, norm_batch: int | None = None) -> None:
+        super().__init__(norm_batch=norm_batch)
+        check_count("groups", groups)
+        self.groups = groups
+        self.eps = eps
+
+    def check(self, channels: Sequence[int]) -> None:
+        wrong = [count for count in channels if count % self.groups]
+        if wrong:
+            common = math.gcd(*channels)
+            valid = nearest(self.groups, [g for g in range(1, common + 1) if common % g == 0])
+            raise UserError(
+                f"norm.groups={self.groups} does not divide the {wrong[0]} channels of a layer; the nearest that"
+                f" divides those of all layers is norm.groups={valid}."
+            )
+
+
+class GroupNorm(GroupedVariant):
     """Group normalisation (Wu & He 2018, 1803.08494), by PyTorch's kernel.
 
     For x of shape (N, C, H, W), with mean mu and biased variance v per image and group of C / `groups`
@@ -35,15 +56,6 @@ class GroupNorm(Variant):
 
     Invariant: an image's output depends on no other image, so `norm_batch` changes nothing.
     """
-
-    def __init__(self, *, groups: int, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        check_groups(groups)
-        self.groups = groups
-        self.eps = eps
-
-    def check(self, channels: Sequence[int]) -> None:
-        check_divides(self.groups, channels)
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         return start_as(norm, GroupNorm2d(self.groups, norm.num_features, eps=self.eps))
@@ -72,20 +84,3 @@ class InstanceNorm(Variant):
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         return start_as(norm, GroupNorm2d(norm.num_features, norm.num_features, eps=self.eps))
-
-
-def check_groups(groups: int) -> None:
-    if type(groups) is not int or groups < 1:
-        raise UserError(f"norm.groups={groups} is out of range: expected a whole number of 1 or more.")
-
-
-def check_divides(groups: int, channels: Sequence[int]) -> None:
-    """Refuse groups that do not divide the channels of every site."""
-    wrong = [count for count in channels if count % groups]
-    if wrong:
-        common = math.gcd(*channels)
-        valid = nearest(groups, [g for g in range(1, common + 1) if common % g == 0])
-        raise UserError(
-            f"norm.groups={groups} does not divide the {wrong[0]} channels of a layer; the nearest that divides those"
-            f" of all layers is norm.groups={valid}."
-        )

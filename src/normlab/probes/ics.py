@@ -9,7 +9,7 @@ from normlab.probes.moment import Moment
 
 
 class ICS(Probe[ICSProbe]):
-    """Internal covariate shift of a layer (Santurkar et al. 2018, definition 2.1).
+    """Internal covariate shift of a layer (Santurkar et al. 2018, its definition by gradients).
 
     For layer i with weight W_i, on the batch of the step:
 
@@ -32,7 +32,7 @@ class ICS(Probe[ICSProbe]):
                 if name not in known:
                     raise UserError(
                         f"probe.ics.layers names {name}, which is no convolution or linear layer of this network.\n"
-                        f"Did you mean {nearest(name, known)}? A number chooses so many, evenly over depth."
+                        f"Nearest: {nearest(name, known) or known[-1]}. A number chooses so many, evenly over depth."
                     )
 
     def measure(self, moment: Moment) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from normlab.probes.moment import Moment
 
 
 class Landscape(Probe[LandscapeProbe]):
-    """Loss, gradient predictiveness and effective beta-smoothness (Santurkar et al. 2018, section 3.1).
+    """Loss, gradient predictiveness and effective beta-smoothness (Santurkar et al. 2018).
 
     With the plain gradient g at the parameters W, all those that are trained [A], and step lengths eta = reach · lr:
 

@@ -62,7 +62,9 @@ class Probes:
             moment.order = self._order
             for name, probe in self._probes.items():
                 if moment.step in self._steps[name]:
-                    self._record(name, [self._row(moment.step, found) for found in probe.measure(moment)])
+                    rows = [self._row(moment.step, found) for found in probe.measure(moment)]
+                    if rows:  # an arm may have nothing to measure, e.g. no scale and no shift
+                        self._record(name, rows)
 
     def _row(self, step: int, found: Row) -> Row:
         if "layer" in found:

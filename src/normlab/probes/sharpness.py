@@ -1,18 +1,20 @@
 """The largest eigenvalue of the loss's Hessian."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from scipy.linalg import eigh_tridiagonal
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from normlab.config import SharpnessProbe
+from normlab.errors import UserError
+from normlab.norms.lp import LpNorm2d
 from normlab.probes.base import Probe, Row, norm
 from normlab.probes.moment import Moment
 from normlab.streams import stream
-
-DIFFERENCE = 1e-4  # [A] length of a step that a gradient's change is measured over, relative to the weights' norm
 
 
 class Top(NamedTuple):
@@ -24,20 +26,18 @@ class Top(NamedTuple):
 class Sharpness(Probe[SharpnessProbe]):
     """The largest (algebraic) eigenvalue of the Hessian of the loss of the step's batch, by all trained parameters.
 
-    Products of the Hessian and a vector come from a second backward pass. Layers that forbid one (`lp1`, `lp2`,
-    `lpinf`) get central differences of the gradient, (g(W + h·v) - g(W - h·v)) / 2h with h = 1e-4 · ||W||, which
-    also sees the kinks of ReLU in between. Where the backward pass is not the derivative of the loss (`mabn`,
-    `powernorm`) there is no Hessian, and the probe is refused.
+    Products of the Hessian and a vector come from a second backward pass through the first, so that the kinks of ReLU
+    count for nothing, and what the gradient takes for constant (batch renormalisation's r and d) is constant. Where the
+    backward pass is not the derivative of the loss (`mabn`, `powernorm`) there is no Hessian: the probe is refused.
     """
 
     def measure(self, moment: Moment) -> Iterator[Row]:
-        parameters = moment.parameters
-        size = sum(parameter.numel() for parameter in parameters.values())
-        device = moment.images.device
-        length = norm(*parameters.values())
-        start = torch.randn(size, generator=stream("sharpness")).to(device)
-        top = lanczos(_hessian(moment, float(length)), start, self.settings.iterations, self.settings.tolerance)
-        yield {**top._asdict(), "weight_norm": float(length)}
+        parameters = moment.parameters.values()
+        size = sum(parameter.numel() for parameter in parameters)
+        like = next(iter(parameters))
+        start = torch.randn(size, generator=stream("sharpness"), dtype=like.dtype).to(like.device)
+        top = lanczos(hessian(moment), start, self.settings.iterations, self.settings.tolerance)
+        yield {**top._asdict(), "weight_norm": float(norm(*parameters))}
 
 
 def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, iterations: int, tolerance: float) -> Top:
@@ -69,33 +69,52 @@ def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, iterations: int
     return Top(theta, len(alphas), converged)
 
 
-def _hessian(moment: Moment, length: float) -> Callable[[Tensor], Tensor]:
-    """v (n,) -> H v (n,)."""
-    w = moment.parameters
-    sizes = [value.numel() for value in w.values()]
+def hessian(moment: Moment) -> Callable[[Tensor], Tensor]:
+    """v -> H v for the Hessian H of the loss by all trained parameters, in their order, as one vector (n,).
 
-    def unflat(v: Tensor) -> list[Tensor]:
-        return [part.view_as(value) for part, value in zip(v.split(sizes), w.values(), strict=True)]
-
-    def differences(v: Tensor) -> Tensor:
-        h = DIFFERENCE * length
-        ahead, behind = (
-            moment.gradient({name: w[name] + sign * h * part for name, part in zip(w, unflat(v), strict=True)})[1]
-            for sign in (1, -1)
-        )
-        return torch.cat([((ahead[name] - behind[name]) / (2 * h)).flatten() for name in w])
-
-    leaves, gradient = moment.differentiable()
+    Raises:
+        UserError: if a layer's backward pass cannot be differentiated.
+    """
+    with _plain(moment.network):
+        leaves, gradients = moment.differentiable()
+    _check_differentiable(gradients)
+    sizes = [leaf.numel() for leaf in leaves]
 
     def product(v: Tensor) -> Tensor:
         moment.pulse()
-        found = torch.autograd.grad(gradient, leaves, unflat(v), retain_graph=True, materialize_grads=True)
-        return torch.cat([part.detach().flatten() for part in found])
+        parts = [part.view_as(leaf) for part, leaf in zip(v.split(sizes), leaves, strict=True)]
+        found = torch.autograd.grad(gradients, leaves, parts, retain_graph=True, materialize_grads=True)
+        return torch.cat([part.flatten() for part in found])
 
-    try:
-        product(torch.zeros(sum(sizes), device=moment.images.device))
-    except RuntimeError as error:
-        if "once_differentiable" not in str(error):
-            raise
-        return differences
     return product
+
+
+def _check_differentiable(gradients: list[Tensor]) -> None:
+    """Look for a backward pass that is marked as once_differentiable: PyTorch raises an error where it is reached, but
+    does not go there for the sake of given leaves, and leaves it out of their second derivatives without a word."""
+    nodes: list[Node | None] = [gradient.grad_fn for gradient in gradients]
+    seen: set[Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().endswith("Error"):
+            raise UserError(
+                "probe=sharpness needs second derivatives, which a layer of this network forbids (PyTorch's"
+                " once_differentiable).\nUse another norm or network, or other probes."
+            )
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+
+
+@contextmanager
+def _plain(network: nn.Module) -> Iterator[None]:
+    """Inside, Lp norms compute as they do over several processes: by operations that can be differentiated twice."""
+    layers = [module for module in network.modules() if isinstance(module, LpNorm2d) and not module.synchronised]
+    for layer in layers:
+        layer.synchronised = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.synchronised = False

@@ -1,6 +1,7 @@
 """What may happen to the gradients between the backward pass and the optimizer's step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from normlab.errors import UserError
 from normlab.norms.residual import classifier_of
 
 AGC_LEAST_NORM = 1e-3  # of a unit's weights (Brock et al. 2021, section 4.1): small ones must not freeze
-BNP_FLOOR = 0.01  # [A] an input's variance counts as at least this share of its layer's mean square
+BNP_FLOOR = 0.01  # [A] an input's variance counts as at least this share of its layer's mean variance
+BNP_VARIES = 1e-4  # [A] a layer whose mean variance is a smaller share of its inputs' mean square has none
 
 
 def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[], None] | None:
@@ -24,14 +26,18 @@ def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[],
         transforms.append(Preconditioner(network))
     if config.agc is not None:
         transforms.append(AdaptiveClipping(network, config.agc))
-    if not transforms:
-        return None
+    return _InTurn(transforms) if transforms else None
 
-    def transform() -> None:
-        for apply in transforms:
+
+@dataclass
+class _InTurn:
+    """An object and no closure, so that it can be copied together with its network."""
+
+    transforms: list[Callable[[], None]]
+
+    def __call__(self) -> None:
+        for apply in self.transforms:
             apply()
-
-    return transform
 
 
 class AdaptiveClipping:
@@ -77,9 +83,9 @@ class Preconditioner:
 
     which is a plain gradient step in the parameters of the same layer with normalised inputs (derived in
     `papers.md`, section 6, and checked by a test). Ours [A]: statistics of the current batch only, and s² is at
-    least `BNP_FLOOR` times the mean of h² over the layer's inputs; a layer that sees one value per input, which has no
-    variance, keeps its gradients. The paper's scaling, running averages and its convolution's form are not known to
-    us. At the padded border of a convolution the step is approximate.
+    least `BNP_FLOOR` times its mean over the layer's inputs; a layer whose inputs do not vary (`BNP_VARIES`), as with a
+    single image of one pixel, keeps its gradients. The paper's scaling, running averages and its convolution's form
+    are not known to us. At the padded border of a convolution the step is approximate.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -106,17 +112,16 @@ class Preconditioner:
             h = inputs[0].float() if inputs[0].dtype != torch.float64 else inputs[0]
             over = (0, 2, 3) if isinstance(module, nn.Conv2d) else tuple(range(h.dim() - 1))
             variance, mean = torch.var_mean(h, over, correction=0)
-            self.statistics.pop(module, None)
-            if h.numel() > mean.numel():
-                self.statistics[module] = (mean, variance)
+            self.statistics[module] = (mean, variance)
 
     @torch.no_grad()
     def __call__(self) -> None:
         for module, (mean, variance) in self.statistics.items():
             if module.weight.grad is None or module.bias is None or module.bias.grad is None:
                 continue
-            square = (variance + mean.square()).mean()
-            s2 = variance.maximum(BNP_FLOOR * square).clamp_min(torch.finfo(variance.dtype).eps)
+            varies = variance.mean() > BNP_VARIES * (variance + mean.square()).mean()
+            s2 = variance.maximum(BNP_FLOOR * variance.mean()).clamp_min(torch.finfo(variance.dtype).eps)
+            mean, s2 = mean.where(varies, 0.0), s2.where(varies, 1.0)
             mean, s2 = (_per_weight(statistic, module) for statistic in (mean, s2))
             g_b = module.bias.grad
             g_w = module.weight.grad

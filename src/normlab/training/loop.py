@@ -80,6 +80,10 @@ def train(
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     steps = data.train.steps
     layers, task = Steps(network), task_of(data.task, config.label_smoothing)
+
+    def seed(step: int) -> None:  # for dropout and the like: the same after a resume, and in a probe
+        generator.manual_seed(key(config.seed, "step", step))
+
     moment = partial(
         Moment,
         network=network,
@@ -88,7 +92,7 @@ def train(
         transform=transform,
         loss=task.loss,
         within=partial(autocast, config, device),
-        seed=lambda step: generator.manual_seed(key(config.seed, "step", step)),
+        seed=seed,
         pulse=partial(next, _watched(itertools.repeat(None), stop, lambda: beat(at))),
     )
     started = time.monotonic() - at.wall_seconds
@@ -101,7 +105,7 @@ def train(
             step = epoch * steps + at.batch
             lr = learning_rate(config, step, steps)
             set_learning_rate(optimizer, lr)
-            generator.manual_seed(key(config.seed, "step", step))  # dropout and the like, the same after a resume
+            seed(step)
             layers.begin(step, config.epochs * steps)
 
             optimizer.zero_grad(set_to_none=True)
@@ -110,11 +114,12 @@ def train(
                 begun = time.monotonic()
                 try:
                     probes.measure(moment(step, lr, images, labels))
-                except InterruptedRunError:
-                    at.train_seconds += begun - clock
-                    checkpoint(at)  # a resume begins with this measurement
+                except InterruptedRunError:  # a resume begins with this measurement
+                    at.wall_seconds, at.train_seconds = time.monotonic() - started, at.train_seconds + begun - clock
+                    checkpoint(at)
                     raise
-                clock += time.monotonic() - begun
+                clock += time.monotonic() - begun  # no training
+
             with autocast(config, device):
                 outputs = network(images)
                 loss = task.loss(outputs, labels)

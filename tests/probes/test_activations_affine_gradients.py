@@ -1,0 +1,209 @@
+"""Activations against numpy and scipy, affine against planted changes, gradients against a plain backward pass."""
+
+import copy
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from probes.moments import moment, rows
+from small import SmallNet, SmallResNet
+from torch import Tensor, nn
+
+from normlab import models
+from normlab.config import ActivationsProbe, AffineProbe, GradientsProbe
+from normlab.norms import find_sites, parameter_roles
+from normlab.probes import Activations, Affine, Gradients, Subject
+
+SITES = tuple(site.norm for site in find_sites(SmallNet(num_classes=4)))  # body.1, body.4
+
+
+def activations(histograms: int = 0, bins: int = 10) -> ActivationsProbe:
+    return ActivationsProbe(name="activations", times=1, steps=None, histograms=histograms, bins=bins)
+
+
+AFFINE = AffineProbe(name="affine", times=1, steps=None)
+
+
+def build(make, *settings: str) -> nn.Module:
+    config = make("model=custom", "model.target=small.SmallNet", *settings)
+    torch.manual_seed(0)
+    return models.build(config, num_classes=4, image_size=8)
+
+
+def batch(images: int = 40) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return torch.randn(images, 3, 8, 8) ** 3, torch.arange(images) % 4  # heavy tails: some values are large
+
+
+def expected(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """By channel, of arrays (C, values)."""
+    z = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
+    return {
+        "mean": y.mean(1).mean(),
+        "variance": y.var(1).mean(),
+        "skewness": scipy.stats.skew(y, axis=1).mean(),
+        "large": (np.abs(y) > 3).mean(),
+        "large_normalised": (np.abs(z) > 3).mean(),
+        "output_norm": np.sqrt((x**2).mean()),
+    }
+
+
+def channels(values: Tensor) -> np.ndarray:
+    return values.detach().double().transpose(0, 1).flatten(1).numpy()
+
+
+def test_activations_of_batch_normalisation_are_those_of_numpy(make) -> None:
+    network = build(make, "norm=bn")
+    with torch.no_grad():
+        network.body[1].weight.uniform_(0.5, 4)
+        network.body[1].bias.uniform_(-1, 1)
+    images, targets = batch()
+    x = channels(F.conv2d(images, network.body[0].weight, padding=1))
+    scale, shift = (p.detach().double().numpy()[:, None] for p in (network.body[1].weight, network.body[1].bias))
+    y = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * scale + shift
+    first, second = rows(Activations, activations(), moment(network, images, targets), network, sites=SITES)
+    assert (first["layer"], first["position"]) == ("body.1", 0)
+    assert (second["layer"], second["position"]) == ("body.4", 1)
+    assert {key: first[key] for key in expected(x, y)} == pytest.approx(expected(x, y), rel=1e-4)
+    assert first["large"] > 0.01  # or the comparison says nothing
+    assert first["large_normalised"] > 0.01
+    assert first["histogram"] is first["edges"] is None
+
+
+def test_an_arm_without_norm_has_rows_of_its_convolutions(make) -> None:
+    network = build(make, "norm=none", "norm.conv_bias=true")
+    with torch.no_grad():
+        network.body[0].bias.uniform_(-2, 2)
+        network.body[0].weight[0] = 0  # a channel without variance has no skewness, and nothing large
+    images, targets = batch()
+    x = channels(F.conv2d(images, network.body[0].weight, network.body[0].bias, padding=1))
+    first, _ = rows(Activations, activations(), moment(network, images, targets), network, sites=SITES)
+    found = {key: first[key] for key in ("mean", "variance", "large", "output_norm")}
+    plain = {
+        "mean": x.mean(1).mean(),
+        "variance": x.var(1).mean(),
+        "large": (np.abs(x) > 3).mean(),
+        "output_norm": np.sqrt((x**2).mean()),
+    }
+    assert found == pytest.approx(plain, rel=1e-4)
+    assert first["skewness"] == pytest.approx(expected(x[1:], x[1:])["skewness"], rel=1e-3)
+    assert first["large_normalised"] == pytest.approx(expected(x[1:], x[1:])["large_normalised"] * 7 / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["noisy_bn", "wn_trelu", "evonorm_s0", "frn", "mimicnorm", "normprop"])
+def test_every_arm_has_a_row_per_site(make, norm) -> None:
+    network = build(make, f"norm={norm}", *(["norm.groups=4"] if norm == "evonorm_s0" else []))
+    found = rows(Activations, activations(), moment(network, *batch()), network, sites=SITES)
+    assert [row["layer"] for row in found] == ["body.1", "body.4"]
+    assert all(np.isfinite(row["variance"]) for row in found)
+
+
+def test_a_histogram_counts_one_channel_between_the_edges_of_the_first_measurement(make) -> None:
+    network = build(make, "norm=bn")
+    images, targets = batch()
+    probe = Activations(activations(histograms=1), Subject(network, SITES))
+    first, second = probe.measure(moment(network, images, targets))
+    assert second["histogram"] is None
+    y = channels(network.train().body[:2](images))
+    edges = np.array(first["edges"])
+
+    def counts(values: np.ndarray) -> list[int]:
+        return np.histogram(np.clip(values, *edges[[0, -1]]), edges)[0].tolist()
+
+    [channel] = [c for c in range(8) if counts(y[c]) == first["histogram"]]
+    assert edges == pytest.approx(np.linspace(-5, 5, 11) * y[channel].std() + y[channel].mean(), abs=1e-5)
+    assert sum(first["histogram"]) == 40 * 64
+
+    resumed = Activations(activations(histograms=1), Subject(network, SITES))
+    resumed.load_state_dict(copy.deepcopy(probe.state_dict()))
+    with torch.no_grad():
+        network.body[1].weight.fill_(20)  # beyond the outermost edges
+    later, _ = resumed.measure(moment(network, images, targets))
+    assert later["edges"] == first["edges"]
+    assert later["histogram"] == counts(y[channel] * 20)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "total", "measured"),
+    [([0, 5, 9], 10, {0, 1, 5, 6, 8, 9}), ([9], 10, {8, 9}), ([0], 1, {0}), ([0, 1], 2, {0, 1})],
+)
+def test_activations_are_measured_in_pairs_of_steps(chosen, total, measured) -> None:
+    probe = Activations(activations(), Subject(SmallNet(4), SITES))
+    assert set(probe.steps(chosen, total)) == measured
+
+
+def test_affine_tells_what_was_planted(make) -> None:
+    network = build(make, "norm=bn", "norm.scale_init=0.5")
+    probe = Affine(AFFINE, Subject(network))
+    first, _ = probe.measure(moment(network, *batch()))
+    assert first == {
+        "layer": "body.1", "position": 0,
+        "scale_mean": 0.5, "scale_std": 0.0, "scale_drift": 0.0, "scale_start": 0.5,
+        "shift_mean": 0.0, "shift_std": 0.0, "shift_drift": 0.0,
+    }  # fmt: skip
+    with torch.no_grad():
+        network.body[4].weight += torch.tensor([3.0, -3.0] * 8)
+        network.body[4].bias.copy_(torch.tensor([1.0] * 4 + [0.0] * 12))
+    resumed = Affine(AFFINE, Subject(network))  # as a resume makes it: from weights that have moved
+    resumed.load_state_dict(probe.state_dict())
+    first, second = resumed.measure(moment(network, *batch()))
+    assert (first["scale_drift"], first["shift_drift"]) == (0, 0)
+    assert (second["layer"], second["position"]) == ("body.4", 1)
+    assert second["scale_mean"] == pytest.approx(0.5)
+    assert second["scale_std"] == second["scale_drift"] == pytest.approx(3)
+    assert second["scale_start"] == 0.5
+    assert second["shift_mean"] == pytest.approx(0.25)
+    assert second["shift_std"] == pytest.approx(np.sqrt(3) / 4)
+    assert second["shift_drift"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "layers", "has"),
+    [
+        ("none", [], None),
+        ("bnminus", [], None),
+        ("affine", ["body.1", "body.4"], ("scale", "shift")),
+        ("wn", ["body.0", "body.3"], ("scale",)),  # its gain; its bias is a bias
+        ("frn", ["body.1", "body.4"], ("scale", "shift")),
+        ("wn_trelu", ["body.1", "body.4"], ("shift",)),
+        ("renorm", ["body.1", "body.4"], ("shift",)),
+    ],
+)
+def test_affine_has_rows_for_layers_with_a_learned_scale_or_shift(make, norm, layers, has) -> None:
+    settings = ["norm.learn_scale=false"] if norm == "renorm" else []
+    network = build(make, f"norm={norm}", *settings)
+    found = rows(Affine, AFFINE, moment(network, *batch()), network)
+    assert [row["layer"] for row in found] == layers
+    for row in found:
+        for role in ("scale", "shift"):
+            assert (row[f"{role}_mean"] is not None) == (row[f"{role}_drift"] is not None) == (role in has)
+        assert (row["scale_start"] is not None) == ("scale" in has)
+
+
+def test_affine_knows_every_scale_and_shift_by_its_role() -> None:
+    network = SmallResNet(4)
+    probe = Affine(AFFINE, Subject(network))
+    roles = {p: role for p, role, _ in parameter_roles(network)}
+    named = dict(network.named_parameters())
+    kept = {named[name] for roles in probe.names.values() for name in roles.values()}
+    assert kept == {p for p, role in roles.items() if role in ("scale", "shift")}
+
+
+def test_gradients_are_those_of_a_backward_pass(make) -> None:
+    network = build(make, "norm=bn").double()
+    images, targets = batch()
+    found = rows(
+        Gradients,
+        GradientsProbe(name="gradients", times=1, steps=None),
+        moment(network, images.double(), targets),
+        network,
+    )
+    torch.manual_seed(3)
+    F.cross_entropy(network(images.double()), targets).backward()
+    assert [(row["layer"], row["position"]) for row in found] == [("body.0", 0), ("body.3", 1), ("head", 2)]
+    for row in found:
+        weight = network.get_submodule(row["layer"]).weight
+        assert row["norm"] == pytest.approx(weight.grad.norm().item(), rel=1e-9)
+        assert row["weight_norm"] == pytest.approx(weight.norm().item(), rel=1e-9)
