@@ -1,17 +1,37 @@
-"""Tables and figures of a study: python report.py study=my_study. conf/report.yaml is the manual."""
+"""Tables, figures and verdicts of a study: python report.py study=my_study. conf/report.yaml is the manual.
+
+A bare word in front of the settings is a command: `python report.py claims` judges all claims over all studies,
+`python report.py results` puts all studies on one page.
+"""
+
+import sys
 
 import hydra
 from omegaconf import DictConfig
 
-from normlab.cli import friendly, settings_of
+from normlab.cli import command_of, friendly, settings_of
+
+COMMANDS = ("claims", "results")
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="report")
-def main(composed: DictConfig) -> None:
-    from normlab.report import build
+def report() -> None:
+    command = command_of(sys.argv, COMMANDS)
 
-    build(**settings_of(composed))
+    @hydra.main(version_base="1.3", config_path="conf", config_name="report")
+    def main(composed: DictConfig) -> None:
+        from normlab.report import build, build_claims, build_results
+
+        settings = settings_of(composed)
+        study, page = settings.pop("study"), settings.pop("page")
+        if command == "claims":
+            build_claims(settings["output_dir"], confidence=settings["confidence"])
+        elif command == "results":
+            build_results(page=page, **settings)
+        else:
+            build(study, **settings)
+
+    main()
 
 
 if __name__ == "__main__":
-    friendly(main)
+    friendly(report)

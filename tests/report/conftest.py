@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def add_run(tmp_path: Path) -> Callable[..., Path]:
         }
         for key, value in settings.items():
             group, _, option = key.rpartition("__")
-            (config[group] if group else config)[option] = value
+            (config.setdefault(group, {}) if group else config)[option] = value
         text = yaml.safe_dump(config)
         folder = tmp_path / "outputs" / study / f"{norm}-b{batch}-s{seed}-{zlib.crc32(text.encode()):x}"
         folder.mkdir(parents=True)
@@ -94,6 +94,18 @@ def add_losses(add_run: Callable[..., Path]) -> Callable[..., Path]:
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return folder
+
+    return add
+
+
+@pytest.fixture
+def add_probe() -> Callable[..., None]:
+    """`add_probe(run, "ics", rows)`: measurements of a probe beside those that a run folder has."""
+
+    def add(run: Path, probe: str, rows: Iterable[dict[str, Any]]) -> None:
+        (run / "probes").mkdir(exist_ok=True)
+        with (run / "probes" / f"{probe}.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
     return add
 

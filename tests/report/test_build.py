@@ -34,7 +34,10 @@ def test_a_report_has_every_table_and_figure_and_its_page_links_them(sweep, tmp_
     folder = page.parent
     assert page == tmp_path / "outputs" / "study" / "report" / "report.md"
     text = page.read_text()
-    for name in ("accuracy", "difference", "convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost"):
+    for name in (
+        *("accuracy", "difference", "overall", "convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost"),
+        "verdicts",
+    ):
         for suffix in ("md", "csv", "tex"):
             assert (folder / f"{name}.{suffix}").stat().st_size > 0
             assert f"({name}.{suffix})" in text
@@ -55,7 +58,7 @@ def test_a_study_of_losses_has_its_tables_and_figures(add_losses, tmp_path, caps
     text = page.read_text()
     for name in ("loss", "difference", "convergence", "cost"):
         assert f"({name}.csv)" in text
-    for name in ("loss_against_batch", "learning_curves", "train_against_test"):
+    for name in ("loss_by_arm", "learning_curves", "train_against_test"):
         assert (page.parent / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "accuracy" not in text
     assert "1,700 (n=1)" in capsys.readouterr().out
@@ -165,6 +168,74 @@ def test_tables_need_neither_torch_nor_hydra_nor_matplotlib(sweep, tmp_path):
     code = (
         "import sys; from normlab.report import build\n"
         f"build('study', {str(tmp_path / 'outputs')!r}, **{OPTIONS | {'figures': False}!r})\n"
+        "print({'torch', 'hydra', 'omegaconf', 'matplotlib', 'scipy.stats'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.fixture
+def better(add_run):
+    """A study that supports a claim, below a folder of its own."""
+    for seed in range(4):
+        add_run("bn", seed=seed, accuracies=(0.5, 0.8, 0.9 + 0.01 * seed), study="mine/strong", budget="laptop")
+        add_run("none", seed=seed, accuracies=(0.5, 0.6, 0.7 + 0.012 * seed), study="mine/strong", budget="laptop")
+
+
+SENTENCE = "Batch normalisation reaches a higher accuracy than no normalisation."
+
+
+def test_verdicts_are_in_terminal_page_and_files(better, tmp_path, capsys):
+    page = build("mine/strong", tmp_path / "outputs", figures=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Verdicts: digits, resnet, budget laptop supported Batch normalisation reaches" in shown
+    assert "paper: n/a" in shown
+    assert f"| {SENTENCE} |" in " ".join(page.read_text().split())
+    with (page.parent / "verdicts.csv").open() as file:
+        found = next(csv.DictReader(file))
+    assert (found["claim"], found["verdict"], found["n"]) == ("peerthum2023-bn-none", "supported", "4")
+    assert (found["dataset"], found["model"], found["budget"]) == ("digits", "resnet", "laptop")
+    latex = (page.parent / "verdicts.tex").read_text()
+    assert latex.count(r"\begin{tabular}") == 1
+    assert r"d\_z" in latex
+
+
+def test_a_study_that_speaks_to_no_claim_has_no_verdicts(add_run, tmp_path, capsys):
+    add_run("bn")
+    page = build("study", tmp_path / "outputs", figures=False)
+    assert not (page.parent / "verdicts.csv").exists()
+    assert "Verdicts" not in capsys.readouterr().out
+
+
+def command(*arguments):
+    root = Path(__file__).parents[2]
+    return subprocess.run([sys.executable, "report.py", *arguments], cwd=root, capture_output=True, text=True)
+
+
+def test_the_command_claims_judges_all_studies_and_tells_how_to_run_the_others(better, sweep, tmp_path):
+    result = command("claims", f"output_dir={tmp_path / 'outputs'}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "mine/strong: digits, resnet, budget laptop" in result.stdout
+    assert "python train.py -m experiment=ioffe2017_small budget=laptop" in result.stdout
+    page = (tmp_path / "outputs" / "claims.md").read_text()
+    assert "mine/strong: digits, resnet, budget laptop" in page
+    assert "study: digits, resnet, budget n/a" in page
+    assert page.count(f"## {SENTENCE}") == 1
+    assert "2 supported" in page  # the learning rate is that of a claim of Santurkar et al.
+
+
+@pytest.mark.parametrize(("word", "meant"), [("claim", "claims, or study=claim"), ("mine/strong", "study=mine/strong")])
+def test_an_unknown_command_is_answered_with_what_was_meant(word, meant):
+    result = command(word)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert f"{word}: there is no such command" in result.stderr
+    assert f"Did you mean {meant}?" in result.stderr
+
+
+def test_claims_need_neither_torch_nor_hydra_nor_matplotlib(better, tmp_path):
+    code = (
+        "import sys; from normlab.report import build_claims\n"
+        f"build_claims({str(tmp_path / 'outputs')!r}, confidence=0.95)\n"
         "print({'torch', 'hydra', 'omegaconf', 'matplotlib', 'scipy.stats'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

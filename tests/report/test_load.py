@@ -146,3 +146,51 @@ def test_a_copy_of_a_run_does_not_count_twice(add_run, study):
 def test_a_number_that_is_not_finite_is_nan(add_run, study):
     add_run(state="diverged", accuracies=(0.5, None))
     assert load(study).evaluations["test_accuracy"].isna().tolist() == [False, True]
+
+
+def test_a_study_without_probes_has_no_measurements(add_run, study):
+    add_run()
+    assert load(study).probes == {}
+
+
+def test_measurements_have_their_runs_place_and_numbers_where_there_are_numbers(add_run, add_probe, study):
+    rows = [
+        {"step": 3, "layer": "conv1", "position": 0, "norm": 0.5, "edges": [0.0, 1.0]},
+        {"step": 3, "layer": "fc", "position": 1, "norm": None, "edges": None},
+    ]
+    add_probe(add_run("bn", 32, 7), "gradients", rows)
+    add_probe(add_run("none", state="diverged", accuracies=()), "gradients", rows[:1])
+    found = load(study).probes["gradients"]
+    place = found.loc[found["layer"] == "fc", ["setting", "arm", "batch", "seed", "state"]]
+    assert place.to_numpy().tolist() == [["digits, resnet18", "bn", 32, 7, "done"]]
+    assert sorted(found["state"]) == ["diverged", "done", "done"]
+    assert found["norm"].dtype == float
+    assert found.set_index("layer").loc["fc", "norm"] != found.set_index("layer").loc["fc", "norm"]  # nan
+    assert found.loc[found["layer"] == "conv1", "edges"].tolist() == [[0.0, 1.0]] * 2
+
+
+def test_a_measurement_that_cannot_be_read_costs_itself_and_leaves_a_warning(add_run, add_probe, study):
+    run = add_run()
+    add_probe(run, "ics", [{"step": 0, "layer": "fc", "l2": 1.0}, {"layer": "fc", "l2": 2.0}])
+    with (run / "probes" / "ics.jsonl").open("a") as file:
+        file.write('{"step": 1, "layer"\n')
+    add_probe(run, "ics", [{"step": 2, "layer": "fc", "l2": 3.0}])
+    found = load(study)
+    assert found.probes["ics"]["l2"].tolist() == [1.0, 3.0]
+    assert [warning.split(",")[1].split()[:2] for warning in found.warnings] == [["line", "2"], ["line", "3"]]
+    assert found.states()["done"] == 1
+
+
+def test_a_moment_that_was_measured_twice_counts_as_measured_last(add_run, add_probe, study):
+    run = add_run()
+    add_probe(
+        run, "ics", [{"step": step, "layer": "fc", "l2": value} for step, value in ((0, 1.0), (1, 2.0), (1, 5.0))]
+    )
+    assert load(study).probes["ics"]["l2"].tolist() == [1.0, 5.0]
+
+
+def test_runs_with_and_without_a_probe_are_of_one_cell(add_run, study):
+    add_run(seed=0, probe={"ics": {"times": 20}})
+    add_run(seed=1, probe={})
+    add_run(seed=2)
+    assert labels(study) == [("digits, resnet18", "bn", 8)] * 3

@@ -36,3 +36,10 @@ def test_markdown_is_aligned_and_pipes_are_escaped():
         "| a\\|b |          1 |",
         "| c    | 22.0 (n=1) |",
     ]
+
+
+def test_a_column_of_sentences_is_wrapped_and_left_aligned():
+    long = "A sentence that is rather longer than a number with its interval."
+    frame = pd.DataFrame({"arm": ["bn"], "claim": [long], "n": ["3"]})
+    assert r"\begin{tabular}{lp{0.25\linewidth}r}" in latex(frame, "", "")
+    assert markdown(frame).splitlines()[1] == f"| --- | {'-' * len(long)} | --: |"

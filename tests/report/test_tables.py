@@ -214,3 +214,87 @@ def test_a_study_of_which_all_runs_diverged_has_its_tables(add_run, tables):
 def test_measure_is_accuracy_where_there_is_one(add_run, study):
     add_run()
     assert measure_of(load(study).evaluations) is ACCURACY
+
+
+def plant(add_run, **arms):
+    """One run per arm, batch size and seed: `arm={batch: [final accuracy of seed 0, ...]}`; None: diverged."""
+    for arm, batches in arms.items():
+        for batch, finals in batches.items():
+            for seed, final in enumerate(finals):
+                done = final is not None
+                add_run(arm, batch, seed, (0.1, 0.2, final) if done else (0.1,), state="done" if done else "diverged")
+
+
+def test_differences_have_a_p_value_corrected_over_the_table_and_an_effect_size(add_run, tables):
+    bn = [0.90, 0.92, 0.91, 0.93]
+    none, affine = [0.85, 0.90, 0.86, 0.89], [0.80, 0.81, 0.82, 0.84]
+    plant(add_run, bn={8: bn}, none={8: none}, affine={8: affine})
+    found = {arm: row(tables()["difference"], arm=arm) for arm in ("none", "affine")}
+    p_values = {arm: stats.ttest_rel(values, bn).pvalue for arm, values in (("none", none), ("affine", affine))}
+    assert {arm: found[arm]["p"] for arm in found} == pytest.approx(p_values)
+    assert found["affine"]["p_holm"] == pytest.approx(2 * p_values["affine"])  # the smaller of two
+    assert found["none"]["p_holm"] == pytest.approx(max(p_values["none"], 2 * p_values["affine"]))
+    t = stats.ttest_rel(none, bn).statistic
+    assert found["none"]["d_z"] == pytest.approx(t / 2)
+    text = cell(tables()["difference"], "none", 8)
+    assert text.endswith(f"(n=4, p = {found['none']['p_holm']:.3f}, d_z = {t / 2:.1f})")
+
+
+def test_fewer_than_3_pairs_have_words_in_place_of_a_p_value(add_run, tables):
+    plant(add_run, bn={8: [0.9, 0.91]}, none={8: [0.5, 0.52]})
+    difference = tables()["difference"]
+    assert np.isnan(row(difference, arm="none")["p"])
+    assert "n = 2: no interval worth the name; a difference cannot be told from chance." in difference.caption
+    assert "p = " not in cell(difference, "none", 8)
+
+
+def test_overall_is_the_mean_over_batch_sizes_whatever_their_number_of_seeds(add_run, tables):
+    plant(add_run, bn={8: [0.9, 0.8, 0.7], 32: [0.6] * 5}, none={8: [0.5, 0.6, 0.9], 32: [0.5] * 5})
+    overall = tables()["overall"]
+    found = {(r["arm"], r["quantity"]): r for r in overall.tidy.to_dict("records")}
+    assert found["bn", "mean"]["mean"] == pytest.approx(70)
+    assert found["none", "minus_baseline"]["mean"] == pytest.approx((-40 / 3 - 10) / 2)
+    by_scipy = (stats.mannwhitneyu([0.5, 0.6, 0.9], [0.9, 0.8, 0.7]).statistic / 9 + 0) / 2
+    assert found["none", "beats_baseline"]["mean"] == pytest.approx(by_scipy)
+    assert all(r["low"] <= r["mean"] <= r["high"] and r["n"] == 3 for r in found.values())
+    [texts] = overall.texts.values()
+    assert list(texts.columns) == ["arm", "cells", "seeds", "mean (%)", "minus bn", "P(beats bn)"]
+    assert texts.iloc[0].tolist()[:3] == ["bn", "2 of 2", "3"]
+    assert texts.iloc[0].tolist()[-1] == "--"
+
+
+def test_overall_counts_a_diverged_run_as_chance(add_run, tables):
+    plant(add_run, bn={8: [0.9], 32: [0.9]}, none={8: [0.5], 32: [None]})
+    found = row(tables()["overall"], arm="none", quantity="mean")
+    assert found["mean"] == pytest.approx((50 + 10) / 2)
+    assert np.isnan(found["low"])  # of one seed
+
+
+def test_overall_says_how_many_cells_an_arm_has(add_run, tables):
+    plant(add_run, bn={8: [0.9], 32: [0.9]}, none={8: [0.5]})
+    [texts] = tables()["overall"].texts.values()
+    assert texts.set_index("arm")["cells"].to_dict() == {"bn": "2 of 2", "none": "1 of 2"}
+
+
+def test_overall_is_per_setting_and_over_all_settings(add_run, tables):
+    for depth in (18, 34):
+        for batch in (8, 32):
+            add_run("bn", batch, depth=depth, accuracies=(0.1, 0.1, depth / 100))
+    texts = tables()["overall"].texts
+    assert [(setting, frame["mean (%)"].item()) for setting, frame in texts.items()] == [
+        ("digits, resnet18", "18.0"),
+        ("digits, resnet34", "34.0"),
+        ("all settings", "26.0"),
+    ]
+
+
+def test_one_cell_has_nothing_overall(add_run, tables):
+    add_run("bn")
+    assert "overall" not in tables()
+
+
+def test_without_a_baseline_overall_has_means_only(add_run, tables):
+    plant(add_run, bn={8: [0.9], 32: [0.8]})
+    overall = tables(baseline=None)["overall"]
+    assert set(overall.tidy["quantity"]) == {"mean"}
+    assert "None" not in overall.caption

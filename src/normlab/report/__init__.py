@@ -1,9 +1,10 @@
 """From the runs of a study to its tables, figures and page. Needs neither torch nor Hydra.
 
-`load` gives a study as two tidy DataFrames, for analyses of your own; `build` writes the whole report.
+`load` gives a study as tidy DataFrames, for analyses of your own; `build` writes the whole report,
+`build_claims` the verdicts on all claims over all studies, `build_results` both on one page.
 """
 
 from normlab.report.load import Study, load
-from normlab.report.write import build
+from normlab.report.write import build, build_claims, build_results
 
-__all__ = ["Study", "build", "load"]
+__all__ = ["Study", "build", "build_claims", "build_results", "load"]

@@ -4,6 +4,7 @@ Runs that differ only in their seed are a cell. `batch` is a table's column and 
 other setting that varies makes tables of its own, so that no cell ever mixes two of them.
 """
 
+import itertools
 import json
 import re
 from collections import defaultdict
@@ -12,12 +13,14 @@ from typing import Any, NamedTuple
 
 from normlab import runs
 
-KNOWN_ARMS = (  # their order in tables
-    "bn", "affine", "bnminus", "none", "bn_scaled", "noisy_bn", "noisy_none", "renorm", "lp1", "lp2", "lpinf", "mabn",
-    "powernorm", "mimicnorm", "gn", "ln", "in", "frn", "evonorm_s0", "evonorm_b0", "wn", "wn_mean", "wn_trelu",
-    "normprop", "nf", "fixup", "bnp",
-)  # fmt: skip
-_OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
+FAMILIES = {  # the known arms in the order of tables, grouped for figures that cannot show all of them at once
+    "BN and its parts": ("bn", "affine", "bnminus", "none", "bn_scaled", "noisy_bn", "noisy_none"),
+    "statistics of the batch": ("renorm", "lp1", "lp2", "lpinf", "mabn", "powernorm", "mimicnorm"),
+    "statistics of a sample": ("gn", "ln", "in", "frn", "evonorm_s0", "evonorm_b0"),
+    "weights, starts and gradients": ("wn", "wn_mean", "wn_trelu", "normprop", "nf", "fixup", "bnp"),
+}
+KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
+OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
 _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
 
 
@@ -36,9 +39,12 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     A setting other than depth, network and data set that has one value per batch size (a learning rate
     scaled with the batch, say) does not split the table: its values are told in the remark.
     """
-    flat = [_flatten(runs.completed(runs.identity(dict(config)))) for config in configs]
+    flat = [flatten(runs.completed(runs.identity(dict(config)))) for config in configs]
     arms = _arm_labels(flat)
-    splitting = [key for key in _varying(flat) if not key.startswith((*_OF_THE_ARM, "norm_batch", "batch", "seed"))]
+    # A probe changes nothing of a run: runs with and without it are of one cell.
+    elsewhere = (*OF_THE_ARM, "norm_batch", "batch", "seed", "probe")
+    splitting = [key for key in _varying(flat) if not key.startswith(elsewhere)]
+    splitting.sort(key="eval_batch".__eq__)  # at the end: the eval_stats that it goes with says more
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
     following = [
         key
@@ -68,11 +74,11 @@ def _rank(name: str) -> int:
     return KNOWN_ARMS.index(name) if name in KNOWN_ARMS else len(KNOWN_ARMS)
 
 
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
     flat: dict[str, Hashable] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value if isinstance(value, Hashable) else json.dumps(value)
     return flat
@@ -102,7 +108,7 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     for row in flat:
         by_name[row["norm.name"]].append(row)
     # Arms differ in their options by nature; only what varies within one norm has to be told apart.
-    options = {name: [key for key in _varying(rows) if key.startswith(_OF_THE_ARM)] for name, rows in by_name.items()}
+    options = {name: [key for key in _varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
     several_norm_batches = len(set(_values_of(flat, "norm_batch"))) > 1
     labels = []
     for row in flat:

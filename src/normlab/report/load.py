@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ STALE_SECONDS = 120  # a running run writes a heartbeat more often than this
 
 _RUN_COLUMNS = [
     "run", "setting", "arm", "batch", "seed", "state", "note", "epochs",
-    "wall_seconds", "peak_memory_bytes", "parameters",
+    "wall_seconds", "peak_memory_bytes", "parameters", "classes",
 ]  # fmt: skip
 
 
@@ -32,9 +33,11 @@ class Study:
     Attributes:
         runs: one row per run and per gap in the study's grid. Columns: run (the folder's name, "" for a
             gap), setting, arm, batch, seed, state, note (about the state), epochs, wall_seconds,
-            peak_memory_bytes, parameters.
+            peak_memory_bytes, parameters, classes.
         evaluations: one row per evaluation of a run. Columns: run, setting, arm, batch, seed, state, and
             what the run measured (epoch, step, train_loss, test_accuracy, ...; nan where not finite).
+        probes: per probe (a file's name), one row per measurement. Columns: run, setting, arm, batch, seed, state,
+            and the row's own (step, layer, position, ...; numbers nan where not finite, lists as they are).
         configs: each run's frozen configuration, by its folder's name.
         provenance: each run's provenance (versions, hardware), likewise.
         remarks: per setting, a sentence about what varies with the batch size.
@@ -45,6 +48,7 @@ class Study:
     folder: Path
     runs: pd.DataFrame
     evaluations: pd.DataFrame
+    probes: dict[str, pd.DataFrame]
     configs: dict[str, dict[str, Any]]
     provenance: dict[str, dict[str, Any]]
     remarks: dict[str, str]
@@ -72,6 +76,7 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
     configs: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
     measured: list[dict[str, Any]] = []
+    probed: dict[str, list[dict[str, Any]]] = defaultdict(list)
     warnings: list[str] = []
     for path in runs.find(folder):
         try:
@@ -84,6 +89,10 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
         rows.append(row)
         measured += [{"run": path.name, **evaluation} for evaluation in evaluations]
         warnings += complaints
+        probes, complaints = runs.read_probes(path)
+        for probe, measurements in probes.items():
+            probed[probe] += [{"run": path.name, **measurement} for measurement in measurements]
+        warnings += complaints
 
     found, remarks = places(list(configs.values()))
     where = dict(zip(configs, found, strict=True))
@@ -94,13 +103,14 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
         columns=_RUN_COLUMNS,
     )
     table = table.astype({"batch": "Int64", "seed": "Int64"})
-    numbers = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters"]
+    numbers = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
     table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     return Study(
         name=name or folder.name,
         folder=folder,
         runs=table,
-        evaluations=_tidy(measured, table),
+        evaluations=_tidy(measured, table, ["run", "epoch"]),
+        probes={probe: _tidy(rows, table, ["run", "step", "layer"]) for probe, rows in probed.items() if rows},
         configs=configs,
         provenance={run: _provenance(folder / run) for run in configs},
         remarks=remarks,
@@ -135,7 +145,7 @@ def _read(
     if status is None:
         return row, [], []
     measured, warnings = runs.read_metrics(path)
-    row |= {key: status.get(key) for key in ("wall_seconds", "peak_memory_bytes", "parameters")}
+    row |= {key: status.get(key) for key in ("wall_seconds", "peak_memory_bytes", "parameters", "classes")}
     row["state"], row["note"] = status.get("state"), _note(status, now)
     if row["state"] not in STATES:
         row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
@@ -194,14 +204,16 @@ def _gaps(have: Collection[Place]) -> Iterator[Place]:
         yield from sorted(set(grid) - here)
 
 
-def _tidy(measured: list[dict[str, Any]], table: pd.DataFrame) -> pd.DataFrame:
-    every = pd.DataFrame(measured, columns=None if measured else ["run", "epoch"])
-    numbers = every.columns.drop("run")
+def _tidy(measured: list[dict[str, Any]], table: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    every = pd.DataFrame(measured, columns=None if measured else key)
+    lists = [column for column in every if every[column].map(lambda value: isinstance(value, list)).any()]
+    numbers = every.columns.difference(["run", "layer", *lists])
     every[numbers] = every[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
-    # A run that went on from a checkpoint may have evaluated an epoch twice: the later row counts.
-    every = every.drop_duplicates(["run", "epoch"], keep="last")
+    # A run that went on from a checkpoint may have measured a moment twice: the later row counts.
+    key = [column for column in key if column in every]
+    every = every.drop_duplicates(key, keep="last")
     places_and_states = table[["run", *Place._fields, "state"]]
-    return places_and_states.merge(every, on="run").sort_values(["run", "epoch"], ignore_index=True)
+    return places_and_states.merge(every, on="run").sort_values(key, ignore_index=True)
 
 
 def _provenance(path: Path) -> dict[str, Any]:

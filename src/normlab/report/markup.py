@@ -31,7 +31,8 @@ def latex_escape(text: str) -> str:
 
 
 def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
-    """A `table` environment for the booktabs package; the first column is left-aligned."""
+    """A `table` environment for the booktabs package; the first column is left-aligned, sentences are wrapped."""
+    columns = [r"p{0.25\linewidth}" if _sentences(frame, i) else "r" if i else "l" for i in range(frame.shape[1])]
 
     def line(cells: Iterable[object]) -> str:
         return " & ".join(latex_escape(str(cell)) for cell in cells) + r" \\"
@@ -42,7 +43,7 @@ def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
             r"\centering",
             rf"\caption{{{latex_escape(caption)}}}",
             rf"\label{{{label}}}",
-            rf"\begin{{tabular}}{{l{'r' * (frame.shape[1] - 1)}}}",
+            rf"\begin{{tabular}}{{{''.join(columns)}}}",
             r"\toprule",
             line(frame.columns),
             r"\midrule",
@@ -56,16 +57,22 @@ def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A pipe table, padded so that it can be read as plain text; the first column is left-aligned."""
+    """A pipe table, padded so that it can be read as plain text; the first column and sentences are left-aligned."""
     lines = [[str(cell).replace("|", r"\|") for cell in row] for row in (frame.columns, *frame.to_numpy())]
+    left = {i for i in range(frame.shape[1]) if i == 0 or _sentences(frame, i)}
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(frame.shape[1])]
 
     def line(cells: list[str]) -> str:
         padded = [
-            cell.rjust(width) if i else cell.ljust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return f"| {' | '.join(padded)} |"
 
-    rule = [("-" * width) if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([line(lines[0]), line(rule), *(line(cells) for cells in lines[1:])]) + "\n"
+
+
+def _sentences(frame: pd.DataFrame, column: int) -> bool:
+    """Whether a column is to be read rather than compared."""
+    return any(len(str(cell)) > 50 for cell in frame.iloc[:, column])

@@ -25,7 +25,7 @@ def page(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, str]]
     lines = [f"# Study {study.name}", f"{len(study.runs)} runs: {states}."]
     lines += [f"- {run.run}: {run.state} ({run.note})" for run in study.noted()]
     lines += [f"- Warning: {warning}" for warning in warnings]
-    lines += ["## What was run", *(f"- {fact}" for fact in (*_protocol(study), *_hardware(study)))]
+    lines += ["## What was run", *(f"- {fact}" for fact in facts(study))]
     for table in tables:
         lines.append(f"## {table.title}")
         for setting, texts in table.texts.items():
@@ -36,10 +36,15 @@ def page(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, str]]
         lines.append("## Figures")
     for name, caption in drawn:
         lines += [f"![{name}]({name}.png)", f"{caption} ([pdf]({name}.pdf))"]
-    return _paragraphs(lines)
+    return paragraphs(lines)
 
 
-def _paragraphs(lines: Sequence[str]) -> str:
+def facts(study: Study) -> list[str]:
+    """What was run, and on what, a sentence each."""
+    return [*_protocol(study), *_hardware(study)]
+
+
+def paragraphs(lines: Sequence[str]) -> str:
     """Lines with an empty line between them, except inside a list."""
     text = ""
     for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):

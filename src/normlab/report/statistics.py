@@ -1,19 +1,42 @@
-"""The statistics of the report: means with Student's t-intervals, plain and paired by seed."""
+"""The statistics of the report. docs/statistics.md says in plain words which is used where, and why.
+
+Means with Student's t-intervals, plain and paired by seed; tests of paired differences against a bound; Holm's
+correction for several of them; and, over many cells at once, stratified bootstrap intervals of a mean and of the
+probability of improvement (Agarwal et al. 2021, "Deep RL at the edge of the statistical precipice").
+"""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+ENOUGH = 3  # seeds: with fewer, a difference cannot be told from chance
+TOO_FEW = "no interval worth the name; a difference cannot be told from chance"
+RESAMPLES = 2_000
+SEED = 0  # of the bootstrap: a report of the same runs is the same to the byte
+
+Cells = Sequence[Sequence[float]]
+
 
 class Interval(NamedTuple):
-    """A mean and its two-sided t-interval; `low` and `high` are nan for fewer than two values."""
+    """A mean and its two-sided interval; `low` and `high` are nan where too few values allow none."""
 
     mean: float
     low: float
     high: float
     n: int
+
+
+class Tails(NamedTuple):
+    """One-sided p-values against a bound: small `above` speaks for a mean above it, small `below` for one below."""
+
+    above: float
+    below: float
+
+    @property
+    def two_sided(self) -> float:
+        return min(1.0, 2 * min(self))
 
 
 def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
@@ -22,7 +45,7 @@ def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
     sample = sample[~np.isnan(sample)]
     n = len(sample)
     mean = float(sample.mean()) if n else math.nan
-    if n < 2:
+    if n < 2 or not np.isfinite(sample).all():
         return Interval(mean, math.nan, math.nan, n)
     from scipy.special import stdtrit  # here: a report of single seeds is quicker without scipy
 
@@ -30,6 +53,99 @@ def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n)
 
 
-def paired_t_interval(arm: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95) -> Interval:
-    """The t-interval of arm minus baseline over the seeds (the keys) that both have; n counts pairs."""
-    return t_interval([arm[seed] - baseline[seed] for seed in arm if seed in baseline], confidence)
+def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
+    """Arm minus baseline, per seed (the keys) that both have a value of."""
+    differences = [arm[seed] - baseline[seed] for seed in sorted(arm) if seed in baseline]
+    return [difference for difference in differences if not math.isnan(difference)]
+
+
+def spread(differences: Sequence[float]) -> float:
+    """Their standard deviation; 0 where they are the same up to rounding, nan where it does not exist."""
+    sample = np.asarray(differences, dtype=float)
+    if len(sample) < 2 or not np.isfinite(sample).all():
+        return math.nan
+    found = float(sample.std(ddof=1))
+    return found if found > 1e-9 * float(np.abs(sample).max()) else 0.0
+
+
+def tails(differences: Sequence[float], bound: float = 0.0) -> Tails:
+    """Is the mean of paired differences above or below the bound? Student's t-test with n-1 degrees of freedom.
+
+    Where t has no spread to go by, because all differences are the same or some are infinite (a loss after a
+    divergence), the exact sign test takes its place: differences above against below, those at the bound left out.
+    Differences that are all exactly 0 are those of one computation with itself, in which nothing is left to chance.
+    """
+    n, s = len(differences), spread(differences)
+    if n and not any(differences):
+        return Tails(float(bound >= 0), float(bound <= 0))
+    if s > 0:
+        from scipy.special import stdtr
+
+        t = (float(np.mean(differences)) - bound) / (s / math.sqrt(n))
+        return Tails(float(stdtr(n - 1, -t)), float(stdtr(n - 1, t)))
+    above = sum(difference > bound for difference in differences)
+    below = sum(difference < bound for difference in differences)
+    return Tails(_at_least(above, above + below), _at_least(below, above + below))
+
+
+def _at_least(k: int, n: int) -> float:
+    """The probability of k or more heads in n throws of a coin."""
+    return sum(math.comb(n, i) for i in range(k, n + 1)) / 2**n
+
+
+def effect_size(differences: Sequence[float], reference: float = 0.0) -> float:
+    """Cohen's d_z = (mean - reference) / standard deviation of the differences, without Hedges' correction."""
+    s = spread(differences)
+    return (float(np.mean(differences)) - reference) / s if s > 0 else math.nan
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's (1979) step-down adjustment of the p-values that are not nan; nan stays nan."""
+    adjusted = [math.nan] * len(p_values)
+    ranked = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    largest = 0.0
+    for rank, (p, i) in enumerate(ranked):
+        largest = max(largest, min(1.0, (len(ranked) - rank) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def bootstrap_mean(cells: Cells, confidence: float = 0.95) -> Interval:
+    """The mean over cells of each cell's mean, with its stratified percentile bootstrap interval.
+
+    Seeds are drawn with replacement within each cell; the cells stay. For the interval of a difference, give
+    the cells' paired differences: a pair is then drawn as one. n counts values.
+    """
+    samples = [np.asarray(cell, dtype=float) for cell in cells]
+    draws = [sample[_resampled(generator, len(sample))].mean(1) for sample, generator in _streams(samples)]
+    return _percentiles(float(np.mean([s.mean() for s in samples])), np.mean(draws, axis=0), samples, confidence)
+
+
+def probability_of_improvement(arm: Cells, baseline: Cells, confidence: float = 0.95) -> Interval:
+    """P(arm > baseline), averaged over cells, with its stratified percentile bootstrap interval; n counts pairs.
+
+    In each cell the Mann-Whitney form: the share of all (arm, baseline) pairs of runs in which the arm is
+    ahead, ties as one half (Agarwal et al. 2021). The two lists of a cell are paired by seed and seeds are
+    drawn for both at once: arms share what a seed brings.
+    """
+    pairs = [np.asarray(pair, dtype=float) for pair in zip(arm, baseline, strict=True)]
+    wins = [(x[:, None] > y) + 0.5 * (x[:, None] == y) for x, y in pairs]
+    draws = []
+    for win, generator in _streams(wins):
+        drawn = _resampled(generator, len(win))
+        draws.append(win[drawn[:, :, None], drawn[:, None, :]].mean((1, 2)))
+    return _percentiles(float(np.mean([win.mean() for win in wins])), np.mean(draws, axis=0), wins, confidence)
+
+
+def _streams(samples: Sequence[Any]) -> Iterable[tuple[Any, np.random.Generator]]:
+    generators = np.random.default_rng(SEED).spawn(len(samples))
+    return zip(samples, generators, strict=True)
+
+
+def _resampled(generator: np.random.Generator, n: int) -> Any:
+    return generator.integers(n, size=(RESAMPLES, n))
+
+
+def _percentiles(estimate: float, draws: Any, samples: Sequence[Any], confidence: float) -> Interval:
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(estimate, float(low), float(high), sum(map(len, samples)))

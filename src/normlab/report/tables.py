@@ -3,6 +3,7 @@
 A tidy frame has one row per setting, arm, batch and quantity, with the columns
 mean, low, high (the t-interval over seeds; nan for one seed), n (runs that the mean is over),
 done, diverged, missing (runs of the cell in these states; missing is every other state).
+That of `overall` is described there, that of the verdicts in `verdict_texts`.
 """
 
 import math
@@ -15,7 +16,20 @@ import pandas as pd
 
 from normlab.report.arms import in_order, natural
 from normlab.report.load import FINISHED, Study
-from normlab.report.statistics import Interval, paired_t_interval, t_interval
+from normlab.report.measures import chance
+from normlab.report.statistics import (
+    ENOUGH,
+    RESAMPLES,
+    TOO_FEW,
+    Interval,
+    bootstrap_mean,
+    effect_size,
+    holm,
+    paired,
+    probability_of_improvement,
+    t_interval,
+    tails,
+)
 
 NOTHING = "--"
 CELL = ["setting", "arm", "batch"]
@@ -144,7 +158,8 @@ def differences(
     """A tidy frame of each arm minus the baseline, paired by seed.
 
     Here n, done, diverged and missing count pairs: a pair is done if both its runs are, diverged if
-    one of them is, and missing otherwise. Settings without the baseline have no rows.
+    one of them is, and missing otherwise. Settings without the baseline have no rows. p is that of the paired
+    t-test, p_holm with Holm's correction over the whole frame, d_z the effect size; nan for fewer than 3 pairs.
     """
     placed = runs.dropna(subset=["arm"])
     by_seed = {cell: dict(zip(g["seed"], g[quantity], strict=True)) for cell, g in values.groupby(CELL)}
@@ -158,9 +173,99 @@ def differences(
         pairs = [{states[own].get(seed), states[other].get(seed)} for seed in states[own] | states[other]]
         done, diverged = pairs.count({"done"}), sum("diverged" in pair for pair in pairs)
         cell = {**cell, "done": done, "diverged": diverged, "missing": len(pairs) - done - diverged}
-        interval = paired_t_interval(by_seed.get(own, {}), by_seed.get(other, {}), confidence)
-        rows.append(_tidy_row(cell, f"{quantity}_minus_baseline", interval, baseline=baseline))
-    return pd.DataFrame(rows)
+        found = paired(by_seed.get(own, {}), by_seed.get(other, {}))
+        row = _tidy_row(cell, f"{quantity}_minus_baseline", t_interval(found, confidence), baseline=baseline)
+        p = tails(found).two_sided if len(found) >= ENOUGH else math.nan
+        rows.append({**row, "p": p, "d_z": effect_size(found) if len(found) >= ENOUGH else math.nan})
+    adjusted = holm([row["p"] for row in rows])
+    return pd.DataFrame([{**row, "p_holm": p_holm} for row, p_holm in zip(rows, adjusted, strict=True)])
+
+
+def overall(
+    study: Study, values: pd.DataFrame, baseline: str | None, confidence: float
+) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+    """Each arm over many cells at once: per setting over its batch sizes, and over all settings.
+
+    A tidy frame with the quantities mean, minus_baseline and beats_baseline (a probability) of the final accuracy, and
+    its texts. cells: how many of the of_cells of the setting the arm, or the arm and the baseline, have; n: the seeds
+    of the cell that has fewest. A diverged run's accuracy is chance. Settings with a single cell have no rows.
+    """
+    cells = _by_cell(study, values)
+    scopes = {setting: [cell for cell in cells if cell[0] == setting] for setting in dict.fromkeys(c[0] for c in cells)}
+    if len(scopes) > 1:
+        scopes["all settings"] = list(cells)
+    rows = []
+    for scope, inside in scopes.items():
+        for arm in in_order({arm for cell in inside for arm in cells[cell]}) if len(inside) > 1 else ():
+            own = [cells[cell][arm] for cell in inside if arm in cells[cell]]
+            both = [(cells[cell][arm], cells[cell].get(baseline or "", {})) for cell in inside if arm in cells[cell]]
+            pairs = [[(a[seed], b[seed]) for seed in sorted(a) if seed in b] for a, b in both]
+            pairs = [pair for pair in pairs if pair] if arm != baseline else []
+            found: dict[str, tuple[int, int, Interval]] = {}
+            found["mean"] = (
+                len(own),
+                min(map(len, own)),
+                bootstrap_mean([[*seeds.values()] for seeds in own], confidence),
+            )
+            if pairs:
+                arms, baselines = ([[pair[side] for pair in cell] for cell in pairs] for side in (0, 1))
+                minus = bootstrap_mean([[a - b for a, b in cell] for cell in pairs], confidence)
+                beats = probability_of_improvement(arms, baselines, confidence)
+                least = min(map(len, pairs))
+                found |= {"minus_baseline": (len(pairs), least, minus), "beats_baseline": (len(pairs), least, beats)}
+            for quantity, (number, n, (mean, low, high, _)) in found.items():
+                ends = (low, high) if n >= ENOUGH else (math.nan, math.nan)
+                interval = Interval(mean, *ends, n)
+                place = {"setting": scope, "arm": arm, "quantity": quantity, "cells": number, "of_cells": len(inside)}
+                rows.append({**place, **interval._asdict()})
+    frame = pd.DataFrame(rows)
+    return frame, _overall_texts(frame, baseline) if rows else {}
+
+
+def _by_cell(study: Study, values: pd.DataFrame) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
+    """Per setting and batch size, per arm: the final accuracy of each seed, in per cent, chance if it diverged."""
+    found: dict[Any, Any] = {}
+    for cell in counts(study.runs).to_dict("records"):
+        found.setdefault((cell["setting"], cell["batch"]), {})
+    for run in _rows(study.runs[study.runs["state"] == "diverged"]):
+        cell = found[run.setting, run.batch].setdefault(run.arm, {})
+        cell[run.seed] = chance(study.configs[run.run], run.classes)
+    for run in _rows(values.dropna(subset=["final"])):
+        found[run.setting, run.batch].setdefault(run.arm, {})[run.seed] = run.final
+    return {cell: arms for cell, arms in found.items() if arms}
+
+
+def _overall_texts(frame: pd.DataFrame, baseline: str | None) -> dict[str, pd.DataFrame]:
+    headings = {
+        "mean": ("mean (%)", ".1f"),
+        "minus_baseline": (f"minus {baseline}", "+.2f"),
+        "beats_baseline": (f"P(beats {baseline})", ".2f"),
+    }
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for (setting, _), rows in frame.groupby(["setting", "arm"], sort=False):
+        first = rows.iloc[0]
+        line = {"arm": first["arm"], "cells": f"{first['cells']} of {first['of_cells']}", "seeds": str(first["n"])}
+        for row in _rows(rows):
+            heading, shown = headings[row.quantity]
+            partly = f", over {row.cells} cells" if row.cells < first["cells"] else ""
+            ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
+            line[heading] = f"{row.mean:{shown}}{ends}{partly}"
+        found[str(setting)].append(line)
+    return {setting: pd.DataFrame(lines).fillna(NOTHING) for setting, lines in found.items()}
+
+
+def p_text(p: float, equals: str = "") -> str:
+    """`0.012`, `< 0.001`, or dashes; `equals` stands before a number."""
+    return NOTHING if math.isnan(p) else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
+
+
+def with_test(row: Any, decimals: int | None) -> str:
+    """`+1.20 ± 0.80 (n=5, p = 0.012, d_z = 2.1)`: a difference as `with_counts` has it, with its test."""
+    text = with_counts(row, decimals, "+")
+    if math.isnan(row.p_holm):
+        return text
+    size = "" if math.isnan(row.d_z) else f", d_z = {row.d_z:.1f}"
+    return f"{text.removesuffix(')')}, p {p_text(row.p_holm, '= ')}{size})"
 
 
 def with_interval(row: Any, decimals: int | None, sign: str = "") -> str:
@@ -262,18 +367,41 @@ def build_tables(
     ]
     if baseline is not None:
         finer = None if measure.decimals is None else measure.decimals + 1
-        paired = differences(study.runs, values, "final", baseline, confidence)
-        if len(paired):
+        minus = differences(study.runs, values, "final", baseline, confidence)
+        if len(minus):
             found.append(
                 Table(
                     name="difference",
                     title=f"Difference to {baseline}",
                     caption=f"Final {measure.label} minus that of {baseline}{points}, paired by seed: mean over the"
-                    f" pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval. n counts pairs; a"
-                    " pair counts as diverged if either run diverged. An interval that excludes 0 is a difference at"
-                    " that level, uncorrected for the number of comparisons.",
-                    tidy=paired,
-                    texts=grids(paired, lambda row: with_counts(row, finer, "+")),
+                    f" pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval, uncorrected. n"
+                    " counts pairs; a pair counts as diverged if either run diverged. p: two-sided paired t-test, with"
+                    " Holm's correction over all comparisons of this table; d_z: mean over standard deviation of the"
+                    f" differences.{_told_of_few(minus)}",
+                    tidy=minus,
+                    texts=grids(minus, lambda row: with_test(row, finer)),
+                )
+            )
+    if measure is ACCURACY:
+        together, texts = overall(study, values, baseline, confidence)
+        against = (
+            f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties"
+            " as one half, averaged over cells"
+            if baseline
+            else ""
+        )
+        if texts:
+            found.append(
+                Table(
+                    name="overall",
+                    title="Overall",
+                    caption=f"Final {measure.label} over several cells (batch sizes, settings) at once: mean over cells"
+                    f" of the mean over seeds{against}. In brackets:"
+                    f" {100 * confidence:g} % stratified bootstrap interval ({RESAMPLES:,} resamples of the seeds"
+                    " within each cell), where every cell has 3 seeds; with so few it is rather too narrow. A diverged"
+                    " run counts as chance. cells: how many have the arm; means over different cells do not compare.",
+                    tidy=together,
+                    texts=texts,
                 )
             )
 
@@ -342,6 +470,11 @@ def build_tables(
         )
     )
     return found
+
+
+def _told_of_few(differences: pd.DataFrame) -> str:
+    few = sorted({n for n in differences["n"] if 0 < n < ENOUGH})
+    return "".join(f" n = {n}: {TOO_FEW}." for n in few)
 
 
 def _reached(decimals: int) -> Callable[[Any], str]:

@@ -1,7 +1,7 @@
 """What a report says in the terminal."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +12,8 @@ from rich.text import Text
 
 from normlab.report.load import Study
 from normlab.report.tables import Table
+from normlab.report.verdict_texts import lines, not_run
+from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 
 _COLORS = {
     "done": "green",
@@ -20,10 +22,18 @@ _COLORS = {
     "failed": "red",
     "interrupted": "yellow",
 }
+_VERDICTS = {SUPPORTED: "green", CONTRADICTED: "red", INCONCLUSIVE: "yellow"}
 
 
-def show(study: Study, accuracy: Table, page: Path, warnings: list[str], console: Console | None = None) -> None:
-    """Print the study's state, what went wrong, the accuracy table, and where the report is."""
+def show(
+    study: Study,
+    accuracy: Table,
+    judgements: Sequence[Judgement],
+    page: Path,
+    warnings: list[str],
+    console: Console | None = None,
+) -> None:
+    """Print the study's state, what went wrong, the accuracy table, the verdicts, and where the report is."""
     console = console or Console(highlight=False)
     console.print(_state(study))
     for run in study.noted():
@@ -35,7 +45,41 @@ def show(study: Study, accuracy: Table, page: Path, warnings: list[str], console
         for part in _parts(texts, console.width):
             console.print(_table(part))
             console.print()
+    for place, found in itertools.groupby(judgements, key=lambda judgement: judgement.place):
+        _line(console, f"Verdicts: {place}", "bold")
+        _verdicts(console, list(found))
+        console.print()
     _line(console, f"Report: {page}")
+
+
+def show_claims(
+    judgements: Sequence[Judgement], page: Path, warnings: Sequence[str], console: Console | None = None
+) -> None:
+    """Print every claim's verdicts over all studies, then those that are not run with their commands."""
+    console = console or Console(highlight=False)
+    for warning in warnings:
+        _line(console, f"Warning: {warning}", "yellow")
+    ordered = sorted(judgements, key=lambda judgement: (judgement.study, judgement.place))
+    for (study, place), found in itertools.groupby(ordered, key=lambda judgement: (judgement.study, judgement.place)):
+        _line(console, f"{study}: {place}", "bold")
+        _verdicts(console, list(found))
+        console.print()
+    missing = not_run(judgements)
+    if missing:
+        _line(console, "Not run", "bold")
+    for command, claims in itertools.groupby(missing, key=lambda claim: claim.command):
+        for claim in claims:
+            _line(console, f"  {claim.sentence}")
+        _line(console, f"    {command}", "cyan")
+    _line(console, f"Claims: {page}")
+
+
+def _verdicts(console: Console, judgements: Sequence[Judgement]) -> None:
+    grid = RichTable.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    for verdict, sentence in lines(judgements):
+        grid.add_row(Text(f"  {verdict}", _VERDICTS[verdict]), Text(sentence))
+    console.print(grid)
 
 
 def _state(study: Study) -> Text:

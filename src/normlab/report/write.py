@@ -5,12 +5,16 @@ from pathlib import Path
 
 from normlab import runs
 from normlab.errors import UserError, nearest
+from normlab.report import verdict_texts
 from normlab.report.arms import in_order
 from normlab.report.load import FINISHED, Study, load
 from normlab.report.markup import latex, markdown
 from normlab.report.page import page
+from normlab.report.probes import probe_tables
+from normlab.report.results import results_page
 from normlab.report.tables import Measure, Table, build_tables, measure_of
-from normlab.report.terminal import show
+from normlab.report.terminal import show, show_claims
+from normlab.report.verdicts import judge
 from normlab.runs import files
 
 
@@ -33,24 +37,91 @@ def build(
     found = _find(Path(output_dir), str(study))
     measure = measure_of(found.evaluations)
     baseline, remarks = _baseline(found, baseline)
-    tables = build_tables(found, measure, baseline, thresholds, confidence)
+    tables = _tables(found, measure, baseline, thresholds, confidence)
+    judgements = judge(found, confidence)
+    if judgements:
+        tables.append(verdict_texts.table(judgements, confidence))
     folder = found.folder / "report"
     files.make_folder(folder)
     for table in tables:
         for suffix, text in render(table, found.name).items():
             _write(folder / f"{table.name}.{suffix}", text.encode())
-    drawn = []
-    if figures:
-        from normlab.report.figures import draw, encode  # matplotlib is slow to import; tables can do without
-
-        for name, caption, figure in draw(found, tables[0], measure, confidence):
-            for suffix in ("png", "pdf"):
-                _write(folder / f"{name}.{suffix}", encode(figure, suffix))
-            drawn.append((name, caption))
+    drawn = list(_figures(found, tables[0], measure, confidence, folder, ("png", "pdf"))) if figures else []
     warnings = found.warnings + remarks + list(_unmeasured(found, measure))
     _write(folder / "report.md", page(found, tables, drawn, warnings).encode())
-    show(found, tables[0], folder / "report.md", warnings)
+    show(found, tables[0], judgements, folder / "report.md", warnings)
     return folder / "report.md"
+
+
+def build_claims(output_dir: str | Path, *, confidence: float) -> Path:
+    """Judge every claim against every study below `output_dir`; return the page `claims.md` there.
+
+    Raises:
+        UserError: for a confidence out of range and a folder that cannot be written.
+    """
+    _check_confidence(confidence)
+    folder = Path(output_dir)
+    studies = [load(folder / name, name) for name in _studies(folder)]
+    judgements = [judgement for study in studies for judgement in judge(study, confidence)]
+    files.make_folder(folder)
+    _write(folder / "claims.md", verdict_texts.overview(judgements).encode())
+    show_claims(judgements, folder / "claims.md", [warning for study in studies for warning in study.warnings])
+    return folder / "claims.md"
+
+
+def build_results(
+    output_dir: str | Path,
+    page: str | Path,
+    *,
+    baseline: str | None,
+    thresholds: Sequence[float],
+    figures: bool,
+    confidence: float,
+) -> Path:
+    """Tables, figures and verdicts of every study below `output_dir` on one page; its figures go to figures/ beside it.
+
+    Raises:
+        UserError: for a setting out of range, a folder without studies and one that cannot be written.
+    """
+    _check(thresholds, figures, confidence)
+    folder, page = Path(output_dir), Path(page)
+    names = _studies(folder)
+    if not names:
+        raise UserError(f"There is no study in {folder}.\nTo start one: python train.py -m norm=bn,none")
+    studies, judgements = [], []
+    for name in names:
+        found = load(folder / name, name)
+        measure = measure_of(found.evaluations)
+        tables = _tables(found, measure, _baseline(found, baseline)[0], thresholds, confidence)
+        drawn = []
+        if figures:
+            files.make_folder(page.parent / "figures" / name)
+            made = _figures(found, tables[0], measure, confidence, page.parent / "figures" / name, ("png",))
+            drawn = [(f"figures/{name}/{figure}.png", caption) for figure, caption in made]
+        studies.append((found, tables, drawn))
+        judgements += judge(found, confidence)
+    files.make_folder(page.parent)
+    _write(page, results_page(studies, judgements).encode())
+    show_claims(judgements, page, [warning for found, _, _ in studies for warning in found.warnings])
+    return page
+
+
+def _tables(
+    study: Study, measure: Measure, baseline: str | None, thresholds: Sequence[float], confidence: float
+) -> list[Table]:
+    return [*build_tables(study, measure, baseline, thresholds, confidence), *probe_tables(study, confidence)]
+
+
+def _figures(
+    study: Study, accuracy: Table, measure: Measure, confidence: float, folder: Path, suffixes: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Draw into `folder`; name and caption of each."""
+    from normlab.report.figures import draw, encode  # matplotlib is slow to import; tables can do without
+
+    for name, caption, figure in draw(study, accuracy, measure, confidence):
+        for suffix in suffixes:
+            _write(folder / f"{name}.{suffix}", encode(figure, suffix))
+        yield name, caption
 
 
 def render(table: Table, study_name: str) -> dict[str, str]:
@@ -76,6 +147,10 @@ def _check(thresholds: object, figures: object, confidence: object) -> None:
         )
     if not isinstance(figures, bool):
         raise UserError(f"figures={figures} is not valid: expected true or false.")
+    _check_confidence(confidence)
+
+
+def _check_confidence(confidence: object) -> None:
     if not _share(confidence) or confidence == 1:
         raise UserError(
             f"confidence={confidence} is not valid: expected a number between 0 and 1.\nExample: confidence=0.95"

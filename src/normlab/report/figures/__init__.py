@@ -1,0 +1,109 @@
+"""The figures of a report: DataFrame in, Figure out. A figure is drawn for any study that has the data for it.
+
+`style` says how they look, `panels` what stands in which panel, `accuracy` and `probes` draw.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from normlab.report.figures import accuracy as accuracies
+from normlab.report.figures import probes
+from normlab.report.figures.panels import arrange, common_setting, pages, split
+from normlab.report.figures.style import CROWD, DOUBLE, SINGLE, Style, encode, styles
+from normlab.report.load import FINISHED, Study
+from normlab.report.tables import Measure, Table, outcomes
+
+__all__ = ["DOUBLE", "SINGLE", "draw", "encode", "styles"]
+
+_CAPTIONS = {
+    "against_batch": "Final {label} against batch size: mean over seeds; bars: {percent:g} % t-interval (where"
+    " n > 1); dots: single seeds; crosses at the foot: some runs diverged.",
+    "against_norm_batch": "Final {label} against the number of images that are normalised together: mean over seeds;"
+    " bars: {percent:g} % t-interval (where n > 1); dots: single seeds; dash-dotted, interval as a band: arms that ran"
+    " at one value only; crosses at the foot: some runs diverged.",
+    "by_condition": "Final {label} under each condition: mean over seeds; bars: {percent:g} % t-interval (where n > 1);"
+    " dots: single seeds; crosses at the foot: some runs diverged.",
+    "by_arm": "Final {label} of each arm: mean over seeds; bars: {percent:g} % t-interval (where n > 1); dots: single"
+    " seeds; crosses at the left: some runs diverged.",
+    "against_option": "Final {label} against what the options of a norm vary: mean over seeds; bars: {percent:g} %"
+    " t-interval (where n > 1); dots: single seeds; crosses at the foot: some runs diverged.",
+    "learning_curves": "The {label} along the training (solid), and that of the training images as recorded while"
+    " training (dashed): means over the done seeds; band: lowest to highest seed (where n > 1); dotted: diverged runs.",
+    "train_against_test": "Test against training values (those seen while training) from epoch to epoch, the"
+    " second half of the training in view; lines: mean over the done seeds; markers: where each seed ends;"
+    " dashed: equal values.",
+}
+
+
+def draw(study: Study, accuracy: Table, measure: Measure, confidence: float) -> Iterator[tuple[str, str, Figure]]:
+    """Every figure that the study's measurements allow: its name, its caption, and itself."""
+    common = f"{common_setting(study)}. ".removeprefix(". ")
+    looks = styles(arrange(study, study.runs.dropna(subset=["arm"]))["variant"])
+    found = [*_ends(study, accuracy, measure, looks), *_courses(study, measure, looks)]
+    for kind, prefix, figures in found:
+        caption = _CAPTIONS[kind].format(label=measure.label, percent=100 * confidence)
+        for i, figure in enumerate(figures):
+            yield f"{prefix}{kind}_{i + 1}" if i else f"{prefix}{kind}", common + caption, figure
+    finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
+    for name, caption, figure in probes.figures(finished, looks):
+        yield name, common + caption, figure
+
+
+def _finished(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[rows["state"].isin(FINISHED)]
+
+
+Drawn = Iterator[tuple[str, str, Iterator[Figure]]]  # kind, what comes before it in the name, pages
+
+
+def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Style]) -> Drawn:
+    """The final values, against what the study varies."""
+    values, tidy = outcomes(study, measure), accuracy.tidy
+    tidy = arrange(study, tidy[tidy.groupby("setting")["n"].transform("sum") > 0])
+    if tidy.empty:
+        return
+    prefix = f"{accuracy.name}_"
+    several_batches = tidy["batch"].nunique() > 1
+    tidy["images"] = tidy["norm_batch"].fillna(tidy["batch"].astype(float))
+    tidy["told_batch"] = [f"batch {batch}" if several_batches else "" for batch in tidy["batch"]]
+    tidy["place"] = [", ".join(filter(None, pair)) for pair in zip(tidy["short"], tidy["told_batch"], strict=True)]
+
+    def paged(draw: Callable[..., Figure], by: str) -> Iterator[Figure]:
+        for page in pages(split(tidy, by)):
+            yield draw(page, values, measure, looks)
+
+    options = accuracies.option_panels(study, tidy)
+    if several_batches:
+        yield "against_batch", prefix, paged(accuracies.against_batch, "where")
+    if tidy["norm_batch"].notna().any() and tidy.groupby("place")["images"].nunique().max() > 2:
+        yield "against_norm_batch", prefix, paged(accuracies.against_norm_batch, "place")
+    elif len(tidy) == max(1, sum(len(rows) for _, rows in options)):
+        pass  # one cell, or cells that are all in the figure of options
+    elif not several_batches and (tidy["where"].nunique() == 1 or tidy["variant"].nunique() > CROWD):
+        yield "by_arm", prefix, iter([accuracies.by_arm(tidy, values, measure)])
+    elif tidy["where"].nunique() > 1:
+        yield "by_condition", prefix, paged(accuracies.by_condition, "told_batch")
+    if options:
+        yield "against_option", prefix, (accuracies.against_option(page, values, measure) for page in pages(options))
+
+
+def _courses(study: Study, measure: Measure, looks: dict[str, Style]) -> Drawn:
+    """The measure along the training."""
+    curves = _finished(study.evaluations)
+    if measure.column not in curves:
+        return
+    curves = arrange(study, curves[curves.groupby("setting")[measure.column].transform("count") > 0])
+    if curves.empty:
+        return
+    # Batch sizes compare in epochs; the papers that have one count steps.
+    x = "epoch" if curves["batch"].nunique() > 1 or "step" not in curves else "step"
+    found = split(curves)
+    yield "learning_curves", "", (accuracies.learning_curves(page, measure, looks, x) for page in pages(found))
+    if measure.train_column in curves:
+        done = curves[curves["state"] == "done"].dropna(subset=[measure.column, measure.train_column])
+        found = split(done)
+        if any(panel.crowded for panel in found):  # so many ends lie on each other
+            return
+        yield "train_against_test", "", (accuracies.train_against_test(page, measure, looks) for page in pages(found))

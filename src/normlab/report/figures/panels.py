@@ -1,0 +1,205 @@
+"""What stands in which panel: a study's conditions, and its arms where they are too many for one panel."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from normlab.report.arms import FAMILIES, in_order, natural
+from normlab.report.figures.style import CROWD, DOUBLE, SINGLE, Style, handles, legend, seeds
+from normlab.report.load import Study
+
+PAGE = 12  # panels that one figure can show
+
+
+T = TypeVar("T")
+
+
+class Panel(NamedTuple):
+    title: str
+    rows: pd.DataFrame
+    crowded: bool = False  # shows a family of the arms
+
+
+def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows (with setting, arm, batch) and where they go in figures, which show a study's conditions side by side:
+
+    variant: the arm without its norm_batch; norm_batch: nan for the whole batch;
+    short: what tells the setting from the study's others, `resnet18, optimizer.lr=0.5`; "" if nothing;
+    where: short and norm_batch, where the study varies it; condition: where and batch, likewise.
+    """
+    runs = study.runs.dropna(subset=["arm"])
+    words = {setting: setting.split(", ") for setting in runs["setting"].unique()}
+    common = common_setting(study).split(", ")
+    several_groups = runs["arm"].str.contains("norm_batch=").any()
+    several_batches = runs["batch"].nunique() > 1
+    groups = rows["arm"].str.extract(r"norm_batch=(\d+)", expand=False)
+    short = [
+        ", ".join(word.replace(".name=", "=") for word in words[setting] if word not in common)
+        for setting in rows["setting"]
+    ]
+    told = [f"norm_batch={group}" if several_groups and isinstance(group, str) else "" for group in groups]
+    whole = "whole batch" if several_groups else ""
+    where = [", ".join(filter(None, pair)) or whole for pair in zip(short, told, strict=True)]
+    return rows.assign(
+        variant=[_without_groups(arm) for arm in rows["arm"]],
+        norm_batch=groups.astype(float),
+        short=short,
+        where=where,
+        condition=[
+            ", ".join(filter(None, (place, f"batch {batch}" if several_batches or not place else "")))
+            for place, batch in zip(where, rows["batch"], strict=True)
+        ],
+    )
+
+
+def _without_groups(arm: str) -> str:
+    return re.sub(r"(?:, |(\())norm_batch=\d+", r"\1", arm).replace(" ()", "")
+
+
+def common_setting(study: Study) -> str:
+    """What all settings of the study have in common: `cifar10, resnet18`."""
+    words = [str(setting).split(", ") for setting in study.runs["setting"].dropna().unique()]
+    return ", ".join(word for word in words[0] if all(word in others for others in words)) if words else ""
+
+
+def ordered(values: pd.Series) -> list[Any]:
+    return sorted(values.dropna().unique(), key=lambda value: natural(str(value)))
+
+
+def split(rows: pd.DataFrame, by: str = "condition") -> list[Panel]:
+    """One panel per condition, or one per family of arms where they are too many for one panel.
+
+    Args:
+        rows: of finished runs (with seed and state), or of a tidy frame (with n).
+    """
+    found = []
+    for value in ordered(rows[by]):
+        of_value = rows[rows[by] == value]
+        for family, arms in _crowds(of_value["variant"]):
+            here = of_value[of_value["variant"].isin(arms)]
+            n = here["n"] if "n" in here else _runs(here)
+            title = f"{value} ({seeds(n[n > 0])})".strip()
+            found.append(Panel(f"{family}\n{title}" if family else title, here, bool(family)))
+    return found
+
+
+def _crowds(variants: pd.Series) -> list[tuple[str, list[str]]]:
+    """Arms that can share a panel, with a title: all of them, or where they are too many those of a family."""
+    arms = in_order(variants)
+    if len(arms) <= CROWD:
+        return [("", arms)]
+    families = {arm: name for name, members in FAMILIES.items() for arm in members}
+    found = []
+    for name, members in itertools.groupby(arms, key=lambda arm: families.get(arm.split(" (")[0], "others")):
+        family = list(members)
+        found += [(name, family[i : i + CROWD]) for i in range(0, len(family), CROWD)]
+    return found
+
+
+def _runs(rows: pd.DataFrame) -> pd.Series:
+    return rows[rows["state"] == "done"].groupby("variant")["seed"].nunique()
+
+
+def pages(found: Sequence[T], size: int = PAGE) -> Iterator[Sequence[T]]:
+    """Figures' worth of panels, of about equal length."""
+    number = math.ceil(len(found) / size)
+    for i in range(number):
+        yield found[i * len(found) // number : (i + 1) * len(found) // number]
+
+
+def multiples(
+    found: Sequence[Panel],
+    looks: Mapping[str, Style],
+    more: Sequence[Artist] = (),
+    across: int | None = None,
+    **options: Any,
+) -> tuple[Figure, list[tuple[Axes, Panel]]]:
+    """A figure of these panels and its legend: one for all, or of the arms beside each panel where some are crowded."""
+    crowded = any(panel.crowded for panel in found)
+    across = min(len(found), 2) if crowded else across or columns(len(found))
+    figure, axes = grid(len(found), across, **options)
+    titles = [wrapped(panel.title, figure.get_figwidth() / across - (1.2 if crowded else 0.2)) for panel in found]
+    more_lines = max(title.count("\n") for title in titles) * math.ceil(len(found) / across)
+    figure.set_figheight(figure.get_figheight() + 0.13 * more_lines)
+    for ax, panel, title in zip(axes, found, titles, strict=True):
+        ax.set_title(title)
+        if crowded:
+            ax.legend(handles=handles(panel.rows["variant"], looks), loc="center left", bbox_to_anchor=(1, 0.5))
+    own = [] if crowded else handles(pd.concat([panel.rows["variant"] for panel in found]), looks)
+    if own or more:
+        legend(figure, [*own, *more])
+    return figure, list(zip(axes, found, strict=True))
+
+
+def wrapped(title: str, inches: float) -> str:
+    """Broken after commas and before brackets where a line would be longer than this."""
+    lines = []
+    for paragraph in title.splitlines():
+        lines.append("")
+        for piece in re.split(r"(?<=,) | (?=\()", paragraph):
+            joined = f"{lines[-1]} {piece}".strip()
+            if lines[-1] and len(joined) > 16 * inches:
+                lines.append(piece)
+            else:
+                lines[-1] = joined
+    return "\n".join(lines)
+
+
+def columns(number: int) -> int:
+    """Panels beside each other, such that the last row is full if it can be."""
+    return number if number < 4 else next((across for across in (4, 3, 5) if number % across == 0), 4)
+
+
+def grid(
+    number: int, across: int, height: float = 1.9, width: float | None = None, **shared: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of small multiples, so many beside each other, each `height` inches high."""
+    down = math.ceil(number / across)
+    figure = Figure(figsize=(width or (SINGLE if across == 1 else DOUBLE), height * down + 0.5), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False, **{"sharex": True, "sharey": True, **shared}).ravel()
+    for ax in axes[number:]:
+        ax.remove()
+    for ax in axes[max(number - across, 0) : number]:
+        ax.tick_params(labelbottom=True)  # also where the panel below is left out
+    return figure, list(axes[:number])
+
+
+def ticks(ax: Axes, values: pd.Series, number: int = 4) -> None:
+    """Of an axis of steps, epochs or layers: whole numbers, and of a single one itself."""
+    if values.nunique() == 1:
+        ax.set_xticks([values.iloc[0]])
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(number, integer=True))
+
+
+def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, look: Style, scale: float = 1.0, **line: Any) -> None:
+    """One arm's course: the mean over the done seeds, a band from the lowest to the highest (where n > 1), and every
+    diverged run as a dotted line that ends in a cross, part of no mean. A run's value is its mean over layers.
+
+    Args:
+        rows: of one arm: seed, state, `x`, `y`.
+        line: for the line of the mean; with `marker=""` the seeds' band is left out too.
+    """
+    values = rows.groupby(["seed", "state", x], as_index=False)[y].mean()
+    values[y] *= scale
+    done = values[values["state"] == "done"]
+    curve = done.groupby(x)[y].agg(["mean", "min", "max"])
+    every = max(1, math.ceil(len(curve) / 6))
+    style = {"color": look.color, "marker": look.marker, "markevery": every, "ms": 3, **line}
+    if len(curve):
+        ax.plot(curve.index, curve["mean"], **style)
+    if done["seed"].nunique() > 1 and style["marker"]:
+        ax.fill_between(curve.index, curve["min"], curve["max"], color=look.color, alpha=0.18, lw=0)
+    for _, lost in values[values["state"] == "diverged"].groupby("seed"):
+        ax.plot(lost[x], lost[y], ":", color=look.color, lw=0.9)
+        if style["marker"]:
+            last = lost.dropna(subset=[y])
+            ax.plot(last[x].iloc[-1:], last[y].iloc[-1:], "x", color=look.color)

@@ -1,0 +1,147 @@
+"""How figures look: sizes of a two-column paper, and one colour and one marker per arm.
+
+Colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart, with a grey and a brown.
+"""
+
+import io
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+from normlab.report.arms import FAMILIES, in_order
+
+SINGLE, DOUBLE = 3.4, 7.0  # inches: widths of one and of two columns
+CROWD = 8  # arms that one panel can show
+RC: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.minor.width": 0.4,
+    "ytick.minor.width": 0.4,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "savefig.dpi": 160,
+    "pdf.fonttype": 42,  # TrueType: conferences refuse matplotlib's default, Type 3
+}
+
+
+class Style(NamedTuple):
+    color: str
+    marker: str
+
+
+BLUE, VERMILION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+PURPLE, SKY, ORANGE, GREY, BROWN = "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A"
+_MARKERS = "os^DvPX*<"
+
+
+def _looks() -> dict[str, Style]:
+    """The look of each known arm: within a family no colour comes twice, and blue is BN's alone, black none's."""
+    found = {}
+    colors = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE)
+    for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms look alike
+        for i, arm in enumerate(family):
+            found[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
+        colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN)
+    return found
+
+
+_KNOWN = _looks()
+_COLORS = (PURPLE, SKY, ORANGE, GREY, GREEN, VERMILION, BROWN)
+_OTHERS = [Style(color, marker) for marker in _MARKERS for color in _COLORS]
+
+
+def styles(arms: Iterable[str]) -> dict[str, Style]:
+    """Colour and marker of each arm: by its name, so that studies agree on them. Where two of a few arms fall on the
+    same colour, the later one in the order of tables gets another."""
+    found: dict[str, Style] = {}
+    names = in_order(arms)
+    for arm in names:
+        first = zlib.crc32(arm.encode()) % len(_OTHERS)
+        own = _KNOWN.get(arm) or _KNOWN.get(arm.split(" (")[0]) or _OTHERS[first]
+        free = [style for style in (own, *_OTHERS[first:], *_OTHERS[:first]) if style not in found.values()] or [own]
+        colors = {style.color for style in found.values()} if len(names) <= CROWD else set()
+        found[arm] = next((style for style in free if style.color not in colors), free[0])
+    return found
+
+
+def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = False) -> None:
+    """Limits of one axis around what is shown: a share's (in %) end at 0 and 100, and the axis of positive values that
+    span a factor of ten is logarithmic."""
+    values = shown.replace([math.inf, -math.inf], math.nan).dropna()
+    if values.empty:
+        return
+    low, high = float(values.min()), float(values.max())
+    above = float(values[values > 0].min()) if high > 0 else math.nan
+    if not share and low > 0 and 10 * above <= high:
+        margin = (high / above) ** 0.06
+        ax.set(**{f"{name}scale": "log", f"{name}lim": (above / margin, high * margin)})
+        return
+    margin = 0.06 * (high - low) or 0.5 * (abs(high) or 1.0)
+    low, high = low - margin, high + margin
+    if share:
+        low, high = max(low, -1.0), min(high, 101.0)  # a little beyond, so that markers at the ends are whole
+    ax.set(**{f"{name}lim": (low, high)})
+
+
+def legend(figure: Figure, handles: Sequence[Artist]) -> None:
+    """Above the panels, in as many columns as fit; beside a narrow figure, which then is wide, where it would be high.
+    The figure grows with it."""
+    lengths = [len(str(handle.get_label())) for handle in handles]
+    for columns in range(len(handles), 0, -1):
+        inches = sum(0.42 + 0.06 * max(column) for column in np.array_split(lengths, columns))
+        if inches <= figure.get_figwidth():
+            break
+    rows = math.ceil(len(handles) / columns)
+    if rows > 3 and figure.get_figwidth() < DOUBLE:
+        figure.set_figwidth(DOUBLE)
+        figure.legend(handles=list(handles), loc="outside right center")
+        return
+    figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
+    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns, columnspacing=1.2)
+
+
+def handles(arms: Iterable[str], looks: Mapping[str, Style]) -> list[Artist]:
+    return [Line2D([], [], color=looks[arm].color, marker=looks[arm].marker, label=arm) for arm in in_order(arms)]
+
+
+def seeds(numbers: Iterable[float]) -> str:
+    """`n = 3`, `n = 2 to 3`."""
+    found = [int(number) for number in numbers] or [0]
+    low, high = min(found), max(found)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+@mpl.rc_context(RC)
+def encode(figure: Figure, suffix: str) -> bytes:
+    """The figure as a file's content, `png` or `pdf`; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix, metadata={"CreationDate": None} if suffix == "pdf" else None)
+    if suffix == "png":  # 64 colours are a quarter of the bytes, and no eye sees it
+        image = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        image.save(buffer := io.BytesIO(), "png", optimize=True, dpi=(RC["savefig.dpi"],) * 2)
+    return buffer.getvalue()

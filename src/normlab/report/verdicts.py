@@ -1,0 +1,334 @@
+"""The claims judged against a study's runs: supported, contradicted, inconclusive. docs/statistics.md explains it.
+
+A study has one verdict per claim, data set and network. Every comparison of a claim comes to one number per seed (its
+contrast, averaged over the cells that can be compared), which Student's t-test judges; Holm's correction is
+over all comparisons of the study.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from normlab import runs
+from normlab.report.arms import OF_THE_ARM, flatten, natural
+from normlab.report.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Claim, Comparison, Side, claims
+from normlab.report.load import FINISHED, Study
+from normlab.report.measures import Measure, chance
+from normlab.report.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
+from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
+
+ALPHA = 0.05
+SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "inconclusive", "not run"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison of a claim.
+
+    Attributes:
+        label: the contrast in words, e.g. "bn - none".
+        contrasts: per seed, in the measure's own terms (a logarithm for factors).
+        interval: their mean and t-interval.
+        p: of the test, nan where none is made; `p_holm` with Holm's correction.
+        favours: whether the runs rather speak for the claim.
+        remarks: sentences about what went into it.
+    """
+
+    comparison: Comparison
+    label: str
+    contrasts: Mapping[int, float]
+    interval: Interval
+    p: float
+    favours: bool
+    remarks: tuple[str, ...]
+    p_holm: float = math.nan
+
+    @property
+    def d_z(self) -> float:
+        return effect_size(list(self.contrasts.values()), self.comparison.reference)
+
+    @property
+    def verdict(self) -> str:
+        if not self.contrasts and not self.remarks:
+            return NOT_RUN
+        if not self.p_holm <= ALPHA:
+            return INCONCLUSIVE
+        return SUPPORTED if self.favours else CONTRADICTED
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a study says about a claim on one data set with one network."""
+
+    claim: Claim
+    study: str
+    dataset: str
+    model: str
+    budget: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def verdict(self) -> str:
+        """All comparisons have to hold, and one contradicts; with `any`, the other way round."""
+        found = [finding.verdict for finding in self.findings]
+        decisive, unanimous = (SUPPORTED, CONTRADICTED) if self.claim.any else (CONTRADICTED, SUPPORTED)
+        if decisive in found:
+            return decisive
+        return unanimous if set(found) == {unanimous} else INCONCLUSIVE
+
+    @property
+    def place(self) -> str:
+        warning = " (answers nothing)" if self.budget == "smoke" else ""
+        return f"{self.dataset}, {self.model}, budget {self.budget}{warning}"
+
+
+def judge(study: Study, confidence: float = 0.95) -> list[Judgement]:
+    """Every verdict that the study's finished runs allow, in the order of places and claims."""
+    judgements = []
+    for (dataset, model), here in _places(study).items():
+        budgets = dict.fromkeys(str(study.configs[run.name].get("budget") or "n/a") for run in here)
+        for claim in claims():
+            findings = tuple(_find(comparison, claim.free, here, confidence) for comparison in claim.comparisons)
+            if any(finding.verdict != NOT_RUN for finding in findings):
+                judgements.append(Judgement(claim, study.name, dataset, model, " or ".join(budgets), findings))
+    return _corrected(judgements)
+
+
+def _corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
+    adjusted = iter(holm([finding.p for judgement in judgements for finding in judgement.findings]))
+    return [
+        dataclasses.replace(
+            judgement,
+            findings=tuple(dataclasses.replace(finding, p_holm=next(adjusted)) for finding in judgement.findings),
+        )
+        for judgement in judgements
+    ]
+
+
+# ---- the runs
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    settings: Mapping[str, Hashable]
+    seed: int
+    diverged: bool
+    chance: float  # the accuracy of guessing, in per cent
+    rows: "_Rows"
+
+    def value(self, measure: Measure) -> float:
+        """nan if it was not measured."""
+        if not self.diverged:
+            return self.rows.value(self.name, measure)
+        if measure.probe and self.rows.of(self.name, measure.probe) is None:
+            return math.nan
+        counts = {"chance": self.chance, "worst": math.inf, "missing": math.nan}
+        return counts[measure.diverged] if isinstance(measure.diverged, str) else measure.diverged
+
+
+class _Rows:
+    """What each run measured, looked at only when asked for."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.split: dict[str | None, dict[str, pd.DataFrame]] = {}
+        self.values: dict[tuple[str, str], float] = {}
+
+    def of(self, run: str, probe: str | None) -> pd.DataFrame | None:
+        if probe not in self.split:
+            rows = self.study.probes.get(probe) if probe else self.study.evaluations
+            self.split[probe] = {} if rows is None else {str(name): group for name, group in rows.groupby("run")}
+        return self.split[probe].get(run)
+
+    def value(self, run: str, measure: Measure) -> float:
+        if (run, measure.label) not in self.values:
+            rows = self.of(run, measure.probe)
+            self.values[run, measure.label] = math.nan if rows is None else float(measure.value(rows))
+        return self.values[run, measure.label]
+
+
+def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
+    """The finished runs per data set and network."""
+    rows = _Rows(study)
+    found: dict[tuple[str, str], list[_Run]] = defaultdict(list)
+    for run in study.runs[study.runs["state"].isin(FINISHED)].to_dict("records"):
+        config = study.configs[run["run"]]
+        settings = {key: value for key, value in flatten(runs.completed(config)).items() if not _changes_nothing(key)}
+        if settings.get("norm_batch") == settings["batch"]:
+            settings["norm_batch"] = None
+        guessing = chance(config, run["classes"])
+        made = _Run(run["run"], settings, run["seed"], run["state"] == "diverged", guessing, rows)
+        found[str(settings["dataset.name"]), str(settings["model.name"])].append(made)
+    return {place: found[place] for place in sorted(found, key=lambda place: [natural(part) for part in place])}
+
+
+def _changes_nothing(key: str) -> bool:
+    """Whether a setting has no part in a run's result."""
+    group, _, name = key.partition(".")
+    return group in (*CARRIED_OUT, "probe") or (group == "dataset" and name in DATASET_CARRIED_OUT)
+
+
+# ---- which of them are compared
+
+
+def _selects(where: Mapping[str, Any], named: frozenset[str], settings: Mapping[str, Hashable]) -> bool:
+    """Whether a run is meant; `named` are the settings in which ordinary values are not expected."""
+    if not all(_is(settings, key, value) for key, value in where.items()):
+        return False
+    usual = ORDINARY | ORDINARY_OPTIONS.get(str(settings["norm.name"]), {})
+    return all(_is(settings, key, usual[key]) for key in usual if key in settings and key not in named)
+
+
+def _is(settings: Mapping[str, Hashable], key: str, wanted: Any) -> bool:
+    found = settings.get(key)
+    if key == "norm_batch" and wanted is not None:
+        found = found or settings["batch"]
+    return found in wanted if isinstance(wanted, list) else found == wanted
+
+
+def _resolved(side: Side, named: frozenset[str], here: Sequence[_Run]) -> Side | None:
+    """The side with `lowest` and `highest` as the numbers that they are in this study."""
+    end = side.where.get("norm_batch")
+    if end not in (LOWEST, HIGHEST):
+        return side
+    rest = {key: value for key, value in side.where.items() if key != "norm_batch"}
+    sizes = {run.settings["norm_batch"] or run.settings["batch"] for run in here if _selects(rest, named, run.settings)}
+    if len(sizes) < 2:
+        return None
+    return Side(side.weight, {**rest, "norm_batch": (min if end == LOWEST else max)(sizes)})  # type: ignore[type-var]
+
+
+class _Selection(NamedTuple):
+    sides: tuple[Side, ...]
+    cells: list[tuple[Mapping[int, _Run], ...]]  # per cell, per side: the runs by seed
+
+
+def _select(comparison: Comparison, free: frozenset[str], here: Sequence[_Run]) -> _Selection | None:
+    """The cells that have all sides. Whatever no side names is equal between them, options of a norm apart."""
+    named = frozenset(key for side in comparison.sides for key in side.where)
+    apart = named | free | {"seed"}
+    sides, found = [], []
+    for side in comparison.sides:
+        resolved = _resolved(side, named, here)
+        if resolved is None:
+            return None
+        cells: Any = defaultdict(lambda: defaultdict(dict))
+        for run in here:
+            if _selects(resolved.where, named, run.settings) and not math.isnan(run.value(comparison.measure)):
+                rest = {key: value for key, value in run.settings.items() if key not in apart}
+                options = frozenset(item for item in rest.items() if item[0].startswith(OF_THE_ARM))
+                norm = run.settings["norm.name"]
+                cells[frozenset(rest.items()) - options][norm, options].setdefault(run.seed, run)
+        if not cells:
+            return None
+        sides.append(resolved)
+        found.append(cells)
+    common = set.intersection(*(set(cells) for cells in found))
+    chosen = []
+    for cell in sorted(common, key=lambda cell: sorted(map(str, cell))):
+        for arms in itertools.product(*(cells[cell].items() for cells in found)):
+            options_of = {norm: options for (norm, options), _ in arms}
+            if all(options_of[norm] == options for (norm, options), _ in arms):  # one norm has the same options
+                chosen.append(tuple(by_seed for _, by_seed in arms))
+    return _Selection(tuple(sides), chosen) if chosen else None
+
+
+# ---- what they say
+
+
+def _find(comparison: Comparison, free: frozenset[str], here: Sequence[_Run], confidence: float) -> Finding:
+    selection = _select(comparison, free, here)
+    measure = comparison.measure
+    used = [run for cell in (selection.cells if selection else ()) for side in cell for run in side.values()]
+    if selection is None or (all(run.diverged for run in used) and not _measured(measure, here)):
+        nothing = Interval(math.nan, math.nan, math.nan, 0)
+        return Finding(comparison, _label(comparison, comparison.sides), {}, nothing, math.nan, False, ())
+    label = _label(comparison, selection.sides)
+    by_side = [[set(side) for side in cell] for cell in selection.cells]
+    seeds = set.intersection(*(seeds for cell in by_side for seeds in cell))
+    every = set.union(*(seeds for cell in by_side for seeds in cell))
+    contrasts = {seed: _contrast(selection, measure, seed) for seed in sorted(seeds)}
+    values = list(contrasts.values())
+    remarks = list(_remarks(selection, measure, seeds, every))
+    p, favours = math.nan, False
+    if len(values) < ENOUGH:
+        remarks.append(f"n = {len(values)}: {TOO_FEW}" if values else "no seed has all of its runs")
+    elif all(run.diverged for run in used):
+        remarks.append("nothing to compare")
+    else:
+        p, favours = _test(comparison, values)
+        if any(values) and not spread(values) > 0:
+            above = sum(value > comparison.reference for value in values)
+            remarks.append(f"sign test: higher in {above} of {len(values)} seeds")
+    return Finding(comparison, label, contrasts, t_interval(values, confidence), p, favours, tuple(remarks))
+
+
+def _measured(measure: Measure, here: Sequence[_Run]) -> bool:
+    return any(not run.diverged and not math.isnan(run.value(measure)) for run in here)
+
+
+def _contrast(selection: _Selection, measure: Measure, seed: int) -> float:
+    """The weighted sum of the sides' values, averaged over the cells. Two infinite sides of a cell are a tie."""
+    sums = [
+        sum(side.weight * by_seed[seed].value(measure) for side, by_seed in zip(selection.sides, cell, strict=True))
+        for cell in selection.cells
+    ]
+    mean = sum(0.0 if math.isnan(total) else total for total in sums) / len(sums)
+    return 0.0 if math.isnan(mean) else mean
+
+
+def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, bool]:
+    """The p-value of what the runs rather speak for, and whether that is the claim.
+
+    greater, less: the test against the reference. equal: two one-sided tests (TOST) against the ends of the margin;
+    or, where that is the smaller, the test of lying outside. Only one of the two conclusions can be wrong, so that
+    choosing between them inflates no error. All are two-sided: a verdict at 5 % is where the 95 % interval lies.
+    """
+    low, high = (tails(values, comparison.reference + sign * comparison.margin) for sign in (-1, 1))
+    if comparison.expect == "equal":
+        inside, outside = max(low.above, high.below), min(low.below, high.above)
+        return min(1.0, 2 * min(inside, outside)), inside <= outside
+    return low.two_sided, (low.above < low.below) == (comparison.expect == "greater")
+
+
+def _remarks(selection: _Selection, measure: Measure, seeds: set[int], every: set[int]) -> Iterator[str]:
+    if len(selection.cells) > 1:
+        yield f"mean over {len(selection.cells)} cells"
+    if seeds and every - seeds:
+        yield f"seeds {', '.join(map(str, sorted(every - seeds)))} are not in all cells and are left out"
+    for position, side in enumerate(selection.sides):
+        used = {cell[position][seed].name: cell[position][seed] for cell in selection.cells for seed in seeds}
+        diverged = [run for run in used.values() if run.diverged]
+        if diverged:
+            counted = "infinitely large" if measure.diverged == "worst" else f"{diverged[0].value(measure):g} %"
+            yield f"{len(diverged)} of {len(used)} runs of {_arm(side, ())} diverged and count as {counted}"
+
+
+# ---- in words
+
+
+def _label(comparison: Comparison, sides: Sequence[Side]) -> str:
+    told = [key for key in dict.fromkeys(key for side in sides for key in side.where) if key != "norm.name"]
+    told = [key for key in told if len({str(side.where.get(key)) for side in sides}) > 1]
+    ratio = comparison.measure.unit == "factor" and len(sides) > 1
+    text = ""
+    for position, side in enumerate(sides):
+        sign = " / " if ratio else (" + " if side.weight > 0 else " - ")
+        size = "" if abs(side.weight) == 1 else f"{abs(side.weight):g} "
+        text += (sign if position else "") + size + _arm(side, told)
+    return text
+
+
+def _arm(side: Side, told: Sequence[str]) -> str:
+    options = [
+        f"{key.removeprefix('norm.').removesuffix('.name')}={side.where[key]}" for key in told if key in side.where
+    ]
+    name = str(side.where["norm.name"])
+    return f"{name} ({', '.join(options)})" if options else name

@@ -1,0 +1,20 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from normlab.report import figures, load
+from normlab.report.tables import ACCURACY, Measure, build_tables
+
+
+@pytest.fixture
+def drawn(study: Path) -> Callable[..., dict[str, Figure]]:
+    """Every figure of the study on disk, by name."""
+
+    def draw(measure: Measure = ACCURACY) -> dict[str, Figure]:
+        found = load(study)
+        [main, *_] = build_tables(found, measure, None, (), 0.95)
+        return {name: figure for name, _, figure in figures.draw(found, main, measure, 0.95)}
+
+    return draw

@@ -1,0 +1,432 @@
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from planted import Planted, planted, simulate, study_for
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.weightstats import ttost_paired
+
+from normlab.report.claims import claims, parse
+from normlab.report.measures import MEASURES
+from normlab.report.verdict_texts import effect, expected, overview, table
+from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, SUPPORTED, judge
+
+EXPERIMENTS = Path(__file__).parents[2] / "conf" / "experiment"
+CLAIMS = {claim.id: claim for claim in claims()}
+BEATS = "peerthum2023-bn-none"
+
+
+def verdict(study, claim=BEATS):
+    [found] = [judgement for judgement in judge(study) if judgement.claim.id == claim]
+    return found
+
+
+def accuracies(**arms):
+    """Runs of the final test accuracies of each arm, seed by seed; None: diverged."""
+    return [
+        Planted({"norm.name": arm}, seed, {"test_accuracy": math.nan if value is None else value}, state_of(value))
+        for arm, values in arms.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def state_of(value):
+    return "diverged" if value is None else "done"
+
+
+# ---- the data
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+def test_every_claim_names_its_experiments_and_marks_what_is_ours(claim):
+    for experiment in claim.experiments:
+        assert (EXPERIMENTS / f"{experiment}.yaml").exists()
+    margins = any(c.margin or c.reference for c in claim.comparisons)
+    assert not margins or "[A]" in claim.notes
+    assert claim.command == f"python train.py -m experiment={claim.experiments[0]} budget=laptop"
+
+
+def test_no_key_of_the_file_is_overlooked():
+    comparison = {"sides", "expect", "than", "to", "within", "measure"}
+    keys = {"id", "sentence", "paper", "place", "number", "experiments", "measure", "where", "free", "any", "notes"}
+    entries = yaml.safe_load((EXPERIMENTS.parents[1] / "src/normlab/report/claims.yaml").read_text())
+    for entry in entries:
+        assert set(entry) <= keys | {"comparisons"}
+        for compared in entry["comparisons"]:
+            assert set(compared) <= comparison
+            assert compared["expect"] in ("greater", "less", "equal")
+            assert ("within" in compared) == (compared["expect"] == "equal")
+            assert not {"to", "than"} & set(compared) - {"to" if compared["expect"] == "equal" else "than"}
+            assert all("norm.name" in {**entry.get("where", {}), **side} for side in compared["sides"])
+    assert len({entry["id"] for entry in entries}) == len(entries)
+
+
+def test_every_experiment_has_a_claim():
+    named = {experiment for claim in claims() for experiment in claim.experiments}
+    assert {path.stem for path in EXPERIMENTS.glob("*.yaml")} <= named
+
+
+def test_every_measure_is_used_by_a_claim():
+    assert {c.measure for claim in claims() for c in claim.comparisons} == set(MEASURES.values())
+
+
+@pytest.mark.parametrize("claim", CLAIMS.values(), ids=CLAIMS)
+@pytest.mark.parametrize(("speaks", "expectation"), [("for", SUPPORTED), ("against", CONTRADICTED)])
+def test_a_study_that_speaks_for_a_claim_supports_it_and_the_opposite_contradicts_it(claim, speaks, expectation):
+    found = verdict(study_for(claim, speaks), claim.id)
+    assert found.verdict == expectation
+    assert {finding.verdict for finding in found.findings} == {expectation}
+    assert all(finding.interval.n == 5 for finding in found.findings)
+
+
+def test_the_share_beyond_3_is_that_of_a_normal_distribution():
+    [comparison] = CLAIMS["davis2021-large-values"].comparisons
+    assert comparison.reference == pytest.approx(200 * stats.norm.sf(3), abs=0.005)
+
+
+# ---- error rates, through all of the code that judges
+
+
+def test_without_an_effect_at_most_5_per_cent_of_studies_support_any_claim():
+    null = dict.fromkeys(("bn", "affine", "bnminus", "none"), lambda generator: generator.normal(60, 2))
+    found = [{judgement.verdict for judgement in judge(study)} for study in simulate(null, 5, 1000)]
+    assert sum(SUPPORTED in verdicts for verdicts in found) <= 50
+    assert 0 < sum(bool({SUPPORTED, CONTRADICTED} & verdicts) for verdicts in found) <= 70
+
+
+def test_a_difference_of_2_standard_deviations_of_the_paired_differences_is_found_9_times_in_10_with_5_seeds():
+    sd = 1.5  # of each arm; that of their differences is larger by the square root of 2
+    arms = {
+        "bn": lambda generator: generator.normal(60 + 2 * sd * math.sqrt(2), sd),
+        "none": lambda generator: generator.normal(60, sd),
+    }
+    found = [verdict(study).verdict for study in simulate(arms, 5, 1000)]
+    assert found.count(SUPPORTED) >= 900
+    assert found.count(CONTRADICTED) == 0
+
+
+@pytest.mark.parametrize("difference", [-1.0, 1.0, 2.0])
+def test_arms_that_differ_by_the_margin_or_more_are_called_equal_in_at_most_5_per_cent(difference):
+    arms = {
+        "bn": lambda generator: generator.normal(60, 0.1),
+        "renorm": lambda generator: generator.normal(60 + difference, 0.1),
+    }
+    found = [verdict(study, "ioffe2017-equal-at-32").verdict for study in simulate(arms, 5, 500)]
+    assert found.count(SUPPORTED) <= 25
+    if abs(difference) == 1:
+        assert found.count(SUPPORTED) > 0
+        assert 0 < found.count(CONTRADICTED) <= 25  # on the margin it is as equal as not
+
+
+def test_equal_arms_are_called_equal():
+    arms = dict.fromkeys(("bn", "renorm"), lambda generator: generator.normal(60, 0.2))
+    found = [verdict(study, "ioffe2017-equal-at-32").verdict for study in simulate(arms, 5, 200)]
+    assert found.count(SUPPORTED) >= 180
+
+
+# ---- the tests behind a verdict
+
+
+def test_p_and_interval_are_those_of_scipys_paired_t_test():
+    bn, none = [61.0, 63.0, 60.5, 62.0], [60.0, 60.5, 60.0, 58.0]
+    [finding] = verdict(planted(accuracies(bn=bn, none=none))).findings
+    expectation = stats.ttest_rel(bn, none)
+    assert finding.p == finding.p_holm == pytest.approx(expectation.pvalue)
+    assert finding.interval[1:3] == pytest.approx(expectation.confidence_interval())
+    assert finding.d_z == pytest.approx(expectation.statistic / 2)  # t / sqrt(n)
+
+
+def test_p_of_an_equality_is_twice_that_of_statsmodels_two_one_sided_tests():
+    bn, renorm = [60.0, 60.5, 61.0, 60.2], [60.3, 60.4, 61.5, 60.1]
+    [finding] = verdict(planted(accuracies(bn=bn, renorm=renorm)), "ioffe2017-equal-at-32").findings
+    assert finding.p == pytest.approx(2 * ttost_paired(np.array(renorm), np.array(bn), -1, 1)[0])
+    assert finding.favours
+
+
+def test_holm_is_over_all_comparisons_of_the_study():
+    generator = np.random.default_rng(3)
+    arms = {arm: list(generator.normal(60 - 2 * i, 1, 5)) for i, arm in enumerate(("bn", "affine", "bnminus", "none"))}
+    other = [run._replace(settings={**run.settings, "dataset.name": "mine"}) for run in accuracies(**arms)]
+    findings = [f for judgement in judge(planted(accuracies(**arms) + other)) for f in judgement.findings]
+    assert len(findings) == 6
+    assert [f.p_holm for f in findings] == pytest.approx(multipletests([f.p for f in findings], method="holm")[1])
+
+
+def test_two_seeds_are_inconclusive_in_words():
+    found = verdict(planted(accuracies(bn=[90.0, 90.1], none=[10.0, 10.1])))
+    assert found.verdict == INCONCLUSIVE
+    assert math.isnan(found.findings[0].p)
+    assert found.findings[0].remarks == ("n = 2: no interval worth the name; a difference cannot be told from chance",)
+
+
+def test_three_equal_differences_are_judged_by_the_sign_test_and_prove_nothing():
+    found = verdict(planted(accuracies(bn=[61.0, 62.0, 63.0], none=[60.0, 61.0, 62.0])))
+    assert (found.verdict, found.findings[0].p) == (INCONCLUSIVE, 0.25)
+    assert "sign test: higher in 3 of 3 seeds" in found.findings[0].remarks
+
+
+def test_sides_that_are_the_same_computation_are_equal():
+    ends = [
+        Planted({"norm.name": "gn", "norm_batch": size}, seed, {"test_accuracy": 60.0 + seed})
+        for size in (1, 32)
+        for seed in range(3)
+    ]
+    assert verdict(planted(ends), "wu2018-gn-flat").verdict == SUPPORTED
+
+
+# ---- divergence is a result
+
+
+def test_a_diverged_runs_accuracy_is_chance():
+    found = verdict(planted(accuracies(bn=[60.0, 61.0, 62.0, 63.0], none=[None, 10.0, None, 11.0])))
+    assert list(found.findings[0].contrasts.values()) == pytest.approx([50.0, 51.0, 52.0, 52.0])
+    assert found.verdict == SUPPORTED
+    assert "2 of 4 runs of none diverged and count as 10 %" in found.findings[0].remarks
+
+
+def test_chance_is_one_in_the_number_of_classes_that_a_run_recorded():
+    study = planted(accuracies(bn=[60.0, 61.0, 62.0], none=[None, None, None]))
+    study.runs["classes"] = 5.0
+    assert list(verdict(study).findings[0].contrasts.values()) == pytest.approx([40.0, 41.0, 42.0])
+
+
+@pytest.mark.parametrize("claim", [BEATS, "ioffe2017-equal-at-32"])
+def test_where_everything_diverged_there_is_nothing_to_compare(claim):
+    other = "none" if claim == BEATS else "renorm"
+    elsewhere = Planted({"norm.name": "gn"}, 0, {"test_accuracy": 50.0})
+    found = verdict(planted([*accuracies(**{"bn": [None] * 5, other: [None] * 5}), elsewhere]), claim)
+    assert found.verdict == INCONCLUSIVE
+    assert "nothing to compare" in found.findings[0].remarks
+
+
+def losses(**arms):
+    return [
+        Planted(
+            {"norm.name": arm, "model.name": "deep_linear"}, seed, {"train_loss": math.log(loss or 1)}, state_of(loss)
+        )
+        for arm, found in arms.items()
+        for seed, loss in enumerate(found)
+    ]
+
+
+@pytest.mark.parametrize(("seeds", "expectation"), [(5, INCONCLUSIVE), (8, CONTRADICTED)])
+def test_infinite_losses_are_judged_by_the_sign_test_which_needs_seeds(seeds, expectation):
+    found = verdict(
+        planted(losses(lpinf=[None] * seeds, none=[5.0 + seed for seed in range(seeds)])), "santurkar2018-deep-linear"
+    )
+    first = found.findings[0]
+    assert first.p == pytest.approx(stats.binomtest(0, seeds).pvalue)
+    assert found.verdict == expectation
+    assert effect(first) == "infinite"
+    assert f"sign test: higher in 0 of {seeds} seeds" in first.remarks
+
+
+def test_diverged_runs_have_no_accuracy_where_none_is_measured():
+    found = judge(planted(losses(bn=[None] * 3, lp1=[None] * 3, lp2=[None] * 3, none=[5.0, 6.0, 7.0])))
+    assert {judgement.claim.id for judgement in found} == {"santurkar2018-deep-linear"}
+
+
+def test_a_diverged_run_without_a_probe_is_no_evidence_about_it():
+    runs = [Planted({"norm.name": "bn"}, seed, {"beta": 1.0 + 0.1 * seed}) for seed in range(3)]
+    runs += [Planted({"norm.name": "none"}, seed, {}, "diverged") for seed in range(3)]
+    assert not judge(planted(runs))
+
+
+# ---- which runs are compared
+
+
+def test_a_chain_needs_all_of_its_links():
+    order = {"none": 1700.0, "lpinf": 1000.0, "bn": 500.0, "lp2": 510.0, "lp1": 100.0}
+
+    def judged(**changed):
+        generator = np.random.default_rng(0)
+        found = {
+            arm: [loss * math.exp(0.01 * generator.normal()) for _ in range(5)]
+            for arm, loss in (order | changed).items()
+        }
+        return verdict(planted(losses(**found)), "santurkar2018-deep-linear")
+
+    assert judged().verdict == SUPPORTED
+    assert judged(lp1=600.0).verdict == CONTRADICTED
+    assert judged(lp2=5000.0).verdict == CONTRADICTED
+
+
+def test_a_chain_with_a_missing_link_is_inconclusive_and_says_so():
+    found = verdict(planted(losses(none=[1700.0, 1701, 1702], lpinf=[10.0, 11, 12])), "santurkar2018-deep-linear")
+    assert found.verdict == INCONCLUSIVE
+    assert [finding.verdict for finding in found.findings] == [SUPPORTED] + 3 * ["not run"]
+
+
+def test_one_of_several_is_enough_where_a_claim_says_so():
+    def judged(**found):
+        return verdict(
+            planted(
+                run._replace(settings={**run.settings, "model.name": "gitman_cifar"}) for run in accuracies(**found)
+            ),
+            "gitman2017-cifar",
+        ).verdict
+
+    bn = [60.0, 61.0, 62.0, 61.0]
+    better, worse = [65.0, 66.1, 67.2, 66.0], [55.0, 56.1, 57.2, 56.0]
+    assert judged(bn=bn, wn=worse, wn_trelu=better, normprop=worse) == SUPPORTED
+    assert judged(bn=bn, wn=worse, wn_trelu=worse, normprop=worse) == CONTRADICTED
+    assert judged(bn=bn, wn=worse) == INCONCLUSIVE
+
+
+def test_an_interaction_is_the_difference_of_differences():
+    values = {("bn", 16): 60.0, ("bn", 2): 40.0, ("gn", 16): 58.0, ("gn", 2): 50.0}
+    runs = [
+        Planted({"norm.name": norm, "norm_batch": size}, seed, {"test_accuracy": value + 0.1 * seed * (size == 2)})
+        for (norm, size), value in values.items()
+        for seed in range(4)
+    ]
+    found = verdict(planted(runs), "wu2018-bn-falls")
+    assert list(found.findings[1].contrasts.values()) == pytest.approx([12.0] * 4)
+    assert found.findings[1].label == (
+        "bn (norm_batch=16) - bn (norm_batch=2) - gn (norm_batch=16) + gn (norm_batch=2)"
+    )
+
+
+def test_what_is_not_named_is_equal_on_both_sides_and_averaged_over():
+    runs = [
+        run._replace(
+            settings={**run.settings, "depth": depth}, values={"test_accuracy": run.values["test_accuracy"] + more}
+        )
+        for run in accuracies(bn=[60.0, 61.0, 62.0], none=[50.0, 52.0, 51.0])
+        for depth, more in ((18, 0.0), (34, 2.0 if run.settings["norm.name"] == "bn" else 0.0))
+    ]
+    lonely = Planted({"norm.name": "bn", "depth": 50}, 0, {"test_accuracy": 0.0})
+    [finding] = verdict(planted([*runs, lonely])).findings
+    assert list(finding.contrasts.values()) == pytest.approx([11.0, 10.0, 12.0])
+    assert "mean over 2 cells" in finding.remarks
+
+
+def test_seeds_that_are_not_in_all_cells_are_left_out_and_told():
+    runs = accuracies(bn=[60.0, 61.0, 62.0, 63.0], none=[50.0, 52.0, 51.0, 50.0])
+    runs += [run._replace(settings={**run.settings, "depth": 34}) for run in runs if run.seed != 3]
+    [finding] = verdict(planted(runs)).findings
+    assert list(finding.contrasts) == [0, 1, 2]
+    assert "seeds 3 are not in all cells and are left out" in finding.remarks
+
+
+def test_data_sets_and_networks_have_verdicts_of_their_own():
+    runs = accuracies(bn=[60.0, 61.0, 62.5], none=[10.0, 12.0, 11.0])
+    runs += [run._replace(settings={**run.settings, "dataset.name": "mine"}) for run in runs]
+    runs += [run._replace(settings={**run.settings, "model.name": "cifar_resnet"}) for run in runs]
+    found = [judgement for judgement in judge(planted(runs)) if judgement.claim.id == BEATS]
+    assert [(judgement.dataset, judgement.model) for judgement in found] == [
+        *(("digits", "cifar_resnet"), ("digits", "resnet")),
+        *(("mine", "cifar_resnet"), ("mine", "resnet")),
+    ]
+    assert found[0].place == "digits, cifar_resnet, budget smoke (answers nothing)"
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"sampler.name": "paired"},
+        {"eval_stats": "batch"},
+        {"input_norm": "bn"},
+        {"norm_batch": 4},
+        {"init.name": "bn_folded"},
+        {"norm.scale_init": 0.1},
+    ],
+)
+def test_oddities_of_a_study_do_not_speak_to_a_claim_about_plain_bn(odd):
+    plain = accuracies(bn=[60.0, 61.0, 62.0], none=[50.0, 52.0, 51.0])
+    strange = [
+        run._replace(settings={**run.settings, **odd}, values={"test_accuracy": 1.0})
+        for run in plain
+        if run.settings["norm.name"] == "bn" or not next(iter(odd)).startswith("norm.")
+    ]
+    assert judge(planted([*strange, *plain]))[0].findings[0].contrasts == {0: 10.0, 1: 9.0, 2: 11.0}
+    assert not judge(planted(strange))
+
+
+def test_a_norm_batch_as_large_as_the_batch_is_none():
+    runs = [
+        run._replace(settings={**run.settings, "norm_batch": 32 if run.settings["norm.name"] == "bn" else None})
+        for run in accuracies(bn=[60.0, 61.0, 62.5], none=[10.0, 12.0, 11.0])
+    ]
+    assert verdict(planted(runs)).verdict == SUPPORTED
+
+
+def test_settings_that_belong_to_an_arm_may_differ_between_norms_but_not_within_one():
+    runs = [
+        Planted({"norm.name": "gn", "norm.groups": groups, "norm_batch": size}, seed, {"test_accuracy": value + seed})
+        for groups, size, value in ((8, 2, 50.0), (8, 16, 51.0), (4, 2, 30.0), (4, 16, 33.0))
+        for seed in range(3)
+    ]
+    [finding] = verdict(planted(runs), "wu2018-gn-flat").findings
+    assert list(finding.contrasts.values()) == [-2.0] * 3  # the mean of -1 and -3
+    assert "mean over 2 cells" in finding.remarks  # and not of the four pairs
+
+
+def test_a_learning_rate_that_differs_between_arms_is_no_comparison():
+    runs = [
+        run._replace(settings={**run.settings, "optimizer.lr": 0.1 if run.settings["norm.name"] == "bn" else 0.01})
+        for run in accuracies(bn=[60.0, 61.0, 62.5], none=[10.0, 12.0, 11.0])
+    ]
+    assert not judge(planted(runs))
+
+
+def test_a_study_without_either_arm_says_nothing():
+    assert not judge(planted(accuracies(bn=[60.0, 61.0, 62.0])))
+    assert not judge(planted([Planted({"norm.name": arm}, 0, {}) for arm in ("bn", "none")]))
+
+
+def test_probes_do_not_keep_runs_apart():
+    runs = [
+        run._replace(settings={**run.settings, **({"probe.ics.every": 5} if run.settings["norm.name"] == "bn" else {})})
+        for run in accuracies(bn=[60.0, 61.0, 62.5], none=[10.0, 12.0, 11.0])
+    ]
+    assert verdict(planted(runs)).verdict == SUPPORTED
+
+
+# ---- for a reader
+
+
+def test_the_table_has_a_row_per_comparison_and_its_texts_name_data_set_and_budget():
+    found = table(judge(study_for(CLAIMS["santurkar2018-ics"], "for")), 0.95)
+    rows = found.tidy[found.tidy["claim"] == "santurkar2018-ics"]
+    assert list(rows["comparison"]) == ["bn / none", "bn - none"]
+    assert list(rows["verdict"]) == [SUPPORTED] * 2
+    [place] = found.texts
+    assert place == "digits, resnet, budget smoke (answers nothing)"
+    first, second = found.texts[place].to_dict("records")
+    assert (first["verdict"], second["verdict"], first["n"], first["paper says"]) == (SUPPORTED, "", "5", "n/a")
+    assert first["expected"] == "above a factor of 0.9"
+    assert re.fullmatch(r"factor 2\.[45]\d* \(2\.\d+ to 2\.\d+\)", first["effect"])  # 0.9 e
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"expect": "greater"}, "above 0"),
+        ({"expect": "less", "than": -2}, "below -2"),
+        ({"expect": "equal", "within": 2, "to": 6}, "within 2 of 6"),
+        ({"expect": "less", "measure": "beta"}, "below a factor of 1"),
+        ({"expect": "equal", "within": 1.5, "measure": "beta"}, "within a factor of 1.5 of 1"),
+    ],
+)
+def test_expectations_in_words(entry, words):
+    words_of = dict.fromkeys(("id", "sentence", "paper", "place", "number"), "x") | {"experiments": ["x"]}
+    side = {"norm.name": "bn"}
+    claim = parse({**words_of, "measure": "test_accuracy", "comparisons": [{"sides": [side, side], **entry}]})
+    assert expected(claim.comparisons[0]) == words
+
+
+def test_the_page_of_all_claims_has_each_claim_once_and_commands_of_those_not_run():
+    text = overview(judge(study_for(CLAIMS["santurkar2018-noise"], "for")))
+    for claim in claims():
+        assert text.count(claim.sentence) == 1
+    assert "`python train.py -m experiment=ioffe2017_small budget=laptop`" in text
+    assert "-m experiment=santurkar2018_noise" not in text
+
+
+def test_without_a_study_every_claim_is_not_run():
+    assert f"{len(claims())} claims not run" in overview([])
