@@ -1,0 +1,115 @@
+"""Every experiment: its file, the runs of its budgets, and the way from its command to its verdicts at budget=smoke."""
+
+import functools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra_plugins.normlab_sweepers import ExperimentSweeper
+
+from normlab import report
+from normlab.config import ProbeConfig
+from normlab.report.claims import claims
+from normlab.report.verdicts import NOT_RUN, judge
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+NAMES = [file.stem for file in FILES]
+BUDGETS = ("smoke", "laptop", "paper")
+
+
+@functools.cache
+def read(name: str) -> tuple[str, dict[str, Any]]:
+    text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
+    return text, yaml.safe_load(text)
+
+
+def runs_of(name: str, budget: str, *overrides: str) -> list[list[str]]:
+    """What Hydra is asked to compose for each run."""
+    sweeper = ExperimentSweeper(**read(name)[1]["hydra"]["sweeper"], budget=budget, experiment=name)
+    sweeper.hydra_context = SimpleNamespace(config_loader=None)  # type: ignore[assignment]
+    said = OverridesParser.create().parse_overrides([f"experiment={name}", f"budget={budget}", *overrides])
+    [runs] = sweeper.split_arguments(said, None)
+    return runs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_says_what_it_is_and_costs(name) -> None:
+    text, content = read(name)
+    header = text[: text.index("\ndefaults:")]
+    assert f"python train.py -m experiment={name} budget=laptop" in header
+    for budget in BUDGETS:
+        assert re.search(rf"{budget}: [\d,]+ runs", header), f"the header of {name} lacks the cost of {budget}"
+    assert content["experiment"] == name
+    assert content["study"] == "${experiment}_${budget}"
+    assert set(content["hydra"]["sweeper"]["sizes"]) == set(BUDGETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_header_counts_the_runs_and_each_is_valid(make, name, budget) -> None:
+    counted = int(re.search(rf"{budget}: ([\d,]+) runs", read(name)[0])[1].replace(",", ""))  # type: ignore[index]
+    assert len(runs_of(name, budget)) == counted
+    settings = [make(*overrides) for overrides in runs_of(name, budget, "seed=0")]
+    assert {config.budget for config in settings} == {budget}
+    assert len({str(config) for config in settings}) == len(settings), "two of them are the same run"
+
+
+def test_every_experiment_and_probe_and_claim_is_covered() -> None:
+    assert {name for claim in claims() for name in claim.experiments} == set(NAMES)
+    probes = {get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(get_args(ProbeConfig)[0])}
+    used = {
+        probe
+        for name in NAMES
+        for default in read(name)[1]["defaults"]
+        if isinstance(default, dict)
+        for probe in default.get("override /probe", [])
+    }
+    assert used == probes
+
+
+def test_what_the_user_says_takes_the_place_of_the_grids_and_the_budget() -> None:
+    runs = runs_of("ioffe2017_small", "smoke", "seed=7", "norm=gn,bn", "norm_batch=8")
+    assert [sorted(set(run) & {"seed=7", "norm=gn", "norm=bn", "norm_batch=8"}) for run in runs] == [
+        ["norm=gn", "norm_batch=8", "seed=7"],
+        ["norm=bn", "norm_batch=8", "seed=7"],
+    ]
+
+
+def test_a_budget_that_is_missing_is_asked_for(tmp_path) -> None:
+    ended = python(tmp_path, "train.py", "-m", "experiment=ioffe2017_small")
+    assert ended.returncode == 1
+    assert "experiment=ioffe2017_small needs a budget" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_from_the_command_to_the_verdicts(name, tmp_path) -> None:
+    out = f"output_dir={tmp_path}"
+    trained = python(tmp_path, "train.py", "-m", f"experiment={name}", "budget=smoke", "device=cpu", out)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    reported = python(tmp_path, "report.py", f"study={name}_smoke", out)
+    assert reported.returncode == 0, reported.stdout + reported.stderr
+
+    study = report.load(tmp_path / f"{name}_smoke")
+    assert set(study.runs["state"]) <= {"done", "diverged"}
+    assert not study.warnings
+    judgements = {judgement.claim.id: judgement for judgement in judge(study)}
+    for claim in claims():
+        if name in claim.experiments:
+            assert NOT_RUN not in {finding.verdict for finding in judgements[claim.id].findings}, claim.id
+    wanted = {probe for config in study.configs.values() for probe in config["probe"]}
+    assert {probe for probe, rows in study.probes.items() if len(rows)} == wanted
+    assert list((tmp_path / f"{name}_smoke" / "report").glob("*.png"))
+
+
+def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / words[0]), *words[1:]], cwd=folder, capture_output=True, text=True, timeout=600
+    )
