@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
-class ExperimentSweeper(BasicSweeper):
+class ExperimentSweeper(Sweeper):
     """`hydra/sweeper=experiment`: the runs of an experiment at a budget.
 
     An experiment is a union of grids. A grid maps settings to a value, a list of values, or a mapping from budgets to
@@ -32,28 +36,45 @@ class ExperimentSweeper(BasicSweeper):
         budget: str | None,
         experiment: str | None,
     ) -> None:
-        super().__init__(max_batch_size=None)
         self.grids, self.sizes, self.budget, self.experiment = grids, sizes, budget, experiment
 
-    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:  # type: ignore[override]
-        """One batch: the runs of every grid, each run once. `overrides` are those of the command line."""
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.carry_out = (
+            Plugins.instance()
+            .instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+            .launch
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        runs = self.runs(arguments)
+        self.validate_batch_is_legal(runs)
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # as Hydra's own sweeper does
+        return [self.carry_out(runs, initial_job_idx=0)]
+
+    def runs(self, arguments: Sequence[str]) -> list[list[str]]:
+        """The overrides of each run, each run once.
+
+        Raises:
+            HydraException: for a budget that is not there.
+        """
         if self.budget is None or self.budget not in self.sizes:
             given = f"has no budget={self.budget}" if self.budget else "needs a budget"
             known = ", ".join(f"budget={name}" for name in self.sizes)
             raise HydraException(f"experiment={self.experiment} {given}. Expected one of: {known}.")
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)  # type: ignore[union-attr]
-        runs: dict[tuple[str, ...], list[str]] = {}
+        parser = OverridesParser.create()
+        found: dict[tuple[str, ...], list[str]] = {}
         for question in self.grids:
             grid = {**question, **self.sizes[self.budget]}
-            grid = {key: value[self.budget] if isinstance(value, Mapping) else value for key, value in grid.items()}
-            own = parser.parse_overrides([f"{key}={_values(value)}" for key, value in grid.items()])
-            [batch] = BasicSweeper.split_arguments([*own, *overrides], None)
-            runs |= {tuple(sorted(run)): run for run in batch}
-        return [list(runs.values())]
+            chosen = {key: value[self.budget] if isinstance(value, Mapping) else value for key, value in grid.items()}
+            own = [f"{key}={_in_words(value)}" for key, value in chosen.items()]
+            [batch] = BasicSweeper.split_arguments(parser.parse_overrides([*own, *arguments]), None)
+            found |= {tuple(sorted(run)): run for run in batch}
+        return list(found.values())
 
 
-def _values(value: Any) -> str:
+def _in_words(value: Any) -> str:
     """As on the command line; a text is in its words already."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(_values, value))
+        return ",".join(map(_in_words, value))
     return value if isinstance(value, str) else json.dumps(value)

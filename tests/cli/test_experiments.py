@@ -5,14 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra_plugins.normlab_sweepers import ExperimentSweeper
 
+from hydra_plugins.normlab_sweepers import ExperimentSweeper
 from normlab import report
 from normlab.config import ProbeConfig
 from normlab.report.claims import claims
@@ -33,10 +31,7 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
 def runs_of(name: str, budget: str, *overrides: str) -> list[list[str]]:
     """What Hydra is asked to compose for each run."""
     sweeper = ExperimentSweeper(**read(name)[1]["hydra"]["sweeper"], budget=budget, experiment=name)
-    sweeper.hydra_context = SimpleNamespace(config_loader=None)  # type: ignore[assignment]
-    said = OverridesParser.create().parse_overrides([f"experiment={name}", f"budget={budget}", *overrides])
-    [runs] = sweeper.split_arguments(said, None)
-    return runs
+    return sweeper.runs([f"experiment={name}", f"budget={budget}", *overrides])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -69,7 +69,7 @@ class Probes:
     def _row(self, step: int, found: Row) -> Row:
         if "layer" in found:
             found = {**found, "layer": found["layer"].removeprefix(self._prefix)}
-        return {"step": step, **found}
+        return {"step": step, **{key: _rounded(value) for key, value in found.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: probe.state_dict() for name, probe in self._probes.items()}
@@ -77,6 +77,13 @@ class Probes:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, probe in self._probes.items():
             probe.load_state_dict(state[name])
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to the seven significant digits that float32 has, which halves a record."""
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _chosen(settings: ProbeConfig, total: int) -> list[int]:
