@@ -40,6 +40,7 @@ class ExperimentSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
+        self.folder = Path(config.hydra.sweep.dir)
         self.carry_out = (
             Plugins.instance()
             .instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
@@ -49,7 +50,7 @@ class ExperimentSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         runs = self.runs(arguments)
         self.validate_batch_is_legal(runs)
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # as Hydra's own sweeper does
+        self.folder.mkdir(parents=True, exist_ok=True)  # as Hydra's own sweeper does
         return [self.carry_out(runs, initial_job_idx=0)]
 
     def runs(self, arguments: Sequence[str]) -> list[list[str]]:
