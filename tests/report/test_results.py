@@ -1,0 +1,54 @@
+"""All studies on one page: what it shows of planted studies, and that the page in docs/ is that of the records."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from normlab.errors import UserError
+from normlab.report import build_results
+from normlab.report.claims import claims
+
+ROOT = Path(__file__).parents[2]
+RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"
+SETTINGS = {"baseline": "bn", "thresholds": [0.5, 0.8, 0.9, 0.95], "confidence": 0.95}
+
+
+def test_the_page_in_the_documentation_is_made_from_the_records(tmp_path) -> None:
+    page = build_results(RECORDS, tmp_path / "results.md", figures=True, **SETTINGS)
+    assert page.read_text() == PAGE.read_text(), "run ./scripts/reproduce --from-records and look at the difference"
+    shown = set(re.findall(r"^!\[.*?\]\((.+?)\)$", page.read_text(), re.MULTILINE))
+    assert shown == {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    for figure in shown:
+        assert (PAGE.parent / figure).stat().st_size <= 120_000, figure
+    every = {path.relative_to(PAGE.parent).as_posix() for path in (PAGE.parent / "figures").glob("*/*.png")}
+    assert every == shown, "docs/figures has what no page shows"
+
+
+def test_every_claim_is_at_a_glance() -> None:
+    table = PAGE.read_text().partition("## At a glance")[2].partition("\n## ")[0]
+    for claim in claims():
+        assert table.count(f"| {claim.sentence} ") == 1
+
+
+def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run, tmp_path) -> None:
+    for seed in range(5):
+        for arm, accuracy in (("bn", 0.9 + 0.002 * seed), ("none", 0.6)):
+            folder = add_run(arm, 32, seed, (0.5, 0.55, accuracy)).parent
+    (folder / "notes.md").write_text("We looked at the moving averages.\n")
+    text = build_results(folder.parent, tmp_path / "page" / "all.md", figures=True, **SETTINGS).read_text()
+    start = "| Batch normalisation reaches a higher accuracy than no"
+    [row] = [line for line in text.splitlines() if line.startswith(start)]
+    _, _, _, supported, contradicted, inconclusive, _ = (cell.strip() for cell in row.split("|"))
+    assert supported.startswith(folder.name)
+    assert not contradicted
+    assert not inconclusive
+    assert "#### What we checked\n\nWe looked at the moving averages." in text
+    assert "#### Difference to bn" in text
+    for figure in re.findall(r"^!\[.*?\]\((.+?)\)$", text, re.MULTILINE):
+        assert (tmp_path / "page" / figure).exists()
+
+
+def test_a_folder_without_studies_is_a_sentence(tmp_path) -> None:
+    with pytest.raises(UserError, match="no study in"):
+        build_results(tmp_path, tmp_path / "results.md", figures=False, **SETTINGS)
