@@ -167,6 +167,7 @@ class VGGConfig(_Section):
     kind: Literal["vgg"]
     name: Name
     head: Literal["small", "imagenet"] | None
+    width: UnitInterval
 
 
 class TorchvisionConfig(_Section):

@@ -60,11 +60,16 @@ def _resnet(model: ResNetConfig, depth: int, num_classes: int, image_size: int) 
 def _vgg(model: VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
     make = getattr(torchvision.models, f"vgg{depth}_bn")
     if (model.head or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
+        if model.width != 1:
+            raise UserError(f"model.width={model.width:g} needs model.head=small: the large head takes 512 filters.")
         return make(weights=None, num_classes=num_classes)
     with torch.device("meta"):  # the large head would be 120 million numbers drawn and thrown away
         network = make(weights=None, init_weights=False)
+        if model.width != 1:
+            filters = [width if width == "M" else max(1, round(width * model.width)) for width in _vgg_filters(network)]
+            network.features = torchvision.models.vgg.make_layers(filters, batch_norm=True)
         network.avgpool = nn.AdaptiveAvgPool2d(1)
-        network.classifier = nn.Linear(512, num_classes)
+        network.classifier = nn.Linear(max(1, round(512 * model.width)), num_classes)
     network.to_empty(device="cpu")
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -73,6 +78,13 @@ def _vgg(model: VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.
     nn.init.normal_(network.classifier.weight, std=0.01)  # as torchvision's
     nn.init.zeros_(network.classifier.bias)
     return network
+
+
+def _vgg_filters(network: nn.Module) -> list[Any]:
+    """Filters of each convolution, and "M" for each pooling, as torchvision writes them."""
+    layers = network.get_submodule("features").modules()
+    kinds = [layer for layer in layers if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
+    return [layer.out_channels if isinstance(layer, nn.Conv2d) else "M" for layer in kinds]
 
 
 def _torchvision(model: TorchvisionConfig, num_classes: int) -> nn.Module:

@@ -21,6 +21,7 @@ LATER: dict[str, Any] = {
     "dataset.image_size": None,
     "eval_stats": "running",
     "model.dropout": 0.0,
+    "model.width": 1.0,
     "norm.scale_init": 1.0,
     "norm.scale_lr_divisor": 1.0,
     "optimizer.agc": None,
@@ -38,6 +39,7 @@ CAME_TO: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "dataset.crop_size": lambda dataset: "flip" in dataset,
     "dataset.image_size": lambda dataset: dataset.get("kind") in ("digits", "cifar10", "cifar100"),
     "model.dropout": lambda model: model.get("kind") == "resnet",
+    "model.width": lambda model: model.get("kind") == "vgg",
     "norm.scale_init": lambda norm: "scale_init" in norm,  # an option of some norms
     "norm.scale_lr_divisor": lambda norm: "scale_lr_divisor" in norm,
 }
