@@ -33,7 +33,7 @@ def settings() -> Settings:
         if kind in ("image_folder", "imagenet"):
             values |= {"image_size": None, "storage": "auto", "memory_limit_gb": 1.0, "crop_scale": None, "workers": 0}
             return FolderDataset(**(values | changes))
-        return BuiltinDataset(**(values | changes))
+        return BuiltinDataset(**(values | {"image_size": None} | changes))
 
     return make
 

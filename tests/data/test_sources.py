@@ -182,3 +182,21 @@ def test_a_broken_archive_of_imagenet_is_a_sentence(tmp_path: Path, load_it: Loa
         (root / archive).write_bytes(b"half of it")
     with pytest.raises(UserError, match="ILSVRC2012_devkit_t12"):
         load_it("imagenet", path=str(root), image_size=14)
+
+
+def test_images_of_another_size_are_those_of_pillow(make) -> None:
+    """Pillow's bilinear filter is the same antialiased triangle, computed in fixed point."""
+    config = make("dataset.image_size=5")
+    source = sources.digits()
+    small = sources.resized(source, config.dataset.image_size)
+    assert small.image_size == 5
+    assert small.train.images.shape == (1438, 3, 5, 5)
+    assert torch.equal(small.test_labels, source.test_labels)
+    for found, image in zip(small.train.images[:50], source.train.images[:50], strict=True):
+        expected = Image.fromarray(image[0].numpy()).resize((5, 5), Image.Resampling.BILINEAR)
+        assert (found[0].int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 1
+
+
+def test_images_of_their_own_size_stay_as_they_are() -> None:
+    source = sources.digits()
+    assert sources.resized(source, 8) is sources.resized(source, None) is source

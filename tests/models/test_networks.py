@@ -264,3 +264,35 @@ def test_images_that_are_too_small_are_a_sentence(make, model) -> None:
         carry_out(make(f"model={model}", "dataset=digits", "device=cpu", "threads=1"))
     assert f"A batch of 128 images of 8x8 pixels does not fit {model} with norm=bn" in str(error.value)
     assert "Use larger images" in str(error.value)
+
+
+def test_vgg_of_a_quarter_of_its_width_has_a_quarter_of_the_filters_at_every_place(make) -> None:
+    def filters(*settings: str) -> list[int]:
+        config = make("model=vgg", "depth=13", *settings)
+        network = models.build(config, num_classes=10, image_size=32)
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        return [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+
+    assert filters("model.width=0.25") == [size // 4 for size in filters()] == [16, 16, 32, 32, 64, 64, *[128] * 4]
+
+
+def test_the_large_head_of_vgg_takes_all_filters(make) -> None:
+    with pytest.raises(UserError, match=r"model.width=0.5 needs model.head=small"):
+        models.build(make("model=vgg", "model.width=0.5", "model.head=imagenet"), num_classes=10, image_size=32)
+
+
+def test_dropout_stands_before_the_classifier_and_changes_no_weight(make) -> None:
+    plain, dropping = (models.build(make(f"model.dropout={p}"), num_classes=10, image_size=8) for p in (0.0, 0.5))
+    images = torch.randn(4, 3, 8, 8)
+    for (name, weight), (other_name, other) in zip(plain.named_parameters(), dropping.named_parameters(), strict=True):
+        assert name == other_name
+        assert torch.equal(weight, other)
+    seen: list[torch.Tensor] = []
+    dropping.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    plain.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    dropping(images)
+    plain(images)
+    kept = seen[0] != 0
+    assert 0.3 < kept.float().mean() / (seen[1] != 0).float().mean() < 0.7
+    torch.testing.assert_close(seen[0][kept], 2 * seen[1][kept])
+    torch.testing.assert_close(dropping.eval()(images), plain.eval()(images))
