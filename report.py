@@ -9,7 +9,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from normlab.cli import command_of, friendly, settings_of
+from normlab.cli import command_of, friendly, settings_of, stop
+from normlab.errors import UserError
 
 COMMANDS = ("claims", "results")
 
@@ -23,12 +24,15 @@ def report() -> None:
 
         settings = settings_of(composed)
         study, page = settings.pop("study"), settings.pop("page")
-        if command == "claims":
-            build_claims(settings["output_dir"], confidence=settings["confidence"])
-        elif command == "results":
-            build_results(page=page, **settings)
-        else:
-            build(study, **settings)
+        try:
+            if command == "claims":
+                build_claims(settings["output_dir"], confidence=settings["confidence"])
+            elif command == "results":
+                build_results(page=page, **settings)
+            else:
+                build(study, **settings)
+        except UserError as error:
+            stop(error)  # past Hydra, which would add a line of its own
 
     main()
 

@@ -5,13 +5,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # Hydra's own; pinned to 1.3
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+_WITH_OPTIONS = {
+    "norm",
+    "model",
+    "init",
+    "sampler",
+    "schedule",
+    "probe",
+}  # groups whose choices have options of their own
 
 
 class ExperimentSweeper(Sweeper):
@@ -20,7 +29,8 @@ class ExperimentSweeper(Sweeper):
     An experiment is a union of grids. A grid maps settings to a value, a list of values, or a mapping from budgets to
     one of these; values are in the words of the command line, and its runs are the product of its lists. A budget's
     size is such a mapping too, and takes the place of every grid's own values; what the user says on the command line
-    takes the place of both.
+    takes the place of both. Whoever chooses another norm there (or model, init, ...) leaves behind its options, which
+    the other may not have.
 
     Args:
         grids: the question.
@@ -64,14 +74,27 @@ class ExperimentSweeper(Sweeper):
             known = ", ".join(f"budget={name}" for name in self.sizes)
             raise HydraException(f"experiment={self.experiment} {given}. Expected one of: {known}.")
         parser = OverridesParser.create()
+        chosen = {override.key_or_group for override in parser.parse_overrides(list(arguments))} & _WITH_OPTIONS
         found: dict[tuple[str, ...], list[str]] = {}
         for question in self.grids:
             grid = {**question, **self.sizes[self.budget]}
-            chosen = {key: value[self.budget] if isinstance(value, Mapping) else value for key, value in grid.items()}
-            own = [f"{key}={_in_words(value)}" for key, value in chosen.items()]
+            own = [
+                f"{key}={_in_words(self._at_budget(key, value))}"
+                for key, value in grid.items()
+                if key.partition(".")[0] not in chosen
+            ]
             [batch] = BasicSweeper.split_arguments(parser.parse_overrides([*own, *arguments]), None)
             found |= {tuple(sorted(run)): run for run in batch}
         return list(found.values())
+
+    def _at_budget(self, key: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        if self.budget not in value:
+            raise HydraException(
+                f"experiment={self.experiment}: the grid's {key} has no value for budget={self.budget}."
+            )
+        return value[self.budget]
 
 
 def _in_words(value: Any) -> str:

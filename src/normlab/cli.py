@@ -107,6 +107,10 @@ def explain(error: Exception) -> UserError:
     if wrong:
         group = wrong[1].rpartition(".")[0]
         options = settings()
+        if wrong[1] in options:  # of the choice that the menu was composed with, and not of another in the sweep
+            return UserError(
+                f"{wrong[1]}: not every choice of {group} has this setting. Give it to those that have it."
+            )
         siblings = [option for option in options if group and option.startswith(f"{group}.")]
         if group in options and not siblings:
             return UserError(f"{wrong[1]} is new to {group}: add it with a plus, +{wrong[1]}=...")

@@ -386,7 +386,7 @@ def _layers(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
     raise wrong(
-        f"layers={value} is neither a number of layers, 1 or more, nor a list of their names.\n"
+        f"probe.ics.layers={value} is neither a number of layers, 1 or more, nor a list of their names.\n"
         "Use e.g. probe.ics.layers=5 or probe.ics.layers=[conv1,fc].",
     )
 

@@ -77,6 +77,23 @@ def test_what_the_user_says_takes_the_place_of_the_grids_and_the_budget() -> Non
     ]
 
 
+def test_another_choice_leaves_the_options_of_the_first_behind() -> None:
+    [run] = runs_of("gitman2017_cifar", "smoke", "seed=0", "norm=ln")
+    assert not [setting for setting in run if setting.startswith(("norm.", "norm=bn", "norm=wn"))]
+    [run] = runs_of("davis2021_scale", "laptop", "seed=0", "norm=bn", "norm.eps=1e-3", "probe=[]")
+    assert [setting for setting in run if setting.startswith(("norm", "probe"))] == [
+        "norm=bn",
+        "norm.eps=0.001",
+        "probe=[]",
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "override /probe" in read(name)[0]])
+def test_an_experiment_runs_with_other_probes(make, name) -> None:
+    for probes in ("probe=[]", "probe=[affine]"):
+        assert make(*runs_of(name, "laptop", "seed=0", probes)[0]).probe.keys() <= {"affine"}
+
+
 def test_a_budget_that_is_missing_is_asked_for(tmp_path) -> None:
     ended = python(tmp_path, "train.py", "-m", "experiment=ioffe2017_small")
     assert ended.returncode == 1

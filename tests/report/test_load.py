@@ -194,3 +194,15 @@ def test_runs_with_and_without_a_probe_are_of_one_cell(add_run, study):
     add_run(seed=1, probe={})
     add_run(seed=2)
     assert labels(study) == [("digits, resnet18", "bn", 8)] * 3
+
+
+def test_of_a_run_with_and_without_probes_the_one_with_probes_is_kept(add_run, add_probe, tmp_path, now) -> None:
+    for seed in range(4):  # names have a hash, so that neither is always first
+        add_run("bn", seed=seed)
+        run = add_run("bn", seed=seed, probe={"sharpness": {"name": "sharpness", "times": 5}})
+        add_probe(
+            run, "sharpness", [{"step": 0, "eigenvalue": 1.0, "iterations": 3, "converged": True, "weight_norm": 1.0}]
+        )
+    study = load(tmp_path / "outputs" / "study", now=now)
+    assert len(study.runs) == 4
+    assert sorted(study.probes["sharpness"]["seed"]) == [0, 1, 2, 3]

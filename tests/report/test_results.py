@@ -49,6 +49,31 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
         assert (tmp_path / "page" / figure).exists()
 
 
+def test_a_study_without_a_finished_run_is_left_out_with_a_warning(add_run, tmp_path, capsys) -> None:
+    (add_run("bn", study="torn") / "config.yaml").write_text("norm: {")
+    with pytest.raises(UserError, match="no study with a finished run"):
+        build_results(tmp_path / "outputs", tmp_path / "results.md", figures=False, **SETTINGS)
+    add_run("bn", study="whole")
+    page = build_results(tmp_path / "outputs", tmp_path / "results.md", figures=False, **SETTINGS)
+    assert "### whole" in page.read_text()
+    assert "torn has no finished run yet and is left out" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_figures_that_are_drawn_no_more_are_removed(add_run, tmp_path) -> None:
+    add_run("bn")
+    (tmp_path / "figures" / "study").mkdir(parents=True)
+    (tmp_path / "figures" / "study" / "old.png").touch()
+    build_results(tmp_path / "outputs", tmp_path / "results.md", figures=True, **SETTINGS)
+    assert not (tmp_path / "figures" / "study" / "old.png").exists()
+    assert list((tmp_path / "figures" / "study").glob("*.png"))
+
+
+@pytest.mark.parametrize("wrong", [{"output_dir": None}, {"page": None}])
+def test_a_path_that_is_none_is_a_sentence(tmp_path, wrong) -> None:
+    with pytest.raises(UserError, match="null is not valid: expected a path"):
+        build_results(**{"output_dir": tmp_path, "page": tmp_path, "figures": False, **SETTINGS, **wrong})
+
+
 def test_a_folder_without_studies_is_a_sentence(tmp_path) -> None:
-    with pytest.raises(UserError, match="no study in"):
+    with pytest.raises(UserError, match="no study with"):
         build_results(tmp_path, tmp_path / "results.md", figures=False, **SETTINGS)

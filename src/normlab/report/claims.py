@@ -27,7 +27,7 @@ LOWEST, HIGHEST = "lowest", "highest"
 
 @dataclass(frozen=True)
 class Side:
-    """A weighted selection of runs. `where` has dotted settings; a list means any of its values."""
+    """A weighted selection of runs. `where` has dotted settings; a list means any value that is the same on all sides."""
 
     weight: float
     where: Mapping[str, Any]
@@ -40,6 +40,7 @@ class Comparison:
     Attributes:
         reference: in the measure's own terms (a logarithm for factors): what the contrast is compared with.
         margin: of an equality; 0 for the others.
+        exact: whether the sides are one computation, so that differences of exactly 0 leave nothing to chance.
     """
 
     sides: tuple[Side, ...]
@@ -47,6 +48,13 @@ class Comparison:
     expect: Literal["greater", "less", "equal"]
     reference: float
     margin: float
+    exact: bool = False
+
+    @property
+    def lenient(self) -> bool:
+        """Whether no difference between the sides would be enough."""
+        nothing = {"equal": abs(self.reference) <= self.margin, "greater": self.reference < 0, "less": self.reference > 0}
+        return len(self.sides) > 1 and nothing[self.expect]
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,9 @@ def _comparison(entry: Mapping[str, Any], where: Mapping[str, Any]) -> Compariso
     for weight, found in zip((1.0, -1.0, None, None), entry["sides"], strict=False):
         side = {**where, **found}
         sides.append(Side(float(side.pop("weight", weight)), side))
+    for key, values in ((key, value) for side in sides for key, value in side.where.items() if isinstance(value, list)):
+        if any(side.where.get(key) != values for side in sides):
+            raise ValueError(f"claims.yaml: {key}={values} pairs runs of equal values, so it has to be on every side")
 
     def own(name: str, default: float) -> float:
         value = entry.get(name)
@@ -106,4 +117,5 @@ def _comparison(entry: Mapping[str, Any], where: Mapping[str, Any]) -> Compariso
         expect,
         reference=own("to" if expect == "equal" else "than", 0.0),
         margin=own("within", 0.0),
+        exact=bool(entry.get("exact", False)),
     )

@@ -96,7 +96,9 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
 
     found, remarks = places(list(configs.values()))
     where = dict(zip(configs, found, strict=True))
-    rows, complaints = _without_twins(rows, where)
+    rows, complaints = _without_twins(
+        rows, where, {run: len(config.get("probe") or ()) for run, config in configs.items()}
+    )
     table = pd.DataFrame(
         [row | (where[row["run"]]._asdict() if row["run"] in where else {}) for row in rows]
         + [{**gap._asdict(), "run": "", "state": "missing", "note": ""} for gap in _gaps(where.values())],
@@ -121,8 +123,7 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
 def _config(path: Path) -> dict[str, Any]:
     config = runs.read_config(path)
     if not (
-        all(isinstance(config.get(group), dict) for group in ("norm", "model", "dataset"))
-        and "name" in config["norm"]
+        all(isinstance(config.get(group), dict) and "name" in config[group] for group in ("norm", "model", "dataset"))
         and isinstance(config.get("batch"), int)
         and isinstance(config.get("seed"), int)
     ):
@@ -184,10 +185,12 @@ def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _without_twins(rows: list[dict[str, Any]], where: Mapping[str, Place]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Leave out copies of a run, the unfinished ones first: one seed must count once."""
+def _without_twins(
+    rows: list[dict[str, Any]], where: Mapping[str, Place], probes: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Leave out copies of a run, the unfinished ones first, then those with fewer probes: one seed must count once."""
     chosen: dict[Place, str] = {}
-    for row in sorted(rows, key=lambda row: row["state"] not in FINISHED):
+    for row in sorted(rows, key=lambda row: (row["state"] not in FINISHED, -probes.get(row["run"], 0))):
         if row["run"] in where:
             chosen.setdefault(where[row["run"]], row["run"])
     kept = [row for row in rows if row["run"] not in where or chosen[where[row["run"]]] == row["run"]]

@@ -105,9 +105,34 @@ def _large_share(rows: pd.DataFrame) -> float:
     return 100.0 * _mean(_column(rows, "large_normalised"))
 
 
+def step_to_step(rows: pd.DataFrame) -> pd.DataFrame:
+    """The change of the activations' mean and variance from a measured step to the one after it.
+
+    Args:
+        rows: of the probe `activations`, of one run or of several.
+
+    Returns:
+        the rows whose next step was measured too, with the columns mean_change and variance_change (absolute).
+    """
+    keys = [key for key in ("run", "layer", "step") if key in rows]
+    after = rows[[*keys, "mean", "variance"]].assign(step=rows["step"] - 1)
+    pairs = rows.merge(after, on=keys, suffixes=("", "_after"))
+    for moment in ("mean", "variance"):
+        pairs[f"{moment}_change"] = (pairs.pop(f"{moment}_after") - pairs[moment]).abs()
+    return pairs
+
+
+def _mean_change(rows: pd.DataFrame) -> float:
+    if not {"layer", "mean", "variance"} <= set(rows):
+        return math.nan
+    return _mean_log("mean_change")(step_to_step(rows))
+
+
 def _log_sharpness(rows: pd.DataFrame) -> float:
-    last = _column(_of_last_step(rows), "eigenvalue")
-    return _log(last[-1]) if len(last) else math.nan
+    """nan unless the iteration converged."""
+    last = _of_last_step(rows)
+    found = _column(last, "eigenvalue")[_column(last, "converged") == 1]
+    return _log(found[-1]) if len(found) else math.nan
 
 
 def _of_last_step(rows: pd.DataFrame) -> pd.DataFrame:
@@ -156,5 +181,8 @@ MEASURES = {
     "scale_drift": Measure("drift of gamma relative to its start", "affine", _scale_drift, "", "missing"),
     "shift_drift": Measure("drift of beta", "affine", _shift_drift, "", "missing"),
     "large_share": Measure("normalised values beyond 3", "activations", _large_share, "points", "missing"),
+    "mean_change": Measure(
+        "change of the activations' mean from step to step", "activations", _mean_change, "factor", "missing"
+    ),
     "sharpness": Measure("largest Hessian eigenvalue at the end", "sharpness", _log_sharpness, "factor", "missing"),
 }

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from normlab.report.load import Study
-from normlab.report.measures import MEASURES
+from normlab.report.measures import MEASURES, step_to_step
 from normlab.report.tables import CELL, Table, lists, summarise, with_interval
 
 
@@ -26,22 +26,6 @@ class Quantity(NamedTuple):
         if not self.log or not row.n:
             return with_interval(row, None)
         return f"{row.mean:.3g}" + (f" [{row.low:.3g}, {row.high:.3g}]" if row.n > 1 else "")
-
-
-def step_to_step(rows: pd.DataFrame) -> pd.DataFrame:
-    """The change of the activations' mean and variance from a measured step to the one after it.
-
-    Args:
-        rows: of the probe `activations`.
-
-    Returns:
-        the rows whose next step was measured too, with the columns mean_change and variance_change (absolute).
-    """
-    after = rows[["run", "layer", "step", "mean", "variance"]].assign(step=rows["step"] - 1)
-    pairs = rows.merge(after, on=["run", "layer", "step"], suffixes=("", "_after"))
-    for moment in ("mean", "variance"):
-        pairs[f"{moment}_change"] = (pairs.pop(f"{moment}_after") - pairs[moment]).abs()
-    return pairs
 
 
 def _judged(measure: str, heading: str) -> Quantity:
@@ -108,7 +92,7 @@ _TABLES: dict[str, tuple[str, str, tuple[Quantity, ...]]] = {  # probe: title, c
         " steps and layers. Growth: root mean square of the convolutions' outputs, last site over first, at the last"
         " measured step.",
         (
-            Quantity("mean_change", "change of mean", _change("mean_change"), log=True),
+            _judged("mean_change", "change of mean"),
             Quantity("variance_change", "change of variance", _change("variance_change"), log=True),
             Quantity("skewness", "skewness", _mean("skewness")),
             Quantity("large", "beyond 3 (%)", _mean("large", 100.0)),
@@ -139,10 +123,11 @@ _TABLES: dict[str, tuple[str, str, tuple[Quantity, ...]]] = {  # probe: title, c
     ),
     "sharpness": (
         "Sharpness",
-        "Largest eigenvalue of the loss's Hessian on the step's batch at the last measured step; converged: share of"
-        " the measurements whose iteration did.",
+        "Largest eigenvalue of the loss's Hessian on the step's batch at the last measured step, if its iteration"
+        " converged, and the norm of all weights there; converged: share of all measurements whose iteration did.",
         (
             _judged("sharpness", "largest eigenvalue"),
+            Quantity("weight_norm", "‖weights‖", _at_the_end("weight_norm")),
             Quantity("converged", "converged", _mean("converged")),
         ),
     ),

@@ -19,8 +19,8 @@ _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost",
 _INTRODUCTION = """\
 This page is made by `python report.py results` from the records of the studies below; nothing on it is typed but the
 sections called "What we checked". A verdict holds for the data set, network and budget that stand beside it, and for no
-more: most of these studies are far smaller than the papers'. [statistics.md](statistics.md) says how verdicts are
-reached, and what "inconclusive" means. All margins are ours. "n/a": the paper's number is not known to us."""
+more: most of these studies are far smaller than the papers'. docs/statistics.md says how verdicts are reached, and
+what "inconclusive" means. All margins are ours. "n/a": the paper's number is not known to us."""
 
 
 def results_page(
@@ -56,7 +56,7 @@ def _section(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, s
         yield from (f"![{Path(path).stem}]({path})", caption)
     notes = study.folder / NOTES
     if notes.exists():
-        yield from ("#### What we checked", notes.read_text(encoding="utf-8").strip())
+        yield from ("#### What we checked", notes.read_text(encoding="utf-8", errors="replace").strip())
 
 
 def _summary(judgements: Sequence[Judgement]) -> pd.DataFrame:

@@ -68,15 +68,15 @@ def spread(differences: Sequence[float]) -> float:
     return found if found > 1e-9 * float(np.abs(sample).max()) else 0.0
 
 
-def tails(differences: Sequence[float], bound: float = 0.0) -> Tails:
+def tails(differences: Sequence[float], bound: float = 0.0, exact: bool = False) -> Tails:
     """Is the mean of paired differences above or below the bound? Student's t-test with n-1 degrees of freedom.
 
     Where t has no spread to go by, because all differences are the same or some are infinite (a loss after a
     divergence), the exact sign test takes its place: differences above against below, those at the bound left out.
-    Differences that are all exactly 0 are those of one computation with itself, in which nothing is left to chance.
+    `exact`: they are those of one computation with itself; then, if all are exactly 0, nothing is left to chance.
     """
     n, s = len(differences), spread(differences)
-    if n and not any(differences):
+    if exact and n and not any(differences):
         return Tails(float(bound >= 0), float(bound <= 0))
     if s > 0:
         from scipy.special import stdtr

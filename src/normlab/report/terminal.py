@@ -71,7 +71,7 @@ def show_claims(
         for claim in claims:
             _line(console, f"  {claim.sentence}")
         _line(console, f"    {command}", "cyan")
-    _line(console, f"Claims: {page}")
+    _line(console, f"Page: {page}")
 
 
 def _verdicts(console: Console, judgements: Sequence[Judgement]) -> None:

@@ -65,6 +65,10 @@ def overview(judgements: Sequence[Judgement]) -> str:
         sections += [f"## {claim.sentence}", f"{_source(claim)}. {claim.notes}".strip(), markdown(frame).rstrip()]
     counted = ", ".join(f"{number} {verdict}" for verdict, number in tally.items())
     head = ["# The papers' claims", f"{len(claims())} claims; verdicts: {counted}; {len(missing)} claims not run."]
+    if len({judgement.study for judgement in judgements}) > 1:
+        head.append(
+            "Runs of equal settings and seed are the same in several studies: their verdicts are not independent evidence."
+        )
     if missing:
         sections.append("## Not run")
         sections.append("\n".join(f"- {claim.sentence} ({claim.paper})\n  `{claim.command}`" for claim in missing))
@@ -145,7 +149,7 @@ def expected(comparison: Comparison) -> str:
         return f"{'above' if comparison.expect == 'greater' else 'below'} a factor of {reference:g}"
     if comparison.expect == "equal":
         return f"within {comparison.margin:g} of {comparison.reference:g}"
-    return f"{'above' if comparison.expect == 'greater' else 'below'} {comparison.reference:g}"
+    return f"{'above' if comparison.expect == 'greater' else 'below'} {comparison.reference:g}{_percent(comparison)}"
 
 
 def effect(finding: Finding) -> str:
@@ -160,7 +164,12 @@ def effect(finding: Finding) -> str:
         return f"factor {_exp(mean)}" + (f" ({_exp(low)} to {_exp(high)})" if interval else "")
     shown = ".2f" if finding.comparison.measure.unit == "points" else ".3g"
     sign = "+" if len(finding.comparison.sides) > 1 else ""
-    return f"{mean:{sign}{shown}}" + (f" ± {high - mean:{shown}}" if interval else "")
+    return f"{mean:{sign}{shown}}" + (f" ± {high - mean:{shown}}" if interval else "") + _percent(finding.comparison)
+
+
+def _percent(comparison: Comparison) -> str:
+    """Differences are in points, a side's own share or accuracy in per cent."""
+    return " %" if comparison.measure.unit == "points" and len(comparison.sides) == 1 else ""
 
 
 def _exp(value: float) -> str:

@@ -24,6 +24,7 @@ from normlab.report.statistics import ENOUGH, TOO_FEW, Interval, effect_size, ho
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 
 ALPHA = 0.05
+LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "inconclusive", "not run"
 
 
@@ -120,6 +121,7 @@ class _Run:
     settings: Mapping[str, Hashable]
     seed: int
     diverged: bool
+    probes: frozenset[str]  # that it was to have
     chance: float  # the accuracy of guessing, in per cent
     rows: "_Rows"
 
@@ -131,6 +133,11 @@ class _Run:
             return math.nan
         counts = {"chance": self.chance, "worst": math.inf, "missing": math.nan}
         return counts[measure.diverged] if isinstance(measure.diverged, str) else measure.diverged
+
+
+    def is_missing(self, measure: Measure) -> bool:
+        """Whether it has no value though it should: it diverged before, or its measurement came to nothing."""
+        return measure.probe in self.probes and math.isnan(self.value(measure))
 
 
 class _Rows:
@@ -164,7 +171,8 @@ def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
         if settings.get("norm_batch") == settings["batch"]:
             settings["norm_batch"] = None
         guessing = chance(config, run["classes"])
-        made = _Run(run["run"], settings, run["seed"], run["state"] == "diverged", guessing, rows)
+        probes = frozenset(config.get("probe") or {})
+        made = _Run(run["run"], settings, run["seed"], run["state"] == "diverged", probes, guessing, rows)
         found[str(settings["dataset.name"]), str(settings["model.name"])].append(made)
     return {place: found[place] for place in sorted(found, key=lambda place: [natural(part) for part in place])}
 
@@ -207,25 +215,33 @@ def _resolved(side: Side, named: frozenset[str], here: Sequence[_Run]) -> Side |
 
 class _Selection(NamedTuple):
     sides: tuple[Side, ...]
-    cells: list[tuple[Mapping[int, _Run], ...]]  # per cell, per side: the runs by seed
+    cells: list[tuple[Mapping[int, _Run], ...]]  # per cell, per side: the runs by seed that have a value
+    missing: list[list[_Run]]  # per side: those that should have one
+    repeated: frozenset[str]  # runs that are another one of their side and seed, but for its probes
 
 
 def _select(comparison: Comparison, free: frozenset[str], here: Sequence[_Run]) -> _Selection | None:
     """The cells that have all sides. Whatever no side names is equal between them, options of a norm apart."""
     named = frozenset(key for side in comparison.sides for key in side.where)
-    apart = named | free | {"seed"}
-    sides, found = [], []
+    listed = {key for side in comparison.sides for key, value in side.where.items() if isinstance(value, list)}
+    apart = (named - listed) | free | {"seed"}
+    sides, found, repeated = [], [], set()
     for side in comparison.sides:
         resolved = _resolved(side, named, here)
         if resolved is None:
             return None
         cells: Any = defaultdict(lambda: defaultdict(dict))
         for run in here:
-            if _selects(resolved.where, named, run.settings) and not math.isnan(run.value(comparison.measure)):
+            if math.isnan(run.value(comparison.measure)) and not run.is_missing(comparison.measure):
+                continue
+            if _selects(resolved.where, named, run.settings):
                 rest = {key: value for key, value in run.settings.items() if key not in apart}
                 options = frozenset(item for item in rest.items() if item[0].startswith(OF_THE_ARM))
                 norm = run.settings["norm.name"]
-                cells[frozenset(rest.items()) - options][norm, options].setdefault(run.seed, run)
+                own = frozenset((key, run.settings[key]) for key in free - named if key in run.settings)
+                by_seed = cells[frozenset(rest.items()) - options][norm, options, own]
+                if by_seed.setdefault(run.seed, run) is not run:
+                    repeated.add(run.name)
         if not cells:
             return None
         sides.append(resolved)
@@ -234,10 +250,18 @@ def _select(comparison: Comparison, free: frozenset[str], here: Sequence[_Run]) 
     chosen = []
     for cell in sorted(common, key=lambda cell: sorted(map(str, cell))):
         for arms in itertools.product(*(cells[cell].items() for cells in found)):
-            options_of = {norm: options for (norm, options), _ in arms}
-            if all(options_of[norm] == options for (norm, options), _ in arms):  # one norm has the same options
+            options_of = {norm: options for (norm, options, _), _ in arms}
+            if all(options_of[norm] == options for (norm, options, _), _ in arms):  # one norm has the same options
                 chosen.append(tuple(by_seed for _, by_seed in arms))
-    return _Selection(tuple(sides), chosen) if chosen else None
+    if not chosen:
+        return None
+    measure = comparison.measure
+    valued = [tuple({s: run for s, run in side.items() if not run.is_missing(measure)} for side in c) for c in chosen]
+    missing = [
+        list({run.name: run for side in sides_of for run in side.values() if run.is_missing(measure)}.values())
+        for sides_of in zip(*chosen, strict=True)
+    ]
+    return _Selection(tuple(sides), [cell for cell in valued if all(cell)], missing, frozenset(repeated))
 
 
 # ---- what they say
@@ -247,14 +271,15 @@ def _find(comparison: Comparison, free: frozenset[str], here: Sequence[_Run], co
     selection = _select(comparison, free, here)
     measure = comparison.measure
     used = [run for cell in (selection.cells if selection else ()) for side in cell for run in side.values()]
-    if selection is None or (all(run.diverged for run in used) and not _measured(measure, here)):
+    nowhere = bool(used) and all(run.diverged for run in used) and not _measured(measure, here)
+    if selection is None or nowhere:
         nothing = Interval(math.nan, math.nan, math.nan, 0)
         return Finding(comparison, _label(comparison, comparison.sides), {}, nothing, math.nan, False, ())
     label = _label(comparison, selection.sides)
     by_side = [[set(side) for side in cell] for cell in selection.cells]
-    seeds = set.intersection(*(seeds for cell in by_side for seeds in cell))
-    every = set.union(*(seeds for cell in by_side for seeds in cell))
-    contrasts = {seed: _contrast(selection, measure, seed) for seed in sorted(seeds)}
+    seeds = set.intersection(*(seeds for cell in by_side for seeds in cell)) if by_side else set()
+    every = set.union(set(), *(seeds for cell in by_side for seeds in cell))
+    contrasts = {seed: _mean(_contrasts(selection, measure, seed)) for seed in sorted(seeds)}
     values = list(contrasts.values())
     remarks = list(_remarks(selection, measure, seeds, every))
     p, favours = math.nan, False
@@ -262,6 +287,8 @@ def _find(comparison: Comparison, free: frozenset[str], here: Sequence[_Run], co
         remarks.append(f"n = {len(values)}: {TOO_FEW}" if values else "no seed has all of its runs")
     elif all(run.diverged for run in used):
         remarks.append("nothing to compare")
+    elif comparison.lenient and measure.diverged == "chance" and not _learned(selection, measure, seeds):
+        remarks.append("no arm learned")
     else:
         p, favours = _test(comparison, values)
         if any(values) and not spread(values) > 0:
@@ -274,13 +301,27 @@ def _measured(measure: Measure, here: Sequence[_Run]) -> bool:
     return any(not run.diverged and not math.isnan(run.value(measure)) for run in here)
 
 
-def _contrast(selection: _Selection, measure: Measure, seed: int) -> float:
-    """The weighted sum of the sides' values, averaged over the cells. Two infinite sides of a cell are a tie."""
+def _learned(selection: _Selection, measure: Measure, seeds: set[int]) -> bool:
+    """Whether the runs of any side are clearly better than guessing, in the mean."""
+    above = [
+        [by_seed[seed].value(measure) - by_seed[seed].chance for by_seed in side for seed in seeds]
+        for side in zip(*selection.cells, strict=True)
+    ]
+    return any(sum(values) / len(values) >= LEARNED for values in above)
+
+
+def _contrasts(selection: _Selection, measure: Measure, seed: int) -> list[float]:
+    """Per cell the weighted sum of the sides' values. Two infinite sides are a tie."""
     sums = [
         sum(side.weight * by_seed[seed].value(measure) for side, by_seed in zip(selection.sides, cell, strict=True))
         for cell in selection.cells
     ]
-    mean = sum(0.0 if math.isnan(total) else total for total in sums) / len(sums)
+    return [0.0 if math.isnan(total) else total for total in sums]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """0 if both infinities are among them."""
+    mean = sum(values) / len(values)
     return 0.0 if math.isnan(mean) else mean
 
 
@@ -291,7 +332,8 @@ def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, bool]
     or, where that is the smaller, the test of lying outside. Only one of the two conclusions can be wrong, so that
     choosing between them inflates no error. All are two-sided: a verdict at 5 % is where the 95 % interval lies.
     """
-    low, high = (tails(values, comparison.reference + sign * comparison.margin) for sign in (-1, 1))
+    ends = (comparison.reference - comparison.margin, comparison.reference + comparison.margin)
+    low, high = (tails(values, end, comparison.exact) for end in ends)
     if comparison.expect == "equal":
         inside, outside = max(low.above, high.below), min(low.below, high.above)
         return min(1.0, 2 * min(inside, outside)), inside <= outside
@@ -301,6 +343,13 @@ def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, bool]
 def _remarks(selection: _Selection, measure: Measure, seeds: set[int], every: set[int]) -> Iterator[str]:
     if len(selection.cells) > 1:
         yield f"mean over {len(selection.cells)} cells"
+    if len(selection.cells) > 1 and seeds:
+        by_cell = [_mean(found) for found in zip(*(_contrasts(selection, measure, s) for s in seeds), strict=True)]
+        factors = measure.unit == "factor"
+        told = [f"{math.exp(min(x, 700)):.3g}" if factors else f"{x:+.3g}" for x in (min(by_cell), max(by_cell))]
+        yield f"cells from {' to '.join(told)}"
+    if selection.repeated:
+        yield f"{len(selection.repeated)} runs that repeat another one are left out"
     if seeds and every - seeds:
         yield f"seeds {', '.join(map(str, sorted(every - seeds)))} are not in all cells and are left out"
     for position, side in enumerate(selection.sides):
@@ -309,6 +358,12 @@ def _remarks(selection: _Selection, measure: Measure, seeds: set[int], every: se
         if diverged:
             counted = "infinitely large" if measure.diverged == "worst" else f"{diverged[0].value(measure):g} %"
             yield f"{len(diverged)} of {len(used)} runs of {_arm(side, ())} diverged and count as {counted}"
+        missing = selection.missing[position]
+        lost = sum(run.diverged for run in missing)
+        if lost:
+            yield f"{lost} runs of {_arm(side, ())} diverged and have no such value"
+        if len(missing) > lost:
+            yield f"{len(missing) - lost} runs of {_arm(side, ())} have no such value"
 
 
 # ---- in words

@@ -34,7 +34,7 @@ def build(
             folder that cannot be written.
     """
     _check(thresholds, figures, confidence)
-    found = _find(Path(output_dir), str(study))
+    found = _find(_folder("output_dir", output_dir), str(study))
     measure = measure_of(found.evaluations)
     baseline, remarks = _baseline(found, baseline)
     tables = _tables(found, measure, baseline, thresholds, confidence)
@@ -60,7 +60,9 @@ def build_claims(output_dir: str | Path, *, confidence: float) -> Path:
         UserError: for a confidence out of range and a folder that cannot be written.
     """
     _check_confidence(confidence)
-    folder = Path(output_dir)
+    folder = _folder("output_dir", output_dir)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
     studies = [load(folder / name, name) for name in _studies(folder)]
     judgements = [judgement for study in studies for judgement in judge(study, confidence)]
     files.make_folder(folder)
@@ -84,25 +86,32 @@ def build_results(
         UserError: for a setting out of range, a folder without studies and one that cannot be written.
     """
     _check(thresholds, figures, confidence)
-    folder, page = Path(output_dir), Path(page)
-    names = _studies(folder)
-    if not names:
-        raise UserError(f"There is no study in {folder}.\nTo start one: python train.py -m norm=bn,none")
-    studies, judgements = [], []
-    for name in names:
+    folder, page = _folder("output_dir", output_dir), _folder("page", page)
+    studies, judgements, warnings = [], [], []
+    for name in _studies(folder):
         found = load(folder / name, name)
+        warnings += found.warnings
+        if not found.runs["state"].isin(FINISHED).any():
+            warnings.append(f"{name} has no finished run yet and is left out.")
+            continue
         measure = measure_of(found.evaluations)
         tables = _tables(found, measure, _baseline(found, baseline)[0], thresholds, confidence)
         drawn = []
         if figures:
             files.make_folder(page.parent / "figures" / name)
+            for earlier in (page.parent / "figures" / name).glob("*.png"):
+                earlier.unlink()
             made = _figures(found, tables[0], measure, confidence, page.parent / "figures" / name, ("png",))
             drawn = [(f"figures/{name}/{figure}.png", caption) for figure, caption in made]
         studies.append((found, tables, drawn))
         judgements += judge(found, confidence)
+    if not studies:
+        raise UserError(
+            f"There is no study with a finished run in {folder}.\nTo start one: python train.py -m norm=bn,none"
+        )
     files.make_folder(page.parent)
     _write(page, results_page(studies, judgements).encode())
-    show_claims(judgements, page, [warning for found, _, _ in studies for warning in found.warnings])
+    show_claims(judgements, page, warnings)
     return page
 
 
@@ -148,6 +157,12 @@ def _check(thresholds: object, figures: object, confidence: object) -> None:
     if not isinstance(figures, bool):
         raise UserError(f"figures={figures} is not valid: expected true or false.")
     _check_confidence(confidence)
+
+
+def _folder(setting: str, value: object) -> Path:
+    if not isinstance(value, str | Path):
+        raise UserError(f"{setting}={'null' if value is None else value} is not valid: expected a path.")
+    return Path(value)
 
 
 def _check_confidence(confidence: object) -> None:
