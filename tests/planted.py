@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import LinearConstraint, milp
 
 from normlab.report.arms import places
 from normlab.report.claims import Claim, Comparison, Side
@@ -136,8 +137,18 @@ def probes_of(run: Planted) -> dict[str, list[dict[str, Any]]]:
         found["activations"] = [
             {"step": step, "large_normalised": share + more} for step, more in ((0, 0.1), (1, -0.1))
         ]
+    if "mean_change" in values:
+        first, second = -4.0 * exp["mean_change"], 0.25 * exp["mean_change"]  # of the pairs 0, 1 and 8, 9
+        found["activations"] = [
+            {"step": step, "layer": layer, "mean": mean, "variance": 1.0}
+            for layer in ("a", "b")
+            for step, mean in ((0, 3.0), (1, 3.0 + first), (8, 5.0), (9, 5.0 + second))
+        ]
     if "sharpness" in values:
-        found["sharpness"] = [{"step": 0, "eigenvalue": 77.0}, {"step": 9, "eigenvalue": exp["sharpness"]}]
+        found["sharpness"] = [
+            {"step": 0, "eigenvalue": 77.0, "converged": True},
+            {"step": 9, "eigenvalue": exp["sharpness"], "converged": True},
+        ]
     return found
 
 
@@ -159,18 +170,31 @@ def study_for(claim: Claim, speaks: str, seeds: Iterable[int] = range(5), noise:
         for row, comparison in zip(matrix, compared, strict=True):
             for side in comparison.sides:
                 row[arms.index(tuple(sorted(settings_of(side).items(), key=str)))] += side.weight
-        targets = [target(comparison, speaks) for comparison in compared]
-        found = np.linalg.lstsq(matrix, np.array(targets), rcond=None)[0]
-        assert np.allclose(matrix @ found, targets), "the comparisons of the claim contradict each other"
-        base = 50.0 if measure.unit == "points" and not matrix.sum() else 0.0
+        base = 50.0 if measure.unit == "points" else 0.0
+        found = nearest(base, matrix, [target(comparison, speaks) for comparison in compared], compared, speaks)
         for arm, value in zip(arms, found, strict=True):
             if matrix[:, arms.index(arm)].any():
-                values[arm][names[measure]] = base + value
+                values[arm][names[measure]] = value
     return planted(
         Planted(dict(arm), seed, {n: v + noise * generator.normal() * unit(MEASURES[n]) for n, v in planted_.items()})
         for arm, planted_ in values.items()
         for seed in seeds
     )
+
+
+def nearest(base: float, matrix: Any, targets: Iterable[float], compared: Iterable[Comparison], speaks: str) -> Any:
+    """Values as near to `base` as can be whose contrasts are what each comparison's target is, or beyond it."""
+    beyond = [
+        0 if comparison.expect == "equal" else 1 if (comparison.expect == "greater") == (speaks == "for") else -1
+        for comparison in compared
+    ]
+    bounds = np.array(list(targets)) - base * matrix.sum(1)
+    low, high = (np.where(np.array(beyond) * sign >= 0, bounds, sign * -np.inf) for sign in (1, -1))
+    both = np.hstack([matrix, -matrix])  # of what is added to and taken from the base
+    found = milp(np.ones(both.shape[1]), constraints=LinearConstraint(both, low, high))
+    assert found.success, "the comparisons of the claim contradict each other"
+    up, down = np.split(found.x, 2)
+    return base + up - down
 
 
 def settings_of(side: Side) -> dict[str, Any]:

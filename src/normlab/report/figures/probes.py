@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from normlab.report.arms import in_order
 from normlab.report.figures.panels import PAGE, Panel, columns, grid, ordered, pages, split, ticks, trend, wrapped
 from normlab.report.figures.style import RC, Style, handles, legend, limit, seeds
-from normlab.report.probes import step_to_step
+from normlab.report.measures import step_to_step
 
 Looks = Mapping[str, Style]
 
