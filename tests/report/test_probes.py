@@ -78,7 +78,7 @@ def test_activations_change_from_a_step_to_the_next_and_grow_from_the_first_site
 
 
 def test_only_done_runs_count_and_only_cells_with_measurements_have_a_row(add_run, add_probe, tables):
-    row = {"step": 5, "eigenvalue": 4.0, "converged": True}
+    row = {"step": 5, "eigenvalue": 4.0, "converged": True, "weight_norm": 7.0}
     add_probe(add_run(seed=0), "sharpness", [row])
     add_probe(add_run(seed=1, state="diverged", accuracies=()), "sharpness", [row | {"eigenvalue": 1e9}])
     add_run("none")

@@ -105,10 +105,15 @@ def test_five_infinite_differences_are_too_few_for_two_sided_five_per_cent():
     assert tails([math.inf] * 5).two_sided == 0.0625
 
 
-def test_differences_that_are_all_0_are_between_any_bounds_around_0_and_on_no_side_of_it():
-    assert tails([0.0] * 3, -1).above == tails([0.0] * 3, 1).below == 0
-    assert tails([0.0] * 3).two_sided == 1
-    assert tails([0.0] * 3, -1).below == 1
+def test_differences_of_one_computation_that_are_all_0_are_between_any_bounds_around_0_and_on_no_side_of_it():
+    assert tails([0.0] * 3, -1, exact=True).above == tails([0.0] * 3, 1, exact=True).below == 0
+    assert tails([0.0] * 3, exact=True).two_sided == 1
+    assert tails([0.0] * 3, -1, exact=True).below == 1
+
+
+def test_other_differences_that_are_all_0_are_judged_by_the_sign_test():
+    assert tails([0.0] * 5, -1).above == tails([0.0] * 5, 1).below == 2**-5
+    assert tails([0.0] * 5).two_sided == 1
 
 
 def test_effect_size_is_the_mean_in_standard_deviations():

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_every_claim_names_its_experiments_and_marks_what_is_ours(claim):
 
 
 def test_no_key_of_the_file_is_overlooked():
-    comparison = {"sides", "expect", "than", "to", "within", "measure"}
+    comparison = {"sides", "expect", "than", "to", "within", "measure", "exact"}
     keys = {"id", "sentence", "paper", "place", "number", "experiments", "measure", "where", "free", "any", "notes"}
     entries = yaml.safe_load((EXPERIMENTS.parents[1] / "src/normlab/report/claims.yaml").read_text())
     for entry in entries:
@@ -169,13 +170,75 @@ def test_three_equal_differences_are_judged_by_the_sign_test_and_prove_nothing()
     assert "sign test: higher in 3 of 3 seeds" in found.findings[0].remarks
 
 
-def test_sides_that_are_the_same_computation_are_equal():
-    ends = [
-        Planted({"norm.name": "gn", "norm_batch": size}, seed, {"test_accuracy": 60.0 + seed})
+def ends(accuracy):
+    return planted(
+        Planted({"norm.name": "gn", "norm_batch": size}, seed, {"test_accuracy": accuracy + seed})
         for size in (1, 32)
         for seed in range(3)
+    )
+
+
+def test_sides_that_are_the_same_computation_are_equal():
+    assert verdict(ends(60.0), "wu2018-gn-flat").verdict == SUPPORTED
+
+
+def test_sides_that_are_not_are_not_proved_equal_by_differences_of_0():
+    found = verdict(planted(accuracies(bn=[60.0, 61.0, 62.0], renorm=[60.0, 61.0, 62.0])), "ioffe2017-equal-at-32")
+    assert (found.verdict, found.findings[0].p) == (INCONCLUSIVE, 0.25)
+
+
+# ---- who has learned nothing shows nothing
+
+
+def test_arms_that_have_not_learned_are_not_as_good_as_each_other():
+    found = verdict(ends(9.0), "wu2018-gn-flat")
+    assert (found.verdict, found.findings[0].remarks) == (INCONCLUSIVE, ("no arm learned",))
+    guessing = [10.0, 10.2, 9.9, 10.1, 10.0]
+
+    def judged(**changed):
+        arms = dict.fromkeys(("bn", "lp1", "lp2", "lpinf"), guessing) | changed
+        return verdict(planted(accuracies(**arms)), "santurkar2018-lp")
+
+    assert judged().verdict == INCONCLUSIVE
+    assert {finding.remarks for finding in judged().findings} == {("no arm learned",)}
+    assert judged(bn=[14.8 + 0.1 * x for x in guessing]).verdict == CONTRADICTED  # one has: the others are worse
+    assert judged(bn=[14.1, 13.9, 14.2, 13.8, 14.0]).verdict == INCONCLUSIVE  # 4 points above guessing
+
+
+def test_a_claim_of_a_difference_needs_no_arm_that_has_learned():
+    assert verdict(planted(accuracies(bn=[13.0, 13.1, 13.2], none=[10.0, 10.3, 10.1]))).verdict == SUPPORTED
+
+
+def test_a_folded_start_closes_no_gap_where_there_is_none():
+    def judged(gap):
+        generator = np.random.default_rng(0)
+        means = {("bn", "default"): 60.0 + gap, ("none", "default"): 60.0, ("none", "bn_folded"): 62.0 + gap}
+        return verdict(
+            planted(
+                Planted({"norm.name": norm, "init.name": init}, s, {"test_accuracy": mean + 0.3 * generator.normal()})
+                for (norm, init), mean in means.items()
+                for s in range(5)
+            ),
+            "peerthum2023-initialisation",
+        )
+
+    assert judged(0.0).verdict == INCONCLUSIVE
+    assert judged(5.0).verdict == SUPPORTED
+    assert judged(-5.0).verdict == CONTRADICTED
+    assert judged(5.0).findings[0].label == "bn (init=default) - none (init=default)"
+
+
+@pytest.mark.parametrize(
+    ("bn", "none", "expectation"),
+    [(60.0, 10.0, SUPPORTED), (60.0, 50.0, CONTRADICTED), (16.0, 10.0, CONTRADICTED)],
+)
+def test_to_survive_is_to_learn_where_the_other_does_not(bn, none, expectation):
+    runs = [
+        Planted({"norm.name": arm, "optimizer.lr": 0.5}, seed, {"train_accuracy": mean + 0.1 * seed * (arm == "bn")})
+        for arm, mean in (("bn", bn), ("none", none))
+        for seed in range(8)
     ]
-    assert verdict(planted(ends), "wu2018-gn-flat").verdict == SUPPORTED
+    assert verdict(planted(runs), "santurkar2018-survival").verdict == expectation
 
 
 # ---- divergence is a result
@@ -234,6 +297,37 @@ def test_a_diverged_run_without_a_probe_is_no_evidence_about_it():
     runs = [Planted({"norm.name": "bn"}, seed, {"beta": 1.0 + 0.1 * seed}) for seed in range(3)]
     runs += [Planted({"norm.name": "none"}, seed, {}, "diverged") for seed in range(3)]
     assert not judge(planted(runs))
+
+
+def test_diverged_runs_without_the_measurement_that_they_were_to_have_are_told():
+    def judged(diverged):
+        probed = {"probe.ics.every": 5}
+        generator = np.random.default_rng(0)
+        runs = [
+            Planted(
+                {"norm.name": "bn", **probed}, seed, {"ics": generator.normal(1, 0.1), "ics_cosine": 0.5 - seed / 99}
+            )
+            for seed in range(5)
+        ]
+        for run in runs[:]:
+            lost = run.seed < diverged
+            values = {} if lost else {"ics": generator.normal(0, 0.1), "ics_cosine": 0.6}
+            runs.append(
+                run._replace(
+                    settings={"norm.name": "none", **probed}, values=values, state=state_of(None if lost else 1)
+                )
+            )
+        return verdict(planted(runs), "santurkar2018-ics")
+
+    some, every = judged(2), judged(5)
+    assert some.verdict == SUPPORTED
+    assert "2 runs of none diverged and have no such value" in some.findings[0].remarks
+    assert "seeds 0, 1 are not in all cells and are left out" in some.findings[0].remarks
+    assert every.verdict == INCONCLUSIVE
+    assert every.findings[0].remarks == (
+        "5 runs of none diverged and have no such value",
+        "no seed has all of its runs",
+    )
 
 
 # ---- which runs are compared
@@ -325,6 +419,63 @@ def test_data_sets_and_networks_have_verdicts_of_their_own():
     assert found[0].place == "digits, cifar_resnet, budget smoke (answers nothing)"
 
 
+def test_values_of_a_list_are_cells_and_not_one_pool():
+    effects = {"dataset": 30.0, "none": 0.0, "bn": -3.0}
+    runs = [
+        Planted({"norm.name": arm, "input_norm": how}, seed, {"test_accuracy": 50.0 + seed + (effect if i else 0.0)})
+        for how, effect in effects.items()
+        for i, arm in enumerate(("bn", "bn_scaled"))
+        for seed in range(3)
+    ]
+    [finding] = verdict(planted(runs), "davis2021-small-slow-gamma").findings
+    assert list(finding.contrasts.values()) == pytest.approx([9.0] * 3)
+    assert finding.remarks[:2] == ("mean over 3 cells", "cells from -3 to +30")
+
+
+def test_a_list_that_is_not_on_every_side_is_refused():
+    entry = {"measure": "beta", "comparisons": [{"sides": [{"depth": [1, 2]}, {"depth": 3}], "expect": "less"}]}
+    words = dict.fromkeys(("id", "sentence", "paper", "place", "number"), "x") | {"experiments": ["x"]}
+    with pytest.raises(ValueError, match="depth"):
+        parse(words | entry)
+
+
+def test_values_of_a_free_setting_are_cells_too():
+    runs = [
+        Planted(
+            {"norm.name": "bn", "sampler.name": "paired", "eval_stats": stats_, "eval_batch": size},
+            *(seed, {"test_accuracy": accuracy + 0.1 * seed * (size == 50)}),
+        )
+        for stats_, size, accuracy in (("running", 1000, 60.0), ("batch", 10, 70.0), ("batch", 50, 76.0))
+        for seed in range(3)
+    ]
+    first = verdict(planted(runs), "ioffe2017-discrepancy").findings[0]
+    assert list(first.contrasts.values()) == pytest.approx([13.0, 13.05, 13.1])
+
+
+def test_no_run_is_left_out_without_a_word():
+    runs = accuracies(bn=[60.0, 61.0, 62.5], none=[10.0, 12.0, 11.0])
+    again = [
+        run._replace(settings={**run.settings, "norm_batch": 32}) for run in runs if run.settings["norm.name"] == "bn"
+    ]
+    [finding] = verdict(planted([*runs, *again])).findings
+    assert finding.remarks == ("3 runs that repeat another one are left out",)
+
+
+def test_weight_normalisation_is_judged_at_scale_and_beside_plain_bn():
+    runs = accuracies(bn=[60.0, 61.0, 62.5], wn=[50.0, 52.0, 51.0])
+    assert "gitman2017-generalisation" not in {judgement.claim.id for judgement in judge(planted(runs))}
+    plain = {"model.stem": "imagenet", "model.dropout": 0.0, "optimizer.weight_decay": 1e-4}
+    runs = [run._replace(settings={**run.settings, **plain}) for run in runs]
+    for odd, value in (({"model.dropout": 0.5}, 45.0), ({"optimizer.weight_decay": 5e-4}, 70.0)):
+        more = [run for run in runs if run.settings["norm.name"] == "wn" and len(run.settings) == 4][:3]
+        runs += [
+            run._replace(settings={**run.settings, **odd}, values={"test_accuracy": value + run.seed}) for run in more
+        ]
+    assert list(verdict(planted(runs), "gitman2017-generalisation").findings[0].contrasts.values()) == [-10, -9, -11.5]
+    both = verdict(planted(runs), "gitman2017-regularisation").findings
+    assert [list(finding.contrasts.values()) for finding in both] == [[-15.0, -15.0, -15.5], [10.0, 10.0, 9.5]]
+
+
 @pytest.mark.parametrize(
     "odd",
     [
@@ -408,6 +559,7 @@ def test_the_table_has_a_row_per_comparison_and_its_texts_name_data_set_and_budg
     [
         ({"expect": "greater"}, "above 0"),
         ({"expect": "less", "than": -2}, "below -2"),
+        ({"expect": "less", "than": 15, "sides": [{"norm.name": "bn"}]}, "below 15 %"),
         ({"expect": "equal", "within": 2, "to": 6}, "within 2 of 6"),
         ({"expect": "less", "measure": "beta"}, "below a factor of 1"),
         ({"expect": "equal", "within": 1.5, "measure": "beta"}, "within a factor of 1.5 of 1"),
@@ -421,11 +573,23 @@ def test_expectations_in_words(entry, words):
 
 
 def test_the_page_of_all_claims_has_each_claim_once_and_commands_of_those_not_run():
-    text = overview(judge(study_for(CLAIMS["santurkar2018-noise"], "for")))
+    text = overview(judge(study_for(CLAIMS["santurkar2018-lp"], "for")))
     for claim in claims():
         assert text.count(claim.sentence) == 1
     assert "`python train.py -m experiment=ioffe2017_small budget=laptop`" in text
-    assert "-m experiment=santurkar2018_noise" not in text
+    assert "-m experiment=santurkar2018_lp" not in text
+
+
+def test_studies_that_may_share_runs_are_no_independent_evidence():
+    one = judge(study_for(CLAIMS[BEATS], "for"))
+    other = [dataclasses.replace(judgement, study="other") for judgement in one]
+    assert "independent evidence" not in overview(one)
+    assert overview([*one, *other]).count("independent evidence") == 1
+
+
+def test_a_share_of_one_side_is_told_in_per_cent():
+    [finding] = verdict(study_for(CLAIMS["davis2021-large-values"], "for"), "davis2021-large-values").findings
+    assert re.fullmatch(r"\d+\.\d\d ± \d\.\d\d %", effect(finding))
 
 
 def test_without_a_study_every_claim_is_not_run():

@@ -27,7 +27,7 @@ LOWEST, HIGHEST = "lowest", "highest"
 
 @dataclass(frozen=True)
 class Side:
-    """A weighted selection of runs. `where` has dotted settings; a list means any value that is the same on all sides."""
+    """A weighted selection of runs. `where` has dotted settings; a list means any of its values, equal on all sides."""
 
     weight: float
     where: Mapping[str, Any]

@@ -67,7 +67,8 @@ def overview(judgements: Sequence[Judgement]) -> str:
     head = ["# The papers' claims", f"{len(claims())} claims; verdicts: {counted}; {len(missing)} claims not run."]
     if len({judgement.study for judgement in judgements}) > 1:
         head.append(
-            "Runs of equal settings and seed are the same in several studies: their verdicts are not independent evidence."
+            "Runs of equal settings and seed are the same in all studies that have them: such studies' verdicts are not"
+            " independent evidence."
         )
     if missing:
         sections.append("## Not run")

@@ -134,7 +134,6 @@ class _Run:
         counts = {"chance": self.chance, "worst": math.inf, "missing": math.nan}
         return counts[measure.diverged] if isinstance(measure.diverged, str) else measure.diverged
 
-
     def is_missing(self, measure: Measure) -> bool:
         """Whether it has no value though it should: it diverged before, or its measurement came to nothing."""
         return measure.probe in self.probes and math.isnan(self.value(measure))
@@ -353,6 +352,8 @@ def _remarks(selection: _Selection, measure: Measure, seeds: set[int], every: se
     if seeds and every - seeds:
         yield f"seeds {', '.join(map(str, sorted(every - seeds)))} are not in all cells and are left out"
     for position, side in enumerate(selection.sides):
+        if not side.weight:
+            continue
         used = {cell[position][seed].name: cell[position][seed] for cell in selection.cells for seed in seeds}
         diverged = [run for run in used.values() if run.diverged]
         if diverged:
@@ -374,7 +375,7 @@ def _label(comparison: Comparison, sides: Sequence[Side]) -> str:
     told = [key for key in told if len({str(side.where.get(key)) for side in sides}) > 1]
     ratio = comparison.measure.unit == "factor" and len(sides) > 1
     text = ""
-    for position, side in enumerate(sides):
+    for position, side in enumerate(side for side in sides if side.weight):
         sign = " / " if ratio else (" + " if side.weight > 0 else " - ")
         size = "" if abs(side.weight) == 1 else f"{abs(side.weight):g} "
         text += (sign if position else "") + size + _arm(side, told)
