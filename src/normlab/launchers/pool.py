@@ -194,7 +194,7 @@ def _status_of(future: "Future[dict[str, Any]]", slot: Slot, job: Job) -> dict[s
         return future.result()
     except BrokenProcessPool:
         slot.replace_worker()
-        with contextlib.suppress(UserError), job.run.lock():
+        with contextlib.suppress(UserError), job.run.lock(wait_seconds=10):  # a process dies piece by piece
             reason = "its process was killed, perhaps for want of memory"
             return job.run.write_status("failed", ended=runs.now(), error=reason)
         return {"state": "failed", "error": "its process was killed"}

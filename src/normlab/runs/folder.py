@@ -132,13 +132,13 @@ class Run:
             files.write_yaml(self.folder / CONFIG, self.config)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, wait_seconds: float = 0) -> Iterator[None]:
         """Hold the run for this process; the operating system lets go of it if the process dies.
 
         Raises:
             RunBusyError: if another process holds it.
         """
-        lock = FileLock(self.folder / "run.lock", timeout=0)
+        lock = FileLock(self.folder / "run.lock", timeout=wait_seconds)
         try:
             lock.acquire()
         except Timeout:
