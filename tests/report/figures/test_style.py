@@ -1,6 +1,7 @@
 import io
 import itertools
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -62,3 +63,16 @@ def test_labels_lie_inside_the_figure(add_run, drawn):
         assert inside.y0 >= -0.01
         assert inside.x1 <= figure.get_figwidth() + 0.01
         assert inside.y1 <= figure.get_figheight() + 0.01
+
+
+def test_a_thin_line_keeps_its_colour_among_many_shades():
+    figure = Figure(figsize=(4, 3))
+    ax = figure.add_subplot()
+    arms = figures.styles(KNOWN_ARMS)
+    for position, look in enumerate(arms.values()):
+        ax.fill_between([0, 1], position, position + 3, color=look.color, alpha=0.13)
+        ax.plot([0, 1], [position, position], color=look.color, lw=0.9)
+    pixels = np.array(Image.open(io.BytesIO(figures.encode(figure, "png"))).convert("RGB")).reshape(-1, 3).astype(int)
+    for look in arms.values():
+        wanted = np.array([int(look.color[i : i + 2], 16) for i in (1, 3, 5)])
+        assert np.abs(pixels - wanted).max(axis=1).min() <= 24, look

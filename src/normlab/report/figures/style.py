@@ -141,7 +141,8 @@ def encode(figure: Figure, suffix: str) -> bytes:
     """The figure as a file's content, `png` or `pdf`; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=suffix, metadata={"CreationDate": None} if suffix == "pdf" else None)
-    if suffix == "png":  # 64 colours are a quarter of the bytes, and no eye sees it
-        image = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    if suffix == "png":  # 256 colours are a fraction of the bytes; by coverage, so that a thin line keeps its own
+        image = Image.open(buffer).convert("RGB")
+        image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         image.save(buffer := io.BytesIO(), "png", optimize=True, dpi=(RC["savefig.dpi"],) * 2)
     return buffer.getvalue()
