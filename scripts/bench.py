@@ -172,10 +172,7 @@ def norms(rounds: int, chosen: list[str]) -> None:
                 before = after
             print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
         print_machine(f"ResNet-18, batch 32, 32x32, fp32; {rounds} rounds; bn: {before:.2f} s a step")
-        print("| norm | step time / bn's: median | min to max |")
-        print("|---|---|---|")
-        for arm, times in ratios.items():
-            print(f"| `{arm}` | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} |")
+        print_ratios("norm | step time / bn's", ratios)
 
 
 def has_statistics(settings: config.RunConfig) -> bool:
@@ -243,11 +240,7 @@ def probes(rounds: int) -> None:
                 before = after
             print(f"round {turn} of {rounds}", file=sys.stderr, flush=True)
         print_machine(f"ResNet-18, batch 32, 32x32, fp32; {rounds} rounds; a training step: {before:.2f} s")
-        print("| probe | a measurement / a training step: median | min to max |")
-        print("|---|---|---|")
-        for name, times in ratios.items():
-            times = times[1:]
-            print(f"| `{name}` | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} |")
+        print_ratios("probe | a measurement / a training step", {name: times[1:] for name, times in ratios.items()})
 
 
 def train_seconds(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
@@ -257,6 +250,13 @@ def train_seconds(network: nn.Module, optimizer: torch.optim.Optimizer, images: 
     F.cross_entropy(network(images), labels).backward()
     optimizer.step()
     return time.perf_counter() - begun
+
+
+def print_ratios(columns: str, ratios: dict[str, list[float]]) -> None:
+    print(f"| {columns}: median | min to max |")
+    print("|---|---|---|")
+    for name, times in ratios.items():
+        print(f"| `{name}` | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} |")
 
 
 def print_machine(what: str) -> None:
