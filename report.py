@@ -20,17 +20,18 @@ def report() -> None:
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="report")
     def main(composed: DictConfig) -> None:
-        from normlab.report import build, build_claims, build_results
+        from normlab.report import Options, build, build_claims, build_results
 
         settings = settings_of(composed)
-        study, page = settings.pop("study"), settings.pop("page")
+        study, page, output_dir = (settings.pop(name) for name in ("study", "page", "output_dir"))
         try:
+            options = Options(**settings)
             if command == "claims":
-                build_claims(settings["output_dir"], confidence=settings["confidence"])
+                build_claims(output_dir, options)
             elif command == "results":
-                build_results(page=page, **settings)
+                build_results(output_dir, page, options)
             else:
-                build(study, **settings)
+                build(study, output_dir, options)
         except UserError as error:
             stop(error)  # past Hydra, which would add a line of its own
 

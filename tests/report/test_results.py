@@ -1,21 +1,23 @@
 """All studies on one page: what it shows of planted studies, and that the page in docs/ is that of the records."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from normlab.errors import UserError
-from normlab.report import build_results
+from normlab.report import Options, build_results
 from normlab.report.claims import claims
 
 ROOT = Path(__file__).parents[2]
 RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"
-SETTINGS = {"baseline": "bn", "thresholds": [0.5, 0.8, 0.9, 0.95], "confidence": 0.95}
+OPTIONS = Options(baseline="bn", thresholds=[0.5, 0.8, 0.9, 0.95], figures=True, confidence=0.95)
+TABLES_ONLY = replace(OPTIONS, figures=False)
 
 
 def test_the_page_in_the_documentation_is_made_from_the_records(tmp_path) -> None:
-    page = build_results(RECORDS, tmp_path / "results.md", figures=True, **SETTINGS)
+    page = build_results(RECORDS, tmp_path / "results.md", OPTIONS)
     assert page.read_text() == PAGE.read_text(), "run ./scripts/reproduce --from-records and look at the difference"
     shown = set(re.findall(r"^!\[.*?\]\((.+?)\)$", page.read_text(), re.MULTILINE))
     assert shown == {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
@@ -36,7 +38,7 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
         for arm, accuracy in (("bn", 0.9 + 0.002 * seed), ("none", 0.6)):
             folder = add_run(arm, 32, seed, (0.5, 0.55, accuracy)).parent
     (folder / "notes.md").write_text("We looked at the moving averages.\n")
-    text = build_results(folder.parent, tmp_path / "page" / "all.md", figures=True, **SETTINGS).read_text()
+    text = build_results(folder.parent, tmp_path / "page" / "all.md", OPTIONS).read_text()
     start = "| Batch normalisation reaches a higher accuracy than no"
     [row] = [line for line in text.splitlines() if line.startswith(start)]
     _, _, _, supported, contradicted, inconclusive, _ = (cell.strip() for cell in row.split("|"))
@@ -52,9 +54,9 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
 def test_a_study_without_a_finished_run_is_left_out_with_a_warning(add_run, tmp_path, capsys) -> None:
     (add_run("bn", study="torn") / "config.yaml").write_text("norm: {")
     with pytest.raises(UserError, match="no study with a finished run"):
-        build_results(tmp_path / "outputs", tmp_path / "results.md", figures=False, **SETTINGS)
+        build_results(tmp_path / "outputs", tmp_path / "results.md", TABLES_ONLY)
     add_run("bn", study="whole")
-    page = build_results(tmp_path / "outputs", tmp_path / "results.md", figures=False, **SETTINGS)
+    page = build_results(tmp_path / "outputs", tmp_path / "results.md", TABLES_ONLY)
     assert "### whole" in page.read_text()
     assert "torn has no finished run yet and is left out" in capsys.readouterr().out.replace("\n", " ")
 
@@ -63,7 +65,7 @@ def test_figures_that_are_drawn_no_more_are_removed(add_run, tmp_path) -> None:
     add_run("bn")
     (tmp_path / "figures" / "study").mkdir(parents=True)
     (tmp_path / "figures" / "study" / "old.png").touch()
-    build_results(tmp_path / "outputs", tmp_path / "results.md", figures=True, **SETTINGS)
+    build_results(tmp_path / "outputs", tmp_path / "results.md", OPTIONS)
     assert not (tmp_path / "figures" / "study" / "old.png").exists()
     assert list((tmp_path / "figures" / "study").glob("*.png"))
 
@@ -71,9 +73,9 @@ def test_figures_that_are_drawn_no_more_are_removed(add_run, tmp_path) -> None:
 @pytest.mark.parametrize("wrong", [{"output_dir": None}, {"page": None}])
 def test_a_path_that_is_none_is_a_sentence(tmp_path, wrong) -> None:
     with pytest.raises(UserError, match="null is not valid: expected a path"):
-        build_results(**{"output_dir": tmp_path, "page": tmp_path, "figures": False, **SETTINGS, **wrong})
+        build_results(**{"output_dir": tmp_path, "page": tmp_path, "options": OPTIONS, **wrong})
 
 
 def test_a_folder_without_studies_is_a_sentence(tmp_path) -> None:
     with pytest.raises(UserError, match="no study with"):
-        build_results(tmp_path, tmp_path / "results.md", figures=False, **SETTINGS)
+        build_results(tmp_path, tmp_path / "results.md", TABLES_ONLY)

@@ -5,6 +5,6 @@
 """
 
 from normlab.report.load import Study, load
-from normlab.report.write import build, build_claims, build_results
+from normlab.report.write import Options, build, build_claims, build_results
 
-__all__ = ["Study", "build", "build_claims", "build_results", "load"]
+__all__ = ["Options", "Study", "build", "build_claims", "build_results", "load"]

@@ -1,6 +1,7 @@
 """From a study's name to its report on disk: the only part of the report that writes files."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from normlab import runs
@@ -18,74 +19,83 @@ from normlab.report.verdicts import judge
 from normlab.runs import files
 
 
-def build(
-    study: str,
-    output_dir: str | Path,
-    *,
-    baseline: str | None,
-    thresholds: Sequence[float],
-    figures: bool,
-    confidence: float,
-) -> Path:
+@dataclass(frozen=True)
+class Options:
+    """What every report is made with: the settings that conf/report.yaml explains.
+
+    Raises:
+        UserError: for a value out of range.
+    """
+
+    baseline: str | None
+    thresholds: Sequence[float]
+    figures: bool
+    confidence: float
+
+    def __post_init__(self) -> None:
+        given: object = self.thresholds
+        if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_share, given)):
+            raise UserError(
+                f"thresholds={given} is not valid: expected a list of accuracies between 0 and 1.\n"
+                "Example: thresholds=[0.5,0.8,0.95]"
+            )
+        if not isinstance(self.figures, bool):
+            raise UserError(f"figures={self.figures} is not valid: expected true or false.")
+        if not _share(self.confidence) or self.confidence == 1:
+            raise UserError(
+                f"confidence={self.confidence} is not valid: expected a number between 0 and 1.\n"
+                "Example: confidence=0.95"
+            )
+
+
+def build(study: str, output_dir: str | Path, options: Options) -> Path:
     """Report whatever has finished in `output_dir`/`study`; return the page `report/report.md` there.
 
     Raises:
-        UserError: for a setting out of range, a study that does not exist or has no finished run, and a
-            folder that cannot be written.
+        UserError: for a study that does not exist or has no finished run, and a folder that cannot be written.
     """
-    _check(thresholds, figures, confidence)
     found = _find(_folder("output_dir", output_dir), str(study))
     measure = measure_of(found.evaluations)
-    baseline, remarks = _baseline(found, baseline)
-    tables = _tables(found, measure, baseline, thresholds, confidence)
-    judgements = judge(found, confidence)
+    baseline, remarks = _baseline(found, options.baseline)
+    tables = _tables(found, measure, baseline, options)
+    judgements = judge(found, options.confidence)
     if judgements:
-        tables.append(verdict_texts.table(judgements, confidence))
+        tables.append(verdict_texts.table(judgements, options.confidence))
     folder = found.folder / "report"
     files.make_folder(folder)
     for table in tables:
         for suffix, text in render(table, found.name).items():
             _write(folder / f"{table.name}.{suffix}", text.encode())
-    drawn = list(_figures(found, tables[0], measure, confidence, folder, ("png", "pdf"))) if figures else []
+    drawn = list(_figures(found, tables[0], measure, options, folder, ("png", "pdf"))) if options.figures else []
     warnings = found.warnings + remarks + list(_unmeasured(found, measure))
     _write(folder / "report.md", page(found, tables, drawn, warnings).encode())
     show(found, tables[0], judgements, folder / "report.md", warnings)
     return folder / "report.md"
 
 
-def build_claims(output_dir: str | Path, *, confidence: float) -> Path:
+def build_claims(output_dir: str | Path, options: Options) -> Path:
     """Judge every claim against every study below `output_dir`; return the page `claims.md` there.
 
     Raises:
-        UserError: for a confidence out of range and a folder that cannot be written.
+        UserError: for a folder that does not exist or cannot be written.
     """
-    _check_confidence(confidence)
     folder = _folder("output_dir", output_dir)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
     studies = [load(folder / name, name) for name in _studies(folder)]
-    judgements = [judgement for study in studies for judgement in judge(study, confidence)]
+    judgements = [judgement for study in studies for judgement in judge(study, options.confidence)]
     files.make_folder(folder)
     _write(folder / "claims.md", verdict_texts.overview(judgements).encode())
     show_claims(judgements, folder / "claims.md", [warning for study in studies for warning in study.warnings])
     return folder / "claims.md"
 
 
-def build_results(
-    output_dir: str | Path,
-    page: str | Path,
-    *,
-    baseline: str | None,
-    thresholds: Sequence[float],
-    figures: bool,
-    confidence: float,
-) -> Path:
+def build_results(output_dir: str | Path, page: str | Path, options: Options) -> Path:
     """Tables, figures and verdicts of every study below `output_dir` on one page; its figures go to figures/ beside it.
 
     Raises:
-        UserError: for a setting out of range, a folder without studies and one that cannot be written.
+        UserError: for a folder without studies and one that cannot be written.
     """
-    _check(thresholds, figures, confidence)
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
     studies, judgements, warnings = [], [], []
     for name in _studies(folder):
@@ -95,16 +105,16 @@ def build_results(
             warnings.append(f"{name} has no finished run yet and is left out.")
             continue
         measure = measure_of(found.evaluations)
-        tables = _tables(found, measure, _baseline(found, baseline)[0], thresholds, confidence)
+        tables = _tables(found, measure, _baseline(found, options.baseline)[0], options)
         drawn = []
-        if figures:
+        if options.figures:
             files.make_folder(page.parent / "figures" / name)
             for earlier in (page.parent / "figures" / name).glob("*.png"):
                 earlier.unlink()
-            made = _figures(found, tables[0], measure, confidence, page.parent / "figures" / name, ("png",))
+            made = _figures(found, tables[0], measure, options, page.parent / "figures" / name, ("png",))
             drawn = [(f"figures/{name}/{figure}.png", caption) for figure, caption in made]
         studies.append((found, tables, drawn))
-        judgements += judge(found, confidence)
+        judgements += judge(found, options.confidence)
     if not studies:
         raise UserError(
             f"There is no study with a finished run in {folder}.\nTo start one: python train.py -m norm=bn,none"
@@ -115,19 +125,18 @@ def build_results(
     return page
 
 
-def _tables(
-    study: Study, measure: Measure, baseline: str | None, thresholds: Sequence[float], confidence: float
-) -> list[Table]:
-    return [*build_tables(study, measure, baseline, thresholds, confidence), *probe_tables(study, confidence)]
+def _tables(study: Study, measure: Measure, baseline: str | None, options: Options) -> list[Table]:
+    tables = build_tables(study, measure, baseline, options.thresholds, options.confidence)
+    return [*tables, *probe_tables(study, options.confidence)]
 
 
 def _figures(
-    study: Study, accuracy: Table, measure: Measure, confidence: float, folder: Path, suffixes: Sequence[str]
+    study: Study, accuracy: Table, measure: Measure, options: Options, folder: Path, suffixes: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
     """Draw into `folder`; name and caption of each."""
     from normlab.report.figures import draw, encode  # matplotlib is slow to import; tables can do without
 
-    for name, caption, figure in draw(study, accuracy, measure, confidence):
+    for name, caption, figure in draw(study, accuracy, measure, options.confidence):
         for suffix in suffixes:
             _write(folder / f"{name}.{suffix}", encode(figure, suffix))
         yield name, caption
@@ -148,28 +157,10 @@ def render(table: Table, study_name: str) -> dict[str, str]:
     }
 
 
-def _check(thresholds: object, figures: object, confidence: object) -> None:
-    if not isinstance(thresholds, Sequence) or isinstance(thresholds, str) or not all(map(_share, thresholds)):
-        raise UserError(
-            f"thresholds={thresholds} is not valid: expected a list of accuracies between 0 and 1.\n"
-            "Example: thresholds=[0.5,0.8,0.95]"
-        )
-    if not isinstance(figures, bool):
-        raise UserError(f"figures={figures} is not valid: expected true or false.")
-    _check_confidence(confidence)
-
-
 def _folder(setting: str, value: object) -> Path:
     if not isinstance(value, str | Path):
         raise UserError(f"{setting}={'null' if value is None else value} is not valid: expected a path.")
     return Path(value)
-
-
-def _check_confidence(confidence: object) -> None:
-    if not _share(confidence) or confidence == 1:
-        raise UserError(
-            f"confidence={confidence} is not valid: expected a number between 0 and 1.\nExample: confidence=0.95"
-        )
 
 
 def _share(value: object) -> bool:
