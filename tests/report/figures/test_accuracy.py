@@ -131,6 +131,16 @@ def test_conditions_that_differ_by_more_than_a_number_are_not_joined(add_run, dr
     assert [line.get_linestyle() for line in ax.lines] == ["None"]
 
 
+def test_conditions_that_differ_by_two_settings_are_not_joined_and_are_read_without_turning_the_page(add_run, drawn):
+    for lr, decay in ((0.1, 1e-4), (0.1, 5e-4), (0.5, 1e-4)):
+        add_run("none", optimizer__lr=lr, optimizer__weight_decay=decay)
+    figure = drawn()["accuracy_by_condition"]
+    [ax] = figure.axes
+    assert [line.get_linestyle() for line in ax.lines] == ["None"]
+    assert {label.get_rotation() for label in ax.get_xticklabels()} == {0}
+    assert figure.get_figwidth() == figures.DOUBLE
+
+
 def test_a_condition_with_diverged_runs_is_marked(add_run, drawn):
     for norm in ("bn", "none"):
         add_run(norm, depth=18)

@@ -20,6 +20,8 @@ from normlab.report.figures.style import BLACK, BLUE, DOUBLE, RC, SINGLE, Style,
 from normlab.report.load import Study
 from normlab.report.tables import Measure
 
+NUMBER = r"\d[\d.]*(?:e[-+]?\d+)?"
+
 
 @mpl.rc_context(RC)
 def learning_curves(found: Sequence[Panel], measure: Measure, looks: Mapping[str, Style], x: str) -> Figure:
@@ -180,9 +182,11 @@ def by_condition(found: Sequence[Panel], values: pd.DataFrame, measure: Measure,
     """
     every = pd.concat([panel.rows for panel in found])
     conditions = ordered(every["where"])
-    lines = len({re.sub(r"[\d.]+(e[-+]?\d+)?", "0", condition) for condition in conditions}) == 1
+    lines = _differ_by_a_number(conditions)
     across = max(1, min(len(found), 4, 12 // len(conditions)))
-    width = DOUBLE if across > 1 or len(conditions) > 3 else SINGLE
+    longest = max(len(word) for condition in conditions for word in condition.split(", "))
+    labels = 0.6 + 0.065 * longest * len(conditions) * across  # inches that they need beside each other
+    width = DOUBLE if across > 1 or len(conditions) > 3 or labels > SINGLE else SINGLE
     figure, drawn = multiples(found, looks, height=2.4, across=across, width=width)
     for ax, panel in drawn:
         arms = in_order(panel.rows["variant"])
@@ -194,8 +198,7 @@ def by_condition(found: Sequence[Panel], values: pd.DataFrame, measure: Measure,
             estimates(ax, rows, values, looks[arm], places, "where", ls="-" if lines else "")
     ax = drawn[0][0]
     ax.set_xticks(range(len(conditions)), labels=[condition.replace(", ", "\n") for condition in conditions])
-    longest = max(len(word) for condition in conditions for word in condition.split(", "))
-    if 0.065 * longest * len(conditions) * across > width - 0.6:  # inches: labels would run into each other
+    if labels > width:
         for other, _ in drawn:
             other.tick_params(axis="x", rotation=90)
     ax.set_xlim(-0.5, len(conditions) - 0.5)
@@ -203,6 +206,13 @@ def by_condition(found: Sequence[Panel], values: pd.DataFrame, measure: Measure,
         other.grid(visible=False, axis="x")
     _finish(figure, ax, every, measure, "")
     return figure
+
+
+def _differ_by_a_number(conditions: Sequence[str]) -> bool:
+    """Whether one number is all that tells them apart, as the depths of a network."""
+    alike = len({re.sub(NUMBER, "0", condition) for condition in conditions}) == 1
+    numbers = zip(*(re.findall(NUMBER, condition) for condition in conditions), strict=False)
+    return alike and sum(len(set(values)) > 1 for values in numbers) == 1
 
 
 @mpl.rc_context(RC)
