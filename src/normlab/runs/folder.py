@@ -6,6 +6,7 @@ metrics.jsonl    one row per evaluation
 probes/*.jsonl   one row per measurement of a probe and layer (docs/probes.md)
 provenance.json  versions, code, device, command
 checkpoint.pt, checkpoint.previous.pt, run.log
+run.lock, run.claim   while a process trains it (runs/lock.py)
 """
 
 import json
@@ -17,10 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from normlab.errors import RunBusyError, UserError
-from normlab.runs import files
+from normlab.errors import UserError
+from normlab.runs import files, lock
 from normlab.runs.identity import completed, run_id, run_name
 
 CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
@@ -108,6 +107,7 @@ class Run:
         self.run_id = run_id(config)
         self.name = run_name(config)
         self.folder = Path(config["output_dir"]) / config["study"] / self.name
+        self._claim: lock.Claim | None = None
 
     @property
     def state(self) -> str:
@@ -133,34 +133,25 @@ class Run:
 
     @contextmanager
     def lock(self, wait_seconds: float = 0) -> Iterator[None]:
-        """Hold the run for this process; the operating system lets go of it if the process dies.
+        """Hold the run for this process (see `runs.lock`). What is written meanwhile is written only while it is held.
 
         Raises:
-            RunBusyError: if another process holds it.
+            RunBusyError: if another process holds it; from a write, if another one has taken it over.
+            UserError: if the folder cannot be written.
         """
-        lock = FileLock(self.folder / "run.lock", timeout=wait_seconds)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunBusyError(f"{self.name} is already being trained{self._by_whom()}.") from None
-        except OSError as error:
-            raise files.storage_error(self.folder, error) from error
-        try:
-            yield
-        finally:
-            lock.release()
+        with lock.held(self.folder, wait_seconds) as self._claim:
+            try:
+                yield
+            finally:
+                self._claim = None
 
-    def _by_whom(self) -> str:
-        try:
-            status = read_status(self.folder)
-        except UserError:
-            status = None
-        if not status:
-            return " by another process"
-        return f" by process {status.get('pid')} on {status.get('host')} (last sign of life {status.get('heartbeat')})"
+    def _verify(self) -> None:
+        if self._claim:
+            self._claim.verify()
 
     def write_status(self, state: str, *, durable: bool = True, **facts: Any) -> dict[str, Any]:
         """Replace status.json; every fact not given again is kept."""
+        self._verify()
         try:
             before = read_status(self.folder) or {}
         except UserError:
@@ -183,9 +174,11 @@ class Run:
         return status
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
+        self._verify()
         _append(self.folder / METRICS, [row])
 
     def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._verify()
         files.make_folder(self.folder / PROBES)
         _append(self.folder / PROBES / f"{probe}.jsonl", rows)
 

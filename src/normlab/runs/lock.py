@@ -1,0 +1,302 @@
+"""Who trains a run: one process at a time, over processes, hosts and network file systems.
+
+Two things are held together for as long as a process trains a run:
+
+run.lock   a lock of the operating system (flock). The kernel lets go of it when the process dies, however it dies. It
+           holds between all processes of a host, and between hosts where the file system passes locks on (NFS with its
+           lock manager, Lustre mounted with -o flock); elsewhere it may silently hold within a host only.
+run.claim  a file that only one process can create (O_EXCL, which is atomic on NFS, too), with the holder's host and
+           process. A thread of the holder touches it every `BEAT_SECONDS`.
+
+A claim that a dead process left is taken over: on the holder's own host as soon as its process is gone; from another
+host, whose processes cannot be seen, when the claim has not been touched for `STALE_SECONDS` by the clock of the file
+system, so that the hosts' clocks do not matter. A holder that was silent for so long (a suspended machine, a network
+that was cut) finds its claim gone at its next write, and stops without writing: `Claim.verify`.
+"""
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import platform
+import secrets
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from normlab.errors import RunBusyError
+from normlab.runs.files import storage_error
+
+LOCK, CLAIM = "run.lock", "run.claim"
+BEAT_SECONDS = 5.0  # between two signs of life of a holder
+SILENT_SECONDS = 20.0  # a holder on another host without a sign of life for so long may be dead: wait and see
+STALE_SECONDS = 120.0  # and for so long: is. More than an NFS client caches attributes (60 s by default)
+SETTLE_SECONDS = 1.0  # after a takeover from another host: whoever else took it over must have become visible
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without flock
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that a claim names.
+
+    Attributes:
+        machine: tells apart machines, their reboots, and containers that do not see each other's processes.
+        started: the process's start in clock ticks since boot, because process numbers are used again; "" if unknown.
+        job: the SLURM job that it belongs to, "" if none; `restarts`: how often that had been requeued.
+        sign_of_life: seconds since the claim was touched, by the file system's clock.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: str
+    job: str
+    restarts: int
+    token: str
+    sign_of_life: float = 0.0
+
+    @classmethod
+    def myself(cls) -> Self:
+        return cls(
+            host=socket.gethostname(),
+            machine=_machine(),
+            pid=os.getpid(),
+            started=_start_of(os.getpid()),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            token=secrets.token_hex(8),
+        )
+
+    @property
+    def here(self) -> bool:
+        """Whether its process would be visible to this one."""
+        return self.machine == _machine()
+
+    @property
+    def gone(self) -> bool:
+        if self.here:
+            return not _exists(self.pid, self.started)
+        requeued = self.job and self.job == os.environ.get("SLURM_JOB_ID")
+        if requeued and self.restarts < int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+            return True  # SLURM starts a job again only when its processes have ended
+        return self.sign_of_life > STALE_SECONDS
+
+    @property
+    def silent(self) -> bool:
+        """On another host, and perhaps dead."""
+        return not self.here and not self.gone and self.sign_of_life > SILENT_SECONDS
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} (last sign of life {self.sign_of_life:.0f} s ago)"
+
+
+def holder(folder: Path) -> Holder | None:
+    """Whose claim a run's folder holds, dead or alive; None if there is none."""
+    path = folder / CLAIM
+    try:
+        with path.open(encoding="utf-8") as file:  # opening makes an NFS client ask the server
+            text, touched = file.read(), os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return None
+    try:
+        found = Holder(**{**json.loads(text), "sign_of_life": 0.0})
+    except (ValueError, TypeError):  # just being written, or its machine died while it was
+        found = Holder("an unknown host", "", 0, "", "", 0, "")
+    return replace(found, sign_of_life=max(0.0, (time.time() if found.here else _now(folder)) - touched))
+
+
+class Claim:
+    """A claim that this process holds, and keeps alive until `release`."""
+
+    def __init__(self, path: Path, holder: Holder) -> None:
+        """
+        Raises:
+            FileExistsError: if there is a claim already.
+            OSError: if it cannot be written.
+        """
+        self.path = path
+        self._released = threading.Event()
+        self._file = path.open("x", encoding="utf-8")
+        try:
+            facts = asdict(holder)
+            del facts["sign_of_life"]
+            self._file.write(json.dumps(facts))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError:
+            self.release()
+            raise
+        threading.Thread(target=self._beat, name="claim", daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError, ValueError):  # a file server that is away comes back; a released claim
+                os.utime(self._file.fileno())
+
+    @property
+    def held(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        except (OSError, ValueError):
+            return False
+
+    def verify(self) -> None:
+        """
+        Raises:
+            RunBusyError: if another process has taken the run over.
+        """
+        if not self.held:
+            by = holder(self.path.parent)
+            raise RunBusyError(
+                f"{self.path.parent.name} has been taken over by {by or 'another process'}, because this one gave no"
+                f" sign of life for more than {STALE_SECONDS:.0f} s.\nIt stops here and leaves the record alone."
+            )
+
+    def release(self) -> None:
+        self._released.set()
+        with contextlib.suppress(OSError):
+            if self.held:
+                self.path.unlink()
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+@contextmanager
+def held(folder: Path, wait_seconds: float = 0.0) -> Iterator[Claim]:
+    """Hold the run in `folder` for this process. Waits `wait_seconds` for another process of this host to let go,
+    and for one of another host that has been silent for a while, until it shows up or counts as dead.
+
+    Raises:
+        RunBusyError: if another process holds it.
+        UserError: if the folder cannot be written.
+    """
+    try:
+        with _kernel_lock(folder / LOCK, wait_seconds):
+            claim = _take(folder)
+            try:
+                yield claim
+            finally:
+                claim.release()
+    except _Unwritable as error:
+        raise storage_error(folder, error.reason) from error.reason
+
+
+class _Unwritable(Exception):
+    """The file system's refusal, told apart from an OSError of whoever holds the lock."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _take(folder: Path) -> Claim:
+    """The claim, from a dead holder if need be."""
+    path, myself, elsewhere = folder / CLAIM, Holder.myself(), False
+    while True:
+        try:
+            claim = Claim(path, myself)
+        except FileExistsError:
+            other = holder(folder)
+            if other is None:
+                continue  # released in between
+            if not other.gone and not other.silent:
+                raise RunBusyError(f"{folder.name} is already being trained by {other}.") from None
+            if other.silent:
+                time.sleep(1.0)
+                continue
+            elsewhere = elsewhere or not other.here
+            path.unlink(missing_ok=True)
+            continue
+        except OSError as error:
+            raise _Unwritable(error) from error
+        if elsewhere:  # the kernel's lock may not reach there, and two hosts may have removed the same dead claim
+            time.sleep(SETTLE_SECONDS)
+            if not claim.held:
+                claim.release()
+                raise RunBusyError(f"{folder.name} is already being trained by {holder(folder) or 'another host'}.")
+        return claim
+
+
+@contextmanager
+def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
+    """flock, where there is such a thing. The file is removed on the way out: who opened it before that sees that
+    its name has gone or is another file's, and starts over."""
+    patience = time.monotonic() + wait_seconds
+    while True:
+        try:
+            file = path.open("a")
+        except OSError as error:
+            raise _Unwritable(error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                if time.monotonic() < patience:
+                    time.sleep(0.05)
+                    continue
+                by = holder(path.parent) or "another process"
+                raise RunBusyError(f"{path.parent.name} is already being trained by {by}.") from None
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise _Unwritable(error) from error
+        with contextlib.suppress(OSError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+@functools.cache
+def _machine() -> str:
+    """This boot of this machine, and the part of its processes that is visible from here."""
+    words = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        words.append(os.readlink("/proc/self/ns/pid"))  # noqa: PTH115  # no path: "pid:[4026531836]"
+    return " ".join(words)
+
+
+def _start_of(pid: int) -> str:
+    try:
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else facts[18]  # a zombie is gone
+
+
+def _exists(pid: int, started: str) -> bool:
+    if platform.system() == "Linux":
+        return bool(started) and _start_of(pid) == started
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _now(folder: Path) -> float:
+    """By the clock of the file system, which a network file system's server has; by ours if it cannot be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+            file.flush()
+            os.utime(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
