@@ -3,31 +3,82 @@
 (No __init__.py beside it: hydra_plugins is a namespace package that several distributions share.)
 """
 
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from normlab.launchers.sweep import Sweep
 
 
-class PoolLauncher(Launcher):
-    """`hydra/launcher=pool`: see `normlab.launchers.pool`."""
+class RunLauncher(Launcher):
+    """A launcher that is handed a whole sweep and reads all of it, every run checked, before any run starts."""
 
-    def __init__(self, slots: int | None) -> None:
-        self.slots = slots
+    here = True  # whether the runs will be on this machine
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from normlab.launchers import pool
+        from normlab.launchers import sweep
 
-        loader = self.hydra_context.config_loader
-        composed = [loader.load_sweep_config(self.config, list(overrides)) for overrides in job_overrides]
-        values = pool.launch(composed, self.slots)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise HydraException(
+                "A sweep (-m) starts processes of its own, and torchrun has started several already.\n"
+                "Start one run with torchrun, or the sweep without it; hydra/launcher=slurm can do both."
+            )
+        values = self.carry_out(sweep.read(self.hydra_context, self.config, job_overrides, here=self.here))
         return [
             JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value, task_name="normlab")
             for overrides, value in zip(job_overrides, values, strict=True)
         ]
+
+    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
+        """Do what the launcher is for; returns each run's result, in the order of `sweep.names`."""
+        raise NotImplementedError
+
+
+class PoolLauncher(RunLauncher):
+    """`hydra/launcher=pool`: see `normlab.launchers.pool`."""
+
+    def __init__(self, slots: int | None, per_gpu: int) -> None:
+        self.slots, self.per_gpu = slots, per_gpu
+
+    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
+        from normlab.launchers import pool
+
+        return pool.launch(sweep, self.slots, self.per_gpu)
+
+
+class PlanLauncher(RunLauncher):
+    """`hydra/launcher=plan`: see `normlab.launchers.plan`."""
+
+    def __init__(self, slots: int | None, per_gpu: int, calibrate_seconds: float) -> None:
+        self.slots, self.per_gpu, self.calibrate_seconds = slots, per_gpu, calibrate_seconds
+
+    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
+        from normlab.launchers import plan
+
+        plan.show(sweep, self.slots, self.per_gpu, self.calibrate_seconds)
+        return sweep.results()
+
+
+class SlurmLauncher(RunLauncher):
+    """`hydra/launcher=slurm`: see `normlab.launchers.slurm`."""
+
+    here = False
+
+    def __init__(self, cluster: DictConfig, **needs: Any) -> None:
+        self.settings = {**needs, "cluster": OmegaConf.to_container(cluster, resolve=True)}
+
+    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
+        from normlab.launchers import slurm
+
+        return slurm.launch(sweep, slurm.parse(self.settings))

@@ -579,6 +579,7 @@ def parse(composed: Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: naming the first wrong setting, what was expected, and the fix.
     """
+    composed = {key: value for key, value in composed.items() if key != "cluster"}  # of a launcher, and of no run
     try:
         return RunConfig.model_validate(composed)
     except ValidationError as error:

@@ -15,6 +15,10 @@ class RunBusyError(UserError):
     """Another process is training this run right now."""
 
 
+class OutOfMemoryError(UserError):
+    """The run does not fit into what memory is left on its device."""
+
+
 class InterruptedRunError(Exception):
     """The run was asked to stop, wrote a checkpoint, and can go on later."""
 

@@ -13,13 +13,17 @@ from normlab.errors import UserError
 from normlab.runs import files
 
 
-def check(config: RunConfig) -> inventory.Inventory:
+def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
     """Check data, device, imports and folders; returns what is known of the data.
+
+    Args:
+        here: whether the run will be on this machine; if not, its devices are left out.
 
     Raises:
         UserError: naming the first thing that would stop the run.
     """
-    _check_device(config)
+    if here:
+        _check_device(config)
     found = inventory.check(config.dataset, Path(config.data_dir))
     if config.batch > found.train_images:
         what = "samples" if isinstance(config.dataset, RegressionDataset) else "images"

@@ -31,7 +31,10 @@ def test_every_group_has_files_and_is_on_the_menu() -> None:
         group, _, option = file.partition("=")
         [entry] = re.findall(rf"((?:^ *#.*\n)*)^ *- {group}:(.*)$", menu, re.MULTILINE)
         assert re.search(rf"[:|#] *{option}( |$)", " ".join(entry), re.MULTILINE), f"{file} is not on the menu"
-    assert {path.name for path in CONF.iterdir() if path.is_dir()} == {*GROUPS, "budget", "experiment", "hydra"}
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == {
+        *GROUPS,
+        *("budget", "cluster", "experiment", "hydra"),
+    }
 
 
 @pytest.mark.parametrize("file", FILES)

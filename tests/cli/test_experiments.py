@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from hydra_plugins.normlab_sweepers import ExperimentSweeper
+from hydra_plugins.normlab_sweepers import GridSweeper
 from normlab import report
 from normlab.config import ProbeConfig
 from normlab.report.claims import claims
@@ -30,7 +30,7 @@ def read(name: str) -> tuple[str, dict[str, Any]]:
 
 def runs_of(name: str, budget: str, *overrides: str) -> list[list[str]]:
     """What Hydra is asked to compose for each run."""
-    sweeper = ExperimentSweeper(**read(name)[1]["hydra"]["sweeper"], budget=budget, experiment=name)
+    sweeper = GridSweeper(**read(name)[1]["hydra"]["sweeper"], budget=budget, experiment=name)
     return sweeper.runs([f"experiment={name}", f"budget={budget}", *overrides])
 
 

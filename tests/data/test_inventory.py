@@ -41,7 +41,7 @@ def test_needs_no_torch() -> None:
 
 
 def test_digits(settings: Settings) -> None:
-    assert check(settings("digits"), Path("absent")) == Inventory(1438, 10, 8)
+    assert check(settings("digits"), Path("absent")) == Inventory(1438, 359, 10, 8)
 
 
 def test_a_folder(settings: Settings, image_folder: Folder) -> None:
@@ -198,12 +198,12 @@ def test_cifar_in_its_place_needs_no_network(
 ) -> None:
     monkeypatch.setattr(inventory, "unreachable", lambda url: pytest.fail("the network was asked"))
     (tmp_path / "cifar-10-python.tar.gz").touch()
-    assert check(settings("cifar10"), tmp_path) == Inventory(50_000, 10, 32)
+    assert check(settings("cifar10"), tmp_path) == Inventory(50_000, 10_000, 10, 32)
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for name in inventory.CIFARS["cifar100"].files:
         (folder / name).touch()
-    assert check(settings("cifar100"), tmp_path) == Inventory(50_000, 100, 32)
+    assert check(settings("cifar100"), tmp_path) == Inventory(50_000, 10_000, 100, 32)
 
 
 class _Answer(http.server.BaseHTTPRequestHandler):
@@ -247,7 +247,7 @@ def test_imagenet_before_it_is_unpacked_has_its_known_size(settings: Settings, t
     for archive in (inventory.IMAGENET_DEVKIT, inventory.IMAGENET_TRAIN, inventory.IMAGENET_VAL):
         (tmp_path / archive).touch()
     dataset = settings("imagenet", path=str(tmp_path), image_size=224, val_size=1167)
-    assert check(dataset, Path()) == Inventory(1_280_000, 1000, 224)
+    assert check(dataset, Path()) == Inventory(1_280_000, 50_000, 1000, 224)
 
 
 def test_imagenets_file_names_are_torchvisions() -> None:

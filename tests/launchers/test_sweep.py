@@ -2,45 +2,15 @@
 
 import json
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from launchers.commands import LONG, SMALL, command, start, wait_for_progress
 
 from normlab import runs
-
-ROOT = Path(__file__).parents[2]
-SMALL = (
-    "model=custom",
-    "model.target=small.SmallNet",
-    "model.name=small",
-    "dataset.train_size=160",
-    "dataset.test_size=40",
-    "epochs=2",
-    "device=cpu",
-    "threads=1",
-)
-
-
-def start(folder: Path, script: str, *arguments: str) -> "subprocess.Popen[str]":
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
-    with start(folder, script, *arguments) as process:
-        out, error = process.communicate(timeout=300)
-    return process.returncode, out, error
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +38,6 @@ def test_every_run_of_a_sweep_has_its_record(sweep) -> None:
             "config.yaml",
             "metrics.jsonl",
             "provenance.json",
-            "run.lock",
             "run.log",
             "status.json",
         ]
@@ -118,7 +87,8 @@ def test_one_failing_run_leaves_the_others_alone_and_is_listed(tmp_path) -> None
     arguments = ("-m", "norm=bn,affine", "batch=1", "dataset.train_size=10", "dataset.test_size=10", "epochs=1")
     status, _, error = command(tmp_path, "train.py", *arguments, "device=cpu")
     assert status == 1
-    assert "1 of 2 runs failed:" in error
+    assert "1 of 2 runs failed." in error
+    assert re.search(r"^  \S+-bn-b1-s0-\w+/run\.log: ", error, re.M)
     assert "does not fit" in error
     assert "Traceback" not in error
     states = {folder.name.split("-")[2]: runs.read_status(folder) for folder in runs.find(tmp_path / "outputs/default")}
@@ -126,19 +96,6 @@ def test_one_failing_run_leaves_the_others_alone_and_is_listed(tmp_path) -> None
     assert states["bn"]["state"] == "failed"
     assert states["affine"] is not None
     assert states["affine"]["state"] == "done"
-
-
-LONG = (*SMALL, "epochs=2000", "batch=8")
-
-
-def wait_for_progress(folder: Path) -> Path:
-    for _ in range(600):
-        for run in runs.find(folder / "outputs" / "default"):
-            status = runs.read_status(run)
-            if status and status["state"] == "running" and status.get("step", 0) > 0:
-                return run
-        time.sleep(0.1)
-    raise AssertionError("no run started")
 
 
 @pytest.mark.parametrize("mode", [(), ("-m",)])

@@ -1,7 +1,6 @@
 """Decoded image folders as one array file below `data_dir`, whose pages processes share."""
 
 import hashlib
-import os
 import sys
 import time
 import warnings
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from normlab.data.images import Decoder
 from normlab.errors import UserError
+from normlab.machine import cores
 
 FORMAT = 1  # raise it when the same files would decode to other pixels
 CHUNK = 512  # images that are decoded between two writes
@@ -138,8 +138,3 @@ def _progress(title: str, total: int, log: Callable[[str], None]) -> Iterator[Ca
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

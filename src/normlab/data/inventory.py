@@ -22,9 +22,10 @@ PEEK = 64  # images whose size is looked at when all are expected to have the sa
 
 @dataclass(frozen=True)
 class Inventory:
-    """`train_images`: those left to train on after the validation split and `train_size`."""
+    """`train_images`: those left to train on after the validation split and `train_size`; `test_images` likewise."""
 
     train_images: int
+    test_images: int
     classes: int | None
     image_size: int | None
 
@@ -75,7 +76,7 @@ def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventor
         UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
     """
     if isinstance(dataset, RegressionDataset):
-        return Inventory(dataset.train_size, classes=None, image_size=1)
+        return Inventory(dataset.train_size, dataset.test_size, classes=None, image_size=1)
     if isinstance(dataset, BuiltinDataset):
         if dataset.kind == "digits":
             return _inventory(dataset, train=1438, test=359, classes=10, image_size=dataset.image_size or 8)
@@ -118,7 +119,7 @@ def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image
             f" {dataset.name}.\nAn evaluation sees the central crop of an image, without crop_padding.\n"
             f"Nearest valid: dataset.crop_size={image_size}, or dataset.crop_size=null for whole images."
         )
-    return Inventory(dataset.train_size or left, classes, image_size)
+    return Inventory(dataset.train_size or left, dataset.test_size or test, classes, image_size)
 
 
 # --- Folders ----------------------------------------------------------------------------------------

@@ -5,78 +5,40 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
-
-from omegaconf import DictConfig, open_dict
 
 from normlab import config as schema
 from normlab import preflight, runs
-from normlab.cli import settings_of
-from normlab.errors import InterruptedRunError, RunBusyError, UserError
+from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
+from normlab.launchers.sweep import Job, Sweep
+from normlab.machine import cores
 from normlab.progress import Display, one_line, outcome, span
 from normlab.training.interrupt import StopRequest
 
 POLL_SECONDS = 0.5
+DYING_SECONDS = 10.0  # a process dies piece by piece, and lets go of its run last
 ELSEWHERE = "left alone"  # another process trains the run
+STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as Ctrl-C: workers must not outlive us
 
 
-def launch(composed: Sequence[DictConfig], slots: int | None) -> list[float | None]:
-    """Check every run of the sweep, skip what is finished, and train the rest, several at a time.
-
-    Returns each run's final test accuracy (test loss where there is none).
+def launch(sweep: Sweep, slots: int | None, per_gpu: int) -> list[float | None]:
+    """Train what is left of a sweep, several runs at a time; returns every run's result.
 
     Raises:
-        UserError: if a run is misconfigured (before any starts), or at the end if any failed.
+        UserError: at the end, if any run failed.
     """
-    if slots is not None and (not isinstance(slots, int) or slots < 1):
-        raise UserError(f"hydra.launcher.slots={slots} is out of range: expected 1 or more, or null.")
-    planned = [(config, runs.Run(config.as_dict())) for config in map(_parse, composed)]
-    unique = {run.name: (config, run) for config, run in planned}
-    waiting = [
-        Job(config, run, preflight.check(config).train_images)
-        for config, run in unique.values()
-        if run.state not in runs.FINISHED
-    ]
-    if len(waiting) < len(unique):
-        print(f"{len(unique) - len(waiting)} of {len(unique)} runs are finished and skipped.", flush=True)
-    for job in waiting:
+    sweep.say_what_is_skipped()
+    for job in sweep.jobs:
         job.run.freeze()
-    failed = _carry_out(waiting, slots) if waiting else []
+    failed = carry_out(sweep.jobs, slots, per_gpu) if sweep.jobs else []
     if failed:
-        lines = [f"  {job.run.folder}/run.log: {why}" for job, why in failed]
-        more = [f"  and {len(lines) - 3} more"] if len(lines) > 3 else []
-        raise UserError("\n".join([f"{len(failed)} of {len(unique)} runs failed:", *lines[:3], *more]))
-    return [_result(run) for _, run in planned]
-
-
-@dataclass
-class Job:
-    """One run of the sweep, as the launcher sees it."""
-
-    config: schema.RunConfig
-    run: runs.Run
-    train_images: int
-
-    @property
-    def work(self) -> float:
-        """Estimated cost in arbitrary units: images, and a part of each step that no batch size saves."""
-        return self.config.epochs * self.train_images * (1 + 16 / self.config.batch) * (self.config.depth or 18)
-
-
-def _parse(composed: DictConfig) -> schema.RunConfig:
-    with open_dict(composed):
-        composed.pop("hydra", None)
-    return schema.parse(settings_of(composed))
-
-
-def _result(run: runs.Run) -> float | None:
-    status = runs.read_status(run.folder) or {}
-    return status.get("test_accuracy", status.get("test_loss"))
+        raise UserError(f"{len(failed)} of {sweep.number} runs failed. The same command tries them again.")
+    return sweep.results()
 
 
 class Slot:
@@ -89,13 +51,13 @@ class Slot:
     def submit(self, job: Job) -> "Future[dict[str, Any]]":
         if self.executor is None:
             spawn = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP state does not work
-            self.executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_the_launcher)
-        # The worker inherits that it ignores Ctrl-C, which a terminal sends to all: the launcher passes it on.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            self.executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(self.threads,))
+        # A worker inherits that requests to stop have to wait, until `_begin` is prepared for them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *STOPS))
         try:
-            return self.executor.submit(_work, job.run.config, self.device, self.threads)
+            return self.executor.submit(_work, job.config.as_dict(), self.device, self.threads)
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def replace_worker(self) -> None:
         if self.executor:
@@ -103,10 +65,11 @@ class Slot:
         self.executor = None
 
 
-def _end_with_the_launcher() -> None:
-    """In a worker: leave none behind a launcher that was killed. Its run goes on from its last checkpoint."""
+def begin(threads: int) -> None:
+    """In a worker, before torch is imported: its share of the cores, also for libraries that ask nobody."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
-    def wait() -> None:
+    def wait() -> None:  # leave none behind a launcher that was killed: its run goes on from its last checkpoint
         launcher = multiprocessing.parent_process()
         if launcher is not None:
             launcher.join()
@@ -115,86 +78,170 @@ def _end_with_the_launcher() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _work(settings: dict[str, Any], device: str, threads: int) -> dict[str, Any]:
-    """In a worker: one run, from settings that were checked. Torch is imported here."""
-    try:
-        with StopRequest() as stop:
-            from normlab.training.run import Share, carry_out
+_stop = StopRequest()  # a worker's; of its run under way and of all that might follow
 
-            return carry_out(schema.parse(settings), stop=stop, share=Share(device, threads))
+
+def _begin(threads: int) -> None:
+    """In a worker of the pool: ready for requests to stop, which SLURM sends to it as well as to the launcher."""
+    begin(threads)
+    _stop.__enter__()
+    for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal, to all: the launcher passes them on
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, *STOPS))
+
+
+def _work(settings: dict[str, Any], device: str, threads: int) -> dict[str, Any]:
+    """In a worker: one run, from settings that were checked. Torch is imported here, by the worker's first run."""
+    try:
+        from normlab.training.run import Share, carry_out
+
+        return carry_out(schema.parse(settings), stop=_stop, share=Share(device, threads))
     except RunBusyError as error:
         return {"state": ELSEWHERE, "error": str(error)}
     except InterruptedRunError as error:
         return {"state": "interrupted", "error": f"by {error}"}
+    except OutOfMemoryError as error:
+        return {"state": "failed", "error": str(error), "out_of_memory": True}
     except UserError as error:
         return {"state": "failed", "error": str(error)}
     except Exception as error:  # with its traceback in run.log
         return {"state": "failed", "error": f"{type(error).__name__}: {error}", "crashed": True}
 
 
-def _slots(wanted: int | None, jobs: Sequence[Job]) -> list[Slot]:
-    """One slot per GPU, or per CPU core; no more than runs, and the cores shared among them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def slots_for(jobs: Sequence[Job], wanted: int | None, per_gpu: int) -> list[Slot]:
+    """`wanted` slots, or `per_gpu` for each GPU, or one per CPU core; no more than jobs, and the cores shared.
+
+    Raises:
+        UserError: for a number out of range.
+    """
+    for setting, value in (("slots", wanted), ("per_gpu", per_gpu)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f"hydra.launcher.{setting}={value} is out of range: expected 1 or more.")
     gpus = 0 if all(job.config.device == "cpu" for job in jobs) else preflight.gpu_count()
-    number = min(wanted or gpus or cores, len(jobs))
+    number = min(wanted or gpus * per_gpu or cores(), len(jobs))
     devices = [f"cuda:{slot % gpus}" if gpus else "cpu" for slot in range(number)]
-    return [Slot(device, max(1, cores // number)) for device in devices]
+    return [Slot(device, max(1, cores() // number)) for device in devices]
 
 
-def _carry_out(jobs: Sequence[Job], wanted: int | None) -> list[tuple[Job, str]]:
-    """Train all jobs; returns those that were not finished, with the reason."""
-    slots = _slots(wanted, jobs)
-    queue = deque(jobs)
-    active: dict[Future[dict[str, Any]], tuple[Slot, Job]] = {}
-    failed: list[tuple[Job, str]] = []
-    finished_here = 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must not outlive us
-    with Display({job.run.name: job.work for job in jobs}) as display:
-        kind = (
-            "GPU" if slots[0].device != "cpu" else f"CPU, threads of each: {jobs[0].config.threads or slots[0].threads}"
+def carry_out(jobs: Sequence[Job], wanted: int | None = None, per_gpu: int = 1) -> list[tuple[Job, str]]:
+    """Train all jobs, several at a time; returns those that were not finished, with the reason, once it has told them.
+
+    What runs out of memory beside others is tried again with its device to itself.
+
+    Raises:
+        KeyboardInterrupt: when asked to stop (by Ctrl-C or one of `STOPS`), after the runs under way wrote their
+            checkpoints; at once when asked twice.
+    """
+    slots = slots_for(jobs, wanted, per_gpu)
+    with Display({job.run.name: job.work for job in jobs}) as display, _stops():
+        where = "GPU" if slots[0].device != "cpu" else "CPU"
+        threads = jobs[0].config.threads or slots[0].threads
+        display.say(
+            f"Runs to train: {len(jobs)}, {len(slots)} at a time ({where}, threads of each: {threads})."
+            " Ctrl-C stops after a checkpoint."
         )
-        display.say(f"Runs to train: {len(jobs)}, {len(slots)} at a time ({kind}). Ctrl-C stops after a checkpoint.")
-        try:
-            free = list(slots)
-            while queue or active:
-                while queue and free:
-                    slot, job = free.pop(), queue.popleft()
-                    active[slot.submit(job)] = (slot, job)
-                finished, _ = wait(active, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    slot, job = active.pop(future)
-                    free.append(slot)
-                    status = _status_of(future, slot, job)
-                    if status.get("crashed"):  # a CUDA error, say, spoils its process for the next run
-                        slot.replace_worker()
-                    display.ended(job.run.name, outcome(status))
-                    finished_here += status["state"] in runs.FINISHED
-                    if status["state"] not in (*runs.FINISHED, ELSEWHERE):
-                        failed.append((job, one_line(status.get("error"))))
-                for _, job in active.values():
-                    with contextlib.suppress(UserError):
-                        latest = runs.read_status(job.run.folder)
-                        if latest and latest["state"] == "running":
-                            display.news(latest)
-        except KeyboardInterrupt:
-            display.say("Stopping: the runs under way write a checkpoint. The same command goes on from there.")
-            for worker in multiprocessing.active_children():
-                worker.terminate()  # TERM: a run writes its checkpoint first
-            raise
-        finally:
-            for slot in slots:
-                if slot.executor:
-                    slot.executor.shutdown(wait=True, cancel_futures=True)
-        display.say(f"{finished_here} of {len(jobs)} runs finished in {span(display.elapsed)}.")
+        pool = _Pool(slots, display)
+        failed, crowded = pool.carry_out(jobs)
+        if crowded:
+            alone = slots_for(crowded, len({slot.device for slot in slots}), 1)
+            display.say(f"Tried again with a device of their own: {len(crowded)}")
+            more, _ = _Pool(alone, display).carry_out(crowded)
+            failed += more
+        finished = sum(job.run.state in runs.FINISHED for job in jobs)
+        display.say(f"{finished} of {len(jobs)} runs finished in {span(display.elapsed)}.")
+        if failed:
+            display.say("Failed:")
+        for job, why in failed:
+            display.say(f"  {job.run.folder / 'run.log'}: {why}")
     return failed
 
 
-def _status_of(future: "Future[dict[str, Any]]", slot: Slot, job: Job) -> dict[str, Any]:
+@contextmanager
+def _stops() -> Iterator[None]:
+    """Inside, a request to stop from a scheduler or a closed terminal is as one from the keyboard."""
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup has its reasons
+            signal.signal(number, signal.default_int_handler)
     try:
-        return future.result()
-    except BrokenProcessPool:
-        slot.replace_worker()
-        with contextlib.suppress(UserError), job.run.lock(wait_seconds=10):  # a process dies piece by piece
-            reason = "its process was killed, perhaps for want of memory"
-            return job.run.write_status("failed", ended=runs.now(), error=reason)
-        return {"state": "failed", "error": "its process was killed"}
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Pool:
+    """Slots, and the jobs that they have under way."""
+
+    def __init__(self, slots: list[Slot], display: Display) -> None:
+        self.slots, self.display = slots, display
+        self.active: dict[Future[dict[str, Any]], tuple[Slot, Job]] = {}
+        self.packed = {device for device, number in Counter(slot.device for slot in slots).items() if number > 1}
+
+    def carry_out(self, jobs: Sequence[Job]) -> tuple[list[tuple[Job, str]], list[Job]]:
+        """Train all jobs; returns those that failed, with the reason, and those that ran out of a shared memory."""
+        queue, free = deque(jobs), list(self.slots)
+        failed: list[tuple[Job, str]] = []
+        crowded: list[Job] = []
+        try:
+            while queue or self.active:
+                while queue and free:
+                    slot, job = free.pop(), queue.popleft()
+                    self.active[slot.submit(job)] = (slot, job)
+                finished, _ = wait(self.active, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    slot, job = self.active.pop(future)
+                    free.append(slot)
+                    status = self._status_of(future, slot, job)
+                    if status.get("crashed"):  # a CUDA error, say, spoils its process for the next run
+                        slot.replace_worker()
+                    if status["state"] == "failed" and status.get("out_of_memory") and slot.device in self.packed:
+                        crowded.append(job)
+                        self.display.say(f"{job.run.name}: {one_line(status['error'])} Tried again alone, later.")
+                        continue
+                    self.display.ended(job.run.name, outcome(status))
+                    if status["state"] not in (*runs.FINISHED, ELSEWHERE):
+                        failed.append((job, one_line(status.get("error"))))
+                for _, job in self.active.values():
+                    with contextlib.suppress(UserError):
+                        latest = runs.read_status(job.run.folder)
+                        if latest and latest["state"] == "running":
+                            self.display.news(latest)
+        except KeyboardInterrupt:
+            self._stop()
+            raise
+        finally:
+            for slot in self.slots:
+                if slot.executor:
+                    slot.executor.shutdown(wait=True, cancel_futures=True)
+        return failed, crowded
+
+    def _stop(self) -> None:
+        """Let the runs under way write a checkpoint; a second request in the meantime ends them at once."""
+        self.display.say("Stopping: the runs under way write a checkpoint. Once more stops at once.")
+        try:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # TERM: a run writes its checkpoint first
+            wait(self.active)
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            for _, job in self.active.values():
+                with contextlib.suppress(UserError), job.run.lock(wait_seconds=DYING_SECONDS):
+                    if job.run.state == "running":
+                        job.run.write_status("interrupted", ended=runs.now(), error="stopped at once")
+
+    def _status_of(self, future: "Future[dict[str, Any]]", slot: Slot, job: Job) -> dict[str, Any]:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            slot.replace_worker()
+            failed: dict[str, Any] = {
+                "state": "failed",
+                "error": "its process was killed, perhaps for want of memory",
+            }
+            with contextlib.suppress(UserError), job.run.lock(wait_seconds=DYING_SECONDS):
+                if job.run.state in runs.FINISHED:  # and killed after that
+                    return runs.read_status(job.run.folder) or failed
+                failed = job.run.write_status(ended=runs.now(), **failed)
+            return failed | {"out_of_memory": True}

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from normlab import models, runs
 from normlab.config import RunConfig
 from normlab.data.load import Data, load
-from normlab.errors import InterruptedRunError, UserError
+from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
 from normlab.norms import find_sites
 from normlab.probes import Probes, Subject
 from normlab.runs import files
@@ -27,6 +27,7 @@ from normlab.training.interrupt import StopRequest
 from normlab.training.loop import DivergedError, Position, train
 from normlab.training.optimizers import build_optimizer
 
+_NO_MEMORY = ("not enough memory", "can't allocate memory")  # what PyTorch's allocator of the CPU says
 Watch = Callable[[Mapping[str, Any]], None]
 
 
@@ -66,6 +67,9 @@ def carry_out(
             status = run.write_status("running", started=started or runs.now(), ended=None, error=None)
             watch(status)
             return _train(config, run, stop, share, watch, log)
+        except RunBusyError as error:  # taken over: the record is another process's now
+            log.warning("%s", error)
+            raise
         except InterruptedRunError as error:
             log.info("interrupted by %s", error)
             run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
@@ -74,8 +78,8 @@ def carry_out(
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             log.error("%s", error, exc_info=not isinstance(error, UserError) or error.__cause__ is not None)
             message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in message:
-                error = UserError(
+            if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in message for sign in _NO_MEMORY):
+                error = OutOfMemoryError(
                     f"{run.name} does not fit into the memory of its device.\n"
                     "Use a smaller batch, fewer runs at a time (hydra.launcher.slots=1), or another device."
                 )

@@ -1,0 +1,67 @@
+"""The real commands, in processes of their own, with a network that is small enough."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from normlab import runs
+
+T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "model=custom",
+    "model.target=small.SmallNet",
+    "model.name=small",
+    "dataset.train_size=160",
+    "dataset.test_size=40",
+    "epochs=2",
+    "device=cpu",
+    "threads=1",
+)
+LONG = (*SMALL, "epochs=2000", "batch=8")
+
+
+def start(folder: Path, script: str, *arguments: str, new_session: bool = False) -> "subprocess.Popen[str]":
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=new_session,
+    )
+
+
+def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
+    with start(folder, script, *arguments) as process:
+        out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def wait_for_progress(folder: Path, study: str = "default") -> Path:
+    """The first run of the study that has made a step."""
+
+    def progress() -> Path | None:
+        for run in runs.find(folder / "outputs" / study):
+            status = runs.read_status(run)
+            if status and status["state"] == "running" and status.get("step", 0) > 0:
+                return run
+        return None
+
+    return wait_for(progress, "a run under way")
+
+
+def wait_for(look: Callable[[], T | None], what: str, seconds: float = 60.0) -> T:
+    patience = time.monotonic() + seconds
+    while time.monotonic() < patience:
+        found = look()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"no sign of {what} after {seconds:.0f} s")

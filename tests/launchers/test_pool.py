@@ -1,0 +1,122 @@
+"""The pool when things go wrong, with the real commands."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from launchers.commands import LONG, SMALL, command, start, wait_for, wait_for_progress
+
+from normlab import runs
+
+
+def statuses(folder: Path) -> list[dict]:
+    return [runs.read_status(run) or {} for run in runs.find(folder / "outputs" / "default")]
+
+
+def test_one_worker_does_one_run_after_the_other(tmp_path) -> None:
+    code, _, error = command(tmp_path, "train.py", "-m", *SMALL, "seed=0,1,2", "hydra.launcher.slots=1")
+    assert code == 0, error
+    assert len({status["pid"] for status in statuses(tmp_path)}) == 1
+
+
+def test_what_runs_out_of_memory_beside_others_is_tried_again_alone(tmp_path) -> None:
+    greedy = [setting.replace("small.SmallNet", "greedy.Alone") for setting in SMALL]
+    code, _, error = command(tmp_path, "train.py", "-m", *greedy, "seed=0,1", "hydra.launcher.slots=2")
+    assert code == 0, error
+    assert "does not fit into the memory" in error
+    assert "Tried again with a device of their own: 1" in error
+    assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
+
+
+def test_a_run_without_memory_that_was_alone_has_failed(tmp_path) -> None:
+    greedy = [setting.replace("small.SmallNet", "greedy.Alone") for setting in SMALL]
+    with (tmp_path / "greedy").open("w") as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, error = command(tmp_path, "train.py", "-m", *greedy, "seed=0,1", "hydra.launcher.slots=1")
+    assert code == 1
+    assert "2 of 2 runs failed" in error
+    assert "Traceback" not in error
+    assert {status["state"] for status in statuses(tmp_path)} == {"failed"}
+
+
+def test_a_run_that_was_killed_beside_others_is_tried_again_alone(tmp_path) -> None:
+    killed = [setting.replace("small.SmallNet", "greedy.Killed") for setting in SMALL]
+    code, _, error = command(tmp_path, "train.py", "-m", *killed, "seed=0,1", "hydra.launcher.slots=2")
+    assert code == 0, error
+    assert "its process was killed" in error
+    assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
+
+
+def test_every_failed_run_is_listed_with_its_error_and_log(tmp_path) -> None:
+    """And no other run is harmed."""
+    arguments = ("batch=1", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "seed=0,1,2,3")
+    code, _, error = command(tmp_path, "train.py", "-m", "norm=bn,affine", "model=cifar_resnet", "depth=20", *arguments)
+    assert code == 0, error  # a batch of one on 2x2 maps can be normalised
+    code, _, error = command(tmp_path, "train.py", "-m", "norm=bn", *arguments)
+    assert code == 1
+    for run in runs.find(tmp_path / "outputs" / "default"):
+        if run.name.startswith("resnet18"):
+            assert f"  outputs/default/{run.name}/run.log: A batch of 1 images" in error
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path) -> None:
+    with start(tmp_path, "train.py", "-m", *LONG, "seed=0,1", "hydra.launcher.slots=1") as process:
+        run = wait_for_progress(tmp_path)
+        worker = json.loads((run / "status.json").read_text())["pid"]
+        os.kill(worker, signal.SIGSTOP)  # it will not get round to its checkpoint
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.0)
+        assert process.poll() is None
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=30)
+        assert time.monotonic() - begun < 10
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    status = runs.read_status(run)
+    assert status is not None
+    assert (status["state"], status["error"]) == ("interrupted", "stopped at once")
+
+
+def test_a_closed_terminal_is_a_request_to_stop(tmp_path) -> None:
+    with start(tmp_path, "train.py", "-m", *LONG, new_session=True) as process:
+        run = wait_for_progress(tmp_path)
+        os.killpg(process.pid, signal.SIGHUP)  # as a terminal does, to launcher and workers
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert (runs.read_status(run) or {})["state"] == "interrupted"
+    assert (run / "checkpoint.pt").exists()
+
+
+def test_a_sweep_started_three_times_trains_each_run_once(tmp_path) -> None:
+    arguments = ("-m", "norm=bn,affine,none", "batch=8,16", *SMALL, "hydra.launcher.slots=1")
+    with (
+        start(tmp_path, "train.py", *arguments) as one,
+        start(tmp_path, "train.py", *arguments) as two,
+        start(tmp_path, "train.py", *arguments) as three,
+    ):
+        ended = [process.communicate(timeout=200) for process in (one, two, three)]
+    assert [process.returncode for process in (one, two, three)] == [0, 0, 0], ended
+    found = runs.find(tmp_path / "outputs" / "default")
+    assert len(found) == 6
+    for run in found:
+        assert (runs.read_status(run) or {})["state"] == "done"
+        assert [row["epoch"] for row in runs.read_metrics(run)[0]] == [1, 2]
+        assert (run / "run.log").read_text().count('"epoch": 2') == 1
+        assert not (run / "run.claim").exists()
+
+
+def test_a_worker_that_died_with_its_launcher_is_told_from_one_at_work(tmp_path) -> None:
+    """What was under way goes on when the same command is run again."""
+    with start(tmp_path, "train.py", "-m", *LONG, "checkpoint_seconds=0") as process:
+        run = wait_for_progress(tmp_path)
+        process.kill()
+    worker = json.loads((run / "status.json").read_text())["pid"]
+    wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the end of its worker")
+    code, out, error = command(tmp_path, "train.py", "-m", *LONG, "hydra/launcher=plan")
+    assert code == 0, error
+    assert "1 to resume" in out
