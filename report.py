@@ -1,7 +1,7 @@
 """Tables, figures and verdicts of a study: python report.py study=my_study. conf/report.yaml is the manual.
 
-A bare word in front of the settings is a command: `python report.py claims` judges all claims over all studies,
-`python report.py results` puts all studies on one page.
+A bare word in front of the settings is a command: `python report.py status` shows how far a study's runs are,
+`python report.py claims` judges all claims over all studies, `python report.py results` puts all studies on one page.
 """
 
 import sys
@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from normlab.cli import command_of, friendly, settings_of, stop
 from normlab.errors import UserError
 
-COMMANDS = ("claims", "results")
+COMMANDS = ("status", "claims", "results")
 
 
 def report() -> None:
@@ -20,13 +20,15 @@ def report() -> None:
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="report")
     def main(composed: DictConfig) -> None:
-        from normlab.report import Options, build, build_claims, build_results
+        from normlab.report import Options, build, build_claims, build_results, study_status
 
         settings = settings_of(composed)
-        study, page, output_dir = (settings.pop(name) for name in ("study", "page", "output_dir"))
+        study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
         try:
             options = Options(**settings)
-            if command == "claims":
+            if command == "status":
+                study_status(study, output_dir, watch=watch)
+            elif command == "claims":
                 build_claims(output_dir, options)
             elif command == "results":
                 build_results(output_dir, page, options)

@@ -1,10 +1,11 @@
 """From the runs of a study to its tables, figures and page. Needs neither torch nor Hydra.
 
 `load` gives a study as tidy DataFrames, for analyses of your own; `build` writes the whole report,
-`build_claims` the verdicts on all claims over all studies, `build_results` both on one page.
+`build_claims` the verdicts on all claims over all studies, `build_results` both on one page; `study_status` prints
+how far a study is.
 """
 
 from normlab.report.load import Study, load
-from normlab.report.write import Options, build, build_claims, build_results
+from normlab.report.write import Options, build, build_claims, build_results, study_status
 
-__all__ = ["Options", "Study", "build", "build_claims", "build_results", "load"]
+__all__ = ["Options", "Study", "build", "build_claims", "build_results", "load", "study_status"]

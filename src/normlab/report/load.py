@@ -14,6 +14,7 @@ import pandas as pd
 from normlab import runs
 from normlab.errors import UserError
 from normlab.report.arms import Place, places
+from normlab.runs import lock
 
 STATES = ("done", "running", "diverged", "failed", "interrupted", "missing")
 UNREADABLE = "unreadable"  # a run whose files are damaged: counted apart, part of no mean
@@ -83,7 +84,7 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
             configs[path.name] = _config(path)
         except UserError as error:
             warnings.append(str(error))
-            rows.append({"run": path.name, "state": UNREADABLE, "note": _first_line(error)})
+            rows.append({"run": path.name, "state": UNREADABLE, "note": first_line(error)})
             continue
         row, evaluations, complaints = _read(path, configs[path.name], now)
         rows.append(row)
@@ -142,12 +143,12 @@ def _read(
     try:
         status = runs.read_status(path)
     except UserError as error:
-        return row | {"state": UNREADABLE, "note": _first_line(error)}, [], [str(error)]
+        return row | {"state": UNREADABLE, "note": first_line(error)}, [], [str(error)]
     if status is None:
         return row, [], []
     measured, warnings = runs.read_metrics(path)
     row |= {key: status.get(key) for key in ("wall_seconds", "peak_memory_bytes", "parameters", "classes")}
-    row["state"], row["note"] = status.get("state"), _note(status, now)
+    row["state"], row["note"] = status.get("state"), _note(path, status, now)
     if row["state"] not in STATES:
         row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
         row["state"] = UNREADABLE
@@ -162,18 +163,22 @@ def _read(
     return row, measured, warnings
 
 
-def _note(status: Mapping[str, Any], now: datetime) -> str:
+def _note(path: Path, status: Mapping[str, Any], now: datetime) -> str:
     if status.get("state") == "failed":
-        return _first_line(status.get("error") or "no error was recorded")
+        return first_line(status.get("error") or "no error was recorded")
     if status.get("state") == "diverged" and status.get("diverged_step") is not None:
         return f"at step {status['diverged_step']}"
     if status.get("state") == "running":
-        silent = _seconds_since(status.get("heartbeat") or status.get("started"), now)
+        by = lock.holder(path)
+        if by and by.gone:
+            return "lost: its process is gone; the same command goes on from its checkpoint"
+        silent = seconds_since(status.get("heartbeat") or status.get("started"), now)
         return f"no sign of life for {silent / 60:.0f} min" if silent > STALE_SECONDS else ""
     return ""
 
 
-def _seconds_since(moment: object, now: datetime) -> float:
+def seconds_since(moment: object, now: datetime) -> float:
+    """Seconds from an ISO 8601 time (UTC where it has no zone) to `now`; 0 for what is no time."""
     try:
         then = datetime.fromisoformat(str(moment))
     except ValueError:
@@ -181,7 +186,8 @@ def _seconds_since(moment: object, now: datetime) -> float:
     return (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
 
 
-def _first_line(error: object) -> str:
+def first_line(error: object) -> str:
+    """A record of any kind as one line, empty for an empty one."""
     return (str(error).strip().splitlines() or [""])[0]
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from normlab import runs
 from normlab.errors import UserError, nearest
 from normlab.report import verdict_texts
 from normlab.report.arms import in_order
@@ -13,6 +12,7 @@ from normlab.report.markup import latex, markdown
 from normlab.report.page import page
 from normlab.report.probes import probe_tables
 from normlab.report.results import results_page
+from normlab.report.status import show_status
 from normlab.report.tables import Measure, Table, build_tables, measure_of
 from normlab.report.terminal import show, show_claims
 from normlab.report.verdicts import judge
@@ -125,6 +125,17 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     return page
 
 
+def study_status(study: str, output_dir: str | Path, *, watch: bool) -> None:
+    """Print how far the runs of `output_dir`/`study` are; `watch`: until they are done.
+
+    Raises:
+        UserError: for a study that does not exist and a folder that cannot be read.
+    """
+    if not isinstance(watch, bool):
+        raise UserError(f"watch={watch} is not valid: expected true or false.")
+    show_status(str(study), _study_folder(_folder("output_dir", output_dir), str(study)), watch=watch)
+
+
 def _tables(study: Study, measure: Measure, baseline: str | None, options: Options) -> list[Table]:
     tables = build_tables(study, measure, baseline, options.thresholds, options.confidence)
     return [*tables, *probe_tables(study, options.confidence)]
@@ -167,9 +178,9 @@ def _share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
-def _find(output_dir: Path, study: str) -> Study:
+def _study_folder(output_dir: Path, study: str) -> Path:
     folder = output_dir / study
-    if not folder.is_dir() or not runs.find(folder):
+    if not folder.is_dir() or not next(folder.glob("*/config.yaml"), None):
         names = _studies(output_dir)
         close = nearest(study, names)
         raise UserError(
@@ -178,7 +189,11 @@ def _find(output_dir: Path, study: str) -> Study:
             + (f"\nDid you mean study={close}?" if close else "")
             + f"\nTo start it: python train.py -m study={study} norm=bn,none"
         )
-    found = load(folder, study)
+    return folder
+
+
+def _find(output_dir: Path, study: str) -> Study:
+    found = load(_study_folder(output_dir, study), study)
     states = found.states()
     if not any(states[state] for state in FINISHED):
         told = ", ".join(f"{number} {state}" for state, number in states.items() if number)
@@ -188,6 +203,7 @@ def _find(output_dir: Path, study: str) -> Study:
             + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
             + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
             f"\n  python train.py -m study={study} norm=bn,none"
+            f"\nHow far its runs are: python report.py status study={study}"
         )
     return found
 

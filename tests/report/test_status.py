@@ -1,0 +1,251 @@
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from normlab.errors import UserError
+from normlab.report import load, status, study_status
+from normlab.report.status import RunStatus, Survey, show_status, summary, time_left, view
+from normlab.runs import lock
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def claim():
+    """Leave a claim on a run's folder: of this process, but for `changes`; touched `age` seconds ago."""
+
+    def leave(folder: Path, age: float = 0.0, **changes) -> None:
+        holder = dataclasses.asdict(dataclasses.replace(lock.Holder.myself(), **changes))
+        del holder["sign_of_life"]
+        path = folder / lock.CLAIM
+        path.write_text(json.dumps(holder))
+        touched = path.stat().st_mtime - age
+        os.utime(path, (touched, touched))
+
+    return leave
+
+
+@pytest.fixture
+def run(add_run, now):
+    """A run in the middle of training, if nothing else is said."""
+
+    def add(state="running", **facts) -> Path:
+        middle = {"epoch": 1, "epochs": 4, "step": 40, "steps": 100, "wall_seconds": 20.0, "test_accuracy": 0.912}
+        run.seed += 1
+        return add_run(
+            seed=run.seed, state=state, status={**middle, "host": "node7", "pid": 12, **facts} if state else None
+        )
+
+    run.seed = 0
+    return add
+
+
+def states(study: Path) -> list[str]:
+    return [run.state for run in Survey(study).look()]
+
+
+def shown(study: Path, now=None) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(view("study", Survey(study).look(), now))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("state", ["done", "diverged", "failed", "interrupted"])
+def test_a_run_that_ended_has_the_state_that_it_recorded(run, study, state) -> None:
+    run(state)
+    assert states(study) == [state]
+
+
+def test_a_folder_without_status_is_planned_and_one_without_configuration_is_no_run(run, study) -> None:
+    run(None)
+    (study / "report").mkdir()
+    assert states(study) == ["planned"]
+
+
+@pytest.mark.parametrize(
+    ("age", "changes", "state"),
+    [
+        (0, {}, "running"),
+        (500, {}, "running"),  # a process that is there, and only slow
+        (0, {"pid": 2**22 + 1}, "lost"),
+        (0, {"started": "1"}, "lost"),  # the number has been given to another process
+        (5, {"machine": "elsewhere"}, "running"),
+        (lock.STALE_SECONDS + 60, {"machine": "elsewhere"}, "lost"),
+    ],
+)
+def test_a_run_whose_process_is_gone_is_lost_and_not_running(run, claim, study, age, changes, state) -> None:
+    claim(run("running"), age, **changes)
+    assert states(study) == [state]
+
+
+def test_a_running_run_that_nobody_holds_is_lost(run, study) -> None:
+    run("running")
+    assert states(study) == ["lost"]
+
+
+def test_the_report_notes_that_a_run_is_lost(run, claim, study, now) -> None:
+    claim(run("running"), pid=2**22 + 1)
+    assert load(study, now=now).runs["note"].item().startswith("lost: its process is gone")
+
+
+def test_a_run_that_ends_while_it_is_looked_at_is_not_lost(run, study, monkeypatch) -> None:
+    folder = run("running")
+
+    def ends(_: Path) -> None:
+        text = (folder / "status.json").read_text()
+        (folder / "status.json").write_text(text.replace("running", "done"))
+
+    monkeypatch.setattr(status, "holder", ends)
+    assert states(study) == ["done"]
+
+
+@pytest.mark.parametrize("content", ['{"state": "do', "[]", '{"state": 7}', '{"state": "dnoe"}', "", "\0" * 99])
+def test_a_damaged_status_is_told_with_its_reason(run, study, content) -> None:
+    (run("done") / "status.json").write_text(content)
+    run("done")
+    text = shown(study)
+    assert states(study) == ["unreadable", "done"] or states(study) == ["done", "unreadable"]
+    assert "1 unreadable" in text
+    assert "status.json cannot be read: " in text or "unknown state" in text
+
+
+FACTS = ["epoch", "epochs", "step", "steps", "wall_seconds", "test_accuracy", "host", "pid", "heartbeat", "error"]
+
+
+@pytest.mark.parametrize("value", ["x", -1, None, [{}], 1e300, True])
+def test_facts_that_make_no_sense_break_nothing(run, claim, study, value) -> None:
+    nonsense = dict.fromkeys(FACTS, value)
+    claim(run("running", **nonsense))
+    for state in ("running", "failed", "interrupted", "diverged", "done"):
+        run(state, **nonsense)
+    assert "Study study, 6 runs: 1 running, 1 lost, 1 failed, 1 interrupted, 1 diverged, 1 done" in shown(study)
+
+
+def test_a_running_run_is_shown_with_its_progress_its_process_and_its_time_left(run, claim, study, now) -> None:
+    claim(run("running"), job="4711", host="node7", machine="elsewhere")
+    claim(run("running", test_accuracy=None, test_loss=0.5), host="here")
+    text = shown(study, now + timedelta(seconds=65))
+    for words in ("epoch 2/4, 40%", "30 s", "91.2%", "loss 0.5", "1 min 05 s ago", "node7 job 4711"):
+        assert words in text
+    assert f"here process {os.getpid()}" in text
+
+
+def test_an_error_is_shown_by_its_first_line_as_it_is_written(run, study) -> None:
+    run("failed", error="ValueError: weights[0] [red]and[/blue]\nTraceback")
+    text = shown(study)
+    assert "ValueError: weights[0] [red]and[/blue]" in text
+    assert "Traceback" not in text
+
+
+def test_finished_runs_are_counted_and_listed_only_in_a_small_study(run, study) -> None:
+    first = run("done")
+    assert first.name in shown(study)
+    for _ in range(status.ROWS):
+        run("done")
+    assert shown(study).strip() == f"Study study, {status.ROWS + 1} runs: {status.ROWS + 1} done"
+
+
+def test_a_long_list_is_cut(run, study) -> None:
+    for _ in range(status.ROWS + 3):
+        run("failed", error="ValueError")
+    text = shown(study)
+    assert text.count("ValueError") == status.ROWS
+    assert "and 3 more" in text
+
+
+def test_where_nothing_runs_one_is_told_how_to_go_on(run, claim, study) -> None:
+    run("interrupted")
+    assert "goes on where it stopped" in shown(study)
+    claim(run("running"))
+    assert "goes on where it stopped" not in shown(study)
+
+
+def test_the_time_left_follows_finished_runs_of_the_same_cell() -> None:
+    def one(name: str, state: str, seconds: float, step: int) -> RunStatus:
+        return RunStatus(f"{name}-0123456789", state, {"wall_seconds": seconds, "step": step, "steps": 10})
+
+    finished = [one("small-s0", "done", 10.0, 10), one("large-s0", "done", 100.0, 10)]
+    running = [one("small-s1", "running", 6.0, 5), one("large-s1", "running", 30.0, 2)]
+    waiting = [RunStatus("large-s2-0123456789", "planned"), one("small-s3", "interrupted", 4.0, 4)]
+    assert time_left(finished) is None  # nothing runs
+    assert time_left([*finished, *running]) == pytest.approx(120.0)  # as long as the longest
+    # large took 100 s and takes 150 s: 125 s; small took 10 s and takes 12 s: 11 s, of which 0.6 is left.
+    assert time_left([*finished, *running, *waiting]) == pytest.approx((6 + 120 + 125 + 0.6 * 11) / 2)
+    assert "; about 2 min 09 s left" in summary("x", [*finished, *running, *waiting]).plain
+
+
+def test_a_finished_run_is_read_once(run, claim, study, monkeypatch) -> None:
+    run("done")
+    folder = run("running")
+    claim(folder)
+    read: list[str] = []
+    real = status.files.read_json
+    monkeypatch.setattr(status.files, "read_json", lambda path: read.append(path.parent.name) or real(path))
+    survey = Survey(study)
+    survey.look()
+    survey.look()
+    assert len(read) == 2
+    facts = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**facts, "step": 80}))
+    os.utime(folder / "status.json", ns=(0, 1))
+    assert max(run.share for run in survey.look()) == 0.8
+    assert read[2:] == [folder.name]
+
+
+def test_watching_prints_a_line_per_change_and_ends_when_all_is_done(run, claim, study, monkeypatch) -> None:
+    folder = run("running")
+    claim(folder)
+    moments = iter(enumerate(["running", "running", "done"]))
+
+    def passes(_: float) -> None:
+        moment, state = next(moments)
+        facts = json.loads((folder / "status.json").read_text())
+        (folder / "status.json").write_text(json.dumps({**facts, "state": state}))
+        os.utime(folder / "status.json", ns=(0, moment))
+
+    monkeypatch.setattr(status.time, "sleep", passes)
+    console = Console(file=io.StringIO(), width=200)
+    show_status("study", study, watch=True, console=console)
+    lines = [line for line in console.file.getvalue().splitlines() if ":" in line[:3]]
+    assert [line.partition(": ")[2].split(";")[0] for line in lines] == ["1 running", "1 done"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_ends_watching_quietly(run, claim, study, monkeypatch, terminal) -> None:
+    claim(run("running"))
+
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", stop)
+    console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
+    show_status("study", study, watch=True, console=console)
+    assert "1 running" in console.file.getvalue()
+
+
+def test_a_study_that_is_not_there_and_a_watch_that_is_no_truth_value_are_told(tmp_path, run) -> None:
+    run("done")
+    with pytest.raises(UserError, match=r"There is no study stduy in .*\n.*\nDid you mean study=study\?"):
+        study_status("stduy", tmp_path / "outputs", watch=False)
+    with pytest.raises(UserError, match="watch=yes is not valid"):
+        study_status("study", tmp_path / "outputs", watch="yes")
+
+
+def test_the_command_watches_a_nested_study_until_ctrl_c(add_run, tmp_path) -> None:
+    add_run(state=None, study="mine/first")
+    command = [sys.executable, str(ROOT / "report.py"), "status", "study=mine/first", "watch=true"]
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert "Study mine/first, 1 run: 1 planned" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert error == ""
