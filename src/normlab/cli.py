@@ -49,8 +49,10 @@ def friendly(main: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
-def command_of(arguments: list[str], commands: Sequence[str]) -> str | None:
+def command_of(arguments: list[str], commands: Sequence[str], setting: str = "study") -> str | None:
     """Take the bare word off the front of a command line (`arguments[1]`), if one is there.
+
+    `setting` is the one whose value a word that is no command most probably is.
 
     Raises:
         UserError: for a word that is none of the commands.
@@ -63,7 +65,7 @@ def command_of(arguments: list[str], commands: Sequence[str]) -> str | None:
     close = nearest(word, commands)
     raise UserError(
         f"{word}: there is no such command. Expected one of: {', '.join(commands)}; or settings, key=value.\n"
-        f"Did you mean {f'{close}, or ' if close else ''}study={word}?"
+        f"Did you mean {f'{close}, or ' if close else ''}{setting}={word}?"
     )
 
 
