@@ -1,6 +1,7 @@
 """Shared fixtures: a composed configuration as a user would get it, kept away from the user's own folders."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from normlab import cli, config
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands that tests start inherit it
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., config.RunConfig]

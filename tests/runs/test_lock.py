@@ -1,4 +1,4 @@
-"""Locks over processes, hosts and file systems; another host is a claim that says so, its death a claim left untouched."""
+"""Locks over processes, hosts and file systems. Another host is a claim that says so; its death, one left untouched."""
 
 import json
 import os
@@ -49,9 +49,9 @@ def test_while_held_the_claim_names_this_process_and_afterwards_nothing_is_left(
 
 def test_a_second_process_is_told_who_holds_the_run(tmp_path) -> None:
     with hold(tmp_path) as other:
-        with pytest.raises(RunBusyError, match=f"already being trained by process {other.pid} on "):
-            with lock.held(tmp_path):
-                pass
+        sentence = f"already being trained by process {other.pid} on "
+        with pytest.raises(RunBusyError, match=sentence), lock.held(tmp_path):
+            pass
         other.kill()
 
 
@@ -147,7 +147,7 @@ def test_a_holder_that_was_taken_over_notices(tmp_path) -> None:
         claim.verify()
         (tmp_path / lock.CLAIM).unlink()
         claim_of_another(tmp_path)
-        with pytest.raises(RunBusyError, match="taken over by process .* on elsewhere"):
+        with pytest.raises(RunBusyError, match=r"taken over by process \d+ on elsewhere"):
             claim.verify()
     assert (tmp_path / lock.CLAIM).exists()  # another's is not ours to remove
 

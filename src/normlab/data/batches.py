@@ -1,5 +1,6 @@
 """One split of a data set as batches: order, augmentation and normalisation, all keyed and in bulk."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,6 +97,10 @@ class Split:
     An epoch has every image once, in random order, in ceil(N / batch) batches. With `images_per_label` it has
     as many batches, all of them full, of images that `samplers.paired` draws.
 
+    With `processes` > 1 there are as many of it, and `batches` gives each its share: process r reads only the images
+    r, r + processes, r + 2 processes, ... of each batch, B ~ batch / processes. (So norm_batch's group n mod G of the
+    batch is one process's, if batch / processes is a multiple of it.)
+
     Args:
         source: where the images are.
         rows: which of its images belong to the split; int64 (N,).
@@ -106,6 +111,8 @@ class Split:
         augmentation: applied in an epoch.
         cut: pixels by which an image's central crop is smaller, where it is not augmented.
         seed: of order and augmentation.
+        rank: r, the number of this process, of `processes` that read the split together. They divide `batch` of
+            a split that is trained on.
     """
 
     def __init__(
@@ -122,8 +129,11 @@ class Split:
         augmentation: Augmentation | None = None,
         cut: int = 0,
         seed: int = 0,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         self.batch, self.images_per_label, self.drop_last = batch, images_per_label, drop_last
+        self.rank, self.processes = rank, processes
         self.seed, self.device = seed, device
         self.rows, self.labels = rows, labels
         self._source, self._normalise = source, normalisation
@@ -150,27 +160,41 @@ class Split:
         full = self.steps * self.batch
         return full if self.images_per_label else min(full, len(self))
 
+    def images_of(self, batch: int) -> int:
+        """Images in batch number `batch` of an epoch, over all processes."""
+        return min(self.batch, self.images - batch * self.batch)
+
+    @property
+    def share(self) -> int:
+        """Images of a full batch that this process reads."""
+        return math.ceil(self.batch / self.processes)
+
+    @property
+    def shared_batches(self) -> int:
+        """Batches of all images that every process has; some have one more."""
+        return math.ceil(len(self) // self.processes / self.share)
+
     def batches(self, epoch: int | None = None, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from number `start` on: drawn and augmented by what (seed, epoch) says.
-        Without an epoch: all images in their order as they are."""
-        first = start * self.batch
+        Without an epoch: all images in their order as they are. Of several processes, each gets its share."""
+        mine = slice(start * self.batch + self.rank, None, self.processes)
         if epoch is None:
-            return self.plain(torch.arange(first, len(self)))
+            return self._read(torch.arange(len(self))[mine], self.share, None, None)
         order, draws = self._order("order", epoch), None
         if self._augment:
             # An image has its draw wherever it comes. If it can come twice, a place has, and the image looks new
             # (but for the random resized crop of a streamed one, which is the image's own throughout an epoch).
             count, whose = (len(order), slice(None)) if self.images_per_label else (len(self), order)
-            draws = self._augment.draw(count, stream(self.seed, "augment", epoch))[whose][first:]
-        return self._read(order[first:], epoch, draws)
+            draws = self._augment.draw(count, stream(self.seed, "augment", epoch))[whose][mine]
+        return self._read(order[mine], self.share, epoch, draws)
 
     def plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images at positions `order` (int64, (n,)) of the split, in batches, not augmented."""
-        return self._read(order, None, None)
+        """The images at positions `order` (int64, (n,)) of the split, in batches, not augmented; for every process."""
+        return self._read(order, self.batch, None, None)
 
     def plain_batches(self, count: int) -> Iterator[Tensor]:
         """The images of the first `count` batches, or fewer if it has fewer, of an epoch of its own: drawn as in
-        training, the same ones whenever asked for, not augmented."""
+        training, the same ones whenever asked for, not augmented; for every process."""
         return (images for images, _ in self.plain(self._order("precise")[: count * self.batch]))
 
     def _order(self, *key: object) -> Tensor:
@@ -180,18 +204,20 @@ class Split:
             return paired(self.labels, self.images, self.images_per_label, generator)
         return torch.randperm(len(self), generator=generator)[: self.images]
 
-    def _read(self, order: Tensor, epoch: int | None, draws: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _read(
+        self, order: Tensor, batch: int, epoch: int | None, draws: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(order):
             return
         # Whatever belongs to single images is put into order once, so that a batch is but a slice of it.
-        labels = self.labels[order].to(self.device).split(self.batch)
+        labels = self.labels[order].to(self.device).split(batch)
         if self._ready is not None:
-            for part, targets in zip(order.to(self.device).split(self.batch), labels, strict=True):
+            for part, targets in zip(order.to(self.device).split(batch), labels, strict=True):
                 yield self._ready.index_select(0, part), targets
             return
-        pixels = self._source.read(self.rows[order], self.batch, epoch)
+        pixels = self._source.read(self.rows[order], batch, epoch)
         if self._augment and draws is not None:
-            pixels = map(self._augment, pixels, draws.to(self.device).split(self.batch))
+            pixels = map(self._augment, pixels, draws.to(self.device).split(batch))
         else:
             pixels = (centre(images, self._cut) for images in pixels)
         yield from zip(map(self._normalise, pixels), labels, strict=True)

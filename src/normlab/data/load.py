@@ -54,18 +54,25 @@ def load(
     eval_stats: str,
     device: torch.device,
     log: Callable[[str], None],
+    rank: int = 0,
+    processes: int = 1,
 ) -> Data:
     """Read, download, decode or prepare to stream a data set, and split it.
 
     Images in memory are put on `device` once. `sampler`, `input_norm` and `eval_stats` are those of
     `conf/config.yaml`; with eval_stats=batch, test and validation come in the sampler's manner, in an order that
     depends on the split alone [A], so that every arm and seed is evaluated on the same batches.
+    Of several `processes`, each trains on and evaluates its share (see `Split`), but evaluates all with
+    eval_stats=batch, whose batches are not to be divided.
 
     Raises:
         UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
     """
+    of_each = {"rank": rank, "processes": processes}
+    evaluated_by_each = {} if eval_stats == "batch" else of_each
     if isinstance(dataset, RegressionDataset):
-        return _regression(dataset, seed=seed, batch=batch, eval_batch=eval_batch, drop_last=drop_last, device=device)
+        training = {"batch": batch, "drop_last": drop_last, "seed": seed, **of_each}
+        return _regression(dataset, training, {"batch": eval_batch, **evaluated_by_each}, device)
     data_dir = data_dir.expanduser()
     inventory.scan.cache_clear()  # what counts from now on is what is there now
     inventory.check(dataset, data_dir)
@@ -93,7 +100,7 @@ def load(
         if eval_stats == "batch":
             order = evaluation_order(labels[chosen], each, stream(dataset.split_seed, part, "order"))
             chosen = chosen[order]
-        return split(images, labels, chosen, batch=eval_batch)
+        return split(images, labels, chosen, batch=eval_batch, **evaluated_by_each)
 
     augments = dataset.flip or dataset.crop_padding > 0 or cut > 0
     return Data(
@@ -109,6 +116,7 @@ def load(
             drop_last=drop_last,
             augmentation=Augmentation(dataset.flip, dataset.crop_padding, cut) if augments else None,
             seed=seed,
+            **of_each,
         ),
         test=evaluated("test", source.test, source.test_labels, test_rows),
         val=evaluated("val", source.train, source.train_labels, val_rows) if len(val_rows) else None,
@@ -116,7 +124,7 @@ def load(
 
 
 def _regression(
-    dataset: RegressionDataset, *, seed: int, batch: int, eval_batch: int, drop_last: bool, device: torch.device
+    dataset: RegressionDataset, training: dict[str, Any], evaluation: dict[str, Any], device: torch.device
 ) -> Data:
     """x stands for the images, 1x1 pixels of `features` channels, and y for the labels."""
     train, test = regression.samples(dataset)
@@ -129,8 +137,8 @@ def _regression(
         classes=tuple(f"y{component}" for component in range(dataset.features)),
         image_size=1,
         fingerprint=regression.fingerprint(*train, *test),
-        train=split(*train, batch=batch, drop_last=drop_last, seed=seed),
-        test=split(*test, batch=eval_batch),
+        train=split(*train, **training),
+        test=split(*test, **evaluation),
         val=None,
         task="regression",
         channels=dataset.features,

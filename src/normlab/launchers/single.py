@@ -1,5 +1,12 @@
-"""One run in this process: what `python train.py` without -m does, and Hydra's own launchers per run."""
+"""One run in this process: what `python train.py` without -m does, and Hydra's own launchers per run.
 
+Started several times by torchrun or srun, as the processes of one run: all do the same, and the first one speaks.
+"""
+
+import os
+import signal
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -10,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from normlab import config as schema
 from normlab import preflight, runs
 from normlab.cli import settings_of, stop
-from normlab.errors import UserError
+from normlab.errors import InterruptedRunError, UserError
 from normlab.progress import Display, outcome
 from normlab.training.interrupt import StopRequest
+from normlab.training.processes import Processes, find
 
 
 def carry_out(composed: DictConfig) -> float | None:
@@ -21,32 +29,63 @@ def carry_out(composed: DictConfig) -> float | None:
     Raises:
         UserError: for a mistake in the configuration, before the run starts; for a run that fails.
     """
+    processes = Processes()
     try:
-        return _carry_out(schema.parse(settings_of(composed)))
+        processes = find()
+        if processes.world > 1:
+            # torchrun sends it to those that are left once a process has ended: each ends with a status of its own.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if processes.world > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise UserError(
+                f"A sweep (-m) under {processes.world} processes: torchrun and srun start the processes of one run.\n"
+                "Start the sweep with python: its launchers give every run a device. Or leave out -m."
+            )
+        return _carry_out(schema.parse(settings_of(composed)), processes)
     except (UserError, OmegaConfBaseException) as error:
-        if HydraConfig.get().mode == RunMode.RUN:
+        if processes.rank:
+            sys.exit(1)
+        if HydraConfig.get().mode == RunMode.RUN or processes.world > 1:
             stop(error)  # past Hydra, which would add a line of its own
+        raise
+    except (InterruptedRunError, KeyboardInterrupt):
+        if processes.rank:
+            sys.exit(130)
         raise
 
 
-def _carry_out(config: schema.RunConfig) -> float | None:
+def _carry_out(config: schema.RunConfig, processes: Processes | None = None) -> float | None:
+    processes = processes or find()
     run = runs.Run(config.as_dict())
-    if run.state in runs.FINISHED:
+    finished = run.over
+    if finished and processes.world == 1:
         status = runs.read_status(run.folder) or {}
-        print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
-    else:
-        preflight.check(config)
-        status = _train(config, run)
-    print(f"Its record is in {run.folder}; tables and figures: python report.py study={config.study}")
+    else:  # of several processes the first one says whether the run is finished: a file server's news travel slowly
+        status = _train(config, run, processes, finished)
+    if processes.rank == 0:
+        if finished:
+            print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
+        print(f"Its record is in {run.folder}; tables and figures: python report.py study={config.study}")
     value = status.get("test_accuracy", status.get("test_loss"))
     return None if value is None else float(value)
 
 
-def _train(config: schema.RunConfig, run: runs.Run) -> dict[str, Any]:
-    with StopRequest() as stop, Display({run.name: 1.0}) as display:
-        display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
-        from normlab.training.run import carry_out  # torch takes seconds to import
+def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finished: bool) -> dict[str, Any]:
+    if processes.world == 1:
+        preflight.check(config)
+    else:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that has gone is told of in a sentence
+    speaks = processes.rank == 0 and not finished
+    with StopRequest() as stop, Display({run.name: 1.0}) if speaks else nullcontext() as display:
+        if display:
+            display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
+        from normlab.training import distributed  # torch takes seconds to import
+        from normlab.training.run import Share, carry_out
 
-        status = carry_out(config, stop=stop, watch=display.news)
-        display.ended(run.name, outcome(status))
+        with distributed.join(processes, config.device) as team:
+            if processes.world > 1 and not finished:
+                preflight.check(config)  # together, so that what one machine lacks is known to all
+            watch = display.news if display else lambda status: None
+            status = carry_out(config, stop=stop, share=Share(team.device), watch=watch, team=team)
+        if display:
+            display.ended(run.name, outcome(status))
     return status

@@ -85,10 +85,10 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
 
 
 def _state(run: runs.Run) -> tuple[str, dict[str, Any]]:
-    state = run.state
-    if state in runs.FINISHED:
+    if run.over:
         return DONE, runs.read_status(run.folder) or {}
-    if state == "running":
+    state = run.state
+    if state in ("running", *runs.FINISHED):
         trainer = holder(run.folder)
         return (RUNNING if trainer and not trainer.gone else TO_RESUME), {}
     return {"new": NEW, "interrupted": TO_RESUME}.get(state, FAILED), {}

@@ -34,6 +34,7 @@ from normlab.norms.sample import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm
 from normlab.norms.sites import Site, Variant, find_sites, rewrite, trace
 from normlab.norms.statistics import (
     BatchStatistics,
+    apart,
     batch_statistics,
     precise_statistics,
     statistics_layers,
@@ -110,6 +111,7 @@ __all__ = [
     "WeightNorm",
     "WeightNormConv2d",
     "activation_gain",
+    "apart",
     "batch_statistics",
     "data_dependent_start",
     "find_branches",

@@ -32,9 +32,8 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         whole = self.norm_batch is None or self.norm_batch >= len(input)
-        if (whole and not (self.synchronised or self.evaluates_on_batch)) or not (
-            self.training or self.evaluates_on_batch
-        ):
+        others = self.synchronised or self.shares_averages or self.evaluates_on_batch  # what PyTorch's layer cannot do
+        if (whole and not others) or not (self.training or self.evaluates_on_batch):
             return self.evaluate(input)
         return super().forward(input)
 

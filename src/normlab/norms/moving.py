@@ -149,6 +149,8 @@ class MovingSquare(BatchStatistics):
 
     @torch.no_grad()
     def after_step(self) -> None:
+        if (self.synchronised or self.shares_averages) and processes() > 1:
+            dist.all_reduce(self.noted)
         total, images = self.noted[:-1], self.noted[-1]
         self.take_gradient(total / images.clamp_min(1), (images > 0) & total.isfinite())
         self.noted.zero_()

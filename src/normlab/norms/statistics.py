@@ -24,6 +24,7 @@ class BatchStatistics(nn.Module):
     norm_batch: int | None = None  # images of a group; None: all of the batch
     takes_single_values = False  # whether a group may have a single value per channel
     synchronised = False  # one group over all processes of torch.distributed
+    shares_averages = False  # groups of each process's own, and moving averages over all processes' groups
     evaluates_on_batch = False  # in evaluation, use the batch's statistics as in training
 
     def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -74,8 +75,16 @@ class BatchStatistics(nn.Module):
                 statistics = tuple(torch.lerp(s, other, rest / images) for s, other in pairs)
         if self.training:
             with torch.no_grad():
-                self.update(*statistics)
+                self.update(*self._over_processes(statistics, images))
         return output
+
+    def _over_processes(self, statistics: tuple[Tensor, ...], images: int) -> tuple[Tensor, ...]:
+        """Their means over all processes, weighted by images, if these share their averages."""
+        if not self.shares_averages or processes() == 1:
+            return statistics
+        total = torch.cat([*statistics, torch.ones_like(statistics[0][:1])]) * images
+        dist.all_reduce(total)
+        return (total[:-1] / total[-1]).chunk(len(statistics))
 
     def batch_mean(self, input: Tensor) -> Tensor:
         """Mean over images, H and W of float32 or float64 (n, C, H, W), over all processes if synchronised; (C,).
@@ -177,8 +186,22 @@ def _mean(input: Tensor) -> Tensor:
     return input.mean((0, 2, 3))
 
 
+_apart = False
+
+
 def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if not _apart and dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Inside, every process of a distributed run is on its own, for what each of them does with the same images."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def synchronise(network: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """Files that are whole or absent: atomic writes, and reads that never execute anything."""
 
+import contextlib
 import errno
 import json
 import math
@@ -15,6 +16,7 @@ from normlab.errors import UserError
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
 def storage_error(path: Path, error: OSError) -> UserError:
@@ -45,7 +47,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable
     """
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False
+        ) as file:
             temporary = Path(file.name)
             write(file)  # type: ignore[arg-type]
             file.flush()
@@ -53,14 +57,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable
                 os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         if temporary:
-            temporary.unlink(missing_ok=True)
-        raise storage_error(path, error) from error
-    except BaseException:
-        if temporary:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder may have become read-only
+                temporary.unlink()
+        if isinstance(error, OSError):
+            raise storage_error(path, error) from error
         raise
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what processes that were killed while writing left in `folder`, where nobody else may be writing."""
+    with contextlib.suppress(OSError):  # it only takes space
+        for path in folder.rglob(f".*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

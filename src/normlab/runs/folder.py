@@ -118,6 +118,11 @@ class Run:
             return "failed"
         return str(status.get("state", "failed")) if status else "new"
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to do: not even what a process leaves that is killed after its last word."""
+        return self.state in FINISHED and not (self.folder / lock.CLAIM).exists()
+
     def freeze(self) -> None:
         """Write the configuration, so that later edits of YAML cannot leak into this run.
 
@@ -190,11 +195,10 @@ class Run:
         """
         rows, warnings = read_metrics(self.folder)
         kept = [row for row in rows if row["step"] <= evaluated]
-        if warnings or len(kept) < len(rows):
+        if warnings or rows:  # if all are kept, too: the last may lack the end of its line
             _rewrite(self.folder / METRICS, kept)
         probes, complaints = read_probes(self.folder)
         for probe, rows in probes.items():
             kept = [row for row in rows if row["step"] < step]
-            if complaints or len(kept) < len(rows):
-                _rewrite(self.folder / PROBES / f"{probe}.jsonl", kept)
+            _rewrite(self.folder / PROBES / f"{probe}.jsonl", kept)
         return warnings + complaints

@@ -43,6 +43,9 @@ SETTLE_SECONDS = 1.0  # after a takeover from another host: whoever else took it
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without flock
 
 
+_held: set[str] = set()  # tokens of the claims of this process
+
+
 @dataclass(frozen=True)
 class Holder:
     """The process that a claim names.
@@ -82,6 +85,8 @@ class Holder:
 
     @property
     def gone(self) -> bool:
+        if self.here and self.pid == os.getpid():
+            return self.token not in _held  # one that this process could not remove, as its disk was read-only
         if self.here:
             return not _exists(self.pid, self.started)
         requeued = self.job and self.job == os.environ.get("SLURM_JOB_ID")
@@ -122,7 +127,7 @@ class Claim:
             FileExistsError: if there is a claim already.
             OSError: if it cannot be written.
         """
-        self.path = path
+        self.path, self._token = path, holder.token
         self._released = threading.Event()
         self._file = path.open("x", encoding="utf-8")
         try:
@@ -131,6 +136,7 @@ class Claim:
             self._file.write(json.dumps(facts))
             self._file.flush()
             os.fsync(self._file.fileno())
+            _held.add(self._token)
         except OSError:
             self.release()
             raise
@@ -162,6 +168,7 @@ class Claim:
 
     def release(self) -> None:
         self._released.set()
+        _held.discard(self._token)
         with contextlib.suppress(OSError):
             if self.held:
                 self.path.unlink()
@@ -255,7 +262,8 @@ def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a file system that has become read-only
+            path.unlink()
         file.close()
 
 

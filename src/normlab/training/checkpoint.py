@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from normlab.runs.files import storage_error, write_atomically
+from normlab.runs.files import remove_temporaries, storage_error, write_atomically
 
 NEWEST, PREVIOUS, INCOMING = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.incoming.pt"
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -64,8 +64,12 @@ def save(folder: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be trusted, or None. `warn` is told of each that cannot."""
-    for name in (NEWEST, PREVIOUS):
+    """The newest checkpoint that can be trusted, or None. `warn` is told of each that cannot.
+
+    For the process that holds the run: it also removes what a killed one left half-written.
+    """
+    remove_temporaries(folder)
+    for name in (INCOMING, NEWEST, PREVIOUS):  # INCOMING is whole: its process was killed before the renaming
         path = folder / name
         if not path.exists():
             continue
@@ -84,5 +88,7 @@ def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, An
 
 
 def remove(folder: Path) -> None:
-    for path in (folder / NEWEST, folder / PREVIOUS, *folder.glob(f"*{INCOMING}*")):
-        path.unlink(missing_ok=True)
+    """Of a finished run: its folder then holds its record alone."""
+    remove_temporaries(folder)
+    for name in (INCOMING, NEWEST, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)

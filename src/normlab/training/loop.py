@@ -17,10 +17,11 @@ from normlab.config import RunConfig
 from normlab.data.batches import Split
 from normlab.data.load import Data
 from normlab.errors import InterruptedRunError
-from normlab.norms import Steps, batch_statistics, precise_statistics
+from normlab.norms import Steps, apart, batch_statistics, precise_statistics
 from normlab.probes import Moment, Probes
 from normlab.streams import key
 from normlab.training.device import autocast
+from normlab.training.distributed import ALONE, Alone, Looks
 from normlab.training.interrupt import StopRequest
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.tasks import Task, task_of
@@ -62,11 +63,14 @@ def train(
     averaged: AveragedModel | None = None,
     transform: Callable[[], None] | None = None,
     probes: Probes | None = None,
+    team: Alone = ALONE,
     beat: Callable[[Position], None],
     checkpoint: Callable[[Position], None],
     record: Callable[[dict[str, Any]], None],
 ) -> None:
     """Train from `at` to the end. `beat`, `checkpoint` and `record` write down progress, state and metrics.
+
+    The processes of a `team` make every step together, each with its share of the batch.
 
     `averaged` follows the network and is evaluated in its place; `transform` changes gradients before each update;
     `probes` look on.
@@ -80,9 +84,12 @@ def train(
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     steps = data.train.steps
     layers, task = Steps(network), task_of(data.task, config.label_smoothing)
+    others = ("process", team.rank) if team.rank else ()
+    parallel = team.parallel(network)
+    settled = at.batch  # up to here the losses and hits of the epoch are those of all processes
 
     def seed(step: int) -> None:  # for dropout and the like: the same after a resume, and in a probe
-        generator.manual_seed(key(config.seed, "step", step))
+        generator.manual_seed(key(config.seed, "step", step, *others))
 
     moment = partial(
         Moment,
@@ -93,13 +100,25 @@ def train(
         loss=task.loss,
         within=partial(autocast, config, device),
         seed=seed,
-        pulse=partial(next, _watched(itertools.repeat(None), stop, lambda: beat(at))),
+        pulse=partial(next, _watched(itertools.repeat(None), Looks(), stop, lambda: beat(at))),
     )
+
+    def settle(before: int) -> None:
+        """Add up what each process has noted of its shares since last time, and look for what is not finite."""
+        nonlocal settled
+        team.add_up(at.losses[settled : at.batch])
+        team.add_up(at.hits[settled : at.batch])
+        settled = at.batch
+        _check_losses(at, before)
+
+    every = config.checkpoint_seconds
+    pause_seconds = BEAT_SECONDS if every is None else min(BEAT_SECONDS, every)
     started = time.monotonic() - at.wall_seconds
     last_beat, last_checkpoint = -math.inf, time.monotonic()
 
     for epoch in range(at.epoch, config.epochs):
         network.train()
+        looks = team.looks(pause_seconds)
         clock = time.monotonic()
         for images, labels in data.train.batches(epoch, start=at.batch):
             step = epoch * steps + at.batch
@@ -110,7 +129,7 @@ def train(
 
             optimizer.zero_grad(set_to_none=True)
             if probes and probes.due(step):
-                _check_losses(at, epoch * steps)
+                settle(epoch * steps)
                 begun = time.monotonic()
                 try:
                     probes.measure(moment(step, lr, images, labels))
@@ -121,8 +140,8 @@ def train(
                 clock += time.monotonic() - begun  # no training
 
             with autocast(config, device):
-                outputs = network(images)
-                loss = task.loss(outputs, labels)
+                outputs = parallel(images)
+                loss = task.share(task.loss(outputs, labels), len(labels), data.train.images_of(at.batch))
             scaler.scale(loss).backward()
             if transform:
                 scaler.unscale_(optimizer)
@@ -136,35 +155,36 @@ def train(
             # Kept on the device: reading them here would make every step wait for the GPU (as fp16's scaler does).
             at.losses[at.batch] = loss.detach()
             at.hits[at.batch] = task.hits(outputs, labels)
+            at.train_images += data.train.images_of(at.batch)
             at.batch += 1
-            at.train_images += len(labels)
 
             now = time.monotonic()
-            due = config.checkpoint_seconds is not None and now - last_checkpoint >= config.checkpoint_seconds
-            if now - last_beat >= BEAT_SECONDS or due or stop.requested:
-                _check_losses(at, epoch * steps)  # waits for the device
+            due = every is not None and now - last_checkpoint >= every
+            beats, due, stopped = looks.agree(now - last_beat >= BEAT_SECONDS, due, stop.requested)
+            if beats or due or stopped:
+                settle(epoch * steps)  # waits for the device
                 at.wall_seconds = time.monotonic() - started
                 beat(at)
-                if due or stop.requested:
+                if due or stopped:
                     at.train_seconds += time.monotonic() - clock
                     checkpoint(at)
                     last_checkpoint = clock = time.monotonic()
-                if stop.requested:
-                    raise InterruptedRunError(stop.requested)
+                if stopped:
+                    raise InterruptedRunError(stopped)
                 last_beat = time.monotonic()
 
-        _check_losses(at, epoch * steps)
+        settle(epoch * steps)
         _check_parameters(network, (epoch + 1) * steps)
         at.train_seconds += time.monotonic() - clock
         at.wall_seconds = time.monotonic() - started
         last = epoch + 1 == config.epochs
         if last or (epoch + 1) % config.eval_every == 0:
             evaluated = averaged.module if averaged else network
-            row = _row(config, task, evaluated, data, at, epoch, stop, lambda: checkpoint(at), lambda: beat(at))
+            row = _row(config, task, evaluated, data, at, epoch, team, stop, lambda: checkpoint(at), lambda: beat(at))
             at.wall_seconds = time.monotonic() - started
             record({**row, "wall_seconds": at.wall_seconds})
             at.train_seconds, at.train_images = 0.0, 0
-        at.epoch, at.batch = epoch + 1, 0
+        at.epoch, at.batch, settled = epoch + 1, 0, 0
         beat(at)
 
 
@@ -175,6 +195,7 @@ def _row(
     data: Data,
     at: Position,
     epoch: int,
+    team: Alone,
     stop: StopRequest,
     save: Callable[[], None],
     beat: Callable[[], None],
@@ -182,15 +203,15 @@ def _row(
     """Evaluate; one row of metrics. Training loss and accuracy are those seen while training this epoch."""
     sizes = torch.full_like(at.losses, config.batch)
     images = data.train.images
-    sizes[-1] = images - config.batch * (data.train.steps - 1)
+    sizes[-1] = data.train.images_of(data.train.steps - 1)
     end = (epoch + 1) * data.train.steps
     row: dict[str, Any] = {"epoch": epoch + 1, "step": end}
     row |= task.metrics("train", task.train_loss(at.losses, sizes), int(at.hits.sum()), images)
     try:
-        with _statistics(config, network, data, at.losses.device, stop, beat):
+        with apart(), _statistics(config, network, data, at.losses.device, team, stop, beat):
             for name, split in (("val", data.val), ("test", data.test)):
                 if split is not None:
-                    loss, hits = evaluate(config, task, network, split, at.losses.device, stop, beat)
+                    loss, hits = evaluate(config, task, network, split, at.losses.device, team, stop, beat)
                     row |= task.metrics(name, loss, hits, len(split))
     except InterruptedRunError:
         save()  # the epoch is complete: a resume begins with its evaluation
@@ -204,14 +225,15 @@ def _statistics(
     network: nn.Module,
     data: Data,
     device: torch.device,
+    team: Alone,
     stop: StopRequest,
     beat: Callable[[], None],
 ) -> AbstractContextManager[None]:
-    """What an evaluation normalises by: `eval_stats`."""
+    """What an evaluation normalises by: `eval_stats`. Every process measures precise statistics by itself."""
     if config.eval_stats == "batch":
         return batch_statistics(network)
     if config.eval_stats == "precise":
-        batches = _watched(data.train.plain_batches(config.precise_batches), stop, beat)
+        batches = _watched(data.train.plain_batches(config.precise_batches), team.looks(BEAT_SECONDS), stop, beat)
         return precise_statistics(network, batches, within=autocast(config, device))
     return nullcontext()
 
@@ -223,6 +245,7 @@ def evaluate(
     network: nn.Module,
     split: Split,
     device: torch.device,
+    team: Alone,
     stop: StopRequest,
     beat: Callable[[], None],
 ) -> tuple[float, int]:
@@ -230,22 +253,26 @@ def evaluate(
     network.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in _watched(split.batches(), stop, beat):
+    for images, labels in _watched(split.batches(), team.looks(BEAT_SECONDS, split.shared_batches), stop, beat):
         with autocast(config, device):
             outputs = network(images)
         loss += task.test_loss(outputs, labels)
         hits += task.hits(outputs, labels)
+    if split.processes > 1:  # else every process has evaluated all of it
+        team.add_up(loss)
+        team.add_up(hits)
     return float(loss), int(hits)
 
 
-def _watched(batches: Iterable[T], stop: StopRequest, beat: Callable[[], None]) -> Iterator[T]:
+def _watched(batches: Iterable[T], looks: Looks, stop: StopRequest, beat: Callable[[], None]) -> Iterator[T]:
     """`batches`, with a heartbeat and an ear for `stop` after each."""
     last_beat = time.monotonic()
     for batch in batches:
         yield batch
-        if stop.requested:
-            raise InterruptedRunError(stop.requested)
-        if time.monotonic() - last_beat >= BEAT_SECONDS:
+        beats, _, stopped = looks.agree(time.monotonic() - last_beat >= BEAT_SECONDS, False, stop.requested)
+        if stopped:
+            raise InterruptedRunError(stopped)
+        if beats:
             beat()
             last_beat = time.monotonic()
 

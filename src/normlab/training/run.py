@@ -4,9 +4,11 @@ import contextlib
 import copy
 import hashlib
 import logging
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,11 @@ from normlab import models, runs
 from normlab.config import RunConfig
 from normlab.data.load import Data, load
 from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
-from normlab.norms import find_sites
+from normlab.norms import apart, find_sites
 from normlab.probes import Probes, Subject
 from normlab.runs import files
-from normlab.training import checkpoint, device
+from normlab.training import checkpoint, device, sharing
+from normlab.training.distributed import ALONE, Alone
 from normlab.training.gradients import build_transform
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import DivergedError, Position, train
@@ -45,34 +48,47 @@ def carry_out(
     stop: StopRequest | None = None,
     share: Share = Share(),
     watch: Watch = lambda status: None,
+    team: Alone = ALONE,
 ) -> dict[str, Any]:
     """Train a run, or go on with it; returns its status. `watch` is shown the status about once a second.
 
     A finished run is left alone. However it ends, the run's folder says so. `stop` may have been entered by
-    the caller, so that a request made while torch was being imported counts.
+    the caller, so that a request made while torch was being imported counts. Every process of a `team` calls this
+    with the same configuration; the first one holds the run and is shown its status, and all end alike.
 
     Raises:
         RunBusyError: if another process is training it.
         UserError: for what the user can mend; any other exception is an error of ours. Both are recorded.
         InterruptedRunError: when asked to stop; the run can go on later.
     """
-    run = runs.Run(config.as_dict())
+    run = runs.Run(config.as_dict()) if team.leads else _Follower(config.as_dict())
     run.freeze()
     with run.lock(), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
-        if run.state in runs.FINISHED:  # by another process, since the caller looked
-            return runs.read_status(run.folder) or {}
-        log = _logger(run.folder)
+        if team.broadcast(run.run_id) != run.run_id:
+            raise UserError("The processes of this run have different settings.\nStart all with the same command.")
+        finished = run.state in runs.FINISHED  # by another process, since the caller looked
+        status = team.broadcast((runs.read_status(run.folder) or {}) if finished else None)
+        if status is not None:
+            if team.leads:
+                checkpoint.remove(run.folder)  # the process that finished it may have been killed before it did
+            return status
+        sharing.check(config, team.world)
+        log = _logger(run.folder) if team.leads else _silence()
+        if team.leads:
+            team.if_stuck(partial(_fail, run, log))
         try:
             started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
             status = run.write_status("running", started=started or runs.now(), ended=None, error=None)
             watch(status)
-            return _train(config, run, stop, share, watch, log)
+            with team.together():
+                return _train(config, run, stop, share, watch, log, team)
         except RunBusyError as error:  # taken over: the record is another process's now
             log.warning("%s", error)
             raise
         except InterruptedRunError as error:
             log.info("interrupted by %s", error)
             run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
+            team.meet()  # torchrun ends the others when the first has ended: only once all is written
             raise
         except (Exception, KeyboardInterrupt) as error:
             state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -87,11 +103,39 @@ def carry_out(
             run.write_status(state, ended=runs.now(), error=message)
             raise error
         finally:
+            team.if_stuck(lambda why: None)
             for handler in log.handlers:
                 handler.close()
 
 
-def data_of(config: RunConfig, where: torch.device, log: Callable[[str], None]) -> Data:
+def _fail(run: runs.Run, log: logging.Logger, why: str) -> None:
+    """What a process does of all that `carry_out` does at the end, if its main thread can do nothing any more."""
+    log.error("%s", why)
+    run.write_status("failed", ended=runs.now(), error=why)
+    print(why, file=sys.stderr, flush=True)
+
+
+class _Follower(runs.Run):
+    """A run, to those of its processes that leave its folder to the first."""
+
+    def freeze(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def lock(self, wait_seconds: float = 0) -> Iterator[None]:
+        yield
+
+    def write_status(self, state: str, *, durable: bool = True, **facts: Any) -> dict[str, Any]:
+        return {}
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def keep_rows_until(self, evaluated: int, step: int) -> list[str]:
+        return []
+
+
+def data_of(config: RunConfig, where: torch.device, log: Callable[[str], None], team: Alone = ALONE) -> Data:
     """The images of a run on its device, in the batches that its settings ask for."""
     return load(
         config.dataset,
@@ -105,24 +149,35 @@ def data_of(config: RunConfig, where: torch.device, log: Callable[[str], None]) 
         eval_stats=config.eval_stats,
         device=where,
         log=log,
+        rank=team.rank,
+        processes=team.world,
     )
 
 
 def _train(
-    config: RunConfig, run: runs.Run, stop: StopRequest, share: Share, watch: Watch, log: logging.Logger
+    config: RunConfig,
+    run: runs.Run,
+    stop: StopRequest,
+    share: Share,
+    watch: Watch,
+    log: logging.Logger,
+    team: Alone,
 ) -> dict[str, Any]:
-    saved = checkpoint.load(run.folder, run.run_id, log.warning)
+    saved = team.broadcast(_checkpoint(config, run, log) if team.leads else None)
     where = device.choose(config.device, share.device)
     # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
-    device.prepare(config, where, config.threads or (saved["threads"] if saved else share.threads))
-    data = data_of(config, where, log.info)
+    kept = saved["threads"] if saved and saved.get("processes", 1) == team.world else share.threads
+    device.prepare(config, where, config.threads or kept)
+    data = data_of(config, where, log.info, team)
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
+    sharing.prepare(config, network, data, team.world)
     _check_shapes(config, network, data)
     network = network.to(where)
     if saved is None and config.starts_from_data:
         calibration = data.calibration(config.calibration_images)
         try:
-            models.start(config, network, calibration, num_classes=len(data.classes), image_size=data.image_size)
+            with apart():
+                models.start(config, network, calibration, num_classes=len(data.classes), image_size=data.image_size)
         except ValueError as error:
             raise UserError(
                 f"The start that looks at {len(calibration)} calibration images does not fit {config.model.name} with"
@@ -130,6 +185,7 @@ def _train(
                 "Use another calibration_images (a norm over one value per channel is undefined), a multiple of"
                 " norm_batch."
             ) from error
+    team.equalise(network)
     averaged = None
     if config.weight_average is not None:
         averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.weight_average))
@@ -148,6 +204,11 @@ def _train(
         train_images=0,
     )
 
+    if team.broadcast(data.fingerprint) != data.fingerprint:
+        raise UserError(
+            f"The processes of this run see different images of dataset={config.dataset.name}.\n"
+            "Give all its machines the same files."
+        )
     peak_before = 0
     if saved:
         if saved["data_fingerprint"] != data.fingerprint:
@@ -161,7 +222,7 @@ def _train(
             if averaged:
                 averaged.load_state_dict(saved["averaged"])
             optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The network has changed since {run.name} was interrupted: {str(error).splitlines()[0]}\n"
                 f"Bring the old one back, or delete {run.folder} to start it anew."
@@ -176,7 +237,9 @@ def _train(
     evaluated = at.epoch * data.train.steps
     for warning in run.keep_rows_until(evaluated, evaluated + at.batch):
         log.warning("%s", warning)
-    files.write_json(run.folder / runs.PROVENANCE, device.provenance(where, data.fingerprint))
+    if team.leads:
+        provenance = device.provenance(where, data.fingerprint)
+        files.write_json(run.folder / runs.PROVENANCE, provenance | {"processes": team.world})
     latest: dict[str, Any] = {}
 
     def facts(at: Position) -> dict[str, Any]:
@@ -188,14 +251,22 @@ def _train(
             "wall_seconds": at.wall_seconds,
             "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
             "classes": len(data.classes),
+            "processes": team.world,
             "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
             **latest,
         }
+
+    def of_all_processes() -> None:
+        nonlocal peak_before
+        peak_before = team.largest(max(peak_before, device.peak_memory_bytes(where)))
 
     def beat(at: Position) -> None:
         watch(run.write_status("running", durable=False, **facts(at)))
 
     def save(at: Position) -> None:
+        of_all_processes()
+        if not team.leads:
+            return
         state = {
             "run_id": run.run_id,
             "data_fingerprint": data.fingerprint,
@@ -206,7 +277,8 @@ def _train(
             "probes": probes.state_dict() if probes else {},
             "position": vars(at).copy(),
             "threads": torch.get_num_threads(),
-            "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
+            "processes": team.world,
+            "peak_memory_bytes": peak_before,
         }
         checkpoint.save(run.folder, state)
 
@@ -227,23 +299,37 @@ def _train(
             averaged=averaged,
             transform=transform,
             probes=probes,
+            team=team,
             beat=beat,
             checkpoint=save,
             record=record,
         )
         end: dict[str, Any] = {"weights_sha256": weights_sha256(network)}
         state = "done"
-        if config.save_weights:
+        if config.save_weights and team.leads:
             weights = (averaged.module if averaged else network).state_dict()  # those that were evaluated
             files.write_atomically(run.folder / "weights.pt", lambda file: checkpoint.save_tensors(weights, file))
     except DivergedError as error:
         log.info("%s", error)
         state, end = "diverged", {"diverged_step": error.step, "error": str(error)}
+    of_all_processes()
     status = run.write_status(state, ended=runs.now(), **facts(at), **end)
-    with contextlib.suppress(OSError):  # the result is safe: what is left over only takes space
-        checkpoint.remove(run.folder)
+    if team.leads:
+        with contextlib.suppress(OSError):  # the result is safe: what is left over only takes space
+            checkpoint.remove(run.folder)
     watch(status)
-    return status
+    return team.broadcast(status)  # and so no process leaves before all is written
+
+
+def _checkpoint(config: RunConfig, run: runs.Run, log: logging.Logger) -> dict[str, Any] | None:
+    """What the run goes on from, if the record has every evaluation of the epochs before it."""
+    saved = checkpoint.load(run.folder, run.run_id, log.warning)
+    if saved:
+        found = {row["epoch"] for row in runs.read_metrics(run.folder)[0]}
+        if not found.issuperset(range(config.eval_every, saved["position"]["epoch"] + 1, config.eval_every)):
+            log.warning("%s lacks evaluations from before the last checkpoint. The run starts again.", run.name)
+            return None
+    return saved
 
 
 def _subject(config: RunConfig, network: nn.Module, data: Data) -> Subject:
@@ -264,9 +350,10 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
     sizes: dict[int, str] = {}
     for split, mend in ((data.train, "batch"), (data.val, "eval_batch"), (data.test, "eval_batch")):
         if split and (split is data.train or config.eval_stats == "batch"):
+            each = 1 if config.sync_stats else split.processes  # the smallest share, where statistics are of shares
             last = " or drop_last=true" if split is data.train else ""
-            sizes.setdefault(min(split.batch, split.images), f"another {mend}")
-            sizes.setdefault(split.images % split.batch, f"another {mend}{last}")
+            sizes.setdefault(min(split.batch, split.images) // each, f"another {mend}")
+            sizes.setdefault(split.images % split.batch // each, f"another {mend}{last}")
     sizes.pop(0, None)
     side = data.image_size
     what, larger = f"images of {side}x{side} pixels", "larger images, "
@@ -275,7 +362,8 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
     probe = copy.deepcopy(network).to("meta").train()
     for size in sorted(sizes, reverse=True):  # what no batch size mends is told of the whole batch
         try:
-            output = probe(torch.empty(size, data.channels, side, side, device="meta"))
+            with apart():
+                output = probe(torch.empty(size, data.channels, side, side, device="meta"))
         except NotImplementedError:  # some operation of the user's network has no meta form
             return
         except (ValueError, RuntimeError) as error:
@@ -305,14 +393,34 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _silence() -> logging.Logger:
+    log = logging.Logger("silent", logging.INFO)
+    log.addHandler(logging.NullHandler())
+    return log
+
+
+class _LogFile(logging.FileHandler):
+    """A disk that refuses the log refuses the run as well, and there it is told."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def _logger(folder: Path) -> logging.Logger:
     """A logger of this run alone, into run.log."""
     log = logging.Logger(folder.name, logging.INFO)
-    handler = logging.FileHandler(folder / "run.log", encoding="utf-8", delay=True)
+    handler = _LogFile(folder / "run.log", encoding="utf-8", delay=True)
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk is told elsewhere
     log.addHandler(handler)
     shown = logging.StreamHandler()  # a warning is for whoever watches, too
     shown.addFilter(lambda record: record.levelno == logging.WARNING)

@@ -17,6 +17,10 @@ class Classification:
         """Of a training batch: its mean cross-entropy."""
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
+    def share(self, loss: Tensor, images: int, of: int) -> Tensor:
+        """What the loss of `images` images is of that of a batch `of` which they are a part: shares add up."""
+        return loss if images == of else loss * (images / of)
+
     def test_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Of an evaluated batch: the sum over its images, without label smoothing."""
         return F.cross_entropy(outputs.float(), targets, reduction="sum")
@@ -42,6 +46,9 @@ class Regression:
         return (outputs.float() - targets).square().sum()
 
     test_loss = loss
+
+    def share(self, loss: Tensor, images: int, of: int) -> Tensor:
+        return loss
 
     def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return torch.zeros((), dtype=torch.int64, device=targets.device)

@@ -1,0 +1,460 @@
+"""Faults: a disk that fills up, fails or becomes read-only, a kill -9, damaged and forged files.
+
+After each the same run goes on and ends as if nothing had been, or says in a sentence why it cannot.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from normlab import runs
+from normlab.config import RunConfig
+from normlab.errors import UserError
+from normlab.training import checkpoint, loop
+from normlab.training.run import carry_out
+
+ROOT = Path(__file__).parents[2]
+SPEED = ("wall_seconds", "images_per_second")  # what depends on the machine, and not on the run
+RECORD = {"config.yaml", "metrics.jsonl", "probes", "provenance.json", "run.log", "status.json"}
+set_learning_rate = loop.set_learning_rate
+
+
+@pytest.fixture
+def small(tiny) -> Callable[..., RunConfig]:
+    """A run of six steps and two evaluations that writes all there is to write, a checkpoint after every step."""
+    return lambda *settings: tiny("checkpoint_seconds=0", "probe=[gradients]", *settings)
+
+
+def folder_of(config: RunConfig) -> Path:
+    return runs.Run(config.as_dict()).folder
+
+
+def result(config: RunConfig) -> tuple[str, list[dict], dict]:
+    """Final weights, metrics and probes; all of it readable, and nothing else left in the run's folder."""
+    folder = folder_of(config)
+    status = runs.read_status(folder)
+    assert status is not None
+    assert status["state"] == "done"
+    assert {path.name for path in folder.iterdir()} == RECORD
+    assert {path.name for path in (folder / "probes").iterdir()} == {"gradients.jsonl"}
+    rows, torn = runs.read_metrics(folder)
+    probes, torn_probes = runs.read_probes(folder)
+    assert not torn + torn_probes
+    return status["weights_sha256"], [{k: v for k, v in row.items() if k not in SPEED} for row in rows], probes
+
+
+@pytest.fixture
+def undisturbed(small) -> tuple[str, list[dict], dict]:
+    carry_out(small("study=undisturbed"))
+    return result(small("study=undisturbed"))
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[..., None]:
+    """`at_step(3, do)`: call `do` at the begin of the third training step from now."""
+    planned: dict[int, Callable[[], object]] = {}
+    taken = 0
+
+    def counting(*arguments, **options) -> None:
+        nonlocal taken
+        taken += 1
+        planned.pop(taken, lambda: None)()
+        set_learning_rate(*arguments, **options)
+
+    def plan(step: int, do: Callable[[], object]) -> None:
+        planned[taken + step] = do
+
+    monkeypatch.setattr(loop, "set_learning_rate", counting)
+    return plan
+
+
+def failure(config: RunConfig) -> str:
+    """The sentence with which a run fails; "" if it does not."""
+    try:
+        carry_out(config)
+    except UserError as error:
+        said = str(error)
+    else:
+        return ""
+    assert 0 < len(said.splitlines()) <= 5
+    return said
+
+
+# The disk
+
+
+class Disk:
+    """A file system in memory, whose space and whose permissions a test can take away."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def leave(self, free_bytes: int) -> None:
+        now = os.statvfs(self.folder)
+        self._mount("remount", size=(now.f_blocks - now.f_bfree) * now.f_frsize + free_bytes)
+
+    def grow(self) -> None:
+        self._mount("remount", size=2**26)
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        """By a second mount on top of the first: files that are open stay writable, as they do after an error."""
+        subprocess.run(["mount", "--bind", self.folder, self.folder], check=True)
+        try:
+            subprocess.run(["mount", "-o", "remount,bind,ro", self.folder], check=True)
+            yield
+        finally:
+            subprocess.run(["umount", self.folder], check=True)
+
+    def _mount(self, *options: str, size: int) -> None:
+        self.command(",".join([*options, f"size={max(size, 4096)}"]), self.folder).check_returncode()
+
+    @staticmethod
+    def command(options: str, folder: Path) -> "subprocess.CompletedProcess[bytes]":
+        return subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True
+        )
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None or os.geteuid() or Disk.command("size=64m", folder).returncode:
+        pytest.skip("a full disk needs the right to mount a small file system")
+    yield Disk(folder)
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_too_small_by_any_amount_is_a_sentence_and_with_space_the_run_goes_on(small, disk, undisturbed) -> None:
+    failures = 0
+    for free in range(0, 2**20, 2**13):  # two pages more each time, until a whole run fits
+        config = small(f"output_dir={disk.folder}", f"study={free}")
+        disk.leave(free)
+        said = failure(config)
+        if not said:
+            break
+        assert "The disk is full" in said
+        failures += 1
+        disk.grow()
+        carry_out(config)
+        assert result(config) == undisturbed
+        shutil.rmtree(folder_of(config))
+    assert 5 < failures < 50
+    assert result(config) == undisturbed
+
+
+@pytest.mark.parametrize("case", range(6))
+def test_a_disk_that_fills_up_at_any_moment_costs_only_what_came_after(small, disk, undisturbed, at_step, case) -> None:
+    config = small(f"output_dir={disk.folder}")
+    moments = random.Random(case)
+    at_step(moments.randint(1, 6), lambda: disk.leave(moments.choice([0, 0, 4096, 16384])))
+    assert "The disk is full" in failure(config)
+    assert "The disk is full" in failure(config), "and again while nothing is done about it"
+    disk.grow()
+    carry_out(config)
+    assert result(config) == undisturbed
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_folder_that_becomes_read_only_is_a_sentence_and_the_run_goes_on(
+    small, disk, undisturbed, at_step, step
+) -> None:
+    config = small(f"output_dir={disk.folder}")
+    with contextlib.ExitStack() as until_mended:
+        at_step(step, lambda: until_mended.enter_context(disk.read_only()))
+        assert "It is not writable" in failure(config)
+        assert "It is not writable" in failure(config), "from its start"
+    carry_out(config)
+    assert result(config) == undisturbed
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
+def test_a_disk_that_fails_at_any_write_is_a_sentence_and_the_run_goes_on(
+    small, undisturbed, monkeypatch, lasting
+) -> None:
+    fsync, calls, failing = os.fsync, 0, 0
+
+    def unreliable(file: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing or (lasting and calls > failing):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(file)
+
+    for failing in range(1, 100, 3):
+        config = small(f"study={failing}")
+        with monkeypatch.context() as patch:
+            calls = 0
+            patch.setattr(os, "fsync", unreliable)
+            said = failure(config)
+        if not said:
+            break
+        assert "Input/output error" in said
+        carry_out(config)
+        assert result(config) == undisturbed
+    assert failing > 6 + 2 + 6, "each checkpoint, evaluation and measurement, at least"
+    assert result(config) == undisturbed
+
+
+def with_tests() -> str:
+    """A PYTHONPATH with which a command finds the small network."""
+    return os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+
+TRAINED = ("model=custom", "model.target=small.SmallNet", "model.name=small", "dataset.train_size=160", "device=cpu")
+
+
+@pytest.mark.parametrize("mode", ["", "-m"])
+def test_the_command_on_a_full_disk_says_so_and_goes_on_when_there_is_space(disk, mode) -> None:
+    settings = (*TRAINED, "batch=8", "epochs=2", "threads=1", "checkpoint_seconds=0", f"output_dir={disk.folder}/out")
+
+    def train() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [sys.executable, ROOT / "train.py", *mode.split(), *settings],
+            check=False,
+            env={**os.environ, "PYTHONPATH": with_tests()},
+            cwd=disk.folder.parent,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    disk.leave(48 * 1024)  # for less than two checkpoints
+    full = train()
+    assert full.returncode == 1
+    assert "The disk is full" in full.stderr
+    assert "Traceback" not in full.stderr
+    disk.grow()
+    assert train().returncode == 0
+    (folder,) = runs.find(disk.folder / "out" / "default")
+    assert {path.name for path in folder.iterdir()} == RECORD - {"probes"}
+
+
+# A kill -9 before any operation on a file of the run. One process imports torch; its children are killed.
+
+EVERY = 6  # of about 120 operations: all of them take a minute
+KILLED = """
+    import json, os, signal, sys
+    from normlab.config import RunConfig
+    from normlab.training.run import carry_out
+
+    settings, folder, every = json.loads(sys.argv[1])
+    operations = ("open", "os.rename", "os.remove", "os.chmod", "os.utime")
+
+    def kill_at(moment):
+        seen = 0
+        def hook(event, arguments):
+            nonlocal seen
+            if event in operations and folder in str(arguments[0]):
+                seen += 1
+                if seen == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+
+    for moment in range(1, 1000, every):
+        child = os.fork()
+        if not child:
+            try:
+                kill_at(moment)
+                carry_out(RunConfig.model_validate({**settings, "study": str(moment)}))
+            finally:
+                os._exit(0)
+        if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+            break
+        print(moment)
+"""
+
+
+def test_a_kill_at_any_operation_on_a_file_leaves_a_run_that_goes_on(small, undisturbed) -> None:
+    arguments = json.dumps([small().as_dict(), small().output_dir, EVERY])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), arguments],
+        env={**os.environ, "PYTHONPATH": with_tests()},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    moments = done.stdout.split()
+    assert len(moments) > 80 / EVERY
+    for moment in moments:
+        carry_out(small(f"study={moment}"))
+        assert result(small(f"study={moment}")) == undisturbed, f"killed at operation {moment}"
+
+
+# Damaged files
+
+
+class _DeadError(BaseException):
+    """No Exception: nobody is to catch it."""
+
+
+@pytest.fixture
+def interrupted(small, at_step) -> RunConfig:
+    """A run that ended without a word in its fifth step: two checkpoints, after its third and fourth."""
+    config = small()
+
+    def die() -> None:
+        raise _DeadError
+
+    at_step(5, die)
+    with pytest.raises(_DeadError):
+        carry_out(config)
+    return config
+
+
+def damaged(content: bytes, how: str, chance: random.Random) -> bytes:
+    """Cut off at a random length, or with a byte of it changed at a random position."""
+    position = chance.randrange(len(content))
+    if how == "truncated":
+        return content[:position]
+    return content[:position] + bytes([content[position] ^ chance.randrange(1, 256)]) + content[position + 1 :]
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+def test_of_a_hundred_damaged_checkpoints_none_is_used(interrupted, how) -> None:
+    run, chance = runs.Run(interrupted.as_dict()), random.Random(0)
+    newest = run.folder / checkpoint.NEWEST
+    content = newest.read_bytes()
+    for _ in range(100):
+        newest.write_bytes(damaged(content, how, chance))
+        warnings: list[str] = []
+        saved = checkpoint.load(run.folder, run.run_id, warnings.append)
+        assert saved is not None
+        assert (saved["position"]["epoch"], saved["position"]["batch"]) == (0, 3)
+        assert len(warnings) == 1
+        assert f"{newest} cannot be used and is left out (it is truncated or altered)" in warnings[0]
+    newest.write_bytes(content)
+    saved = checkpoint.load(run.folder, run.run_id, pytest.fail)
+    assert saved is not None
+    assert (saved["position"]["epoch"], saved["position"]["batch"]) == (1, 1)
+
+
+@pytest.mark.parametrize("which", [(checkpoint.NEWEST,), (checkpoint.NEWEST, checkpoint.PREVIOUS)])
+@pytest.mark.parametrize("how", ["truncated", "flipped"])
+@pytest.mark.parametrize("case", range(3))
+def test_a_run_with_damaged_checkpoints_ends_as_if_undisturbed(
+    interrupted, undisturbed, capfd, which, how, case
+) -> None:
+    chance = random.Random(case)
+    for name in which:
+        path = folder_of(interrupted) / name
+        path.write_bytes(damaged(path.read_bytes(), how, chance))
+    carry_out(interrupted)
+    assert result(interrupted) == undisturbed
+    assert capfd.readouterr().err.count("cannot be used and is left out") == len(which)
+
+
+class _Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "which", [(checkpoint.INCOMING,), (checkpoint.NEWEST,), (checkpoint.NEWEST, checkpoint.PREVIOUS)]
+)
+@pytest.mark.parametrize("form", ["archive", "legacy", "pickle"])
+@pytest.mark.parametrize("trailer", [True, False], ids=["with its digest", "without"])
+def test_a_forged_checkpoint_is_refused_unexecuted(
+    interrupted, undisturbed, tmp_path, capfd, which, form, trailer
+) -> None:
+    run = runs.Run(interrupted.as_dict())
+    value, file = {"run_id": run.run_id, "network": _Malicious(tmp_path / "executed")}, io.BytesIO()
+    if form == "pickle":
+        pickle.dump(value, file)
+    else:
+        torch.save(value, file, _use_new_zipfile_serialization=form == "archive")
+    forged = file.getvalue()
+    for name in which:
+        (run.folder / name).write_bytes(forged + hashlib.sha256(forged).digest() * trailer)
+    carry_out(interrupted)
+    assert not (tmp_path / "executed").exists()
+    assert capfd.readouterr().err.count("cannot be used and is left out") == len(which)
+    assert result(interrupted) == undisturbed
+    torch.load(io.BytesIO(forged), weights_only=False) if form != "pickle" else pickle.loads(forged)
+    assert (tmp_path / "executed").exists(), "the forgery would not have worked at all"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("status.json", ""),
+        ("status.json", '{"state": "done", "ru'),
+        ("status.json", '{"state": "running"}'),
+        ("config.yaml", ""),
+        ("config.yaml", "seed: 0\nnorm: {na"),
+        ("provenance.json", ""),
+        ("run.log", "\x00" * 4096),
+        ("run.claim", ""),
+    ],
+)
+def test_a_damaged_record_is_mended_by_the_next_start(interrupted, undisturbed, name, content) -> None:
+    path = folder_of(interrupted) / name
+    path.write_text(content)
+    if name == "run.claim":  # what a process left that was killed while it was making it, an hour ago
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    carry_out(interrupted)
+    assert result(interrupted) == undisturbed
+    assert runs.read_config(folder_of(interrupted)) == interrupted.as_dict()
+    assert json.loads((folder_of(interrupted) / "provenance.json").read_text())["versions"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "probes/gradients.jsonl"])
+@pytest.mark.parametrize("tail", ['{"epoch": 2, "step": 6, "la', '{"epoch": 2, "step": 6, "layer": "x"}', "\x00" * 512])
+def test_a_torn_last_line_is_measured_again(interrupted, undisturbed, name, tail) -> None:
+    """A row after the last checkpoint: without its end, or without the line's end, or of zeros, after a power cut."""
+    with (folder_of(interrupted) / name).open("a") as file:
+        file.write(tail)
+    carry_out(interrupted)
+    assert result(interrupted) == undisturbed
+
+
+@pytest.mark.parametrize("lost", [1, 10, None], ids=["the line's end", "the row's end", "everything"])
+def test_evaluations_lost_from_before_the_checkpoint_are_measured_again(interrupted, undisturbed, lost) -> None:
+    path = folder_of(interrupted) / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-lost] if lost else b"")
+    carry_out(interrupted)
+    assert result(interrupted) == undisturbed
+
+
+def test_a_lost_end_of_the_last_line_costs_no_row(interrupted, undisturbed) -> None:
+    path = folder_of(interrupted) / "probes/gradients.jsonl"
+    at_checkpoint = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < 4]
+    path.write_text("\n".join(at_checkpoint))
+    carry_out(interrupted)
+    assert result(interrupted) == undisturbed
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_start(interrupted, undisturbed) -> None:
+    folder = folder_of(interrupted)
+    for name in ("status.json", "config.yaml", "metrics.jsonl", "checkpoint.incoming.pt", "probes/gradients.jsonl"):
+        path = folder / name
+        path.with_name(f".{path.name}.abcd1234.tmp").write_bytes(b"half")
+    carry_out(interrupted)
+    assert result(interrupted) == undisturbed
+
+
+def test_what_a_process_left_that_was_killed_after_its_last_word_goes_with_the_next_look(small, undisturbed) -> None:
+    folder = folder_of(small("study=undisturbed"))
+    for name in (checkpoint.NEWEST, checkpoint.PREVIOUS, ".status.json.abcd1234.tmp"):
+        (folder / name).write_bytes(b"left")
+    carry_out(small("study=undisturbed"))
+    assert result(small("study=undisturbed")) == undisturbed
