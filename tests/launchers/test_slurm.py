@@ -1,0 +1,326 @@
+"""The SLURM launcher against a real SLURM, the one of `scripts/local_slurm start` and no other: jobs are disturbed in
+every way that a cluster knows, and must end as if nothing had happened."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from normlab import preflight, runs
+from normlab.errors import UserError
+from normlab.launchers import slurm
+
+ROOT = Path(__file__).parents[2]
+LOCAL = subprocess.run([ROOT / "scripts" / "local_slurm", "status"], capture_output=True, text=True)
+SETTINGS = (
+    "model=custom",
+    "model.target=slow.SlowNet",
+    "model.name=slow",
+    "dataset.train_size=160",
+    "dataset.test_size=40",
+    "batch=8",
+    "epochs=2",
+    "device=cpu",
+    "threads=1",
+    "checkpoint_seconds=1",
+)
+SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus=1", "hydra.launcher.time=5")
+LONG = (*SETTINGS, "epochs=40", "eval_every=10")
+SLOW = {"SLOW_SECONDS": "0.03"}  # 800 steps: 24 s and what the network takes
+
+
+def environment(**more: str) -> dict[str, str]:
+    conf = re.search(r"SLURM_CONF=(\S+)", LOCAL.stdout)
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, **({"SLURM_CONF": conf[1]} if conf else {}), **more}
+
+
+def start(folder: Path, *arguments: str, **more: str) -> "subprocess.Popen[str]":
+    words = [sys.executable, str(ROOT / "train.py"), "-m", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=folder, env=environment(**more), stdout=pipe, stderr=pipe, text=True)
+
+
+def train(folder: Path, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    with start(folder, *arguments, **more) as process:
+        out, error = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def ask(*words: str) -> str:
+    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def queue() -> dict[str, str]:
+    """The state of each task that SLURM has: {"3_0": "RUNNING"}."""
+    lines = ask("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
+    return dict(line.split() for line in lines)
+
+
+def array(done: "subprocess.CompletedProcess[str]") -> str:
+    found = re.search(r"Submitted: .* as job (\d+)", done.stdout)
+    assert found, done.stdout + done.stderr
+    return found[1]
+
+
+def until(what: str, condition: Callable[[], object], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} takes too long; {queue()}"
+        time.sleep(0.3)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    with contextlib.suppress(UserError):
+        return runs.read_status(folder) or {}
+    return {}
+
+
+def steps(study: Path) -> dict[str, int]:
+    return {folder.name: state(folder).get("step", 0) for folder in runs.find(study)}
+
+
+def results(study: Path) -> dict[str, Any]:
+    """Of each run everything that must not depend on how it was carried out."""
+    found = {}
+    for folder in runs.find(study):
+        rows, warnings = runs.read_metrics(folder)
+        assert not warnings
+        kept = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
+        found[folder.name] = (state(folder).get("state"), state(folder).get("weights_sha256"), kept)
+    return found
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    """The local SLURM for one test alone, which leaves no job behind."""
+    if LOCAL.returncode:
+        pytest.skip(LOCAL.stderr.strip())
+    with FileLock(Path(tempfile.gettempdir()) / "normlab-test-slurm.lock"):
+        yield
+        for job in {task.partition("_")[0] for task in queue()}:
+            ask("scancel", job)
+        until("the last job's end", lambda: not queue())
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(os.getuid() != 0, reason="crashing the node needs root")
+def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, tmp_path) -> None:
+    here, elsewhere = tmp_path / "slurm", tmp_path / "pool"
+    here.mkdir()
+    elsewhere.mkdir()
+    study = here / "outputs" / "default"
+    undisturbed = start(elsewhere, *LONG, "seed=0,1,2,3,4")
+    sweep = (*LONG, *SLURM, "hydra.launcher.wait=false", "seed=0,1,2,3")
+    first = train(here, *sweep, **SLOW)
+    job = array(first)
+    assert "4 runs as job" in first.stdout
+    assert f"scancel {job}" in first.stdout
+    again = train(here, *sweep, **SLOW)
+    assert f"4 of 4 runs are queued or running already (job {job})" in again.stdout
+    assert "Submitted" not in again.stdout
+
+    def log(task: str) -> str:
+        return (study / "slurm" / f"{task}_0_log.out").read_text()
+
+    def back(*tasks: int) -> bool:
+        return all(queue().get(f"{job}_{task}", "RUNNING") == "RUNNING" for task in tasks)
+
+    until("the start", lambda: len(steps(study)) == 4 and all(steps(study).values()))
+    ask("scancel", "--signal=USR2", f"{job}_0")
+    ask("scontrol", "requeue", f"{job}_1")
+    ask("scancel", f"{job}_2")
+    until("the cancelled job's end", lambda: f"{job}_2" not in queue())
+    (cancelled,) = study.glob("*-s2-*")
+    assert state(cancelled)["state"] == "interrupted"
+    assert "goes back into the queue" not in log(f"{job}_2")
+    until("the first two jobs' return", lambda: back(0, 1, 3))
+    assert "SLURM sends SIGUSR2" in log(f"{job}_0")
+    assert "goes back into the queue" in log(f"{job}_0")
+    assert "SLURM sends SIGTERM" in log(f"{job}_1")
+
+    # Pre-emption: a job that goes first needs all of the node's cores.
+    first_of_all = ("--partition=urgent", "--ntasks=8", "--time=1", "--output=/dev/null", "--wrap=sleep 1")
+    urgent = ask("sbatch", "--parsable", *first_of_all).strip()
+    until("pre-emption", lambda: f"{urgent}_N/A" not in queue())
+    until("all jobs' return", lambda: back(0, 1, 3))
+    assert "SLURM sends SIGTERM" in log(f"{job}_3")
+
+    before = sum(steps(study).values())
+    until("going on", lambda: sum(steps(study).values()) > before + 20)
+    assert queue()[f"{job}_0"] == "RUNNING"
+    subprocess.run([ROOT / "scripts" / "local_slurm", "crash"], check=True)
+    until("SLURM's notice", lambda: "down" in ask("sinfo", "--noheader", "--format=%T"))
+    subprocess.run([ROOT / "scripts" / "local_slurm", "start"], check=True, capture_output=True)
+
+    # SLURM looks for limits that are near twice a minute, and tells of them up to 30 s early.
+    limited = ("seed=4", "hydra.launcher.time=1", "hydra.launcher.grace_seconds=30", "hydra.launcher.wait=false")
+    of_a_minute = array(train(here, *LONG, *SLURM, *limited, **SLOW))
+    last = train(here, *LONG, *SLURM, "seed=0,1,2,3,4", **SLOW)  # waits for all
+    assert last.returncode == 0, last.stderr
+    assert "Submitted: 1 runs" in last.stdout  # the cancelled one
+    assert "SLURM sends SIGUSR2" in log(f"{of_a_minute}_0")
+    assert log(f"{of_a_minute}_0").count(f"job {of_a_minute}_0 on") >= 2
+
+    _, error = undisturbed.communicate(timeout=60)
+    assert undisturbed.returncode == 0, error
+    assert results(study) == results(elsewhere / "outputs" / "default")
+
+
+@pytest.mark.slurm
+def test_a_run_in_several_tasks_is_told_to_stop_goes_on_and_finishes(cluster, tmp_path) -> None:
+    study = tmp_path / "outputs" / "default"
+    several = ("hydra.launcher.tasks=2", "hydra.launcher.runs_per_job=2")
+    with start(tmp_path, *SETTINGS, "epochs=10", *SLURM, *several, "seed=0,1", **SLOW) as waiting:
+        until("the start", lambda: any(steps(study).values()))
+        (task,) = queue()
+        ask("scancel", "--signal=USR2", task)
+        _, error = waiting.communicate(timeout=200)
+    log = (study / "slurm" / f"{task}_0_log.out").read_text()
+    assert waiting.returncode == 0, error + log
+    assert "goes back into the queue" in log
+    assert [entry[0] for entry in results(study).values()] == ["done", "done"]
+
+
+def wrapper(folder: Path, command: str, script: str) -> dict[str, str]:
+    """An environment in which a command of SLURM is this script, which finds the real one as $real."""
+    real = shutil.which(command)
+    (folder / command).write_text(f"#!/bin/bash\nreal={real}\n{script}\n")
+    (folder / command).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.slurm
+def test_a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds(cluster, tmp_path) -> None:
+    sweep = (*SETTINGS, *SLURM, "seed=0,1")
+    deadly = wrapper(tmp_path, "sbatch", '$real "$@"; [ "$1" = --version ] || kill -KILL $PPID')
+    inside_of_a_job = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "1", "SLURM_MEM_PER_NODE": "1"}  # srun refuses that
+    killed = train(tmp_path, *sweep, **SLOW, **deadly, **inside_of_a_job)
+    assert killed.returncode == -signal.SIGKILL
+    again = train(tmp_path, *sweep, **SLOW)
+    assert again.returncode == 0, again.stderr
+    assert "runs are queued or running already" in again.stdout
+    assert "Submitted" not in again.stdout
+    assert {entry[0] for entry in results(tmp_path / "outputs" / "default").values()} == {"done"}
+
+
+@pytest.mark.slurm
+def test_jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(cluster, tmp_path) -> None:
+    """batch=1 fails on a node only: an image's last maps have one value per channel."""
+    small_arrays = wrapper(tmp_path, "scontrol", '$real "$@" | sed "s/^MaxArraySize.*/MaxArraySize = 2/"')
+    few = ("model=resnet", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "threads=1")
+    done = train(tmp_path, *few, *SLURM, "batch=1", "norm=bn,affine,none", **small_arrays)
+    assert done.returncode == 1
+    assert "2 runs go into each job" in done.stdout
+    assert "an array of 2 jobs" in done.stdout
+    assert "1 of 3 runs are not finished" in done.stderr
+    assert "does not fit" in done.stderr
+    assert "Traceback" not in done.stderr
+    states = {folder.name.split("-")[2]: state(folder)["state"] for folder in runs.find(tmp_path / "outputs/default")}
+    assert states == {"bn": "failed", "affine": "done", "none": "done"}
+    repeated = train(tmp_path, *few, *SLURM, "batch=1", "norm=affine,none")
+    assert "2 of 2 runs are finished and skipped." in repeated.stdout
+    assert "Submitted" not in repeated.stdout
+
+
+@pytest.mark.slurm
+def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_told(cluster, tmp_path) -> None:
+    study = tmp_path / "outputs" / "default"
+    with start(tmp_path, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
+        until("the start", lambda: any(steps(study).values()))
+        waiting.send_signal(signal.SIGINT)
+        _, error = waiting.communicate(timeout=60)
+    assert waiting.returncode == 130
+    found = re.search(r"to cancel them: scancel (\d+)", error)
+    assert found, error
+    assert queue()[f"{found[1]}_0"] == "RUNNING"
+    with start(tmp_path, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
+        before = steps(study)
+        until("going on", lambda: steps(study) != before)
+        ask("scancel", "--signal=KILL", found[1])
+        out, error = waiting.communicate(timeout=120)
+    assert waiting.returncode == 1
+    assert f"1 of 1 runs are queued or running already (job {found[1]})" in out
+    assert "its job has left SLURM's queue without finishing it" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slurm
+def test_what_slurm_refuses_is_told_in_its_words(cluster, tmp_path) -> None:
+    done = train(tmp_path, *SETTINGS, *SLURM, "cluster.partition=nowhere")
+    assert done.returncode == 1
+    assert "SLURM refuses the jobs: " in done.stderr
+    assert "invalid partition" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("outputs/default/slurm/*.json"))
+
+
+def test_without_slurm_a_sentence_says_so(tmp_path) -> None:
+    done = train(tmp_path, *SETTINGS, *SLURM, PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "there is no sbatch here" in done.stderr
+    assert len(done.stderr.splitlines()) <= 5
+
+
+def test_hydras_launcher_by_joblib_carries_out_a_sweep(tmp_path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = train(tmp_path, *SETTINGS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    assert [entry[0] for entry in results(tmp_path / "outputs" / "default").values()] == ["done", "done"]
+
+
+@pytest.mark.slurm
+def test_hydras_launcher_by_submitit_carries_out_a_sweep(cluster, tmp_path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    needs = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=5", "hydra.launcher.mem_gb=null")
+    done = train(tmp_path, *SETTINGS, "hydra/launcher=submitit_slurm", *needs, "seed=0,1")
+    assert done.returncode == 0, done.stderr
+    assert [entry[0] for entry in results(tmp_path / "outputs" / "default").values()] == ["done", "done"]
+
+
+def test_a_device_is_looked_for_where_the_run_will_be(make) -> None:
+    config = make("device=cuda:99")
+    preflight.check(config, here=False)
+    with pytest.raises(UserError, match="cuda:99"):
+        preflight.check(config)
+
+
+NEEDS = {
+    **dict.fromkeys(("time", "cpus", "runs_per_job", "slots", "nodes", "tasks"), 1),
+    **{"grace_seconds": 30, "gpus": 0, "memory_gb": None, "array_parallelism": None, "wait": True},
+    "cluster": {
+        **dict.fromkeys(("partition", "account", "qos", "constraint", "python")),
+        "setup": [],
+        "options": {"exclusive": True, "mail-type": "FAIL", "nice": 5},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("time", 0, "hydra.launcher.time=0 is not valid"),
+        ("grace_seconds", 60, "leaves nothing of hydra.launcher.time=1"),
+        ("wait", 1, "hydra.launcher.wait=1 is not valid"),
+        ("cluster", {**NEEDS["cluster"], "acount": "x"}, "Did you mean cluster.account=...?"),
+        ("cluster", {**NEEDS["cluster"], "setup": "module load cuda"}, "cluster.setup=module load cuda is not valid"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_a_sentence(setting, value, message) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        slurm.parse({**NEEDS, setting: value})
+
+
+def test_options_of_sbatch_may_be_words_numbers_or_flags() -> None:
+    assert slurm.parse(NEEDS).cluster.options == {"exclusive": True, "mail-type": "FAIL", "nice": "5"}
