@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from launchers.commands import LONG, SMALL, command, start, wait_for, wait_for_progress
 
 from normlab import runs
@@ -82,8 +83,9 @@ def test_a_second_interrupt_stops_at_once(tmp_path) -> None:
     assert (status["state"], status["error"]) == ("interrupted", "stopped at once")
 
 
-def test_a_closed_terminal_is_a_request_to_stop(tmp_path) -> None:
-    with start(tmp_path, "train.py", "-m", *LONG, new_session=True) as process:
+@pytest.mark.parametrize("mode", [(), ("-m",)])
+def test_a_closed_terminal_is_a_request_to_stop(tmp_path, mode) -> None:
+    with start(tmp_path, "train.py", *mode, *LONG, new_session=True) as process:
         run = wait_for_progress(tmp_path)
         os.killpg(process.pid, signal.SIGHUP)  # as a terminal does, to launcher and workers
         _, error = process.communicate(timeout=60)

@@ -26,6 +26,7 @@ def claim():
     def leave(folder: Path, age: float = 0.0, **changes) -> None:
         holder = dataclasses.asdict(dataclasses.replace(lock.Holder.myself(), **changes))
         del holder["sign_of_life"]
+        lock._held.add(holder["token"])  # as if this process held it
         path = folder / lock.CLAIM
         path.write_text(json.dumps(holder))
         touched = path.stat().st_mtime - age

@@ -46,10 +46,8 @@ _REQUEUE = [
     "case $status in",
     f"{AGAIN} | 138 | 140 | 143)",
     "    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # SLURM_JOB_ID may mean the whole array",
-    "    for try in 1 2 3 4 5; do",
-    '        scontrol requeue "$job" && echo "$(date) job $job goes back into the queue" && break',
-    "        sleep 5",
-    "    done ;;",
+    '    echo "$(date) job $job goes back into the queue"  # said before: the shell may end with the next line',
+    '    for try in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 5; done ;;',
     "esac",
     "exit $status",
 ]
