@@ -85,10 +85,9 @@ class Holder:
 
     @property
     def gone(self) -> bool:
-        if self.here and self.pid == os.getpid():
-            return self.token not in _held  # one that this process could not remove, as its disk was read-only
         if self.here:
-            return not _exists(self.pid, self.started)
+            left_over = self.pid == os.getpid() and self.token not in _held  # its disk was read-only at the end
+            return left_over or not _exists(self.pid, self.started)
         requeued = self.job and self.job == os.environ.get("SLURM_JOB_ID")
         if requeued and self.restarts < int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             return True  # SLURM starts a job again only when its processes have ended
