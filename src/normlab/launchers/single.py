@@ -40,7 +40,7 @@ def carry_out(composed: DictConfig) -> float | None:
                 f"A sweep (-m) under {processes.world} processes: torchrun and srun start the processes of one run.\n"
                 "Start the sweep with python: its launchers give every run a device. Or leave out -m."
             )
-        return _carry_out(schema.parse(settings_of(composed)), processes)
+        return train(schema.parse(settings_of(composed)), processes)
     except (UserError, OmegaConfBaseException) as error:
         if processes.rank:
             sys.exit(1)
@@ -53,7 +53,13 @@ def carry_out(composed: DictConfig) -> float | None:
         raise
 
 
-def _carry_out(config: schema.RunConfig, processes: Processes | None = None) -> float | None:
+def train(config: schema.RunConfig, processes: Processes | None = None) -> float | None:
+    """Train a run in this process and the others of `processes`, or say that it is finished; returns its result.
+
+    Raises:
+        UserError: for a run that fails.
+        InterruptedRunError: when asked to stop.
+    """
     processes = processes or find()
     run = runs.Run(config.as_dict())
     finished = run.over

@@ -84,7 +84,7 @@ def _carry_out(share: Sequence[dict[str, Any]], slots: int) -> bool:
 def _fails(config: schema.RunConfig) -> bool:
     """Train a run in all processes of this job together, if it is not finished; returns whether it failed."""
     try:
-        single._carry_out(config)
+        single.train(config)
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return True
