@@ -46,7 +46,7 @@ def test_digits(settings: Settings) -> None:
 
 def test_a_folder(settings: Settings, image_folder: Folder) -> None:
     found = check(settings("image_folder", path=str(image_folder())), Path("absent"))
-    assert found == Inventory(train_images=10, classes=2, image_size=8)
+    assert found == Inventory(train_images=10, test_images=10, classes=2, image_size=8)
 
 
 def test_train_images_are_those_left_after_validation_and_subset(settings: Settings) -> None:
