@@ -3,7 +3,6 @@
 (No __init__.py beside it: hydra_plugins is a namespace package that several distributions share.)
 """
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +27,11 @@ class RunLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from normlab.launchers import sweep
+        from normlab.training.processes import find
 
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if find().world > 1:
             raise HydraException(
-                "A sweep (-m) starts processes of its own, and torchrun has started several already.\n"
+                "A sweep (-m) starts processes of its own, and torchrun or srun has started several already.\n"
                 "Start one run with torchrun, or the sweep without it; hydra/launcher=slurm can do both."
             )
         values = self.carry_out(sweep.read(self.hydra_context, self.config, job_overrides, here=self.here))

@@ -23,14 +23,14 @@ from normlab import runs
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
 from normlab.errors import UserError
-from normlab.launchers.pool import begin, slots_for
-from normlab.launchers.sweep import DONE, FAILED, STATES, Job, Sweep
+from normlab.launchers.pool import Slot, begin, slots_for
+from normlab.launchers.sweep import DONE, FAILED, RUNNING, STATES, TO_RESUME, Job, Sweep, weight
 from normlab.progress import span
 
 SAMPLE = 200  # other finished runs of the study that are looked at
 WIDE = 160  # columns, where no terminal has fewer
 LISTED = 200  # runs that are listed one by one
-STYLES = {DONE: "green", "failed before": "red", "to resume": "yellow", "running elsewhere": "cyan"}
+STYLES = {DONE: "green", FAILED: "red", TO_RESUME: "yellow", RUNNING: "cyan"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDE)
-    number = len(slots_for(sweep.jobs, slots, per_gpu)) if sweep.jobs else 0
-    costs = _costs(sweep, calibrate_seconds, console)
+    places = slots_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
+    number = len(places)
+    costs = _costs(sweep, places, calibrate_seconds, console)
     states = {job.run.name: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, DONE)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("run", overflow="fold")
@@ -97,11 +98,6 @@ def _like(config: schema.RunConfig) -> tuple[Hashable, Hashable]:
     return (*network, *detail), network
 
 
-def _unit(config: schema.RunConfig) -> float:
-    """How a launcher weighs an image of one run against one of another."""
-    return (1 + 16 / config.batch) * (config.depth or 18)
-
-
 class _Seen:
     """Seconds per image and epoch, and memory, of runs that were timed; by what decides them."""
 
@@ -114,13 +110,13 @@ class _Seen:
         for key in _like(config):
             self.rates[key].append(rate)
             self.memory[key].append(memory)
-        self.rates[None].append(rate / _unit(config))  # for runs that none of these is like
+        self.rates[None].append(rate / weight(config))  # for runs that none of these is like
         self.memory[None].append(memory)
 
     def cost(self, job: Job) -> Cost:
         detail, network = _like(job.config)
         key = next(key for key in (detail, network, None) if key in self.rates)
-        rate = statistics.median(self.rates[key]) * (_unit(job.config) if key is None else 1.0)
+        rate = statistics.median(self.rates[key]) * (weight(job.config) if key is None else 1.0)
         left = 1.0
         with contextlib.suppress(UserError):
             status = runs.read_status(job.run.folder) or {}
@@ -133,7 +129,7 @@ class _Seen:
         return Cost(rate * job.config.epochs * job.data.train_images * left, max(self.memory[key]), source)
 
 
-def _costs(sweep: Sweep, calibrate_seconds: float, console: Console) -> dict[str, Cost]:
+def _costs(sweep: Sweep, places: Sequence[Slot], calibrate_seconds: float, console: Console) -> dict[str, Cost]:
     """By name of each run that is left; empty if there is nothing to go by."""
     seen = _Seen()
     for config, data, status in _done(sweep):
@@ -146,7 +142,7 @@ def _costs(sweep: Sweep, calibrate_seconds: float, console: Console) -> dict[str
         examples = [jobs[0] for jobs in sorted(unknown.values(), key=len, reverse=True)]
         kinds = f"{len(examples)} kinds of runs" if len(examples) > 1 else "one kind of run"
         console.print(f"Trying a few steps of {kinds}, for {span(calibrate_seconds)} at most ...")
-        for job, seconds, memory in _calibrate(examples, calibrate_seconds):
+        for job, seconds, memory in _calibrate(examples, places[0], calibrate_seconds):
             seen.add(job.config, seconds / job.data.train_images, memory)
             seen.tried.add(_like(job.config)[0])
     return {job.run.name: seen.cost(job) for job in sweep.jobs} if seen.rates else {}
@@ -166,19 +162,17 @@ def _done(sweep: Sweep) -> Iterator[tuple[schema.RunConfig, Inventory, dict[str,
                 yield config, inventory.check(config.dataset, Path(config.data_dir)), status
 
 
-def _calibrate(jobs: Sequence[Job], limit_seconds: float) -> Iterator[tuple[Job, float, float]]:
+def _calibrate(jobs: Sequence[Job], slot: Slot, limit_seconds: float) -> Iterator[tuple[Job, float, float]]:
     """Each job with the seconds of one epoch and its memory, for as many as fit into the time."""
     begun = time.monotonic()
-    slot = slots_for(jobs, 1, 1)[0]
-    threads = max(1, slot.threads // max(1, len(slots_for(jobs, None, 1))))
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=begin, initargs=(threads,)) as executor:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=begin, initargs=(slot.threads,)) as executor:
         for job in jobs:
             left = limit_seconds - (time.monotonic() - begun)
             if left <= 0:
                 break
             settings = dataclasses.asdict(job.data)
-            future = executor.submit(_try, job.config.as_dict(), settings, slot.device, threads, left)
+            future = executor.submit(_try, job.config.as_dict(), settings, slot.device, slot.threads, left)
             try:
                 seconds, memory = future.result()
             except BrokenProcessPool:  # out of memory, say

@@ -17,6 +17,11 @@ NEW, DONE, TO_RESUME, RUNNING, FAILED = "new", "done", "to resume", "running els
 STATES = (NEW, TO_RESUME, FAILED, RUNNING, DONE)
 
 
+def weight(config: schema.RunConfig) -> float:
+    """Estimated cost of a trained image, in arbitrary units: it has a part in each step that no batch size saves."""
+    return (1 + 16 / config.batch) * (config.depth or 18)
+
+
 @dataclass(frozen=True)
 class Job:
     """A run that is left to do. `state`: one of `STATES` but `DONE`, as it was when the sweep was read."""
@@ -28,9 +33,8 @@ class Job:
 
     @property
     def work(self) -> float:
-        """Estimated cost in arbitrary units: images, and a part of each step that no batch size saves."""
-        config = self.config
-        return config.epochs * self.data.train_images * (1 + 16 / config.batch) * (config.depth or 18)
+        """Estimated cost of the run, in arbitrary units."""
+        return self.config.epochs * self.data.train_images * weight(self.config)
 
 
 @dataclass(frozen=True)
