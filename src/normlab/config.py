@@ -6,7 +6,7 @@ or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and wh
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -583,14 +583,14 @@ def parse(composed: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(composed)
     except ValidationError as error:
-        raise UserError(_sentence(error.errors()[0], composed)) from None
+        raise UserError(sentence(error.errors()[0], composed)) from None
 
 
 def _checked(kind: Any, option: str, value: Any) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise wrong(_sentence({**error.errors()[0], "loc": ("norm", option)}, {})) from None
+        raise wrong(sentence({**error.errors()[0], "loc": ("norm", option)}, {})) from None
 
 
 _EXPECTED = {
@@ -604,8 +604,8 @@ _EXPECTED = {
 }
 
 
-def _sentence(error: ErrorDetails, composed: Mapping[str, Any]) -> str:
-    """One pydantic error as a message for the user, at most five lines."""
+def sentence(error: ErrorDetails, composed: Mapping[str, Any], known: Iterable[str] | None = None) -> str:
+    """One pydantic error as a message for the user, at most five lines. `known`: what there is by dotted path."""
     path = ".".join(str(p) for p in _dotted(error["loc"], composed))
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
     shown = f"{path}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
@@ -614,7 +614,7 @@ def _sentence(error: ErrorDetails, composed: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"The setting {path} is missing.\nGive it a value: {path}=..."
     if kind == "extra_forbidden":
-        close = nearest(path, RunConfig.model_fields)
+        close = nearest(path, known or RunConfig.model_fields)
         return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
     if kind == "union_tag_invalid":
         key = context["discriminator"].strip("'")

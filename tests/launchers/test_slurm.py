@@ -316,7 +316,7 @@ NEEDS = {
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("time", 0, "hydra.launcher.time=0 is not valid"),
+        ("time", 0, "hydra.launcher.time=0 is out of range: expected 1 or more. Nearest valid: hydra.launcher.time=1."),
         ("grace_seconds", 60, "leaves nothing of hydra.launcher.time=1"),
         ("wait", 1, "hydra.launcher.wait=1 is not valid"),
         ("cluster", {**NEEDS["cluster"], "acount": "x"}, "Did you mean cluster.account=...?"),

@@ -25,8 +25,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_validator
 
 from normlab import runs
-from normlab.config import Count, Positive, Whole, wrong
-from normlab.errors import UserError, nearest
+from normlab.config import Count, Positive, Whole, sentence, wrong
+from normlab.errors import UserError
 from normlab.launchers.sweep import Job, Sweep
 from normlab.progress import Display, one_line, outcome, span
 from normlab.runs import files
@@ -109,18 +109,13 @@ def parse(settings: Mapping[str, Any]) -> Needs:
         return Needs.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"] if part not in ("bool", "str"))
-        shown = path if path.startswith("cluster") else f"hydra.launcher.{path}"
-        if first["type"] == "sentence":
-            text = first["msg"]
-        elif first["type"] == "missing":
-            text = f"The setting {shown} is missing.\nGive it a value: {shown}=..."
-        elif first["type"] == "extra_forbidden":
-            close = nearest(path, [*(f"cluster.{name}" for name in Cluster.model_fields), *Needs.model_fields])
-            text = f"{shown}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
-        else:
-            text = f"{shown}={first['input']} is not valid: {first['msg'][0].lower()}{first['msg'][1:]}."
-        raise UserError(text) from None
+        place = () if first["loc"][:1] == ("cluster",) else ("hydra", "launcher")
+        path = (*place, *(part for part in first["loc"] if part not in ("bool", "str")))  # not the parts of a union
+        known = [
+            *(f"cluster.{name}" for name in Cluster.model_fields),
+            *(f"hydra.launcher.{name}" for name in Needs.model_fields),
+        ]
+        raise UserError(sentence({**first, "loc": path}, {}, known)) from None
 
 
 def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
