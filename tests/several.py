@@ -20,12 +20,12 @@ from torch import nn
 from normlab import models
 from normlab.config import RunConfig
 from normlab.errors import InterruptedRunError
-from normlab.training import distributed, loop
+from normlab.training import distributed, engines
 from normlab.training.distributed import ALONE, Alone
 from normlab.training.processes import find
 from normlab.training.run import carry_out
 
-build, set_learning_rate = models.build, loop.set_learning_rate
+build, set_learning_rate = models.build, engines.set_learning_rate
 
 
 def build_double(*arguments: Any, **options: Any) -> nn.Module:
@@ -44,7 +44,7 @@ def before_step(number: int | None, act: Any) -> Iterator[None]:
             act()
         set_learning_rate(*arguments)
 
-    with mock.patch.object(loop, "set_learning_rate", hooked):
+    with mock.patch.object(engines, "set_learning_rate", hooked):
         yield
 
 

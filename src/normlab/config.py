@@ -464,6 +464,8 @@ class RunConfig(_Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     deterministic: StrictBool
+    engine: Literal["auto", "eager", "graph", "compile"]
+    memory_format: Literal["auto", "contiguous", "channels_last"]
     threads: Count | None
     checkpoint_seconds: NonNegative | None
     save_weights: StrictBool

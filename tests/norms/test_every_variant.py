@@ -15,7 +15,7 @@ from normlab.config import RunConfig
 from normlab.errors import InterruptedRunError, UserError
 from normlab.models.build import variant
 from normlab.norms import BatchStatistics, Steps, rewrite, trace
-from normlab.training import loop
+from normlab.training import engines, loop
 from normlab.training.gradients import build_transform
 from normlab.training.optimizers import build_optimizer
 from normlab.training.run import carry_out
@@ -197,8 +197,8 @@ def test_an_interrupted_run_ends_bit_identical(make, norm, monkeypatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         set_learning_rate(*arguments)  # type: ignore[arg-type]
 
-    set_learning_rate = loop.set_learning_rate
-    monkeypatch.setattr(loop, "set_learning_rate", counted)
+    set_learning_rate = engines.set_learning_rate
+    monkeypatch.setattr(engines, "set_learning_rate", counted)
     with pytest.raises(InterruptedRunError):
         carry_out(config)
     parts = carry_out(config)

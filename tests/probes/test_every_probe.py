@@ -17,7 +17,7 @@ from normlab.config import RunConfig
 from normlab.errors import InterruptedRunError, UserError
 from normlab.norms import Steps, find_sites
 from normlab.probes import Moment, Probes, Subject
-from normlab.training import loop
+from normlab.training import engines, loop
 from normlab.training.gradients import build_transform
 from normlab.training.optimizers import build_optimizer
 from normlab.training.run import carry_out
@@ -107,7 +107,7 @@ def test_all_probes_together_change_nothing_whatever_the_settings(tiny, setting)
     assert {row["layer"] for row in measured(probed)["activations"]} == {"body.1", "body.4"}
 
 
-set_learning_rate, evaluate = loop.set_learning_rate, Moment._evaluate
+set_learning_rate, evaluate = engines.set_learning_rate, Moment._evaluate
 
 
 def interrupted(monkeypatch, config: RunConfig, target: object, original: Any, calls: int) -> None:

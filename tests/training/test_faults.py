@@ -24,13 +24,13 @@ import torch
 from normlab import runs
 from normlab.config import RunConfig
 from normlab.errors import UserError
-from normlab.training import checkpoint, loop
+from normlab.training import checkpoint, engines
 from normlab.training.run import carry_out
 
 ROOT = Path(__file__).parents[2]
 SPEED = ("wall_seconds", "images_per_second")  # what depends on the machine, and not on the run
 RECORD = {"config.yaml", "metrics.jsonl", "probes", "provenance.json", "run.log", "status.json"}
-set_learning_rate = loop.set_learning_rate
+set_learning_rate = engines.set_learning_rate
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def at_step(monkeypatch) -> Callable[..., None]:
     def plan(step: int, do: Callable[[], object]) -> None:
         planned[taken + step] = do
 
-    monkeypatch.setattr(loop, "set_learning_rate", counting)
+    monkeypatch.setattr(engines, "set_learning_rate", counting)
     return plan
 
 

@@ -77,14 +77,14 @@ def test_a_record_has_losses_and_no_accuracies(make) -> None:
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(make, monkeypatch) -> None:
     from normlab.errors import InterruptedRunError
-    from normlab.training import loop
+    from normlab.training import engines
     from normlab.training.interrupt import StopRequest
 
     settings = (*SMALL, *DESCENT, "norm=bn", "batch=250")
     uninterrupted = carry_out(make(*settings))
     interrupted = make(*settings, "study=other")
     stop, taken = StopRequest(), []
-    original = loop.set_learning_rate
+    original = engines.set_learning_rate
 
     def count(*arguments) -> None:
         taken.append(None)
@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(make, monkeypatch) -> None:
             stop.requested = "the test"
         original(*arguments)
 
-    monkeypatch.setattr(loop, "set_learning_rate", count)
+    monkeypatch.setattr(engines, "set_learning_rate", count)
     with pytest.raises(InterruptedRunError):
         carry_out(interrupted, stop=stop)
     assert len(taken) == 6

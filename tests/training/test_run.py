@@ -16,7 +16,7 @@ from normlab import runs
 from normlab.config import RunConfig
 from normlab.data.batches import Split
 from normlab.errors import InterruptedRunError, RunBusyError, UserError
-from normlab.training import checkpoint, loop, tasks
+from normlab.training import checkpoint, engines, loop, tasks
 from normlab.training import run as training
 from normlab.training.run import carry_out
 
@@ -47,13 +47,13 @@ class Steps:
         set_learning_rate(*arguments, **options)
 
 
-set_learning_rate = loop.set_learning_rate
+set_learning_rate = engines.set_learning_rate
 
 
 @pytest.fixture
 def steps_taken(monkeypatch) -> Steps:
     steps = Steps()
-    monkeypatch.setattr(loop, "set_learning_rate", steps)
+    monkeypatch.setattr(engines, "set_learning_rate", steps)
     return steps
 
 
@@ -338,7 +338,7 @@ def test_a_checkpoint_of_other_parameter_groups_is_a_sentence(tiny, interrupted,
     """What an older version of ours may have left."""
     original = training.build_optimizer
 
-    def in_one_group(config, network):
+    def in_one_group(config, network, **_):
         optimizer = original(config, network)
         return torch.optim.SGD([p for group in optimizer.param_groups for p in group["params"]], lr=0.1)
 
@@ -376,8 +376,10 @@ def test_divergence_is_a_result_with_its_step(tiny) -> None:
 
 
 def test_what_the_last_step_of_an_epoch_breaks_is_divergence_too(tiny, monkeypatch) -> None:
-    original = loop.learning_rate
-    monkeypatch.setattr(loop, "learning_rate", lambda c, step, n: float("inf") if step == 5 else original(c, step, n))
+    original = engines.learning_rate
+    monkeypatch.setattr(
+        engines, "learning_rate", lambda c, step, n: float("inf") if step == 5 else original(c, step, n)
+    )
     status = carry_out(tiny())
     assert (status["state"], status["diverged_step"]) == ("diverged", 6)
     assert [row["epoch"] for row in rows(tiny())] == [1]

@@ -1,7 +1,8 @@
 """One split of a data set as batches: order, augmentation and normalisation, all keyed and in bulk."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +92,28 @@ def centre(images: Tensor, cut: int) -> Tensor:
     return images[..., first : first + height - cut, first : first + width - cut]
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of images in memory goes through, image by image; on the device.
+
+    Attributes:
+        positions: of the images in their split; int64 (images,).
+        labels: of these images, (images,) or (images, features).
+        draws: of their augmentation, int64 (images, 3); None where they are left as they are.
+    """
+
+    positions: Tensor
+    labels: Tensor
+    draws: Tensor | None
+
+    def copy_(self, other: "Epoch") -> None:
+        """Become `other`, another epoch of the same split, in place."""
+        self.positions.copy_(other.positions)
+        self.labels.copy_(other.labels)
+        if self.draws is not None and other.draws is not None:
+            self.draws.copy_(other.draws)
+
+
 class Split:
     """Some rows of a source, as batches of float32 (B, 3, H, W) images and int64 (B,) labels on the device.
 
@@ -139,10 +162,11 @@ class Split:
         self._source, self._normalise = source, normalisation
         self._augment, self._cut = augmentation, cut
         self._ready: Tensor | None = None
-        if isinstance(source, Resident) and not augmentation:
+        if isinstance(source, Resident):
+            self._places = rows.to(device)
             images = centre(source.images, cut)
-            small = 4 * len(rows) * images[0].numel() <= READY_BYTES
-            self._ready = normalisation(images[rows.to(device)]) if small else None
+            if not augmentation and 4 * len(rows) * images[0].numel() <= READY_BYTES:
+                self._ready = normalisation(images[self._places])
 
     def __len__(self) -> int:
         """Images."""
@@ -180,13 +204,28 @@ class Split:
         mine = slice(start * self.batch + self.rank, None, self.processes)
         if epoch is None:
             return self._read(torch.arange(len(self))[mine], self.share, None, None)
-        order, draws = self._order("order", epoch), None
-        if self._augment:
-            # An image has its draw wherever it comes. If it can come twice, a place has, and the image looks new
-            # (but for the random resized crop of a streamed one, which is the image's own throughout an epoch).
-            count, whose = (len(order), slice(None)) if self.images_per_label else (len(self), order)
-            draws = self._augment.draw(count, stream(self.seed, "augment", epoch))[whose][mine]
-        return self._read(order[mine], self.share, epoch, draws)
+        order, draws = self._drawn(epoch)
+        return self._read(order[mine], self.share, epoch, None if draws is None else draws[mine])
+
+    @property
+    def resident(self) -> bool:
+        """Whether its images are in memory, on the device."""
+        return isinstance(self._source, Resident)
+
+    def epoch(self, number: int) -> Epoch:
+        """What `batches(number)` goes through; for images in memory and a single process."""
+        order, draws = self._drawn(number)
+        return self._epoch(order, draws)
+
+    def gather(self, positions: Tensor, draws: Tensor | None) -> Tensor:
+        """The images at `positions` (int64, (B,), on the device), augmented by their `draws` and normalised.
+
+        For images in memory; nothing waits for the device."""
+        if self._ready is not None:
+            return self._ready.index_select(0, positions)
+        assert isinstance(self._source, Resident)
+        pixels = self._source.images.index_select(0, self._places.index_select(0, positions))
+        return self._normalise(self._augmented(pixels, draws))
 
     def plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The images at positions `order` (int64, (n,)) of the split, in batches, not augmented; for every process."""
@@ -204,20 +243,37 @@ class Split:
             return paired(self.labels, self.images, self.images_per_label, generator)
         return torch.randperm(len(self), generator=generator)[: self.images]
 
+    def _drawn(self, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """The positions that an epoch goes through, and the draws of augmentation there."""
+        order = self._order("order", epoch)
+        if not self._augment:
+            return order, None
+        # An image has its draw wherever it comes. If it can come twice, a place has, and the image looks new
+        # (but for the random resized crop of a streamed one, which is the image's own throughout an epoch).
+        count, whose = (len(order), slice(None)) if self.images_per_label else (len(self), order)
+        return order, self._augment.draw(count, stream(self.seed, "augment", epoch))[whose]
+
+    def _augmented(self, pixels: Tensor, draws: Tensor | None) -> Tensor:
+        if self._augment and draws is not None:
+            return self._augment(pixels, draws)
+        return centre(pixels, self._cut)
+
+    def _epoch(self, order: Tensor, draws: Tensor | None) -> Epoch:
+        labels = self.labels[order].to(self.device)
+        return Epoch(order.to(self.device), labels, None if draws is None else draws.to(self.device))
+
     def _read(
         self, order: Tensor, batch: int, epoch: int | None, draws: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(order):
             return
         # Whatever belongs to single images is put into order once, so that a batch is but a slice of it.
-        labels = self.labels[order].to(self.device).split(batch)
-        if self._ready is not None:
-            for part, targets in zip(order.to(self.device).split(batch), labels, strict=True):
-                yield self._ready.index_select(0, part), targets
+        each = self._epoch(order, draws)
+        drawn: Iterable[Tensor | None] = itertools.repeat(None) if each.draws is None else each.draws.split(batch)
+        if isinstance(self._source, Resident):
+            for part, labels, draw in zip(each.positions.split(batch), each.labels.split(batch), drawn, strict=False):
+                yield self.gather(part, draw), labels
             return
-        pixels = self._source.read(self.rows[order], batch, epoch)
-        if self._augment and draws is not None:
-            pixels = map(self._augment, pixels, draws.to(self.device).split(batch))
-        else:
-            pixels = (centre(images, self._cut) for images in pixels)
-        yield from zip(map(self._normalise, pixels), labels, strict=True)
+        files = self._source.read(self.rows[order], batch, epoch)
+        for pixels, labels, draw in zip(files, each.labels.split(batch), drawn, strict=False):
+            yield self._normalise(self._augmented(pixels, draw)), labels

@@ -9,7 +9,16 @@ from typing import Any
 CARRIED_OUT = frozenset(
     {
         *("study", "experiment", "budget"),
-        *("device", "threads", "checkpoint_seconds", "save_weights", "output_dir", "data_dir"),
+        *(
+            "device",
+            "engine",
+            "memory_format",
+            "threads",
+            "checkpoint_seconds",
+            "save_weights",
+            "output_dir",
+            "data_dir",
+        ),
     }
 )
 DATASET_CARRIED_OUT = frozenset({"path", "workers"})
@@ -60,7 +69,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it would be recorded today: with the settings that came after it was written."""
-    full = {"experiment": None, "budget": None, **config}
+    full = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto", **config}
     for path, unchanged in LATER.items():
         group, _, key = path.rpartition(".")
         if not group:

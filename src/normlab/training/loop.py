@@ -1,30 +1,30 @@
-"""The training loop: one step is one screen."""
+"""The course of a run: epochs of steps, with what happens between them."""
 
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from normlab.config import RunConfig
 from normlab.data.batches import Split
 from normlab.data.load import Data
 from normlab.errors import InterruptedRunError
-from normlab.norms import Steps, apart, batch_statistics, precise_statistics
+from normlab.norms import apart, batch_statistics, precise_statistics
 from normlab.probes import Moment, Probes
 from normlab.streams import key
 from normlab.training.device import autocast
 from normlab.training.distributed import ALONE, Alone, Looks
+from normlab.training.engines import Engine, Position
 from normlab.training.interrupt import StopRequest
-from normlab.training.optimizers import learning_rate, set_learning_rate
-from normlab.training.tasks import Task, task_of
+from normlab.training.optimizers import learning_rate
+from normlab.training.step import Step
+from normlab.training.tasks import Task
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, divergence, checkpoint
@@ -38,30 +38,14 @@ class DivergedError(Exception):
         self.step = step
 
 
-@dataclass
-class Position:
-    """Where a run stands; with the states of network, optimizer and scaler, all that a resume needs."""
-
-    epoch: int  # epochs that are complete and evaluated
-    batch: int  # batches done of the one under way
-    losses: Tensor  # (steps,) float32 on the device: loss of each batch of the epoch
-    hits: Tensor  # (steps,) int64 on the device: images classified correctly
-    wall_seconds: float  # of the run so far, over all its processes
-    train_seconds: float  # spent on training since the last evaluation
-    train_images: int  # images trained on since the last evaluation
-
-
 def train(
     config: RunConfig,
-    network: nn.Module,
     data: Data,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    step: Step,
+    engine: Engine,
     at: Position,
     stop: StopRequest,
     *,
-    averaged: AveragedModel | None = None,
-    transform: Callable[[], None] | None = None,
     probes: Probes | None = None,
     team: Alone = ALONE,
     beat: Callable[[Position], None],
@@ -70,9 +54,7 @@ def train(
 ) -> None:
     """Train from `at` to the end. `beat`, `checkpoint` and `record` write down progress, state and metrics.
 
-    The processes of a `team` make every step together, each with its share of the batch.
-
-    `averaged` follows the network and is evaluated in its place; `transform` changes gradients before each update;
+    The processes of a `team` make every step together, each with its share of the batch. `engine` carries out `step`;
     `probes` look on.
 
     Raises:
@@ -83,21 +65,19 @@ def train(
     # The global generator of this device alone: torch.manual_seed would seed every backend, at 0.1 ms a step.
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
     steps = data.train.steps
-    layers, task = Steps(network), task_of(data.task, config.label_smoothing)
     others = ("process", team.rank) if team.rank else ()
-    parallel = team.parallel(network)
     settled = at.batch  # up to here the losses and hits of the epoch are those of all processes
 
-    def seed(step: int) -> None:  # for dropout and the like: the same after a resume, and in a probe
-        generator.manual_seed(key(config.seed, "step", step, *others))
+    def seed(number: int) -> None:  # for dropout and the like: the same after a resume, and in a probe
+        generator.manual_seed(key(config.seed, "step", number, *others))
 
     moment = partial(
         Moment,
-        network=network,
-        optimizer=optimizer,
-        scaler=scaler,
-        transform=transform,
-        loss=task.loss,
+        network=step.network,
+        optimizer=step.optimizer,
+        scaler=step.scaler,
+        transform=step.transform,
+        loss=step.task.loss,
         within=partial(autocast, config, device),
         seed=seed,
         pulse=partial(next, _watched(itertools.repeat(None), Looks(), stop, lambda: beat(at))),
@@ -117,44 +97,26 @@ def train(
     last_beat, last_checkpoint = -math.inf, time.monotonic()
 
     for epoch in range(at.epoch, config.epochs):
-        network.train()
+        step.network.train()
         looks = team.looks(pause_seconds)
         clock = time.monotonic()
-        for images, labels in data.train.batches(epoch, start=at.batch):
-            step = epoch * steps + at.batch
-            lr = learning_rate(config, step, steps)
-            set_learning_rate(optimizer, lr)
-            seed(step)
-            layers.begin(step, config.epochs * steps)
-
-            optimizer.zero_grad(set_to_none=True)
-            if probes and probes.due(step):
+        engine.begin(epoch)
+        for number in range(epoch * steps + at.batch, (epoch + 1) * steps):
+            seed(number)
+            step.layers.begin(number, config.epochs * steps)
+            if probes and probes.due(number):
                 settle(epoch * steps)
                 begun = time.monotonic()
+                step.optimizer.zero_grad(set_to_none=True)
                 try:
-                    probes.measure(moment(step, lr, images, labels))
+                    probes.measure(moment(number, learning_rate(config, number, steps), *engine.upcoming()))
                 except InterruptedRunError:  # a resume begins with this measurement
                     at.wall_seconds, at.train_seconds = time.monotonic() - started, at.train_seconds + begun - clock
                     checkpoint(at)
                     raise
                 clock += time.monotonic() - begun  # no training
 
-            with autocast(config, device):
-                outputs = parallel(images)
-                loss = task.share(task.loss(outputs, labels), len(labels), data.train.images_of(at.batch))
-            scaler.scale(loss).backward()
-            if transform:
-                scaler.unscale_(optimizer)
-                transform()
-            scaler.step(optimizer)
-            scaler.update()
-            layers.end()
-            if averaged:
-                averaged.update_parameters(network)
-
-            # Kept on the device: reading them here would make every step wait for the GPU (as fp16's scaler does).
-            at.losses[at.batch] = loss.detach()
-            at.hits[at.batch] = task.hits(outputs, labels)
+            clock += engine.step()
             at.train_images += data.train.images_of(at.batch)
             at.batch += 1
 
@@ -174,13 +136,14 @@ def train(
                 last_beat = time.monotonic()
 
         settle(epoch * steps)
-        _check_parameters(network, (epoch + 1) * steps)
+        _check_parameters(step.network, (epoch + 1) * steps)
         at.train_seconds += time.monotonic() - clock
         at.wall_seconds = time.monotonic() - started
         last = epoch + 1 == config.epochs
         if last or (epoch + 1) % config.eval_every == 0:
-            evaluated = averaged.module if averaged else network
-            row = _row(config, task, evaluated, data, at, epoch, team, stop, lambda: checkpoint(at), lambda: beat(at))
+            evaluated = step.averaged.module if step.averaged else step.network
+            save, pulse = partial(checkpoint, at), partial(beat, at)
+            row = _row(config, step.task, evaluated, data, at, epoch, team, stop, save, pulse)
             at.wall_seconds = time.monotonic() - started
             record({**row, "wall_seconds": at.wall_seconds})
             at.train_seconds, at.train_images = 0.0, 0

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normlab.config import SGD, Adam, Cosine, OptimizerConfig, Polynomial, RunConfig, Step
 from normlab.norms import parameter_roles
@@ -19,21 +19,45 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     return [{"params": params, "role": role, "lr_divisor": divisor} for (role, divisor), params in groups.items()]
 
 
-def build_optimizer(config: OptimizerConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of a run. Weights decay; biases, shifts and scales only with `decay_norm_and_bias`."""
+def build_optimizer(config: OptimizerConfig, network: nn.Module, *, for_graph: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of a run. Weights decay; biases, shifts and scales only with `decay_norm_and_bias`.
+
+    An update is one operation for all parameters where PyTorch has one (SGD and Adam). `for_graph`: learning rates
+    are scalars on the parameters' device, and no step needs the host.
+    """
     groups = parameter_groups(network)
     for group in groups:
         decays = group["role"] == "weight" or config.decay_norm_and_bias
         group["weight_decay"] = config.weight_decay if decays else 0.0
+    device = next(network.parameters()).device
+    on_gpu = for_graph and device.type == "cuda"  # the only ones that may be told that they will be captured
     if isinstance(config, SGD):
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            groups, config.lr, config.momentum, nesterov=config.nesterov, fused=True
+        )
     elif isinstance(config, Adam):
         kind = torch.optim.AdamW if config.decoupled else torch.optim.Adam
-        optimizer = kind(groups, config.lr, (config.betas[0], config.betas[1]), config.eps)
+        betas = (config.betas[0], config.betas[1])
+        optimizer = kind(groups, config.lr, betas, config.eps, fused=True, capturable=on_gpu)
     else:
-        optimizer = torch.optim.RMSprop(groups, config.lr, config.alpha, config.eps, momentum=config.momentum)
+        optimizer = torch.optim.RMSprop(
+            groups, config.lr, config.alpha, config.eps, momentum=config.momentum, capturable=on_gpu
+        )
+    if for_graph:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(config.lr, device=device)
     set_learning_rate(optimizer, config.lr)
     return optimizer
+
+
+def resume(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give `optimizer` the state of another one, `saved` by state_dict, which may have been on another device.
+
+    Raises:
+        ValueError: if it had other parameters.
+    """
+    groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    optimizer.load_state_dict({**saved, "param_groups": [{**own, "params": other["params"]} for own, other in groups]})
 
 
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
@@ -65,4 +89,7 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """To each group its share of `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr / group["lr_divisor"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr / group["lr_divisor"])
+        else:
+            group["lr"] = lr / group["lr_divisor"]

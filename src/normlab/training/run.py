@@ -14,21 +14,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from normlab import models, runs
 from normlab.config import RunConfig
 from normlab.data.load import Data, load
 from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
-from normlab.norms import apart, find_sites
+from normlab.norms import Steps, apart, find_sites
 from normlab.probes import Probes, Subject
 from normlab.runs import files
-from normlab.training import checkpoint, device, sharing
+from normlab.training import checkpoint, device, engines, sharing
+from normlab.training.average import Average
 from normlab.training.distributed import ALONE, Alone
+from normlab.training.engines import Position
 from normlab.training.gradients import build_transform
 from normlab.training.interrupt import StopRequest
-from normlab.training.loop import DivergedError, Position, train
-from normlab.training.optimizers import build_optimizer
+from normlab.training.loop import DivergedError, train
+from normlab.training.optimizers import build_optimizer, resume
+from normlab.training.step import Step
+from normlab.training.tasks import task_of
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory")  # what PyTorch's allocator of the CPU says
 Watch = Callable[[Mapping[str, Any]], None]
@@ -186,10 +189,8 @@ def _train(
                 " norm_batch."
             ) from error
     team.equalise(network)
-    averaged = None
-    if config.weight_average is not None:
-        averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.weight_average))
-    optimizer = build_optimizer(config.optimizer, network)
+    averaged = None if config.weight_average is None else Average(network, config.weight_average)
+    optimizer = build_optimizer(config.optimizer, network, for_graph=engines.may_capture(config, where))
     transform = build_transform(config.optimizer, network)
     scaler = torch.amp.GradScaler(where.type, enabled=config.precision == "fp16")
     total = config.epochs * data.train.steps
@@ -221,7 +222,7 @@ def _train(
             network.load_state_dict(saved["network"])
             if averaged:
                 averaged.load_state_dict(saved["averaged"])
-            optimizer.load_state_dict(saved["optimizer"])
+            resume(optimizer, saved["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"The network has changed since {run.name} was interrupted: {str(error).splitlines()[0]}\n"
@@ -234,6 +235,18 @@ def _train(
         at = Position(**saved["position"])
         at.losses, at.hits = at.losses.to(where), at.hits.to(where)
         log.info("going on at epoch %d, batch %d", at.epoch + 1, at.batch)
+    step = Step(
+        config,
+        where,
+        task_of(data.task, config.label_smoothing),
+        network,
+        engines.compiled(config, team.parallel(network)),
+        Steps(network),
+        optimizer,
+        scaler,
+        transform,
+        averaged,
+    )
     evaluated = at.epoch * data.train.steps
     for warning in run.keep_rows_until(evaluated, evaluated + at.batch):
         log.warning("%s", warning)
@@ -290,14 +303,11 @@ def _train(
     try:
         train(
             config,
-            network,
             data,
-            optimizer,
-            scaler,
+            step,
+            engines.build(config, data.train, step, at, team.world, log.warning),
             at,
             stop,
-            averaged=averaged,
-            transform=transform,
             probes=probes,
             team=team,
             beat=beat,
