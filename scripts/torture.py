@@ -43,7 +43,7 @@ page.
 """
 SMALL = (
     *("model=custom", "model.target=small.SmallNet", "model.name=small"),
-    *("dataset.train_size=160", "dataset.test_size=40", "device=cpu", "threads=1"),
+    *("dataset.train_size=160", "dataset.test_size=40", "device=cpu", "threads=1", "memory_format=contiguous"),
 )
 SIX = ("norm=bn,affine,none", "batch=8,16")
 SPEED = ("wall_seconds", "images_per_second")  # what depends on the machine, and not on the run

@@ -20,6 +20,7 @@ SMALL = (
     "dataset.test_size=40",
     "epochs=2",
     "device=cpu",
+    "memory_format=contiguous",
     "threads=1",
 )
 LONG = (*SMALL, "epochs=2000", "batch=8")

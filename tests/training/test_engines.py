@@ -67,7 +67,7 @@ def test_every_norm_trains_bit_identically_captured(tiny, norm: str, replays) ->
         ("weight_average=0.9",),
         ("dataset.flip=true", "dataset.crop_padding=1", "label_smoothing=0.1"),
         ("sampler=paired", "sampler.images_per_label=4"),
-        ("drop_last=true", "batch=32"),
+        ("drop_last=true", "batch=24"),
         ("precision=bf16",),
         ("norm=wn", "init=lsuv", "input_norm=bn"),
         ("probe=[gradients,landscape]",),
@@ -88,7 +88,7 @@ def test_rmsprop_is_captured_where_its_learning_rate_may_be_a_tensor(tiny, repla
 
     def capturable(config, train, step, *others):
         for group in step.optimizer.param_groups:
-            group["capturable"] = config.engine == "graph"
+            group["capturable"] = group["foreach"] = config.engine == "graph"
         return build(config, train, step, *others)
 
     monkeypatch.setattr(engines, "build", capturable)

@@ -180,7 +180,8 @@ class _Pool:
 
     def carry_out(self, jobs: Sequence[Job]) -> tuple[list[tuple[Job, str]], list[Job]]:
         """Train all jobs; returns those that failed, with the reason, and those that ran out of a shared memory."""
-        queue, free = deque(jobs), list(self.slots)
+        # The longest first: a short one at the end leaves fewer slots idle.
+        queue, free = deque(sorted(jobs, key=lambda job: -job.work)), list(self.slots)
         failed: list[tuple[Job, str]] = []
         crowded: list[Job] = []
         try:

@@ -1,6 +1,7 @@
 """The device of a run: choice, precision, memory, and what to write down about them."""
 
 import contextlib
+import ctypes
 import os
 import platform
 import resource
@@ -50,11 +51,34 @@ def prepare(config: RunConfig, device: torch.device, threads: int | None) -> Non
     torch.use_deterministic_algorithms(config.deterministic, warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # initialises CUDA, which the next line needs
+        torch.cuda.set_device(device)  # initialises CUDA, which memory statistics need
+    else:
+        _keep_freed_memory()
+    forget_peak_memory(device)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """What this process has done so far, a worker's earlier runs say, does not count any more."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         with contextlib.suppress(OSError):  # hardened containers forbid it
-            Path("/proc/self/clear_refs").write_text("5")  # a worker's earlier runs must not count
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc's malloc keep what a step frees for the next one.
+
+    By default it maps every large tensor anew and gives it back at once, and each mapped page costs a fault and is
+    filled with zeros by the kernel first.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library: it has no such function
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
@@ -83,11 +107,16 @@ def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
         "git": _git(),
         "command": sys.argv,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": name_of(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "data_fingerprint": data_fingerprint,
     }
+
+
+def name_of(device: torch.device) -> str:
+    """Of the GPU's or the processor's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 
 def _processor() -> str:

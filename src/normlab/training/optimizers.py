@@ -40,8 +40,9 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, *, for_graph: b
         betas = (config.betas[0], config.betas[1])
         optimizer = kind(groups, config.lr, betas, config.eps, fused=True, capturable=on_gpu)
     else:
+        momentum, foreach = config.momentum, on_gpu or None  # one by one, it would read the learning rate
         optimizer = torch.optim.RMSprop(
-            groups, config.lr, config.alpha, config.eps, momentum=config.momentum, capturable=on_gpu
+            groups, config.lr, config.alpha, config.eps, momentum=momentum, foreach=foreach, capturable=on_gpu
         )
     if for_graph:
         for group in optimizer.param_groups:

@@ -22,7 +22,7 @@ from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, 
 from normlab.norms import Steps, apart, find_sites
 from normlab.probes import Probes, Subject
 from normlab.runs import files
-from normlab.training import checkpoint, device, engines, sharing
+from normlab.training import checkpoint, choices, device, engines, sharing, taps
 from normlab.training.average import Average
 from normlab.training.distributed import ALONE, Alone
 from normlab.training.engines import Position
@@ -189,6 +189,15 @@ def _train(
                 " norm_batch."
             ) from error
     team.equalise(network)
+    asked = config.threads or kept
+    choice = team.broadcast(
+        choices.choose(config, network, data, where, asked, saved, log.info) if team.leads else None
+    )
+    assert choice
+    network = choice.apply(network)
+    if where.type == "cpu" and config.engine != "compile":
+        taps.trim(network)
+    device.forget_peak_memory(where)
     averaged = None if config.weight_average is None else Average(network, config.weight_average)
     optimizer = build_optimizer(config.optimizer, network, for_graph=engines.may_capture(config, where))
     transform = build_transform(config.optimizer, network)
@@ -252,7 +261,9 @@ def _train(
         log.warning("%s", warning)
     if team.leads:
         provenance = device.provenance(where, data.fingerprint)
-        files.write_json(run.folder / runs.PROVENANCE, provenance | {"processes": team.world})
+        files.write_json(
+            run.folder / runs.PROVENANCE, provenance | {"processes": team.world, "memory_format": choice.memory_format}
+        )
     latest: dict[str, Any] = {}
 
     def facts(at: Position) -> dict[str, Any]:
@@ -289,7 +300,8 @@ def _train(
             "scaler": scaler.state_dict(),
             "probes": probes.state_dict() if probes else {},
             "position": vars(at).copy(),
-            "threads": torch.get_num_threads(),
+            "threads": choice.threads,
+            "memory_format": choice.memory_format,
             "processes": team.world,
             "peak_memory_bytes": peak_before,
         }
