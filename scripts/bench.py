@@ -1,19 +1,24 @@
-"""Benchmarks, each against an opponent in the same run: scripts/bench NAME [OPTIONS]. Nothing else should run beside.
+"""Benchmarks, each against an opponent in the same run: scripts/bench [NAME] [OPTIONS]. Nothing else should run beside.
 
+speed          normlab, a plain PyTorch loop, Lightning and a tuned loop: images per second, memory, sweep, start
+sweep, start   that part of `speed` alone
 loop           the training loop against a bare one, in one process
 norms          a training step with every norm, over that with bn
 probes         a measurement of every probe, over a training step
 
-`scripts/bench NAME --help` has the options.
+Without a name: speed. `scripts/bench NAME --help` has the options.
 """
 
 import importlib
 import sys
 
-BENCHMARKS = {
-    "loop": "benchmarks.loop",
-    "norms": "benchmarks.norms",
-    "probes": "benchmarks.probes",
+BENCHMARKS = {  # the module, and words that go before those of the command line
+    "speed": ["benchmarks.speed"],
+    "sweep": ["benchmarks.speed", "--what", "sweep"],
+    "start": ["benchmarks.speed", "--what", "start"],
+    "loop": ["benchmarks.loop"],
+    "norms": ["benchmarks.norms"],
+    "probes": ["benchmarks.probes"],
 }
 
 
@@ -22,11 +27,12 @@ def main() -> None:
     if words[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return
-    name = words.pop(0) if words and not words[0].startswith("-") else ""
+    name = words.pop(0) if words and not words[0].startswith("-") else "speed"
     if name not in BENCHMARKS:
         sys.exit(f"{name}: there is no such benchmark. Expected one of: {', '.join(BENCHMARKS)}.")
-    sys.argv = [f"scripts/bench {name}", *words]
-    importlib.import_module(BENCHMARKS[name]).main()
+    module, *first = BENCHMARKS[name]
+    sys.argv = [f"scripts/bench {name}", *first, *words]
+    importlib.import_module(module).main()
 
 
 if __name__ == "__main__":
