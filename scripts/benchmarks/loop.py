@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from benchmarks.common import CPU, ROOT, configure, print_machine
 from normlab import config, models, runs
 from normlab.data.load import Data
-from normlab.training import device
+from normlab.norms import Steps
+from normlab.training import device, engines
+from normlab.training.engines import Position
 from normlab.training.interrupt import StopRequest
-from normlab.training.loop import Position, train
+from normlab.training.loop import train
 from normlab.training.optimizers import build_optimizer
 from normlab.training.run import carry_out, data_of
+from normlab.training.step import Step
+from normlab.training.tasks import task_of
 
 
 def ours(settings: config.RunConfig, data: Data, network: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -34,12 +38,13 @@ def ours(settings: config.RunConfig, data: Data, network: nn.Module, optimizer: 
     rows: list[dict[str, float]] = []
     steps = data.train.steps
     at = Position(0, 0, torch.zeros(steps), torch.zeros(steps, dtype=torch.int64), 0.0, 0.0, 0)
+    task, scaler = task_of(data.task, settings.label_smoothing), torch.amp.GradScaler("cpu", enabled=False)
+    step = Step(settings, CPU, task, network, network, Steps(network), optimizer, scaler)
     train(
         settings,
-        network,
         data,
-        optimizer,
-        torch.amp.GradScaler("cpu", enabled=False),
+        step,
+        engines.Eager(settings, data.train, step, at),
         at,
         StopRequest(),
         beat=lambda at: beat(run, at),

@@ -35,15 +35,17 @@ class Position:
 
 
 class Engine(Protocol):
+    capture_seconds: float  # spent so far on capturing or compiling, which is no training
+
     def begin(self, epoch: int) -> None:
         """Start the epoch, or go on with it, at the batch that the position names."""
 
     def upcoming(self) -> tuple[Tensor, Tensor]:
         """The batch that `step` will train on."""
 
-    def step(self) -> float:
-        """Train on the batch that the position names, and note its loss and hits there; the host has not waited for
-        the device. Returns the seconds that went into preparing later steps, which are no training."""
+    def step(self) -> None:
+        """Train on the batch that the position names, and note its loss and hits there, without waiting for the
+        device."""
 
 
 def build(
@@ -91,7 +93,7 @@ class Eager:
 
     def __init__(self, config: RunConfig, train: Split, step: Step, at: Position) -> None:
         self.config, self.train, self.make, self.at = config, train, step, at
-        self.epoch = 0
+        self.epoch, self.capture_seconds = 0, 0.0
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
         self._upcoming: tuple[Tensor, Tensor] | None = None
 
@@ -104,7 +106,7 @@ class Eager:
             self._upcoming = next(self._batches)
         return self._upcoming
 
-    def step(self) -> float:
+    def step(self) -> None:
         images, labels = self.upcoming()
         self._upcoming = None
         set_learning_rate(self.make.optimizer, self._rate(self.at.batch))
@@ -112,7 +114,6 @@ class Eager:
         # Kept on the device: reading them here would make every step wait for the GPU (as fp16's scaler does).
         self.at.losses[self.at.batch] = loss
         self.at.hits[self.at.batch] = hits
-        return 0.0
 
     def _rate(self, batch: int) -> float:
         steps = self.train.steps
@@ -128,15 +129,14 @@ class Compiled(Eager):
         super().__init__(config, train, step, at)
         self.made = 0
 
-    def step(self) -> float:
+    def step(self) -> None:
         begun = time.monotonic()
         super().step()
         self.made += 1
-        if self.made > self.FIRST:
-            return 0.0
-        if self.at.losses.is_cuda:
-            torch.cuda.synchronize()
-        return time.monotonic() - begun
+        if self.made <= self.FIRST:
+            if self.at.losses.is_cuda:
+                torch.cuda.synchronize()
+            self.capture_seconds += time.monotonic() - begun
 
 
 class Graphed(Eager):
@@ -168,20 +168,19 @@ class Graphed(Eager):
     def upcoming(self) -> tuple[Tensor, Tensor]:
         return self._batch(self.places[: self.train.images_of(self.at.batch)] + self.at.batch * self.train.batch)
 
-    def step(self) -> float:
+    def step(self) -> None:
         full = self.train.images_of(self.at.batch) == self.train.batch
         if full and self.state == "captured":
             self.graph.replay()
-            return 0.0
-        if full and self.state == "warming up" and self.made >= WARM_UP:
-            return self._capture()
-        self._upcoming = self.upcoming()
-        super().step()
-        self.number.add_(1)
-        self.made += 1
-        return 0.0
+        elif full and self.state == "warming up" and self.made >= WARM_UP:
+            self._capture()
+        else:
+            self._upcoming = self.upcoming()
+            super().step()
+            self.number.add_(1)
+            self.made += 1
 
-    def _capture(self) -> float:
+    def _capture(self) -> None:
         begun = time.monotonic()
         try:
             self.graph.capture(self._whole_step)
@@ -196,9 +195,10 @@ class Graphed(Eager):
                 ) from error
             self.warn(f"A step of this run cannot be captured ({why}); it goes on with engine=eager.")
             self.state = "eager"
-            return self.step()
+            self.step()
+            return
         self.state = "captured"
-        return time.monotonic() - begun
+        self.capture_seconds += time.monotonic() - begun
 
     def _whole_step(self) -> None:
         images, labels = self._batch(self.places + self.number * self.train.batch)

@@ -116,7 +116,9 @@ def train(
                     raise
                 clock += time.monotonic() - begun  # no training
 
-            clock += engine.step()
+            prepared = engine.capture_seconds
+            engine.step()
+            clock += engine.capture_seconds - prepared
             at.train_images += data.train.images_of(at.batch)
             at.batch += 1
 

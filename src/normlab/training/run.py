@@ -256,6 +256,7 @@ def _train(
         transform,
         averaged,
     )
+    engine = engines.build(config, data.train, step, at, team.world, log.warning)
     evaluated = at.epoch * data.train.steps
     for warning in run.keep_rows_until(evaluated, evaluated + at.batch):
         log.warning("%s", warning)
@@ -276,6 +277,7 @@ def _train(
             "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
             "classes": len(data.classes),
             "processes": team.world,
+            "capture_seconds": engine.capture_seconds,
             "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
             **latest,
         }
@@ -317,7 +319,7 @@ def _train(
             config,
             data,
             step,
-            engines.build(config, data.train, step, at, team.world, log.warning),
+            engine,
             at,
             stop,
             probes=probes,
