@@ -48,13 +48,13 @@ class RunLauncher(Launcher):
 class PoolLauncher(RunLauncher):
     """`hydra/launcher=pool`: see `normlab.launchers.pool`."""
 
-    def __init__(self, slots: int | None, per_gpu: int) -> None:
-        self.slots, self.per_gpu = slots, per_gpu
+    def __init__(self, slots: int | None, per_gpu: int, pack: int | None = None) -> None:
+        self.slots, self.per_gpu, self.pack = slots, per_gpu, pack
 
     def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
         from normlab.launchers import pool
 
-        return pool.launch(sweep, self.slots, self.per_gpu)
+        return pool.launch(sweep, self.slots, self.per_gpu, self.pack)
 
 
 class PlanLauncher(RunLauncher):

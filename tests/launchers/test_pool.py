@@ -52,6 +52,53 @@ def test_a_run_that_was_killed_beside_others_is_tried_again_alone(tmp_path) -> N
     assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
 
 
+def test_runs_packed_into_one_process_end_as_those_of_their_own(tmp_path) -> None:
+    sweep = ("-m", *SMALL, "norm=bn,none,noisy_bn", "batch=8,16")
+    for words in (("hydra.launcher.slots=1", "hydra.launcher.pack=4"), ("study=solo",)):
+        code, _, error = command(tmp_path, "train.py", *sweep, *words)
+        assert code == 0, error
+    packed, solo = (
+        {run.name: (runs.read_status(run) or {})["weights_sha256"] for run in runs.find(tmp_path / "outputs" / study)}
+        for study in ("default", "solo")
+    )
+    assert len(packed) == 6
+    assert packed == solo
+    assert len({status["pid"] for status in statuses(tmp_path)}) == 1
+
+
+def test_a_pack_that_was_killed_is_tried_again_run_by_run(tmp_path) -> None:
+    killed = [setting.replace("small.SmallNet", "greedy.Killed") for setting in SMALL]
+    arguments = ("-m", *killed, "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
+    code, _, error = command(tmp_path, "train.py", *arguments)
+    assert code == 0, error
+    assert "its process was killed" in error
+    assert "Tried again with a device of their own: 2" in error
+    assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
+
+
+def test_a_packed_sweep_that_is_stopped_goes_on(tmp_path) -> None:
+    arguments = ("-m", *LONG, "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
+    sweep = start(tmp_path, "train.py", *arguments)
+    wait_for_progress(tmp_path)
+    sweep.send_signal(signal.SIGINT)
+    sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    assert {status["state"] for status in statuses(tmp_path)} <= {"interrupted"}
+    steps = {status["name"]: status["step"] for status in statuses(tmp_path)}
+    again = start(tmp_path, "train.py", *arguments)
+    wait_for_progress(tmp_path)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=60)
+    assert all(status["step"] >= steps[status["name"]] for status in statuses(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["0", "many"])
+def test_a_wrong_number_of_runs_in_a_pack_is_a_sentence(tmp_path, value: str) -> None:
+    code, _, error = command(tmp_path, "train.py", "-m", *SMALL, "seed=0,1", f"hydra.launcher.pack={value}")
+    assert code == 1
+    assert f"hydra.launcher.pack={value} is out of range: expected 1 or more." in error
+
+
 def test_every_failed_run_is_listed_with_its_error_and_log(tmp_path) -> None:
     """And no other run is harmed."""
     arguments = ("batch=1", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "seed=0,1,2,3")

@@ -1,5 +1,6 @@
 """From a data set's settings to its batches."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from normlab.data.samplers import evaluation_order
 from normlab.data.splits import stratified, training_rows
 from normlab.data.streaming import Files
 from normlab.streams import stream
+
+Loaded = dict[object, Any]  # sources, and what of them is on a device: for several runs of one process
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def load(
     log: Callable[[str], None],
     rank: int = 0,
     processes: int = 1,
+    loaded: Loaded | None = None,
 ) -> Data:
     """Read, download, decode or prepare to stream a data set, and split it.
 
@@ -63,7 +67,7 @@ def load(
     `conf/config.yaml`; with eval_stats=batch, test and validation come in the sampler's manner, in an order that
     depends on the split alone [A], so that every arm and seed is evaluated on the same batches.
     Of several `processes`, each trains on and evaluates its share (see `Split`), but evaluates all with
-    eval_stats=batch, whose batches are not to be divided.
+    eval_stats=batch, whose batches are not to be divided. Images in memory are taken from, and added to, `loaded`.
 
     Raises:
         UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
@@ -73,15 +77,21 @@ def load(
     if isinstance(dataset, RegressionDataset):
         training = {"batch": batch, "drop_last": drop_last, "seed": seed, **of_each}
         return _regression(dataset, training, {"batch": eval_batch, **evaluated_by_each}, device)
-    data_dir = data_dir.expanduser()
+    data_dir, loaded = data_dir.expanduser(), {} if loaded is None else loaded
+    name = (dataset.model_dump_json(), str(data_dir))
     inventory.scan.cache_clear()  # what counts from now on is what is there now
     inventory.check(dataset, data_dir)
-    if isinstance(dataset, FolderDataset):
+    if name in loaded:
+        source = loaded[name]
+    elif isinstance(dataset, FolderDataset):
         source = sources.folder(dataset, data_dir, seed, device, log)
     elif dataset.kind == "digits":
         source = sources.resized(sources.digits(), dataset.image_size)
     else:
         source = sources.resized(sources.cifar(dataset.kind, data_dir, log), dataset.image_size)
+
+    if isinstance(source.train, Resident):  # a stream belongs to a run, as its random crops do
+        loaded[name] = source
 
     rows, val_rows = training_rows(source.train_labels, dataset.train_size, dataset.val_size, dataset.split_seed)
     test_rows = stratified(source.test_labels, dataset.test_size, dataset.split_seed, "test")
@@ -93,7 +103,11 @@ def load(
     def split(images: Resident | Files, labels: Tensor, chosen: Tensor, **settings: Any) -> Split:
         labels = labels[chosen]
         if isinstance(images, Resident) and device.type != "cpu":  # only what is used goes to the device
-            images, chosen = Resident(images.images[chosen].to(device)), torch.arange(len(chosen))
+            part = (name, str(device), hashlib.sha256(chosen.numpy().tobytes()).digest(), images is source.train)
+            if part not in loaded:
+                loaded[part] = Resident(images.images[chosen].to(device))
+                torch.cuda.synchronize(device)  # other runs will read them on streams of their own
+            images, chosen = loaded[part], torch.arange(len(chosen))
         return Split(images, chosen, labels, normalisation, device, cut=cut, **settings)
 
     def evaluated(part: str, images: Resident | Files, labels: Tensor, chosen: Tensor) -> Split:

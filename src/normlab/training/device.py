@@ -57,6 +57,18 @@ def prepare(config: RunConfig, device: torch.device, threads: int | None) -> Non
     forget_peak_memory(device)
 
 
+def stream_for(config: RunConfig, share: str | None) -> AbstractContextManager[object]:
+    """Inside, a run on a GPU has a stream of its own: what a graph captures must not be on the default one.
+
+    Raises:
+        UserError: for a CUDA device that is not there.
+    """
+    chosen = choose(config.device, share)
+    if chosen.type == "cpu" or torch.cuda.current_stream(chosen) != torch.cuda.default_stream(chosen):
+        return nullcontext()  # or it has one already, among several
+    return torch.cuda.stream(torch.cuda.Stream(chosen))
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """What this process has done so far, a worker's earlier runs say, does not count any more."""
     if device.type == "cuda":

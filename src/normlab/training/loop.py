@@ -25,6 +25,7 @@ from normlab.training.interrupt import StopRequest
 from normlab.training.optimizers import learning_rate
 from normlab.training.step import Step
 from normlab.training.tasks import Task
+from normlab.training.turns import Turn
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, divergence, checkpoint
@@ -48,6 +49,7 @@ def train(
     *,
     probes: Probes | None = None,
     team: Alone = ALONE,
+    turn: Turn = Turn(),  # noqa: B008  # it has no state
     beat: Callable[[Position], None],
     checkpoint: Callable[[Position], None],
     record: Callable[[dict[str, Any]], None],
@@ -55,7 +57,7 @@ def train(
     """Train from `at` to the end. `beat`, `checkpoint` and `record` write down progress, state and metrics.
 
     The processes of a `team` make every step together, each with its share of the batch. `engine` carries out `step`;
-    `probes` look on.
+    `probes` look on; between two steps it may be the `turn` of other runs of this process.
 
     Raises:
         DivergedError: at the first loss that is not finite (found within about a second).
@@ -86,6 +88,7 @@ def train(
     def settle(before: int) -> None:
         """Add up what each process has noted of its shares since last time, and look for what is not finite."""
         nonlocal settled
+        turn.wait()
         team.add_up(at.losses[settled : at.batch])
         team.add_up(at.hits[settled : at.batch])
         settled = at.batch
@@ -121,6 +124,7 @@ def train(
             clock += engine.capture_seconds - prepared
             at.train_images += data.train.images_of(at.batch)
             at.batch += 1
+            turn.over()
 
             now = time.monotonic()
             due = every is not None and now - last_checkpoint >= every
@@ -145,7 +149,7 @@ def train(
         if last or (epoch + 1) % config.eval_every == 0:
             evaluated = step.averaged.module if step.averaged else step.network
             save, pulse = partial(checkpoint, at), partial(beat, at)
-            row = _row(config, step.task, evaluated, data, at, epoch, team, stop, save, pulse)
+            row = _row(config, step.task, evaluated, data, at, epoch, team, turn, stop, save, pulse)
             at.wall_seconds = time.monotonic() - started
             record({**row, "wall_seconds": at.wall_seconds})
             at.train_seconds, at.train_images = 0.0, 0
@@ -161,6 +165,7 @@ def _row(
     at: Position,
     epoch: int,
     team: Alone,
+    turn: Turn,
     stop: StopRequest,
     save: Callable[[], None],
     beat: Callable[[], None],
@@ -176,7 +181,7 @@ def _row(
         with apart(), _statistics(config, network, data, at.losses.device, team, stop, beat):
             for name, split in (("val", data.val), ("test", data.test)):
                 if split is not None:
-                    loss, hits = evaluate(config, task, network, split, at.losses.device, team, stop, beat)
+                    loss, hits = evaluate(config, task, network, split, at.losses.device, team, turn, stop, beat)
                     row |= task.metrics(name, loss, hits, len(split))
     except InterruptedRunError:
         save()  # the epoch is complete: a resume begins with its evaluation
@@ -211,6 +216,7 @@ def evaluate(
     split: Split,
     device: torch.device,
     team: Alone,
+    turn: Turn,
     stop: StopRequest,
     beat: Callable[[], None],
 ) -> tuple[float, int]:
@@ -223,6 +229,8 @@ def evaluate(
             outputs = network(images)
         loss += task.test_loss(outputs, labels)
         hits += task.hits(outputs, labels)
+        turn.over()
+    turn.wait()
     if split.processes > 1:  # else every process has evaluated all of it
         team.add_up(loss)
         team.add_up(hits)

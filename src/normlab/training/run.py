@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from normlab import models, runs
 from normlab.config import RunConfig
-from normlab.data.load import Data, load
+from normlab.data.load import Data, Loaded, load
 from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
 from normlab.norms import Steps, apart, find_sites
 from normlab.probes import Probes, Subject
@@ -32,6 +32,7 @@ from normlab.training.loop import DivergedError, train
 from normlab.training.optimizers import build_optimizer, resume
 from normlab.training.step import Step
 from normlab.training.tasks import task_of
+from normlab.training.turns import Turn
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory")  # what PyTorch's allocator of the CPU says
 Watch = Callable[[Mapping[str, Any]], None]
@@ -39,10 +40,15 @@ Watch = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Share:
-    """What a launcher offers a run of this machine; the run's own settings go first."""
+    """What a launcher offers a run of this machine; the run's own settings go first.
+
+    `turn`: among several runs of this process, which also share the images that are `loaded`.
+    """
 
     device: str | None = None
     threads: int | None = None
+    turn: Turn = field(default_factory=Turn)
+    loaded: Loaded | None = None
 
 
 def carry_out(
@@ -83,7 +89,7 @@ def carry_out(
             started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
             status = run.write_status("running", started=started or runs.now(), ended=None, error=None)
             watch(status)
-            with team.together():
+            with team.together(), device.stream_for(config, share.device):
                 return _train(config, run, stop, share, watch, log, team)
         except RunBusyError as error:  # taken over: the record is another process's now
             log.warning("%s", error)
@@ -138,7 +144,13 @@ class _Follower(runs.Run):
         return []
 
 
-def data_of(config: RunConfig, where: torch.device, log: Callable[[str], None], team: Alone = ALONE) -> Data:
+def data_of(
+    config: RunConfig,
+    where: torch.device,
+    log: Callable[[str], None],
+    team: Alone = ALONE,
+    loaded: Loaded | None = None,
+) -> Data:
     """The images of a run on its device, in the batches that its settings ask for."""
     return load(
         config.dataset,
@@ -154,6 +166,7 @@ def data_of(config: RunConfig, where: torch.device, log: Callable[[str], None], 
         log=log,
         rank=team.rank,
         processes=team.world,
+        loaded=loaded,
     )
 
 
@@ -171,7 +184,7 @@ def _train(
     # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
     kept = saved["threads"] if saved and saved.get("processes", 1) == team.world else share.threads
     device.prepare(config, where, config.threads or kept)
-    data = data_of(config, where, log.info, team)
+    data = data_of(config, where, log.info, team, share.loaded)
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     sharing.prepare(config, network, data, team.world)
     _check_shapes(config, network, data)
@@ -262,9 +275,8 @@ def _train(
         log.warning("%s", warning)
     if team.leads:
         provenance = device.provenance(where, data.fingerprint)
-        files.write_json(
-            run.folder / runs.PROVENANCE, provenance | {"processes": team.world, "memory_format": choice.memory_format}
-        )
+        how = {"processes": team.world, "memory_format": choice.memory_format, "packed": share.turn.packed}
+        files.write_json(run.folder / runs.PROVENANCE, provenance | how)
     latest: dict[str, Any] = {}
 
     def facts(at: Position) -> dict[str, Any]:
@@ -278,7 +290,8 @@ def _train(
             "classes": len(data.classes),
             "processes": team.world,
             "capture_seconds": engine.capture_seconds,
-            "peak_memory_bytes": max(peak_before, device.peak_memory_bytes(where)),
+            # Of several runs in one process nobody knows whose memory it was.
+            "peak_memory_bytes": None if share.turn.packed else max(peak_before, device.peak_memory_bytes(where)),
             **latest,
         }
 
@@ -324,6 +337,7 @@ def _train(
             stop,
             probes=probes,
             team=team,
+            turn=share.turn,
             beat=beat,
             checkpoint=save,
             record=record,
