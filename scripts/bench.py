@@ -2,6 +2,8 @@
 
 speed          normlab, a plain PyTorch loop, Lightning and a tuned loop: images per second, memory, sweep, start
 sweep, start   that part of `speed` alone
+packing        the sweep at five seeds, 60 runs, against as many of the plain loop one after the other
+records        reading the records of 10,000 runs, against pandas
 loop           the training loop against a bare one, in one process
 norms          a training step with every norm, over that with bn
 probes         a measurement of every probe, over a training step
@@ -16,6 +18,8 @@ BENCHMARKS = {  # the module, and words that go before those of the command line
     "speed": ["benchmarks.speed"],
     "sweep": ["benchmarks.speed", "--what", "sweep"],
     "start": ["benchmarks.speed", "--what", "start"],
+    "packing": ["benchmarks.speed", "--what", "sweep", "--seeds", "5", "--contender", "normlab", "plain"],
+    "records": ["benchmarks.records"],
     "loop": ["benchmarks.loop"],
     "norms": ["benchmarks.norms"],
     "probes": ["benchmarks.probes"],

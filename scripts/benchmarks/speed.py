@@ -203,9 +203,10 @@ def loader_of(chosen: argparse.Namespace, title: str, overrides: list[str]) -> d
 def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
     norms, batches = chosen.norm or list(NORMS), chosen.batch or list(SWEPT_BATCHES)
     overrides = [*of_every_run(chosen), *([f"epochs={chosen.epochs}"] if chosen.epochs else [])]
-    arms = list(itertools.product(norms, batches))
+    arms = list(itertools.product(norms, batches, range(chosen.seeds)))
     configs = [
-        configure("outputs", f"norm={norm}", f"batch={batch}", f"threads={cores()}", *overrides) for norm, batch in arms
+        configure("outputs", f"norm={norm}", f"batch={batch}", f"seed={seed}", f"threads={cores()}", *overrides)
+        for norm, batch, seed in arms
     ]
     short = ["batch=32", "dataset.train_size=576", "epochs=2", "drop_last=true", f"threads={cores()}"]
     loader = loader_of(chosen, "sweep", [*of_every_run(chosen), *short])
@@ -213,7 +214,8 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
     def one(contender: str) -> dict[str, Any]:
         begun = time.perf_counter()
         if contender == "normlab":
-            lists = [f"norm={','.join(norms)}", f"batch={','.join(map(str, batches))}"]
+            seeds = ",".join(map(str, range(chosen.seeds)))
+            lists = [f"norm={','.join(norms)}", f"batch={','.join(map(str, batches))}", f"seed={seeds}"]
             return sweep_of_normlab([*lists, *overrides], len(arms))
         settings = [config.as_dict() for config in configs]
         found = child(contender, do="many runs", settings=settings, workers=loader["workers"])
@@ -221,7 +223,14 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
 
     found = measure("sweep", chosen.contender, chosen.rounds, one)
     return {
-        **{"norm": norms, "batch": batches, "epochs": configs[0].epochs, "runs": len(arms), "loader": loader},
+        **{
+            "norm": norms,
+            "batch": batches,
+            "seeds": chosen.seeds,
+            "epochs": configs[0].epochs,
+            "runs": len(arms),
+            "loader": loader,
+        },
         **summary(found, "seconds", faster="less"),
         **vars(found),
     }
@@ -404,6 +413,7 @@ def main() -> None:
     add("--batch", nargs="+", type=int, help="default: 8 32 128 512 of speed, 8 32 128 of the sweep")
     add("--images", type=int, help="images that count in a measurement of speed, about")
     add("--norm", nargs="+", help=f"of the sweep; default: {' '.join(NORMS)}")
+    add("--seeds", type=int, default=1, help="of the sweep")
     add("--epochs", type=int, help="of each run of the sweep; default: as in conf/config.yaml")
     add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normlab.config import RunConfig
 from normlab.data.batches import Split
@@ -60,7 +60,7 @@ def train(
     `probes` look on; between two steps it may be the `turn` of other runs of this process.
 
     Raises:
-        DivergedError: at the first loss that is not finite (found within about a second).
+        DivergedError: at the first loss that is not finite (found within a second or two).
         InterruptedRunError: after a checkpoint, when `stop` was requested.
     """
     device = at.losses.device
@@ -94,6 +94,7 @@ def train(
         settled = at.batch
         _check_losses(at, before)
 
+    lookout = _Lookout(device)
     every = config.checkpoint_seconds
     pause_seconds = BEAT_SECONDS if every is None else min(BEAT_SECONDS, every)
     started = time.monotonic() - at.wall_seconds
@@ -130,7 +131,8 @@ def train(
             due = every is not None and now - last_checkpoint >= every
             beats, due, stopped = looks.agree(now - last_beat >= BEAT_SECONDS, due, stop.requested)
             if beats or due or stopped:
-                settle(epoch * steps)  # waits for the device
+                if due or stopped or team.world > 1 or lookout.found(at.losses[: at.batch]):
+                    settle(epoch * steps)  # waits for the device
                 at.wall_seconds = time.monotonic() - started
                 beat(at)
                 if due or stopped:
@@ -248,6 +250,28 @@ def _watched(batches: Iterable[T], looks: Looks, stop: StopRequest, beat: Callab
         if beats:
             beat()
             last_beat = time.monotonic()
+
+
+class _Lookout:
+    """Looks for losses that are not finite without waiting for a GPU, whose answer comes with a later look."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._answer = torch.zeros((), dtype=torch.bool, pin_memory=self._cuda)
+        self._asked: torch.cuda.Event | None = None
+
+    def found(self, losses: Tensor) -> bool:
+        """Whether the losses of the last look that was answered had one; a CPU answers at once."""
+        wrong = ~torch.isfinite(losses).all()
+        if not self._cuda:
+            return bool(wrong)
+        if self._asked and not self._asked.query():
+            return False
+        answer = self._asked is not None and bool(self._answer)
+        self._answer.copy_(wrong, non_blocking=True)
+        self._asked = torch.cuda.Event()
+        self._asked.record()
+        return answer
 
 
 def _check_losses(at: Position, before: int) -> None:

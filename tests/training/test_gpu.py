@@ -1,0 +1,164 @@
+"""What only a GPU can show: captured CUDA graphs, streams, packed runs. `scripts/gpu_check` runs them."""
+
+import pytest
+import torch
+from training.test_engines import NORMS
+
+from normlab import runs
+from normlab.config import RunConfig
+from normlab.data.load import Loaded
+from normlab.errors import InterruptedRunError
+from normlab.training import engines, packing
+from normlab.training.interrupt import StopRequest
+from normlab.training.run import Share, carry_out
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+# Six steps an epoch, the last of ten images; deterministic, so that two runs differ by the engine alone.
+SMALL = (
+    *("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3"),
+    *("device=cuda", "deterministic=true"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def measured(config: RunConfig) -> list[dict]:
+    rows, warnings = runs.read_metrics(runs.Run(config.as_dict()).folder)
+    assert not warnings
+    return [{key: row[key] for key in ("step", "train_loss", "test_loss", "lr")} for row in rows]
+
+
+def weights(config: RunConfig) -> str:
+    return (runs.read_status(runs.Run(config.as_dict()).folder) or {})["weights_sha256"]
+
+
+def both(tiny, *settings: str) -> tuple[RunConfig, RunConfig]:
+    eager, graph = (tiny(*SMALL, *settings, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph"))
+    assert carry_out(eager)["state"] == carry_out(graph)["state"] == "done"
+    return eager, graph
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_every_norm_trains_captured_as_it_does_step_by_step(tiny, norm: str) -> None:
+    eager, graph = both(tiny, f"norm={norm}")
+    for one, other in zip(measured(eager), measured(graph), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("precision=bf16",),
+        ("precision=tf32",),
+        ("precision=fp16",),
+        ("memory_format=channels_last",),
+        ("optimizer=adam",),
+        ("optimizer=rmsprop", "optimizer.lr=1e-3"),
+        ("optimizer.agc=0.05", "norm_batch=4"),
+        ("weight_average=0.9",),
+        ("dataset.flip=true", "dataset.crop_padding=1"),
+        ("sampler=paired", "sampler.images_per_label=4"),
+        ("probe=[gradients,landscape]",),
+        ("model.target=small.SmallNet", "model.name=small"),  # with dropout, whose masks are the same
+    ],
+    ids=" ".join,
+)
+def test_every_kind_of_step_trains_captured_as_it_does_step_by_step(tiny, settings: tuple[str, ...]) -> None:
+    eager, graph = both(tiny, *settings)
+    for one, other in zip(measured(eager), measured(graph), strict=True):
+        assert one == pytest.approx(other, rel=2e-2 if "16" in settings[0] else 1e-3)
+
+
+def test_a_graph_is_what_a_gpu_gets_and_its_capture_is_told_apart(tiny) -> None:
+    status = carry_out(tiny(*SMALL))
+    assert status["state"] == "done"
+    assert status["capture_seconds"] > 0
+
+
+def test_replays_wait_for_nothing(tiny, monkeypatch) -> None:
+    step = engines.Graphed.step
+
+    def strict(engine: engines.Graphed) -> None:
+        captured = engine.state == "captured"
+        torch.cuda.set_sync_debug_mode("error" if captured else "default")
+        try:
+            step(engine)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engines.Graphed, "step", strict)
+    assert carry_out(tiny(*SMALL, "engine=graph"))["state"] == "done"
+
+
+@pytest.mark.parametrize("after", [2, 5, 9])
+def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
+    undisturbed, config = tiny(*SMALL, "study=undisturbed"), tiny(*SMALL, "checkpoint_seconds=null")
+    carry_out(undisturbed)
+    stop, made, step = StopRequest(), [], engines.Graphed.step
+
+    def counted(engine: engines.Graphed) -> None:
+        made.append(1)
+        stop.requested = "SIGTERM" if len(made) == after else stop.requested
+        step(engine)
+
+    monkeypatch.setattr(engines.Graphed, "step", counted)
+    with pytest.raises(InterruptedRunError):
+        carry_out(config, stop=stop)
+    stop.requested = None
+    carry_out(config, stop=stop)
+    for one, other in zip(measured(config), measured(undisturbed), strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_divergence_is_found_at_its_step(tiny) -> None:
+    """At least at the end of the epoch, by the losses that the replays noted."""
+    status = carry_out(tiny(*SMALL, "optimizer.lr=1e30"))
+    assert status["state"] == "diverged"
+    assert 1 <= status["diverged_step"] <= 6
+
+
+def test_packed_runs_end_bit_identical_to_solo_ones(tiny) -> None:
+    settings = [
+        (f"norm={norm}", f"batch={batch}", f"seed={batch}")
+        for norm in ("bn", "none", "noisy_bn", "gn")
+        for batch in (8, 16)
+    ]
+    loaded: Loaded = {}
+    packed, solo = ([tiny(*SMALL, *one, f"study={study}") for one in settings] for study in ("packed", "solo"))
+    states = packing.carry_out(
+        packed,
+        4,
+        torch.device("cuda:0"),
+        lambda config, turn: carry_out(config, stop=StopRequest(), share=Share("cuda:0", 1, turn, loaded)),
+    )
+    assert [one["state"] for one in states] == ["done"] * len(settings)
+    for config in solo:
+        carry_out(config)
+    assert [weights(config) for config in packed] == [weights(config) for config in solo]
+
+
+def test_a_packed_run_without_memory_leaves_the_others(tiny) -> None:
+    """Of a GPU of 1 GiB, which a layer of the middle one asks for twice over."""
+    small = [tiny(*SMALL, f"seed={seed}", "study=packed") for seed in range(2)]
+    network = ("model.target=small.SmallNet", "model.name=small")
+    large = tiny(*SMALL, *network, "study=packed", "dataset.image_size=256", "dataset.train_size=1024", "batch=1024")
+
+    def work(config: RunConfig, turn: packing.PackedTurn) -> dict:
+        try:
+            return carry_out(config, stop=StopRequest(), share=Share("cuda:0", 1, turn, {}))
+        except Exception as error:
+            return {"state": type(error).__name__}
+
+    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        states = packing.carry_out([small[0], large, small[1]], 3, torch.device("cuda:0"), work)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [one["state"] for one in states] == ["done", "OutOfMemoryError", "done"]
