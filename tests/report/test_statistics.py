@@ -9,6 +9,8 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
 from normlab.report.statistics import (
+    RESAMPLES,
+    SEED,
     bootstrap_mean,
     effect_size,
     holm,
@@ -155,6 +157,15 @@ def test_the_bootstrap_of_a_mean_approaches_the_enumeration_of_every_resample():
 
 def test_cells_weigh_the_same_whatever_their_number_of_seeds():
     assert bootstrap_mean([[1.0], [4.0, 4.0, 4.0]]).mean == 2.5
+
+
+def test_the_interval_of_a_probability_of_improvement_is_that_of_all_pairs_of_drawn_seeds():
+    generator = np.random.default_rng(1)
+    x, y = generator.integers(5, size=(2, 7)).astype(float)  # with ties
+    drawn = np.random.default_rng(SEED).spawn(1)[0].integers(7, size=(RESAMPLES, 7))
+    ahead = [np.mean([(x[i] > y[j]) + 0.5 * (x[i] == y[j]) for i in row for j in row]) for row in drawn]
+    found = probability_of_improvement([x], [y], 0.9)
+    assert (found.low, found.high) == tuple(np.quantile(ahead, [(1 - 0.9) / 2, (1 + 0.9) / 2]))
 
 
 def test_the_probability_of_improvement_is_mann_whitneys_averaged_over_cells():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from normlab import runs
 from normlab.config import RunConfig
@@ -161,6 +162,39 @@ def test_a_damaged_line_costs_only_itself(run, damage) -> None:
     assert "metrics.jsonl, line 2 cannot be read" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n",
+        '{"epoch": 1, "step": 2}',
+        '{"epoch": 1, "step": 2}\n{"epoch": 2, "step": 4}\n',
+        '{"epoch": 1, "step": 2}\r\n{"epoch": 2, "step": 4}\r\n',
+        '{"epoch": 1, "step": 2}\n\n{"epoch": 2, "step": 4}\n',
+        '{"epoch": 1, "step": 2\n"loss": 3}\n',  # both lines together would be one row
+        '{"epoch": 1, "step": 2}, {"epoch": 2, "step": 4}\n',  # and this line two
+        '{"epoch": 1, "step": 2}\n{"epoch": 2, "step": 4.0}\n{"epoch": 3}\n[]\n7\n',
+        '{"epoch": 1, "step": 2}\n]\n',
+        '{"epoch": 1, "step": 2, "loss": 0.1234567890123456789, "text": "a, \\u2028 b"}\n',
+    ],
+)
+def test_a_file_of_rows_is_read_as_each_of_its_lines_would_be(tmp_path, text) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(text, newline="")
+    expected, damaged = [], []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            assert isinstance(row["epoch"], int)
+            assert isinstance(row["step"], int)
+            expected.append(row)
+        except (ValueError, TypeError, KeyError, AssertionError):
+            damaged.append(number)
+    rows, warnings = runs.read_rows(path)
+    assert rows == expected
+    assert [int(warning.split(", line ")[1].split()[0]) for warning in warnings] == damaged
+
+
 def test_rows_after_the_step_of_a_resume_are_dropped(run) -> None:
     for step in (2, 4, 6):
         run.append_metrics({"epoch": step // 2, "step": step})
@@ -174,6 +208,60 @@ def test_a_damaged_status_is_a_sentence_and_counts_as_failed(run, content) -> No
     with pytest.raises(UserError, match=r"status\.json cannot be read"):
         runs.read_status(run.folder)
     assert run.state == "failed"
+
+
+def test_recorded_configurations_are_what_yaml_says() -> None:
+    for folder in RECORDED:
+        plain = completed(yaml.safe_load((folder / "config.yaml").read_text()))
+        assert json.dumps(runs.read_config(folder)) == json.dumps(plain)  # in the same order, too
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# only a comment",
+        "# a comment\na: 1\n",
+        "a: 1\na: 2\nseed: 3\nseed: 4\n",
+        "seed: 3\na:\n  seed: 4\n",
+        "seed: 012\na: 1\n",
+        "a: |\n  seed: 5\n\n  text\nseed: 6\n",
+        "a: 'one\n\n  two: 2\n  three'\nb: \"x\\n\\\n  y\"\n",
+        "a: &shared {x: 1}\nb: *shared\n",
+        "- a\n- b\n",
+        "- - a\n  - b\n",
+        "text\nseed: 1\n",
+        "{a: 1,\nb: 2}\n",
+        '"a": 1\nb: [1,\n  2]\n_c: null\n',
+        "a: 1\n---\nb: 2\n",
+        "a: [1,\nb: 2\n",
+        "a: 2026-01-01\nb: 2026-13-45\n",
+        "a: 1\r\nseed: 7\r\n",
+    ],
+)
+def test_a_configuration_of_any_form_is_what_yaml_says(tmp_path, text) -> None:
+    (tmp_path / "config.yaml").write_text(text, newline="")
+    for _ in range(2):  # the second time, its parts are known
+        try:
+            plain = yaml.safe_load(text)
+            assert isinstance(plain, dict)
+        except (yaml.YAMLError, ValueError, AssertionError):
+            with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+                runs.read_config(tmp_path)
+        else:
+            assert runs.read_config(tmp_path) == completed(plain)
+
+
+def test_runs_of_one_cell_have_their_own_seeds(make) -> None:
+    found = []
+    for seed in (0, 1, 10):
+        run = runs.Run(make(f"seed={seed}").as_dict())
+        run.freeze()
+        found.append(runs.read_config(run.folder))
+    assert [config["seed"] for config in found] == [0, 1, 10]
+    assert [runs.run_name(config) for config in found] == [
+        runs.run_name(make(f"seed={s}").as_dict()) for s in (0, 1, 10)
+    ]
 
 
 def test_a_configuration_from_disk_is_never_executed(run, tmp_path) -> None:

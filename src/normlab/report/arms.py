@@ -39,7 +39,9 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     A setting other than depth, network and data set that has one value per batch size (a learning rate
     scaled with the batch, say) does not split the table: its values are told in the remark.
     """
-    flat = [flatten(runs.completed(runs.identity(dict(config)))) for config in configs]
+    of_cell = [but_for_the_seed(config) for config in configs]
+    cells = dict(zip(of_cell, configs, strict=True))  # each is looked at once: a study has far fewer of them than runs
+    flat = [flatten(runs.completed(runs.identity(config))) for config in cells.values()]
     arms = _arm_labels(flat)
     # A probe changes nothing of a run: runs with and without it are of one cell.
     elsewhere = (*OF_THE_ARM, "norm_batch", "batch", "seed", "probe")
@@ -52,16 +54,24 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
         if key not in fixed and _determines([(*_values(row, fixed), row.get("batch")) for row in flat], flat, key)
     ]
     settings = _setting_titles(flat, [key for key in splitting if key not in following])
-    found = [
-        Place(setting, arm, config["batch"], config["seed"])
-        for setting, arm, config in zip(settings, arms, configs, strict=True)
-    ]
-    return found, _remarks(found, flat, following)
+    found = {
+        cell: Place(setting, arm, config["batch"], config["seed"])
+        for (cell, config), setting, arm in zip(cells.items(), settings, arms, strict=True)
+    }
+    remarks = _remarks(list(found.values()), flat, following)
+    return [found[cell]._replace(seed=config["seed"]) for cell, config in zip(of_cell, configs, strict=True)], remarks
+
+
+def but_for_the_seed(config: Mapping[str, Any]) -> Hashable:
+    """Equal only for configurations that differ in nothing but their seed, which share what they hold when read."""
+    held = {**config, "seed": None}
+    return (*held, *map(id, held.values()))
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
     """The known arms first, in their own order, then the others by name."""
-    return sorted(set(arms), key=lambda arm: (_rank(arm.split(" (")[0]), natural(arm)))
+    found = arms.unique() if hasattr(arms, "unique") else set(arms)  # a column of millions of rows has few
+    return sorted(found, key=lambda arm: (_rank(arm.split(" (")[0]), natural(arm)))
 
 
 def natural(text: str) -> list[str | float]:

@@ -3,17 +3,20 @@
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from normlab import runs
 from normlab.errors import UserError
 from normlab.report.arms import Place, places
+from normlab.report.index import TEXTS, Columns, Index, length
 from normlab.runs import lock
 
 STATES = ("done", "running", "diverged", "failed", "interrupted", "missing")
@@ -69,6 +72,8 @@ class Study:
 def load(study_folder: Path | str, name: str | None = None, now: datetime | None = None) -> Study:
     """Read every run of a study. A damaged file costs its own run only, and leaves a warning.
 
+    Configurations and provenances that are equal share their parts: they are to be read only.
+
     Args:
         now: the time to judge heartbeats by, with its zone; the present by default.
     """
@@ -76,9 +81,10 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
     now = now or datetime.now(UTC)
     configs: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
-    measured: list[dict[str, Any]] = []
-    probed: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    measured: dict[str, Columns] = {}
+    probed: dict[str, dict[str, Columns]] = defaultdict(dict)
     warnings: list[str] = []
+    index = Index(folder)
     for path in runs.find(folder):
         try:
             configs[path.name] = _config(path)
@@ -86,14 +92,14 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
             warnings.append(str(error))
             rows.append({"run": path.name, "state": UNREADABLE, "note": first_line(error)})
             continue
-        row, evaluations, complaints = _read(path, configs[path.name], now)
+        row, evaluations, complaints = _read(path, configs[path.name], now, index)
         rows.append(row)
-        measured += [{"run": path.name, **evaluation} for evaluation in evaluations]
+        measured[path.name] = evaluations
         warnings += complaints
-        probes, complaints = runs.read_probes(path)
-        for probe, measurements in probes.items():
-            probed[probe] += [{"run": path.name, **measurement} for measurement in measurements]
-        warnings += complaints
+        for file in runs.probe_files(path):
+            probed[file.stem][path.name], complaints = index.read(path.name, f"{runs.PROBES}/{file.name}")
+            warnings += complaints
+    index.write()
 
     found, remarks = places(list(configs.values()))
     where = dict(zip(configs, found, strict=True))
@@ -113,7 +119,9 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
         folder=folder,
         runs=table,
         evaluations=_tidy(measured, table, ["run", "epoch"]),
-        probes={probe: _tidy(rows, table, ["run", "step", "layer"]) for probe, rows in probed.items() if rows},
+        probes={
+            probe: _tidy(rows, table, ["run", "step", "layer"]) for probe, rows in probed.items() if any(rows.values())
+        },
         configs=configs,
         provenance={run: _provenance(folder / run) for run in configs},
         remarks=remarks,
@@ -136,24 +144,23 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _read(
-    path: Path, config: Mapping[str, Any], now: datetime
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    path: Path, config: Mapping[str, Any], now: datetime, index: Index
+) -> tuple[dict[str, Any], Columns, list[str]]:
     """One run: its row, its evaluations and what there is to complain about."""
     row: dict[str, Any] = {"run": path.name, "state": "missing", "note": "", "epochs": config.get("epochs")}
     try:
         status = runs.read_status(path)
     except UserError as error:
-        return row | {"state": UNREADABLE, "note": first_line(error)}, [], [str(error)]
+        return row | {"state": UNREADABLE, "note": first_line(error)}, {}, [str(error)]
     if status is None:
-        return row, [], []
-    measured, warnings = runs.read_metrics(path)
+        return row, {}, []
+    measured, warnings = index.read(path.name, runs.METRICS)
     row |= {key: status.get(key) for key in ("wall_seconds", "peak_memory_bytes", "parameters", "classes")}
     row["state"], row["note"] = status.get("state"), _note(path, status, now)
     if row["state"] not in STATES:
         row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
         row["state"] = UNREADABLE
-    last_epoch = measured[-1].get("epoch") if measured else None
-    if row["state"] == "done" and last_epoch != config.get("epochs"):
+    if row["state"] == "done" and (not measured or measured["epoch"][-1] != config.get("epochs")):
         # An earlier epoch's accuracy must not pass for the final one.
         row["state"], row["note"] = UNREADABLE, "done, but its last evaluation cannot be read"
         warnings.append(
@@ -206,29 +213,69 @@ def _without_twins(
 
 def _gaps(have: Collection[Place]) -> Iterator[Place]:
     """The runs that would complete each setting's grid of arms, batch sizes and seeds."""
-    for setting in {place.setting for place in have}:
-        here = {place for place in have if place.setting == setting}
+    by_setting: dict[str, set[Place]] = defaultdict(set)
+    for place in have:
+        by_setting[place.setting].add(place)
+    for setting, here in by_setting.items():
         arms, batches, seeds = ({place[i] for place in here} for i in range(1, 4))
         grid = (Place(setting, *cell) for cell in itertools.product(arms, batches, seeds))  # type: ignore[arg-type]
         yield from sorted(set(grid) - here)
 
 
-def _tidy(measured: list[dict[str, Any]], table: pd.DataFrame, key: list[str]) -> pd.DataFrame:
-    every = pd.DataFrame(measured, columns=None if measured else key)
-    lists = [column for column in every if every[column].map(lambda value: isinstance(value, list)).any()]
-    numbers = every.columns.difference(["run", "layer", *lists])
-    every[numbers] = every[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
-    # A run that went on from a checkpoint may have measured a moment twice: the later row counts.
-    key = [column for column in key if column in every]
-    every = every.drop_duplicates(key, keep="last")
-    places_and_states = table[["run", *Place._fields, "state"]]
-    return places_and_states.merge(every, on="run").sort_values(key, ignore_index=True)
+def _tidy(measured: Mapping[str, Columns], table: pd.DataFrame, key: list[str]) -> pd.DataFrame:
+    """The rows of all runs, each with its run's place and state; by the key, of whose equals the last one is kept."""
+    files = [columns for columns in measured.values() if columns]
+    names = list(dict.fromkeys(itertools.chain.from_iterable(files))) or key[1:]
+    texts = [name for name in names if any(isinstance(columns.get(name), list) for columns in files)]
+    of_numbers = [name for name in names if name not in texts]
+    numbers = np.empty((len(of_numbers), sum(map(length, files))))  # one block, as pandas works quickest with
+    for row, name in zip(numbers, of_numbers, strict=True):
+        np.concatenate([np.empty(0), *_parts(name, files)], out=row)
+    every = pd.DataFrame(numbers.T, columns=of_numbers, copy=False)
+    for name in texts:
+        every.insert(names.index(name), name, _texts(name, files))
+    position = {run: i for i, run in enumerate(table["run"])}
+    of_runs = [position.get(run, -1) for run in measured]
+    order = pd.DataFrame({"run": np.repeat(np.array(of_runs, int), [length(rows) for rows in measured.values()])})
+    order = order.assign(**{name: every[name] for name in key if name in every})
+    # A run that went on from a checkpoint may have measured a moment twice: the later row counts. Twins are left out.
+    if -1 in of_runs or not _ascend(order):
+        order = order[order["run"] >= 0].drop_duplicates(keep="last").sort_values([*order])
+        every = every.loc[order.index].reset_index(drop=True)
+    places_and_states = table[["run", *Place._fields, "state"]].iloc[order["run"]].reset_index(drop=True)
+    return pd.concat([places_and_states, every], axis=1)
+
+
+def _ascend(order: pd.DataFrame) -> bool:
+    """Whether the rows are in order as they are, none of them twice: the usual case, and quickly told."""
+    if len(order.columns) > 2:
+        return False
+    run, moment = order.to_numpy().T
+    return bool(((np.diff(run) > 0) | (np.diff(run) == 0) & (np.diff(moment) > 0)).all())
+
+
+def _parts(name: str, files: Sequence[Columns]) -> list[Any]:
+    """A column of each file, nan where it has none."""
+    return [columns[name] if name in columns else np.full(length(columns), np.nan) for columns in files]
+
+
+def _texts(name: str, files: Sequence[Columns]) -> pd.Series:
+    """Of a column that is not all numbers: itself if it holds lists or is known to hold texts, else its numbers."""
+    values = pd.Series(list(itertools.chain.from_iterable(_parts(name, files))))
+    if name in TEXTS or any(isinstance(value, list) for value in values):
+        return values
+    return pd.to_numeric(values, errors="coerce").astype(float)
+
+
+@lru_cache(maxsize=256)
+def _provenance_of(text: bytes) -> dict[str, Any]:
+    found = json.loads(text)
+    return found if isinstance(found, dict) else {}
 
 
 def _provenance(path: Path) -> dict[str, Any]:
     """A run's provenance, or nothing: the report can do without."""
     try:
-        found = json.loads((path / "provenance.json").read_text(encoding="utf-8"))
+        return _provenance_of((path / runs.PROVENANCE).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

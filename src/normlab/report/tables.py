@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from normlab.report.arms import in_order, natural
@@ -82,42 +83,40 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
     epochs_to_<t> and seconds_to_<t> per threshold (nan where never reached), wall_seconds,
     images_per_second (median over evaluations), peak_memory_mib, parameters.
     """
-    curves: dict[Any, pd.DataFrame] = dict(iter(study.evaluations.groupby("run")))
-    rows = []
-    for run in _rows(study.runs[study.runs["state"] == "done"]):
-        curve = curves[run.run]
-        test = curve.get(measure.column, _absent(curve)) * measure.scale
-        train = curve.get(measure.train_column, _absent(curve)) * measure.scale
-        difference = train.iloc[-1] - test.iloc[-1]
-        row = {
-            **{key: getattr(run, key) for key in (*CELL, "seed")},
-            "final": test.iloc[-1],
-            "best": test.max() if measure.higher_is_better else test.min(),
-            "train": train.iloc[-1],
-            "gap": difference if measure.higher_is_better else -difference,
-            "wall_seconds": curve["wall_seconds"].iloc[-1] if "wall_seconds" in curve else run.wall_seconds,
-            "images_per_second": curve.get("images_per_second", _absent(curve)).dropna().median(),
-            "peak_memory_mib": run.peak_memory_bytes / 2**20,
-            "parameters": run.parameters,
-        }
-        for threshold in thresholds:
-            reached = curve[test >= threshold * measure.scale]
-            for name, column in (("epochs", "epoch"), ("seconds", "wall_seconds")):
-                known = len(reached) and column in reached
-                row[f"{name}_to_{threshold:g}"] = reached[column].iloc[0] if known else None
-        rows.append(row)
+    done = study.runs[study.runs["state"] == "done"].reset_index(drop=True)
+    run = pd.Index(done["run"]).get_indexer(pd.Index(study.evaluations["run"]))  # its row in `done`, else -1
+    curves = study.evaluations.drop(columns=["run", *CELL, "seed", "state"])[run >= 0].set_axis(run[run >= 0])
+    test, train = (_column(curves, name) * measure.scale for name in (measure.column, measure.train_column))
+    by_run = test.groupby(level=0)
+    last = ~curves.index.duplicated(keep="last")
+    higher = measure.higher_is_better
+    values = done[[*CELL, "seed"]].astype({"batch": int, "seed": int})
+    values["final"] = test[last]
+    values["best"] = by_run.max() if higher else by_run.min()
+    values["train"] = train[last]
+    values["gap"] = (train - test if higher else test - train)[last]
+    values["wall_seconds"] = (curves[last] if "wall_seconds" in curves else done)["wall_seconds"]
+    values["images_per_second"] = _column(curves, "images_per_second").groupby(level=0).median()
+    values["peak_memory_mib"] = done["peak_memory_bytes"] / 2**20
+    values["parameters"] = done["parameters"]
+    for threshold in thresholds:
+        reached = np.flatnonzero(test >= threshold * measure.scale)
+        first = curves.iloc[reached[~curves.index[reached].duplicated()]]
+        for name, column in (("epochs", "epoch"), ("seconds", "wall_seconds")):
+            values[f"{name}_to_{threshold:g}"] = _column(first, column)
     quantities = _quantities(thresholds)
-    return pd.DataFrame(rows, columns=[*CELL, "seed", *quantities]).astype(dict.fromkeys(quantities, float))
+    return values[[*CELL, "seed", *quantities]].astype(dict.fromkeys(quantities, float))
+
+
+def _column(rows: pd.DataFrame, name: str) -> pd.Series:
+    """nan where it was not measured."""
+    return rows[name] if name in rows else pd.Series(math.nan, index=rows.index)
 
 
 def _quantities(thresholds: Sequence[float]) -> list[str]:
     reached = [f"{kind}_to_{threshold:g}" for kind in ("epochs", "seconds") for threshold in thresholds]
     cost = ["wall_seconds", "images_per_second", "peak_memory_mib", "parameters"]
     return ["final", "best", "train", "gap", *cost, *reached]
-
-
-def _absent(curve: pd.DataFrame) -> pd.Series:
-    return pd.Series(float("nan"), index=curve.index)
 
 
 def counts(runs: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from normlab import runs
-from normlab.report.arms import OF_THE_ARM, flatten, natural
+from normlab.report.arms import OF_THE_ARM, but_for_the_seed, flatten, natural
 from normlab.report.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Claim, Comparison, Side, claims
 from normlab.report.load import FINISHED, Study
 from normlab.report.measures import Measure, chance
@@ -118,7 +118,7 @@ def _corrected(judgements: Sequence[Judgement]) -> list[Judgement]:
 @dataclass(frozen=True)
 class _Run:
     name: str
-    settings: Mapping[str, Hashable]
+    settings: Mapping[str, Hashable]  # without the seed: the runs of a cell share one object
     seed: int
     diverged: bool
     probes: frozenset[str]  # that it was to have
@@ -163,12 +163,14 @@ class _Rows:
 def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
     """The finished runs per data set and network."""
     rows = _Rows(study)
+    settings_of: dict[Hashable, dict[str, Hashable]] = {}
     found: dict[tuple[str, str], list[_Run]] = defaultdict(list)
     for run in study.runs[study.runs["state"].isin(FINISHED)].to_dict("records"):
         config = study.configs[run["run"]]
-        settings = {key: value for key, value in flatten(runs.completed(config)).items() if not _changes_nothing(key)}
-        if settings.get("norm_batch") == settings["batch"]:
-            settings["norm_batch"] = None
+        cell = but_for_the_seed(config)
+        if cell not in settings_of:
+            settings_of[cell] = _settings(config)
+        settings = settings_of[cell]
         guessing = chance(config, run["classes"])
         probes = frozenset(config.get("probe") or {})
         made = _Run(run["run"], settings, run["seed"], run["state"] == "diverged", probes, guessing, rows)
@@ -176,10 +178,18 @@ def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
     return {place: found[place] for place in sorted(found, key=lambda place: [natural(part) for part in place])}
 
 
+def _settings(config: Mapping[str, Any]) -> dict[str, Hashable]:
+    """The settings that runs are selected and compared by."""
+    found = {key: value for key, value in flatten(runs.completed(config)).items() if not _changes_nothing(key)}
+    if found.get("norm_batch") == found["batch"]:
+        found["norm_batch"] = None
+    return found
+
+
 def _changes_nothing(key: str) -> bool:
-    """Whether a setting has no part in a run's result."""
+    """Whether a setting has no part in a run's result, or is the seed."""
     group, _, name = key.partition(".")
-    return group in (*CARRIED_OUT, "probe") or (group == "dataset" and name in DATASET_CARRIED_OUT)
+    return group in (*CARRIED_OUT, "probe", "seed") or (group == "dataset" and name in DATASET_CARRIED_OUT)
 
 
 # ---- which of them are compared
@@ -206,7 +216,8 @@ def _resolved(side: Side, named: frozenset[str], here: Sequence[_Run]) -> Side |
     if end not in (LOWEST, HIGHEST):
         return side
     rest = {key: value for key, value in side.where.items() if key != "norm_batch"}
-    sizes = {run.settings["norm_batch"] or run.settings["batch"] for run in here if _selects(rest, named, run.settings)}
+    cells = {id(run.settings): run.settings for run in here}.values()
+    sizes = {settings["norm_batch"] or settings["batch"] for settings in cells if _selects(rest, named, settings)}
     if len(sizes) < 2:
         return None
     return Side(side.weight, {**rest, "norm_batch": (min if end == LOWEST else max)(sizes)})  # type: ignore[type-var]
@@ -223,24 +234,26 @@ def _select(comparison: Comparison, free: frozenset[str], here: Sequence[_Run]) 
     """The cells that have all sides. Whatever no side names is equal between them, options of a norm apart."""
     named = frozenset(key for side in comparison.sides for key in side.where)
     listed = {key for side in comparison.sides for key, value in side.where.items() if isinstance(value, list)}
-    apart = (named - listed) | free | {"seed"}
+    apart = (named - listed) | free
     sides, found, repeated = [], [], set()
     for side in comparison.sides:
         resolved = _resolved(side, named, here)
         if resolved is None:
             return None
+        where = {id(run.settings): run.settings for run in here}
+        places = {
+            key: _cell_and_arm(settings, apart, free - named)
+            for key, settings in where.items()
+            if _selects(resolved.where, named, settings)
+        }
         cells: Any = defaultdict(lambda: defaultdict(dict))
         for run in here:
-            if math.isnan(run.value(comparison.measure)) and not run.is_missing(comparison.measure):
+            place = places.get(id(run.settings))
+            if place is None or (math.isnan(run.value(comparison.measure)) and not run.is_missing(comparison.measure)):
                 continue
-            if _selects(resolved.where, named, run.settings):
-                rest = {key: value for key, value in run.settings.items() if key not in apart}
-                options = frozenset(item for item in rest.items() if item[0].startswith(OF_THE_ARM))
-                norm = run.settings["norm.name"]
-                own = frozenset((key, run.settings[key]) for key in free - named if key in run.settings)
-                by_seed = cells[frozenset(rest.items()) - options][norm, options, own]
-                if by_seed.setdefault(run.seed, run) is not run:
-                    repeated.add(run.name)
+            cell, arm = place
+            if cells[cell][arm].setdefault(run.seed, run) is not run:
+                repeated.add(run.name)
         if not cells:
             return None
         sides.append(resolved)
@@ -261,6 +274,14 @@ def _select(comparison: Comparison, free: frozenset[str], here: Sequence[_Run]) 
         for sides_of in zip(*chosen, strict=True)
     ]
     return _Selection(tuple(sides), [cell for cell in valued if all(cell)], missing, frozenset(repeated))
+
+
+def _cell_and_arm(settings: Mapping[str, Hashable], apart: frozenset[str], free: frozenset[str]) -> tuple[Any, Any]:
+    """What is equal for all sides of a contrast; and the norm, its options, and what is free to differ."""
+    rest = {key: value for key, value in settings.items() if key not in apart}
+    options = frozenset(item for item in rest.items() if item[0].startswith(OF_THE_ARM))
+    own = frozenset((key, settings[key]) for key in free if key in settings)
+    return frozenset(rest.items()) - options, (settings["norm.name"], options, own)
 
 
 # ---- what they say

@@ -233,9 +233,10 @@ def _baseline(study: Study, baseline: str | None) -> tuple[str | None, list[str]
 
 def _unmeasured(study: Study, measure: Measure) -> Iterator[str]:
     """A sentence per setting that the tables can say nothing about."""
-    evaluated = study.evaluations[study.evaluations["state"] == "done"]
-    for setting, rows in evaluated.groupby("setting"):
-        if measure.column not in rows or rows[measure.column].isna().all():
+    done = study.evaluations["state"] == "done"
+    measured = study.evaluations[measure.column].notna() if measure.column in study.evaluations else ~done
+    for setting, any_measured in measured[done].groupby(study.evaluations["setting"]).any().items():
+        if not any_measured:
             yield (
                 f"{setting}: its runs have no {measure.label}, by which this study is compared. Give them a study of"
                 " their own: study=..."

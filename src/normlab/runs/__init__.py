@@ -2,28 +2,36 @@
 
 from normlab.runs.folder import (
     FINISHED,
+    METRICS,
+    PROBES,
     PROVENANCE,
     Run,
     find,
     now,
+    probe_files,
     read_config,
     read_metrics,
     read_probes,
+    read_rows,
     read_status,
 )
 from normlab.runs.identity import completed, identity, run_id, run_name
 
 __all__ = [
     "FINISHED",
+    "METRICS",
+    "PROBES",
     "PROVENANCE",
     "Run",
     "completed",
     "find",
     "identity",
     "now",
+    "probe_files",
     "read_config",
     "read_metrics",
     "read_probes",
+    "read_rows",
     "read_status",
     "run_id",
     "run_name",

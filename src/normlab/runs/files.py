@@ -5,8 +5,10 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +18,7 @@ from normlab.errors import UserError
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NEXT_KEY = re.compile(r"(?<=\n)(?=[a-zA-Z_])")  # in the outermost mapping: the dumper indents what belongs to a key
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
@@ -97,18 +100,42 @@ def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """
+def read_yaml(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A mapping; `parse` is `parse_yaml`, or calls it.
+
     Raises:
         UserError: if the file cannot be read or holds no mapping.
     """
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        value = parse(path.read_bytes().decode())
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise damaged(path, error) from None
     if not isinstance(value, dict):
         raise damaged(path, "it holds no settings")
     return value
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text holds; parts of a mapping may be shared with what other texts hold, and are to be read only."""
+    return _parts(text) or yaml.load(text, Loader=_Loader)
+
+
+def _parts(text: str) -> dict[str, Any]:
+    """A mapping read key by key, as runs of a study share most parts and YAML is slow; empty if it is no such text."""
+    value: dict[str, Any] = {}
+    try:
+        for part in map(_part, _NEXT_KEY.split(text)):
+            if not isinstance(part, dict):
+                return {}
+            value |= part
+    except (yaml.YAMLError, ValueError):
+        return {}
+    return value
+
+
+@lru_cache(maxsize=4096)
+def _part(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -117,7 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: if the file cannot be read or holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes().decode())
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise damaged(path, error) from None
     if not isinstance(value, dict):

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from normlab.report.arms import FAMILIES, in_order, natural
 from normlab.report.figures.style import CROWD, DOUBLE, SINGLE, Style, handles, legend, seeds
 from normlab.report.load import Study
+from normlab.report.tables import CELL
 
 PAGE = 12  # panels that one figure can show
 
@@ -40,24 +41,29 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     common = common_setting(study).split(", ")
     several_groups = runs["arm"].str.contains("norm_batch=").any()
     several_batches = runs["batch"].nunique() > 1
-    groups = rows["arm"].str.extract(r"norm_batch=(\d+)", expand=False)
+    groups_of_cells = rows.groupby(CELL, sort=False)  # a cell has many rows, which all go to one place
+    cells = groups_of_cells.head(1)
+    groups = cells["arm"].str.extract(r"norm_batch=(\d+)", expand=False)
     short = [
         ", ".join(word.replace(".name=", "=") for word in words[setting] if word not in common)
-        for setting in rows["setting"]
+        for setting in cells["setting"]
     ]
     told = [f"norm_batch={group}" if several_groups and isinstance(group, str) else "" for group in groups]
     whole = "whole batch" if several_groups else ""
     where = [", ".join(filter(None, pair)) or whole for pair in zip(short, told, strict=True)]
-    return rows.assign(
-        variant=[_without_groups(arm) for arm in rows["arm"]],
-        norm_batch=groups.astype(float),
-        short=short,
-        where=where,
-        condition=[
-            ", ".join(filter(None, (place, f"batch {batch}" if several_batches or not place else "")))
-            for place, batch in zip(where, rows["batch"], strict=True)
-        ],
+    found = pd.DataFrame(
+        {
+            "variant": [_without_groups(arm) for arm in cells["arm"]],
+            "norm_batch": groups.astype(float).to_numpy(),
+            "short": short,
+            "where": where,
+            "condition": [
+                ", ".join(filter(None, (place, f"batch {batch}" if several_batches or not place else "")))
+                for place, batch in zip(where, cells["batch"], strict=True)
+            ],
+        }
     )
+    return rows.assign(**found.iloc[groups_of_cells.ngroup()].set_axis(rows.index))
 
 
 def _without_groups(arm: str) -> str:
