@@ -4,6 +4,7 @@ speed          normlab, a plain PyTorch loop, Lightning and a tuned loop: images
 sweep, start   that part of `speed` alone
 packing        the sweep at five seeds, 60 runs, against as many of the plain loop one after the other
 records        reading the records of 10,000 runs, against pandas
+where          where the time of a training step goes
 loop           the training loop against a bare one, in one process
 norms          a training step with every norm, over that with bn
 probes         a measurement of every probe, over a training step
@@ -20,6 +21,7 @@ BENCHMARKS = {  # the module, and words that go before those of the command line
     "start": ["benchmarks.speed", "--what", "start"],
     "packing": ["benchmarks.speed", "--what", "sweep", "--seeds", "5", "--contender", "normlab", "plain"],
     "records": ["bench_records"],
+    "where": ["benchmarks.where"],
     "loop": ["benchmarks.loop"],
     "norms": ["benchmarks.norms"],
     "probes": ["benchmarks.probes"],

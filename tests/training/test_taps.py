@@ -57,16 +57,16 @@ def test_outputs_and_gradients_are_those_of_the_whole_kernel(groups: int) -> Non
     for size, kernel, stride, padding, dilation in trimmed_kinds:
         whole = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups, dtype=torch.float64)
         trimmed = copy.deepcopy(whole)
-        trim(trimmed)
         images = torch.randn(3, 4, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        trim(trimmed, images)
         for mine, theirs in zip(gradients(trimmed, images), gradients(whole, images), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_second_derivatives_are_those_of_the_whole_kernel() -> None:
     module = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)
-    trim(module)
     images = torch.randn(2, 2, 1, 1, dtype=torch.float64, requires_grad=True)
+    trim(module, images)
     parameters = tuple(p.detach().clone().requires_grad_() for p in module.parameters())
 
     def function(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -78,15 +78,15 @@ def test_second_derivatives_are_those_of_the_whole_kernel() -> None:
 def test_rectangular_kernels_and_maps() -> None:
     whole = nn.Conv2d(2, 3, (3, 5), (2, 1), (1, 2), dtype=torch.float64)
     trimmed = copy.deepcopy(whole)
-    trim(trimmed)
     images = torch.randn(2, 2, 1, 2, dtype=torch.float64)
+    trim(trimmed, images)
     torch.testing.assert_close(trimmed(images), whole(images))
 
 
 @pytest.mark.parametrize("settings", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
 def test_other_padding_is_left_alone(settings: dict) -> None:
     module = nn.Conv2d(2, 3, 3, **settings)
-    trim(module)
+    trim(module, torch.zeros(1, 2, 4, 4))
     assert "_conv_forward" not in vars(module)
 
 
@@ -95,7 +95,8 @@ def test_a_network_keeps_its_function_names_and_copies(make, norm: str) -> None:
     network = models.build(make(f"norm={norm}"), num_classes=10, image_size=8).double().eval()
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     before, names = network(images), list(network.state_dict())
-    trim(network)
+    trim(network, images[:1])
+    assert not network.training
     assert list(network.state_dict()) == names
     for same in (network, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
         torch.testing.assert_close(same(images), before, rtol=1e-10, atol=1e-10)

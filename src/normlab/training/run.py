@@ -209,7 +209,7 @@ def _train(
     assert choice
     network = choice.apply(network)
     if where.type == "cpu" and config.engine != "compile":
-        taps.trim(network)
+        taps.trim(network, torch.zeros(1, data.channels, data.image_size, data.image_size))
     device.forget_peak_memory(where)
     averaged = None if config.weight_average is None else Average(network, config.weight_average)
     optimizer = build_optimizer(config.optimizer, network, for_graph=engines.may_capture(config, where))

@@ -6,15 +6,31 @@ zeros, and so they are left out: outputs and gradients are the same up to the or
 
 from functools import lru_cache
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def trim(network: nn.Module) -> None:
-    """Let every convolution of `network` leave such taps out; in place. Names and parameters stay as they are."""
+def trim(network: nn.Module, images: Tensor) -> None:
+    """Let every convolution of `network` leave such taps out; in place. Names and values of parameters stay.
+
+    Args:
+        images: float (B, C, S, S) of the size that will be trained on; the network looks at them once, in evaluation
+            mode. A convolution that leaves taps out of these has its weight laid out in memory tap by tap, so that
+            those it needs are in one piece.
+    """
+    trimmed = []
     for module in network.modules():
         if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
             module._conv_forward = _Trimmed(module)  # type: ignore[method-assign]  # of this module alone
+            trimmed.append(module)
+    training = network.training
+    with torch.no_grad():
+        network.eval()(images)
+        network.train(training)
+        for module in trimmed:
+            if module._conv_forward.cut:  # type: ignore[attr-defined]
+                module.weight.data = module.weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
 class _Trimmed:
@@ -24,6 +40,7 @@ class _Trimmed:
         assert not isinstance(module.padding, str)
         self.kernel_size, self.stride, self.padding = module.kernel_size, module.stride, module.padding
         self.dilation, self.groups = module.dilation, module.groups
+        self.cut = False  # whether the last images left taps out
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = (
@@ -33,8 +50,9 @@ class _Trimmed:
             )
         )
         cuts = (-columns[0], -columns[1], -rows[0], -rows[1])
-        if any(cuts):
-            weight = F.pad(weight, cuts)  # by a negative width: its gradient is padded with zeros
+        self.cut = any(cuts)
+        if self.cut:  # by padding of a negative width, whose gradient is padded with zeros
+            weight = F.pad(weight.permute(2, 3, 0, 1), (0, 0, 0, 0, *cuts)).permute(2, 3, 0, 1)
         return F.conv2d(input, weight, bias, self.stride, (rows[2], columns[2]), self.dilation, self.groups)
 
 

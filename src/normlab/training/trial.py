@@ -32,7 +32,7 @@ class Trial:
         network = models.build(config, num_classes=classes, image_size=side).to(device).train()
         network = network.to(memory_format=memory_format)
         if device.type == "cpu":
-            taps.trim(network)
+            taps.trim(network, torch.zeros(1, channels, side, side))
         self.step = Step(
             config,
             device,
