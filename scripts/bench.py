@@ -20,7 +20,7 @@ BENCHMARKS = {  # the module, and words that go before those of the command line
     "sweep": ["benchmarks.speed", "--what", "sweep"],
     "start": ["benchmarks.speed", "--what", "start"],
     "packing": ["benchmarks.speed", "--what", "sweep", "--seeds", "5", "--contender", "normlab", "plain"],
-    "records": ["bench_records"],
+    "records": ["benchmarks.records"],
     "where": ["benchmarks.where"],
     "loop": ["benchmarks.loop"],
     "norms": ["benchmarks.norms"],

@@ -21,7 +21,7 @@ from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "outputs" / "reference" / "digits_every_norm"
 ARMS = ("bn", "none", "affine", "gn", "ln", "lp1", "lp2", "lpinf", "renorm", "wn")
 BATCHES = (8, 16, 32, 64, 128)
@@ -181,7 +181,7 @@ def bench(folder: Path, runs: int, epochs: int, rounds: int) -> dict[str, list[t
     return found
 
 
-def main(runs: int, epochs: int, rounds: int = 3, folder: Path | None = None, file: Path | None = None) -> None:
+def measure_all(runs: int, epochs: int, rounds: int, folder: Path | None, file: Path | None) -> None:
     """Print the measurements as a Markdown table, and write them as JSON."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         found = bench(Path(temporary), runs, epochs, rounds)
@@ -210,7 +210,7 @@ def machine() -> str:
     return f"{name}, {cores} cores, Python {platform.python_version()}, pandas {pd.__version__}"
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=200)
@@ -223,4 +223,8 @@ if __name__ == "__main__":
         taken = MEASURED[chosen.measure](chosen.folder)
         print(json.dumps([taken, peak_memory_mb()]))
     else:
-        main(chosen.runs, chosen.epochs, chosen.rounds, chosen.folder, chosen.json)
+        measure_all(chosen.runs, chosen.epochs, chosen.rounds, chosen.folder, chosen.json)
+
+
+if __name__ == "__main__":
+    main()
