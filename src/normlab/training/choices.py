@@ -23,6 +23,7 @@ from normlab.training.device import name_of
 from normlab.training.trial import Trial
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+ALL_THREADS = torch.get_num_threads()  # before an earlier run of this process chose fewer
 STEPS, LIMIT_SECONDS = 3, 2.0  # of each trial
 WORTH = 0.95  # of the time that the plain choice takes: another one has to be clearly better
 
@@ -54,7 +55,7 @@ def choose(
         threads: of this process; None: all that PyTorch would use, or fewer.
         saved: the run's checkpoint, if it goes on from one.
     """
-    plain = Choice("contiguous", threads or torch.get_num_threads())
+    plain = Choice("contiguous", threads or ALL_THREADS)
     if saved:
         return replace(plain, memory_format=saved.get("memory_format", "contiguous"))
     formats: list[str] = [config.memory_format] if config.memory_format != "auto" else list(FORMATS)

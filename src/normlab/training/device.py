@@ -74,6 +74,8 @@ def forget_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # of another C library
+            ctypes.CDLL(None).malloc_trim(0)  # what is kept for the next step is not the next run's
         with contextlib.suppress(OSError):  # hardened containers forbid it
             Path("/proc/self/clear_refs").write_text("5")
 
