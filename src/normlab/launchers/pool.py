@@ -156,9 +156,16 @@ def packs(jobs: Sequence[Job], slots: Sequence[Slot]) -> list[list[Job]]:
     alike: dict[Hashable, list[Job]] = defaultdict(list)
     for job in jobs:
         config = job.config
-        alike[config.device, config.precision, config.deterministic, config.threads].append(job)
+        alike[_alone(job), config.device, config.precision, config.deterministic, config.threads].append(job)
     dealt = [group[first :: len(slots)] for group in alike.values() for first in range(len(slots))]
     return sorted(filter(None, dealt), key=lambda pack: -sum(job.work for job in pack))
+
+
+def _alone(job: Job) -> str:
+    """The name of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
+    dataset = job.config.dataset
+    streamed = isinstance(dataset, schema.FolderDataset) and dataset.storage != "memory"
+    return job.run.name if streamed or job.config.engine == "compile" else ""
 
 
 def carry_out(
