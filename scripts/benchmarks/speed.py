@@ -428,7 +428,7 @@ def main() -> None:
     add("--json", type=Path, help="a file for everything measured, kept up to date while measuring")
     add("--markdown", type=Path, help="a file for the tables, likewise")
     chosen = parser.parse_args()
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(chosen).items()}
+    options = {key: value for key, value in vars(chosen).items() if key not in ("data_dir", "json", "markdown")}
     found: dict[str, Any] = {"machine": machine(chosen.device), "options": options}
     for part, value in measured_parts(chosen):
         found[part] = value

@@ -17,7 +17,7 @@ from normlab.config import RunConfig
 from normlab.errors import InterruptedRunError, UserError
 from normlab.norms import Steps, find_sites
 from normlab.probes import Moment, Probes, Subject
-from normlab.training import engines, loop
+from normlab.training import engines
 from normlab.training.gradients import build_transform
 from normlab.training.optimizers import build_optimizer
 from normlab.training.run import carry_out
@@ -130,7 +130,7 @@ def interrupted(monkeypatch, config: RunConfig, target: object, original: Any, c
 def test_a_resumed_run_has_the_rows_of_an_undisturbed_one(tiny, monkeypatch, norm, step) -> None:
     whole, parts = (tiny(f"norm={norm}", *asked(PROBES), f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
-    interrupted(monkeypatch, parts, loop, set_learning_rate, step)
+    interrupted(monkeypatch, parts, engines, set_learning_rate, step)
     assert outcome(parts) == expected
     assert measured(parts) == measured(whole)
 
@@ -150,7 +150,7 @@ def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeyp
     whole, parts = (tiny(*asked(PROBES), "checkpoint_seconds=0", f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
     run = runs.Run(parts.as_dict())
-    interrupted(monkeypatch, parts, loop, set_learning_rate, 2)
+    interrupted(monkeypatch, parts, engines, set_learning_rate, 2)
     for probe in PROBES:
         run.append_probe(probe, [{"step": 3, "layer": "never"}, {"step": 4, "layer": "never"}])
     path = run.folder / "probes" / "ics.jsonl"

@@ -21,13 +21,13 @@ MEASURED = ("epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_
 SMALL = ("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3")
 
 
-def record(config: RunConfig) -> tuple[str, list[dict]]:
+def record(config: RunConfig) -> tuple[str, list[dict], dict[str, list[dict]]]:
+    """A digest of the weights at the end, what was measured at each evaluation, and by probes."""
     run = runs.Run(config.as_dict())
     measured, warnings = runs.read_metrics(run.folder)
     assert not warnings
-    return (runs.read_status(run.folder) or {})["weights_sha256"], [
-        {key: row[key] for key in MEASURED} for row in measured
-    ]
+    digest = (runs.read_status(run.folder) or {})["weights_sha256"]
+    return digest, [{key: row[key] for key in MEASURED} for row in measured], runs.read_probes(run.folder)[0]
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_every_norm_trains_bit_identically_captured(tiny, norm: str, replays) ->
         ("drop_last=true", "batch=24"),
         ("precision=bf16",),
         ("norm=wn", "init=lsuv", "input_norm=bn"),
-        ("probe=[gradients,landscape]",),
+        ("probe=[gradients,landscape,ics]", "epochs=3"),
         ("model.target=small.SmallNet", "model.name=small"),  # with dropout
     ],
     ids=" ".join,
@@ -96,8 +96,8 @@ def test_rmsprop_is_captured_where_its_learning_rate_may_be_a_tensor(tiny, repla
     carry_out(eager)
     carry_out(graph)
     assert replays
-    for (_, a), (_, b) in [(record(eager), record(graph))]:  # it multiplies by the rate in another place
-        assert [row["train_loss"] for row in a] == pytest.approx([row["train_loss"] for row in b], rel=1e-5)
+    losses = [[row["train_loss"] for row in record(config)[1]] for config in (eager, graph)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # it multiplies by the rate in another place
 
 
 def test_the_regression_task_is_captured(make, replays) -> None:

@@ -22,7 +22,7 @@ from normlab.training.device import autocast
 from normlab.training.distributed import ALONE, Alone, Looks
 from normlab.training.engines import Engine, Position
 from normlab.training.interrupt import StopRequest
-from normlab.training.optimizers import learning_rate
+from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.step import Step
 from normlab.training.tasks import Task
 from normlab.training.turns import Turn
@@ -111,9 +111,11 @@ def train(
             if probes and probes.due(number):
                 settle(epoch * steps)
                 begun = time.monotonic()
+                lr = learning_rate(config, number, steps)
+                set_learning_rate(step.optimizer, lr)  # a probe may ask what the step will do
                 step.optimizer.zero_grad(set_to_none=True)
                 try:
-                    probes.measure(moment(number, learning_rate(config, number, steps), *engine.upcoming()))
+                    probes.measure(moment(number, lr, *engine.upcoming()))
                 except InterruptedRunError:  # a resume begins with this measurement
                     at.wall_seconds, at.train_seconds = time.monotonic() - started, at.train_seconds + begun - clock
                     checkpoint(at)
