@@ -33,6 +33,7 @@ SETTINGS = (
     "epochs=2",
     "device=cpu",
     "threads=1",
+    "memory_format=contiguous",
     "checkpoint_seconds=1",
 )
 SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus=1", "hydra.launcher.time=5")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Make
 
 from normlab import models, runs
 from normlab.config import RunConfig
@@ -15,6 +16,12 @@ from normlab.training.interrupt import StopRequest
 from normlab.training.run import carry_out, data_of
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def tiny(tiny: Make) -> Make:
+    """With a network that draws no random numbers."""
+    return lambda *settings: tiny("model.target=small.SmallResNet", "model.name=small_resnet", *settings)
 
 
 @pytest.fixture
@@ -54,6 +61,14 @@ def test_the_faster_memory_format_is_chosen_once_and_remembered(tiny, planted) -
     planted["channels_last", 4] = 2.0  # another measurement would say
     assert chosen(config) == Choice("channels_last", 4)
     assert len(planted["tried"]) == 2
+
+
+def test_where_random_numbers_are_drawn_in_the_order_of_memory_nothing_is_tried(tiny, planted) -> None:
+    planted["channels_last", 4] = 0.5
+    dropout = ("model.target=small.SmallNet", "model.name=small")
+    for words in (dropout, ("norm=noisy_bn",)):
+        assert chosen(tiny("memory_format=auto", *words)) == Choice("contiguous", 4)
+    assert not planted["tried"]
 
 
 def test_a_small_difference_is_left_to_chance_and_changes_nothing(tiny, planted) -> None:
@@ -141,7 +156,7 @@ def test_a_real_trial_changes_no_result(tiny) -> None:
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_an_interrupted_run_goes_on_in_its_format_to_the_same_bits(tiny, memory_format: str) -> None:
-    words = (f"memory_format={memory_format}", "model.target=small.SmallResNet", "model.name=small_resnet")
+    words = (f"memory_format={memory_format}",)
     whole = tiny(*words, "study=whole")
     carry_out(whole)
     stop = StopRequest()
@@ -149,7 +164,7 @@ def test_an_interrupted_run_goes_on_in_its_format_to_the_same_bits(tiny, memory_
     with pytest.raises(InterruptedRunError):
         carry_out(tiny(*words), stop=stop)
     other = "channels_last" if memory_format == "contiguous" else "contiguous"
-    status = carry_out(tiny(words[1], words[2], f"memory_format={other}"))
+    status = carry_out(tiny(f"memory_format={other}"))
     assert status["weights_sha256"] == (runs.read_status(runs.Run(whole.as_dict()).folder) or {})["weights_sha256"]
 
 

@@ -245,6 +245,11 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
             layer.evaluates_on_batch = False
 
 
+def is_random(module: nn.Module) -> bool:
+    """Whether a layer draws random numbers in training."""
+    return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "Noise")
+
+
 @torch.no_grad()
 def look_at(network: nn.Module, images: Tensor) -> None:
     """One forward pass for what hooks see of it: in training mode, but without what is random (dropout, stochastic
@@ -253,7 +258,7 @@ def look_at(network: nn.Module, images: Tensor) -> None:
     modes = {module: module.training for module in network.modules()}
     network.train()
     for module in network.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "Noise"):
+        if is_random(module):
             module.eval()
     try:
         network(images)

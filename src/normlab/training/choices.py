@@ -18,6 +18,7 @@ from normlab.config import RunConfig
 from normlab.data.cache import locked
 from normlab.data.load import Data
 from normlab.errors import UserError
+from normlab.norms.statistics import is_random
 from normlab.runs import files
 from normlab.training.device import name_of
 from normlab.training.trial import Trial
@@ -61,6 +62,8 @@ def choose(
     formats: list[str] = [config.memory_format] if config.memory_format != "auto" else list(FORMATS)
     if data.image_size == 1 or not any(isinstance(module, nn.Conv2d) for module in network.modules()):
         formats = ["contiguous"]
+    if len(formats) > 1 and any(map(is_random, network.modules())):
+        formats = ["contiguous"]  # numbers are drawn in the order of memory: another format is another run
     plain = replace(plain, memory_format=formats[0])
     if len(formats) == 1 and (threads or plain.threads == 1 or device.type != "cpu"):
         return plain
