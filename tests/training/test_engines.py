@@ -111,11 +111,8 @@ def test_the_regression_task_is_captured(make, replays) -> None:
     assert replays
 
 
-@pytest.mark.parametrize("after", [2, 5, 9])
-def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
-    config = tiny(*SMALL, "engine=graph", "checkpoint_seconds=null")
-    undisturbed = tiny(*SMALL, "engine=graph", "study=undisturbed")
-    carry_out(undisturbed)
+def carry_out_in_two_parts(config: RunConfig, after: int, monkeypatch) -> None:
+    """The first part ends after so many steps, by a request to stop."""
     stop, made = StopRequest(), []
     step = engines.Graphed.step
 
@@ -130,6 +127,14 @@ def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, m
         carry_out(config, stop=stop)
     stop.requested = None
     carry_out(config, stop=stop)
+
+
+@pytest.mark.parametrize("after", [2, 5, 9])
+def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
+    config = tiny(*SMALL, "engine=graph", "checkpoint_seconds=null")
+    undisturbed = tiny(*SMALL, "engine=graph", "study=undisturbed")
+    carry_out(undisturbed)
+    carry_out_in_two_parts(config, after, monkeypatch)
     assert record(config) == record(undisturbed)
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from training.test_engines import NORMS
+from training.test_engines import NORMS, carry_out_in_two_parts
 
 from normlab import runs
 from normlab.config import RunConfig
 from normlab.data.load import Loaded
-from normlab.errors import InterruptedRunError
 from normlab.training import engines, packing
 from normlab.training.interrupt import StopRequest
 from normlab.training.run import Share, carry_out
@@ -101,18 +100,7 @@ def test_replays_wait_for_nothing(tiny, monkeypatch) -> None:
 def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
     undisturbed, config = tiny(*SMALL, "study=undisturbed"), tiny(*SMALL, "checkpoint_seconds=null")
     carry_out(undisturbed)
-    stop, made, step = StopRequest(), [], engines.Graphed.step
-
-    def counted(engine: engines.Graphed) -> None:
-        made.append(1)
-        stop.requested = "SIGTERM" if len(made) == after else stop.requested
-        step(engine)
-
-    monkeypatch.setattr(engines.Graphed, "step", counted)
-    with pytest.raises(InterruptedRunError):
-        carry_out(config, stop=stop)
-    stop.requested = None
-    carry_out(config, stop=stop)
+    carry_out_in_two_parts(config, after, monkeypatch)
     for one, other in zip(measured(config), measured(undisturbed), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 

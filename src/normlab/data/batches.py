@@ -1,8 +1,7 @@
 """One split of a data set as batches: order, augmentation and normalisation, all keyed and in bulk."""
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -269,11 +268,12 @@ class Split:
             return
         # Whatever belongs to single images is put into order once, so that a batch is but a slice of it.
         each = self._epoch(order, draws)
-        drawn: Iterable[Tensor | None] = itertools.repeat(None) if each.draws is None else each.draws.split(batch)
+        parts, labels = each.positions.split(batch), each.labels.split(batch)
+        drawn: Sequence[Tensor | None] = [None] * len(parts) if each.draws is None else each.draws.split(batch)
+        pixels: Iterator[Tensor]
         if isinstance(self._source, Resident):
-            for part, labels, draw in zip(each.positions.split(batch), each.labels.split(batch), drawn, strict=False):
-                yield self.gather(part, draw), labels
-            return
-        files = self._source.read(self.rows[order], batch, epoch)
-        for pixels, labels, draw in zip(files, each.labels.split(batch), drawn, strict=False):
-            yield self._normalise(self._augmented(pixels, draw)), labels
+            pixels = map(self.gather, parts, drawn)
+        else:
+            files = self._source.read(self.rows[order], batch, epoch)
+            pixels = (self._normalise(self._augmented(*pair)) for pair in zip(files, drawn, strict=True))
+        yield from zip(pixels, labels, strict=True)

@@ -6,7 +6,7 @@ A choice changes the order of sums and nothing else, and a resumed run keeps the
 import contextlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _try(
 
 
 @contextlib.contextmanager
-def _memory(path: Path, log: Callable[[str], None]) -> Any:
+def _memory(path: Path, log: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """What earlier runs on this machine found out, and what is added inside; one process at a time.
 
     It only saves time: what cannot be read is found out anew, what cannot be written is not remembered.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.config import RMSprop, RunConfig
-from normlab.data.batches import Split
+from normlab.data.batches import Epoch, Split
 from normlab.errors import UserError
 from normlab.training.graphs import Graph, graph_for
 from normlab.training.optimizers import learning_rate, set_learning_rate
@@ -154,14 +154,18 @@ class Graphed(Eager):
         self.graph, self.warn = graph, warn
         self.state = "warming up"  # then "captured", or "eager" if it cannot be
         self.made = 0
-        self.images = train.epoch(0)
+        self.images: Epoch
         self.rates = torch.zeros(train.steps, device=step.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=step.device)  # of the batch
         self.places = torch.arange(train.batch, device=step.device)
 
     def begin(self, epoch: int) -> None:
         self.epoch = epoch
-        self.images.copy_(self.train.epoch(epoch))
+        fresh = self.train.epoch(epoch)
+        if self.state == "captured":  # a replay reads where the capture did
+            self.images.copy_(fresh)
+        else:
+            self.images = fresh
         self.rates.copy_(torch.tensor([self._rate(batch) for batch in range(self.train.steps)]))
         self.number.fill_(self.at.batch)
 
