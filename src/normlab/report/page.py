@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from normlab.report.arms import in_order, natural
+from normlab.report.cells import Table
 from normlab.report.load import Study
 from normlab.report.markup import markdown
-from normlab.report.tables import Table
 
 _HARDWARE = {  # what the page tells of a run's provenance
     "device": "Device",

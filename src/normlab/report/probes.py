@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from normlab.report.cells import Table, lists, with_interval
 from normlab.report.load import Study
 from normlab.report.measures import MEASURES, step_to_step
-from normlab.report.tables import CELL, Table, lists, summarise, with_interval
+from normlab.report.tables import CELL, summarise
 
 
 class Quantity(NamedTuple):
@@ -157,7 +158,7 @@ def probe_tables(study: Study, confidence: float) -> list[Table]:
                 f" {100 * confidence:g} % t-interval; geometric, with the interval in brackets, for positive"
                 " quantities of any size. No interval where n = 1.",
                 tidy=tidy,
-                texts=lists(tidy, columns),
+                rows=lists(tidy, columns),
             )
         )
     return found

@@ -7,11 +7,11 @@ from pathlib import Path
 import pandas as pd
 
 from normlab.report import verdict_texts
+from normlab.report.cells import Table
 from normlab.report.claims import claims
 from normlab.report.load import Study
 from normlab.report.markup import markdown
 from normlab.report.page import facts, paragraphs
-from normlab.report.tables import Table
 from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 
 NOTES = "notes.md"  # what a person has to say about a study, in its folder

@@ -8,14 +8,25 @@ That of `overall` is described there, that of the verdicts in `verdict_texts`.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from normlab.report.arms import in_order, natural
+from normlab.report.cells import (
+    NOTHING,
+    Cell,
+    Row,
+    Table,
+    grids,
+    lists,
+    named_rows,
+    with_counts,
+    with_interval,
+    with_test,
+)
 from normlab.report.load import FINISHED, Study
 from normlab.report.measures import chance
 from normlab.report.statistics import (
@@ -32,7 +43,6 @@ from normlab.report.statistics import (
     tails,
 )
 
-NOTHING = "--"
 CELL = ["setting", "arm", "batch"]
 
 
@@ -58,17 +68,6 @@ class Measure(NamedTuple):
 
 ACCURACY = Measure("test_accuracy", "test accuracy", "%", "percentage points", 100.0, True, 1)
 LOSS = Measure("test_loss", "test loss", "", "", 1.0, False, None)
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of the report: `tidy` for CSV, and one frame of texts per setting for a reader."""
-
-    name: str
-    title: str
-    caption: str
-    tidy: pd.DataFrame
-    texts: dict[str, pd.DataFrame]
 
 
 def measure_of(evaluations: pd.DataFrame) -> Measure:
@@ -182,12 +181,13 @@ def differences(
 
 def overall(
     study: Study, values: pd.DataFrame, baseline: str | None, confidence: float
-) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
+) -> tuple[pd.DataFrame, dict[str, list[Row]]]:
     """Each arm over many cells at once: per setting over its batch sizes, and over all settings.
 
     A tidy frame with the quantities mean, minus_baseline and beats_baseline (a probability) of the final accuracy, and
-    its texts. cells: how many of the of_cells of the setting the arm, or the arm and the baseline, have; n: the seeds
-    of the cell that has fewest. A diverged run's accuracy is chance. Settings with a single cell have no rows.
+    its rows for a reader. cells: how many of the of_cells of the setting the arm, or the arm and the baseline, have;
+    n: the seeds of the cell that has fewest. A diverged run's accuracy is chance. Settings with a single cell have no
+    rows.
     """
     cells = _by_cell(study, values)
     scopes = {setting: [cell for cell in cells if cell[0] == setting] for setting in dict.fromkeys(c[0] for c in cells)}
@@ -218,7 +218,7 @@ def overall(
                 place = {"setting": scope, "arm": arm, "quantity": quantity, "cells": number, "of_cells": len(inside)}
                 rows.append({**place, **interval._asdict()})
     frame = pd.DataFrame(rows)
-    return frame, _overall_texts(frame, baseline) if rows else {}
+    return frame, _overall_rows(frame, baseline) if rows else {}
 
 
 def _by_cell(study: Study, values: pd.DataFrame) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
@@ -226,113 +226,35 @@ def _by_cell(study: Study, values: pd.DataFrame) -> dict[tuple[str, int], dict[s
     found: dict[Any, Any] = {}
     for cell in counts(study.runs).to_dict("records"):
         found.setdefault((cell["setting"], cell["batch"]), {})
-    for run in _rows(study.runs[study.runs["state"] == "diverged"]):
+    for run in named_rows(study.runs[study.runs["state"] == "diverged"]):
         cell = found[run.setting, run.batch].setdefault(run.arm, {})
         cell[run.seed] = chance(study.configs[run.run], run.classes)
-    for run in _rows(values.dropna(subset=["final"])):
+    for run in named_rows(values.dropna(subset=["final"])):
         found[run.setting, run.batch].setdefault(run.arm, {})[run.seed] = run.final
     return {cell: arms for cell, arms in found.items() if arms}
 
 
-def _overall_texts(frame: pd.DataFrame, baseline: str | None) -> dict[str, pd.DataFrame]:
+def _overall_rows(frame: pd.DataFrame, baseline: str | None) -> dict[str, list[Row]]:
     headings = {
         "mean": ("mean (%)", ".1f"),
         "minus_baseline": (f"minus {baseline}", "+.2f"),
         "beats_baseline": (f"P(beats {baseline})", ".2f"),
     }
-    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    found: dict[str, list[Row]] = defaultdict(list)
     for (setting, _), rows in frame.groupby(["setting", "arm"], sort=False):
         first = rows.iloc[0]
-        line = {"arm": first["arm"], "cells": f"{first['cells']} of {first['of_cells']}", "seeds": str(first["n"])}
-        for row in _rows(rows):
+        line = {
+            "arm": Cell(first["arm"]),
+            "cells": Cell(f"{first['cells']} of {first['of_cells']}", first["cells"]),
+            "seeds": Cell(str(first["n"]), first["n"]),
+        }
+        for row in named_rows(rows):
             heading, shown = headings[row.quantity]
             partly = f", over {row.cells} cells" if row.cells < first["cells"] else ""
             ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
-            line[heading] = f"{row.mean:{shown}}{ends}{partly}"
+            line[heading] = Cell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
         found[str(setting)].append(line)
-    return {setting: pd.DataFrame(lines).fillna(NOTHING) for setting, lines in found.items()}
-
-
-def p_text(p: float, equals: str = "") -> str:
-    """`0.012`, `< 0.001`, or dashes; `equals` stands before a number."""
-    return NOTHING if math.isnan(p) else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
-
-
-def with_test(row: Any, decimals: int | None) -> str:
-    """`+1.20 ± 0.80 (n=5, p = 0.012, d_z = 2.1)`: a difference as `with_counts` has it, with its test."""
-    text = with_counts(row, decimals, "+")
-    if math.isnan(row.p_holm):
-        return text
-    size = "" if math.isnan(row.d_z) else f", d_z = {row.d_z:.1f}"
-    return f"{text.removesuffix(')')}, p {p_text(row.p_holm, '= ')}{size})"
-
-
-def with_interval(row: Any, decimals: int | None, sign: str = "") -> str:
-    """`91.2 ± 0.8`, `91.2` for one seed, or dashes."""
-    if not row.n:
-        return NOTHING
-    half = row.high - row.mean if row.n > 1 else 0.0
-    shown = _format(max(abs(row.mean), half)) if decimals is None else f",.{decimals}f"
-    text = f"{row.mean:{sign}{shown}}"
-    return f"{text} ± {half:{shown}}" if row.n > 1 else text
-
-
-def _format(size: float) -> str:
-    """What shows three or four digits of numbers up to `size`: 0.123, 1.234, 12.34, 1,234; 1.23e+07."""
-    exponent = math.floor(math.log10(size)) if size > 0 else 0
-    if not -4 <= exponent < 7:
-        return ".3g"
-    return f",.{max((3 if exponent >= 0 else 2) - exponent, 0)}f"
-
-
-def with_counts(row: Any, decimals: int | None, sign: str = "") -> str:
-    """`91.2 ± 0.8 (n=3)`, `91.2 (n=1, 2 of 3 diverged)`, `-- missing`."""
-    runs = row.done + row.diverged + row.missing
-    notes = [f"n={row.n}"] if row.n else []
-    notes += [f"{row.done - row.n} without a value"] if row.done > row.n else []
-    notes += [f"{row.diverged} of {runs} diverged"] if row.diverged else []
-    if row.missing:
-        notes.append("missing" if row.missing == runs else f"{row.missing} of {runs} missing")
-    text = with_interval(row, decimals, sign)
-    return f"{text} ({', '.join(notes)})" if row.n else f"{text} {', '.join(notes)}".strip()
-
-
-def grids(tidy: pd.DataFrame, text: Callable[[Any], str]) -> dict[str, pd.DataFrame]:
-    """Per setting, arms as rows and batch sizes as columns."""
-    cells: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
-    for row in _rows(tidy):
-        cells[row.setting][row.arm][row.batch] = text(row)
-    found = {}
-    for setting, arms in cells.items():
-        batches = sorted({batch for cell in arms.values() for batch in cell})
-        found[setting] = pd.DataFrame(
-            [{"arm": arm} | {f"batch {b}": cell.get(b, NOTHING) for b in batches} for arm, cell in arms.items()]
-        )
-    return found
-
-
-def lists(tidy: pd.DataFrame, columns: dict[str, tuple[str, Callable[[Any], str]]]) -> dict[str, pd.DataFrame]:
-    """Per setting, one row per arm and batch size. `columns`: quantity -> heading and text of a row."""
-    cells: dict[tuple[str, str, int], dict[str, str]] = {}
-    for row in _rows(tidy):
-        head = {"arm": row.arm, "batch": str(row.batch), "runs": _runs(row)}
-        heading, text = columns[row.quantity]
-        cells.setdefault((row.setting, row.arm, row.batch), head)[heading] = text(row)
-    found = defaultdict(list)
-    for (setting, *_), cell in cells.items():
-        found[setting].append(cell)
-    return {setting: pd.DataFrame(rows) for setting, rows in found.items()}
-
-
-def _rows(frame: pd.DataFrame) -> Iterator[Any]:
-    return frame.itertuples(index=False)
-
-
-def _runs(row: Any) -> str:
-    total = row.done + row.diverged + row.missing
-    told = [f"{row.diverged} diverged"] if row.diverged else []
-    told += [f"{row.missing} missing"] if row.missing else []
-    return f"{row.done} of {total}, {', '.join(told)}" if told else str(total)
+    return dict(found)
 
 
 def build_tables(
@@ -361,7 +283,7 @@ def build_tables(
             title=measure.label.capitalize(),
             caption=f"Final {measure.label} (after the last epoch){unit}: {over}. {uncounted}",
             tidy=accuracy,
-            texts=grids(accuracy, lambda row: with_counts(row, measure.decimals)),
+            rows=grids(accuracy, lambda row: with_counts(row, measure.decimals)),
         )
     ]
     if baseline is not None:
@@ -378,18 +300,18 @@ def build_tables(
                     " Holm's correction over all comparisons of this table; d_z: mean over standard deviation of the"
                     f" differences.{_told_of_few(minus)}",
                     tidy=minus,
-                    texts=grids(minus, lambda row: with_test(row, finer)),
+                    rows=grids(minus, lambda row: with_test(row, finer)),
                 )
             )
     if measure is ACCURACY:
-        together, texts = overall(study, values, baseline, confidence)
+        together, rows = overall(study, values, baseline, confidence)
         against = (
             f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties"
             " as one half, averaged over cells"
             if baseline
             else ""
         )
-        if texts:
+        if rows:
             found.append(
                 Table(
                     name="overall",
@@ -400,7 +322,7 @@ def build_tables(
                     " within each cell), where every cell has 3 seeds; with so few it is rather too narrow. A diverged"
                     " run counts as chance. cells: how many have the arm; means over different cells do not compare.",
                     tidy=together,
-                    texts=texts,
+                    rows=rows,
                 )
             )
 
@@ -419,7 +341,7 @@ def build_tables(
             f" {over}. Training values are as recorded during the last epoch. runs: done runs; diverged and"
             " missing ones are not part of the means.",
             tidy=convergence,
-            texts=lists(
+            rows=lists(
                 convergence,
                 {
                     "final": (f"final{in_unit}", plain(measure.decimals)),
@@ -443,7 +365,7 @@ def build_tables(
                 f" that reach it, ± half of the {100 * confidence:g} % t-interval over seeds; in brackets how many"
                 f" of the done runs do, where not all.{seconds}",
                 tidy=reached,
-                texts=lists(
+                rows=lists(
                     reached,
                     {f"{kind}_to_{t:g}": (f"{100 * t:g} %", _reached(decimals)) for t in thresholds},
                 ),
@@ -457,7 +379,7 @@ def build_tables(
             caption=f"Seconds of training and evaluation, training images per second (median over epochs), peak"
             f" memory and trainable parameters: {over}. Runs that shared a machine slowed each other down.",
             tidy=cost,
-            texts=lists(
+            rows=lists(
                 cost,
                 {
                     "wall_seconds": ("seconds", plain(0)),

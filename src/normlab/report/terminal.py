@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from normlab.report.cells import Table
 from normlab.report.load import Study
-from normlab.report.tables import Table
 from normlab.report.verdict_texts import lines, not_run
 from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 

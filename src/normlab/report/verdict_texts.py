@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from normlab.report.cells import NOTHING, Cell, Row, Table, p_text
 from normlab.report.claims import Claim, Comparison, claims
 from normlab.report.markup import markdown
-from normlab.report.tables import NOTHING, Table, p_text
 from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, NOT_RUN, SUPPORTED, Finding, Judgement
 
 _CAPTION = (
@@ -23,17 +23,16 @@ _CAPTION = (
 
 
 def table(judgements: Sequence[Judgement], confidence: float) -> Table:
-    """The verdicts of one study: tidy, one row per comparison; texts, one frame per data set, network and budget."""
-    rows = [_tidy(judgement, finding) for judgement in judgements for finding in judgement.findings]
-    texts: dict[str, list[dict[str, str]]] = defaultdict(list)
+    """The verdicts of one study: tidy, one row per comparison; rows, by data set, network and budget."""
+    rows: dict[str, list[Row]] = defaultdict(list)
     for judgement in judgements:
-        texts[judgement.place] += _rows(judgement)
+        rows[judgement.place] += [{name: Cell(text) for name, text in row.items()} for row in _rows(judgement)]
     return Table(
         name="verdicts",
         title="Verdicts on the papers' claims",
         caption=_CAPTION.format(percent=100 * confidence),
-        tidy=pd.DataFrame(rows),
-        texts={place: pd.DataFrame(found) for place, found in texts.items()},
+        tidy=pd.DataFrame([_tidy(judgement, finding) for judgement in judgements for finding in judgement.findings]),
+        rows=rows,
     )
 
 

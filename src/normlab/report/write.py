@@ -7,13 +7,14 @@ from pathlib import Path
 from normlab.errors import UserError, nearest
 from normlab.report import verdict_texts
 from normlab.report.arms import in_order
+from normlab.report.cells import Table
 from normlab.report.load import FINISHED, Study, load
 from normlab.report.markup import latex, markdown
 from normlab.report.page import page
 from normlab.report.probes import probe_tables
 from normlab.report.results import results_page
 from normlab.report.status import show_status
-from normlab.report.tables import Measure, Table, build_tables, measure_of
+from normlab.report.tables import Measure, build_tables, measure_of
 from normlab.report.terminal import show, show_claims
 from normlab.report.verdicts import judge
 from normlab.runs import files

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator
 import pandas as pd
 from matplotlib.figure import Figure
 
+from normlab.report.cells import Table
 from normlab.report.figures import accuracy as accuracies
 from normlab.report.figures import probes
 from normlab.report.figures.panels import arrange, common_setting, pages, split
 from normlab.report.figures.style import CROWD, DOUBLE, SINGLE, Style, encode, styles
 from normlab.report.load import FINISHED, Study
-from normlab.report.tables import Measure, Table, outcomes
+from normlab.report.tables import Measure, outcomes
 
 __all__ = ["DOUBLE", "SINGLE", "draw", "encode", "styles"]
 
