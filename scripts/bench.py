@@ -4,6 +4,7 @@ speed          normlab, a plain PyTorch loop, Lightning and a tuned loop: images
 sweep, start   that part of `speed` alone
 packing        the sweep at five seeds, 60 runs, against as many of the plain loop one after the other
 records        reading the records of 10,000 runs, against pandas
+page           the HTML page of 1,000 runs in a real Chromium, against that of 12
 where          where the time of a training step goes
 loop           the training loop against a bare one, in one process
 norms          a training step with every norm, over that with bn
@@ -21,6 +22,7 @@ BENCHMARKS = {  # the module, and words that go before those of the command line
     "start": ["benchmarks.speed", "--what", "start"],
     "packing": ["benchmarks.speed", "--what", "sweep", "--seeds", "5", "--contender", "normlab", "plain"],
     "records": ["benchmarks.records"],
+    "page": ["benchmarks.page"],
     "where": ["benchmarks.where"],
     "loop": ["benchmarks.loop"],
     "norms": ["benchmarks.norms"],

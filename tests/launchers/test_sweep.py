@@ -62,7 +62,7 @@ def test_the_report_of_a_sweep_has_its_tables_and_figures(sweep) -> None:
     status, out, error = command(sweep, "report.py")
     assert status == 0, error
     assert "12 done" in out
-    assert "report.md" in out
+    assert "index.html" in out
     folder = sweep / "outputs" / "default" / "report"
     accuracy = (folder / "accuracy.md").read_text()
     for word in ("bn", "affine", "bnminus", "none", "batch 8", "batch 32", "batch 128", "digits, small"):

@@ -32,8 +32,8 @@ def sweep(add_run):
 def test_a_report_has_every_table_and_figure_and_its_page_links_them(sweep, tmp_path):
     page = build("study", tmp_path / "outputs")
     folder = page.parent
-    assert page == tmp_path / "outputs" / "study" / "report" / "report.md"
-    text = page.read_text()
+    assert page == tmp_path / "outputs" / "study" / "report" / "index.html"
+    text = (folder / "report.md").read_text()
     for name in (
         *("accuracy", "difference", "overall", "convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost"),
         "verdicts",
@@ -55,7 +55,7 @@ def test_a_study_of_losses_has_its_tables_and_figures(add_losses, tmp_path, caps
     for norm, losses in (("bn", (1e5, 500.0)), ("none", (1e5, 1700.0))):
         add_losses(norm, losses)
     page = build("study", tmp_path / "outputs")
-    text = page.read_text()
+    text = (page.parent / "report.md").read_text()
     for name in ("loss", "difference", "convergence", "cost"):
         assert f"({name}.csv)" in text
     for name in ("loss_by_arm", "learning_curves", "train_against_test"):
@@ -190,7 +190,7 @@ def test_verdicts_are_in_terminal_page_and_files(better, tmp_path, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Verdicts: digits, resnet, budget laptop supported Batch normalisation reaches" in shown
     assert "paper: n/a" in shown
-    assert f"| {SENTENCE} |" in " ".join(page.read_text().split())
+    assert f"| {SENTENCE} |" in " ".join((page.parent / "report.md").read_text().split())
     with (page.parent / "verdicts.csv").open() as file:
         found = next(csv.DictReader(file))
     assert (found["claim"], found["verdict"], found["n"]) == ("peerthum2023-bn-none", "supported", "4")

@@ -200,7 +200,7 @@ def carry_out(
         if failed:
             display.say("Failed:")
         for job, why in failed:
-            display.say(f"  {job.run.folder / 'run.log'}: {why}")
+            display.say(f"  {job.run.folder / runs.LOG}: {why}")
     return failed
 
 

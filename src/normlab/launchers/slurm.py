@@ -293,7 +293,7 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
             for job, status in _ends(sweep.jobs, display):
                 display.ended(job.run.name, outcome(status))
                 if status["state"] not in runs.FINISHED:
-                    failed[job.run.folder / "run.log"] = one_line(status["error"])
+                    failed[job.run.folder / runs.LOG] = one_line(status["error"])
         except KeyboardInterrupt:
             display.say(f"The jobs go on. The same command shows them again; to cancel them: {cancel}")
             sys.exit(130)

@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from normlab.installation import CONF
 from normlab.report.arms import in_order, natural
 from normlab.report.cells import Table
 from normlab.report.load import Study
 from normlab.report.markup import markdown
+from normlab.report.sources import Sources
 
 _HARDWARE = {  # what the page tells of a run's provenance
     "device": "Device",
@@ -19,24 +21,56 @@ _HARDWARE = {  # what the page tells of a run's provenance
 }
 
 
-def page(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, str]], warnings: Sequence[str]) -> str:
-    """The report as one Markdown page, its figures beside it."""
+def page(
+    study: Study,
+    tables: Sequence[tuple[Table, Sources]],
+    drawn: Sequence[tuple[str, str, Sources]],
+    warnings: Sequence[str],
+) -> str:
+    """The report as one Markdown page, its figures (name, caption, what they were made from) beside it."""
     states = ", ".join(f"{number} {state}" for state, number in study.states().items())
-    lines = [f"# Study {study.name}", f"{len(study.runs)} runs: {states}."]
+    lines = [f"# Study {study.name}", question(study), f"{len(study.runs)} runs: {states}."]
     lines += [f"- {run.run}: {run.state} ({run.note})" for run in study.noted()]
     lines += [f"- Warning: {warning}" for warning in warnings]
     lines += ["## What was run", *(f"- {fact}" for fact in facts(study))]
-    for table in tables:
+    for table, made in tables:
         lines.append(f"## {table.title}")
         for setting, texts in table.texts.items():
             lines += [f"**{setting}**", markdown(texts).rstrip()]
         links = ", ".join(f"[{suffix}]({table.name}.{suffix})" for suffix in ("csv", "tex", "md"))
-        lines.append(f"{table.caption} ({links})")
+        lines += [f"{table.caption} ({links})", f"{made.sentence()} ([runs]({table.name}.sources.json))"]
     if drawn:
         lines.append("## Figures")
-    for name, caption in drawn:
+    for name, caption, made in drawn:
         lines += [f"![{name}]({name}.png)", f"{caption} ([pdf]({name}.pdf))"]
+        lines.append(f"{made.sentence()} ([runs]({name}.sources.json))")
     return paragraphs(lines)
+
+
+def question(study: Study) -> str:
+    """What the study asks: the words of its experiment, else what its runs vary."""
+    names = {config.get("experiment") for config in study.configs.values()}
+    experiment = names.pop() if len(names) == 1 else None
+    return _of_experiment(str(experiment)) or _of_what_varies(study)
+
+
+def _of_experiment(name: str) -> str:
+    """The first paragraph of comments in an experiment's file; nothing if there is no such file."""
+    path = {path.stem: path for path in (CONF / "experiment").glob("*.yaml")}.get(name)
+    if path is None:
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is Hydra's
+    return " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+
+
+def _of_what_varies(study: Study) -> str:
+    placed = study.runs.dropna(subset=["arm"])
+    arms, batches = in_order(placed["arm"]), sorted(placed["batch"].unique())
+    settings = sorted(placed["setting"].unique(), key=natural)
+    shown = ", ".join(arms[:8]) + (f" and {len(arms) - 8} more" if len(arms) > 8 else "")
+    sizes = f" with batches of {', '.join(map(str, batches))}" if batches else ""
+    where = settings[0] if len(settings) == 1 else f"{len(settings)} settings, from {settings[0]} to {settings[-1]}"
+    return f"What does each of these arms buy{sizes}: {shown}? On {where}."
 
 
 def facts(study: Study) -> list[str]:

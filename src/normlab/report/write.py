@@ -3,21 +3,27 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from normlab.errors import UserError, nearest
 from normlab.report import verdict_texts
 from normlab.report.arms import in_order
 from normlab.report.cells import Table
+from normlab.report.html import Drawing, html_page
 from normlab.report.load import FINISHED, Study, load
 from normlab.report.markup import latex, markdown
-from normlab.report.page import page
+from normlab.report.page import facts, page, question
 from normlab.report.probes import probe_tables
 from normlab.report.results import results_page
+from normlab.report.sources import Sources, mixtures, sources
 from normlab.report.status import show_status
 from normlab.report.tables import Measure, build_tables, measure_of
 from normlab.report.terminal import show, show_claims
 from normlab.report.verdicts import judge
 from normlab.runs import files
+
+if TYPE_CHECKING:
+    from normlab.report.figures import Named
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,10 @@ class Options:
 
 
 def build(study: str, output_dir: str | Path, options: Options) -> Path:
-    """Report whatever has finished in `output_dir`/`study`; return the page `report/report.md` there.
+    """Report whatever has finished in `output_dir`/`study`; return the page `report/index.html` there.
+
+    The same page as Markdown is beside it, every table as Markdown, CSV and LaTeX, every figure as PNG and PDF, and for
+    each of these a list of its runs, their code and hardware, and the command that made it.
 
     Raises:
         UserError: for a study that does not exist or has no finished run, and a folder that cannot be written.
@@ -64,14 +73,30 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         tables.append(verdict_texts.table(judgements, options.confidence))
     folder = found.folder / "report"
     files.make_folder(folder)
-    for table in tables:
-        for suffix, text in render(table, found.name).items():
+    made = [(table, sources(found, table.tidy)) for table in tables]
+    for table, origin in made:
+        for suffix, text in render(table, found.name, origin).items():
             _write(folder / f"{table.name}.{suffix}", text.encode())
-    drawn = list(_figures(found, tables[0], measure, options, folder, ("png", "pdf"))) if options.figures else []
-    warnings = found.warnings + remarks + list(_unmeasured(found, measure))
-    _write(folder / "report.md", page(found, tables, drawn, warnings).encode())
-    show(found, tables[0], judgements, folder / "report.md", warnings)
-    return folder / "report.md"
+    drawings = []
+    for drawn in _figures(found, tables[0], measure, options, folder, ("pdf", "png")) if options.figures else ():
+        origin = sources(found, drawn.rows)
+        _write(folder / f"{drawn.name}.sources.json", origin.as_json().encode())
+        drawings.append(_drawing(drawn, origin, folder))
+    warnings = found.warnings + remarks + list(_unmeasured(found, measure)) + list(mixtures(found))
+    _write(
+        folder / "report.md", page(found, made, [(d.name, d.caption, d.sources) for d in drawings], warnings).encode()
+    )
+    html = html_page(found, question(found), made, judgements, drawings, measure, facts(found), warnings)
+    _write(folder / "index.html", html.encode())
+    show(found, tables[0], judgements, folder / "index.html", warnings)
+    return folder / "index.html"
+
+
+def _drawing(drawn: "Named", origin: Sources, folder: Path) -> Drawing:
+    from normlab.report.html.charts import charts
+
+    panels, legend = charts(drawn.figure)
+    return Drawing(drawn.name, drawn.caption, panels, legend, (folder / f"{drawn.name}.png").read_bytes(), origin)
 
 
 def build_claims(output_dir: str | Path, options: Options) -> Path:
@@ -113,7 +138,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
             for earlier in (page.parent / "figures" / name).glob("*.png"):
                 earlier.unlink()
             made = _figures(found, tables[0], measure, options, page.parent / "figures" / name, ("png",))
-            drawn = [(f"figures/{name}/{figure}.png", caption) for figure, caption in made]
+            drawn = [(f"figures/{name}/{figure.name}.png", figure.caption) for figure in made]
         studies.append((found, tables, drawn))
         judgements += judge(found, options.confidence)
     if not studies:
@@ -144,18 +169,18 @@ def _tables(study: Study, measure: Measure, baseline: str | None, options: Optio
 
 def _figures(
     study: Study, accuracy: Table, measure: Measure, options: Options, folder: Path, suffixes: Sequence[str]
-) -> Iterator[tuple[str, str]]:
-    """Draw into `folder`; name and caption of each."""
+) -> Iterator["Named"]:
+    """Draw into `folder`."""
     from normlab.report.figures import draw, encode  # matplotlib is slow to import; tables can do without
 
-    for name, caption, figure in draw(study, accuracy, measure, options.confidence):
+    for drawn in draw(study, accuracy, measure, options.confidence):
         for suffix in suffixes:
-            _write(folder / f"{name}.{suffix}", encode(figure, suffix))
-        yield name, caption
+            _write(folder / f"{drawn.name}.{suffix}", encode(drawn.figure, suffix))
+        yield drawn
 
 
-def render(table: Table, study_name: str) -> dict[str, str]:
-    """A table as the text of its files, by suffix: md, csv (full precision, tidy) and tex."""
+def render(table: Table, study_name: str, origin: Sources) -> dict[str, str]:
+    """A table as the text of its files, by suffix: md, csv (full precision, tidy), tex, and what it was made from."""
     slug = study_name.replace("/", "-")
     sections = [f"**{setting}**\n\n{markdown(texts)}" for setting, texts in table.texts.items()]
     environments = [
@@ -163,9 +188,10 @@ def render(table: Table, study_name: str) -> dict[str, str]:
         for i, (setting, texts) in enumerate(table.texts.items())
     ]
     return {
-        "md": "\n".join([f"# {table.title}\n", *sections, f"{table.caption}\n"]),
+        "md": "\n".join([f"# {table.title}\n", *sections, f"{table.caption}\n", f"{origin.sentence()}\n"]),
         "csv": table.tidy.to_csv(index=False, lineterminator="\n"),
-        "tex": "\n".join(["% needs \\usepackage{booktabs}", *environments]),
+        "tex": "\n".join(["% needs \\usepackage{booktabs}", f"% {origin.sentence()}", *environments]),
+        "sources.json": origin.as_json(),
     }
 
 

@@ -2,6 +2,7 @@
 
 from normlab.runs.folder import (
     FINISHED,
+    LOG,
     METRICS,
     PROBES,
     PROVENANCE,
@@ -19,6 +20,7 @@ from normlab.runs.identity import completed, identity, run_id, run_name
 
 __all__ = [
     "FINISHED",
+    "LOG",
     "METRICS",
     "PROBES",
     "PROVENANCE",

@@ -26,6 +26,7 @@ from normlab.runs import files, lock
 from normlab.runs.identity import completed, run_id, run_name
 
 CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
+LOG = "run.log"
 PROBES = "probes"
 _SEED = re.compile(r"^seed: (0|[1-9]\d*)$", re.MULTILINE)  # of the outermost mapping: others are indented
 FINISHED = ("done", "diverged")  # states that a repeated command skips

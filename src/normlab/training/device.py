@@ -5,7 +5,6 @@ import ctypes
 import os
 import platform
 import resource
-import subprocess
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from normlab import checkout
 from normlab.config import RunConfig
 from normlab.errors import UserError
 
@@ -118,7 +118,7 @@ def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}
         | {"torch": str(torch.__version__)},
-        "git": _git(),
+        "git": checkout.state(),
         "command": sys.argv,
         "platform": platform.platform(),
         "device": name_of(device),
@@ -140,20 +140,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _git() -> dict[str, str] | None:
-    """Commit and uncommitted difference of the checkout that this code runs from, if it is one."""
-
-    def ask(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, errors="replace", timeout=10, check=True
-        ).stdout
-
-    try:
-        if "src/normlab/training/device.py" not in ask("ls-files", "--full-name", "device.py"):
-            return None  # some other repository that this package happens to be installed in
-        return {"commit": ask("rev-parse", "HEAD").strip(), "diff": ask("diff", "HEAD", "--", ":/src", ":/conf")}
-    except (OSError, subprocess.SubprocessError):
-        return None

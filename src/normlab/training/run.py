@@ -455,7 +455,7 @@ class _LogFile(logging.FileHandler):
 def _logger(folder: Path) -> logging.Logger:
     """A logger of this run alone, into run.log."""
     log = logging.Logger(folder.name, logging.INFO)
-    handler = _LogFile(folder / "run.log", encoding="utf-8", delay=True)
+    handler = _LogFile(folder / runs.LOG, encoding="utf-8", delay=True)
     formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)

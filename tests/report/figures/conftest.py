@@ -15,6 +15,6 @@ def drawn(study: Path) -> Callable[..., dict[str, Figure]]:
     def draw(measure: Measure = ACCURACY) -> dict[str, Figure]:
         found = load(study)
         [main, *_] = build_tables(found, measure, None, (), 0.95)
-        return {name: figure for name, _, figure in figures.draw(found, main, measure, 0.95)}
+        return {drawn.name: drawn.figure for drawn in figures.draw(found, main, measure, 0.95)}
 
     return draw

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,12 +12,12 @@ from matplotlib.figure import Figure
 from normlab.report.cells import Table
 from normlab.report.figures import accuracy as accuracies
 from normlab.report.figures import probes
-from normlab.report.figures.panels import arrange, common_setting, pages, split
+from normlab.report.figures.panels import Drawn, arrange, common_setting, pages, rows_of, split
 from normlab.report.figures.style import CROWD, DOUBLE, SINGLE, Style, encode, styles
 from normlab.report.load import FINISHED, Study
 from normlab.report.tables import Measure, outcomes
 
-__all__ = ["DOUBLE", "SINGLE", "draw", "encode", "styles"]
+__all__ = ["DOUBLE", "SINGLE", "Named", "draw", "encode", "styles"]
 
 _CAPTIONS = {
     "against_batch": "Final {label} against batch size: mean over seeds; bars: {percent:g} % t-interval (where"
@@ -38,28 +39,37 @@ _CAPTIONS = {
 }
 
 
-def draw(study: Study, accuracy: Table, measure: Measure, confidence: float) -> Iterator[tuple[str, str, Figure]]:
-    """Every figure that the study's measurements allow: its name, its caption, and itself."""
+class Named(NamedTuple):
+    """A figure with its name and caption, and the rows that it shows (setting, arm, batch and, of single runs, run)."""
+
+    name: str
+    caption: str
+    figure: Figure
+    rows: pd.DataFrame
+
+
+def draw(study: Study, accuracy: Table, measure: Measure, confidence: float) -> Iterator[Named]:
+    """Every figure that the study's measurements allow."""
     common = f"{common_setting(study)}. ".removeprefix(". ")
     looks = styles(arrange(study, study.runs.dropna(subset=["arm"]))["variant"])
     found = [*_ends(study, accuracy, measure, looks), *_courses(study, measure, looks)]
     for kind, prefix, figures in found:
         caption = _CAPTIONS[kind].format(label=measure.label, percent=100 * confidence)
-        for i, figure in enumerate(figures):
-            yield f"{prefix}{kind}_{i + 1}" if i else f"{prefix}{kind}", common + caption, figure
+        for i, drawn in enumerate(figures):
+            yield Named(f"{prefix}{kind}_{i + 1}" if i else f"{prefix}{kind}", common + caption, *drawn)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
-    for name, caption, figure in probes.figures(finished, looks):
-        yield name, common + caption, figure
+    for name, caption, drawn in probes.figures(finished, looks):
+        yield Named(name, common + caption, *drawn)
 
 
 def _finished(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["state"].isin(FINISHED)]
 
 
-Drawn = Iterator[tuple[str, str, Iterator[Figure]]]  # kind, what comes before it in the name, pages
+Kinds = Iterator[tuple[str, str, Iterator[Drawn]]]  # kind, what comes before it in the name, pages
 
 
-def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Style]) -> Drawn:
+def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Style]) -> Kinds:
     """The final values, against what the study varies."""
     values, tidy = outcomes(study, measure), accuracy.tidy
     tidy = arrange(study, tidy[tidy.groupby("setting")["n"].transform("sum") > 0])
@@ -71,9 +81,9 @@ def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Styl
     tidy["told_batch"] = [f"batch {batch}" if several_batches else "" for batch in tidy["batch"]]
     tidy["place"] = [", ".join(filter(None, pair)) for pair in zip(tidy["short"], tidy["told_batch"], strict=True)]
 
-    def paged(draw: Callable[..., Figure], by: str) -> Iterator[Figure]:
+    def paged(draw: Callable[..., Figure], by: str) -> Iterator[Drawn]:
         for page in pages(split(tidy, by)):
-            yield draw(page, values, measure, looks)
+            yield draw(page, values, measure, looks), rows_of(page)
 
     options = accuracies.option_panels(study, tidy)
     if several_batches:
@@ -83,14 +93,19 @@ def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Styl
     elif len(tidy) == max(1, sum(len(rows) for _, rows in options)):
         pass  # one cell, or cells that are all in the figure of options
     elif not several_batches and (tidy["where"].nunique() == 1 or tidy["variant"].nunique() > CROWD):
-        yield "by_arm", prefix, iter([accuracies.by_arm(tidy, values, measure)])
+        yield "by_arm", prefix, iter([(accuracies.by_arm(tidy, values, measure), tidy)])
     elif tidy["where"].nunique() > 1:
         yield "by_condition", prefix, paged(accuracies.by_condition, "told_batch")
     if options:
-        yield "against_option", prefix, (accuracies.against_option(page, values, measure) for page in pages(options))
+        shown = ((page, pd.concat([rows for _, rows in page])) for page in pages(options))
+        yield (
+            "against_option",
+            prefix,
+            ((accuracies.against_option(page, values, measure), rows) for page, rows in shown),
+        )
 
 
-def _courses(study: Study, measure: Measure, looks: dict[str, Style]) -> Drawn:
+def _courses(study: Study, measure: Measure, looks: dict[str, Style]) -> Kinds:
     """The measure along the training."""
     curves = _finished(study.evaluations)
     if measure.column not in curves:
@@ -101,10 +116,12 @@ def _courses(study: Study, measure: Measure, looks: dict[str, Style]) -> Drawn:
     # Batch sizes compare in epochs; the papers that have one count steps.
     x = "epoch" if curves["batch"].nunique() > 1 or "step" not in curves else "step"
     found = split(curves)
-    yield "learning_curves", "", (accuracies.learning_curves(page, measure, looks, x) for page in pages(found))
+    drawn = ((accuracies.learning_curves(page, measure, looks, x), rows_of(page)) for page in pages(found))
+    yield "learning_curves", "", drawn
     if measure.train_column in curves:
         done = curves[curves["state"] == "done"].dropna(subset=[measure.column, measure.train_column])
         found = split(done)
         if any(panel.crowded for panel in found):  # so many ends lie on each other
             return
-        yield "train_against_test", "", (accuracies.train_against_test(page, measure, looks) for page in pages(found))
+        drawn = ((accuracies.train_against_test(page, measure, looks), rows_of(page)) for page in pages(found))
+        yield "train_against_test", "", drawn

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normlab.report.arms import in_order
-from normlab.report.figures.panels import Panel, columns, grid, multiples, ordered, ticks, trend, wrapped
+from normlab.report.figures.panels import Panel, columns, grid, multiples, ordered, rows_of, ticks, trend, wrapped
 from normlab.report.figures.style import BLACK, BLUE, DOUBLE, RC, SINGLE, Style, legend, limit, seeds, styles
 from normlab.report.load import Study
 from normlab.report.tables import Measure
@@ -47,7 +47,7 @@ def learning_curves(found: Sequence[Panel], measure: Measure, looks: Mapping[str
                 trend(ax, done, x, measure.train_column, looks[arm], measure.scale, ls="--", lw=0.8, marker="")
             trend(ax, rows, x, measure.column, looks[arm], measure.scale)
         ticks(ax, panel.rows[x], 5)
-    every = pd.concat([panel.rows for panel in found])
+    every = rows_of(found)
     limit(drawn[0][0], "y", every[shown].melt()["value"] * measure.scale, share=measure.unit == "%")
     figure.supxlabel(_steps(every) if x == "step" else x, fontsize=8)
     figure.supylabel(measure.with_unit.removeprefix("test ") if len(shown) > 1 else measure.with_unit, fontsize=8)
@@ -95,7 +95,7 @@ def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_major_locator(MaxNLocator(4))
     # The first epochs, far down the diagonal, would leave no room to see the ends apart.
-    every = pd.concat([panel.rows for panel in found])
+    every = rows_of(found)
     late = every[every["epoch"] > every["epoch"].max() / 2]
     shown = late[pair].melt()["value"] * measure.scale
     for name in ("x", "y"):
@@ -114,7 +114,7 @@ def against_batch(found: Sequence[Panel], values: pd.DataFrame, measure: Measure
         values: the done runs' outcomes (setting, arm, batch, final).
     """
     figure, drawn = multiples(found, looks, height=2.3)
-    every = pd.concat([panel.rows for panel in found])
+    every = rows_of(found)
     batches = sorted({int(batch) for batch in every["batch"]})
     for ax, panel in drawn:
         arms = in_order(panel.rows["variant"])
@@ -145,7 +145,7 @@ def against_norm_batch(
     crowded = any(panel.crowded for panel in found)
     bn = [Line2D([], [], color=BLUE, lw=0.7, label="bn, for comparison")] if crowded else []
     figure, drawn = multiples(found, looks, bn, height=2.3)
-    every = pd.concat([panel.rows for panel in found])
+    every = rows_of(found)
     sizes = sorted({int(images) for images in every["images"]})
     for ax, panel in drawn:
         arms, lost = in_order(panel.rows["variant"]), 0
@@ -180,7 +180,7 @@ def by_condition(found: Sequence[Panel], values: pd.DataFrame, measure: Measure,
         found: rows of the accuracy table's tidy frame, of one batch size each.
         values: the done runs' outcomes.
     """
-    every = pd.concat([panel.rows for panel in found])
+    every = rows_of(found)
     conditions = ordered(every["where"])
     lines = _differ_by_a_number(conditions)
     across = max(1, min(len(found), 4, 12 // len(conditions)))

@@ -21,6 +21,7 @@ PAGE = 12  # panels that one figure can show
 
 
 T = TypeVar("T")
+Drawn = tuple[Figure, pd.DataFrame]  # with the rows that it shows: setting, arm, batch and, of single runs, run
 
 
 class Panel(NamedTuple):
@@ -121,6 +122,11 @@ def pages(found: Sequence[T], size: int = PAGE) -> Iterator[Sequence[T]]:
         yield found[i * len(found) // number : (i + 1) * len(found) // number]
 
 
+def rows_of(found: Sequence[Panel]) -> pd.DataFrame:
+    """What these panels show."""
+    return pd.concat([panel.rows for panel in found])
+
+
 def multiples(
     found: Sequence[Panel],
     looks: Mapping[str, Style],
@@ -139,7 +145,7 @@ def multiples(
         ax.set_title(title)
         if crowded:
             ax.legend(handles=handles(panel.rows["variant"], looks), loc="center left", bbox_to_anchor=(1, 0.5))
-    own = [] if crowded else handles(pd.concat([panel.rows["variant"] for panel in found]), looks)
+    own = [] if crowded else handles(rows_of(found)["variant"], looks)
     if own or more:
         legend(figure, [*own, *more])
     return figure, list(zip(axes, found, strict=True))

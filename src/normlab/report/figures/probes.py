@@ -14,14 +14,27 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from normlab.report.arms import in_order
-from normlab.report.figures.panels import PAGE, Panel, columns, grid, ordered, pages, split, ticks, trend, wrapped
+from normlab.report.figures.panels import (
+    PAGE,
+    Drawn,
+    Panel,
+    columns,
+    grid,
+    ordered,
+    pages,
+    rows_of,
+    split,
+    ticks,
+    trend,
+    wrapped,
+)
 from normlab.report.figures.style import RC, Style, handles, legend, limit, seeds
 from normlab.report.measures import step_to_step
 
 Looks = Mapping[str, Style]
 
 
-def trends(rows: pd.DataFrame, quantities: Mapping[str, str], looks: Looks, scale: float = 1.0) -> Iterator[Figure]:
+def trends(rows: pd.DataFrame, quantities: Mapping[str, str], looks: Looks, scale: float = 1.0) -> Iterator[Drawn]:
     """Quantities over the training, means over layers: one column each, one row per condition; conditions stand beside
     each other where there is one quantity.
 
@@ -30,7 +43,7 @@ def trends(rows: pd.DataFrame, quantities: Mapping[str, str], looks: Looks, scal
     """
     known = {name: label for name, label in quantities.items() if _known(rows, name)}
     for page in pages(split(rows), PAGE if len(known) == 1 else 4) if known else ():
-        yield _trends(page, known, looks, scale)
+        yield _trends(page, known, looks, scale), rows_of(page)
 
 
 def _known(rows: pd.DataFrame, name: str) -> bool:
@@ -52,7 +65,7 @@ def _trends(page: Sequence[Panel], quantities: Mapping[str, str], looks: Looks, 
                 ax.set_ylabel(label)
             ticks(ax, panel.rows["step"])
         axes[i * number].set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.4), loc="left")
-    every = pd.concat([panel.rows for panel in page])
+    every = rows_of(page)
     for ax, name in zip(axes, quantities, strict=False):
         ends = [f"{name}_low", f"{name}_high"] if f"{name}_low" in every else [name]
         by_run = every.groupby(["run", "step"])[ends].mean()
@@ -109,7 +122,7 @@ def along_the_layers(found: Sequence[Panel], column: str, label: str) -> Figure:
     Args:
         found: one panel per condition and arm.
     """
-    every = pd.concat([panel.rows for panel in found])
+    every = rows_of(found)
     done = every[every["state"] == "done"]
     steps = _few(sorted((every if done.empty else done)["step"].unique()), 5)
     colors = dict(zip(steps, mpl.colormaps["viridis"](np.linspace(0, 0.88, len(steps))), strict=True))
@@ -233,34 +246,35 @@ def _seeds(rows: pd.DataFrame) -> str:
     return seeds(done)
 
 
-def figures(probes: Mapping[str, pd.DataFrame], looks: Looks) -> Iterator[tuple[str, str, Figure]]:
+def figures(probes: Mapping[str, pd.DataFrame], looks: Looks) -> Iterator[tuple[str, str, Drawn]]:
     """Every figure that the rows of these probes allow: its name, its caption, and itself."""
     for probe, name, caption, make in _FIGURES:
         if probe in probes and len(probes[probe]):
             drawn = list(make(probes[probe], looks))
-            for i, figure in enumerate(drawn):
-                yield f"{name}_{i + 1}" if i else name, caption, figure
+            for i, pair in enumerate(drawn):
+                yield f"{name}_{i + 1}" if i else name, caption, pair
 
 
 _OVER_SEEDS = "mean over the done seeds; band: lowest to highest seed (where n > 1); dotted: diverged runs."
 
 
-def _covariate_shifts(rows: pd.DataFrame, looks: Looks) -> Iterator[Figure]:
+def _covariate_shifts(rows: pd.DataFrame, looks: Looks) -> Iterator[Drawn]:
     for condition in ordered(rows["condition"]):
-        yield covariate_shift(rows[rows["condition"] == condition], looks)
+        here = rows[rows["condition"] == condition]
+        yield covariate_shift(here, looks), here
 
 
-def _layers(column: str, label: str) -> Callable[[pd.DataFrame, Looks], Iterator[Figure]]:
-    def make(rows: pd.DataFrame, looks: Looks) -> Iterator[Figure]:
+def _layers(column: str, label: str) -> Callable[[pd.DataFrame, Looks], Iterator[Drawn]]:
+    def make(rows: pd.DataFrame, looks: Looks) -> Iterator[Drawn]:
         for page in pages(by_arm(_moments(rows))) if _known(rows, column) else ():
-            yield along_the_layers(page, column, label)
+            yield along_the_layers(page, column, label), rows_of(page)
 
     return make
 
 
-def _histograms(rows: pd.DataFrame, looks: Looks) -> Iterator[Figure]:
+def _histograms(rows: pd.DataFrame, looks: Looks) -> Iterator[Drawn]:
     for page in pages(sampled(_moments(rows)), 8):
-        yield histograms(page, looks)
+        yield histograms(page, looks), rows_of(page)
 
 
 def _moments(rows: pd.DataFrame) -> pd.DataFrame:
@@ -269,15 +283,15 @@ def _moments(rows: pd.DataFrame) -> pd.DataFrame:
     return first if first["step"].nunique() > 1 else rows
 
 
-def _trend(**quantities: str) -> Callable[[pd.DataFrame, Looks], Iterator[Figure]]:
+def _trend(**quantities: str) -> Callable[[pd.DataFrame, Looks], Iterator[Drawn]]:
     return lambda rows, looks: trends(rows, quantities, looks)
 
 
-def _percent(**quantities: str) -> Callable[[pd.DataFrame, Looks], Iterator[Figure]]:
+def _percent(**quantities: str) -> Callable[[pd.DataFrame, Looks], Iterator[Drawn]]:
     return lambda rows, looks: trends(_moments(rows), quantities, looks, 100.0)
 
 
-_FIGURES: list[tuple[str, str, str, Callable[[pd.DataFrame, Looks], Iterator[Figure]]]] = [
+_FIGURES: list[tuple[str, str, str, Callable[[pd.DataFrame, Looks], Iterator[Drawn]]]] = [
     (
         "ics",
         "covariate_shift",

@@ -1,0 +1,217 @@
+"""The HTML page, in a real Chromium that opens it from its file."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from recorded import adder
+
+from normlab import report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
+OPTIONS = report.Options(**{key: MENU[key] for key in report.Options.__dataclass_fields__})
+EVIL = "<script>document.title='harmed'</script></script><b>&\"'"
+MEANS = {"bn": [90.0, 91.0], "none": [70.0, 71.0], "gn": [80.0, 99.0]}  # by batch size: 8, 32
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    """A study of three arms, two batch sizes and two seeds: one run diverged, one failed, one was never started; and an
+    arm and a failure whose names are attacks."""
+    outputs = tmp_path_factory.mktemp("page") / "outputs"
+    add = adder(outputs)
+    for norm, means in MEANS.items():
+        for batch, mean in zip((8, 32), means, strict=True):
+            for seed in (0, 1):
+                state = {("gn", 8, 1): "diverged", ("none", 32, 1): "failed"}.get((norm, batch, seed), "done")
+                if (norm, batch, seed) == ("gn", 32, 1):
+                    continue
+                final = (mean + (seed - 0.5)) / 100
+                told = {"error": EVIL} if state == "failed" else {"diverged_step": 7}
+                accuracies = (0.5, 0.6, final) if state == "done" else (0.2,)
+                run = add(norm, batch, seed, accuracies, state, status=told, optimizer__note=EVIL)
+                (run / "run.log").write_text(f"first line\nthe log of {norm} {batch} {seed} {EVIL}\n")
+                commit = "a" * 40 if batch == 8 else "b" * 40
+                made = {"device": "a processor", "versions": {"normlab": "1", "torch": "2"}}
+                (run / "provenance.json").write_text(json.dumps({**made, "git": {"commit": commit, "diff": ""}}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["norm"]["name"] = EVIL
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return report.build("study", outputs, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as tool:
+        chromium = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser, page) -> Iterator[Any]:
+    """The page as a window of 1280 pixels shows it; at its end nothing has complained and nothing left the machine."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    window = context.new_page()
+    complaints: list[str] = []
+    window.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    window.on("pageerror", lambda error: complaints.append(str(error)))
+    window.on(
+        "request", lambda request: complaints.extend([request.url] * (not request.url.startswith(("file:", "data:"))))
+    )
+    window.goto(page.as_uri())
+    yield window
+    context.close()
+    assert complaints == []
+
+
+def column(window: Any, place: int = 0) -> list[str]:
+    return window.locator(f"#table-accuracy tbody tr td:nth-child({place + 1})").all_inner_texts()
+
+
+@needs_browser
+def test_a_heading_sorts_by_numbers_and_turns_around(opened) -> None:
+    heading = opened.locator("#table-accuracy th").nth(1)
+    assert column(opened)[:2] == ["bn", "none"]
+    heading.locator("button").click()
+    assert column(opened)[:3] == ["bn", "gn", "none"]
+    assert heading.get_attribute("aria-sort") == "descending"
+    heading.locator("button").click()
+    assert column(opened)[:3] == ["none", "gn", "bn"]
+    assert column(opened, 1)[-1] == "-- missing"  # what has no number stays at the end
+    opened.locator("#table-accuracy th button").first.click()
+    assert column(opened)[1:] == ["bn", "gn", "none"]
+
+
+@needs_browser
+def test_a_filter_leaves_the_rows_that_have_its_words(opened) -> None:
+    opened.locator("#table-accuracy input.filter").fill("non")
+    shown = opened.locator("#table-accuracy tbody tr:visible")
+    assert shown.count() == 1
+    assert shown.inner_text().startswith("none")
+    opened.locator("#table-accuracy input.filter").fill("")
+    assert shown.count() == 4
+
+
+@needs_browser
+def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(opened) -> None:
+    opened.locator("#table-accuracy button.cell", has_text="70.0").click()
+    dialog = opened.locator("dialog[open]")
+    assert dialog.locator("h3").inner_text() == "none, batch 8; digits, resnet18"
+    rows = [row.split("\t") for row in dialog.locator("tbody tr").all_inner_texts()]
+    assert [(row[0], row[2]) for row in rows] == [("0", "69.5"), ("1", "70.5")]
+    assert dialog.locator("tbody a").first.get_attribute("href").startswith("../none-b8-s0-")
+    assert "norm.name: none" in dialog.locator("pre").first.inner_text()
+    assert dialog.locator(".panel path.js-line").count() == 4  # test and training of two seeds
+    dialog.locator("summary", has_text="Log of seed 1").click()
+    assert f"the log of none 8 1 {EVIL}" in dialog.locator("details[open] pre").inner_text()
+    opened.keyboard.press("Escape")
+    assert opened.locator("dialog[open]").count() == 0
+
+
+@needs_browser
+def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
+    figure = opened.locator("#figure-accuracy_against_batch")
+    figure.scroll_into_view_if_needed()
+    figure.locator(".panel .points path").first.wait_for()
+    assert figure.locator(".legend button:not([disabled])").all_inner_texts()[:2] == ["bn", "none"]
+    figure.locator(".scatter", has=opened.locator(".errorbars path")).first.wait_for(state="attached")
+    traces = figure.locator(".panel .trace.scatter")
+    before = traces.count()
+    figure.locator(".panel .points path").first.hover(force=True)
+    figure.locator(".hovertext").first.wait_for()
+    told = figure.locator(".hovertext").first.text_content()
+    assert re.search(r"bn8: 90 ± [0-9.]+", told), told
+    figure.locator(".legend button", has_text="bn").first.click()
+    assert figure.locator(".legend button").first.get_attribute("aria-pressed") == "false"
+    opened.wait_for_function(
+        "n => document.querySelectorAll('#figure-accuracy_against_batch .trace.scatter').length < n", arg=before
+    )
+
+
+@needs_browser
+def test_names_from_disk_are_texts(opened) -> None:
+    assert opened.title() == "study · normlab"
+    assert EVIL in column(opened)
+    assert EVIL in opened.locator("#runs table.noted").inner_text()
+    for figure in opened.locator("figure[data-figure]").all():
+        figure.scroll_into_view_if_needed()
+        figure.locator(".panel .main-svg").first.wait_for()
+    opened.locator("#table-accuracy tr", has_text="harmed").locator("button.cell").first.click()
+    assert opened.title() == "study · normlab"
+
+
+@needs_browser
+def test_what_is_not_done_and_what_is_mixed_can_be_seen(opened) -> None:
+    assert opened.locator(".states").inner_text() == "9 done 1 diverged 1 failed 5 missing"
+    noted = opened.locator("#runs table.noted").inner_text()
+    assert "at step 7" in noted
+    assert "(no folder)" in noted
+    assert opened.locator("#table-accuracy td.diverged").inner_text() == "79.5 (n=1, 1 of 2 diverged)"
+    assert opened.locator("#table-accuracy td.missing").count() > 0
+    assert "2 versions of the code" in opened.locator(".warning").all_inner_texts()[-1]
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light"), (390, "dark")])
+def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    window = context.new_page()
+    window.goto(page.as_uri())
+    for figure in window.locator("figure[data-figure]").all():
+        figure.scroll_into_view_if_needed()
+        figure.locator(".panel .main-svg").first.wait_for()
+    assert window.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
+    ground = window.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (scheme == "dark")
+    window.locator("#theme").click()
+    assert window.evaluate("getComputedStyle(document.body).backgroundColor") != ground
+    context.close()
+
+
+@needs_browser
+def test_it_prints_with_the_figures_as_images(browser, page) -> None:
+    window = browser.new_page()
+    window.goto(page.as_uri())
+    window.emulate_media(media="print")
+    assert window.locator("#figure-accuracy_against_batch img.paper").is_visible()
+    assert not window.locator("#figure-accuracy_against_batch .panels").is_visible()
+    assert window.pdf()[:5] == b"%PDF-"
+    window.close()
+
+
+def test_a_run_costs_the_page_little(tmp_path) -> None:
+    """At 200 evaluations and a long log: 1,000 runs have to fit into 10 MB beside Plotly and some figures."""
+    add = adder(tmp_path / "outputs")
+
+    def size(seeds: range) -> int:
+        for seed in seeds:
+            curve = tuple(0.3 + 0.6 * (epoch + seed / 7) / 200 for epoch in range(200))
+            run = add("bn", 8, seed, curve, epochs=200)
+            (run / "run.log").write_text("a line of the log\n" * 200)
+        return report.build("study", tmp_path / "outputs", replace(OPTIONS, figures=False)).stat().st_size
+
+    few = size(range(10))
+    assert (size(range(10, 30)) - few) / 20 < 3_500
+
+
+def test_every_table_and_figure_has_its_runs_beside_it(page) -> None:
+    folder = page.parent
+    for path in [*folder.glob("*.csv"), *folder.glob("*.png")]:
+        made = json.loads((folder / f"{path.stem}.sources.json").read_text())
+        assert made["runs"], path
+        assert set(made["runs"]) <= {run.name for run in folder.parent.iterdir()}
+        assert sum(made["code"].values()) == sum(made["hardware"].values()) == len(made["runs"])
+    made = json.loads((folder / "accuracy.sources.json").read_text())
+    assert made["code"] == {"normlab 1, commit aaaaaaa, torch 2": 6, "normlab 1, commit bbbbbbb, torch 2": 4}
+    assert made["hardware"] == {"a processor": 10}
+    assert "10 runs; code: normlab 1, commit aaaaaaa" in (folder / "accuracy.tex").read_text()
