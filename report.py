@@ -1,7 +1,8 @@
 """Tables, figures and verdicts of a study: python report.py study=my_study. conf/report.yaml is the manual.
 
 A bare word in front of the settings is a command: `python report.py status` shows how far a study's runs are,
-`python report.py claims` judges all claims over all studies, `python report.py results` puts all studies on one page.
+`python report.py claims` judges all claims over all studies, `python report.py results` puts all studies on one page,
+`python report.py import source=results.csv` brings runs made elsewhere into a study.
 """
 
 import sys
@@ -12,7 +13,10 @@ from omegaconf import DictConfig
 from normlab.cli import command_of, friendly, settings_of, stop
 from normlab.errors import UserError
 
-COMMANDS = ("status", "claims", "results")
+COMMANDS = ("status", "claims", "results", "import")
+IMPORT = (  # settings of that command
+    *("source", "columns", "ignore", "set", "percent", "pattern", "first_epoch", "steps_per_epoch", "replace"),
+)
 
 
 def report() -> None:
@@ -24,9 +28,14 @@ def report() -> None:
 
         settings = settings_of(composed)
         study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
+        of_import = {name: settings.pop(name) for name in IMPORT}
         try:
             options = Options(**settings)
-            if command == "status":
+            if command == "import":
+                from normlab.report.importing import Import, import_runs
+
+                import_runs(study, output_dir, Import(**of_import))
+            elif command == "status":
                 study_status(study, output_dir, watch=watch)
             elif command == "claims":
                 build_claims(output_dir, options)

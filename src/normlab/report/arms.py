@@ -21,6 +21,7 @@ FAMILIES = {  # the known arms in the order of tables, grouped for figures that 
 }
 KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
 OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
+IMPORTED = "norm.imported"  # only the arms of imported runs have it: their options are not what ours are
 _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
 
 
@@ -116,14 +117,16 @@ def _determines(groups: Sequence[Hashable], flat: Sequence[Mapping[str, Hashable
 def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     by_name: dict[Hashable, list[Mapping[str, Hashable]]] = defaultdict(list)
     for row in flat:
-        by_name[row["norm.name"]].append(row)
+        by_name[row["norm.name"], IMPORTED in row].append(row)
     # Arms differ in their options by nature; only what varies within one norm has to be told apart.
     options = {name: [key for key in _varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
     several_norm_batches = len(set(_values_of(flat, "norm_batch"))) > 1
     labels = []
     for row in flat:
         name = row["norm.name"]
-        told = [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in options[name] if key in row]
+        told = ["imported"] if IMPORTED in row and (name, False) in by_name else []
+        own = options[name, IMPORTED in row]
+        told += [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in own if key in row]
         if several_norm_batches and row.get("norm_batch") is not None:
             told.append(f"norm_batch={row['norm_batch']}")
         labels.append(f"{name} ({', '.join(told)})" if told else str(name))

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -45,7 +45,7 @@ class Study:
         configs: each run's frozen configuration, by its folder's name.
         provenance: each run's provenance (versions, hardware), likewise.
         remarks: per setting, a sentence about what varies with the batch size.
-        warnings: sentences about what could not be read.
+        warnings: sentences about what could not be read, and what was imported.
     """
 
     name: str
@@ -114,6 +114,7 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
     table = table.astype({"batch": "Int64", "seed": "Int64"})
     numbers = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
     table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
+    provenance = {run: _provenance(folder / run) for run in configs}
     return Study(
         name=name or folder.name,
         folder=folder,
@@ -123,9 +124,9 @@ def load(study_folder: Path | str, name: str | None = None, now: datetime | None
             probe: _tidy(rows, table, ["run", "step", "layer"]) for probe, rows in probed.items() if any(rows.values())
         },
         configs=configs,
-        provenance={run: _provenance(folder / run) for run in configs},
+        provenance=provenance,
         remarks=remarks,
-        warnings=warnings + complaints,
+        warnings=[*warnings, *complaints, *_imported(table, configs, provenance)],
     )
 
 
@@ -265,6 +266,24 @@ def _texts(name: str, files: Sequence[Columns]) -> pd.Series:
     if name in TEXTS or any(isinstance(value, list) for value in values):
         return values
     return pd.to_numeric(values, errors="coerce").astype(float)
+
+
+def _imported(
+    table: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Mapping[str, Any]]
+) -> Iterator[str]:
+    """A sentence per arm and source that is not of our own training."""
+    there = [(run, arm) for run, arm in zip(table["run"], table["arm"], strict=True) if run in configs]
+    found = Counter(
+        (arm, (provenance[run].get("imported") or {}).get("source", "an unknown source"))
+        for run, arm in there
+        if configs[run]["norm"].get("imported")
+    )
+    for (arm, source), number in found.items():
+        yield (
+            f"Arm {arm}: {number} run{'s were' if number > 1 else ' was'} made elsewhere and imported from {source}."
+            " Their initial weights and batches are not paired with others', their settings are not checked, and no"
+            " verdict uses them."
+        )
 
 
 @lru_cache(maxsize=256)

@@ -167,6 +167,8 @@ def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
     found: dict[tuple[str, str], list[_Run]] = defaultdict(list)
     for run in study.runs[study.runs["state"].isin(FINISHED)].to_dict("records"):
         config = study.configs[run["run"]]
+        if config["norm"].get("imported"):  # hearsay, and not paired with ours
+            continue
         cell = but_for_the_seed(config)
         if cell not in settings_of:
             settings_of[cell] = _settings(config)

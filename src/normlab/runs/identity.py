@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,9 +91,10 @@ def run_id(config: Mapping[str, Any]) -> str:
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """The name of a run's folder: readable settings, then the `run_id`."""
+    """The name of a run's folder: readable settings, then the `run_id`. Names of any text make one folder's name."""
     groups = f"-g{config['norm_batch']}" if config["norm_batch"] else ""
+    model, dataset, norm = (re.sub(r"[^A-Za-z0-9_.+-]+", "_", config[g]["name"]) for g in ("model", "dataset", "norm"))
     return (
-        f"{config['model']['name']}{config['depth'] or ''}-{config['dataset']['name']}-{config['norm']['name']}"
+        f"{model.lstrip('.')}{config['depth'] or ''}-{dataset}-{norm}"
         f"-b{config['batch']}{groups}-s{config['seed']}-{run_id(config)}"
     )

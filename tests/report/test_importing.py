@@ -1,0 +1,581 @@
+"""Results made elsewhere, from a file that a test writes to the report that a user reads."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from normlab import report, runs
+from normlab.errors import UserError
+from normlab.report.importing import Import, import_runs
+from normlab.report.load import load
+from normlab.report.verdicts import judge
+
+ROOT = Path(__file__).parents[2]
+MENU = yaml.safe_load((ROOT / "conf" / "report.yaml").read_text())
+OPTIONS = report.Options(**{key: MENU[key] for key in ("baseline", "thresholds", "figures", "confidence")})
+WHERE = {"dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}
+WITHOUT_BATCH = {key: value for key, value in WHERE.items() if key != "batch"}
+
+
+@pytest.fixture
+def bring(tmp_path, capsys):
+    """`bring("arm,...", percent=True)`: import a CSV file of this text into outputs/study; what it prints."""
+
+    def run(text: str | bytes, name: str = "results.csv", study: str = "study", **wanted) -> str:
+        source = tmp_path / name
+        source.write_bytes(text if isinstance(text, bytes) else text.encode())
+        import_runs(study, tmp_path / "outputs", Import(source=str(source), **wanted))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(bring):
+    """The same for what is refused: the sentence. Nothing may have been written."""
+
+    def run(text: str | bytes, **wanted) -> str:
+        with pytest.raises(UserError) as error:
+            bring(text, **{"set": WHERE, **wanted})
+        assert len(str(error.value).splitlines()) <= 5
+        return str(error.value)
+
+    return run
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def means(study: Path) -> dict[tuple[str, int], float]:
+    """The accuracy table as it is written."""
+    page = report.build(study.name, study.parent, report.Options(None, (0.5,), False, 0.95))
+    rows = report.load(study).runs
+    assert page.exists()
+    assert not rows.empty
+    lines = (page.parent / "accuracy.csv").read_text().splitlines()
+    head = lines[0].split(",")
+    found = [dict(zip(head, line.rsplit(",", len(head) - 1), strict=True)) for line in lines[1:]]
+    return {(row["arm"], int(row["batch"])): float(row["mean"]) for row in found if row["mean"]}
+
+
+SHORT = """arm,seed,batch,test_accuracy,train_accuracy
+mine,0,32,0.90,0.99
+mine,1,32,0.94,0.98
+mine,0,64,0.80,
+theirs,0,32,0.50,0.6
+"""
+
+
+def test_a_row_per_run_is_in_the_accuracy_table_with_exactly_its_means(bring, study):
+    told = bring(SHORT, set=WITHOUT_BATCH)
+    assert "4 runs for study study: 4 new, 0 replaced, 0 there already" in told
+    assert means(study) == pytest.approx({("mine", 32): 92.0, ("mine", 64): 80.0, ("theirs", 32): 50.0}, abs=1e-12)
+
+
+def test_a_row_per_evaluation_becomes_the_course_of_its_run(bring, study):
+    rows = [f"mine,{seed},{epoch},{0.1 * epoch + 0.01 * seed},{1 / epoch}" for seed in (0, 1) for epoch in (3, 1, 2)]
+    bring("arm,seed,epoch,test_accuracy,test_loss\n" + "\n".join(rows), set={**WHERE, "epochs": 3})
+    found = load(study)
+    assert list(found.evaluations["epoch"]) == [1, 2, 3] * 2
+    assert list(found.evaluations["test_accuracy"]) == [0.1, 0.2, 0.1 * 3, 0.11, 0.1 * 2 + 0.01, 0.1 * 3 + 0.01]
+    assert list(found.evaluations["test_loss"]) == [1, 1 / 2, 1 / 3] * 2
+    assert found.states()["done"] == 2
+    assert means(study) == pytest.approx({("mine", 128): 30.5})
+
+
+def test_imported_arms_stand_in_one_table_with_the_study_s_own(bring, add_run, study):
+    for batch, lr in ((8, 0.1), (32, 0.4)):
+        for seed in (0, 1):
+            add_run("bn", batch, seed, optimizer__lr=lr)
+    told = bring("arm,seed,batch,test_accuracy\nmine,0,8,0.5\nmine,1,8,0.6\nmine,0,32,0.7\n")
+    found = load(study)
+    assert found.runs["setting"].unique().tolist() == ["digits, resnet18"]
+    assert means(study) == pytest.approx({("bn", 8): 90.0, ("bn", 32): 90.0, ("mine", 8): 55.0, ("mine", 32): 70.0})
+    assert {run.config["optimizer"]["lr"] for run in of(found, "mine", 8)} == {0.1}
+    assert {run.config["optimizer"]["lr"] for run in of(found, "mine", 32)} == {0.4}  # it follows the batch size
+    (assumed,) = [line for line in told.splitlines() if line.startswith("Assumed: as the study's own runs have it: ")]
+    assert all(group in assumed for group in ("dataset", "model", "optimizer", "epochs", "depth"))
+    provenance = of(found, "mine", 8)[0].provenance["imported"]
+    assert provenance["source"] == "results.csv"
+    assert {"dataset.name", "epochs", "optimizer.lr"} <= set(provenance["taken_over"])
+    assert "Assumed: 10 steps per epoch" in told
+    page = report.build("study", study.parent, OPTIONS)  # with its figures
+    assert "Arm mine: 3 runs were made elsewhere and imported from results.csv" in page.read_text()
+
+
+class Found:
+    def __init__(self, study, run):
+        self.config, self.provenance = study.configs[run], study.provenance[run]
+
+
+def of(study, arm: str, batch: int) -> list[Found]:
+    chosen = study.runs[(study.runs["arm"] == arm) & (study.runs["batch"] == batch) & (study.runs["run"] != "")]
+    return [Found(study, run) for run in chosen["run"]]
+
+
+def test_an_imported_arm_of_a_known_name_is_told_apart_from_the_trained_one(bring, add_run, study):
+    trained = add_run("bn", 8, 0)
+    before = files_of(trained)
+    bring("arm,test_accuracy\nbn,0.3\n")
+    assert means(study) == pytest.approx({("bn", 8): 90.0, ("bn (imported)", 8): 30.0})
+    assert files_of(trained) == before
+
+
+def test_the_same_source_again_changes_nothing(bring, study):
+    bring(SHORT, set=WITHOUT_BATCH)
+    before = files_of(study)
+    told = bring(SHORT, name="renamed.csv", set=WITHOUT_BATCH)
+    assert "0 new, 0 replaced, 4 there already" in told
+    assert "Nothing was changed." in told
+    assert files_of(study) == before
+    assert not [path for path in study.iterdir() if path.name.startswith(".")]
+
+
+def test_another_value_of_the_same_run_is_refused_and_replaced_only_when_told_to(bring, refused, study):
+    bring("arm,seed,test_accuracy\nmine,0,0.5\nmine,1,0.6\n", set=WHERE)
+    before = files_of(study)
+    changed = "arm,seed,test_accuracy\nmine,0,0.5\nmine,1,0.7\nmine,2,0.8\n"
+    message = refused(changed)
+    assert "1 of 3 runs of results.csv are in" in message
+    assert "replace=true" in message
+    assert files_of(study) == before  # the new one is not written either
+    assert "1 new, 1 replaced, 1 there already" in bring(changed, set=WHERE, replace=True)
+    assert means(study) == pytest.approx({("mine", 128): 100 * (0.5 + 0.7 + 0.8) / 3})
+
+
+def test_a_damaged_imported_run_is_replaced_only_when_told_to(bring, refused, study):
+    text = "arm,test_accuracy\nmine,0.5\n"
+    bring(text, set=WHERE)
+    (run,) = runs.find(study)
+    (run / "metrics.jsonl").write_text("{")
+    assert "replace=true" in refused(text)
+    bring(text, set=WHERE, replace=True)
+    assert means(study) == pytest.approx({("mine", 128): 50.0})
+
+
+def test_a_folder_that_was_not_imported_is_left_alone_even_if_it_has_the_name_of_an_import(bring, refused, study):
+    bring("arm,test_accuracy\nmine,0.5\n", set=WHERE)
+    (run,) = runs.find(study)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["norm"]["imported"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    before = files_of(study)
+    assert "is no imported run, and is left alone" in refused("arm,test_accuracy\nmine,0.7\n", replace=True)
+    assert files_of(study) == before
+
+
+def test_nothing_is_written_when_the_disk_refuses(bring, refused, study, monkeypatch):
+    bring("arm,test_accuracy\nmine,0.5\n", set=WHERE)
+    before = files_of(study)
+    written = []
+
+    def full(path, *_, **__):
+        written.append(path)
+        if len(written) > 5:
+            raise UserError("Cannot write.\nThe disk is full.")
+        path.write_text("{}")
+
+    monkeypatch.setattr("normlab.runs.files.write_json", full)
+    rows = "".join(f"mine,{seed},0.5\n" for seed in range(1, 9))
+    assert "The disk is full" in refused(f"arm,seed,test_accuracy\n{rows}")
+    assert files_of(study) == before
+
+
+@pytest.mark.parametrize("arm", ["../x", "/etc/passwd", "..", ".hidden", "a b (c) | d", "名前", "x" * 60, "none", "-5"])
+def test_any_name_of_an_arm_makes_a_folder_inside_the_study_and_is_shown_as_it_is(arm, bring, study, tmp_path):
+    bring(f"arm,test_accuracy\n{arm},0.5\n", set=WHERE)
+    (run,) = runs.find(study)
+    assert run.parent == study
+    assert run.name.isascii()
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()} == {"outputs", "results.csv"}
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["study"]
+    assert means(study) == pytest.approx({(arm, 128): 50.0})
+
+
+def test_arms_that_differ_in_what_a_folder_s_name_cannot_say_are_two(bring, study):
+    bring("arm,test_accuracy\na/b,0.5\na:b,0.7\n", set=WHERE)
+    assert means(study) == pytest.approx({("a/b", 128): 50.0, ("a:b", 128): 70.0})
+
+
+@pytest.mark.parametrize("arm", ["<script>alert(1)</script>", "x" * 61, r"$\frac", "a\x1b[31m", '"a\nb"'])
+def test_a_name_that_a_page_or_figure_would_read_as_code_is_refused(arm, refused):
+    assert "results.csv, line 2: arm=" in refused(f"arm,test_accuracy\n{arm},0.5\n")
+
+
+@pytest.mark.parametrize("study_name", ["../x", "/x", "a//b", ".x"])
+def test_a_study_cannot_lie_outside_of_the_outputs(study_name, bring):
+    with pytest.raises(UserError, match="is not valid: use letters"):
+        bring("arm,test_accuracy\nmine,0.5\n", study=study_name, set=WHERE)
+
+
+def test_per_cent_are_shares_when_told(bring, study):
+    bring("arm,test_accuracy\nmine,93.25\n", set=WHERE, percent=True)
+    assert list(load(study).evaluations["test_accuracy"]) == [0.9325]
+
+
+@pytest.mark.parametrize(
+    ("values", "percent", "message"),
+    [
+        (("0.9", "93"), False, "line 3: test_accuracy=93 is above 1.\nIf the accuracies are in per cent, say percent"),
+        (("93", "0.9"), True, "line 3: test_accuracy=0.9 with percent=true is less than one per cent"),
+        (("1", "1"), True, "line 2: no test_accuracy is above 1, though percent=true"),
+        (("101", "90"), True, "line 2: test_accuracy=101 is no accuracy"),
+        (("-1", "90"), True, "line 2: test_accuracy=-1 is no accuracy"),
+    ],
+)
+def test_an_accuracy_that_does_not_look_as_percent_says_is_refused(values, percent, message, refused):
+    text = "arm,seed,test_accuracy\n" + "".join(f"mine,{seed},{value}\n" for seed, value in enumerate(values))
+    assert message in refused(text, percent=percent)
+
+
+def test_columns_have_names_of_the_user_and_some_do_not_matter(bring, study):
+    text = "Method;Test Acc. (%): best;notes;lr\nmine;93;good;0.1\n"
+    columns = {"arm": "Method", "test_accuracy": "Test Acc. (%): best", "optimizer.lr": "lr"}
+    told = bring(text, columns=columns, ignore=["notes"], percent=True, set=WHERE)
+    assert "Left out: notes." in told
+    found = load(study)
+    assert list(found.evaluations["test_accuracy"]) == [0.93]
+    assert next(iter(found.configs.values()))["optimizer"] == {"lr": 0.1, "precondition": None, "agc": None}
+
+
+def test_rows_of_one_epoch_that_measure_different_things_are_one_evaluation(bring, study):
+    """As Lightning's CSVLogger writes them."""
+    text = "epoch,step,train_loss_step,val_loss,val_acc\n0,49,2.3,,\n0,59,,1.9,0.4\n1,99,2.0,,\n1,119,,1.5,0.6\n"
+    columns = {"test_loss": "val_loss", "test_accuracy": "val_acc", "train_loss": "train_loss_step"}
+    told = bring(text, columns=columns, first_epoch=0, set={**WHERE, "arm": "mine", "epochs": 2})
+    assert "Assumed: seed 0, as results.csv has none." in told
+    found = load(study).evaluations
+    assert found[["epoch", "step", "train_loss", "test_loss", "test_accuracy"]].to_numpy().tolist() == [
+        [1, 59, 2.3, 1.9, 0.4],
+        [2, 119, 2.0, 1.5, 0.6],
+    ]
+
+
+def test_a_loss_that_is_not_finite_at_the_end_is_a_diverged_run(bring, study):
+    text = "arm,seed,epoch,test_accuracy,test_loss,state\n"
+    rows = ["a,0,1,0.5,1.0,", "a,0,2,0.6,0.9,done", "a,1,1,0.1,nan,", "a,2,1,0.1,2.3,", "a,2,2,,,diverged"]
+    told = bring(text + "\n".join(rows), set={k: v for k, v in WHERE.items() if k != "epochs"})
+    found = load(study)
+    assert found.runs.set_index("seed")["state"].to_dict() == {0: "done", 1: "diverged", 2: "diverged"}
+    assert "Assumed: epochs=2, the last of results.csv." in told
+    assert means(study) == pytest.approx({("a", 128): 60.0})
+
+
+def test_a_run_that_ends_before_the_others_is_part_of_no_mean(bring, study):
+    text = "arm,seed,epoch,test_accuracy\na,0,1,0.5\na,0,2,0.6\na,1,1,0.1\n"
+    assert "runs that end before epoch 2 were interrupted" in bring(text, set={**WHERE, "epochs": 2})
+    assert means(study) == pytest.approx({("a", 128): 60.0})
+
+
+def test_runs_of_different_settings_may_have_different_numbers_of_epochs(bring, study):
+    text = "arm,dataset.name,epoch,test_accuracy\na,x,1,0.5\na,x,2,0.6\na,y,1,0.1\n"
+    bring(text, set={"model.name": "net", "batch": 8})
+    assert load(study).states()["done"] == 2
+
+
+def test_steps_are_epochs_by_the_number_of_steps_in_one(bring, refused, study):
+    text = "arm,step,test_accuracy\na,99,0.5\na,199,0.6\n"
+    assert "steps_per_epoch=" in refused(text)
+    bring(text, set={**WHERE, "epochs": 2}, steps_per_epoch=100)
+    assert load(study).evaluations[["epoch", "step"]].to_numpy().tolist() == [[1, 99], [2, 199]]
+
+
+def test_epoch_0_is_asked_about(bring, refused, study):
+    text = "arm,epoch,test_accuracy\na,0,0.1\na,1,0.6\n"
+    message = refused(text)
+    assert "line 2 is of epoch 0" in message
+    assert "first_epoch=0" in message
+    bring(text, set={**WHERE, "epochs": 2}, first_epoch=0)
+    assert list(load(study).evaluations["epoch"]) == [1, 2]
+    bring(text, name="other.csv", study="other", set={**WHERE, "epochs": 1}, first_epoch=1)
+    assert list(load(study.parent / "other").evaluations["epoch"]) == [0, 1]
+
+
+def test_what_the_study_s_runs_do_not_agree_on_is_asked_for(bring, add_run, study):
+    add_run("bn", 8, optimizer__lr=0.1)
+    add_run("bn", 8, optimizer__lr=0.2)
+    with pytest.raises(UserError) as error:
+        bring("arm,test_accuracy\nmine,0.5\n")
+    assert str(error.value).startswith("results.csv does not say optimizer.lr (the study's own runs differ: 0.1, 0.2).")
+    assert "'set={optimizer.lr: ...}'" in str(error.value)
+    bring("arm,test_accuracy,optimizer.lr\nmine,0.5,0.20\n")
+    assert means(study)[("mine", 8)] == 50.0
+    assert load(study).runs["setting"].nunique() == 2
+
+
+def test_settings_of_another_network_or_data_set_are_not_taken_over(bring, add_run, study):
+    add_run("bn", 8)
+    bring("arm,test_accuracy,dataset.name,model.name\nmine,0.5,cifar10,vit\n")
+    (made,) = of(load(study), "mine", 8)
+    assert made.config["dataset"]["kind"] == "cifar10"  # by which the report knows its classes
+    assert "train_size" not in made.config["dataset"]
+    assert made.config["model"]["name"] == "vit"
+    assert made.config["depth"] is None
+    assert made.config["optimizer"]["lr"] == 0.1
+
+
+def test_verdicts_use_no_imported_run(bring, add_run, study):
+    for norm, accuracy in (("bn", 0.9), ("none", 0.5)):
+        for seed in range(4):
+            add_run(norm, 8, seed, (0.1, 0.2, accuracy + seed / 100))
+    judged = judge(load(study))
+    assert judged
+    bring("arm,seed,test_accuracy\n" + "".join(f"{arm},{seed},0.{seed}\n" for arm in ("bn", "none") for seed in (1, 9)))
+    again = load(study)
+    assert [(j.verdict, j.findings) for j in judge(again)] == [(j.verdict, j.findings) for j in judged]
+    assert len([warning for warning in again.warnings if "no verdict uses them" in warning]) == 2
+
+
+def test_the_folder_of_an_import_is_that_of_any_run_and_names_no_path_of_this_machine(bring, study, tmp_path):
+    bring("arm,seed,test_accuracy,wall_seconds\nmine,3,0.5,7.5\n", set=WHERE)
+    (run,) = runs.find(study)
+    config = runs.read_config(run)
+    assert (runs.run_name(config), config["seed"], config["norm"]) == (run.name, 3, {"name": "mine", "imported": True})
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "provenance.json",
+        "status.json",
+    ]
+    assert str(tmp_path) not in "".join(path.read_text() for path in run.iterdir())
+    imported = json.loads((run / "provenance.json").read_text())["imported"]
+    assert imported["sha256"] == hashlib.sha256((tmp_path / "results.csv").read_bytes()).hexdigest()
+
+
+ROW = "arm,seed,test_accuracy\nmine,0,0.5\n"
+REFUSED = {  # text, settings, and what the sentence has
+    "no rows": ("arm,test_accuracy\n", {}, "results.csv has no rows"),
+    "an empty file": ("", {}, "results.csv has no rows"),
+    "no text": (b"arm,test_accuracy\nmine,\xff\n", {}, "results.csv, line 2 is no text in UTF-8"),
+    "too few cells": ("arm,seed,test_accuracy\nmine,0\n", {}, "results.csv, line 2 has 2 cells, its header 3"),
+    "an open quote": ('arm,test_accuracy\n"mine,0.5\n', {}, "results.csv, line 2 cannot be read"),
+    "a nul byte": (b"arm,test_accuracy\nmi\0ne,0.5\n", {}, "results.csv, line 2"),
+    "no arm": ("seed,test_accuracy\n0,0.5\n", {}, "'set={arm: mine}'"),
+    "an arm that lacks": ("arm,seed,test_accuracy\n,0,0.5\nmine,1,0.5\n", {}, "line 2 does not say which arm"),
+    "a seed that lacks": ("arm,seed,test_accuracy\nmine,,0.5\nmine,1,0.5\n", {}, "line 2 has no seed"),
+    "nothing measured": ("arm,seed\nmine,0\n", {}, "has no measured column"),
+    "no value": ("arm,seed,test_accuracy\nm,0,\nm,1,0.5\n", {}, "line 2: arm m, seed 0, dataset.name cifar10"),
+    "no last value": ("arm,epoch,test_accuracy\nm,19,0.5\nm,20,\n", {}, "has no test_accuracy at its last epoch, 20"),
+    "no number": ("arm,test_accuracy\nmine,0.5%\n", {}, "line 2: test_accuracy=0.5% is not a number"),
+    "half an epoch": ("arm,epoch,test_accuracy\nmine,1.5,0.5\n", {}, "line 2: epoch=1.5 is not valid"),
+    "a negative seed": ("arm,seed,test_accuracy\nmine,-1,0.5\n", {}, "line 2: seed=-1 is not valid"),
+    "a seed beyond all": (f"arm,seed,test_accuracy\nmine,{10**30},0.5\n", {}, "line 2: seed=1000"),
+    "a batch of none": ("arm,test_accuracy,batch\nmine,0.5,0\n", {"set": {}}, "line 2: batch=0 is not valid"),
+    "a state": ("arm,state,test_accuracy\nmine,broken,0.5\n", {}, "line 2: state=broken is not valid"),
+    "done with nan": ("arm,state,test_loss\nmine,done,nan\n", {}, "line 2: state is done, but the last loss"),
+    "too many epochs": ("arm,epoch,test_accuracy\nmine,21,0.5\n", {}, "has an epoch 21, and epochs=20"),
+    "a setting of no number": ("arm,test_accuracy,optimizer.lr\nm,0.5,inf\n", {}, "line 2: optimizer.lr=inf"),
+    "two of a run": (f"{ROW}mine,0,0.5\n", {}, "line 3: test_accuracy of arm mine, seed 0, dataset.name cifar10"),
+    "two of an epoch": ("arm,epoch,test_loss\nm,1,3\nm,1,3\n", {}, "is in line 2, too"),
+    "an epoch that lacks": ("arm,epoch,test_loss\nm,1,3\nm,,2\n", {}, "some rows of arm m"),
+    "an unknown column": ("arm,test_acuracy\nmine,0.5\n", {}, "If it is test_accuracy, say columns={test_accuracy"),
+    "a column without a name": ("arm,,test_accuracy\nmine,1,0.5\n", {}, "normlab has no column (one without a name)"),
+    "a column twice": ("arm,norm,test_accuracy\nmine,a,0.5\n", {}, "two columns for arm"),
+    "a column and set": ("arm,batch,test_accuracy\nmine,8,0.5\n", {}, "batch is a column of results.csv and is in set"),
+    "a renamed one": (
+        ROW,
+        {"columns": {"test_accuracy": "test_acuracy"}},
+        "Did you mean columns={test_accuracy: test_",
+    ),
+    "the wrong order": (ROW, {"columns": {"acc": "test_accuracy"}}, "columns={test_accuracy: acc}"),
+    "an unknown name": (ROW, {"columns": {"acuracy": "acc"}}, "normlab has no column acuracy. Did you mean"),
+    "an unknown setting": (ROW, {"set": {"dataset": "x"}}, "set={dataset: ...}: there is no such setting"),
+    "the mark of imports": (ROW, {"set": {"norm.imported": False}}, "there is no such setting"),
+    "nothing set": (ROW, {"set": None}, "does not say dataset.name, model.name, batch, epochs.\nStudy study has no"),
+    "a pattern": (ROW, {"pattern": "{arm}"}, "pattern= is about the folders of a source"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_imported_is_refused_in_a_sentence_and_nothing_is_written(case, refused, study):
+    text, wanted, message = REFUSED[case]
+    assert message in refused(text, **wanted)
+    assert not study.exists()
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"source": None},
+        {"percent": "yes"},
+        {"replace": 1},
+        {"columns": ["a"]},
+        {"set": "a"},
+        {"ignore": "notes"},
+        {"first_epoch": 2},
+        {"steps_per_epoch": 0},
+        {"pattern": {"arm": None}},
+    ],
+    ids=str,
+)
+def test_a_setting_of_the_wrong_kind_is_refused(wanted):
+    with pytest.raises(UserError, match=next(iter(wanted))):
+        Import(**{"source": "results.csv", **wanted})
+
+
+def test_a_source_that_is_not_there_is_answered_with_the_nearest(tmp_path):
+    (tmp_path / "results.csv").write_text(ROW)
+    with pytest.raises(UserError, match=r"Did you mean source=.*/results\.csv\?"):
+        import_runs("study", tmp_path, Import(source=str(tmp_path / "result.csv")))
+
+
+def test_the_command_imports_a_file(tmp_path):
+    (tmp_path / "results.csv").write_text("method,acc\nmine,93\n")
+    settings = ["study=mine", "columns={arm: method, test_accuracy: acc}", "percent=true", f"output_dir={tmp_path}/out"]
+    where = f"set={{{', '.join(f'{key}: {value}' for key, value in WHERE.items())}}}"
+    command = [sys.executable, "report.py", "import", f"source={tmp_path}/results.csv", *settings, where]
+    for told in ("1 new", "1 there already"):
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert told in result.stdout
+    assert means(tmp_path / "out" / "mine") == pytest.approx({("mine", 128): 93.0})
+
+
+def test_importing_needs_neither_torch_nor_hydra_nor_tensorboard(tmp_path):
+    (tmp_path / "results.csv").write_text(ROW)
+    code = (
+        "import sys; from normlab.report.importing import Import, import_runs\n"
+        f"import_runs('study', {str(tmp_path)!r}, Import(source={str(tmp_path / 'results.csv')!r}, set={WHERE!r}))\n"
+        "print({'torch', 'hydra', 'omegaconf', 'tensorboard', 'matplotlib'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+# ---- TensorBoard
+
+
+@pytest.fixture
+def events(tmp_path):
+    """`events("a/b8_s0", {"val/acc": [(10, 0.5)]})`: a run as TensorBoard's own writer writes it."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    def write(name: str, scalars: dict[str, list[tuple[int, float]]]) -> None:
+        writer = EventFileWriter(str(tmp_path / "tb" / name))
+        for tag, values in scalars.items():
+            for step, value in values:
+                summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+                writer.add_event(Event(step=step, wall_time=1.0 + step, summary=summary))
+        writer.close()
+
+    return write
+
+
+@pytest.fixture
+def bring_events(tmp_path, capsys):
+    def run(**wanted) -> str:
+        import_runs("study", tmp_path / "outputs", Import(source=str(tmp_path / "tb"), **wanted))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_what_tensorboard_wrote_comes_back_equal(events, bring_events, study):
+    for seed in (0, 1):
+        curve = [(10 * epoch, epoch / 8 + seed / 16) for epoch in (1, 2, 3)]  # exact in the 32 bits of its scalars
+        loss = [(step, 1 / 2 - value / 4) for step, value in curve]
+        events(f"mine/b8_s{seed}", {"val/acc": curve, "val/loss": loss, "lr": [(0, 0.1), (30, 0.0)]})
+    told = bring_events(
+        columns={"test_accuracy": "val/acc", "test_loss": "val/loss"},
+        pattern="{arm}/b{batch}_s{seed}",
+        steps_per_epoch=10,
+        set={"dataset.name": "digits", "model.name": "resnet"},
+    )
+    assert "Left out: lr." in told
+    found = load(study)
+    assert set(zip(found.runs["arm"], found.runs["batch"], found.runs["seed"], strict=True)) == {
+        ("mine", 8, 0),
+        ("mine", 8, 1),
+    }
+    assert found.evaluations[["seed", "epoch", "step", "test_accuracy", "test_loss"]].to_numpy().tolist() == [
+        [seed, epoch, 10 * epoch, epoch / 8 + seed / 16, 1 / 2 - epoch / 32 - seed / 64]
+        for seed in (0, 1)
+        for epoch in (1, 2, 3)
+    ]
+    assert means(study) == pytest.approx({("mine", 8): 100 * (3 / 8 + 1 / 32)})
+
+
+def test_tags_that_are_normlab_s_columns_need_no_names(events, bring_events, study):
+    scalars = {"epoch": [(30, 1), (60, 2)], "test_accuracy": [(30, 0.5), (60, 0.75)], "lr": [(30, 0.1), (60, 0.0)]}
+    events("some run", scalars)
+    told = bring_events(set={"dataset.name": "digits", "model.name": "resnet", "batch": 8})
+    assert "Assumed: seed 0" in told
+    found = load(study)
+    assert found.evaluations[["epoch", "step", "test_accuracy"]].to_numpy().tolist() == [[1, 30, 0.5], [2, 60, 0.75]]
+    assert list(found.runs["arm"]) == ["some run"]
+
+
+def test_what_torch_s_summary_writer_wrote_is_read(tmp_path, bring_events, study):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "tb" / "mine")) as writer:
+        writer.add_scalar("test_accuracy", 0.75, 40)
+    bring_events(set={"dataset.name": "digits", "model.name": "resnet", "batch": 8}, steps_per_epoch=20)
+    assert load(study).evaluations[["epoch", "step", "test_accuracy"]].to_numpy().tolist() == [[2, 40, 0.75]]
+
+
+EVENTS_REFUSED = {  # settings, and what the sentence has
+    "no tag of ours": ({}, ["Tags: lr, val/acc", "'columns={test_accuracy: \"val/acc\"}'"]),
+    "no such tag": (
+        {"columns": {"test_accuracy": "val/ac"}},
+        ["no run in", "Did you mean columns={test_accuracy: val/acc}"],
+    ),
+    "another pattern": (
+        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}_s{seed}"},
+        ["The folder mine/b8_s0 is not as the pattern {arm}_s{seed} says"],
+    ),
+    "an unknown field": ({"pattern": "{arn}/{}"}, ["pattern={arn}/{}: there is no {arn}", "Did you mean arm?"]),
+    "a field twice": ({"pattern": "{arm}/{arm}"}, ["arm is given twice"]),
+    "steps alone": (
+        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}/b{batch}_s{seed}"},
+        ["steps_per_epoch="],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EVENTS_REFUSED)
+def test_events_that_cannot_be_imported_are_refused_in_a_sentence(case, events, bring_events, study):
+    events("mine/b8_s0", {"val/acc": [(10, 0.5)], "lr": [(10, 0.5)]})
+    wanted, messages = EVENTS_REFUSED[case]
+    with pytest.raises(UserError) as error:
+        bring_events(set={"dataset.name": "digits", "model.name": "resnet"}, **wanted)
+    assert all(message in str(error.value) for message in messages), str(error.value)
+    assert not study.exists()
+
+
+def test_a_folder_without_events_is_refused(tmp_path, bring_events):
+    (tmp_path / "tb").mkdir()
+    with pytest.raises(UserError, match="There are no event files"):
+        bring_events()
+
+
+def test_a_file_that_only_looks_like_events_is_refused(tmp_path, bring_events):
+    (tmp_path / "tb").mkdir()
+    (tmp_path / "tb" / "events.out.tfevents.1").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR." * 40)
+    with pytest.raises(UserError, match=r"no scalars that can be read|cannot be read"):
+        bring_events()
+
+
+def test_a_file_of_events_that_was_cut_short_gives_what_was_whole(tmp_path, events, bring_events, study):
+    events("mine", {"test_accuracy": [(10, 0.5), (20, 0.75)]})
+    (file,) = (tmp_path / "tb" / "mine").iterdir()
+    file.write_bytes(file.read_bytes()[:-7])
+    bring_events(set={**WHERE, "epochs": 2}, steps_per_epoch=10)
+    assert load(study).evaluations[["epoch", "test_accuracy"]].to_numpy().tolist() == [[1, 0.5]]
+    assert load(study).states()["interrupted"] == 1
+
+
+def test_without_tensorboard_its_extra_is_named(tmp_path, bring_events, monkeypatch):
+    (tmp_path / "tb").mkdir()
+    (tmp_path / "tb" / "events.out.tfevents.1").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
+    with pytest.raises(UserError, match=r"pip install 'normlab\[tensorboard\]'"):
+        bring_events()
