@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from normlab import __version__
 from normlab.config import RunConfig
 from normlab.errors import UserError
 
@@ -114,10 +115,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
     """What a reader needs to know about where a result was made."""
-    packages = ("normlab", "torch", "torchvision", "hydra-core", "numpy")
+    packages = ("torchvision", "hydra-core", "numpy")
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        | {"torch": str(torch.__version__)},
+        "versions": {
+            "python": platform.python_version(),
+            "normlab": __version__,
+            "torch": str(torch.__version__),
+            **{name: version(name) for name in packages},
+        },
         "git": _git(),
         "command": sys.argv,
         "platform": platform.platform(),
