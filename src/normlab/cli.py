@@ -17,7 +17,6 @@ from normlab.errors import InterruptedRunError, UserError, nearest
 from normlab.installation import CONF, called
 from normlab.runs.files import storage_error
 
-
 # What the texts of --help call the commands, and the folder of the configuration.
 OmegaConf.register_new_resolver("called", called, replace=True)
 OmegaConf.register_new_resolver("conf", lambda: str(CONF), replace=True)

@@ -1,4 +1,4 @@
-"""The two commands: `train` is `normlab-train` and `python train.py`, `report` is `normlab-report` and `python report.py`."""
+"""The two commands: normlab-train, which is train.py of a checkout, and normlab-report, which is report.py."""
 
 import sys
 from typing import NoReturn

@@ -11,6 +11,6 @@ CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf"
 
 
 def called(name: str) -> str:
-    """The command `name`, train or report, as the user types it: `normlab-train`, or `python train.py` in a checkout."""
+    """The command `name`, train or report, as the user types it: normlab-train, or python train.py in a checkout."""
     installed = CONF == _PACKAGED or Path(sys.argv[0]).name.startswith("normlab-")
     return f"normlab-{name}" if installed else f"python {name}.py"

@@ -34,7 +34,8 @@ def results_page(
         judgements: of all studies.
     """
     details = re.sub(r"^(#+) ", r"#\1 ", verdict_texts.overview(judgements), flags=re.MULTILINE)
-    lines = ["# Results", _INTRODUCTION.format(report=called("report")), "## At a glance", markdown(_summary(judgements)).rstrip()]
+    introduction = _INTRODUCTION.format(report=called("report"))
+    lines = ["# Results", introduction, "## At a glance", markdown(_summary(judgements)).rstrip()]
     lines += [details.rstrip(), "## The studies"]
     for study, tables, drawn in studies:
         lines += _section(study, tables, drawn)
