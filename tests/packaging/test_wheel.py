@@ -23,7 +23,10 @@ SOURCES = (
     *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
     *("train.py", "report.py", "conf", "docs", "src"),
 )
-SMALL = ("dataset.train_size=160", "dataset.test_size=40", "epochs=1", "device=cpu", "memory_format=contiguous")
+SMALL = (
+    *("model=cifar_resnet", "depth=20", "dataset.train_size=128", "dataset.test_size=20", "epochs=1"),
+    *("device=cpu", "memory_format=contiguous"),
+)
 # Of the commands: the checkout is not to be found.
 ALONE = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "NORMLAB_DATA")}
 
