@@ -5,49 +5,7 @@ A bare word in front of the settings is a command: `python report.py status` sho
 `python report.py import source=results.csv` brings runs made elsewhere into a study.
 """
 
-import sys
-
-import hydra
-from omegaconf import DictConfig
-
-from normlab.cli import command_of, friendly, settings_of, stop
-from normlab.errors import UserError
-
-COMMANDS = ("status", "claims", "results", "import")
-IMPORT = (  # settings of that command
-    *("source", "columns", "ignore", "set", "percent", "pattern", "first_epoch", "steps_per_epoch", "replace"),
-)
-
-
-def report() -> None:
-    command = command_of(sys.argv, COMMANDS)
-
-    @hydra.main(version_base="1.3", config_path="conf", config_name="report")
-    def main(composed: DictConfig) -> None:
-        from normlab.report import Options, build, build_claims, build_results, study_status
-
-        settings = settings_of(composed)
-        study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
-        of_import = {name: settings.pop(name) for name in IMPORT}
-        try:
-            options = Options(**settings)
-            if command == "import":
-                from normlab.report.importing import Import, import_runs
-
-                import_runs(study, output_dir, Import(**of_import))
-            elif command == "status":
-                study_status(study, output_dir, watch=watch)
-            elif command == "claims":
-                build_claims(output_dir, options)
-            elif command == "results":
-                build_results(output_dir, page, options)
-            else:
-                build(study, output_dir, options)
-        except UserError as error:
-            stop(error)  # past Hydra, which would add a line of its own
-
-    main()
-
+from normlab.commands import report
 
 if __name__ == "__main__":
-    friendly(report)
+    report()

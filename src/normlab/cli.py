@@ -14,7 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from normlab.errors import InterruptedRunError, UserError, nearest
+from normlab.installation import CONF, called
 from normlab.runs.files import storage_error
+
+# What the texts of --help call the commands, and the folder of the configuration.
+OmegaConf.register_new_resolver("called", called, replace=True)
+OmegaConf.register_new_resolver("conf", lambda: str(CONF), replace=True)
 
 
 def settings_of(composed: DictConfig) -> dict[str, Any]:
@@ -79,11 +84,11 @@ def stop(error: Exception) -> NoReturn:
 def _no_choice() -> UserError:
     """For a group that was given null."""
     groups = re.findall(r"(?<!\S)(\w+)=\S*null\b", " ".join(sys.argv[1:]))
-    group = next((g for g in groups if (Path(sys.argv[0]).resolve().parent / "conf" / g).is_dir()), "group")
+    group = next((g for g in groups if (CONF / g).is_dir()), "group")
     none = "\nWithout normalisation: norm=none." if group == "norm" else ""
     return UserError(
         f"{group}=null: a group takes the name of one of its files.{none}\n"
-        "`python train.py --help` shows the choices of every group."
+        f"`{called('train')} --help` shows the choices of every group."
     )
 
 
@@ -93,7 +98,7 @@ def explain(error: Exception) -> UserError:
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         # For a group whose choice is a list Hydra knows no options.
-        files = (Path(sys.argv[0]).resolve().parent / "conf" / group).glob("*.yaml")
+        files = (CONF / group).glob("*.yaml")
         options = [str(option) for option in error.options or (file.stem for file in files)]
         known = _NICKNAMES.get(re.sub(r"[^a-z0-9]", "", choice.lower())) if group == "norm" else None
         return unknown(f"{group}={choice}", f"option of {group}", known or choice, options, prefix=f"{group}=")
@@ -183,19 +188,18 @@ def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = 
     if len(options) <= 30:
         lines.append(f"Expected one of: {', '.join(sorted(options))}.")
     else:
-        lines.append("`python train.py --cfg job` shows all settings, conf/config.yaml explains them.")
+        lines.append(f"`{called('train')} --cfg job` shows all settings, {CONF / 'config.yaml'} explains them.")
     return UserError("\n".join(lines))
 
 
 def settings() -> list[str]:
     """Every group and dotted key of the menu as it is without overrides."""
-    script = Path(sys.argv[0]).resolve()
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(script.parent / "conf"), version_base="1.3"):
-            name = "report" if script.stem == "report" else "config"
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            name = "report" if Path(sys.argv[0]).stem.endswith("report") else "config"
             choices = [word for word in sys.argv[1:] if re.fullmatch(r"[a-z]+=\w+", word)]
-            groups = [word for word in choices if (script.parent / "conf" / f"{word.replace('=', '/')}.yaml").exists()]
+            groups = [word for word in choices if (CONF / f"{word.replace('=', '/')}.yaml").exists()]
             composed = compose(name, groups)
     except (HydraException, OmegaConfBaseException):
         return []

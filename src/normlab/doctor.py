@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from normlab import __version__, machine, preflight
 from normlab import config as schema
-from normlab import machine, preflight
 from normlab.cli import settings_of, stop
 from normlab.config import FolderDataset, ImageDataset, RegressionDataset, RunConfig
 from normlab.data import inventory
@@ -99,8 +99,8 @@ def findings(config: RunConfig, launcher: str) -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    told = [f"Python {platform.python_version()}"]
-    for package in ("normlab", "torch", "torchvision", "hydra-core"):
+    told = [f"Python {platform.python_version()}", f"normlab {__version__}"]
+    for package in ("torch", "torchvision", "hydra-core"):
         try:
             told.append(f"{package} {version(package)}")
         except PackageNotFoundError:

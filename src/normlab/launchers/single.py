@@ -18,6 +18,7 @@ from normlab import config as schema
 from normlab import preflight, runs
 from normlab.cli import settings_of, stop
 from normlab.errors import InterruptedRunError, UserError
+from normlab.installation import called
 from normlab.progress import Display, outcome
 from normlab.training.interrupt import StopRequest
 from normlab.training.processes import Processes, find
@@ -70,7 +71,7 @@ def train(config: schema.RunConfig, processes: Processes | None = None) -> float
     if processes.rank == 0:
         if finished:
             print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
-        print(f"Its record is in {run.folder}; tables and figures: python report.py study={config.study}")
+        print(f"Its record is in {run.folder}; tables and figures: {called('report')} study={config.study}")
     value = status.get("test_accuracy", status.get("test_loss"))
     return None if value is None else float(value)
 

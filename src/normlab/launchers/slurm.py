@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_v
 from normlab import runs
 from normlab.config import Count, Positive, Whole, sentence, wrong
 from normlab.errors import UserError
+from normlab.installation import called
 from normlab.launchers.sweep import Job, Sweep
 from normlab.progress import Display, one_line, outcome, span
 from normlab.runs import files
@@ -258,7 +259,7 @@ def _submit(jobs: Sequence[Job], needs: Needs) -> str:
     number = f"an array of {len(shares)} jobs" if len(shares) > 1 else "one job"
     print(
         f"Submitted: {len(jobs)} runs as job {array}, {number}. What they print: {folder}/{array}_*.out\n"
-        f"How far they are: python report.py status study={jobs[0].config.study}, squeue --array --jobs={array}."
+        f"How far they are: {called('report')} status study={jobs[0].config.study}, squeue --array --jobs={array}."
         f" To cancel: scancel {array}",
         flush=True,
     )

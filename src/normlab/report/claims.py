@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from normlab.installation import called
 from normlab.report.measures import MEASURES, Measure
 
 # What a side's runs have where a claim does not say otherwise, so that a deliberate oddity of a study (batches that are
@@ -75,7 +76,7 @@ class Claim:
     @property
     def command(self) -> str:
         """What runs it."""
-        return f"python train.py -m experiment={self.experiments[0]} budget=laptop"
+        return f"{called('train')} -m experiment={self.experiments[0]} budget=laptop"
 
 
 @cache

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from normlab.installation import called
 from normlab.report import verdict_texts
 from normlab.report.cells import Table
 from normlab.report.claims import claims
@@ -17,7 +18,7 @@ from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judge
 NOTES = "notes.md"  # what a person has to say about a study, in its folder
 _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "verdicts")
 _INTRODUCTION = """\
-This page is made by `python report.py results` from the records of the studies below; nothing on it is typed but the
+This page is made by `{report} results` from the records of the studies below; nothing on it is typed but the
 sections called "What we checked". A verdict holds for the data set, network and budget that stand beside it, and for no
 more: most of these studies are far smaller than the papers'. docs/statistics.md says how verdicts are reached, and
 what "inconclusive" means. All margins are ours. "n/a": the paper's number is not known to us."""
@@ -33,7 +34,8 @@ def results_page(
         judgements: of all studies.
     """
     details = re.sub(r"^(#+) ", r"#\1 ", verdict_texts.overview(judgements), flags=re.MULTILINE)
-    lines = ["# Results", _INTRODUCTION, "## At a glance", markdown(_summary(judgements)).rstrip()]
+    introduction = _INTRODUCTION.format(report=called("report"))
+    lines = ["# Results", introduction, "## At a glance", markdown(_summary(judgements)).rstrip()]
     lines += [details.rstrip(), "## The studies"]
     for study, tables, drawn in studies:
         lines += _section(study, tables, drawn)

@@ -7,13 +7,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from normlab import checkout
+from normlab import __version__, checkout
 from normlab.report.load import FINISHED, Study
 
 UNKNOWN = "not recorded"
@@ -55,7 +54,7 @@ def sources(study: Study, rows: pd.DataFrame) -> Sources:
         code=_tally(_code(study.provenance.get(run, {})) for run in runs),
         hardware=_tally(_hardware(study.provenance.get(run, {})) for run in runs),
         command=command(),
-        reporter=_version({"versions": {"normlab": version("normlab")}, "git": checkout.state()}),
+        reporter=_version({"versions": {"normlab": __version__}, "git": checkout.state()}),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.errors import UserError, nearest
+from normlab.installation import called
 from normlab.report import verdict_texts
 from normlab.report.arms import in_order
 from normlab.report.cells import Table
@@ -143,7 +144,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         judgements += judge(found, options.confidence)
     if not studies:
         raise UserError(
-            f"There is no study with a finished run in {folder}.\nTo start one: python train.py -m norm=bn,none"
+            f"There is no study with a finished run in {folder}.\nTo start one: {called('train')} -m norm=bn,none"
         )
     files.make_folder(page.parent)
     _write(page, results_page(studies, judgements).encode())
@@ -214,7 +215,7 @@ def _study_folder(output_dir: Path, study: str) -> Path:
             f"There is no study {study} in {output_dir}."
             + (f"\nStudies there: {', '.join(names[:5])}{_more(names)}." if names else " It holds no study yet.")
             + (f"\nDid you mean study={close}?" if close else "")
-            + f"\nTo start it: python train.py -m study={study} norm=bn,none"
+            + f"\nTo start it: {called('train')} -m study={study} norm=bn,none"
         )
     return folder
 
@@ -229,8 +230,8 @@ def _find(output_dir: Path, study: str) -> Study:
             f"Study {study} has no finished run yet: {told}."
             + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
             + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
-            f"\n  python train.py -m study={study} norm=bn,none"
-            f"\nHow far its runs are: python report.py status study={study}"
+            f"\n  {called('train')} -m study={study} norm=bn,none"
+            f"\nHow far its runs are: {called('report')} status study={study}"
         )
     return found
 

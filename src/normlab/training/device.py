@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from normlab import checkout
+from normlab import __version__, checkout
 from normlab.config import RunConfig
 from normlab.errors import UserError
 
@@ -114,10 +114,14 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
     """What a reader needs to know about where a result was made."""
-    packages = ("normlab", "torch", "torchvision", "hydra-core", "numpy")
+    packages = ("torchvision", "hydra-core", "numpy")
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}}
-        | {"torch": str(torch.__version__)},
+        "versions": {
+            "python": platform.python_version(),
+            "normlab": __version__,
+            "torch": str(torch.__version__),
+            **{name: version(name) for name in packages},
+        },
         "git": checkout.state(),
         "command": sys.argv,
         "platform": platform.platform(),

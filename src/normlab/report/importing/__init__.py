@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from normlab.errors import UserError
+from normlab.installation import called
 from normlab.report.importing.folders import against_the_disk, complete, trained, write
 from normlab.report.importing.records import records_of
 from normlab.report.importing.settings import Import, some
@@ -45,4 +46,4 @@ def import_runs(study: str, output_dir: str | Path, wanted: Import) -> None:
         print(f"Left out: {some(left_out)}.")
     if not new and not changed:
         print("Nothing was changed.")
-    print(f"Tables and figures: python report.py study={study}")
+    print(f"Tables and figures: {called('report')} study={study}")

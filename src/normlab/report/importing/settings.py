@@ -7,6 +7,7 @@ from typing import Any
 
 from normlab.config import RunConfig
 from normlab.errors import UserError, nearest
+from normlab.installation import called
 from normlab.runs.identity import CARRIED_OUT
 
 ACCURACIES, LOSSES = ("test_accuracy", "train_accuracy"), ("test_loss", "train_loss")
@@ -41,7 +42,7 @@ class Import:
         if not self.source or not isinstance(self.source, str):
             raise UserError(
                 "source= is missing: a CSV file, or a folder with TensorBoard's event files.\n"
-                "Example: python report.py import source=results.csv study=my_study"
+                f"Example: {called('report')} import source=results.csv study=my_study"
             )
         for name in ("percent", "replace"):
             if not isinstance(getattr(self, name), bool):
