@@ -10,7 +10,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
-from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol
 
@@ -35,7 +34,7 @@ class Tool(Protocol):
 
 def numbers(row: Row) -> dict[str, float]:
     """What a tool is told of an evaluation; a number that is not finite is left out, as metrics.jsonl has null."""
-    return {k: float(v) for k, v in row.items() if k != "step" and v is not None and math.isfinite(v)}
+    return {k: v for k, v in row.items() if k != "step" and v is not None and math.isfinite(v)}
 
 
 def started(run: runs.Run) -> float:
@@ -84,7 +83,9 @@ class _Thread(Logger):
         self._thread.start()
 
     def begin(self, rows: Iterable[Row]) -> None:
-        self._orders.put(lambda tool: [tool.log(row) for row in rows] and None)
+        self._orders.put(lambda tool: None)  # the tool is to have the run from its start
+        for row in rows:
+            self.record(row)
 
     def record(self, row: Row) -> None:
         self._orders.put(lambda tool: tool.log(row))

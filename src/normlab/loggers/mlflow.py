@@ -12,13 +12,13 @@ from typing import Any
 from filelock import FileLock
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-import mlflow.store.tracking.sqlalchemy_store  # noqa: E402  # here, and not at its first use, which holds a lock
-from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import Metric, Param  # noqa: E402
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  # here, and not at its first use, which holds a lock
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
 
-from normlab import runs  # noqa: E402
-from normlab.config import MLflowLogger  # noqa: E402
-from normlab.loggers import Row, numbers, started  # noqa: E402
+from normlab import runs
+from normlab.config import MLflowLogger
+from normlab.loggers import Row, numbers, started
 
 STATUSES = {"done": "FINISHED", "diverged": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 LOCK_SECONDS = 120

@@ -9,12 +9,13 @@ from typing import Any
 
 os.environ.setdefault("WANDB_SILENT", "true")  # nothing on the terminal, and no question about a login
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of wandb's own errors to its makers
-import wandb  # noqa: E402
+import wandb
 
-from normlab import runs  # noqa: E402
-from normlab.config import WandbLogger  # noqa: E402
-from normlab.loggers import END_SECONDS, Row, numbers  # noqa: E402
+from normlab import runs
+from normlab.config import WandbLogger
+from normlab.loggers import Row, numbers
 
+SERVER_SECONDS = 20.0  # for a server to answer; the end of the process waits for it, too
 _starting = threading.Lock()
 
 
@@ -39,7 +40,8 @@ class Tool:
                     settings=wandb.Settings(
                         console="off",
                         disable_git=True,
-                        finish_timeout=END_SECONDS,  # also when the process ends
+                        finish_timeout=SERVER_SECONDS,
+                        init_timeout=SERVER_SECONDS,
                         save_code=False,
                         silent=True,
                         symlink=False,
