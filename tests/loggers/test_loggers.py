@@ -17,7 +17,7 @@ import pytest
 from launchers.commands import SMALL, command
 from training.test_packing import together
 
-from normlab import loggers, preflight, runs
+from normlab import doctor, loggers, preflight, runs
 from normlab.config import RunConfig
 from normlab.errors import InterruptedRunError, UserError
 from normlab.runs import files
@@ -350,3 +350,7 @@ def test_a_missing_package_is_told_before_the_run(tiny, tmp_path, monkeypatch, t
         patch.delitem(sys.modules, "wandb", raising=False)
         with pytest.raises(UserError, match=r"logger=wandb .* not installed: wandb.\n.*'normlab\[wandb\]'"):
             preflight.check_logger(tiny("logger=wandb").logger)
+        [finding] = doctor.logger(tiny("logger=wandb"))
+    assert finding.level == "problem"
+    assert "pip install 'normlab[wandb]'" in finding.fix
+    assert not list(doctor.logger(tiny()))
