@@ -427,6 +427,38 @@ ProbeConfig = Annotated[
 ]
 
 
+class NoLogger(_Section):
+    """A run's own folder is all there is."""
+
+    name: Literal["none"]
+
+
+class TensorBoardLogger(_Section):
+    """Event files of TensorBoard in a run's folder."""
+
+    name: Literal["tensorboard"]
+
+
+class MLflowLogger(_Section):
+    """A run of MLflow."""
+
+    name: Literal["mlflow"]
+    tracking_uri: str | None
+    experiment: str | None
+
+
+class WandbLogger(_Section):
+    """A run of Weights & Biases."""
+
+    name: Literal["wandb"]
+    project: Name
+    entity: Name | None
+    mode: Literal["offline", "online"]
+
+
+LoggerConfig = Annotated[NoLogger | TensorBoardLogger | MLflowLogger | WandbLogger, Field(discriminator="name")]
+
+
 class RunConfig(_Section):
     """Everything about one run: one training, one seed."""
 
@@ -469,6 +501,7 @@ class RunConfig(_Section):
     threads: Count | None
     checkpoint_seconds: NonNegative | None
     save_weights: StrictBool
+    logger: LoggerConfig
     output_dir: Folder
     data_dir: Folder
 

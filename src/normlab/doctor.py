@@ -93,6 +93,7 @@ def findings(config: RunConfig, launcher: str) -> Iterator[Finding]:
     yield temporary_folder()
     yield from shared_memory()
     yield from slurm(launcher)
+    yield from logger(config)
 
 
 # --- Versions ---------------------------------------------------------------------------------------
@@ -429,6 +430,19 @@ def _partitions() -> list[str]:
         f"{name} ({state}, at most {limit}, {nodes} nodes{'' if gres in ('(null)', '') else f' with {gres}'})"
         for name, state, limit, nodes, gres in rows
     ]
+
+
+def logger(config: RunConfig) -> Iterator[Finding]:
+    """Told only if a run is to be told to a tool."""
+    subject = f"logger={config.logger.name}"
+    try:
+        preflight.check_logger(config.logger)
+    except UserError as error:
+        text, _, fix = str(error).partition("\n")
+        yield Finding(subject, text, "problem", fix)
+        return
+    if config.logger.name != "none":
+        yield Finding(subject, "its packages are installed")
 
 
 def _gib(size: float) -> str:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from normlab.config import CustomModelConfig, RegressionDataset, RunConfig
+from normlab.config import CustomModelConfig, LoggerConfig, RegressionDataset, RunConfig
 from normlab.data import inventory
 from normlab.errors import UserError
 from normlab.runs import files
@@ -34,8 +34,28 @@ def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
     _check_importable(config.norm.target, "norm._target_")
     if isinstance(config.model, CustomModelConfig):
         _check_importable(config.model.target, "model.target")
+    check_logger(config.logger)
     _check_writable(config.study_folder)
     return found
+
+
+def check_logger(logger: LoggerConfig) -> None:
+    """
+    Raises:
+        UserError: if the logger's packages are not installed.
+    """
+    needed = {"mlflow": ("mlflow", "sqlalchemy")}.get(logger.name, () if logger.name == "none" else (logger.name,))
+    missing = [package for package in needed if not _installed(package)]
+    if missing:
+        raise UserError(
+            f"logger={logger.name} needs packages that are not installed: {', '.join(missing)}.\n"
+            f"Install them: pip install 'normlab[{logger.name}]'. Or leave it out: logger=none."
+        )
+
+
+def _installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # not just a folder of this name, such as wandb makes
 
 
 @functools.cache

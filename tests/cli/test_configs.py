@@ -21,7 +21,7 @@ SHAPES = {  # what it takes, if not an image of 32x32 pixels
     "model=deep_linear": (10, 1, 1),
     "dataset=linear_regression": (10, 1, 1),
 }
-GROUPS = ("norm", "model", "dataset", "sampler", "init", "optimizer", "schedule", "probe")
+GROUPS = ("norm", "model", "dataset", "sampler", "init", "optimizer", "schedule", "probe", "logger")
 FILES = [f"{group}={path.stem}" for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 
 

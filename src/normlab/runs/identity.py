@@ -19,6 +19,7 @@ CARRIED_OUT = frozenset(
             "save_weights",
             "output_dir",
             "data_dir",
+            "logger",
         ),
     }
 )
@@ -70,7 +71,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it would be recorded today: with the settings that came after it was written."""
-    full = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto", **config}
+    carried_out = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto"}
+    full = {**carried_out, "logger": {"name": "none"}, **config}
     for path, unchanged in LATER.items():
         group, _, key = path.rpartition(".")
         if not group:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normlab import models, runs
+from normlab import loggers, models, runs
 from normlab.config import RunConfig
 from normlab.data.load import Data, Loaded, load
 from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
@@ -85,12 +85,13 @@ def carry_out(
         log = _logger(run.folder) if team.leads else _silence()
         if team.leads:
             team.if_stuck(partial(_fail, run, log))
+        logger = loggers.follow(config.logger, run, log.warning) if team.leads else loggers.Logger()
         try:
             started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
             status = run.write_status("running", started=started or runs.now(), ended=None, error=None)
             watch(status)
             with team.together(), device.stream_for(config, share.device):
-                return _train(config, run, stop, share, watch, log, team)
+                return _train(config, run, stop, share, watch, log, logger, team)
         except RunBusyError as error:  # taken over: the record is another process's now
             log.warning("%s", error)
             raise
@@ -113,6 +114,7 @@ def carry_out(
             raise error
         finally:
             team.if_stuck(lambda why: None)
+            logger.end()
             for handler in log.handlers:
                 handler.close()
 
@@ -177,6 +179,7 @@ def _train(
     share: Share,
     watch: Watch,
     log: logging.Logger,
+    logger: loggers.Logger,
     team: Alone,
 ) -> dict[str, Any]:
     saved = team.broadcast(_checkpoint(config, run, log) if team.leads else None)
@@ -277,6 +280,7 @@ def _train(
         provenance = device.provenance(where, data.fingerprint)
         how = {"processes": team.world, "memory_format": choice.memory_format, "packed": share.turn.packed}
         files.write_json(run.folder / runs.PROVENANCE, provenance | how)
+        logger.begin(runs.read_metrics(run.folder)[0])
     latest: dict[str, Any] = {}
 
     def facts(at: Position) -> dict[str, Any]:
@@ -324,6 +328,7 @@ def _train(
 
     def record(row: dict[str, Any]) -> None:
         run.append_metrics(row)
+        logger.record(row)
         latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})
         log.info("%s", files.to_json(row))
 

@@ -1,0 +1,356 @@
+"""What each tool has of a run, read back by the tool itself; and a run that takes no notice of what a tool does."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import struct
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from launchers.commands import SMALL, command
+from training.test_packing import together
+
+from normlab import doctor, loggers, preflight, runs
+from normlab.config import RunConfig
+from normlab.errors import InterruptedRunError, UserError
+from normlab.runs import files
+from normlab.training import engines
+from normlab.training.run import carry_out
+
+Numbers = list[tuple[str, int, float]]  # name, step, value: a list, so that what is there twice is seen
+TIMES = ("wall_seconds", "images_per_second")
+
+
+def folder(config: RunConfig) -> Path:
+    return runs.Run(config.as_dict()).folder
+
+
+def recorded(config: RunConfig, without: tuple[str, ...] = ()) -> Numbers:
+    rows, warnings = runs.read_metrics(folder(config))
+    assert not warnings
+    return sorted((k, row["step"], row[k]) for row in rows for k in row if k not in ("step", *without))
+
+
+def near(numbers: Numbers) -> list[tuple[str, int, object]]:
+    """In float32, as TensorBoard keeps them."""
+    return [(name, step, pytest.approx(value, rel=1e-6)) for name, step, value in numbers]
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory) -> Path:
+    """MLflow takes seconds to make one."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    with warnings.catch_warnings(action="ignore"):  # of SQLAlchemy, about MLflow's use of it
+        MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(autouse=True)
+def database(tmp_path, empty_database) -> None:
+    files.make_folder(tmp_path / "outputs")
+    shutil.copy(empty_database, tmp_path / "outputs")
+
+
+# ---- what a tool has of a run
+
+
+def of_tensorboard(config: RunConfig) -> tuple[Numbers, str, str]:
+    """The numbers, the settings and how the run ended."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder(config))).Reload()
+    numbers = sorted((tag, e.step, e.value) for tag in events.Tags()["scalars"] for e in events.Scalars(tag))
+    texts = (events.Tensors(f"{tag}/text_summary")[-1] for tag in ("config", "end"))
+    settings, end = (text.tensor_proto.string_val[0].decode() for text in texts)
+    return numbers, settings, end
+
+
+def of_mlflow(config: RunConfig) -> tuple[Numbers, str, str]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{config.output_dir}/mlflow.db")
+    experiment = client.get_experiment_by_name(config.study)
+    assert experiment is not None
+    name = folder(config).name
+    [run] = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == name]
+    histories = [client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
+    numbers = sorted((m.key, m.step, m.value) for history in histories for m in history)
+    settings = "\n".join(f"{key}: {value}" for key, value in run.data.params.items())
+    return numbers, settings, f"state: {run.data.tags['normlab.state']} {run.info.status}"
+
+
+def of_wandb(config: RunConfig) -> tuple[Numbers, str, str]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [path] = folder(config).glob("wandb/offline-run-*/*.wandb")
+    numbers, settings, end = [], "", ""
+    for record in map(Record.FromString, _log_records(path.read_bytes())):
+        settings += "".join(f"{item.key}: {item.value_json}\n" for item in record.run.config.update)
+        end += "".join(f"{item.key}: {json.loads(item.value_json)}\n" for item in record.summary.update if item.key)
+        items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        numbers += [(key, items["_step"], value) for key, value in items.items() if not key.startswith("_")]
+    return sorted(numbers), settings, end
+
+
+def _log_records(content: bytes) -> list[bytes]:
+    """The records of a file in LevelDB's log format (blocks of 32 KiB, records in parts), which wandb writes."""
+    records, at = [], 7  # after wandb's own head
+    while at + 7 <= len(content):
+        size, kind = struct.unpack_from("<HB", content, at + 4)
+        if 0x8000 - at % 0x8000 < 7 or kind == 0:
+            at += 0x8000 - at % 0x8000
+            continue
+        part = content[at + 7 : at + 7 + size]
+        if kind in (1, 2):  # whole, or the first part
+            records.append(part)
+        else:
+            records[-1] += part
+        at += 7 + size
+    return records
+
+
+READ: dict[str, Callable[[RunConfig], tuple[Numbers, str, str]]] = {
+    "tensorboard": of_tensorboard,
+    "mlflow": of_mlflow,
+    "wandb": of_wandb,
+}
+every_tool = pytest.mark.parametrize("tool", READ)
+
+
+@every_tool
+def test_a_tool_has_every_number_of_the_record_and_the_run_is_as_without_it(tiny, tool, capfd) -> None:
+    plain, told = tiny("study=plain", "weight_average=0.9"), tiny(f"logger={tool}", "weight_average=0.9")
+    expected, status = carry_out(plain), carry_out(told)
+    numbers, settings, end = READ[tool](told)
+    assert numbers == near(recorded(told))
+    assert {"epoch", "train_loss", "test_accuracy", "lr", *TIMES} <= {name for name, _, _ in numbers}
+    assert "weight_average: 0.9" in settings
+    assert "state: done" in end
+    assert status["weights_sha256"] == expected["weights_sha256"]
+    assert recorded(told, TIMES) == recorded(plain, TIMES)
+    assert "WARNING" not in (folder(told) / "run.log").read_text()
+    assert carry_out(told) == status  # skipped, and nothing more is told
+    assert READ[tool](told)[0] == numbers
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def before_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
+    """`before_step(4, act)`: act before the fourth training step from now."""
+    set_learning_rate = engines.set_learning_rate
+
+    def arrange(number: int, act: Callable[[], None]) -> None:
+        steps = iter(range(1, 10**9))
+
+        def hooked(*arguments) -> None:
+            if next(steps) == number:
+                act()
+            set_learning_rate(*arguments)
+
+        monkeypatch.setattr(engines, "set_learning_rate", hooked)
+
+    return arrange
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail() -> None:
+    raise TypeError("planted")
+
+
+@every_tool
+def test_an_interrupted_run_goes_on_in_the_same_place(tiny, tool, before_step) -> None:
+    config = tiny(f"logger={tool}", "epochs=3")
+    before_step(5, stop)  # of nine, three an epoch
+    with pytest.raises(InterruptedRunError):
+        carry_out(config)
+    numbers, _, end = READ[tool](config)
+    assert {step for _, step, _ in numbers} == {3}
+    assert "state: interrupted" in end
+    assert carry_out(config)["state"] == "done"
+    numbers, _, end = READ[tool](config)
+    assert numbers == near(recorded(config))
+    assert "state: done" in end
+
+
+@every_tool
+def test_what_is_measured_twice_is_there_once(tiny, tool, before_step) -> None:
+    """A run that fails after an evaluation, without a checkpoint, begins anew."""
+    config = tiny(f"logger={tool}", "checkpoint_seconds=null")
+    before_step(5, fail)
+    with pytest.raises(TypeError):
+        carry_out(config)
+    numbers, _, end = READ[tool](config)
+    assert {step for _, step, _ in numbers} == {3}
+    assert "state: failed" in end
+    carry_out(config)
+    numbers = [row for row in READ[tool](config)[0] if row[0] not in TIMES or tool != "mlflow"]
+    assert numbers == near(recorded(config, TIMES if tool == "mlflow" else ()))  # it keeps the times of the first
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "settings", "act"),
+    [
+        ("done", "FINISHED", (), lambda: None),
+        ("diverged", "FINISHED", ("optimizer.lr=1e30",), lambda: None),
+        ("interrupted", "KILLED", (), stop),
+        ("failed", "FAILED", (), fail),
+    ],
+)
+def test_mlflow_knows_how_a_run_ended(tiny, before_step, state, status, settings, act) -> None:
+    config = tiny("logger=mlflow", *settings)
+    before_step(5, act)
+    with contextlib.suppress(InterruptedRunError, TypeError):
+        carry_out(config)
+    assert of_mlflow(config)[2] == f"state: {state} {status}"
+
+
+def test_a_run_that_fails_before_it_trains_is_told_as_well(tiny) -> None:
+    config = tiny("logger=mlflow", "batch=1", "model.target=normlab.nowhere")
+    with pytest.raises(UserError):
+        carry_out(config)
+    assert of_mlflow(config)[2] == "state: failed FAILED"
+
+
+def test_a_record_that_was_deleted_is_another_run_of_mlflow(tiny) -> None:
+    from mlflow import MlflowClient
+
+    config = tiny("logger=mlflow")
+    carry_out(config)
+    shutil.rmtree(folder(config))
+    carry_out(config)
+    client = MlflowClient(f"sqlite:///{config.output_dir}/mlflow.db")
+    experiment = client.get_experiment_by_name(config.study)
+    assert experiment is not None
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+
+
+# ---- several runs at a time
+
+
+@every_tool
+def test_runs_in_one_process_are_kept_apart(tiny, tool) -> None:
+    configs = [tiny(f"logger={tool}", f"seed={seed}") for seed in range(3)]
+    exits = sys.exit, sys.excepthook
+    assert [status["state"] for status in together(configs)] == ["done"] * 3
+    assert (sys.exit, sys.excepthook) == exits
+    for config in configs:
+        assert READ[tool](config)[0] == near(recorded(config))
+    assert len({tuple(recorded(config, TIMES)) for config in configs}) == 3
+
+
+def test_workers_of_a_pool_that_all_begin_a_database_of_mlflow(tmp_path) -> None:
+    words = ("-m", *SMALL, "seed=0,1,2", "logger=mlflow", "hydra.launcher.slots=2")
+    home = tmp_path / "home"
+    home.mkdir()
+    code, out, error = command(home, "train.py", *words)
+    assert code == 0, error
+    assert "logger" not in out + error
+    records = runs.find(home / "outputs" / "default")
+    assert len(records) == 3
+    for run in records:
+        settings = {**runs.read_config(run), "output_dir": str(home / "outputs")}
+        config = RunConfig.model_validate(settings)
+        assert of_mlflow(config)[0] == near(recorded(config))
+
+
+# ---- a tool that fails
+
+
+class Broken:
+    def __init__(self, run: runs.Run, settings: object) -> None:
+        pass
+
+    def log(self, row: loggers.Row) -> None:
+        pass
+
+    def end(self, facts: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("error", [OSError("planted\nat length"), KeyboardInterrupt()])
+@pytest.mark.parametrize("method", ["__init__", "log", "end"])
+def test_a_tool_that_fails_costs_one_warning(tiny, method, error, monkeypatch, capfd) -> None:
+    def fails(*arguments: object) -> None:
+        raise error
+
+    plain, told = tiny("study=plain"), tiny("logger=tensorboard")
+    monkeypatch.setattr(import_module("normlab.loggers.tensorboard"), "Tool", type("", (Broken,), {method: fails}))
+    expected, status = carry_out(plain), carry_out(told)
+    assert (status["state"], status["weights_sha256"]) == ("done", expected["weights_sha256"])
+    assert recorded(told, TIMES) == recorded(plain, TIMES)
+    words = f"logger=tensorboard is off for the rest of this run: {type(error).__name__}: "
+    [line] = [line for line in (folder(told) / "run.log").read_text().splitlines() if "WARNING" in line]
+    assert words in line
+    assert "at length" not in line
+    assert capfd.readouterr().err.count(words) == 1
+
+
+def test_a_library_that_cannot_be_imported_costs_one_warning(tiny, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "normlab.loggers.tensorboard", None)
+    config = tiny("logger=tensorboard")
+    assert carry_out(config)["state"] == "done"
+    assert (folder(config) / "run.log").read_text().count("WARNING logger=tensorboard is off") == 1
+
+
+def test_a_tool_that_hangs_is_left_behind(tiny, monkeypatch) -> None:
+    released = threading.Event()
+    hangs = type("", (Broken,), {"log": lambda *_: released.wait(60)})
+    monkeypatch.setattr(import_module("normlab.loggers.tensorboard"), "Tool", hangs)
+    monkeypatch.setattr(loggers, "END_SECONDS", 0.2)
+    config = tiny("logger=tensorboard")
+    assert carry_out(config)["state"] == "done"
+    released.set()
+    assert "WARNING logger=tensorboard did not finish" in (folder(config) / "run.log").read_text()
+
+
+def test_wandb_without_network_or_login_is_a_warning_and_no_question(tiny, monkeypatch, capfd) -> None:
+    from normlab.loggers import wandb
+
+    monkeypatch.setattr(wandb, "SERVER_SECONDS", 1.0)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    config = tiny("logger=wandb", "logger.mode=online")
+    assert carry_out(config)["state"] == "done"
+    assert (folder(config) / "run.log").read_text().count("WARNING logger=wandb is off for the rest of this run") == 1
+    out, error = capfd.readouterr()
+    assert out == ""
+    assert len(error.splitlines()) == 1
+
+
+# ---- settings
+
+
+@every_tool
+def test_who_is_told_makes_no_other_run(tiny, tool) -> None:
+    assert runs.run_id(tiny(f"logger={tool}").as_dict()) == runs.run_id(tiny().as_dict())
+    older = {key: value for key, value in tiny().as_dict().items() if key != "logger"}
+    assert runs.completed(older)["logger"] == {"name": "none"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_missing_package_is_told_before_the_run(tiny, tmp_path, monkeypatch, there) -> None:
+    """And a folder that happens to have its name, such as wandb makes, is none."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    sys.path_importer_cache.clear()
+    if there:
+        files.make_folder(tmp_path / "wandb")
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "wandb", raising=False)
+        with pytest.raises(UserError, match=r"logger=wandb .* not installed: wandb.\n.*'normlab\[wandb\]'"):
+            preflight.check_logger(tiny("logger=wandb").logger)
+        [finding] = doctor.logger(tiny("logger=wandb"))
+    assert finding.level == "problem"
+    assert "pip install 'normlab[wandb]'" in finding.fix
+    assert not list(doctor.logger(tiny()))
