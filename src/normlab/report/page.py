@@ -7,7 +7,7 @@ from typing import Any
 from normlab.report.arms import in_order, natural
 from normlab.report.cells import Table
 from normlab.report.load import Study
-from normlab.report.markup import markdown
+from normlab.report.markup import markdown_table
 
 _HARDWARE = {  # what the page tells of a run's provenance
     "device": "Device",
@@ -28,10 +28,9 @@ def page(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, str]]
     lines += ["## What was run", *(f"- {fact}" for fact in facts(study))]
     for table in tables:
         lines.append(f"## {table.title}")
-        for setting, texts in table.texts.items():
-            lines += [f"**{setting}**", markdown(texts).rstrip()]
+        lines += markdown_table(table)
         links = ", ".join(f"[{suffix}]({table.name}.{suffix})" for suffix in ("csv", "tex", "md"))
-        lines.append(f"{table.caption} ({links})")
+        lines.append(f"{table.caption}{table.rule} ({links})")
     if drawn:
         lines.append("## Figures")
     for name, caption in drawn:
