@@ -13,7 +13,8 @@ from normlab.report.markup import split_number
 from normlab.report.standing import CLOSE
 
 COLUMN, PAGE = 230.0, 340.0  # points that fit a column of two, and the narrowest page of one column (article's)
-_LETTER, _BETWEEN = 4.5, 7.0  # points that a letter of \footnotesize is wide, about, and the space between columns
+HEIGHT = 50  # lines of a page beside a caption
+_LETTER, _BETWEEN = 4.0, 7.0  # points that a letter of \footnotesize is wide, about, and the space between columns
 _LONG = 24  # letters from which a text may be broken into lines
 
 _ASCII = {
@@ -50,7 +51,15 @@ _SIGNS = {
     "∂": r"\partial", "∇": r"\nabla", "∑": r"\sum", "∏": r"\prod", "∈": r"\in", "°": r"^{\circ}", "µ": r"\mu",
     "\u03bf": "o",
 }  # fmt: skip
-_PUNCTUATION = {"\u2013": "--", "—": "---", "\u2018": "`", "\u2019": "'", "“": "``", "”": "''", "…": r"\ldots{}"}
+_PUNCTUATION = {
+    "\u2013": r"\textendash{}",
+    "—": r"\textemdash{}",
+    "\u2018": "`",
+    "\u2019": "'",
+    "“": "``",
+    "”": "''",
+    "…": r"\ldots{}",
+}
 _ACCENTS = {
     "\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0304": "=", "\u0306": "u", "\u0307": ".",
     "\u0308": '"', "\u030a": "r", "\u030b": "H", "\u030c": "v", "\u0323": "d", "\u0327": "c", "\u0331": "b",
@@ -66,7 +75,7 @@ def latex_escape(text: str) -> str:
     """
     escaped = "".join(_letter(letter) for letter in unicodedata.normalize("NFC", text))
     escaped = re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
-    escaped = re.sub(r"(?<=\w)-(?=-)", "-{}", escaped)  # two hyphens of a name are not a dash
+    escaped = re.sub(r"(?<=\w)-(?=-)|-(?=-)(?!-(\s|$))", "-{}", escaped)  # two hyphens of a name are not a dash
     return "{}" + escaped if escaped.startswith(("[", "*")) else escaped  # else an option of the \\ before it
 
 
@@ -128,19 +137,24 @@ def latex(table: Table, setting: str, label: str) -> str:
     environment = "table" if one_column else "table*"
     rule = table.rule + (CLOSE if table.rule else "")
     caption = latex_escape(f"{table.title}. {setting}. {table.caption}{rule}{seeds}")
+    continued = latex_escape(f"{table.title}. {setting}. Continued.")
     parts = [headings] if prose else list(_parts(headings, widths, COLUMN if one_column else PAGE))
-    bodies = [line for part in parts for line in ("", r"\medskip", "", *_tabular(part, widths, rows, prose))]
-    return "\n".join(
-        [
+    high = HEIGHT // (3 if prose else 1)
+    chunks = [rows[i : i + high] for i in range(0, len(rows), high)]
+    found = [_tabular(part, widths, chunk, prose) for part in parts for chunk in chunks]
+    together = max(1, HEIGHT // (len(chunks[0]) + 4)) if len(chunks) == 1 else 1  # that a page can hold
+    floats = []
+    for i in range(0, len(found), together):
+        told = f"\\label{{{re.sub(r'[^A-Za-z0-9:._-]', '-', label)}}}"
+        floats += [
             rf"\begin{{{environment}}}",
-            r"\centering\footnotesize\setlength{\tabcolsep}{3.5pt}",
-            rf"\caption{{{caption}}}",
-            rf"\label{{{re.sub(r'[^A-Za-z0-9:._-]', '-', label)}}}",
-            *bodies[3:],
+            r"\centering\footnotesize\setlength{\tabcolsep}{3.5pt}\setlength{\belowcaptionskip}{4pt}",
+            *([rf"\caption{{{caption}}}", told] if i == 0 else [rf"\caption{{{continued}}}"]),
+            "\n\n\\medskip\n\n".join("\n".join(lines) for lines in found[i : i + together]),
             rf"\end{{{environment}}}",
             "",
         ]
-    )
+    return "\n".join(floats)
 
 
 def _told_once(rows: Sequence[Row]) -> tuple[list[Row], str]:
@@ -184,7 +198,7 @@ def _parts(headings: Sequence[str], widths: dict[str, float], room: float) -> It
 
 def _tabular(headings: Sequence[str], widths: dict[str, float], rows: Sequence[Row], prose: Sequence[str]) -> list[str]:
     """Columns that are too wide together break the lines of long texts; prose spans the table, its first above."""
-    broken = _broken(headings, widths)
+    broken = _broken(headings, widths, bool(prose))
     columns = "".join(broken.get(heading) or ("r" if i else "l") for i, heading in enumerate(headings))
 
     def line(cells: Iterable[str]) -> str:
@@ -207,27 +221,30 @@ def _tabular(headings: Sequence[str], widths: dict[str, float], rows: Sequence[R
         body += [r"\addlinespace", *above] if above and position else above
         body.append(line(text(heading, row.get(heading, Cell(NOTHING))) for heading in headings))
         body += spanning(row, prose[1:], named=True)
-    begin = r"\begin{tabular*}{\linewidth}{@{\extracolsep{\fill}}" if prose else r"\begin{tabular}{@{}"
     return [
-        f"{begin}{columns}@{{}}}}",
+        rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
         r"\toprule",
         line(text(heading, Cell(heading)) for heading in headings),
         r"\midrule",
         *body,
         r"\bottomrule",
-        rf"\end{{tabular{'*' if prose else ''}}}",
+        r"\end{tabular}",
     ]
 
 
-def _broken(headings: Sequence[str], widths: dict[str, float]) -> dict[str, str]:
-    """What breaks lines, per heading: where the columns do not fit, the long ones share what the others leave."""
-    if sum(widths[heading] for heading in headings) <= PAGE:
+def _broken(headings: Sequence[str], widths: dict[str, float], whole: bool) -> dict[str, str]:
+    """What breaks lines, per heading: where the columns do not fit, or are to be as wide as the page (`whole`), the
+    long ones, or the longest, share what the others leave."""
+    if not whole and sum(widths[heading] for heading in headings) <= PAGE:
         return {}
-    long = [heading for heading in headings if widths[heading] > _BETWEEN + _LETTER * _LONG] or list(headings[:1])
-    fixed = sum(widths[heading] for heading in headings if heading not in long)
-    whole = sum(widths[heading] for heading in long)
-    room = max(PAGE - fixed, 40.0 * len(long))
-    return {heading: rf"p{{{(room * widths[heading] / whole - _BETWEEN) / PAGE:.3f}\linewidth}}" for heading in long}
+    long = [heading for heading in headings if widths[heading] > _BETWEEN + _LETTER * _LONG]
+    long = long or [max(headings, key=widths.__getitem__)]
+    used = sum(widths[heading] for heading in headings if heading not in long) + _BETWEEN * (len(long) - 1)
+    together = sum(widths[heading] for heading in long)
+    return {
+        heading: rf"p{{\dimexpr(\linewidth-{used:.0f}pt)*{100 * widths[heading] / together:.0f}/100\relax}}"
+        for heading in long
+    }
 
 
 def _breakable(text: str) -> str:

@@ -281,10 +281,10 @@ def build_tables(
                     name="difference",
                     title=f"Difference to {baseline}",
                     caption=f"{measure.compared.capitalize()} minus that of {baseline}{points}, paired by seed: mean"
-                    f" over the pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval, uncorrected."
-                    " n counts pairs; a pair counts as diverged if either run diverged. p: two-sided paired t-test, with"
-                    " Holm's correction over all comparisons of this table; d_z: mean over standard deviation of the"
-                    f" differences.{_told_of_few(minus)}",
+                    f" over the pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval,"
+                    " uncorrected. n counts pairs; a pair counts as diverged if either run diverged. p: two-sided"
+                    " paired t-test, with Holm's correction over all comparisons of this table; d_z: mean over standard"
+                    f" deviation of the differences.{_told_of_few(minus)}",
                     tidy=minus,
                     rows=grids(minus, lambda row: with_test(row, finer)),
                 )
