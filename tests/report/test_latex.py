@@ -18,7 +18,7 @@ MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_
 OPTIONS = report.Options(**{field.name: MENU[field.name] for field in dataclasses.fields(report.Options)})
 UGLY = [
     r"a\b%c_d#e&f{g}~^$<h>|`'",
-    "±‖²∞ γ₂Δ",
+    "±‖²∞ \u03b3₂Δ",
     "Müller-Łódź-ïçß",
     "漢字",
     "[x]",
@@ -58,7 +58,7 @@ def test_signs_are_mathematics_in_latex():
         ("‖", r"$\Vert$"),
         ("x²", "x$^{2}$"),
         ("∞", r"$\infty$"),
-        ("γ", r"$\gamma$"),
+        ("\u03b3", r"$\gamma$"),
         ("漢", "{}[U+6F22]"),
         ("a--b", "a-{}-b"),
         ("--a", "-{}-a"),
@@ -123,8 +123,8 @@ def test_a_wide_table_is_over_both_columns_and_a_wider_one_in_parts_that_repeat_
 
 def test_a_table_that_no_page_can_hold_is_continued_in_further_ones():
     text = latex(table(*(row(f"arm{i}", "1.0") for i in range(120))), "digits", "tab:x")
-    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 3
-    assert text.count("Continued") == 2
+    assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 4
+    assert text.count("Continued") == 3
     assert text.count(r"\label") == 1
     assert [int(i) for i in re.findall(r"^arm(\d+) ", text, re.MULTILINE)] == list(range(120))
 

@@ -13,7 +13,7 @@ from normlab.report.markup import split_number
 from normlab.report.standing import CLOSE
 
 COLUMN, PAGE = 230.0, 340.0  # points that fit a column of two, and the narrowest page of one column (article's)
-HEIGHT = 50  # lines of a page beside a caption
+HEIGHT = 36  # lines of a table that a page holds beside a long caption
 _LETTER, _BETWEEN = 4.0, 7.0  # points that a letter of \footnotesize is wide, about, and the space between columns
 _LONG = 24  # letters from which a text may be broken into lines
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import pandas as pd
 
 RULE = (
-    " Bold: at each batch size the best {what}, in full precision, of the arms that compete (ties: all of"
-    " them); no arm competes whose finished runs have diverged or lack the value, nor one alone."
+    " Bold: at each batch size the best {what} (exact ties: all), among at least two arms of whose finished runs none"
+    " diverged or lacks the value."
 )
-CLOSE = " Underlined: the other competing means that lie within the best one's interval (none where its n = 1)."
+CLOSE = " Underlined: those of the others that lie within the best one's interval (if it has one: n > 1)."
 
 
 def standings(tidy: pd.DataFrame, higher_is_better: Mapping[str, bool]) -> list[str]:
