@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def sweep(add_run):
     for norm, level in (("bn", 0.0), ("none", -0.2)):
         for batch in (8, 32):
             for seed in (0, 1, 2):
-                run = add_run(norm, batch, seed, (0.5, 0.9 + level, 0.8 + level + 0.01 * seed))
+                run = add_run(norm, batch, seed, (0.5, 0.9 + level, 0.8 + level + (0.01 - level / 50) * seed))
                 if batch == 32:
                     (run / "metrics.jsonl").write_text(validated(run))
 
@@ -51,7 +52,7 @@ def rows(folder, table):
 
 
 def means(folder, table):
-    return {(row["arm"], row["batch"]): pytest.approx(float(row["mean"])) for row in rows(folder, table)}
+    return {(row["arm"], row["batch"]): pytest.approx(float(row["mean"])) for row in rows(folder, table) if row["mean"]}
 
 
 @pytest.mark.parametrize(
@@ -147,19 +148,22 @@ def test_commands_over_all_studies_refuse_to_leave_cells_out(sweep, tmp_path):
 
 
 def test_a_verdict_needs_a_p_value_of_at_most_alpha_and_its_caption_says_so(sweep, reported):
+    verdicts = {}
     for alpha in (0.05, 1e-9):
         folder = reported(alpha=alpha)
         for row in rows(folder, "verdicts"):
             decided = row["p_holm"] != "" and float(row["p_holm"]) <= alpha
             assert (row["verdict_of_comparison"] in ("supported", "contradicted")) == decided
         assert f"p at most {alpha:g} for" in (folder / "verdicts.md").read_text()
-    assert {row["verdict"] for row in rows(folder, "verdicts")} == {"inconclusive"}
+        verdicts[alpha] = {row["verdict"] for row in rows(folder, "verdicts")}
+    assert "supported" in verdicts[0.05]
+    assert verdicts[1e-9] == {"inconclusive"}
 
 
 @pytest.mark.parametrize(("size", "width"), [("single", 3.4 * 160), ("slide", 1920)])
 def test_every_figure_has_the_size_that_is_asked_for(sweep, reported, size, width):
     folder = reported(figures=True, figure_size=size)
-    shapes = {path.stem: Image.open(path).size for path in folder.glob("*.png")}
+    shapes = {path.stem: Image.open(io.BytesIO(path.read_bytes())).size for path in folder.glob("*.png")}
     assert {"accuracy_against_batch", "learning_curves", "train_against_test"} <= set(shapes)
     assert {shape[0] for shape in shapes.values()} == {int(width)}
     if size == "slide":
@@ -172,5 +176,6 @@ def test_a_style_is_laid_over_ours_and_leaves_nothing_behind(sweep, reported, tm
     before = dict(mpl.rcParams)
     (tmp_path / "red.mplstyle").write_text("figure.facecolor: ff0000\nsavefig.facecolor: ff0000\n")
     folder = reported(figures=True, figure_style=str(tmp_path / "red.mplstyle"))
-    assert Image.open(folder / "learning_curves.png").convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    with Image.open(folder / "learning_curves.png") as image:
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     assert dict(mpl.rcParams) == before
