@@ -139,11 +139,16 @@ def ours(folder: Path) -> float:
 
 def tables(folder: Path) -> float:
     """What `python report.py figures=false` does when the study is loaded."""
+    import dataclasses
+
+    import yaml
+
     from normlab.report import Options, build, write
 
     study = write.load(folder, STUDY)
     write.load = lambda *_: study  # type: ignore[assignment]
-    options = Options(baseline="bn", thresholds=[0.5, 0.8, 0.9, 0.95], figures=False, confidence=0.95)
+    menu = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text()) | {"figures": False}
+    options = Options(**{field.name: menu[field.name] for field in dataclasses.fields(Options)})
     begun = time.perf_counter()
     build(STUDY, folder.parent, options)
     return time.perf_counter() - begun

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
-OPTIONS = report.Options(**{key: MENU[key] for key in report.Options.__dataclass_fields__})
+OPTIONS = report.Options(**{field.name: MENU[field.name] for field in fields(report.Options)})
 EVIL = "<script>document.title='harmed'</script></script><b>&\"'"
 MEANS = {"bn": [90.0, 91.0], "none": [70.0, 71.0], "gn": [80.0, 99.0]}  # by batch size: 8, 32
 

@@ -1,10 +1,11 @@
 """All studies on one page: what it shows of planted studies, and that the page in docs/ is that of the records."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from normlab.errors import UserError
 from normlab.report import Options, build_results
@@ -12,7 +13,8 @@ from normlab.report.claims import claims
 
 ROOT = Path(__file__).parents[2]
 RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"
-OPTIONS = Options(baseline="bn", thresholds=[0.5, 0.8, 0.9, 0.95], figures=True, confidence=0.95)
+MENU = yaml.safe_load((ROOT / "conf" / "report.yaml").read_text())
+OPTIONS = Options(**{field.name: MENU[field.name] for field in fields(Options)})
 TABLES_ONLY = replace(OPTIONS, figures=False)
 
 

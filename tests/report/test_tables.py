@@ -3,7 +3,8 @@ import pytest
 from scipy import stats
 
 from normlab.report import load
-from normlab.report.tables import ACCURACY, LOSS, build_tables, measure_of
+from normlab.report.metric import ACCURACY, LOSS, measure_of
+from normlab.report.tables import build_tables
 
 
 @pytest.fixture
@@ -167,7 +168,7 @@ def test_runs_without_accuracies_are_compared_by_their_loss(add_run, study, tabl
     rows = [f'{{"epoch": {e}, "step": {e}, "test_loss": {1 / e}}}\n' for e in (1, 2, 3)]
     for path in study.iterdir():
         (path / "metrics.jsonl").write_text("".join(rows))
-    assert measure_of(load(study).evaluations) is LOSS
+    assert measure_of(load(study).evaluations) == LOSS
     built = tables()
     assert cell(built["loss"], "none", 8) == "0.333 (n=1)"
     assert "epochs_to_accuracy" not in built
@@ -213,7 +214,7 @@ def test_a_study_of_which_all_runs_diverged_has_its_tables(add_run, tables):
 
 def test_measure_is_accuracy_where_there_is_one(add_run, study):
     add_run()
-    assert measure_of(load(study).evaluations) is ACCURACY
+    assert measure_of(load(study).evaluations) == ACCURACY
 
 
 def plant(add_run, **arms):

@@ -6,6 +6,7 @@ how far a study is.
 """
 
 from normlab.report.load import Study, load
-from normlab.report.write import Options, build, build_claims, build_results, study_status
+from normlab.report.options import Options
+from normlab.report.write import build, build_claims, build_results, study_status
 
 __all__ = ["Options", "Study", "build", "build_claims", "build_results", "load", "study_status"]

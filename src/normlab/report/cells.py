@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from normlab.report.standing import standings
+
 NOTHING = "--"
 
 
@@ -21,11 +23,13 @@ class Cell(NamedTuple):
         text: for a reader.
         value: the number that the text tells, to sort by; nan where it tells none.
         batch: the batch size of the runs that it is of, whose arm is the row's; None where it is of no single cell.
+        standing: "best" or "close" where it stands out, as `standing.standings` tells, else "".
     """
 
     text: str
     value: float = math.nan
     batch: int | None = None
+    standing: str = ""
 
 
 Row = dict[str, Cell]  # by heading
@@ -33,19 +37,32 @@ Row = dict[str, Cell]  # by heading
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the report: `tidy` for CSV, and per setting (of verdicts: per place) its rows for a reader."""
+    """One table of the report: `tidy` for CSV, and per setting (of verdicts: per place) its rows for a reader.
+
+    Attributes:
+        caption: what the numbers are; it does not say what stands out.
+        rule: a sentence about the cells that are bold, "" where none can be. `standing.CLOSE` is that about the
+            underlined ones, for formats that underline.
+        prose: headings of what is to be read as sentences rather than compared.
+    """
 
     name: str
     title: str
     caption: str
     tidy: pd.DataFrame
     rows: Mapping[str, Sequence[Row]]
+    rule: str = ""
+    prose: Sequence[str] = ()
 
     @property
     def texts(self) -> dict[str, pd.DataFrame]:
         """The rows as one frame of texts per setting; a cell that a row lacks is dashes."""
+        return self.frames(lambda cell: cell.text)
+
+    def frames(self, text: Callable[[Cell], str]) -> dict[str, pd.DataFrame]:
+        """The same with each cell's text as `text` has it."""
         return {
-            setting: pd.DataFrame([{heading: cell.text for heading, cell in row.items()} for row in rows]).fillna(
+            setting: pd.DataFrame([{heading: text(cell) for heading, cell in row.items()} for row in rows]).fillna(
                 NOTHING
             )
             for setting, rows in self.rows.items()
@@ -96,11 +113,13 @@ def with_counts(row: Any, decimals: int | None, sign: str = "") -> str:
     return f"{text} ({', '.join(notes)})" if row.n else f"{text} {', '.join(notes)}".strip()
 
 
-def grids(tidy: pd.DataFrame, text: Callable[[Any], str]) -> dict[str, list[Row]]:
-    """Per setting, arms as rows and batch sizes as columns."""
+def grids(
+    tidy: pd.DataFrame, text: Callable[[Any], str], higher_is_better: Mapping[str, bool] | None = None
+) -> dict[str, list[Row]]:
+    """Per setting, arms as rows and batch sizes as columns; `higher_is_better` of quantities that have a best."""
     cells: dict[str, dict[str, dict[int, Cell]]] = defaultdict(lambda: defaultdict(dict))
-    for row in named_rows(tidy):
-        cells[row.setting][row.arm][row.batch] = Cell(text(row), row.mean, row.batch)
+    for row, standing in zip(named_rows(tidy), standings(tidy, higher_is_better or {}), strict=True):
+        cells[row.setting][row.arm][row.batch] = Cell(text(row), row.mean, row.batch, standing)
     found = {}
     for setting, arms in cells.items():
         batches = sorted({batch for cell in arms.values() for batch in cell})
@@ -111,17 +130,22 @@ def grids(tidy: pd.DataFrame, text: Callable[[Any], str]) -> dict[str, list[Row]
     return found
 
 
-def lists(tidy: pd.DataFrame, columns: dict[str, tuple[str, Callable[[Any], str]]]) -> dict[str, list[Row]]:
+def lists(
+    tidy: pd.DataFrame,
+    columns: dict[str, tuple[str, Callable[[Any], str]]],
+    higher_is_better: Mapping[str, bool] | None = None,
+) -> dict[str, list[Row]]:
     """Per setting, one row per arm and batch size. `columns`: quantity -> heading and text of a row."""
     cells: dict[tuple[str, str, int], Row] = {}
-    for row in named_rows(tidy):
+    for row, standing in zip(named_rows(tidy), standings(tidy, higher_is_better or {}), strict=True):
         head = {
             "arm": Cell(row.arm),
             "batch": Cell(str(row.batch), row.batch, row.batch),
             "runs": Cell(_runs(row), row.done, row.batch),
         }
         heading, text = columns[row.quantity]
-        cells.setdefault((row.setting, row.arm, row.batch), head)[heading] = Cell(text(row), row.mean, row.batch)
+        line = cells.setdefault((row.setting, row.arm, row.batch), head)
+        line[heading] = Cell(text(row), row.mean, row.batch, standing)
     found = defaultdict(list)
     for (setting, *_), cell in cells.items():
         found[setting].append(cell)

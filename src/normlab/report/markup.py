@@ -1,59 +1,10 @@
-"""A frame of texts as a Markdown or a LaTeX (booktabs) table."""
+"""Tables as Markdown."""
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import pandas as pd
 
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "{": r"\{",
-        "}": r"\}",
-        "_": r"\_",
-        "%": r"\%",
-        "&": r"\&",
-        "#": r"\#",
-        "$": r"\$",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
-    }
-)
-
-
-def latex_escape(text: str) -> str:
-    """Text as LaTeX prints it literally, with ± and negative numbers as mathematics."""
-    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(_LATEX))
-
-
-def latex(frame: pd.DataFrame, caption: str, label: str) -> str:
-    """A `table` environment for the booktabs package; the first column is left-aligned, sentences are wrapped."""
-    columns = [r"p{0.25\linewidth}" if _sentences(frame, i) else "r" if i else "l" for i in range(frame.shape[1])]
-
-    def line(cells: Iterable[object]) -> str:
-        return " & ".join(latex_escape(str(cell)) for cell in cells) + r" \\"
-
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{latex_escape(caption)}}}",
-            rf"\label{{{label}}}",
-            rf"\begin{{tabular}}{{{''.join(columns)}}}",
-            r"\toprule",
-            line(frame.columns),
-            r"\midrule",
-            *(line(row) for row in frame.to_numpy()),
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+from normlab.report.cells import Cell, Table
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -71,6 +22,24 @@ def markdown(frame: pd.DataFrame) -> str:
 
     rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([line(lines[0]), line(rule), *(line(cells) for cells in lines[1:])]) + "\n"
+
+
+def markdown_table(table: Table) -> Iterator[str]:
+    """The paragraphs of a table without its caption: each setting and its pipe table, the best numbers in bold."""
+    for setting, frame in table.frames(_bold).items():
+        yield f"**{setting}**"
+        yield markdown(frame).rstrip()
+
+
+def split_number(text: str) -> tuple[str, str]:
+    """A cell's text as its number with interval, and what stands behind it in brackets: only the first is marked."""
+    number, bracket, notes = text.partition(" (")
+    return number, bracket + notes
+
+
+def _bold(cell: Cell) -> str:
+    number, notes = split_number(cell.text)
+    return f"**{number}**{notes}" if cell.standing == "best" else cell.text
 
 
 def _sentences(frame: pd.DataFrame, column: int) -> bool:

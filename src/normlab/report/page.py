@@ -8,7 +8,7 @@ from normlab.installation import CONF
 from normlab.report.arms import in_order, natural
 from normlab.report.cells import Table
 from normlab.report.load import Study
-from normlab.report.markup import markdown
+from normlab.report.markup import markdown_table
 from normlab.report.sources import Sources
 
 _HARDWARE = {  # what the page tells of a run's provenance
@@ -35,10 +35,9 @@ def page(
     lines += ["## What was run", *(f"- {fact}" for fact in facts(study))]
     for table, made in tables:
         lines.append(f"## {table.title}")
-        for setting, texts in table.texts.items():
-            lines += [f"**{setting}**", markdown(texts).rstrip()]
+        lines += markdown_table(table)
         links = ", ".join(f"[{suffix}]({table.name}.{suffix})" for suffix in ("csv", "tex", "md"))
-        lines += [f"{table.caption} ({links})", f"{made.sentence()} ([runs]({table.name}.sources.json))"]
+        lines += [f"{table.caption}{table.rule} ({links})", f"{made.sentence()} ([runs]({table.name}.sources.json))"]
     if drawn:
         lines.append("## Figures")
     for name, caption, made in drawn:

@@ -11,7 +11,7 @@ from normlab.report import verdict_texts
 from normlab.report.cells import Table
 from normlab.report.claims import claims
 from normlab.report.load import Study
-from normlab.report.markup import markdown
+from normlab.report.markup import markdown, markdown_table
 from normlab.report.page import facts, paragraphs
 from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 
@@ -51,9 +51,8 @@ def _section(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, s
         if table.name in _LEFT_OUT:
             continue
         yield f"#### {table.title}"
-        for setting, texts in table.texts.items():
-            yield from (f"**{setting}**", markdown(texts).rstrip())
-        yield table.caption
+        yield from markdown_table(table)
+        yield table.caption + table.rule
     for path, caption in drawn:
         yield from (f"![{Path(path).stem}]({path})", caption)
     notes = study.folder / NOTES

@@ -9,7 +9,7 @@ That of `overall` is described there, that of the verdicts in `verdict_texts`.
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,8 @@ from normlab.report.cells import (
 )
 from normlab.report.load import FINISHED, Study
 from normlab.report.measures import chance
+from normlab.report.metric import BEST, Measure
+from normlab.report.standing import RULE
 from normlab.report.statistics import (
     ENOUGH,
     RESAMPLES,
@@ -46,39 +48,11 @@ from normlab.report.statistics import (
 CELL = ["setting", "arm", "batch"]
 
 
-class Measure(NamedTuple):
-    """What the runs of a study are compared by."""
-
-    column: str  # of the evaluations, on the test images
-    label: str
-    unit: str
-    points: str  # unit of a difference
-    scale: float  # from what is recorded to the unit
-    higher_is_better: bool
-    decimals: int | None  # None: as many as show three or four digits
-
-    @property
-    def train_column(self) -> str:
-        return self.column.replace("test_", "train_")
-
-    @property
-    def with_unit(self) -> str:
-        return f"{self.label} ({self.unit})" if self.unit else self.label
-
-
-ACCURACY = Measure("test_accuracy", "test accuracy", "%", "percentage points", 100.0, True, 1)
-LOSS = Measure("test_loss", "test loss", "", "", 1.0, False, None)
-
-
-def measure_of(evaluations: pd.DataFrame) -> Measure:
-    """Accuracy where the runs record one, else the loss."""
-    return ACCURACY if "test_accuracy" in evaluations and evaluations["test_accuracy"].notna().any() else LOSS
-
-
 def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -> pd.DataFrame:
     """What each done run came to. One row per run: setting, arm, batch, seed, and
 
-    final, best, train, gap (in the measure's unit; a gap above 0: worse on the test images),
+    final, best, train, gap (in the measure's unit; a gap above 0: worse than on the training images),
+    best being that of the epoch that is best on the validation images, or by the measure itself where there are none;
     epochs_to_<t> and seconds_to_<t> per threshold (nan where never reached), wall_seconds,
     images_per_second (median over evaluations), peak_memory_mib, parameters.
     """
@@ -86,12 +60,11 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
     run = pd.Index(done["run"]).get_indexer(pd.Index(study.evaluations["run"]))  # its row in `done`, else -1
     curves = study.evaluations.drop(columns=["run", *CELL, "seed", "state"])[run >= 0].set_axis(run[run >= 0])
     test, train = (_column(curves, name) * measure.scale for name in (measure.column, measure.train_column))
-    by_run = test.groupby(level=0)
     last = ~curves.index.duplicated(keep="last")
     higher = measure.higher_is_better
     values = done[[*CELL, "seed"]].astype({"batch": int, "seed": int})
     values["final"] = test[last]
-    values["best"] = by_run.max() if higher else by_run.min()
+    values["best"] = _at_best_epoch(test, _column(curves, measure.chooser), higher)
     values["train"] = train[last]
     values["gap"] = (train - test if higher else test - train)[last]
     values["wall_seconds"] = (curves[last] if "wall_seconds" in curves else done)["wall_seconds"]
@@ -105,6 +78,14 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
             values[f"{name}_to_{threshold:g}"] = _column(first, column)
     quantities = _quantities(thresholds)
     return values[[*CELL, "seed", *quantities]].astype(dict.fromkeys(quantities, float))
+
+
+def _at_best_epoch(curves: pd.Series, chooser: pd.Series, higher_is_better: bool) -> pd.Series:
+    """Per run (the index) its value at the first epoch that is best by the chooser, or by itself without one."""
+    chosen = chooser.groupby(level=0).transform("count") > 0
+    by = chooser.where(chosen, curves).reset_index(drop=True).dropna()
+    of_runs = by.groupby(curves.index[by.index])
+    return curves.iloc[of_runs.idxmax() if higher_is_better else of_runs.idxmin()]
 
 
 def _column(rows: pd.DataFrame, name: str) -> pd.Series:
@@ -180,16 +161,17 @@ def differences(
 
 
 def overall(
-    study: Study, values: pd.DataFrame, baseline: str | None, confidence: float
+    study: Study, values: pd.DataFrame, value: str, baseline: str | None, confidence: float
 ) -> tuple[pd.DataFrame, dict[str, list[Row]]]:
     """Each arm over many cells at once: per setting over its batch sizes, and over all settings.
 
-    A tidy frame with the quantities mean, minus_baseline and beats_baseline (a probability) of the final accuracy, and
+    A tidy frame with the quantities mean, minus_baseline and beats_baseline (a probability) of the column `value`, an
+    accuracy, and
     its rows for a reader. cells: how many of the of_cells of the setting the arm, or the arm and the baseline, have;
     n: the seeds of the cell that has fewest. A diverged run's accuracy is chance. Settings with a single cell have no
     rows.
     """
-    cells = _by_cell(study, values)
+    cells = _by_cell(study, values, value)
     scopes = {setting: [cell for cell in cells if cell[0] == setting] for setting in dict.fromkeys(c[0] for c in cells)}
     if len(scopes) > 1:
         scopes["all settings"] = list(cells)
@@ -221,16 +203,16 @@ def overall(
     return frame, _overall_rows(frame, baseline) if rows else {}
 
 
-def _by_cell(study: Study, values: pd.DataFrame) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
-    """Per setting and batch size, per arm: the final accuracy of each seed, in per cent, chance if it diverged."""
+def _by_cell(study: Study, values: pd.DataFrame, value: str) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
+    """Per setting and batch size, per arm: the accuracy of each seed, in per cent, chance if it diverged."""
     found: dict[Any, Any] = {}
     for cell in counts(study.runs).to_dict("records"):
         found.setdefault((cell["setting"], cell["batch"]), {})
     for run in named_rows(study.runs[study.runs["state"] == "diverged"]):
         cell = found[run.setting, run.batch].setdefault(run.arm, {})
         cell[run.seed] = chance(study.configs[run.run], run.classes)
-    for run in named_rows(values.dropna(subset=["final"])):
-        found[run.setting, run.batch].setdefault(run.arm, {})[run.seed] = run.final
+    for run in values.dropna(subset=[value]).to_dict("records"):
+        found[run["setting"], run["batch"]].setdefault(run["arm"], {})[run["seed"]] = run[value]
     return {cell: arms for cell, arms in found.items() if arms}
 
 
@@ -261,7 +243,8 @@ def build_tables(
     study: Study, measure: Measure, baseline: str | None, thresholds: Sequence[float], confidence: float
 ) -> list[Table]:
     """Every table that the study's measurements allow."""
-    thresholds = thresholds if measure is ACCURACY else ()
+    an_accuracy = measure.unit == "%"
+    thresholds = thresholds if an_accuracy else ()
     values = outcomes(study, measure, thresholds)
     over = f"mean over the seeds whose run is done, ± half of the {100 * confidence:g} % t-interval over seeds"
     uncounted = (
@@ -276,35 +259,38 @@ def build_tables(
     def tidy(*quantities: str) -> pd.DataFrame:
         return every[every["quantity"].isin(quantities)].reset_index(drop=True)
 
-    accuracy = tidy("final")
+    name, better = measure.value, measure.higher_is_better
+    epoch, best = _epoch(study, measure)
+    accuracy = tidy(name)
     found = [
         Table(
             name=measure.column.removeprefix("test_"),
-            title=measure.label.capitalize(),
-            caption=f"Final {measure.label} (after the last epoch){unit}: {over}. {uncounted}",
+            title=(f"best {measure.label}" if name == BEST else measure.label).capitalize(),
+            caption=f"{measure.compared.capitalize()} ({epoch}){unit}: {over}. {uncounted}",
             tidy=accuracy,
-            rows=grids(accuracy, lambda row: with_counts(row, measure.decimals)),
+            rows=grids(accuracy, lambda row: with_counts(row, measure.decimals), {name: better}),
+            rule=RULE.format(what="mean"),
         )
     ]
     if baseline is not None:
         finer = None if measure.decimals is None else measure.decimals + 1
-        minus = differences(study.runs, values, "final", baseline, confidence)
+        minus = differences(study.runs, values, name, baseline, confidence)
         if len(minus):
             found.append(
                 Table(
                     name="difference",
                     title=f"Difference to {baseline}",
-                    caption=f"Final {measure.label} minus that of {baseline}{points}, paired by seed: mean over the"
-                    f" pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval, uncorrected. n"
-                    " counts pairs; a pair counts as diverged if either run diverged. p: two-sided paired t-test, with"
-                    " Holm's correction over all comparisons of this table; d_z: mean over standard deviation of the"
-                    f" differences.{_told_of_few(minus)}",
+                    caption=f"{measure.compared.capitalize()} minus that of {baseline}{points}, paired by seed: mean"
+                    f" over the pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval,"
+                    " uncorrected. n counts pairs; a pair counts as diverged if either run diverged. p: two-sided"
+                    " paired t-test, with Holm's correction over all comparisons of this table; d_z: mean over standard"
+                    f" deviation of the differences.{_told_of_few(minus)}",
                     tidy=minus,
                     rows=grids(minus, lambda row: with_test(row, finer)),
                 )
             )
-    if measure is ACCURACY:
-        together, rows = overall(study, values, baseline, confidence)
+    if an_accuracy:
+        together, rows = overall(study, values, name, baseline, confidence)
         against = (
             f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties"
             " as one half, averaged over cells"
@@ -316,8 +302,8 @@ def build_tables(
                 Table(
                     name="overall",
                     title="Overall",
-                    caption=f"Final {measure.label} over several cells (batch sizes, settings) at once: mean over cells"
-                    f" of the mean over seeds{against}. In brackets:"
+                    caption=f"{measure.compared.capitalize()} over several cells (batch sizes, settings) at once: mean"
+                    f" over cells of the mean over seeds{against}. In brackets:"
                     f" {100 * confidence:g} % stratified bootstrap interval ({RESAMPLES:,} resamples of the seeds"
                     " within each cell), where every cell has 3 seeds; with so few it is rather too narrow. A diverged"
                     " run counts as chance. cells: how many have the arm; means over different cells do not compare.",
@@ -330,26 +316,27 @@ def build_tables(
         return lambda row: with_interval(row, decimals, sign)
 
     in_unit = f" ({measure.unit})" if measure.unit else ""
-    gap = "train-test gap" if measure.higher_is_better else "test-train gap"
-    convergence = tidy("final", "best", "train", "gap")
+    shown = {
+        "final": (f"final{in_unit}", plain(measure.decimals)),
+        "best": (f"best{in_unit}", plain(measure.decimals)),
+    }
+    told = ""
+    if measure.column != measure.train_column:
+        images = measure.column.partition("_")[0]
+        shown["train"] = (f"train{in_unit}", plain(measure.decimals))
+        shown["gap"] = (f"train-{images} gap" if better else f"{images}-train gap", plain(measure.decimals, "+"))
+        told = f", and the final gap between training and {measure.images} images{points}"
+    convergence = tidy(*shown)
     found.append(
         Table(
             name="convergence",
             title="Convergence",
-            caption=f"{measure.label.capitalize()} after the last epoch (final) and at its best epoch (best: chosen"
-            f" on the test images, hence optimistic), and the final gap between training and test images{points}:"
-            f" {over}. Training values are as recorded during the last epoch. runs: done runs; diverged and"
-            " missing ones are not part of the means.",
+            caption=f"{measure.label.capitalize()} after the last epoch (final) and at its best epoch (best:"
+            f" {best}){told}: {over}. Training values are as recorded during the last epoch. runs: done runs; diverged"
+            " and missing ones are not part of the means.",
             tidy=convergence,
-            rows=lists(
-                convergence,
-                {
-                    "final": (f"final{in_unit}", plain(measure.decimals)),
-                    "best": (f"best{in_unit}", plain(measure.decimals)),
-                    "train": (f"train{in_unit}", plain(measure.decimals)),
-                    "gap": (gap, plain(measure.decimals, "+")),
-                },
-            ),
+            rows=lists(convergence, shown, {"final": better, "best": better}),
+            rule=RULE.format(what="means of final and of best"),
         )
     )
     for kind, decimals in (("epochs", 1), ("seconds", 0)):
@@ -360,7 +347,7 @@ def build_tables(
         found.append(
             Table(
                 name=f"{kind}_to_accuracy",
-                title=f"{kind.capitalize()} to reach a test accuracy",
+                title=f"{kind.capitalize()} to reach a {measure.label}",
                 caption=f"{kind.capitalize()} until an evaluation first shows the accuracy: mean over the done runs"
                 f" that reach it, ± half of the {100 * confidence:g} % t-interval over seeds; in brackets how many"
                 f" of the done runs do, where not all.{seconds}",
@@ -368,7 +355,9 @@ def build_tables(
                 rows=lists(
                     reached,
                     {f"{kind}_to_{t:g}": (f"{100 * t:g} %", _reached(decimals)) for t in thresholds},
+                    {f"{kind}_to_{t:g}": False for t in thresholds},
                 ),
+                rule=RULE.format(what="(lowest) mean of each column"),
             )
         )
     cost = tidy("wall_seconds", "images_per_second", "peak_memory_mib", "parameters")
@@ -391,6 +380,21 @@ def build_tables(
         )
     )
     return found
+
+
+def _epoch(study: Study, measure: Measure) -> tuple[str, str]:
+    """In words: of which epoch the values are that are compared, and how the best one is chosen."""
+    done = study.evaluations[study.evaluations["state"] == "done"]
+    validated = done[_column(done, measure.chooser).notna()]["run"].nunique()
+    own = f"chosen on the {measure.images} images, hence optimistic"
+    best = "that with the best value on the validation images"
+    if not validated:
+        best = own
+    elif validated < done["run"].nunique():
+        best += f"; in runs without any {own}"
+    elif measure.column == measure.chooser:
+        best += ", hence optimistic"
+    return (f"at the best epoch: {best}" if measure.value == BEST else "after the last epoch"), best
 
 
 def _told_of_few(differences: pd.DataFrame) -> str:

@@ -15,8 +15,8 @@ _CAPTION = (
     "The papers' claims that these runs can speak to. Contrasts are paired by seed and averaged over the cells that"
     " have all their sides; effect: mean over seeds, ± half of the {percent:g} % t-interval (factors: ends of the"
     " interval); n counts seeds; p: t-test against what is expected (equality: two one-sided tests), with Holm's"
-    " correction over all comparisons of this study; d_z: distance from what is expected in standard deviations of the"
-    " contrast. supported: p at most 0.05 for all of a claim's comparisons (where one is enough: for one);"
+    " correction over all comparisons of this table; d_z: distance from what is expected in standard deviations of the"
+    " contrast. supported: p at most {alpha:g} for all of a claim's comparisons (where one is enough: for one);"
     " contradicted: the same the other way; inconclusive: neither, or fewer than 3 seeds. Margins are ours;"
     " docs/statistics.md explains them."
 )
@@ -30,9 +30,10 @@ def table(judgements: Sequence[Judgement], confidence: float) -> Table:
     return Table(
         name="verdicts",
         title="Verdicts on the papers' claims",
-        caption=_CAPTION.format(percent=100 * confidence),
+        caption=_CAPTION.format(percent=100 * confidence, alpha=judgements[0].findings[0].alpha),
         tidy=pd.DataFrame([_tidy(judgement, finding) for judgement in judgements for finding in judgement.findings]),
         rows=rows,
+        prose=("claim", "paper says", "remarks"),
     )
 
 
@@ -63,7 +64,12 @@ def overview(judgements: Sequence[Judgement]) -> str:
         frame = pd.DataFrame(rows).drop(columns=["claim", "paper says"])
         sections += [f"## {claim.sentence}", f"{_source(claim)}. {claim.notes}".strip(), markdown(frame).rstrip()]
     counted = ", ".join(f"{number} {verdict}" for verdict, number in tally.items())
-    head = ["# The papers' claims", f"{len(claims())} claims; verdicts: {counted}; {len(missing)} claims not run."]
+    levels = sorted({finding.alpha for judgement in judgements for finding in judgement.findings})
+    level = f" at p <= {' or '.join(f'{alpha:g}' for alpha in levels)}" if levels else ""
+    head = [
+        "# The papers' claims",
+        f"{len(claims())} claims; verdicts{level}: {counted}; {len(missing)} claims not run.",
+    ]
     if len({judgement.study for judgement in judgements}) > 1:
         head.append(
             "Runs of equal settings and seed are the same in all studies that have them: such studies' verdicts are not"

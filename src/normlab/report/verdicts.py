@@ -23,7 +23,6 @@ from normlab.report.measures import Measure, chance
 from normlab.report.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 
-ALPHA = 0.05
 LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "inconclusive", "not run"
 
@@ -39,6 +38,7 @@ class Finding:
         p: of the test, nan where none is made; `p_holm` with Holm's correction.
         favours: whether the runs rather speak for the claim.
         remarks: sentences about what went into it.
+        alpha: the level that `p_holm` has to keep to for a verdict.
     """
 
     comparison: Comparison
@@ -48,6 +48,7 @@ class Finding:
     p: float
     favours: bool
     remarks: tuple[str, ...]
+    alpha: float
     p_holm: float = math.nan
 
     @property
@@ -58,7 +59,7 @@ class Finding:
     def verdict(self) -> str:
         if not self.contrasts and not self.remarks:
             return NOT_RUN
-        if not self.p_holm <= ALPHA:
+        if not self.p_holm <= self.alpha:
             return INCONCLUSIVE
         return SUPPORTED if self.favours else CONTRADICTED
 
@@ -89,13 +90,13 @@ class Judgement:
         return f"{self.dataset}, {self.model}, budget {self.budget}{warning}"
 
 
-def judge(study: Study, confidence: float = 0.95) -> list[Judgement]:
+def judge(study: Study, confidence: float = 0.95, alpha: float = 0.05) -> list[Judgement]:
     """Every verdict that the study's finished runs allow, in the order of places and claims."""
     judgements = []
     for (dataset, model), here in _places(study).items():
         budgets = dict.fromkeys(str(study.configs[run.name].get("budget") or "n/a") for run in here)
         for claim in claims():
-            findings = tuple(_find(comparison, claim.free, here, confidence) for comparison in claim.comparisons)
+            findings = tuple(_find(comparison, claim.free, here, confidence, alpha) for comparison in claim.comparisons)
             if any(finding.verdict != NOT_RUN for finding in findings):
                 judgements.append(Judgement(claim, study.name, dataset, model, " or ".join(budgets), findings))
     return _corrected(judgements)
@@ -289,14 +290,16 @@ def _cell_and_arm(settings: Mapping[str, Hashable], apart: frozenset[str], free:
 # ---- what they say
 
 
-def _find(comparison: Comparison, free: frozenset[str], here: Sequence[_Run], confidence: float) -> Finding:
+def _find(
+    comparison: Comparison, free: frozenset[str], here: Sequence[_Run], confidence: float, alpha: float
+) -> Finding:
     selection = _select(comparison, free, here)
     measure = comparison.measure
     used = [run for cell in (selection.cells if selection else ()) for side in cell for run in side.values()]
     nowhere = bool(used) and all(run.diverged for run in used) and not _measured(measure, here)
     if selection is None or nowhere:
         nothing = Interval(math.nan, math.nan, math.nan, 0)
-        return Finding(comparison, _label(comparison, comparison.sides), {}, nothing, math.nan, False, ())
+        return Finding(comparison, _label(comparison, comparison.sides), {}, nothing, math.nan, False, (), alpha)
     label = _label(comparison, selection.sides)
     by_side = [[set(side) for side in cell] for cell in selection.cells]
     seeds = set.intersection(*(seeds for cell in by_side for seeds in cell)) if by_side else set()
@@ -316,7 +319,7 @@ def _find(comparison: Comparison, free: frozenset[str], here: Sequence[_Run], co
         if any(values) and not spread(values) > 0:
             above = sum(value > comparison.reference for value in values)
             remarks.append(f"sign test: higher in {above} of {len(values)} seeds")
-    return Finding(comparison, label, contrasts, t_interval(values, confidence), p, favours, tuple(remarks))
+    return Finding(comparison, label, contrasts, t_interval(values, confidence), p, favours, tuple(remarks), alpha)
 
 
 def _measured(measure: Measure, here: Sequence[_Run]) -> bool:

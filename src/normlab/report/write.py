@@ -1,7 +1,6 @@
 """From a study's name to its report on disk: the only part of the report that writes files."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,49 +10,24 @@ from normlab.report import verdict_texts
 from normlab.report.arms import in_order
 from normlab.report.cells import Table
 from normlab.report.html import Drawing, html_page
+from normlab.report.latex import latex
 from normlab.report.load import FINISHED, Study, load
-from normlab.report.markup import latex, markdown
+from normlab.report.markup import markdown_table
+from normlab.report.metric import Measure, measure_of
+from normlab.report.options import Options
 from normlab.report.page import facts, page, question
 from normlab.report.probes import probe_tables
 from normlab.report.results import results_page
+from normlab.report.select import select
 from normlab.report.sources import Sources, mixtures, sources
 from normlab.report.status import show_status
-from normlab.report.tables import Measure, build_tables, measure_of
+from normlab.report.tables import build_tables
 from normlab.report.terminal import show, show_claims
 from normlab.report.verdicts import judge
 from normlab.runs import files
 
 if TYPE_CHECKING:
     from normlab.report.figures import Named
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every report is made with: the settings that conf/report.yaml explains.
-
-    Raises:
-        UserError: for a value out of range.
-    """
-
-    baseline: str | None
-    thresholds: Sequence[float]
-    figures: bool
-    confidence: float
-
-    def __post_init__(self) -> None:
-        given: object = self.thresholds
-        if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_share, given)):
-            raise UserError(
-                f"thresholds={given} is not valid: expected a list of accuracies between 0 and 1.\n"
-                "Example: thresholds=[0.5,0.8,0.95]"
-            )
-        if not isinstance(self.figures, bool):
-            raise UserError(f"figures={self.figures} is not valid: expected true or false.")
-        if not _share(self.confidence) or self.confidence == 1:
-            raise UserError(
-                f"confidence={self.confidence} is not valid: expected a number between 0 and 1.\n"
-                "Example: confidence=0.95"
-            )
 
 
 def build(study: str, output_dir: str | Path, options: Options) -> Path:
@@ -63,13 +37,14 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     each of these a list of its runs, their code and hardware, and the command that made it.
 
     Raises:
-        UserError: for a study that does not exist or has no finished run, and a folder that cannot be written.
+        UserError: for a study that does not exist, lacks what the options name or has no finished run, and a folder
+            that cannot be written.
     """
-    found = _find(_folder("output_dir", output_dir), str(study))
-    measure = measure_of(found.evaluations)
+    found = _find(_folder("output_dir", output_dir), str(study), options)
+    measure = measure_of(found.evaluations, options.metric, options.value)
     baseline, remarks = _baseline(found, options.baseline)
     tables = _tables(found, measure, baseline, options)
-    judgements = judge(found, options.confidence)
+    judgements = judge(found, options.confidence, options.alpha)
     if judgements:
         tables.append(verdict_texts.table(judgements, options.confidence))
     folder = found.folder / "report"
@@ -83,10 +58,9 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         origin = sources(found, drawn.rows)
         _write(folder / f"{drawn.name}.sources.json", origin.as_json().encode())
         drawings.append(_drawing(drawn, origin, folder))
-    warnings = found.warnings + remarks + list(_unmeasured(found, measure)) + list(mixtures(found))
-    _write(
-        folder / "report.md", page(found, made, [(d.name, d.caption, d.sources) for d in drawings], warnings).encode()
-    )
+    warnings = [*found.warnings, *remarks, *_left_out(options), *_unmeasured(found, measure), *mixtures(found)]
+    shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
+    _write(folder / "report.md", page(found, made, shown, warnings).encode())
     html = html_page(found, question(found), made, judgements, drawings, measure, facts(found), warnings)
     _write(folder / "index.html", html.encode())
     show(found, tables[0], judgements, folder / "index.html", warnings)
@@ -104,13 +78,14 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
     """Judge every claim against every study below `output_dir`; return the page `claims.md` there.
 
     Raises:
-        UserError: for a folder that does not exist or cannot be written.
+        UserError: for a folder that does not exist or cannot be written, and options that leave cells out.
     """
+    _refuse_selection("claims", options)
     folder = _folder("output_dir", output_dir)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
     studies = [load(folder / name, name) for name in _studies(folder)]
-    judgements = [judgement for study in studies for judgement in judge(study, options.confidence)]
+    judgements = [judgement for study in studies for judgement in judge(study, options.confidence, options.alpha)]
     files.make_folder(folder)
     _write(folder / "claims.md", verdict_texts.overview(judgements).encode())
     show_claims(judgements, folder / "claims.md", [warning for study in studies for warning in study.warnings])
@@ -121,8 +96,9 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     """Tables, figures and verdicts of every study below `output_dir` on one page; its figures go to figures/ beside it.
 
     Raises:
-        UserError: for a folder without studies and one that cannot be written.
+        UserError: for a folder without studies and one that cannot be written, and options that leave cells out.
     """
+    _refuse_selection("results", options)
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
     studies, judgements, warnings = [], [], []
     for name in _studies(folder):
@@ -131,7 +107,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         if not found.runs["state"].isin(FINISHED).any():
             warnings.append(f"{name} has no finished run yet and is left out.")
             continue
-        measure = measure_of(found.evaluations)
+        measure = measure_of(found.evaluations, options.metric, options.value)
         tables = _tables(found, measure, _baseline(found, options.baseline)[0], options)
         drawn = []
         if options.figures:
@@ -141,7 +117,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
             made = _figures(found, tables[0], measure, options, page.parent / "figures" / name, ("png",))
             drawn = [(f"figures/{name}/{figure.name}.png", figure.caption) for figure in made]
         studies.append((found, tables, drawn))
-        judgements += judge(found, options.confidence)
+        judgements += judge(found, options.confidence, options.alpha)
     if not studies:
         raise UserError(
             f"There is no study with a finished run in {folder}.\nTo start one: {called('train')} -m norm=bn,none"
@@ -172,24 +148,25 @@ def _figures(
     study: Study, accuracy: Table, measure: Measure, options: Options, folder: Path, suffixes: Sequence[str]
 ) -> Iterator["Named"]:
     """Draw into `folder`."""
-    from normlab.report.figures import draw, encode  # matplotlib is slow to import; tables can do without
+    from normlab.report.figures import Canvas, draw, encode  # matplotlib is slow to import; tables can do without
 
-    for drawn in draw(study, accuracy, measure, options.confidence):
+    canvas = Canvas(options.figure_size, options.figure_style)
+    for drawn in draw(study, accuracy, measure, options.confidence, canvas):
         for suffix in suffixes:
-            _write(folder / f"{drawn.name}.{suffix}", encode(drawn.figure, suffix))
+            _write(folder / f"{drawn.name}.{suffix}", encode(drawn.figure, suffix, canvas))
         yield drawn
 
 
 def render(table: Table, study_name: str, origin: Sources) -> dict[str, str]:
     """A table as the text of its files, by suffix: md, csv (full precision, tidy), tex, and what it was made from."""
     slug = study_name.replace("/", "-")
-    sections = [f"**{setting}**\n\n{markdown(texts)}" for setting, texts in table.texts.items()]
     environments = [
-        latex(texts, f"{table.title}. {setting}. {table.caption}", f"tab:{slug}-{table.name}{f'_{i + 1}' if i else ''}")
-        for i, (setting, texts) in enumerate(table.texts.items())
+        latex(table, setting, f"tab:{slug}-{table.name}{f'_{i + 1}' if i else ''}")
+        for i, setting in enumerate(table.rows)
     ]
     return {
-        "md": "\n".join([f"# {table.title}\n", *sections, f"{table.caption}\n", f"{origin.sentence()}\n"]),
+        "md": "\n\n".join([f"# {table.title}", *markdown_table(table), table.caption + table.rule, origin.sentence()])
+        + "\n",
         "csv": table.tidy.to_csv(index=False, lineterminator="\n"),
         "tex": "\n".join(["% needs \\usepackage{booktabs}", f"% {origin.sentence()}", *environments]),
         "sources.json": origin.as_json(),
@@ -202,8 +179,19 @@ def _folder(setting: str, value: object) -> Path:
     return Path(value)
 
 
-def _share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+def _refuse_selection(command: str, options: Options) -> None:
+    selected = " ".join(options.selected())
+    if selected:
+        raise UserError(
+            f"{selected}: `{command}` is about whole studies, so nothing can be left out of them.\n"
+            f"Leave it out, or report one study: {called('report')} study=... {selected}"
+        )
+
+
+def _left_out(options: Options) -> Iterator[str]:
+    selected = " ".join(options.selected())
+    if selected:
+        yield f"Only {selected} is reported; p-values are corrected over what is reported."
 
 
 def _study_folder(output_dir: Path, study: str) -> Path:
@@ -220,14 +208,16 @@ def _study_folder(output_dir: Path, study: str) -> Path:
     return folder
 
 
-def _find(output_dir: Path, study: str) -> Study:
+def _find(output_dir: Path, study: str, options: Options) -> Study:
     found = load(_study_folder(output_dir, study), study)
+    found = select(found, options.arms, options.batches, options.seeds, options.settings)
     states = found.states()
     if not any(states[state] for state in FINISHED):
         told = ", ".join(f"{number} {state}" for state, number in states.items() if number)
         failed = found.runs[found.runs["state"] == "failed"]
+        selected = " ".join(options.selected())
         raise UserError(
-            f"Study {study} has no finished run yet: {told}."
+            f"Study {study} has no finished run {f'of {selected} ' if selected else ''}yet: {told or 'none at all'}."
             + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
             + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
             f"\n  {called('train')} -m study={study} norm=bn,none"

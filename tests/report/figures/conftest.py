@@ -5,7 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from normlab.report import figures, load
-from normlab.report.tables import ACCURACY, Measure, build_tables
+from normlab.report.metric import ACCURACY, Measure
+from normlab.report.tables import build_tables
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,16 +14,17 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normlab.report.arms import in_order
-from normlab.report.figures.panels import Panel, columns, grid, multiples, ordered, rows_of, ticks, trend, wrapped
-from normlab.report.figures.style import BLACK, BLUE, DOUBLE, RC, SINGLE, Style, legend, limit, seeds, styles
+from normlab.report.figures.panels import Panel, grid, multiples, ordered, rows_of, ticks, trend, wrapped
+from normlab.report.figures.style import BLACK, BLUE, Canvas, Style, legend, limit, seeds, styles
 from normlab.report.load import Study
-from normlab.report.tables import Measure
+from normlab.report.metric import Measure
 
 NUMBER = r"\d[\d.]*(?:e[-+]?\d+)?"
 
 
-@mpl.rc_context(RC)
-def learning_curves(found: Sequence[Panel], measure: Measure, looks: Mapping[str, Style], x: str) -> Figure:
+def learning_curves(
+    found: Sequence[Panel], measure: Measure, looks: Mapping[str, Style], canvas: Canvas, x: str
+) -> Figure:
     """Test (solid) and training values (dashed) along the training: mean over seeds, band from lowest to highest seed.
 
     A diverged run is a dotted line that ends in a cross, part of no mean.
@@ -33,12 +33,13 @@ def learning_curves(found: Sequence[Panel], measure: Measure, looks: Mapping[str
         found: rows are the evaluations of done and diverged runs (variant, seed, state, epoch, step, ...).
         x: `step`, as Ioffe 2017 and Santurkar et al. 2018 have it, or `epoch`, in which batch sizes compare.
     """
-    shown = [column for column in (measure.train_column, measure.column) if _known(found, column)]
+    both = dict.fromkeys((measure.train_column, measure.column))
+    shown = [column for column in both if _known(found, column)]
     more = [
-        Line2D([], [], color="0.4", ls="-", label="test"),
+        Line2D([], [], color="0.4", ls="-", label=measure.images),
         Line2D([], [], color="0.4", ls="--", lw=0.8, label="training"),
     ]
-    figure, drawn = multiples(found, looks, more if len(shown) > 1 else [], across=_across(found))
+    figure, drawn = multiples(found, looks, canvas, more if len(shown) > 1 else [], across=_across(found, canvas))
     for ax, panel in drawn:
         for arm in in_order(panel.rows["variant"]):
             rows = panel.rows[panel.rows["variant"] == arm]
@@ -49,15 +50,15 @@ def learning_curves(found: Sequence[Panel], measure: Measure, looks: Mapping[str
         ticks(ax, panel.rows[x], 5)
     every = rows_of(found)
     limit(drawn[0][0], "y", every[shown].melt()["value"] * measure.scale, share=measure.unit == "%")
-    figure.supxlabel(_steps(every) if x == "step" else x, fontsize=8)
-    figure.supylabel(measure.with_unit.removeprefix("test ") if len(shown) > 1 else measure.with_unit, fontsize=8)
+    figure.supxlabel(_steps(every) if x == "step" else x)
+    figure.supylabel(measure.with_unit.removeprefix(f"{measure.images} ") if len(shown) > 1 else measure.with_unit)
     return figure
 
 
-def _across(found: Sequence[Panel]) -> int | None:
+def _across(found: Sequence[Panel], canvas: Canvas) -> int | None:
     """Batch sizes beside each other where every condition has all of them."""
     batches = len({batch for panel in found for batch in panel.rows["batch"]})
-    return batches if 1 < batches <= 5 and len(found) % batches == 0 else None
+    return batches if 1 < batches <= max(canvas.across) and len(found) % batches == 0 else None
 
 
 def _known(found: Sequence[Panel], column: str) -> bool:
@@ -70,8 +71,7 @@ def _steps(evaluations: pd.DataFrame) -> str:
     return f"training step{told}"
 
 
-@mpl.rc_context(RC)
-def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[str, Style]) -> Figure:
+def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[str, Style], canvas: Canvas) -> Figure:
     """Test against training values along the training.
 
     A line is the mean over seeds from epoch to epoch; a marker is where one seed ends. The distance from the diagonal
@@ -81,8 +81,9 @@ def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[
         found: rows are the evaluations of done runs.
     """
     pair = [measure.train_column, measure.column]
-    across = _across(found) or columns(len(found))
-    figure, drawn = multiples(found, looks, height=2.6 if across < 3 else 2.0, across=across)
+    across = _across(found, canvas) or canvas.columns(len(found))
+    height = 2.6 if across < 3 and canvas.width / across > 2 else 2.0
+    figure, drawn = multiples(found, looks, canvas, height=height, across=across)
     for ax, panel in drawn:
         ax.axline((1, 1), (2, 2), color="0.6", lw=0.7, ls="--", zorder=1)
         for arm in in_order(panel.rows["variant"]):
@@ -100,20 +101,21 @@ def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[
     shown = late[pair].melt()["value"] * measure.scale
     for name in ("x", "y"):
         limit(drawn[0][0], name, shown, share=measure.unit == "%")
-    figure.supxlabel(measure.with_unit.replace("test", "training"), fontsize=8)
-    figure.supylabel(measure.with_unit, fontsize=8)
+    figure.supxlabel(measure.with_unit.replace(measure.images, "training"))
+    figure.supylabel(measure.with_unit)
     return figure
 
 
-@mpl.rc_context(RC)
-def against_batch(found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style]) -> Figure:
+def against_batch(
+    found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style], canvas: Canvas
+) -> Figure:
     """The final measure against the batch size.
 
     Args:
         found: rows of the accuracy table's tidy frame.
-        values: the done runs' outcomes (setting, arm, batch, final).
+        values: the done runs' outcomes (setting, arm, batch, value).
     """
-    figure, drawn = multiples(found, looks, height=2.3)
+    figure, drawn = multiples(found, looks, canvas, height=2.3)
     every = rows_of(found)
     batches = sorted({int(batch) for batch in every["batch"]})
     for ax, panel in drawn:
@@ -129,9 +131,8 @@ def against_batch(found: Sequence[Panel], values: pd.DataFrame, measure: Measure
     return figure
 
 
-@mpl.rc_context(RC)
 def against_norm_batch(
-    found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style]
+    found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style], canvas: Canvas
 ) -> Figure:
     """The final measure against the images that the statistics are of, as Wu & He 2018 (GroupNorm) do.
 
@@ -144,7 +145,7 @@ def against_norm_batch(
     """
     crowded = any(panel.crowded for panel in found)
     bn = [Line2D([], [], color=BLUE, lw=0.7, label="bn, for comparison")] if crowded else []
-    figure, drawn = multiples(found, looks, bn, height=2.3)
+    figure, drawn = multiples(found, looks, canvas, bn, height=2.3)
     every = rows_of(found)
     sizes = sorted({int(images) for images in every["images"]})
     for ax, panel in drawn:
@@ -171,8 +172,9 @@ def against_norm_batch(
     return figure
 
 
-@mpl.rc_context(RC)
-def by_condition(found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style]) -> Figure:
+def by_condition(
+    found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style], canvas: Canvas
+) -> Figure:
     """The final measure of each arm under each of the study's conditions but the batch size, which has panels: depths,
     starts, learning rates, samplers. Conditions that differ by a number only are joined by lines.
 
@@ -183,11 +185,12 @@ def by_condition(found: Sequence[Panel], values: pd.DataFrame, measure: Measure,
     every = rows_of(found)
     conditions = ordered(every["where"])
     lines = _differ_by_a_number(conditions)
-    across = max(1, min(len(found), 4, 12 // len(conditions)))
+    across = max(1, min(len(found), canvas.across[0], int(12 * canvas.width / 7) // len(conditions)))
     longest = max(len(word) for condition in conditions for word in condition.split(", "))
     labels = 0.6 + 0.065 * longest * len(conditions) * across  # inches that they need beside each other
-    width = DOUBLE if across > 1 or len(conditions) > 3 or labels > SINGLE else SINGLE
-    figure, drawn = multiples(found, looks, height=2.4, across=across, width=width)
+    wide = across > 1 or len(conditions) > 3 or labels > canvas.narrow
+    width = canvas.width if wide else canvas.narrow
+    figure, drawn = multiples(found, looks, canvas, height=2.4, across=across, width=width)
     for ax, panel in drawn:
         arms = in_order(panel.rows["variant"])
         for position, arm in enumerate(arms):
@@ -215,8 +218,7 @@ def _differ_by_a_number(conditions: Sequence[str]) -> bool:
     return alike and sum(len(set(values)) > 1 for values in numbers) == 1
 
 
-@mpl.rc_context(RC)
-def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure) -> Figure:
+def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure, canvas: Canvas) -> Figure:
     """The final measure of every arm, one row each, a block per condition: for more arms than colours.
 
     Args:
@@ -229,9 +231,11 @@ def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure) -> Figure
         wrapped(f"{condition} ({seeds(block['n'][block['n'] > 0])})", 2.4)
         for condition, block in zip(conditions, blocks, strict=True)
     ]
-    heights = [block["variant"].nunique() + 0.4 for block in blocks]
+    width = canvas.narrow if max(map(len, tidy["variant"])) < 20 else canvas.width
+    label = {arm: wrapped(arm, 0.4 * width) for arm in tidy["variant"].unique()}
+    lines = max(text.count("\n") + 1 for text in label.values())
+    heights = [block["variant"].nunique() * (0.25 + 0.75 * lines) + 0.4 for block in blocks]
     room = sum(title.count("\n") + 2 for title in titles)  # lines of titles, and the space around
-    width = SINGLE if max(map(len, tidy["variant"])) < 20 else DOUBLE
     figure = Figure(figsize=(width, 0.14 * (sum(heights) + room) + 0.4), layout="constrained")
     axes = figure.subplots(len(blocks), 1, sharex=True, squeeze=False, height_ratios=heights).ravel()
     look = Style(BLACK, "o")
@@ -239,7 +243,7 @@ def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure) -> Figure
         arms = in_order(block["variant"])
         for i, arm in enumerate(arms):
             estimates(ax, block[block["variant"] == arm], values, look, {arm: i}, "variant", upright=False)
-        ax.set_yticks(range(len(arms)), labels=arms)
+        ax.set_yticks(range(len(arms)), labels=[label[arm] for arm in arms])
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_title(title, loc="left")
     limit(axes[0], "x", pd.concat([tidy["mean"], tidy["low"], tidy["high"]]), share=measure.unit == "%")
@@ -247,8 +251,9 @@ def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure) -> Figure
     return figure
 
 
-@mpl.rc_context(RC)
-def against_option(found: Sequence[tuple[str, pd.DataFrame]], values: pd.DataFrame, measure: Measure) -> Figure:
+def against_option(
+    found: Sequence[tuple[str, pd.DataFrame]], values: pd.DataFrame, measure: Measure, canvas: Canvas
+) -> Figure:
     """The final measure against a number that a norm's options vary, one line per value of a second one: gamma's start
     and the divisor of its learning rate, as in Davis & Frank 2021.
 
@@ -257,8 +262,8 @@ def against_option(found: Sequence[tuple[str, pd.DataFrame]], values: pd.DataFra
             ""), x_name.
         values: the done runs' outcomes.
     """
-    across = columns(len(found))
-    figure, axes = grid(len(found), across, height=2.3, sharex=False)
+    across = canvas.columns(len(found))
+    figure, axes = grid(len(found), across, canvas, height=2.3, sharex=False)
     every = pd.concat([rows for _, rows in found])
     names = ordered(every["line"])
     looks = dict(zip(names, styles(f"{i}" for i in range(len(names))).values(), strict=True))
@@ -277,7 +282,7 @@ def against_option(found: Sequence[tuple[str, pd.DataFrame]], values: pd.DataFra
         ax.set_title(wrapped(title, figure.get_figwidth() / across - 0.2))
     if any(names):
         told = [Line2D([], [], color=look.color, marker=look.marker, label=name) for name, look in looks.items()]
-        legend(figure, told)
+        legend(figure, told, canvas)
     _finish(figure, axes[0], every, measure, "")
     return figure
 
@@ -340,7 +345,7 @@ def estimates(
             ax.errorbar(rows["mean"][several], x, xerr=half, **bars)
         cells = rows[several].assign(at=x)[["setting", "arm", "batch", "at"]]
         dots = values.merge(cells, on=["setting", "arm", "batch"])
-        plot(list(dots["at"]), list(dots["final"]), ".", color=look.color, alpha=0.45, ms=3)
+        plot(list(dots["at"]), list(dots["value"]), ".", color=look.color, alpha=0.45, ms=3)
     lost = [place for place, diverged in zip(at, rows["diverged"], strict=True) if diverged]
     if lost:
         foot = ax.get_xaxis_transform() if upright else ax.get_yaxis_transform()
@@ -356,5 +361,5 @@ def _powers_of_2(ax: Axes, sizes: Sequence[int]) -> None:
 
 def _finish(figure: Figure, ax: Axes, rows: pd.DataFrame, measure: Measure, label: str) -> None:
     limit(ax, "y", pd.concat([rows["mean"], rows["low"], rows["high"]]), share=measure.unit == "%")
-    figure.supxlabel(label, fontsize=8)
-    figure.supylabel(measure.with_unit, fontsize=8)
+    figure.supxlabel(label)
+    figure.supylabel(measure.with_unit)

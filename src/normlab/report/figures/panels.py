@@ -13,12 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normlab.report.arms import FAMILIES, in_order, natural
-from normlab.report.figures.style import CROWD, DOUBLE, SINGLE, Style, handles, legend, seeds
+from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend, seeds
 from normlab.report.load import Study
 from normlab.report.tables import CELL
-
-PAGE = 12  # panels that one figure can show
-
 
 T = TypeVar("T")
 Drawn = tuple[Figure, pd.DataFrame]  # with the rows that it shows: setting, arm, batch and, of single runs, run
@@ -115,7 +112,7 @@ def _runs(rows: pd.DataFrame) -> pd.Series:
     return rows[rows["state"] == "done"].groupby("variant")["seed"].nunique()
 
 
-def pages(found: Sequence[T], size: int = PAGE) -> Iterator[Sequence[T]]:
+def pages(found: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Figures' worth of panels, of about equal length."""
     number = math.ceil(len(found) / size)
     for i in range(number):
@@ -130,14 +127,15 @@ def rows_of(found: Sequence[Panel]) -> pd.DataFrame:
 def multiples(
     found: Sequence[Panel],
     looks: Mapping[str, Style],
+    canvas: Canvas,
     more: Sequence[Artist] = (),
     across: int | None = None,
     **options: Any,
 ) -> tuple[Figure, list[tuple[Axes, Panel]]]:
     """A figure of these panels and its legend: one for all, or of the arms beside each panel where some are crowded."""
     crowded = any(panel.crowded for panel in found)
-    across = min(len(found), 2) if crowded else across or columns(len(found))
-    figure, axes = grid(len(found), across, **options)
+    across = min(len(found), int(canvas.width / 3)) if crowded else across or canvas.columns(len(found))
+    figure, axes = grid(len(found), across, canvas, **options)
     titles = [wrapped(panel.title, figure.get_figwidth() / across - (1.2 if crowded else 0.2)) for panel in found]
     more_lines = max(title.count("\n") for title in titles) * math.ceil(len(found) / across)
     figure.set_figheight(figure.get_figheight() + 0.13 * more_lines)
@@ -147,7 +145,7 @@ def multiples(
             ax.legend(handles=handles(panel.rows["variant"], looks), loc="center left", bbox_to_anchor=(1, 0.5))
     own = [] if crowded else handles(rows_of(found)["variant"], looks)
     if own or more:
-        legend(figure, [*own, *more])
+        legend(figure, [*own, *more], canvas)
     return figure, list(zip(axes, found, strict=True))
 
 
@@ -165,17 +163,13 @@ def wrapped(title: str, inches: float) -> str:
     return "\n".join(lines)
 
 
-def columns(number: int) -> int:
-    """Panels beside each other, such that the last row is full if it can be."""
-    return number if number < 4 else next((across for across in (4, 3, 5) if number % across == 0), 4)
-
-
 def grid(
-    number: int, across: int, height: float = 1.9, width: float | None = None, **shared: Any
+    number: int, across: int, canvas: Canvas, height: float = 1.9, width: float | None = None, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
     """A figure of small multiples, so many beside each other, each `height` inches high."""
     down = math.ceil(number / across)
-    figure = Figure(figsize=(width or (SINGLE if across == 1 else DOUBLE), height * down + 0.5), layout="constrained")
+    width = width or (canvas.narrow if across == 1 else canvas.width)
+    figure = Figure(figsize=(width, height * down + 0.5), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False, **{"sharex": True, "sharey": True, **shared}).ravel()
     for ax in axes[number:]:
         ax.remove()

@@ -14,47 +14,38 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from normlab.report.arms import in_order
-from normlab.report.figures.panels import (
-    PAGE,
-    Drawn,
-    Panel,
-    columns,
-    grid,
-    ordered,
-    pages,
-    rows_of,
-    split,
-    ticks,
-    trend,
-    wrapped,
-)
-from normlab.report.figures.style import RC, Style, handles, legend, limit, seeds
+from normlab.report.figures.panels import Drawn, Panel, grid, ordered, pages, rows_of, split, ticks, trend, wrapped
+from normlab.report.figures.style import Canvas, Style, handles, legend, limit, seeds
 from normlab.report.measures import step_to_step
 
 Looks = Mapping[str, Style]
+Make = Callable[[pd.DataFrame, Looks, Canvas], Iterator[Drawn]]
 
 
-def trends(rows: pd.DataFrame, quantities: Mapping[str, str], looks: Looks, scale: float = 1.0) -> Iterator[Drawn]:
+def trends(
+    rows: pd.DataFrame, quantities: Mapping[str, str], looks: Looks, canvas: Canvas, scale: float = 1.0
+) -> Iterator[Drawn]:
     """Quantities over the training, means over layers: one column each, one row per condition; conditions stand beside
     each other where there is one quantity.
 
     Args:
         quantities: column -> label of its axis. Of columns `<name>_low` and `<name>_high` give `<name>`: a band.
     """
-    known = {name: label for name, label in quantities.items() if _known(rows, name)}
-    for page in pages(split(rows), PAGE if len(known) == 1 else 4) if known else ():
-        yield _trends(page, known, looks, scale), rows_of(page)
+    known = [(name, label) for name, label in quantities.items() if _known(rows, name)]
+    most = min(3, max(canvas.across))
+    for beside in (dict(known[i : i + most]) for i in range(0, len(known), most)):
+        for page in pages(split(rows), canvas.panels if len(beside) == 1 else canvas.panels // most):
+            yield _trends(page, beside, looks, canvas, scale), rows_of(page)
 
 
 def _known(rows: pd.DataFrame, name: str) -> bool:
     return any(column in rows and rows[column].notna().any() for column in (name, f"{name}_low"))
 
 
-@mpl.rc_context(RC)
-def _trends(page: Sequence[Panel], quantities: Mapping[str, str], looks: Looks, scale: float) -> Figure:
+def _trends(page: Sequence[Panel], quantities: Mapping[str, str], looks: Looks, canvas: Canvas, scale: float) -> Figure:
     number = len(quantities)
-    across = number if number > 1 else columns(len(page))
-    figure, axes = grid(len(page) * number, across, height=2.0, sharey="col" if number > 1 else "all")
+    across = number if number > 1 else canvas.columns(len(page))
+    figure, axes = grid(len(page) * number, across, canvas, height=2.0, sharey="col" if number > 1 else "all")
     for i, panel in enumerate(page):
         for ax, (name, label) in zip(axes[i * number :], quantities.items(), strict=False):
             banded = f"{name}_low" in panel.rows
@@ -70,8 +61,8 @@ def _trends(page: Sequence[Panel], quantities: Mapping[str, str], looks: Looks, 
         ends = [f"{name}_low", f"{name}_high"] if f"{name}_low" in every else [name]
         by_run = every.groupby(["run", "step"])[ends].mean()
         limit(ax, "y", scale * by_run.melt()["value"])
-    figure.supxlabel("training step", fontsize=8)
-    legend(figure, handles(every["variant"], looks))
+    figure.supxlabel("training step")
+    legend(figure, handles(every["variant"], looks), canvas)
     return figure
 
 
@@ -84,18 +75,19 @@ def _band(ax: Axes, rows: pd.DataFrame, x: str, name: str, look: Style, scale: f
         trend(ax, rows, x, end, look, scale, marker="", lw=0.6)
 
 
-@mpl.rc_context(RC)
-def covariate_shift(rows: pd.DataFrame, looks: Looks) -> Figure:
+def covariate_shift(rows: pd.DataFrame, looks: Looks, canvas: Canvas) -> Figure:
     """Cosine and L2 difference of a layer's gradients before and after the layers below it moved, for up to four
     layers, as in Santurkar et al. 2018. The first layer has none below it and is left out.
 
     Args:
         rows: of the probe `ics`, of one condition.
     """
-    layers = _few(rows[rows["position"] > rows["position"].min()].sort_values("position")["layer"].unique(), 4)
+    layers = _few(
+        rows[rows["position"] > rows["position"].min()].sort_values("position")["layer"].unique(), canvas.across[0]
+    )
     layers = layers or list(rows["layer"].unique())
     quantities = {"cosine": "cosine", "l2": "L2 difference"}
-    figure, axes = grid(2 * len(layers), len(layers), height=1.7, sharey="row")
+    figure, axes = grid(2 * len(layers), len(layers), canvas, height=1.7, sharey="row")
     for i, (name, label) in enumerate(quantities.items()):
         shown = rows[rows["layer"].isin(layers)]
         for ax, layer in zip(axes[i * len(layers) :], layers, strict=False):
@@ -107,13 +99,12 @@ def covariate_shift(rows: pd.DataFrame, looks: Looks) -> Figure:
             ticks(ax, here["step"])
         axes[i * len(layers)].set_ylabel(label)
         limit(axes[i * len(layers)], "y", shown[name])
-    figure.supxlabel(f"training step; {rows['condition'].iloc[0]} ({_seeds(rows)})", fontsize=8)
-    legend(figure, handles(rows["variant"], looks))
+    figure.supxlabel(f"training step; {rows['condition'].iloc[0]} ({_seeds(rows)})")
+    legend(figure, handles(rows["variant"], looks), canvas)
     return figure
 
 
-@mpl.rc_context(RC)
-def along_the_layers(found: Sequence[Panel], column: str, label: str) -> Figure:
+def along_the_layers(found: Sequence[Panel], column: str, label: str, canvas: Canvas) -> Figure:
     """A quantity from the first to the last layer at up to five moments of the training, one panel per arm, as Gitman &
     Ginsburg 2017 show the outputs of layers: mean over seeds, band from lowest to highest (where n > 1).
 
@@ -126,8 +117,8 @@ def along_the_layers(found: Sequence[Panel], column: str, label: str) -> Figure:
     done = every[every["state"] == "done"]
     steps = _few(sorted((every if done.empty else done)["step"].unique()), 5)
     colors = dict(zip(steps, mpl.colormaps["viridis"](np.linspace(0, 0.88, len(steps))), strict=True))
-    across = columns(len(found))
-    figure, axes = grid(len(found), across)
+    across = canvas.columns(len(found))
+    figure, axes = grid(len(found), across, canvas)
     for ax, panel in zip(axes, found, strict=True):
         done = panel.rows[panel.rows["state"] == "done"]
         for step in steps:
@@ -145,9 +136,9 @@ def along_the_layers(found: Sequence[Panel], column: str, label: str) -> Figure:
     more: list[Artist] = [Line2D([], [], color=color, label=f"step {step:g}") for step, color in colors.items()]
     if (every["state"] == "diverged").any():
         more.append(Line2D([], [], color="0.4", ls=":", label="before a divergence"))
-    figure.supxlabel("layer, in the order of execution", fontsize=8)
-    figure.supylabel(label, fontsize=8)
-    legend(figure, more)
+    figure.supxlabel("layer, in the order of execution")
+    figure.supylabel(label)
+    legend(figure, more, canvas)
     return figure
 
 
@@ -163,8 +154,7 @@ def by_arm(rows: pd.DataFrame) -> list[Panel]:
     return found
 
 
-@mpl.rc_context(RC)
-def histograms(found: Sequence[Panel], looks: Looks) -> Figure:
+def histograms(found: Sequence[Panel], looks: Looks, canvas: Canvas) -> Figure:
     """How a sampled activation's distribution moves, from the first (top) to the last measured moment, as in Santurkar
     et al. 2018: densities of one seed, the same values from left to right in every panel.
 
@@ -173,8 +163,8 @@ def histograms(found: Sequence[Panel], looks: Looks) -> Figure:
     """
     steps = _few(sorted({step for panel in found for step in panel.rows["step"]}), 7)
     densities = [[_density(panel.rows, step) for step in steps] for panel in found]
-    across = columns(len(found))
-    figure, axes = grid(len(found), across, height=2.2)
+    across = canvas.columns(len(found))
+    figure, axes = grid(len(found), across, canvas, height=2.2)
     for ax, panel, ridges in zip(axes, found, densities, strict=True):
         color = looks[panel.rows["variant"].iloc[0]].color
         highest = max((density.max() for _, density in filter(None, ridges)), default=1.0) or 1.0
@@ -193,8 +183,8 @@ def histograms(found: Sequence[Panel], looks: Looks) -> Figure:
     axes[0].set_ylim(-0.2, len(steps) + 0.8)
     low, high = _support(densities)
     axes[0].set_xlim(low, high)
-    figure.supxlabel("value of the sampled activation", fontsize=8)
-    figure.supylabel("training step", fontsize=8)
+    figure.supxlabel("value of the sampled activation")
+    figure.supylabel("training step")
     return figure
 
 
@@ -246,11 +236,11 @@ def _seeds(rows: pd.DataFrame) -> str:
     return seeds(done)
 
 
-def figures(probes: Mapping[str, pd.DataFrame], looks: Looks) -> Iterator[tuple[str, str, Drawn]]:
+def figures(probes: Mapping[str, pd.DataFrame], looks: Looks, canvas: Canvas) -> Iterator[tuple[str, str, Drawn]]:
     """Every figure that the rows of these probes allow: its name, its caption, and itself."""
     for probe, name, caption, make in _FIGURES:
         if probe in probes and len(probes[probe]):
-            drawn = list(make(probes[probe], looks))
+            drawn = list(make(probes[probe], looks, canvas))
             for i, pair in enumerate(drawn):
                 yield f"{name}_{i + 1}" if i else name, caption, pair
 
@@ -258,23 +248,23 @@ def figures(probes: Mapping[str, pd.DataFrame], looks: Looks) -> Iterator[tuple[
 _OVER_SEEDS = "mean over the done seeds; band: lowest to highest seed (where n > 1); dotted: diverged runs."
 
 
-def _covariate_shifts(rows: pd.DataFrame, looks: Looks) -> Iterator[Drawn]:
+def _covariate_shifts(rows: pd.DataFrame, looks: Looks, canvas: Canvas) -> Iterator[Drawn]:
     for condition in ordered(rows["condition"]):
         here = rows[rows["condition"] == condition]
-        yield covariate_shift(here, looks), here
+        yield covariate_shift(here, looks, canvas), here
 
 
-def _layers(column: str, label: str) -> Callable[[pd.DataFrame, Looks], Iterator[Drawn]]:
-    def make(rows: pd.DataFrame, looks: Looks) -> Iterator[Drawn]:
-        for page in pages(by_arm(_moments(rows))) if _known(rows, column) else ():
-            yield along_the_layers(page, column, label), rows_of(page)
+def _layers(column: str, label: str) -> Make:
+    def make(rows: pd.DataFrame, looks: Looks, canvas: Canvas) -> Iterator[Drawn]:
+        for page in pages(by_arm(_moments(rows)), canvas.panels) if _known(rows, column) else ():
+            yield along_the_layers(page, column, label, canvas), rows_of(page)
 
     return make
 
 
-def _histograms(rows: pd.DataFrame, looks: Looks) -> Iterator[Drawn]:
-    for page in pages(sampled(_moments(rows)), 8):
-        yield histograms(page, looks), rows_of(page)
+def _histograms(rows: pd.DataFrame, looks: Looks, canvas: Canvas) -> Iterator[Drawn]:
+    for page in pages(sampled(_moments(rows)), min(8, canvas.panels)):
+        yield histograms(page, looks, canvas), rows_of(page)
 
 
 def _moments(rows: pd.DataFrame) -> pd.DataFrame:
@@ -283,15 +273,15 @@ def _moments(rows: pd.DataFrame) -> pd.DataFrame:
     return first if first["step"].nunique() > 1 else rows
 
 
-def _trend(**quantities: str) -> Callable[[pd.DataFrame, Looks], Iterator[Drawn]]:
-    return lambda rows, looks: trends(rows, quantities, looks)
+def _trend(**quantities: str) -> Make:
+    return lambda rows, looks, canvas: trends(rows, quantities, looks, canvas)
 
 
-def _percent(**quantities: str) -> Callable[[pd.DataFrame, Looks], Iterator[Drawn]]:
-    return lambda rows, looks: trends(_moments(rows), quantities, looks, 100.0)
+def _percent(**quantities: str) -> Make:
+    return lambda rows, looks, canvas: trends(_moments(rows), quantities, looks, canvas, 100.0)
 
 
-_FIGURES: list[tuple[str, str, str, Callable[[pd.DataFrame, Looks], Iterator[Drawn]]]] = [
+_FIGURES: list[tuple[str, str, str, Make]] = [
     (
         "ics",
         "covariate_shift",
@@ -324,8 +314,8 @@ _FIGURES: list[tuple[str, str, str, Callable[[pd.DataFrame, Looks], Iterator[Dra
         "activation_changes",
         "Change of the activations' mean and variance from one step to the next, absolute, mean over layers:"
         f" {_OVER_SEEDS}",
-        lambda rows, looks: _trend(mean_change="change of the mean", variance_change="change of the variance")(
-            step_to_step(rows), looks
+        lambda rows, looks, canvas: _trend(mean_change="change of the mean", variance_change="change of the variance")(
+            step_to_step(rows), looks, canvas
         ),
     ),
     (
@@ -347,8 +337,10 @@ _FIGURES: list[tuple[str, str, str, Callable[[pd.DataFrame, Looks], Iterator[Dra
         "affine_drift",
         "Drift of gamma, in units of its start, and of beta: root mean square over channels, mean over layers;"
         f" {_OVER_SEEDS}",
-        lambda rows, looks: _trend(relative="drift of gamma / its start", shift_drift="drift of beta")(
-            rows.assign(relative=rows["scale_drift"] / rows["scale_start"].where(rows["scale_start"] > 0)), looks
+        lambda rows, looks, canvas: _trend(relative="drift of gamma / its start", shift_drift="drift of beta")(
+            rows.assign(relative=rows["scale_drift"] / rows["scale_start"].where(rows["scale_start"] > 0)),
+            looks,
+            canvas,
         ),
     ),
     (

@@ -1,4 +1,4 @@
-"""How figures look: sizes of a two-column paper, and one colour and one marker per arm.
+"""How figures look: their sizes, for papers and slides, and one colour and one marker per arm.
 
 Colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart, with a grey and a brown.
 """
@@ -7,6 +7,7 @@ import io
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
@@ -20,7 +21,7 @@ from PIL import Image
 
 from normlab.report.arms import FAMILIES, in_order
 
-SINGLE, DOUBLE = 3.4, 7.0  # inches: widths of one and of two columns
+SINGLE, DOUBLE, SLIDE = 3.4, 7.0, 6.4  # inches: widths of one and of two columns, and of a slide
 CROWD = 8  # arms that one panel can show
 RC: dict[Any, Any] = {
     "font.size": 8,
@@ -28,6 +29,7 @@ RC: dict[Any, Any] = {
     "axes.labelsize": 8,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
+    "figure.labelsize": 8,
     "legend.fontsize": 7.5,
     "legend.frameon": False,
     "legend.handlelength": 1.8,
@@ -47,6 +49,64 @@ RC: dict[Any, Any] = {
     "savefig.dpi": 160,
     "pdf.fonttype": 42,  # TrueType: conferences refuse matplotlib's default, Type 3
 }
+
+
+class Canvas(NamedTuple):
+    """How large figures are, and what is laid over our style.
+
+    Attributes:
+        size: `double` or `single`, as wide as two columns or one of a paper, or `slide`, 16:9 and small, so that a
+            slide that it fills has larger type.
+        style: a style of matplotlib or the path of an .mplstyle file.
+    """
+
+    size: str = "double"
+    style: str | None = None
+
+    @property
+    def width(self) -> float:
+        """Inches."""
+        return {"double": DOUBLE, "single": SINGLE, "slide": SLIDE}[self.size]
+
+    @property
+    def narrow(self) -> float:
+        """Inches of a figure of one panel."""
+        return min(SINGLE, self.width) if self.size != "slide" else SLIDE
+
+    @property
+    def across(self) -> Sequence[int]:
+        """How many panels may stand beside each other in several rows, the usual number first."""
+        return {"double": (4, 3, 5), "single": (2,), "slide": (3, 2)}[self.size]
+
+    @property
+    def panels(self) -> int:
+        """Of one figure, at most."""
+        return {"double": 12, "single": 8, "slide": 6}[self.size]
+
+    def columns(self, number: int) -> int:
+        """Panels beside each other, such that the last row is full if it can be."""
+        if number < 4 and number <= max(self.across):
+            return number
+        return next((across for across in self.across if number % across == 0), self.across[0])
+
+    def context(self) -> AbstractContextManager[None]:
+        """In which its figures are to be drawn and written."""
+        rc = RC | ({"savefig.dpi": 300} if self.size == "slide" else {})
+        if self.style is None:
+            return mpl.rc_context(rc)
+        from matplotlib import style  # reads all of matplotlib's styles
+
+        return style.context([rc, self.style])
+
+    def shape(self, figure: Figure) -> Figure:
+        """The finished figure; for a slide as high and wide as that is, larger if its contents are."""
+        if self.size == "slide":
+            height = max(figure.get_figheight(), figure.get_figwidth() * 9 / 16)
+            figure.set_size_inches(height * 16 / 9, height)
+        return figure
+
+
+PAPER = Canvas()
 
 
 class Style(NamedTuple):
@@ -108,7 +168,7 @@ def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = 
     ax.set(**{f"{name}lim": (low, high)})
 
 
-def legend(figure: Figure, handles: Sequence[Artist]) -> None:
+def legend(figure: Figure, handles: Sequence[Artist], canvas: Canvas) -> None:
     """Above the panels, in as many columns as fit; beside a narrow figure, which then is wide, where it would be high.
     The figure grows with it."""
     lengths = [len(str(handle.get_label())) for handle in handles]
@@ -117,8 +177,8 @@ def legend(figure: Figure, handles: Sequence[Artist]) -> None:
         if inches <= figure.get_figwidth():
             break
     rows = math.ceil(len(handles) / columns)
-    if rows > 3 and figure.get_figwidth() < DOUBLE:
-        figure.set_figwidth(DOUBLE)
+    if rows > 3 and figure.get_figwidth() < canvas.width:
+        figure.set_figwidth(canvas.width)
         figure.legend(handles=list(handles), loc="outside right center")
         return
     figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
@@ -136,13 +196,15 @@ def seeds(numbers: Iterable[float]) -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-@mpl.rc_context(RC)
-def encode(figure: Figure, suffix: str) -> bytes:
+def encode(figure: Figure, suffix: str, canvas: Canvas = PAPER) -> bytes:
     """The figure as a file's content, `png` or `pdf`; the same figure gives the same bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=suffix, metadata={"CreationDate": None} if suffix == "pdf" else None)
+    with canvas.context():
+        figure.savefig(buffer, format=suffix, metadata={"CreationDate": None} if suffix == "pdf" else None)
     if suffix == "png":  # 256 colours are a fraction of the bytes; by coverage, so that a thin line keeps its own
-        image = Image.open(buffer).convert("RGB")
+        drawn = Image.open(buffer)
+        dpi = drawn.info["dpi"]
+        image = drawn.convert("RGB")
         image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        image.save(buffer := io.BytesIO(), "png", optimize=True, dpi=(RC["savefig.dpi"],) * 2)
+        image.save(buffer := io.BytesIO(), "png", optimize=True, dpi=dpi)
     return buffer.getvalue()

@@ -19,8 +19,9 @@ from normlab import runs
 from normlab.report.arms import flatten
 from normlab.report.cells import Table, named_rows
 from normlab.report.load import Study
+from normlab.report.markup import split_number
+from normlab.report.metric import Measure
 from normlab.report.sources import Sources
-from normlab.report.tables import Measure
 from normlab.report.verdict_texts import effect, expected
 from normlab.report.verdicts import Judgement
 
@@ -134,12 +135,15 @@ def _table(table: Table, made: Sources, numbers: Mapping[Any, int], study: Study
             for heading in headings:
                 cell = row.get(heading)
                 key = (setting, arm, cell.batch) if cell and cell.batch is not None else None
+                number, notes = split_number(cell.text) if cell and cell.standing else ("", "")
                 line.append(
                     {
                         "text": cell.text if cell else "--",
+                        "marked": number,
+                        "notes": notes,
                         "value": "" if not cell or math.isnan(cell.value) else repr(float(cell.value)),
                         "number": numbers.get(key, "") if key else "",
-                        "standing": getattr(cell, "standing", ""),
+                        "standing": cell.standing if cell else "",
                         "lost": lost.get(key, "") if key else "",
                     }
                 )

@@ -1,0 +1,181 @@
+"""The options of a report: what they refuse, and what they change in all that a report writes."""
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from normlab import report
+from normlab.errors import UserError
+
+MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
+OPTIONS = report.Options(**{field.name: MENU[field.name] for field in dataclasses.fields(report.Options)})
+
+
+@pytest.fixture
+def reported(tmp_path):
+    """The report's folder with options that differ from the menu's."""
+
+    def build(**changes):
+        options = dataclasses.replace(OPTIONS, **{"figures": False, **changes})
+        return report.build("study", tmp_path / "outputs", options).parent
+
+    return build
+
+
+@pytest.fixture
+def sweep(add_run):
+    for norm, level in (("bn", 0.0), ("none", -0.2)):
+        for batch in (8, 32):
+            for seed in (0, 1, 2):
+                run = add_run(norm, batch, seed, (0.5, 0.9 + level, 0.8 + level + (0.01 - level / 50) * seed))
+                if batch == 32:
+                    (run / "metrics.jsonl").write_text(validated(run))
+
+
+def validated(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return "".join(
+        json.dumps(row | {"val_accuracy": value, "val_loss": 1.0}) + "\n"
+        for row, value in zip(rows, (0.99, 0.1, 0.2), strict=True)
+    )
+
+
+def rows(folder, table):
+    with (folder / f"{table}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def means(folder, table):
+    return {(row["arm"], row["batch"]): pytest.approx(float(row["mean"])) for row in rows(folder, table) if row["mean"]}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("metric", "test_acuracy", "Did you mean metric=test_accuracy?"),
+        ("value", "last", "expected one of final, best"),
+        ("figure_size", "doble", "Did you mean figure_size=double?"),
+        ("figure_style", "ggplt", "Did you mean figure_style=ggplot?"),
+        ("figure_style", 3, "expected a style of matplotlib"),
+        ("alpha", 0, "Example: alpha=0.05"),
+        ("alpha", 5, "Example: alpha=0.05"),
+        ("arms", "bn", "Example: arms=[bn,none]"),
+        ("arms", [], "expected null or a list of names"),
+        ("batches", ["8"], "expected null or a list of whole numbers"),
+        ("seeds", [True], "expected null or a list of whole numbers"),
+        ("settings", "resnet18", "Example: settings=[resnet18]"),
+    ],
+)
+def test_an_option_that_is_not_valid_is_named_with_what_was_expected(option, value, told):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(OPTIONS, **{option: value})
+    assert str(error.value).startswith(f"{option}={value} is not valid")
+    assert told in str(error.value)
+    assert len(str(error.value).splitlines()) <= 5
+
+
+def test_a_metric_that_no_run_recorded_is_answered_with_those_that_are(add_run, reported):
+    add_run()
+    with pytest.raises(UserError) as error:
+        reported(metric="val_accuracy")
+    assert "Recorded: test_accuracy, test_loss, train_accuracy." in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "table", "mean"),
+    [("train_accuracy", "train_accuracy", 86.0), ("test_loss", "loss", 0.19), ("val_accuracy", "val_accuracy", 20.0)],
+)
+def test_every_table_is_by_the_metric(sweep, reported, metric, table, mean):
+    folder = reported(metric=metric)
+    assert means(folder, table)["bn", "32"] == mean
+    assert "final" in (folder / "difference.md").read_text().lower()
+    text = (folder / "report.md").read_text()
+    assert "test accuracy" not in text.lower().split("## verdicts")[0]
+
+
+def test_a_training_metric_has_no_gap_to_itself(sweep, reported):
+    quantities = {row["quantity"] for row in rows(reported(metric="train_accuracy"), "convergence")}
+    assert quantities == {"final", "best"}
+
+
+def test_the_best_epoch_is_that_of_the_validation_images_where_there_are_some(sweep, reported):
+    folder = reported(value="best")
+    found = means(folder, "accuracy")
+    assert (found["bn", "8"], found["bn", "32"]) == (90.0, 50.0)  # 0.5 is where validation was best
+    caption = (folder / "accuracy.md").read_text()
+    assert (
+        "Best test accuracy (at the best epoch: that with the best value on the validation images; in runs" in caption
+    )
+    assert "chosen on the test images, hence optimistic" in caption
+    assert means(folder, "difference")["none", "8"] == -20.0
+
+
+def test_without_validation_images_a_best_value_is_said_to_be_optimistic(add_run, reported):
+    add_run()
+    caption = (reported(value="best") / "accuracy.md").read_text()
+    assert "chosen on the test images, hence optimistic" in caption
+    assert "validation" not in caption
+
+
+def test_chosen_cells_are_those_of_tables_and_verdicts_and_the_page_says_so(sweep, reported):
+    folder = reported(arms=["bn", "none"], batches=[8], seeds=[0, 1])
+    assert {(row["batch"], row["n"]) for row in rows(folder, "accuracy")} == {("8", "2")}
+    assert {row["n"] for row in rows(folder, "verdicts")} <= {"0", "2"}
+    assert "Only arms=[bn,none] batches=[8] seeds=[0,1] is reported" in (folder / "report.md").read_text()
+
+
+def test_cells_without_a_finished_run_are_told_with_what_was_chosen(add_run, reported):
+    add_run("bn")
+    add_run("none", state="failed", accuracies=())
+    with pytest.raises(UserError, match=r"no finished run of arms=\[none\] yet: 1 failed"):
+        reported(arms=["none"])
+
+
+def test_commands_over_all_studies_refuse_to_leave_cells_out(sweep, tmp_path):
+    options = dataclasses.replace(OPTIONS, arms=["bn"])
+    for command in (
+        lambda: report.build_claims(tmp_path / "outputs", options),
+        lambda: report.build_results(tmp_path / "outputs", tmp_path / "page.md", options),
+    ):
+        with pytest.raises(UserError, match=r"arms=\[bn\]: .* is about whole studies"):
+            command()
+
+
+def test_a_verdict_needs_a_p_value_of_at_most_alpha_and_its_caption_says_so(sweep, reported):
+    verdicts = {}
+    for alpha in (0.05, 1e-9):
+        folder = reported(alpha=alpha)
+        for row in rows(folder, "verdicts"):
+            decided = row["p_holm"] != "" and float(row["p_holm"]) <= alpha
+            assert (row["verdict_of_comparison"] in ("supported", "contradicted")) == decided
+        assert f"p at most {alpha:g} for" in (folder / "verdicts.md").read_text()
+        verdicts[alpha] = {row["verdict"] for row in rows(folder, "verdicts")}
+    assert "supported" in verdicts[0.05]
+    assert verdicts[1e-9] == {"inconclusive"}
+
+
+@pytest.mark.parametrize(("size", "width"), [("single", 3.4 * 160), ("slide", 1920)])
+def test_every_figure_has_the_size_that_is_asked_for(sweep, reported, size, width):
+    folder = reported(figures=True, figure_size=size)
+    shapes = {path.stem: Image.open(io.BytesIO(path.read_bytes())).size for path in folder.glob("*.png")}
+    assert {"accuracy_against_batch", "learning_curves", "train_against_test"} <= set(shapes)
+    assert {shape[0] for shape in shapes.values()} == {int(width)}
+    if size == "slide":
+        assert {shape[1] for shape in shapes.values()} == {1080}
+
+
+def test_a_style_is_laid_over_ours_and_leaves_nothing_behind(sweep, reported, tmp_path):
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    (tmp_path / "red.mplstyle").write_text("figure.facecolor: ff0000\nsavefig.facecolor: ff0000\n")
+    folder = reported(figures=True, figure_style=str(tmp_path / "red.mplstyle"))
+    with Image.open(folder / "learning_curves.png") as image:
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    assert dict(mpl.rcParams) == before
