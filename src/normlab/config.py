@@ -469,6 +469,7 @@ class RunConfig(_Section):
     threads: Count | None
     checkpoint_seconds: NonNegative | None
     save_weights: StrictBool
+    quiet: StrictBool
     output_dir: Folder
     data_dir: Folder
 

@@ -16,6 +16,7 @@ CARRIED_OUT = frozenset(
             "threads",
             "checkpoint_seconds",
             "save_weights",
+            "quiet",
             "output_dir",
             "data_dir",
         ),
@@ -69,7 +70,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it would be recorded today: with the settings that came after it was written."""
-    full = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto", **config}
+    full = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto", "quiet": False, **config}
     for path, unchanged in LATER.items():
         group, _, key = path.rpartition(".")
         if not group:
