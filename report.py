@@ -27,7 +27,7 @@ def report() -> None:
         try:
             options = Options(**settings)
             if command == "status":
-                study_status(study, output_dir, watch=watch)
+                study_status(study, output_dir, watch=watch, quiet=options.quiet)
             elif command == "claims":
                 build_claims(output_dir, options)
             elif command == "results":

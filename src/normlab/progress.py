@@ -1,6 +1,7 @@
 """What a person sees while runs go on: a live line per run in a terminal, plain lines now and then elsewhere."""
 
 import contextlib
+import itertools
 import multiprocessing
 import re
 import sys
@@ -206,10 +207,14 @@ def _progress(status: Mapping[str, Any], share: float) -> str:
 
 
 def _labels(names: Mapping[str, float]) -> dict[str, str]:
-    """Runs by their readable settings; with the identity behind them where these are not enough."""
-    short = {name: re.sub(r"-[0-9a-f]{10}$", "", name) for name in names}
+    """Runs by what tells them apart: without the settings that all begin with, or identities that are not needed."""
+    parts = {name: name.split("-") for name in names}
+    columns = zip(*parts.values(), strict=False)
+    common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns))) if len(names) > 1 else 0
+    labels = {name: "-".join(of_name[common:]) for name, of_name in parts.items()}
+    short = {name: re.sub(r"-[0-9a-f]{10}$", "", label) for name, label in labels.items()}
     often = Counter(short.values())
-    return {name: label if often[label] == 1 else name for name, label in short.items()}
+    return {name: label if often[label] == 1 else labels[name] for name, label in short.items()}
 
 
 def _fitted(lines: Sequence[tuple[str, float, str]], width: int) -> Table:

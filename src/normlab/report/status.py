@@ -257,8 +257,10 @@ _COLUMNS = {
 }
 
 
-def show_status(study: str, folder: Path, *, watch: bool, console: Console | None = None) -> None:
+def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, console: Console | None = None) -> None:
     """Print how far a study is; with `watch`, again and again until no run is left that a sweep takes further.
+
+    If `quiet`, the summary alone; with `watch` only once that is so.
 
     In a terminal the tables are refreshed in place; elsewhere there is a line whenever a state has changed. Ctrl-C
     ends it.
@@ -269,10 +271,14 @@ def show_status(study: str, folder: Path, *, watch: bool, console: Console | Non
     console = console or _console()
     survey = Survey(folder)
     if not watch:
-        console.print(view(study, survey.look()))
+        runs = survey.look()
+        console.print(summary(study, runs) if quiet else view(study, runs), soft_wrap=quiet)
         return
     try:
-        if redraws(console):
+        if quiet:
+            *_, runs = _looks(survey)
+            console.print(summary(study, runs), soft_wrap=True)
+        elif redraws(console):
             with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
                 for runs in _looks(survey):
                     live.update(view(study, runs), refresh=True)
