@@ -87,8 +87,8 @@ class Study:
             every setting that differs between runs, by its name on the command line (norm.name, optimizer.lr, ...); of
                 mixed types as objects, None where a run has no such setting. Not those that are marked (*) in
                 conf/config.yaml, nor probes: they change no result.
-            epoch, step, train_loss, train_accuracy, test_loss, test_accuracy, lr, images_per_second: float64, of the last
-                evaluation. Of a run whose state is not done, that is not its end.
+            epoch, step, train_loss, train_accuracy, test_loss, test_accuracy, lr, images_per_second: float64, of the
+                last evaluation. Of a run whose state is not done, that is not its end.
             best_test_accuracy, best_test_loss: of all evaluations, chosen on the test set and so optimistic.
             epochs, wall_seconds, peak_memory_bytes, parameters, note: as in `runs`.
         """
