@@ -4,6 +4,8 @@ import pytest
 
 from normlab.progress import Display, outcome, span
 
+DONE = {"state": "done", "test_accuracy": 0.9, "wall_seconds": 1}
+
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
@@ -33,7 +35,7 @@ def test_time_left_is_the_time_so_far_scaled_by_the_work_done_here(monkeypatch) 
     display.news({"name": "resumed", "step": 50, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 9})
     assert display.time_left() is None
     clock = 10.0
-    display.ended("resumed", "done")
+    display.ended("resumed", DONE)
     assert display.time_left() == pytest.approx(10.0 * 300 / 50)
     display.news({"name": "new", "step": 0, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 0})
     clock = 20.0
@@ -44,5 +46,62 @@ def test_time_left_is_the_time_so_far_scaled_by_the_work_done_here(monkeypatch) 
 def test_outside_a_terminal_there_are_lines_and_no_bars(capsys) -> None:
     with Display({"a": 1.0}) as display:
         display.news({"name": "a", "step": 1, "steps": 2, "epoch": 0, "epochs": 1, "wall_seconds": 1})
-        display.ended("a", "test accuracy 90.0% (1 s)")
+        display.ended("a", DONE)
     assert capsys.readouterr().err == "[1/1] a: test accuracy 90.0% (1 s)\n"
+
+
+def test_a_log_hears_of_a_long_run_after_evaluations_and_at_most_once_a_minute(monkeypatch, capsys) -> None:
+    clock = 0.0
+    monkeypatch.setattr("normlab.progress.time.monotonic", lambda: clock)
+    display = Display({"a": 1.0})
+    for second in range(601):  # an epoch of 7 s each, and news every second
+        clock = float(second)
+        display.news(
+            {"name": "a", "step": second, "steps": 700, "epoch": second // 7, "epochs": 100, "wall_seconds": 1}
+        )
+    lines = capsys.readouterr().err.splitlines()
+    assert 9 <= len(lines) <= 10
+    assert lines[0].startswith("a: epoch 9/100, ")
+
+
+def test_a_log_hears_of_an_epoch_that_takes_hours(monkeypatch, capsys) -> None:
+    clock = 0.0
+    monkeypatch.setattr("normlab.progress.time.monotonic", lambda: clock)
+    display = Display({"a": 1.0})
+    for minute in range(61):
+        clock = 60.0 * minute
+        display.news({"name": "a", "step": minute, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 60 * minute})
+    assert len(capsys.readouterr().err.splitlines()) == 6
+
+
+def test_of_many_runs_a_log_hears_no_more_than_of_one(monkeypatch, capsys) -> None:
+    clock = 0.0
+    monkeypatch.setattr("normlab.progress.time.monotonic", lambda: clock)
+    display = Display(dict.fromkeys(map(str, range(64)), 1.0))
+    for minute in range(129):
+        clock = 60.0 * minute
+        for name in display.work:
+            display.news({"name": name, "step": 1, "steps": 2, "epoch": minute, "epochs": 999, "wall_seconds": 1})
+    assert len(capsys.readouterr().err.splitlines()) <= 128
+
+
+@pytest.mark.parametrize(("state", "told"), [("done", ""), ("failed", "[1/1] a: failed: Out of luck.\n")])
+def test_a_quiet_display_tells_of_failures_only(capsys, state, told) -> None:
+    with Display({"a": 1.0}, quiet=True) as display:
+        display.say("starting")
+        display.news({"name": "a", "step": 1, "steps": 2, "epoch": 0, "epochs": 1, "wall_seconds": 1})
+        display.ended("a", {**DONE, "state": state, "error": "Out of luck."})
+    assert capsys.readouterr().err == told
+
+
+def test_a_run_that_prepares_its_data_says_so(capsys) -> None:
+    display = Display({"a": 1.0})
+    display.news({"name": "a", "doing": "Decoding photos, once: 512 of 1,000 images"})
+    assert display.under_way == {"a": "Decoding photos, once: 512 of 1,000 images"}
+
+
+def test_live_lines_call_runs_by_what_tells_them_apart() -> None:
+    names = ["r18-digits-bn-b8-s0-0123456789", "r18-digits-bn-b8-s0-abcdef0123", "r18-digits-gn-b8-s0-0123456789"]
+    labels = Display(dict.fromkeys(names, 1.0)).labels
+    assert list(labels.values()) == ["bn-b8-s0-0123456789", "bn-b8-s0-abcdef0123", "gn-b8-s0"]
+    assert list(Display({names[0]: 1.0}).labels.values()) == ["r18-digits-bn-b8-s0"]

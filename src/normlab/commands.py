@@ -63,7 +63,7 @@ def _report() -> None:
 
                 import_runs(study, output_dir, Import(**of_import))
             elif command == "status":
-                study_status(study, output_dir, watch=watch)
+                study_status(study, output_dir, watch=watch, quiet=options.quiet)
             elif command == "claims":
                 build_claims(output_dir, options)
             elif command == "results":

@@ -502,6 +502,7 @@ class RunConfig(_Section):
     checkpoint_seconds: NonNegative | None
     save_weights: StrictBool
     logger: LoggerConfig
+    quiet: StrictBool
     output_dir: Folder
     data_dir: Folder
 

@@ -161,16 +161,12 @@ def test_pillows_remarks_are_not_errors(image_folder: Folder, tmp_path: Path) ->
     assert Decoding(root, tmp_path).run()[0, :, 0, 0].tolist() == [9, 9, 9]
 
 
-def test_a_bar_is_drawn_in_a_terminal_only(
-    image_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_log_hears_how_far_the_decoding_is(
+    image_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = Decoding(image_folder(), tmp_path / "a")
+    monkeypatch.setattr(cache, "CHUNK", 8)
+    monkeypatch.setattr(cache, "TELL_SECONDS", 0.0)
+    ours = Decoding(image_folder(), tmp_path)
     ours.run()
-    assert any(line.startswith("Decoding images: 20 images") for line in ours.lines)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    ours = Decoding(image_folder("more"), tmp_path / "b")
-    ours.run()
-    assert "Decoding more" in capsys.readouterr().err
-    assert [line for line in ours.lines if line.startswith("Decoding")] == []
+    told = [f"Decoding images, once: {number} of 20 images" for number in (0, 8, 16, 20)]
+    assert [line for line in ours.lines if line.startswith("Decoding")] == told

@@ -16,7 +16,7 @@ import yaml
 from normlab import runs
 from normlab.report import index, load
 from normlab.report.load import Study
-from normlab.report.write import _studies
+from normlab.report.studies import find_studies
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 RECORDED = ["davis2021_scale_laptop", "gitman2017_imagenet_laptop", "santurkar2018_noise_laptop", "small_batch_laptop"]
@@ -309,10 +309,10 @@ def test_reports_at_once_do_no_harm(small, now) -> None:
 
 
 def test_an_index_is_no_run_and_no_study(small) -> None:
-    found, studies = runs.find(small), _studies(small.parent)
+    found, studies = runs.find(small), find_studies(small.parent)
     load(small)
     assert (small / index.NAME).exists()
-    assert (runs.find(small), _studies(small.parent)) == (found, studies)
+    assert (runs.find(small), find_studies(small.parent)) == (found, studies)
 
 
 def test_a_study_that_is_read_at_once_leaves_no_index(small, monkeypatch) -> None:

@@ -1,7 +1,10 @@
+import math
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
+from normlab.errors import UserError
 from normlab.report import load
 
 
@@ -206,3 +209,72 @@ def test_of_a_run_with_and_without_probes_the_one_with_probes_is_kept(add_run, a
     study = load(tmp_path / "outputs" / "study", now=now)
     assert len(study.runs) == 4
     assert sorted(study.probes["sharpness"]["seed"]) == [0, 1, 2, 3]
+
+
+def test_a_study_is_found_by_its_name_and_by_its_folder(add_run, tmp_path, monkeypatch) -> None:
+    add_run(study="mine")
+    add_run(study="papers/mine", seed=3)
+    monkeypatch.chdir(tmp_path)
+    of_a_paper = load("papers/mine")
+    assert (of_a_paper.name, of_a_paper.runs["seed"].tolist()) == ("papers/mine", [3])
+    found = load("mine"), load("mine", tmp_path / "outputs"), load("outputs/mine"), load(tmp_path / "outputs" / "mine")
+    assert [(study.name, study.runs["seed"].tolist()) for study in found] == [("mine", [0])] * 4
+
+
+@pytest.mark.parametrize("asked", ["min", "outputs/min", Path("outputs/min"), "elsewhere"])
+def test_a_study_that_does_not_exist_is_a_sentence(add_run, tmp_path, monkeypatch, asked) -> None:
+    add_run(study="mine")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        load(asked)
+    assert "holds no runs" in str(error.value) or "Studies there: mine." in str(error.value)
+    assert asked != "min" or "Did you mean study=mine?" in str(error.value)
+
+
+def test_results_say_of_each_run_what_varied_and_what_came_out(add_run, study) -> None:
+    add_run("bn", seed=0, accuracies=(0.5, 0.9, 0.8), status={"wall_seconds": 7.5})
+    add_run("bn", seed=1, optimizer__lr=0.2)
+    add_run("none", batch=32, state="diverged", accuracies=(0.4, None), status={"diverged_step": 13})
+    add_run("none", batch=32, seed=1, state=None)
+    results = load(study).results().set_index(["arm", "batch", "seed"])
+    assert len(results) == 4  # no gaps
+    first = results.loc[("bn", 8, 0)]
+    assert first[["optimizer.lr", "norm.name", "norm.eps"]].tolist() == [0.1, "bn", 1e-5]
+    assert (first["epoch"], first["test_accuracy"], first["best_test_accuracy"]) == (3, 0.8, 0.9)
+    assert (first["test_loss"], first["best_test_loss"]) == pytest.approx((0.2, 0.1))
+    assert first[["epochs", "wall_seconds", "peak_memory_bytes", "parameters"]].tolist() == [3, 7.5, 2**20, 7]
+    assert results.loc[("bn", 8, 1), "optimizer.lr"] == 0.2
+    diverged = results.loc[("none", 32, 0)]
+    assert (diverged["state"], diverged["epoch"], diverged["best_test_accuracy"]) == ("diverged", 2, 0.4)
+    assert diverged["note"] == "at step 13"
+    assert math.isnan(diverged["test_accuracy"])
+    assert results.loc[("none", 32, 1), ["state"]].item() == "missing"
+    assert math.isnan(results.loc[("none", 32, 1), "epoch"])
+    elsewhere = {"dataset.path", "output_dir", "depth", "study", "batch", "seed", "norm._target_"}
+    assert not elsewhere & set(results.columns)
+
+
+def test_results_of_a_damaged_run_and_of_a_regression_have_what_there_is(add_run, add_losses, study) -> None:
+    (add_losses("bn", (300.0, 20.0, 40.0)) / "provenance.json").unlink()
+    (add_run("none") / "config.yaml").write_text("{")
+    results = load(study).results().set_index("state")
+    assert results.loc["done", ["train_loss", "test_loss", "best_test_loss"]].tolist() == [36.0, 40.0, 20.0]
+    assert "test_accuracy" not in results
+    assert math.isnan(results.loc["unreadable", "test_loss"])
+
+
+def test_settings_that_vary_stand_under_their_own_names(add_run, study) -> None:
+    add_run(epochs=3)
+    add_run(epochs=2, accuracies=(0.5, 0.6), probe={"ics": {"times": 20}})
+    results = load(study).results()
+    assert len(set(results.columns)) == len(results.columns)
+    assert sorted(results["epochs"]) == [2, 3]
+    assert not [column for column in results if column.startswith("probe")]
+
+
+def test_a_study_shows_its_name_and_its_runs_by_state(add_run, study) -> None:
+    add_run("bn", seed=0)
+    add_run("bn", seed=1, state="failed", status={"error": "Wrong."})
+    add_run("none", seed=1)
+    assert repr(load(study)) == "Study study: 2 done, 1 failed, 1 missing"

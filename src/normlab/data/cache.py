@@ -1,7 +1,6 @@
 """Decoded image folders as one array file below `data_dir`, whose pages processes share."""
 
 import hashlib
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from normlab.machine import cores
 
 FORMAT = 1  # raise it when the same files would decode to other pixels
 CHUNK = 512  # images that are decoded between two writes
+TELL_SECONDS = 5.0  # between two words about how far a preparation is
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
@@ -105,7 +105,7 @@ def _write(file: Path, decoder: Decoder, paths: list[str], log: Callable[[str], 
             temporary.open("w+b") as out,
             ThreadPoolExecutor(cores()) as pool,
             warnings.catch_warnings(action="ignore"),  # Pillow's remarks on odd files that it does read
-            _progress(f"Decoding {decoder.root.name}", len(paths), log) as advance,
+            progress(log, f"Decoding {decoder.root.name}, once: {{:,}} of {len(paths):,} images".format) as advance,
         ):
             np.lib.format.write_array_header_1_0(out, header)
             out.seek(0)
@@ -125,16 +125,16 @@ def _write(file: Path, decoder: Decoder, paths: list[str], log: Callable[[str], 
 
 
 @contextmanager
-def _progress(title: str, total: int, log: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr if that is a terminal, else one line of the log."""
-    if not sys.stderr.isatty():
-        log(f"{title}: {total:,} images, once.")
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def progress(log: Callable[[str], None], tell: Callable[[int], str]) -> Iterator[Callable[[int], None]]:
+    """Log `tell(number)`, now and every few seconds while the function that it yields is told of more."""
+    number, last = 0, time.monotonic()
+    log(tell(number))
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+    def advance(more: int) -> None:
+        nonlocal number, last
+        number += more
+        if time.monotonic() - last >= TELL_SECONDS:
+            last = time.monotonic()
+            log(tell(number))
+
+    yield advance

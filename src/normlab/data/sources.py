@@ -3,9 +3,11 @@
 import hashlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,12 +99,25 @@ def cifar(kind: str, data_dir: Path, log: Log) -> Source:
 
 def _download_cifar(reader: Any, kind: str, data_dir: Path, log: Log) -> Any:
     """Fetch and unpack what another process has not fetched while this one waited for the lock."""
-    log(f"Preparing {inventory.CIFARS[kind].title} in {data_dir}.")
+    from torchvision.datasets import utils
+
+    title = inventory.CIFARS[kind].title
+
+    @contextmanager
+    def words(total: int | None = None, **options: Any) -> Iterator[SimpleNamespace]:
+        of = f" of {total / 1e6:.0f}" if total else ""
+        with cache.progress(log, lambda count: f"Downloading {title}: {count / 1e6:.0f}{of} MB") as advance:
+            yield SimpleNamespace(update=advance)
+
+    log(f"Preparing {title} in {data_dir}.")
+    bar, utils.tqdm = utils.tqdm, words  # a bar is nothing for a log, and would land amid the lines about runs
     try:
         return reader(data_dir, train=True, download=True)
     except Exception as error:  # of the network, the archive, the disk: whatever urllib and tarfile meet
         reason = str(getattr(error, "reason", error))
         raise inventory.cifar_missing(kind, data_dir, reason) from None
+    finally:
+        utils.tqdm = bar
 
 
 def _planar(images: np.ndarray[Any, Any]) -> Tensor:

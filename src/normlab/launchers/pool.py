@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from normlab import config as schema
@@ -17,7 +18,7 @@ from normlab import preflight, runs
 from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
 from normlab.launchers.sweep import Job, Sweep
 from normlab.machine import cores
-from normlab.progress import Display, one_line, outcome, span
+from normlab.progress import Display, one_line, span
 from normlab.training.interrupt import StopRequest
 
 if TYPE_CHECKING:
@@ -50,12 +51,14 @@ class Slot:
 
     def __init__(self, device: str, threads: int, pack: int = 1) -> None:
         self.device, self.threads, self.pack = device, threads, pack
+        self.voice: Connection | None = None  # for what the worker prints, where it must not print by itself
         self.executor: ProcessPoolExecutor | None = None
 
     def submit(self, jobs: Sequence[Job]) -> "Future[list[dict[str, Any]]]":
         if self.executor is None:
             spawn = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP state does not work
-            self.executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(self.threads,))
+            given = (self.threads, self.voice)
+            self.executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=given)
         # A worker inherits that requests to stop have to wait, until `_begin` is prepared for them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *STOPS))
         try:
@@ -86,8 +89,12 @@ def begin(threads: int) -> None:
 _stop = StopRequest()  # a worker's; of its run under way and of all that might follow
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: int, voice: Connection | None) -> None:
     """In a worker of the pool: ready for requests to stop, which SLURM sends to it as well as to the launcher."""
+    if voice:
+        for stream in (1, 2):
+            os.dup2(voice.fileno(), stream)
+        voice.close()
     begin(threads)
     _stop.__enter__()
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal, to all: the launcher passes them on
@@ -180,7 +187,8 @@ def carry_out(
             checkpoints; at once when asked twice.
     """
     slots = slots_for(jobs, wanted, per_gpu, pack)
-    with Display({job.run.name: job.work for job in jobs}) as display, _stops():
+    work, quiet = {job.run.name: job.work for job in jobs}, all(job.config.quiet for job in jobs)
+    with Display(work, quiet=quiet) as display, display.hearing() as voice, _stops():
         where = "GPU" if slots[0].device != "cpu" else "CPU"
         threads = jobs[0].config.threads or slots[0].threads
         number = min(len(jobs), sum(slot.pack for slot in slots))
@@ -188,19 +196,19 @@ def carry_out(
             f"Runs to train: {len(jobs)}, {number} at a time ({where}, threads of each: {threads})."
             " Ctrl-C stops after a checkpoint."
         )
-        pool = _Pool(slots, display)
+        pool = _Pool(slots, display, voice)
         failed, crowded = pool.carry_out(jobs)
         if crowded:
             alone = slots_for(crowded, len({slot.device for slot in slots}), 1, 1)
             display.say(f"Tried again with a device of their own: {len(crowded)}")
-            more, _ = _Pool(alone, display).carry_out(crowded)
+            more, _ = _Pool(alone, display, voice).carry_out(crowded)
             failed += more
         finished = sum(job.run.state in runs.FINISHED for job in jobs)
         display.say(f"{finished} of {len(jobs)} runs finished in {span(display.elapsed)}.")
         if failed:
-            display.say("Failed:")
+            display.warn("Failed:")
         for job, why in failed:
-            display.say(f"  {job.run.folder / runs.LOG}: {why}")
+            display.warn(f"  {job.run.folder / runs.LOG}: {why}")
     return failed
 
 
@@ -221,8 +229,10 @@ def _stops() -> Iterator[None]:
 class _Pool:
     """Slots, and the jobs that they have under way."""
 
-    def __init__(self, slots: list[Slot], display: Display) -> None:
+    def __init__(self, slots: list[Slot], display: Display, voice: Connection | None) -> None:
         self.slots, self.display = slots, display
+        for slot in slots:
+            slot.voice = voice
         self.active: dict[Future[list[dict[str, Any]]], tuple[Slot, list[Job]]] = {}
         several = Counter(slot.device for slot in slots for _ in range(slot.pack))
         self.shared = {device for device, number in several.items() if number > 1}
@@ -242,9 +252,9 @@ class _Pool:
             beside_others = status.get("out_of_memory") or (status.get("crashed") and slot.pack > 1)
             if status["state"] == "failed" and beside_others and slot.device in self.shared:
                 crowded.append(job)
-                self.display.say(f"{job.run.name}: {one_line(status['error'])} Tried again alone, later.")
+                self.display.put_off(job.run.name, f"{one_line(status['error'])} Tried again alone, later.")
                 return
-            self.display.ended(job.run.name, outcome(status))
+            self.display.ended(job.run.name, status)
             if status["state"] not in (*runs.FINISHED, ELSEWHERE):
                 failed.append((job, one_line(status.get("error"))))
 

@@ -68,7 +68,7 @@ def train(config: schema.RunConfig, processes: Processes | None = None) -> float
         status = runs.read_status(run.folder) or {}
     else:  # of several processes the first one says whether the run is finished: a file server's news travel slowly
         status = _train(config, run, processes, finished)
-    if processes.rank == 0:
+    if processes.rank == 0 and not config.quiet:
         if finished:
             print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
         print(f"Its record is in {run.folder}; tables and figures: {called('report')} study={config.study}")
@@ -82,9 +82,10 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
     else:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that has gone is told of in a sentence
     speaks = processes.rank == 0 and not finished
-    with StopRequest() as stop, Display({run.name: 1.0}) if speaks else nullcontext() as display:
+    with StopRequest() as stop, Display({run.name: 1.0}, quiet=config.quiet) if speaks else nullcontext() as display:
         if display:
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
+            display.news({"name": run.name})
         from normlab.training import distributed  # torch takes seconds to import
         from normlab.training.run import Share, carry_out
 
@@ -94,5 +95,5 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
             watch = display.news if display else lambda status: None
             status = carry_out(config, stop=stop, share=Share(team.device), watch=watch, team=team)
         if display:
-            display.ended(run.name, outcome(status))
+            display.ended(run.name, status)
     return status

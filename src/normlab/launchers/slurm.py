@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from normlab.config import Count, Positive, Whole, sentence, wrong
 from normlab.errors import UserError
 from normlab.installation import called
 from normlab.launchers.sweep import Job, Sweep
-from normlab.progress import Display, one_line, outcome, span
+from normlab.progress import Display, one_line, span
 from normlab.runs import files
 
 AGAIN = 75  # exit status of a task that was told to stop and wants its job to go on later
@@ -133,13 +133,12 @@ def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
     waiting = [job for job in sweep.jobs if _folder(job) not in queue]
     arrays = {queue[_folder(job)].partition("_")[0] for job in sweep.jobs if job not in waiting}
     if arrays:
-        print(
+        sweep.say(
             f"{len(sweep.jobs) - len(waiting)} of {sweep.number} runs are queued or running already"
-            f" (job {', '.join(sorted(arrays))}) and not submitted again.",
-            flush=True,
+            f" (job {', '.join(sorted(arrays))}) and not submitted again."
         )
     if waiting:
-        arrays.add(_submit(waiting, needs))
+        arrays.add(_submit(waiting, needs, sweep.say))
     if needs.wait:
         _wait_for(sweep, arrays)
     return sweep.results()
@@ -201,7 +200,7 @@ def _check_installed() -> None:
         ask(command, "--version")
 
 
-def _submit(jobs: Sequence[Job], needs: Needs) -> str:
+def _submit(jobs: Sequence[Job], needs: Needs, say: Callable[[str], None]) -> str:
     """Submit one array; returns its job id."""
     from submitit.core.utils import FailedJobError
     from submitit.slurm.slurm import SlurmExecutor
@@ -209,7 +208,7 @@ def _submit(jobs: Sequence[Job], needs: Needs) -> str:
     allowed = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
     per_job = max(needs.runs_per_job, -(-len(jobs) // int(allowed[1]))) if allowed else needs.runs_per_job
     if per_job > needs.runs_per_job:
-        print(f"An array may have {allowed[1] if allowed else '?'} tasks here: {per_job} runs go into each job.")
+        say(f"An array may have {allowed[1] if allowed else '?'} tasks here: {per_job} runs go into each job.")
     shares = [jobs[first : first + per_job] for first in range(0, len(jobs), per_job)]
     folder = jobs[0].config.study_folder / "slurm"
     files.make_folder(folder)
@@ -257,11 +256,10 @@ def _submit(jobs: Sequence[Job], needs: Needs) -> str:
             " hydra.launcher (time, gpus, cpus, memory_gb); `sinfo` shows what there is."
         ) from None
     number = f"an array of {len(shares)} jobs" if len(shares) > 1 else "one job"
-    print(
+    say(
         f"Submitted: {len(jobs)} runs as job {array}, {number}. What they print: {folder}/{array}_*.out\n"
         f"How far they are: {called('report')} status study={jobs[0].config.study}, squeue --array --jobs={array}."
-        f" To cancel: scancel {array}",
-        flush=True,
+        f" To cancel: scancel {array}"
     )
     return array
 
@@ -288,11 +286,11 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
     """
     cancel = f"scancel {' '.join(sorted(arrays))}"
     failed: dict[Path, str] = {}
-    with Display({job.run.name: job.work for job in sweep.jobs}) as display:
+    with Display({job.run.name: job.work for job in sweep.jobs}, quiet=sweep.quiet) as display:
         display.say(f"Waiting for {len(sweep.jobs)} runs. Ctrl-C leaves their jobs alone.")
         try:
             for job, status in _ends(sweep.jobs, display):
-                display.ended(job.run.name, outcome(status))
+                display.ended(job.run.name, status)
                 if status["state"] not in runs.FINISHED:
                     failed[job.run.folder / runs.LOG] = one_line(status["error"])
         except KeyboardInterrupt:
@@ -300,9 +298,9 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
             sys.exit(130)
         display.say(f"{len(sweep.jobs) - len(failed)} of {len(sweep.jobs)} runs finished in {span(display.elapsed)}.")
         if failed:
-            display.say("Not finished:")
+            display.warn("Not finished:")
         for log, why in failed.items():
-            display.say(f"  {log}: {why}")
+            display.warn(f"  {log}: {why}")
     if failed:
         raise UserError(f"{len(failed)} of {sweep.number} runs are not finished. The same command tries them again.")
 

@@ -61,7 +61,7 @@ def _hear_one_request_to_stop() -> None:
 
 def _carry_out(share: Sequence[dict[str, Any]], slots: int) -> bool:
     """Train the runs of this job that are not finished; returns whether any failed."""
-    settings = [entry["settings"] for entry in share]
+    settings = [runs.completed(entry["settings"]) for entry in share]
     if find().world > 1:
         failures = [_fails(schema.parse(each)) for each in settings]
         return any(failures)

@@ -40,11 +40,12 @@ class Job:
 @dataclass(frozen=True)
 class Sweep:
     """`names`: of the runs as they were asked for, in order and perhaps repeated. `finished`: the status of each run
-    that is over; `jobs`: the others, each once."""
+    that is over; `jobs`: the others, each once. `quiet`: as the setting."""
 
     names: list[str]
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
+    quiet: bool = False
 
     @property
     def number(self) -> int:
@@ -59,7 +60,11 @@ class Sweep:
 
     def say_what_is_skipped(self) -> None:
         if self.finished:
-            print(f"{len(self.finished)} of {self.number} runs are finished and skipped.", flush=True)
+            self.say(f"{len(self.finished)} of {self.number} runs are finished and skipped.")
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
 
 
 def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence[str]], *, here: bool = True) -> Sweep:
@@ -71,7 +76,7 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
     Raises:
         UserError: if a run is misconfigured, or cannot start on this machine.
     """
-    sweep = Sweep([])
+    sweep = Sweep([], quiet=config.get("quiet") is True)
     known = set()
     for settings in compose(context.config_loader, config, overrides):
         parsed = schema.parse(settings)

@@ -1,7 +1,10 @@
 """Normalisation variants as rewrites of a network's sites, for any project: needs torch and `normlab.errors`.
 
-from normlab.norms import Affine, rewrite
-network = rewrite(torchvision.models.resnet18(num_classes=10), Affine())
+    from normlab import norms
+    model = norms.rewrite(torchvision.models.resnet18(num_classes=10), "renorm", rmax=2.0)
+    steps = norms.Steps(model)  # steps.begin(step, total) before each training step, steps.end() after it
+
+`rewrite` takes a variant by its name (docs/variants.md) or as an object; docs/python.md shows a whole loop.
 """
 
 from normlab.norms.batch import BatchNorm, BatchNormMinus, GroupedBatchNorm2d
@@ -26,12 +29,13 @@ from normlab.norms.free import (
 from normlab.norms.lp import LpNorm, LpNorm2d
 from normlab.norms.mimic import LogitBatchNorm, MimicConv2d, MimicNorm
 from normlab.norms.moving import MABN, CentredConv2d, MovingAverageBatchNorm2d, PowerNorm, PowerNorm2d
+from normlab.norms.named import NAMED, named, rewrite
 from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
 from normlab.norms.renorm import BatchRenorm, BatchRenorm2d
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
 from normlab.norms.sample import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm
-from normlab.norms.sites import Site, Variant, find_sites, rewrite, trace
+from normlab.norms.sites import Site, Variant, find_sites, trace
 from normlab.norms.statistics import (
     BatchStatistics,
     apart,
@@ -57,6 +61,7 @@ from normlab.norms.weights import (
 
 __all__ = [
     "MABN",
+    "NAMED",
     "Affine",
     "BatchNorm",
     "BatchNormMinus",
@@ -117,6 +122,7 @@ __all__ = [
     "find_branches",
     "find_sites",
     "fixup_start",
+    "named",
     "parameter_roles",
     "precise_statistics",
     "rewrite",

@@ -170,7 +170,7 @@ def activation_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     return kind() if kind else None
 
 
-def rewrite(network: nn.Module, variant: Variant) -> nn.Module:
+def rewrite_sites(network: nn.Module, variant: Variant) -> nn.Module:
     """Rewrite every site of `network`, after construction; its modules are changed in place.
 
     Returns the same network, or a graph over its modules where a variant changes activations or the graph.

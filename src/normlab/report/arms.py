@@ -46,7 +46,7 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     arms = _arm_labels(flat)
     # A probe changes nothing of a run: runs with and without it are of one cell.
     elsewhere = (*OF_THE_ARM, "norm_batch", "batch", "seed", "probe")
-    splitting = [key for key in _varying(flat) if not key.startswith(elsewhere)]
+    splitting = [key for key in varying(flat) if not key.startswith(elsewhere)]
     splitting.sort(key="eval_batch".__eq__)  # at the end: the eval_stats that it goes with says more
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
     following = [
@@ -99,7 +99,8 @@ def _values(row: Mapping[str, Hashable], keys: Iterable[str]) -> tuple[Hashable,
     return tuple(row.get(key, "") for key in keys)
 
 
-def _varying(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
+def varying(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
+    """The settings that differ between configurations, or that some of them lack."""
     keys = dict.fromkeys(key for row in flat for key in row)
     return [key for key in keys if len(set(_values_of(flat, key))) > 1]
 
@@ -119,7 +120,7 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     for row in flat:
         by_name[row["norm.name"], IMPORTED in row].append(row)
     # Arms differ in their options by nature; only what varies within one norm has to be told apart.
-    options = {name: [key for key in _varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
+    options = {name: [key for key in varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
     several_norm_batches = len(set(_values_of(flat, "norm_batch"))) > 1
     labels = []
     for row in flat:

@@ -15,8 +15,9 @@ import pandas as pd
 
 from normlab import runs
 from normlab.errors import UserError
-from normlab.report.arms import Place, places
+from normlab.report.arms import Place, but_for_the_seed, flatten, places, varying
 from normlab.report.index import TEXTS, Columns, Index, length
+from normlab.report.studies import holds_runs, study_folder
 from normlab.runs import lock
 
 STATES = ("done", "running", "diverged", "failed", "interrupted", "missing")
@@ -30,18 +31,28 @@ _RUN_COLUMNS = [
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
+_PLACE = ["run", *Place._fields, "state"]
+_REST = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "note"]
+_NOT_VARIED = ("batch", "seed", "epochs", "probe", "norm._target_")  # in columns of their own, or changing no result
+
+
+@dataclass(frozen=True, repr=False)
 class Study:
-    """What a study's folder holds.
+    """What a study's folder holds. `results` has one row per run with what varied and what came out.
+
+    All tables begin with the columns run (the folder's name), setting (what a table of the report is about: data set,
+    network and whatever else varies), arm (the norm, with those of its options that vary), batch and seed (Int64), and
+    have a column state (one of `STATES`, or "unreadable").
 
     Attributes:
-        runs: one row per run and per gap in the study's grid. Columns: run (the folder's name, "" for a
-            gap), setting, arm, batch, seed, state, note (about the state), epochs, wall_seconds,
-            peak_memory_bytes, parameters, classes.
-        evaluations: one row per evaluation of a run. Columns: run, setting, arm, batch, seed, state, and
-            what the run measured (epoch, step, train_loss, test_accuracy, ...; nan where not finite).
-        probes: per probe (a file's name), one row per measurement. Columns: run, setting, arm, batch, seed, state,
-            and the row's own (step, layer, position, ...; numbers nan where not finite, lists as they are).
+        runs: one row per run and per gap in the study's grid, whose run is "" and whose state is missing. More columns:
+            note (about the state); as float64, nan where unknown: epochs (asked for), wall_seconds, peak_memory_bytes,
+            parameters (trainable numbers), classes.
+        evaluations: one row per evaluation of a run. More columns, float64, nan where not finite: epoch (from 1), step,
+            train_loss and train_accuracy (seen while training the epoch), test_loss, test_accuracy (fractions of 1),
+            lr, images_per_second (of training), wall_seconds (since the run's start).
+        probes: per probe (a file's name), one row per measurement. More columns: the row's own (step, layer,
+            position, ...; numbers nan where not finite, lists as they are; docs/probes.md).
         configs: each run's frozen configuration, by its folder's name.
         provenance: each run's provenance (versions, hardware), likewise.
         remarks: per setting, a sentence about what varies with the batch size.
@@ -64,20 +75,72 @@ class Study:
         names = [*STATES, UNREADABLE] if UNREADABLE in counts else STATES
         return {state: int(counts.get(state, 0)) for state in names}
 
+    def __repr__(self) -> str:
+        told = ", ".join(f"{number} {state}" for state, number in self.states().items() if number)
+        return f"Study {self.name}: {told or 'no runs'}"
+
+    def results(self) -> pd.DataFrame:
+        """What varied and what came out: one row per run, for analyses of your own.
+
+        Columns:
+            run, setting, arm, batch, seed, state: as in `runs`.
+            every setting that differs between runs, by its name on the command line (norm.name, optimizer.lr, ...); of
+                mixed types as objects, None where a run has no such setting. Not those that are marked (*) in
+                conf/config.yaml, nor probes: they change no result.
+            epoch, step, train_loss, train_accuracy, test_loss, test_accuracy, lr, images_per_second: float64, of the
+                last evaluation. Of a run whose state is not done, that is not its end.
+            best_test_accuracy, best_test_loss: of all evaluations, chosen on the test set and so optimistic.
+            epochs, wall_seconds, peak_memory_bytes, parameters, note: as in `runs`.
+        """
+        table = self.runs[self.runs["run"] != ""].set_index("run", drop=False)
+        of_cell = {run: but_for_the_seed(config) for run, config in self.configs.items()}
+        cells = {cell: self.configs[run] for run, cell in of_cell.items()}  # far fewer than runs
+        flat = {cell: flatten(runs.completed(runs.identity(config))) for cell, config in cells.items()}
+        varied = [name for name in varying(list(flat.values())) if not name.startswith(_NOT_VARIED)]
+        settings = pd.DataFrame(
+            {name: [flat.get(of_cell.get(run), {}).get(name) for run in table["run"]] for name in varied},
+            index=table.index,
+        )
+        measured = [column for column in self.evaluations if column not in (*_PLACE, "wall_seconds")]
+        last = self.evaluations.drop_duplicates("run", keep="last").set_index("run")[measured]
+        by_run = self.evaluations.groupby("run", sort=False)
+        for column, best in (("test_accuracy", "max"), ("test_loss", "min")):
+            if column in measured:
+                last[f"best_{column}"] = by_run[column].agg(best)
+        return pd.concat([table[_PLACE], settings, last.reindex(table.index), table[_REST]], axis=1).reset_index(
+            drop=True
+        )
+
     def noted(self) -> list[Any]:
         """The rows of runs whose state wants an explanation, as named tuples."""
         return list(self.runs[self.runs["note"].fillna("") != ""].itertuples(index=False))
 
 
-def load(study_folder: Path | str, name: str | None = None, now: datetime | None = None) -> Study:
+def load(
+    study: Path | str,
+    output_dir: Path | str = "outputs",
+    *,
+    name: str | None = None,
+    now: datetime | None = None,
+) -> Study:
     """Read every run of a study. A damaged file costs its own run only, and leaves a warning.
 
     Configurations and provenances that are equal share their parts: they are to be read only.
 
     Args:
+        study: its name, as in `python report.py study=...`, or the path of its folder.
+        output_dir: the folder that holds studies.
+        name: what the study is called; by default its name, or its folder's.
         now: the time to judge heartbeats by, with its zone; the present by default.
+
+    Raises:
+        UserError: if there is no such study, with the nearest that there is.
     """
-    folder = Path(study_folder)
+    folder = Path(study)
+    if isinstance(study, str) and (holds_runs(Path(output_dir) / study) or not holds_runs(folder)):
+        folder, name = study_folder(study, Path(output_dir)), name or study
+    elif not holds_runs(folder):
+        raise UserError(f"The folder {folder} holds no runs.\nGive a study's name, or the folder that its runs are in.")
     now = now or datetime.now(UTC)
     configs: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []

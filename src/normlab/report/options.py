@@ -32,6 +32,7 @@ class Options:
     figures: bool
     figure_size: str
     figure_style: str | None
+    quiet: bool
 
     def __post_init__(self) -> None:
         given: object = self.thresholds
@@ -40,8 +41,9 @@ class Options:
                 f"thresholds={given} is not valid: expected a list of accuracies between 0 and 1.\n"
                 "Example: thresholds=[0.5,0.8,0.95]"
             )
-        if not isinstance(self.figures, bool):
-            raise UserError(f"figures={self.figures} is not valid: expected true or false.")
+        for name in ("figures", "quiet"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)} is not valid: expected true or false.")
         for name, usual in (("confidence", 0.95), ("alpha", 0.05)):
             number = getattr(self, name)
             if not _share(number) or number == 1:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab.errors import UserError
-from normlab.progress import one_line, span
+from normlab.progress import one_line, redraws, span
 from normlab.report.load import UNREADABLE, first_line, seconds_since
 from normlab.runs import files
 from normlab.runs.folder import CONFIG, FINISHED, STATUS
@@ -200,7 +200,8 @@ def _section(state: str, color: str, runs: Sequence[RunStatus], now: datetime) -
 def _progress(run: RunStatus, now: datetime) -> str:
     epoch, epochs = run.number("epoch"), run.number("epochs")
     if epoch is None or not epochs:
-        return "starting" if run.state == "running" else "not begun"
+        doing = run.facts.get("doing")
+        return (one_line(doing) if doing else "starting") if run.state == "running" else "not begun"
     return f"epoch {min(epoch + 1, epochs):.0f}/{epochs:.0f}, {run.share:.0%}"
 
 
@@ -256,8 +257,10 @@ _COLUMNS = {
 }
 
 
-def show_status(study: str, folder: Path, *, watch: bool, console: Console | None = None) -> None:
+def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, console: Console | None = None) -> None:
     """Print how far a study is; with `watch`, again and again until no run is left that a sweep takes further.
+
+    If `quiet`, the summary alone; with `watch` only once that is so.
 
     In a terminal the tables are refreshed in place; elsewhere there is a line whenever a state has changed. Ctrl-C
     ends it.
@@ -268,10 +271,14 @@ def show_status(study: str, folder: Path, *, watch: bool, console: Console | Non
     console = console or _console()
     survey = Survey(folder)
     if not watch:
-        console.print(view(study, survey.look()))
+        runs = survey.look()
+        console.print(summary(study, runs) if quiet else view(study, runs), soft_wrap=quiet)
         return
     try:
-        if console.is_terminal:
+        if quiet:
+            *_, runs = _looks(survey)
+            console.print(summary(study, runs), soft_wrap=True)
+        elif redraws(console):
             with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
                 for runs in _looks(survey):
                     live.update(view(study, runs), refresh=True)

@@ -1,6 +1,7 @@
 """What a report says in the terminal."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def show_claims(
             _line(console, f"  {claim.sentence}")
         _line(console, f"    {command}", "cyan")
     _line(console, f"Page: {page}")
+
+
+def show_path(page: Path, warnings: Sequence[str]) -> None:
+    """What is left if quiet: the page's path on stdout, warnings on stderr."""
+    for warning in warnings:
+        print(f"Warning: {warning}", file=sys.stderr)
+    print(page)
 
 
 def _verdicts(console: Console, judgements: Sequence[Judgement]) -> None:

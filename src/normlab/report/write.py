@@ -21,8 +21,9 @@ from normlab.report.results import results_page
 from normlab.report.select import select
 from normlab.report.sources import Sources, mixtures, sources
 from normlab.report.status import show_status
+from normlab.report.studies import find_studies, study_folder
 from normlab.report.tables import build_tables
-from normlab.report.terminal import show, show_claims
+from normlab.report.terminal import show, show_claims, show_path
 from normlab.report.verdicts import judge
 from normlab.runs import files
 
@@ -63,7 +64,10 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     _write(folder / "report.md", page(found, made, shown, warnings).encode())
     html = html_page(found, question(found), made, judgements, drawings, measure, facts(found), warnings)
     _write(folder / "index.html", html.encode())
-    show(found, tables[0], judgements, folder / "index.html", warnings)
+    if options.quiet:
+        show_path(folder / "index.html", warnings)
+    else:
+        show(found, tables[0], judgements, folder / "index.html", warnings)
     return folder / "index.html"
 
 
@@ -84,11 +88,15 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
     folder = _folder("output_dir", output_dir)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
-    studies = [load(folder / name, name) for name in _studies(folder)]
+    studies = [load(folder / name, name=name) for name in find_studies(folder)]
     judgements = [judgement for study in studies for judgement in judge(study, options.confidence, options.alpha)]
     files.make_folder(folder)
     _write(folder / "claims.md", verdict_texts.overview(judgements).encode())
-    show_claims(judgements, folder / "claims.md", [warning for study in studies for warning in study.warnings])
+    warnings = [warning for study in studies for warning in study.warnings]
+    if options.quiet:
+        show_path(folder / "claims.md", warnings)
+    else:
+        show_claims(judgements, folder / "claims.md", warnings)
     return folder / "claims.md"
 
 
@@ -101,8 +109,8 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     _refuse_selection("results", options)
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
     studies, judgements, warnings = [], [], []
-    for name in _studies(folder):
-        found = load(folder / name, name)
+    for name in find_studies(folder):
+        found = load(folder / name, name=name)
         warnings += found.warnings
         if not found.runs["state"].isin(FINISHED).any():
             warnings.append(f"{name} has no finished run yet and is left out.")
@@ -124,19 +132,22 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         )
     files.make_folder(page.parent)
     _write(page, results_page(studies, judgements).encode())
-    show_claims(judgements, page, warnings)
+    if options.quiet:
+        show_path(page, warnings)
+    else:
+        show_claims(judgements, page, warnings)
     return page
 
 
-def study_status(study: str, output_dir: str | Path, *, watch: bool) -> None:
-    """Print how far the runs of `output_dir`/`study` are; `watch`: until they are done.
+def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool = False) -> None:
+    """Print how far the runs of `output_dir`/`study` are; `watch`: until they are done; `quiet`: on one line.
 
     Raises:
         UserError: for a study that does not exist and a folder that cannot be read.
     """
     if not isinstance(watch, bool):
         raise UserError(f"watch={watch} is not valid: expected true or false.")
-    show_status(str(study), _study_folder(_folder("output_dir", output_dir), str(study)), watch=watch)
+    show_status(str(study), study_folder(str(study), _folder("output_dir", output_dir)), watch=watch, quiet=quiet)
 
 
 def _tables(study: Study, measure: Measure, baseline: str | None, options: Options) -> list[Table]:
@@ -194,22 +205,8 @@ def _left_out(options: Options) -> Iterator[str]:
         yield f"Only {selected} is reported; p-values are corrected over what is reported."
 
 
-def _study_folder(output_dir: Path, study: str) -> Path:
-    folder = output_dir / study
-    if not folder.is_dir() or not next(folder.glob("*/config.yaml"), None):
-        names = _studies(output_dir)
-        close = nearest(study, names)
-        raise UserError(
-            f"There is no study {study} in {output_dir}."
-            + (f"\nStudies there: {', '.join(names[:5])}{_more(names)}." if names else " It holds no study yet.")
-            + (f"\nDid you mean study={close}?" if close else "")
-            + f"\nTo start it: {called('train')} -m study={study} norm=bn,none"
-        )
-    return folder
-
-
 def _find(output_dir: Path, study: str, options: Options) -> Study:
-    found = load(_study_folder(output_dir, study), study)
+    found = load(study_folder(study, output_dir), name=study)
     found = select(found, options.arms, options.batches, options.seeds, options.settings)
     states = found.states()
     if not any(states[state] for state in FINISHED):
@@ -224,17 +221,6 @@ def _find(output_dir: Path, study: str, options: Options) -> Study:
             f"\nHow far its runs are: {called('report')} status study={study}"
         )
     return found
-
-
-def _studies(output_dir: Path) -> list[str]:
-    """Every folder that holds runs; a study's name may have several parts."""
-    configs = [*output_dir.glob("*/*/config.yaml"), *output_dir.glob("*/*/*/config.yaml")]
-    folders = {path.parent.parent for path in configs if not path.parent.name.startswith(".")}
-    return sorted(folder.relative_to(output_dir).as_posix() for folder in folders)
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 5} more" if len(names) > 5 else ""
 
 
 def _baseline(study: Study, baseline: str | None) -> tuple[str | None, list[str]]:

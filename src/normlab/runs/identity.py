@@ -17,6 +17,7 @@ CARRIED_OUT = frozenset(
             "threads",
             "checkpoint_seconds",
             "save_weights",
+            "quiet",
             "output_dir",
             "data_dir",
             "logger",
@@ -71,7 +72,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as it would be recorded today: with the settings that came after it was written."""
-    carried_out = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto"}
+    carried_out = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto", "quiet": False}
     full = {**carried_out, "logger": {"name": "none"}, **config}
     for path, unchanged in LATER.items():
         group, _, key = path.rpartition(".")

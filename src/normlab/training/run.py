@@ -187,7 +187,12 @@ def _train(
     # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
     kept = saved["threads"] if saved and saved.get("processes", 1) == team.world else share.threads
     device.prepare(config, where, config.threads or kept)
-    data = data_of(config, where, log.info, team, share.loaded)
+
+    def tell(text: str) -> None:  # what takes a while before the first step
+        log.info("%s", text)
+        watch(run.write_status("running", durable=False, doing=text))
+
+    data = data_of(config, where, tell, team, share.loaded)
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     sharing.prepare(config, network, data, team.world)
     _check_shapes(config, network, data)
@@ -293,6 +298,7 @@ def _train(
             "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
             "classes": len(data.classes),
             "processes": team.world,
+            "doing": None,
             "capture_seconds": engine.capture_seconds,
             # Of several runs in one process nobody knows whose memory it was.
             "peak_memory_bytes": None if share.turn.packed else max(peak_before, device.peak_memory_bytes(where)),

@@ -1,0 +1,144 @@
+"""What the real commands leave in a real terminal and in files."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from terminal import COLOR, in_terminal, shown, to_files
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "model=custom",
+    "model.target=small.SmallNet",
+    "model.name=small",
+    "dataset.train_size=160",
+    "dataset.test_size=40",
+    "epochs=50",
+    "device=cpu",
+    "memory_format=contiguous",
+    "threads=1",
+)
+TRAIN, SWEEP = (
+    [sys.executable, str(ROOT / "train.py"), *SMALL],
+    [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "norm=bn,none", "hydra.launcher.slots=2"],
+)
+
+
+@pytest.fixture(autouse=True)
+def modules_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+
+
+def test_a_run_has_one_live_line_which_is_gone_at_the_end(tmp_path) -> None:
+    with (tmp_path / "out").open("w") as out:
+        status, written = in_terminal(TRAIN, cwd=tmp_path, stdout=out)
+    assert status == 0
+    assert re.search(r"small-digits-bn-b128-s0 .*epoch \d+/50, test \d", written)
+    assert "1 runs" not in written
+    left = shown(written)
+    starts = [r"small-digits-bn-b128-s0-\w{10}: starting\.", r"\[1/1\] small-digits-bn-b128-s0-\w{10}: test accuracy"]
+    assert all(re.match(start, line) for start, line in zip(starts, left, strict=True))
+    record, *more = (tmp_path / "out").read_text().splitlines()
+    assert record.startswith("Its record is in outputs/default/small-digits-bn-b128-s0-")
+    assert more == []
+
+
+def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
+    with (tmp_path / "out").open("w") as out:
+        status, written = in_terminal(SWEEP, cwd=tmp_path, stdout=out)
+    assert status == 0
+    for label in ("bn-b128-s0", "none-b128-s0"):  # without what all names begin with
+        assert re.search(rf"\x1b\[2K{label} .*epoch \d+/50", written)
+    assert re.search(r"2 runs .*0 finished", written)
+    first, *ended, last = shown(written)
+    assert first.startswith("Runs to train: 2, 2 at a time")
+    assert [line[:6] for line in ended] == ["[1/2] ", "[2/2] "]
+    assert last.startswith("2 of 2 runs finished in")
+    assert (tmp_path / "out").read_text() == ""
+
+
+@pytest.mark.parametrize("command", [TRAIN, SWEEP], ids=["run", "sweep"])
+def test_files_get_neither_escapes_nor_carriage_returns(tmp_path, command) -> None:
+    status, out, err = to_files(command, tmp_path, {"FORCE_COLOR": "1", "TERM": "xterm-256color"})
+    assert status == 0
+    assert not set("\r\x1b") & set(out + err)
+    assert re.search(r"^\[1/\d\] small-digits-", err, re.MULTILINE)
+
+
+def test_quiet_commands_print_nothing_but_what_went_wrong(tmp_path) -> None:
+    status, out, err = to_files([*SWEEP, "norm=bn,gn", "quiet=true"], tmp_path)  # 32 groups of 8 channels
+    assert (status, out) == (1, "")
+    failed, heading, log, error = err.splitlines()
+    assert re.match(r"\[\d/2\] small-digits-gn-b128-s0-\w+: failed: norm.groups=32 does not divide", failed)
+    assert (heading, error[:22]) == ("Failed:", "1 of 2 runs failed. Th")
+    assert "run.log: norm.groups=32" in log
+    assert to_files([*TRAIN, "quiet=true"], tmp_path) == (0, "", "")  # finished
+
+
+def test_a_quiet_report_prints_its_page_alone(tmp_path) -> None:
+    recorded = ROOT / "outputs" / "reference" / "digits_every_norm"
+    for arm in ("bn", "affine"):
+        run = next(recorded.glob(f"*-{arm}-*-s0-*"))
+        shutil.copytree(run, tmp_path / "outputs" / "default" / run.name)
+    report = [sys.executable, str(ROOT / "report.py")]
+    assert to_files([*report, "quiet=true", "figures=false"], tmp_path) == (0, "outputs/default/report/report.md\n", "")
+    assert to_files([*report, "claims", "quiet=true"], tmp_path) == (0, "outputs/claims.md\n", "")
+    assert to_files([*report, "status", "quiet=true"], tmp_path) == (0, "Study default, 2 runs: 2 done\n", "")
+
+
+MANY = """
+import sys, time
+from normlab.progress import Display
+names = [f"resnet18-digits-{norm}-b{2**i}-s0-0123456789" for i in range(20) for norm in ("bn", "none")]
+with Display(dict.fromkeys(names, 1.0), quiet="quiet" in sys.argv) as display:
+    for name in names:
+        display.news({"name": name, "step": 5, "steps": 10, "epoch": 0, "epochs": 2, "wall_seconds": 3})
+    time.sleep(0.6)
+    with display.hearing() as voice:
+        if voice:
+            import os
+            os.write(voice.fileno(), b"\\x1b[31mfrom a worker\\x1b[0m\\n")
+    for name in names:
+        display.ended(name, {"state": "done", "test_accuracy": 0.5, "wall_seconds": 3})
+    display.warn("a warning")
+"""
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(100, 12), (38, 50), (20, 6)])
+def test_live_lines_fit_the_terminal(columns, rows) -> None:
+    status, written = in_terminal([sys.executable, "-c", MANY], columns=columns, rows=rows)
+    assert status == 0
+    redrawn = [part.count("\x1b[1A") for part in written.split("\n")]
+    assert 0 < max(redrawn) < rows
+    left = shown(written, columns)
+    assert left[0] == "from a worker"
+    assert left[-1] == "a warning"
+    assert not any("under way" in line or "40 runs" in line for line in left)
+
+
+def test_what_is_not_shown_is_counted() -> None:
+    _, written = in_terminal([sys.executable, "-c", MANY], rows=12)
+    assert "0 finished; 31 under way not shown" in written
+
+
+def test_no_color_leaves_no_colors() -> None:
+    _, plain = in_terminal([sys.executable, "-c", MANY])
+    _, without = in_terminal([sys.executable, "-c", MANY], env={"NO_COLOR": "1"})
+    assert COLOR.search(plain)
+    assert not COLOR.search(without)
+    assert "40 runs" in without
+
+
+def test_a_dumb_terminal_gets_plain_lines() -> None:
+    _, written = in_terminal([sys.executable, "-c", MANY], env={"TERM": "dumb"})
+    assert "\x1b" not in written
+    assert written.replace("\r\n", "\n").count("\r") == 0
+    assert written.splitlines()[0].startswith("[1/40] ")
+
+
+def test_a_quiet_terminal_shows_warnings_only() -> None:
+    _, written = in_terminal([sys.executable, "-c", MANY, "quiet"])
+    assert written == "a warning\r\n"
