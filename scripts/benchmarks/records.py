@@ -145,8 +145,8 @@ def tables(folder: Path) -> float:
 
     from normlab.report import Options, build, write
 
-    study = write.load(folder, STUDY)
-    write.load = lambda *_: study  # type: ignore[assignment]
+    study = write.load(folder, name=STUDY)
+    write.load = lambda *_, **__: study  # type: ignore[assignment]
     menu = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text()) | {"figures": False}
     options = Options(**{field.name: menu[field.name] for field in dataclasses.fields(Options)})
     begun = time.perf_counter()
