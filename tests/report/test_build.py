@@ -1,22 +1,17 @@
 import csv
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from normlab import report
 from normlab.errors import UserError
 
-MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
-DEFAULTS = {field.name: MENU[field.name] for field in dataclasses.fields(report.Options)}
-
 
 def build(study, output_dir, **changes):
     """The report with the menu's own defaults."""
-    return report.build(study, output_dir, report.Options(**DEFAULTS | changes))
+    return report.build(study, output_dir, report.options(**changes))
 
 
 @pytest.fixture
@@ -168,7 +163,7 @@ def test_a_report_folder_that_cannot_be_made_is_a_sentence(sweep, study, tmp_pat
 def test_tables_need_neither_torch_nor_hydra_nor_matplotlib(sweep, tmp_path):
     code = (
         "import sys; from normlab.report import Options, build\n"
-        f"build('study', {str(tmp_path / 'outputs')!r}, {report.Options(**DEFAULTS | {'figures': False})!r})\n"
+        f"build('study', {str(tmp_path / 'outputs')!r}, {report.options(figures=False)!r})\n"
         "print({'torch', 'hydra', 'omegaconf', 'matplotlib', 'scipy.stats'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -236,7 +231,7 @@ def test_an_unknown_command_is_answered_with_what_was_meant(word, meant):
 def test_claims_need_neither_torch_nor_hydra_nor_matplotlib(better, tmp_path):
     code = (
         "import sys; from normlab.report import Options, build_claims\n"
-        f"build_claims({str(tmp_path / 'outputs')!r}, {report.Options(**DEFAULTS)!r})\n"
+        f"build_claims({str(tmp_path / 'outputs')!r}, {report.options()!r})\n"
         "print({'torch', 'hydra', 'omegaconf', 'matplotlib', 'scipy.stats'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

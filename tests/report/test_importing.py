@@ -16,8 +16,7 @@ from normlab.report.load import load
 from normlab.report.verdicts import judge
 
 ROOT = Path(__file__).parents[2]
-MENU = yaml.safe_load((ROOT / "conf" / "report.yaml").read_text())
-OPTIONS = report.Options(**{key: MENU[key] for key in ("baseline", "thresholds", "figures", "confidence")})
+OPTIONS = report.options()
 WHERE = {"dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}
 WITHOUT_BATCH = {key: value for key, value in WHERE.items() if key != "batch"}
 
@@ -54,7 +53,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def means(study: Path) -> dict[tuple[str, int], float]:
     """The accuracy table as it is written."""
-    page = report.build(study.name, study.parent, report.Options(None, (0.5,), False, 0.95))
+    page = report.build(study.name, study.parent, report.options(baseline=None, thresholds=(0.5,), figures=False))
     rows = report.load(study).runs
     assert page.exists()
     assert not rows.empty

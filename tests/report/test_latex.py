@@ -4,18 +4,15 @@ import dataclasses
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
 from normlab import report
 from normlab.report.cells import Cell, Table
 from normlab.report.latex import latex, latex_escape
 
-MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
-OPTIONS = report.Options(**{field.name: MENU[field.name] for field in dataclasses.fields(report.Options)})
+OPTIONS = report.options()
 UGLY = [
     r"a\b%c_d#e&f{g}~^$<h>|`'",
     "±‖²∞ \u03b3₂Δ",

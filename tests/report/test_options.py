@@ -4,17 +4,14 @@ import csv
 import dataclasses
 import io
 import json
-from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from normlab import report
 from normlab.errors import UserError
 
-MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
-OPTIONS = report.Options(**{field.name: MENU[field.name] for field in dataclasses.fields(report.Options)})
+OPTIONS = report.options()
 
 
 @pytest.fixture
@@ -179,3 +176,9 @@ def test_a_style_is_laid_over_ours_and_leaves_nothing_behind(sweep, reported, tm
     with Image.open(folder / "learning_curves.png") as image:
         assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
     assert dict(mpl.rcParams) == before
+
+
+def test_an_option_that_does_not_exist_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="Did you mean baseline"):
+        report.options(basline="none")
+    assert report.options(baseline="none") == dataclasses.replace(report.options(), baseline="none")

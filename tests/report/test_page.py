@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from normlab import report
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-MENU = yaml.safe_load((Path(__file__).parents[2] / "conf" / "report.yaml").read_text())
-OPTIONS = report.Options(**{field.name: MENU[field.name] for field in fields(report.Options)})
 EVIL = "<script>document.title='harmed'</script></script><b>&\"'"
 MEANS = {"bn": [90.0, 91.0], "none": [70.0, 71.0], "gn": [80.0, 99.0]}  # by batch size: 8, 32
 
@@ -46,7 +43,7 @@ def page(tmp_path_factory) -> Path:
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["norm"]["name"] = EVIL
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    return report.build("study", outputs, OPTIONS)
+    return report.build("study", outputs, report.options())
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +195,7 @@ def test_a_run_costs_the_page_little(tmp_path) -> None:
             curve = tuple(0.3 + 0.6 * (epoch + seed / 7) / 200 for epoch in range(200))
             run = add("bn", 8, seed, curve, epochs=200)
             (run / "run.log").write_text("a line of the log\n" * 200)
-        return report.build("study", tmp_path / "outputs", replace(OPTIONS, figures=False)).stat().st_size
+        return report.build("study", tmp_path / "outputs", report.options(figures=False)).stat().st_size
 
     few = size(range(10))
     assert (size(range(10, 30)) - few) / 20 < 3_500

@@ -1,20 +1,18 @@
 """All studies on one page: what it shows of planted studies, and that the page in docs/ is that of the records."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from normlab.errors import UserError
-from normlab.report import Options, build_results
+from normlab.report import build_results, options
 from normlab.report.claims import claims
 
 ROOT = Path(__file__).parents[2]
 RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"
-MENU = yaml.safe_load((ROOT / "conf" / "report.yaml").read_text())
-OPTIONS = Options(**{field.name: MENU[field.name] for field in fields(Options)})
+OPTIONS = options()
 TABLES_ONLY = replace(OPTIONS, figures=False)
 
 

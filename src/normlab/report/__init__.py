@@ -2,11 +2,11 @@
 
 `load` gives a study as tidy DataFrames, for analyses of your own; `build` writes the whole report,
 `build_claims` the verdicts on all claims over all studies, `build_results` both on one page; `study_status` prints
-how far a study is.
+how far a study is. `options` are those of conf/report.yaml.
 """
 
 from normlab.report.load import Study, load
-from normlab.report.options import Options
+from normlab.report.options import Options, options
 from normlab.report.write import build, build_claims, build_results, study_status
 
-__all__ = ["Options", "Study", "build", "build_claims", "build_results", "load", "study_status"]
+__all__ = ["Options", "Study", "build", "build_claims", "build_results", "load", "options", "study_status"]

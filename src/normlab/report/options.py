@@ -1,11 +1,14 @@
 """What every report is made with: the settings that conf/report.yaml explains, checked."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from normlab.errors import UserError, nearest
+from normlab.installation import CONF
 from normlab.report.metric import BEST, FINAL, METRICS
+from normlab.runs import files
 
 SIZES = ("double", "single", "slide")
 _CELLS = {"arms": str, "batches": int, "seeds": int, "settings": str}
@@ -13,7 +16,7 @@ _CELLS = {"arms": str, "batches": int, "seeds": int, "settings": str}
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of a report.
+    """The settings of a report; `options` makes them from the menu.
 
     Raises:
         UserError: for a value that is none of those that conf/report.yaml names.
@@ -69,6 +72,24 @@ class Options:
             entries = getattr(self, name)
             if entries is not None:
                 yield f"{name}=[{','.join(map(str, entries))}]"
+
+
+def options(**changes: Any) -> Options:
+    """The options of conf/report.yaml, with these in place of theirs: `options(baseline="none", figures=False)`.
+
+    Raises:
+        UserError: for a value that is none of those that conf/report.yaml names, and for an option that it has not.
+    """
+    menu = files.read_yaml(CONF / "report.yaml", files.parse_yaml)
+    names = [field.name for field in fields(Options)]
+    for name in changes:
+        if name not in names:
+            close = nearest(name, names)
+            raise UserError(
+                f"{name}: there is no such option of a report."
+                + (f"\nDid you mean {close}?" if close else f"\nExpected: {', '.join(names)}.")
+            )
+    return Options(**{name: menu[name] for name in names} | changes)
 
 
 def _one_of(name: str, given: object, choices: Sequence[object]) -> None:

@@ -22,6 +22,7 @@ from normlab.report.load import Study
 from normlab.report.markup import split_number
 from normlab.report.metric import Measure
 from normlab.report.sources import Sources
+from normlab.report.standing import CLOSE
 from normlab.report.verdict_texts import effect, expected
 from normlab.report.verdicts import Judgement
 
@@ -72,6 +73,7 @@ def html_page(
             tables=[_table(table, made, numbers, study) for table, made in tables if table.name != "verdicts"],
             judged=next((made for table, made in tables if table.name == "verdicts"), None),
             drawings=[(drawing, base64.b64encode(drawing.png).decode()) for drawing in drawings],
+            close=CLOSE,
             facts=facts,
             warnings=warnings,
             data=data,
