@@ -89,6 +89,7 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       showlegend: false,
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--quiet"), activecolor: variable("--link") },
       hovermode: "closest",
       hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), font: { color: variable("--text") } },
     };
@@ -117,7 +118,8 @@
       }),
     };
   };
-  const options = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
+  const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]; // none that would need a network
+  const options = { displaylogo: false, responsive: true, modeBarButtons: buttons };
   const plot = (element, panel, hidden) =>
     library().react(element, panel.traces.map((trace) => traceOf(trace, hidden)), layoutOf(panel), options);
 

@@ -71,7 +71,7 @@ def html_page(
             noted=_noted(study),
             verdicts=[_verdict(judgement) for judgement in judgements],
             tables=[_table(table, made, numbers, study) for table, made in tables if table.name != "verdicts"],
-            judged=next((made for table, made in tables if table.name == "verdicts"), None),
+            judged=next((pair for pair in tables if pair[0].name == "verdicts"), None),
             drawings=[(drawing, base64.b64encode(drawing.png).decode()) for drawing in drawings],
             close=CLOSE,
             facts=facts,

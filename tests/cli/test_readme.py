@@ -1,0 +1,158 @@
+"""Every command of README.md, run as it stands in a copy of the repository, section by section and in order.
+
+What is appended makes it small; what is different is in INSTEAD and EXCEPT, each with its reason.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from normlab import runs
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+SMALL = "dataset.train_size=160 dataset.test_size=40 epochs=1 device=cpu threads=1 memory_format=contiguous"
+INSTEAD = {  # what is run in place of a word
+    "budget=laptop": "budget=smoke",  # the size that an experiment has for tests
+    "dataset=cifar10": f"dataset=cifar10 hydra/launcher=plan hydra.launcher.calibrate_seconds=0 {SMALL}",  # no network
+}
+EXCEPT = {
+    "./scripts/test": "it is what runs this test",
+    "pip install .": "tests/packaging installs the wheel; here the packages are those of the tests",
+}
+STUDIES = ("cifar10_jpeg_laptop", "santurkar2018_noise_laptop")  # of outputs/reference: enough to make a page of
+LOCAL = subprocess.run([ROOT / "scripts" / "local_slurm", "status"], capture_output=True, text=True)
+
+
+def sections() -> dict[str, list[str]]:
+    """The commands of each section that has some, without comments."""
+    found: dict[str, list[str]] = {}
+    for section in re.split(r"^## ", TEXT, flags=re.MULTILINE):
+        blocks = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+        lines = [re.sub(r"\s+#.*", "", line) for block in blocks for line in block.splitlines()]
+        if lines:
+            found[section.splitlines()[0].removeprefix("# ")] = lines
+    return found
+
+
+def run(command: str, folder: Path) -> str:
+    """What the command prints; it is run by bash, as a reader would."""
+    paths = [str(folder / "src"), str(folder), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    conf = re.search(r"SLURM_CONF=(\S+)", LOCAL.stdout)
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        **({"SLURM_CONF": conf[1]} if conf else {}),
+    }
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the repository with what a reader would have beside it: an environment, own images, an own network."""
+    folder = tmp_path_factory.mktemp("readme") / "normlab"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("conf", "src", "scripts", "docs"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("train.py", "report.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    for study in STUDIES:
+        shutil.copytree(ROOT / "outputs" / "reference" / study, folder / "outputs" / "reference" / study)
+    (folder / ".venv").mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+    sums = ["bash", "-c", "cat pyproject.toml src/normlab/__init__.py | cksum"]
+    wanted = subprocess.run(sums, cwd=folder, capture_output=True, text=True, check=True).stdout
+    for mark in ("installed", "installed-test"):  # as scripts/environment leaves it: nothing is to be installed
+        (folder / ".venv" / mark).write_text(wanted)
+    return folder
+
+
+def with_own_files(folder: Path) -> None:
+    for split in ("train", "test"):
+        for label in ("one", "other"):
+            (folder / "photos" / split / label).mkdir(parents=True)
+            for i in range(80):
+                Image.new("RGB", (70, 66), (3 * i, 40, 90)).save(folder / "photos" / split / label / f"{i}.png")
+    (folder / "my_package").mkdir()
+    (folder / "my_package" / "my_module.py").write_text("from small import SmallResNet as MyNet\n")
+    (folder / "data").mkdir()
+    (folder / "data" / "cifar-10-python.tar.gz").touch()
+    variant, options = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", contributing(), re.MULTILINE | re.DOTALL)[:2]
+    (folder / "half_norm.py").write_text(variant)
+    (folder / "own" / "norm").mkdir(parents=True)
+    (folder / "own" / "norm" / "half.yaml").write_text(options)
+    (folder / "results.csv").write_text("arm,seed,batch,test_accuracy\ntheirs,0,8,93.1\ntheirs,0,32,92.4\n")
+
+
+def contributing() -> str:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    return text[text.index("## Add a variant") :]
+
+
+def small(command: str) -> str:
+    for word, other in INSTEAD.items():
+        command = command.replace(word, other)
+    if command in ("python report.py", "normlab-report"):
+        return f"{command} figures=false"  # other commands draw them
+    trains = command.startswith(("python train.py", "torchrun", "normlab-train"))
+    if not trains or "doctor" in command or any(word in command for word in INSTEAD.values()):
+        return f"{command} {SMALL}" if command.startswith("./scripts/quickstart") else command
+    return f"{command} {SMALL}"
+
+
+@pytest.mark.parametrize("section", [name for name in sections() if name != "One machine, a cluster"])
+def test_the_commands_of_a_section_run(section: str, checkout: Path) -> None:
+    if not (checkout / "own").exists():
+        with_own_files(checkout)
+        run(f"python train.py -m norm=bn,none batch=8,32 {SMALL}", checkout)  # the study that later sections report
+    for command in sections()[section]:
+        if command not in EXCEPT:
+            run(small(command), checkout)
+
+
+def test_a_run_on_one_machine_and_several_processes(checkout: Path) -> None:
+    for command in sections()["One machine, a cluster"]:
+        if "launcher=slurm" not in command:
+            run(small(command), checkout)
+
+
+@pytest.mark.slurm
+def test_the_line_for_slurm(checkout: Path) -> None:
+    if LOCAL.returncode:
+        pytest.skip(LOCAL.stderr.strip())
+    [command] = [line for line in sections()["One machine, a cluster"] if "launcher=slurm" in line]
+    (checkout / "conf" / "cluster" / "my_site.yaml").write_text("defaults:\n  - default\n  - _self_\n")
+    with FileLock(Path("/tmp/normlab-test-slurm.lock")):
+        run(small(command) + " study=of_slurm", checkout)
+        for _ in range(120):
+            states = [
+                (runs.read_status(run) or {}).get("state") for run in runs.find(checkout / "outputs" / "of_slurm")
+            ]
+            if states == ["done"] * 6:
+                break
+            time.sleep(1)
+    assert states == ["done"] * 6
+
+
+def test_the_readme_says_what_has_to_be_in_it() -> None:
+    assert len(sections()) >= 8
+    every = " ".join(line for lines in sections().values() for line in lines)
+    for word in ("./scripts/quickstart", "./scripts/test", "launcher=slurm", "report.py", "--config-dir", "reproduce"):
+        assert word in every
+    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
