@@ -168,6 +168,8 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme)
         figure.scroll_into_view_if_needed()
         figure.locator(".panel .main-svg").first.wait_for()
     assert window.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
+    one_line = window.locator("nav a").first.bounding_box()["height"]
+    assert window.locator("nav").bounding_box()["height"] < 2 * one_line
     ground = window.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (scheme == "dark")
     window.locator("#theme").click()
@@ -183,6 +185,10 @@ def test_it_prints_with_the_figures_as_images(browser, page) -> None:
     assert window.locator("#figure-accuracy_against_batch img.paper").is_visible()
     assert not window.locator("#figure-accuracy_against_batch .panels").is_visible()
     assert window.pdf()[:5] == b"%PDF-"
+    verdict = window.locator("details.verdict").first
+    assert verdict.get_attribute("open") is None  # closed again
+    window.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert verdict.get_attribute("open") is not None
     window.close()
 
 

@@ -165,6 +165,16 @@
   );
   document.querySelectorAll("figure[data-figure]").forEach((figure) => watcher.observe(figure));
 
+  // Paper shows what was found, not only the verdict.
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("details.verdict:not([open])")];
+    for (const verdict of opened) verdict.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const verdict of opened) verdict.open = false;
+  });
+
   // A cell: the runs behind it.
   const dialog = document.getElementById("cell");
   const shades = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A"];
