@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import signal
-import struct
+import subprocess
 import sys
 import threading
 import warnings
@@ -89,33 +89,26 @@ def of_mlflow(config: RunConfig) -> tuple[Numbers, str, str]:
 
 
 def of_wandb(config: RunConfig) -> tuple[Numbers, str, str]:
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    """By the command with which W&B shows what a local run holds."""
     [path] = folder(config).glob("wandb/offline-run-*/*.wandb")
+    shown = subprocess.run(
+        [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", path],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     numbers, settings, end = [], "", ""
-    for record in map(Record.FromString, _log_records(path.read_bytes())):
-        settings += "".join(f"{item.key}: {item.value_json}\n" for item in record.run.config.update)
-        end += "".join(f"{item.key}: {json.loads(item.value_json)}\n" for item in record.summary.update if item.key)
-        items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        numbers += [(key, items["_step"], value) for key, value in items.items() if not key.startswith("_")]
+    for record in map(json.loads, shown.stdout.splitlines()):
+        told = record[record["type"]]
+        if record["type"] == "run":
+            settings += "".join(f"{key}: {value}\n" for key, value in told["config"]["update"].items())
+        elif record["type"] == "summary":
+            end += "".join(f"{key}: {value}\n" for key, value in told["update"].items())
+        elif record["type"] == "history":
+            step = told["step"]["num"]
+            numbers += [(key, step, value) for key, value in told["item"].items() if not key.startswith("_")]
     return sorted(numbers), settings, end
-
-
-def _log_records(content: bytes) -> list[bytes]:
-    """The records of a file in LevelDB's log format (blocks of 32 KiB, records in parts), which wandb writes."""
-    records, at = [], 7  # after wandb's own head
-    while at + 7 <= len(content):
-        size, kind = struct.unpack_from("<HB", content, at + 4)
-        if 0x8000 - at % 0x8000 < 7 or kind == 0:
-            at += 0x8000 - at % 0x8000
-            continue
-        part = content[at + 7 : at + 7 + size]
-        if kind in (1, 2):  # whole, or the first part
-            records.append(part)
-        else:
-            records[-1] += part
-        at += 7 + size
-    return records
 
 
 READ: dict[str, Callable[[RunConfig], tuple[Numbers, str, str]]] = {
