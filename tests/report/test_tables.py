@@ -53,6 +53,24 @@ def test_a_diverged_run_is_counted_and_not_averaged(add_run, tables):
     assert cell(tables()["accuracy"], "bn", 8) == "90.0 (n=1, 1 of 2 diverged)"
 
 
+def test_a_caption_explains_what_its_table_has_and_nothing_else(add_run, tables):
+    for arm in ("bn", "none"):
+        for seed in (0, 1):
+            add_run(arm, seed=seed)
+    plain = tables()["accuracy"]
+    assert plain.caption.endswith("mean over seeds, ± half of the 95 % t-interval.")
+    assert plain.rule == " Bold: at each batch size the best mean."
+    add_run("gn", seed=0)
+    assert "Missing: not started" in tables()["accuracy"].caption  # its seed 1
+    add_run("gn", seed=1, accuracies=(0.1,), state="diverged")
+    lost = tables()["accuracy"]
+    assert "over the n seeds whose run is done" in lost.caption
+    assert "Diverged runs have no final value" in lost.caption
+    assert "No ± where n = 1" in lost.caption
+    assert "Missing" not in lost.caption
+    assert lost.rule.endswith("best mean, among arms of whose finished runs none diverged or lacks the value.")
+
+
 def test_a_cell_without_finished_runs_says_why(add_run, tables):
     add_run("bn", 8)
     add_run("bn", 32, accuracies=(), state="diverged")

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-RULE = (
-    " Bold: at each batch size the best {what} (exact ties: all), among at least two arms of whose finished runs none"
-    " diverged or lacks the value."
-)
-CLOSE = " Underlined: those of the others that lie within the best one's interval (if it has one: n > 1)."
+CLOSE = " Underlined: others within the best one's interval."
+
+
+def rule(what: str, tidy: pd.DataFrame) -> str:
+    """What is bold, as a sentence; the arms that do not compete are told of where there are some."""
+    among = "" if _complete(tidy).all() else ", among arms of whose finished runs none diverged or lacks the value"
+    return f" Bold: at each batch size the best {what}{among}."
 
 
 def standings(tidy: pd.DataFrame, higher_is_better: Mapping[str, bool]) -> list[str]:
@@ -26,8 +28,7 @@ def standings(tidy: pd.DataFrame, higher_is_better: Mapping[str, bool]) -> list[
         higher_is_better: by quantity; others have no best.
     """
     found = pd.Series("", index=tidy.index)
-    complete = (tidy["n"] > 0) & (tidy["n"] == tidy["done"]) & (tidy["diverged"] == 0) & tidy["mean"].map(math.isfinite)
-    for (_, _, quantity), rows in tidy[complete].groupby(["setting", "batch", "quantity"], sort=False):
+    for (_, _, quantity), rows in tidy[_complete(tidy)].groupby(["setting", "batch", "quantity"], sort=False):
         if str(quantity) not in higher_is_better or len(rows) < 2:
             continue
         top = rows["mean"].max() if higher_is_better[str(quantity)] else rows["mean"].min()
@@ -36,3 +37,8 @@ def standings(tidy: pd.DataFrame, higher_is_better: Mapping[str, bool]) -> list[
             found[rows.index[rows["mean"].between(low, high)]] = "close"
         found[rows.index[best]] = "best"
     return list(found)
+
+
+def _complete(tidy: pd.DataFrame) -> pd.Series:
+    """Whether all finished runs of a row's cell are part of its mean."""
+    return (tidy["n"] > 0) & (tidy["n"] == tidy["done"]) & (tidy["diverged"] == 0) & tidy["mean"].map(math.isfinite)

@@ -30,7 +30,7 @@ from normlab.report.cells import (
 from normlab.report.load import FINISHED, Study
 from normlab.report.measures import chance
 from normlab.report.metric import BEST, Measure
-from normlab.report.standing import RULE
+from normlab.report.standing import rule
 from normlab.report.statistics import (
     ENOUGH,
     RESAMPLES,
@@ -246,11 +246,6 @@ def build_tables(
     an_accuracy = measure.unit == "%"
     thresholds = thresholds if an_accuracy else ()
     values = outcomes(study, measure, thresholds)
-    over = f"mean over the seeds whose run is done, ± half of the {100 * confidence:g} % t-interval over seeds"
-    uncounted = (
-        "n counts these runs. Diverged runs have no final value: they are counted in the cell and are not part"
-        " of the mean. Missing: not started, running, interrupted, failed or unreadable. No ± where n = 1."
-    )
     unit = f", in {measure.unit}" if measure.unit else ""
     points = f", in {measure.points}" if measure.points else ""
 
@@ -262,14 +257,17 @@ def build_tables(
     name, better = measure.value, measure.higher_is_better
     epoch, best = _epoch(study, measure)
     accuracy = tidy(name)
+    complete = accuracy["n"].eq(accuracy[["done", "diverged", "missing"]].sum(axis=1)).all()
+    over = f"mean over {'seeds' if complete else 'the n seeds whose run is done'}"
+    over += f", ± half of the {100 * confidence:g} % t-interval"
     found = [
         Table(
             name=measure.column.removeprefix("test_"),
             title=(f"best {measure.label}" if name == BEST else measure.label).capitalize(),
-            caption=f"{measure.compared.capitalize()} ({epoch}){unit}: {over}. {uncounted}",
+            caption=f"{measure.compared.capitalize()} ({epoch}){unit}: {over}.{_not_counted(accuracy)}",
             tidy=accuracy,
             rows=grids(accuracy, lambda row: with_counts(row, measure.decimals), {name: better}),
-            rule=RULE.format(what="mean"),
+            rule=rule("mean", accuracy),
         )
     ]
     if baseline is not None:
@@ -332,11 +330,11 @@ def build_tables(
             name="convergence",
             title="Convergence",
             caption=f"{measure.label.capitalize()} after the last epoch (final) and at its best epoch (best:"
-            f" {best}){told}: {over}. Training values are as recorded during the last epoch. runs: done runs; diverged"
-            " and missing ones are not part of the means.",
+            f" {best}){told}: {over}. Training values are as recorded during the last epoch."
+            f"{'' if complete else ' runs: done runs; others are not part of the means.'}",
             tidy=convergence,
             rows=lists(convergence, shown, {"final": better, "best": better}),
-            rule=RULE.format(what="means of final and of best"),
+            rule=rule("means of final and of best", convergence),
         )
     )
     for kind, decimals in (("epochs", 1), ("seconds", 0)):
@@ -357,7 +355,7 @@ def build_tables(
                     {f"{kind}_to_{t:g}": (f"{100 * t:g} %", _reached(decimals)) for t in thresholds},
                     {f"{kind}_to_{t:g}": False for t in thresholds},
                 ),
-                rule=RULE.format(what="(lowest) mean of each column"),
+                rule=rule("(lowest) mean of each column", reached),
             )
         )
     cost = tidy("wall_seconds", "images_per_second", "peak_memory_mib", "parameters")
@@ -395,6 +393,16 @@ def _epoch(study: Study, measure: Measure) -> tuple[str, str]:
     elif measure.column == measure.chooser:
         best += ", hence optimistic"
     return (f"at the best epoch: {best}" if measure.value == BEST else "after the last epoch"), best
+
+
+def _not_counted(tidy: pd.DataFrame) -> str:
+    """What a reader has to know of cells whose runs are not all part of the mean, and of single ones."""
+    told = {
+        " Diverged runs have no final value: they are counted in the cell and are not part of the mean.": "diverged",
+        " Missing: not started, running, interrupted, failed or unreadable.": "missing",
+    }
+    found = "".join(sentence for sentence, column in told.items() if tidy[column].any())
+    return found + (" No ± where n = 1." if (tidy["n"] == 1).any() else "")
 
 
 def _told_of_few(differences: pd.DataFrame) -> str:
