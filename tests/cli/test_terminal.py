@@ -48,10 +48,10 @@ def test_a_run_has_one_live_line_which_is_gone_at_the_end(tmp_path) -> None:
 
 def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
     with (tmp_path / "out").open("w") as out:
-        status, written = in_terminal(SWEEP, cwd=tmp_path, stdout=out)
+        status, written = in_terminal([*SWEEP, "epochs=300"], cwd=tmp_path, stdout=out)  # long enough to be seen
     assert status == 0
     for label in ("bn-b128-s0", "none-b128-s0"):  # without what all names begin with
-        assert re.search(rf"\x1b\[2K{label} .*epoch \d+/50", written)
+        assert re.search(rf"\x1b\[2K{label} .*epoch \d+/300", written)
     assert re.search(r"2 runs .*0 finished", written)
     first, *ended, last = shown(written)
     assert first.startswith("Runs to train: 2, 2 at a time")
@@ -84,7 +84,11 @@ def test_a_quiet_report_prints_its_page_alone(tmp_path) -> None:
         run = next(recorded.glob(f"*-{arm}-*-s0-*"))
         shutil.copytree(run, tmp_path / "outputs" / "default" / run.name)
     report = [sys.executable, str(ROOT / "report.py")]
-    assert to_files([*report, "quiet=true", "figures=false"], tmp_path) == (0, "outputs/default/report/report.md\n", "")
+    assert to_files([*report, "quiet=true", "figures=false"], tmp_path) == (
+        0,
+        "outputs/default/report/index.html\n",
+        "",
+    )
     assert to_files([*report, "claims", "quiet=true"], tmp_path) == (0, "outputs/claims.md\n", "")
     assert to_files([*report, "status", "quiet=true"], tmp_path) == (0, "Study default, 2 runs: 2 done\n", "")
 

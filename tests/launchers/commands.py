@@ -1,10 +1,12 @@
 """The real commands, in processes of their own, with a network that is small enough."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,6 +38,7 @@ def start(folder: Path, script: str, *arguments: str, new_session: bool = False)
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=new_session,
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # even if the tests run under nohup
     )
 
 

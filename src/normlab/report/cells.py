@@ -44,6 +44,7 @@ class Table:
         rule: a sentence about the cells that are bold, "" where none can be. `standing.CLOSE` is that about the
             underlined ones, for formats that underline.
         prose: headings of what is to be read as sentences rather than compared.
+        runs: names of the runs that it is of, where these are not all finished ones of its cells.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Table:
     rows: Mapping[str, Sequence[Row]]
     rule: str = ""
     prose: Sequence[str] = ()
+    runs: Sequence[str] | None = None
+
+    @property
+    def origin(self) -> pd.DataFrame:
+        """Rows that say whose runs it is of, as `sources.sources` takes them."""
+        return self.tidy if self.runs is None else pd.DataFrame({"run": self.runs}, dtype=object)
 
     @property
     def texts(self) -> dict[str, pd.DataFrame]:

@@ -249,7 +249,7 @@ def _broken(headings: Sequence[str], widths: dict[str, float], whole: bool) -> d
 
 def _breakable(text: str) -> str:
     """With places where the lines of a name without spaces may end."""
-    return r"\raggedright\hspace{0pt}" + re.sub(r"(\\_|[,=/\]])(?=\S)", r"\1\\allowbreak{}", text)
+    return r"\raggedright\hspace{0pt}" + re.sub(r"(\\_|(?<!\\)=|[,/\]])(?=\S)", r"\1\\allowbreak{}", text)
 
 
 def _latex_cell(cell: Cell) -> str:

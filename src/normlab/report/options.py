@@ -44,6 +44,8 @@ class Options:
                 f"thresholds={given} is not valid: expected a list of accuracies between 0 and 1.\n"
                 "Example: thresholds=[0.5,0.8,0.95]"
             )
+        if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
+            raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same, to six digits.")
         for name in ("figures", "quiet"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}={getattr(self, name)} is not valid: expected true or false.")

@@ -143,7 +143,9 @@ def probe_tables(study: Study, confidence: float) -> list[Table]:
         if values.empty:
             continue
         names = [quantity.name for quantity in quantities]
-        measured = study.runs.merge(values[CELL].drop_duplicates(), on=CELL)
+        here = study.runs.merge(values[CELL].drop_duplicates(), on=CELL)
+        # Of a cell's runs some may have had the probe: a done one without it is no gap.
+        measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
         tidy = summarise(measured, values, names, confidence)
         logs = tidy["quantity"].isin([quantity.name for quantity in quantities if quantity.log])
         tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
@@ -159,17 +161,18 @@ def probe_tables(study: Study, confidence: float) -> list[Table]:
                 " quantities of any size. No interval where n = 1.",
                 tidy=tidy,
                 rows=lists(tidy, columns),
+                runs=list(values["run"]),
             )
         )
     return found
 
 
 def _outcomes(rows: pd.DataFrame | None, quantities: Sequence[Quantity]) -> pd.DataFrame:
-    """One row per done run: setting, arm, batch, seed and the quantities (nan where they were not measured)."""
+    """One row per done run: run, setting, arm, batch, seed and the quantities (nan where they were not measured)."""
     names = [quantity.name for quantity in quantities]
     found = []
     if rows is not None:
         for _, of_run in rows[rows["state"] == "done"].groupby("run"):
-            place = {key: of_run[key].iloc[0] for key in (*CELL, "seed")}
+            place = {key: of_run[key].iloc[0] for key in ("run", *CELL, "seed")}
             found.append(place | {quantity.name: quantity.of(of_run) for quantity in quantities})
-    return pd.DataFrame(found, columns=[*CELL, "seed", *names]).astype(dict.fromkeys(names, float))
+    return pd.DataFrame(found, columns=["run", *CELL, "seed", *names]).astype(dict.fromkeys(names, float))

@@ -9,7 +9,10 @@ CLOSE = " Underlined: others within the best one's interval."
 
 
 def rule(what: str, tidy: pd.DataFrame) -> str:
-    """What is bold, as a sentence; the arms that do not compete are told of where there are some."""
+    """What is bold, as a sentence: "" where nothing can be. Arms that do not compete are told of if there are any."""
+    rivals = tidy[_complete(tidy)].groupby(["setting", "batch", "quantity"]).size()
+    if not (rivals > 1).any():
+        return ""
     among = "" if _complete(tidy).all() else ", among arms of whose finished runs none diverged or lacks the value"
     return f" Bold: at each batch size the best {what}{among}."
 

@@ -49,7 +49,7 @@ CELL = ["setting", "arm", "batch"]
 
 
 def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -> pd.DataFrame:
-    """What each done run came to. One row per run: setting, arm, batch, seed, and
+    """What each done run came to. One row per run: run, setting, arm, batch, seed, and
 
     final, best, train, gap (in the measure's unit; a gap above 0: worse than on the training images),
     best being that of the epoch that is best on the validation images, or by the measure itself where there are none;
@@ -62,7 +62,7 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
     test, train = (_column(curves, name) * measure.scale for name in (measure.column, measure.train_column))
     last = ~curves.index.duplicated(keep="last")
     higher = measure.higher_is_better
-    values = done[[*CELL, "seed"]].astype({"batch": int, "seed": int})
+    values = done[["run", *CELL, "seed"]].astype({"batch": int, "seed": int})
     values["final"] = test[last]
     values["best"] = _at_best_epoch(test, _column(curves, measure.chooser), higher)
     values["train"] = train[last]
@@ -77,7 +77,7 @@ def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -
         for name, column in (("epochs", "epoch"), ("seconds", "wall_seconds")):
             values[f"{name}_to_{threshold:g}"] = _column(first, column)
     quantities = _quantities(thresholds)
-    return values[[*CELL, "seed", *quantities]].astype(dict.fromkeys(quantities, float))
+    return values[["run", *CELL, "seed", *quantities]].astype(dict.fromkeys(quantities, float))
 
 
 def _at_best_epoch(curves: pd.Series, chooser: pd.Series, higher_is_better: bool) -> pd.Series:

@@ -34,6 +34,7 @@ def table(judgements: Sequence[Judgement], confidence: float) -> Table:
         tidy=pd.DataFrame([_tidy(judgement, finding) for judgement in judgements for finding in judgement.findings]),
         rows=rows,
         prose=("claim", "paper says", "remarks"),
+        runs=sorted({run for judgement in judgements for finding in judgement.findings for run in finding.runs}),
     )
 
 

@@ -39,6 +39,7 @@ class Finding:
         favours: whether the runs rather speak for the claim.
         remarks: sentences about what went into it.
         alpha: the level that `p_holm` has to keep to for a verdict.
+        runs: names of those that it is about.
     """
 
     comparison: Comparison
@@ -49,6 +50,7 @@ class Finding:
     favours: bool
     remarks: tuple[str, ...]
     alpha: float
+    runs: frozenset[str] = frozenset()
     p_holm: float = math.nan
 
     @property
@@ -319,7 +321,8 @@ def _find(
         if any(values) and not spread(values) > 0:
             above = sum(value > comparison.reference for value in values)
             remarks.append(f"sign test: higher in {above} of {len(values)} seeds")
-    return Finding(comparison, label, contrasts, t_interval(values, confidence), p, favours, tuple(remarks), alpha)
+    interval, names = t_interval(values, confidence), frozenset(run.name for run in used)
+    return Finding(comparison, label, contrasts, interval, p, favours, tuple(remarks), alpha, names)
 
 
 def _measured(measure: Measure, here: Sequence[_Run]) -> bool:

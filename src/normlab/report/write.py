@@ -1,6 +1,6 @@
 """From a study's name to its report on disk: the only part of the report that writes files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from normlab.report.arms import in_order
 from normlab.report.cells import Table
 from normlab.report.html import Drawing, html_page
 from normlab.report.latex import latex
-from normlab.report.load import FINISHED, Study, load
+from normlab.report.load import FINISHED, Study, first_line, load
 from normlab.report.markup import markdown_table
 from normlab.report.metric import Measure, measure_of
 from normlab.report.options import Options
@@ -30,6 +30,8 @@ from normlab.runs import files
 if TYPE_CHECKING:
     from normlab.report.figures import Named
 
+SUFFIXES = ("csv", "md", "tex", "png", "pdf", "sources.json")  # of tables and figures
+
 
 def build(study: str, output_dir: str | Path, options: Options) -> Path:
     """Report whatever has finished in `output_dir`/`study`; return the page `report/index.html` there.
@@ -41,16 +43,16 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         UserError: for a study that does not exist, lacks what the options name or has no finished run, and a folder
             that cannot be written.
     """
-    found = _find(_folder("output_dir", output_dir), str(study), options)
+    found, every_arm = _find(_folder("output_dir", output_dir), str(study), options)
     measure = measure_of(found.evaluations, options.metric, options.value)
-    baseline, remarks = _baseline(found, options.baseline)
+    baseline, remarks = _baseline(found, options.baseline, every_arm)
     tables = _tables(found, measure, baseline, options)
     judgements = judge(found, options.confidence, options.alpha)
     if judgements:
         tables.append(verdict_texts.table(judgements, options.confidence))
     folder = found.folder / "report"
     files.make_folder(folder)
-    made = [(table, sources(found, table.tidy)) for table in tables]
+    made = [(table, sources(found, table.origin)) for table in tables]
     for table, origin in made:
         for suffix, text in render(table, found.name, origin).items():
             _write(folder / f"{table.name}.{suffix}", text.encode())
@@ -64,11 +66,23 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     _write(folder / "report.md", page(found, made, shown, warnings).encode())
     html = html_page(found, question(found), made, judgements, drawings, measure, facts(found), warnings)
     _write(folder / "index.html", html.encode())
+    _remove_what_is_left_of_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options)
     if options.quiet:
         show_path(folder / "index.html", warnings)
     else:
         show(found, tables[0], judgements, folder / "index.html", warnings)
     return folder / "index.html"
+
+
+def _remove_what_is_left_of_earlier(folder: Path, made: Collection[str], options: Options) -> None:
+    """Remove tables and figures of an earlier report that this one has not made: they show something else. Without
+    figures=true the figures stay."""
+    for listed in folder.glob("*.sources.json"):
+        name = listed.name.removesuffix(".sources.json")
+        if name in made or (not options.figures and (folder / f"{name}.png").exists()):
+            continue
+        for suffix in SUFFIXES:
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def _drawing(drawn: "Named", origin: Sources, folder: Path) -> Drawing:
@@ -115,7 +129,11 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         if not found.runs["state"].isin(FINISHED).any():
             warnings.append(f"{name} has no finished run yet and is left out.")
             continue
-        measure = measure_of(found.evaluations, options.metric, options.value)
+        try:
+            measure = measure_of(found.evaluations, options.metric, options.value)
+        except UserError as error:
+            warnings.append(f"{name} is left out: {first_line(error)}")
+            continue
         tables = _tables(found, measure, _baseline(found, options.baseline)[0], options)
         drawn = []
         if options.figures:
@@ -127,8 +145,10 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         studies.append((found, tables, drawn))
         judgements += judge(found, options.confidence, options.alpha)
     if not studies:
+        measured = f" and {options.metric}" if options.metric else ""
         raise UserError(
-            f"There is no study with a finished run in {folder}.\nTo start one: {called('train')} -m norm=bn,none"
+            f"There is no study with a finished run{measured} in {folder}.\n"
+            f"To start one: {called('train')} -m norm=bn,none"
         )
     files.make_folder(page.parent)
     _write(page, results_page(studies, judgements).encode())
@@ -205,9 +225,10 @@ def _left_out(options: Options) -> Iterator[str]:
         yield f"Only {selected} is reported; p-values are corrected over what is reported."
 
 
-def _find(output_dir: Path, study: str, options: Options) -> Study:
-    found = load(study_folder(study, output_dir), name=study)
-    found = select(found, options.arms, options.batches, options.seeds, options.settings)
+def _find(output_dir: Path, study: str, options: Options) -> tuple[Study, list[str]]:
+    """What the options leave of the study, and all arms that it has."""
+    whole = load(study_folder(study, output_dir), name=study)
+    found = select(whole, options.arms, options.batches, options.seeds, options.settings)
     states = found.states()
     if not any(states[state] for state in FINISHED):
         told = ", ".join(f"{number} {state}" for state, number in states.items() if number)
@@ -220,14 +241,16 @@ def _find(output_dir: Path, study: str, options: Options) -> Study:
             f"\n  {called('train')} -m study={study} norm=bn,none"
             f"\nHow far its runs are: {called('report')} status study={study}"
         )
-    return found
+    return found, in_order(whole.runs["arm"].dropna())
 
 
-def _baseline(study: Study, baseline: str | None) -> tuple[str | None, list[str]]:
-    """The baseline, or None with a sentence if the study has no such arm."""
+def _baseline(study: Study, baseline: str | None, every_arm: Sequence[str] = ()) -> tuple[str | None, list[str]]:
+    """The baseline, or None with a sentence if what is reported has no such arm."""
     arms = in_order(study.runs["arm"].dropna())
     if baseline is None or baseline in arms:
         return baseline, []
+    if baseline in every_arm:
+        return None, [f"baseline={baseline} is left out of this report, so there is no table of differences."]
     close = nearest(baseline, arms)
     return None, [
         f"baseline={baseline} is not an arm of this study, so there is no table of differences. Arms:"

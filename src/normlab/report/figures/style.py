@@ -91,12 +91,12 @@ class Canvas(NamedTuple):
 
     def context(self) -> AbstractContextManager[None]:
         """In which its figures are to be drawn and written."""
-        rc = RC | ({"savefig.dpi": 300} if self.size == "slide" else {})
+        dots = {"savefig.dpi": 300 if self.size == "slide" else RC["savefig.dpi"]}  # a size that is promised
         if self.style is None:
-            return mpl.rc_context(rc)
+            return mpl.rc_context(RC | dots)
         from matplotlib import style  # reads all of matplotlib's styles
 
-        return style.context([rc, self.style])
+        return style.context([RC, self.style, dots])
 
     def shape(self, figure: Figure) -> Figure:
         """The finished figure; for a slide as high and wide as that is, larger if its contents are."""

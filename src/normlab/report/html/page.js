@@ -181,7 +181,7 @@
   const curves = (runs) => ({
     title: "",
     x: { title: "epoch" },
-    y: { title: data.measure.label.replace("test ", "") + (unit && ` (${data.measure.unit})`) },
+    y: { title: data.measure.label.replace(`${data.measure.images} `, "") + (unit && ` (${data.measure.unit})`) },
     traces: runs.flatMap((run, i) => {
       const line = (y, dash, of) => ({
         x: data.axes[run.axis],
@@ -192,9 +192,18 @@
         marker: { color: shades[i % shades.length] },
       });
       if (run.axis === undefined) return [];
-      return [line(run.test, run.state === "done" ? "solid" : "dot", "test"), ...(run.train.length ? [line(run.train, "dash", "training")] : [])];
+      return [
+        line(run.values, run.state === "done" ? "solid" : "dot", data.measure.images),
+        ...(run.train.length ? [line(run.train, "dash", "training")] : []),
+      ];
     }),
   });
+  const told = (runs) =>
+    [
+      `Solid: ${data.measure.images}`,
+      ...(runs.some((run) => run.train?.length) ? ["dashed: training"] : []),
+      ...(runs.some((run) => run.values && run.state !== "done") ? ["dotted: a run that is not done"] : []),
+    ].join("; ") + ".";
   const number = (value) => (value === undefined ? "" : digits(value));
   const rowsOf = (runs) =>
     runs.map((run) => {
@@ -222,7 +231,7 @@
     document.getElementById("cell-title").textContent = `${cell.arm}, batch ${cell.batch}; ${cell.setting}`;
     document.getElementById("cell-body").replaceChildren(
       make("div", { className: "scroll" }, table),
-      ...(runs.some((run) => run.axis !== undefined) ? [chart, make("p", { className: "caption", textContent: "Solid: test; dashed: training; dotted: a run that is not done." })] : []),
+      ...(runs.some((run) => run.axis !== undefined) ? [chart, make("p", { className: "caption", textContent: told(runs) })] : []),
       make("h4", { textContent: "Settings that differ within the study" }),
       make("pre", { textContent: lines(cell.own) || "none" }),
       details("All settings", lines(settings)),

@@ -23,6 +23,7 @@ from normlab.report.markup import split_number
 from normlab.report.metric import Measure
 from normlab.report.sources import Sources
 from normlab.report.standing import CLOSE
+from normlab.report.tables import outcomes
 from normlab.report.verdict_texts import effect, expected
 from normlab.report.verdicts import Judgement
 
@@ -57,7 +58,7 @@ def html_page(
     numbers = {cell: i for i, cell in enumerate(_cells(study))}
     data = {
         **_runs(study, numbers, measure),
-        "measure": {"label": measure.label, "unit": measure.unit},
+        "measure": {"label": measure.label, "unit": measure.unit, "images": measure.images},
         "figures": [{"panels": drawing.panels, "legend": drawing.legend} for drawing in drawings],
     }
     states = study.states()
@@ -89,9 +90,11 @@ def html_page(
 @cache
 def _environment() -> jinja2.Environment:
     loader = jinja2.FunctionLoader(_text)
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # a browser would read none of it
+    return environment
 
 
 def _text(name: str) -> str:
@@ -192,6 +195,7 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
 def _runs(study: Study, numbers: Mapping[tuple[str, str, int], int], measure: Measure) -> dict[str, Any]:
     """The runs behind each cell: seed, state, result, curve, settings and the end of the log."""
     of_runs = dict(iter(study.evaluations.groupby("run", sort=False)))
+    ends = {run.run: {"final": run.final, "best": run.best} for run in named_rows(outcomes(study, measure))}
     flat = {run: _settings(config) for run, config in study.configs.items()}
     first = next(iter(flat.values()), {})
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in flat.values())}
@@ -208,6 +212,7 @@ def _runs(study: Study, numbers: Mapping[tuple[str, str, int], int], measure: Me
             cell["own"] = {key: value for key, value in flat.get(run.run, {}).items() if key not in common}
             row |= {"href": _href(run.run), "log": _end_of_log(study.folder / run.run, run.state)}
             row |= _curve(of_runs.get(run.run), measure, axes)
+            row |= {end: _rounded(value) for end, value in ends.get(run.run, {}).items() if math.isfinite(value)}
         found.append(row)
     return {"cells": cells, "runs": found, "axes": [list(axis) for axis in axes], "common": common}
 
@@ -226,17 +231,17 @@ def _curve(rows: pd.DataFrame | None, measure: Measure, axes: dict[tuple[float, 
     def values(column: str) -> list[float | None]:
         if column not in kept:
             return []
-        return [None if math.isnan(x) else float(f"{measure.scale * x:.5g}") for x in kept[column].astype(float)]
+        scaled = measure.scale * kept[column].astype(float)
+        return [_rounded(value) if math.isfinite(value) else None for value in scaled]
 
-    known = (measure.scale * rows[measure.column]).dropna()
-    found = {"axis": axes.setdefault(epochs, len(axes)), "test": values(measure.column)}
-    found["train"] = values(measure.train_column)
-    if len(known):
-        best = known.max() if measure.higher_is_better else known.min()
-        found |= {"final": float(f"{known.iloc[-1]:.5g}"), "best": float(f"{best:.5g}")}
-    if "wall_seconds" in rows:
-        found["seconds"] = round(float(rows["wall_seconds"].iloc[-1]), 1)
-    return found
+    found = {"axis": axes.setdefault(epochs, len(axes)), "values": values(measure.column)}
+    found["train"] = values(measure.train_column) if measure.train_column != measure.column else []
+    seconds = float(rows["wall_seconds"].iloc[-1]) if "wall_seconds" in rows else math.nan
+    return found | ({"seconds": round(seconds, 1)} if math.isfinite(seconds) else {})
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _end_of_log(folder: Path, state: str) -> str:
