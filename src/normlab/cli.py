@@ -49,8 +49,7 @@ def friendly(main: Callable[[], Any]) -> NoReturn:
             raise
         stop(storage_error(Path(error.filename), error))
     except (KeyboardInterrupt, InterruptedRunError):
-        print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
-        sys.exit(130)
+        stop_interrupted()
     sys.exit(0)
 
 
@@ -72,6 +71,11 @@ def command_of(arguments: list[str], commands: Sequence[str], setting: str = "st
         f"{word}: there is no such command. Expected one of: {', '.join(commands)}; or settings, key=value.\n"
         f"Did you mean {f'{close}, or ' if close else ''}{setting}={word}?"
     )
+
+
+def stop_interrupted() -> NoReturn:
+    print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+    sys.exit(130)
 
 
 def stop(error: Exception) -> NoReturn:

@@ -61,7 +61,7 @@ def _report() -> None:
             if command == "import":
                 from normlab.report.importing import Import, import_runs
 
-                import_runs(study, output_dir, Import(**of_import))
+                import_runs(study, output_dir, Import(**of_import), quiet=options.quiet)
             elif command == "status":
                 study_status(study, output_dir, watch=watch, quiet=options.quiet)
             elif command == "claims":

@@ -51,7 +51,7 @@ def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
         status, written = in_terminal([*SWEEP, "epochs=300"], cwd=tmp_path, stdout=out)  # long enough to be seen
     assert status == 0
     for label in ("bn-b128-s0", "none-b128-s0"):  # without what all names begin with
-        assert re.search(rf"\x1b\[2K{label} .*epoch \d+/300", written)
+        assert re.search(rf"(\x1b\[2K|\n){label} .*epoch \d+/300", written)
     assert re.search(r"2 runs .*0 finished", written)
     first, *ended, last = shown(written)
     assert first.startswith("Runs to train: 2, 2 at a time")
@@ -89,6 +89,11 @@ def test_a_quiet_report_prints_its_page_alone(tmp_path) -> None:
         "outputs/default/report/index.html\n",
         "",
     )
+    (tmp_path / "results.csv").write_text("arm,test_accuracy\nmine,0.5\n")
+    brought = [*report, "import", "source=results.csv", "study=mine", "quiet=true"]
+    where = "set={dataset.name: digits, model.name: x, batch: 8, epochs: 1}"
+    assert to_files([*brought, where], tmp_path) == (0, "outputs/mine\n", "")
+    shutil.rmtree(tmp_path / "outputs" / "mine")
     assert to_files([*report, "claims", "quiet=true"], tmp_path) == (0, "outputs/claims.md\n", "")
     assert to_files([*report, "status", "quiet=true"], tmp_path) == (0, "Study default, 2 runs: 2 done\n", "")
 

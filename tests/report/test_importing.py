@@ -186,6 +186,28 @@ def test_nothing_is_written_when_the_disk_refuses(bring, refused, study, monkeyp
     assert files_of(study) == before
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("at", [1, 2, 4, 5])  # of the moves away and into place
+def test_what_was_there_is_there_again_if_a_replacement_stops_halfway(at, error, bring, study, tmp_path, monkeypatch):
+    rows = "".join(f"mine,{seed},0.5\n" for seed in range(3))
+    bring(f"arm,seed,test_accuracy\n{rows}", set=WHERE)
+    before = files_of(study)
+    rename, made = Path.rename, []
+
+    def stops(path, target):
+        if not made or len(made) < at:
+            made.append(path)
+            if len(made) == at:
+                raise error("stopped")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stops)
+    with pytest.raises((KeyboardInterrupt, UserError)):
+        bring(f"arm,seed,test_accuracy\n{rows.replace('0.5', '0.6')}", set=WHERE, replace=True)
+    monkeypatch.undo()
+    assert files_of(study) == before
+
+
 @pytest.mark.parametrize("arm", ["../x", "/etc/passwd", "..", ".hidden", "a b (c) | d", "名前", "x" * 60, "none", "-5"])
 def test_any_name_of_an_arm_makes_a_folder_inside_the_study_and_is_shown_as_it_is(arm, bring, study, tmp_path):
     bring(f"arm,test_accuracy\n{arm},0.5\n", set=WHERE)
@@ -285,6 +307,52 @@ def test_steps_are_epochs_by_the_number_of_steps_in_one(bring, refused, study):
     assert load(study).evaluations[["epoch", "step"]].to_numpy().tolist() == [[1, 99], [2, 199]]
 
 
+def test_evaluations_between_epochs_are_of_the_epoch_that_they_are_in(bring, study):
+    """Each arm's accuracy is its step / 1000; b stopped at half of its last epoch."""
+    rows = [f"{arm},{step},{step / 1000}" for arm, end in (("a", 1000), ("b", 950)) for step in range(50, end + 1, 50)]
+    where = {key: value for key, value in WHERE.items() if key != "epochs"}
+    told = bring("arm,step,test_accuracy\n" + "\n".join(rows), set=where, steps_per_epoch=100)
+    found = load(study)
+    course = found.evaluations[found.evaluations["arm"] == "a"]
+    assert list(course["epoch"]) == list(range(1, 11))
+    assert list(course["step"]) == [100 * epoch for epoch in range(1, 11)]
+    assert list(course["test_accuracy"]) == pytest.approx([epoch / 10 for epoch in range(1, 11)])
+    assert dict(zip(found.runs["arm"], found.runs["state"], strict=True)) == {"a": "done", "b": "interrupted"}
+    assert "runs that end before step 1000 were interrupted" in told
+
+
+def test_a_state_is_that_of_the_last_epoch_wherever_it_stands_in_the_file(bring, study):
+    bring("arm,epoch,test_loss,state\nmine,2,9,diverged\nmine,1,3,done\n", set=WHERE)
+    assert load(study).states()["diverged"] == 1
+
+
+def test_a_source_that_has_grown_replaces_its_runs_only_when_told_to(bring, refused, study):
+    where = {key: value for key, value in WHERE.items() if key != "epochs"}
+    rows = ["arm,epoch,test_accuracy", "mine,1,0.5", "mine,2,0.6", "mine,3,0.7"]
+    bring("\n".join(rows[:-1]), set=where)
+    before = files_of(study)
+    assert "1 of 1 runs of results.csv are in" in refused("\n".join(rows), set=where)
+    assert files_of(study) == before
+    assert "1 replaced" in bring("\n".join(rows), set=where, replace=True)
+    assert means(study) == pytest.approx({("mine", 128): 70.0})
+    assert len(list(runs.find(study))) == 1
+    bring("\n".join(rows[:-1]), set={**where, "epochs": 2})  # a run that was meant to be shorter is another one
+    assert len(list(runs.find(study))) == 2
+
+
+def test_what_lightning_writes_after_a_test_is_no_evaluation(bring, study):
+    text = "epoch,step,val_acc,test_acc\n0,9,0.5,\n1,19,0.6,\n2,20,,0.55\n"
+    where = {key: value for key, value in WHERE.items() if key != "epochs"} | {"arm": "mine"}
+    wanted = {"columns": {"test_accuracy": "val_acc"}, "ignore": ["test_acc"], "first_epoch": 0}
+    assert "Left out: test_acc, 1 rows that measure nothing else." in bring(text, set=where, **wanted)
+    assert means(study) == pytest.approx({("mine", 128): 60.0})
+
+
+def test_a_column_without_a_name_can_be_left_out(bring, study):
+    assert "Left out: (one without a name)." in bring(",arm,test_accuracy\n0,mine,0.5\n", set=WHERE, ignore=[""])
+    assert means(study) == pytest.approx({("mine", 128): 50.0})
+
+
 def test_epoch_0_is_asked_about(bring, refused, study):
     text = "arm,epoch,test_accuracy\na,0,0.1\na,1,0.6\n"
     message = refused(text)
@@ -374,7 +442,13 @@ REFUSED = {  # text, settings, and what the sentence has
     "two of an epoch": ("arm,epoch,test_loss\nm,1,3\nm,1,3\n", {}, "is in line 2, too"),
     "an epoch that lacks": ("arm,epoch,test_loss\nm,1,3\nm,,2\n", {}, "some rows of arm m"),
     "an unknown column": ("arm,test_acuracy\nmine,0.5\n", {}, "If it is test_accuracy, say columns={test_accuracy"),
-    "a column without a name": ("arm,,test_accuracy\nmine,1,0.5\n", {}, "normlab has no column (one without a name)"),
+    "a column without a name": ("arm,,test_accuracy\nmine,1,0.5\n", {}, """say 'ignore=[""]';"""),
+    "done too early": (
+        "arm,seed,epoch,test_loss,state\nm,0,2,1,done\nm,1,3,1,\n",
+        {"set": {key: value for key, value in WHERE.items() if key != "epochs"}},
+        "line 2: state is done, but its last epoch is 2 of 3",
+    ),
+    "a negative time": ("arm,test_accuracy,wall_seconds\nmine,0.5,-1\n", {}, "line 2: wall_seconds=-1 is not valid"),
     "a column twice": ("arm,norm,test_accuracy\nmine,a,0.5\n", {}, "two columns for arm"),
     "a column and set": ("arm,batch,test_accuracy\nmine,8,0.5\n", {}, "batch is a column of results.csv and is in set"),
     "a renamed one": (

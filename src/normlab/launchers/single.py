@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normlab import config as schema
 from normlab import preflight, runs
-from normlab.cli import settings_of, stop
+from normlab.cli import settings_of, stop, stop_interrupted
 from normlab.errors import InterruptedRunError, UserError
 from normlab.installation import called
 from normlab.progress import Display, outcome
@@ -51,6 +51,8 @@ def carry_out(composed: DictConfig) -> float | None:
     except (InterruptedRunError, KeyboardInterrupt):
         if processes.rank:
             sys.exit(130)
+        if HydraConfig.get().mode == RunMode.RUN or processes.world > 1:
+            stop_interrupted()  # past Hydra as well
         raise
 
 

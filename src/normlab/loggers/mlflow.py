@@ -31,12 +31,14 @@ class Tool:
         folder = Path(run.config["output_dir"]).absolute()
         # MLflow makes the tables of a new database without a thought to other processes that do.
         with FileLock(folder / "mlflow.lock", timeout=LOCK_SECONDS):
-            self._client = MlflowClient(settings.tracking_uri or f"sqlite:///{folder / 'mlflow.db'}")
+            usual = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+            self._client = MlflowClient(settings.tracking_uri or usual)
             name = settings.experiment or run.config["study"]
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
         # One that is finished there and not here is of a record that was deleted: let it be.
-        query = f"tags.`normlab.run_id` = '{run.run_id}' and attributes.status != 'FINISHED'"
+        query = f"tags.`normlab.run_id` = '{run.run_id}' and tags.`normlab.study` = '{run.config['study']}'"
+        query += " and attributes.status != 'FINISHED'"
         before = self._client.search_runs([experiment], query, max_results=1)
         self._logged = 0  # the last step that MLflow has
         if before:

@@ -1,5 +1,6 @@
 """A run of Weights & Biases: by default offline, in the run's folder, from where `wandb sync` uploads it."""
 
+import hashlib
 import os
 import shutil
 import sys
@@ -21,7 +22,9 @@ _starting = threading.Lock()
 
 class Tool:
     def __init__(self, run: runs.Run, settings: WandbLogger) -> None:
-        before = list(run.folder.glob(f"wandb/offline-run-*-{run.run_id}"))
+        # Its id is all that W&B knows a run by, and another study may have this run, too.
+        identity = f"{run.run_id}-{hashlib.sha256(run.config['study'].encode()).hexdigest()[:8]}"
+        before = list(run.folder.glob(f"wandb/offline-run-*-{identity}"))
         with _starting:
             hooks = sys.exit, sys.excepthook
             try:
@@ -30,7 +33,7 @@ class Tool:
                     entity=settings.entity,
                     mode=settings.mode,
                     dir=run.folder,
-                    id=run.run_id,
+                    id=identity,
                     name=run.name,
                     group=run.config["study"],
                     tags=[run.config[key] for key in ("experiment", "budget") if run.config[key]],

@@ -19,8 +19,9 @@ __all__ = ["Import", "import_runs"]
 _STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*")
 
 
-def import_runs(study: str, output_dir: str | Path, wanted: Import) -> None:
-    """Write the runs of a source into `output_dir`/`study`, all or none, and say what was taken for granted.
+def import_runs(study: str, output_dir: str | Path, wanted: Import, *, quiet: bool = False) -> None:
+    """Write the runs of a source into `output_dir`/`study`, all or none, and say what was taken for granted; `quiet`:
+    print the study's folder alone.
 
     Raises:
         UserError: for a source that cannot be read or says too little, and for runs that are there with other values.
@@ -36,8 +37,11 @@ def import_runs(study: str, output_dir: str | Path, wanted: Import) -> None:
     made = complete(records, trained(folder), source.name, str(study), wanted)
     for run in made:
         run.config["study"] = str(study)
-    new, changed = against_the_disk(made, folder, source.name, replace=wanted.replace)
-    write([*new, *changed], folder)
+    new, changed, gone = against_the_disk(made, folder, source.name, replace=wanted.replace)
+    write([*new, *changed], folder, gone)
+    if quiet:
+        print(folder)
+        return
     told = [f"{len(new)} new", f"{len(changed)} replaced", f"{len(made) - len(new) - len(changed)} there already"]
     print(f"{source.name}: {len(made)} run{'s' * (len(made) != 1)} for study {study}: {', '.join(told)}.")
     for sentence in dict.fromkeys(line for run in made for line in run.provenance["imported"]["assumed"]):

@@ -22,13 +22,14 @@ NEEDED = ("dataset.name", "model.name", "batch", "epochs")
 
 
 class Made(NamedTuple):
-    """A run's folder in waiting."""
+    """A run's folder in waiting; `by_source`: the source's last epoch stands for the number of epochs."""
 
     name: str
     config: dict[str, Any]
     status: dict[str, Any]
     rows: list[dict[str, Any]]
     provenance: dict[str, Any]
+    by_source: bool
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,11 @@ def complete(
     """
     found = [_in_epochs(record, trained, wanted) for record in records]
     last_epochs: dict[Hashable, int] = defaultdict(int)  # of the runs that are alike but for arm, batch and seed
+    last_steps: dict[Hashable, float] = defaultdict(float)  # of those alike but for arm and seed
     for record, by_epoch, _ in found:
         last_epochs[_kind(record)] = max(last_epochs[_kind(record)], *(epoch or 0 for epoch in by_epoch))
+        steps = (row.get("step", 0) for row in by_epoch.values())
+        last_steps[_kind(record, "")] = max(last_steps[_kind(record, "")], *steps)
     made: dict[str, Made] = {}
     missing: dict[str, str] = {}
     for record, by_epoch, per_epoch in found:
@@ -139,7 +143,10 @@ def complete(
         if missing:
             continue
         taken = [key for key in flatten(same) if key not in given]
-        run = _make(record, settings, taken, _in_time(by_epoch, settings["epochs"], per_epoch, record), source)
+        rows = _in_time(by_epoch, settings["epochs"], per_epoch, record)
+        in_steps = not any("epoch" in row.cells for row, _ in record.rows)
+        by_source = "epochs" in given and "epochs" not in record.given
+        run = _make(record, settings, taken, rows, source, last_steps[_kind(record, "")] if in_steps else 0, by_source)
         if run.name in made:
             raise UserError(f"{record.where}: {record} is the same run as another one of {source}.\nRemove one.")
         made[run.name] = run
@@ -153,8 +160,8 @@ def complete(
     return list(made.values())
 
 
-def _kind(record: Record) -> Hashable:
-    return json.dumps({key: value for key, value in record.given.items() if key != "batch"}, sort_keys=True)
+def _kind(record: Record, without: str = "batch") -> Hashable:
+    return json.dumps({key: value for key, value in record.given.items() if key != without}, sort_keys=True)
 
 
 def _in_epochs(record: Record, trained: Sequence[Trained], wanted: Import) -> tuple[Record, Evaluations, int | None]:
@@ -183,12 +190,22 @@ def _in_time(by_epoch: Evaluations, epochs: int, steps_per_epoch: int | None, re
 
 
 def _make(
-    record: Record, settings: dict[str, Any], taken: Sequence[str], rows: list[dict[str, Any]], source: str
+    record: Record,
+    settings: dict[str, Any],
+    taken: Sequence[str],
+    rows: list[dict[str, Any]],
+    source: str,
+    last_step: float,
+    by_source: bool,
 ) -> Made:
+    """The run; `last_step` is that of the longest of the runs like this, where epochs are worked out from steps."""
     epochs, last, end = settings["epochs"], rows[-1]["epoch"], rows[-1]
     if last > epochs:
         raise UserError(f"{record.where}: {record} has an epoch {last}, and epochs={epochs}.")
-    state = "diverged" if diverged(record, end) else "done" if last == epochs else "interrupted"
+    missing = f"its last epoch is {last} of {epochs}" if last < epochs else ""
+    if not missing and end["step"] < last_step:
+        missing = f"its last step is {end['step']:g}, others' {last_step:g}"
+    state = "diverged" if diverged(record, end, missing) else "interrupted" if missing else "done"
     lost = [name for name in ("test_accuracy", "test_loss") if name not in end and any(name in row for row in rows)]
     if state == "done" and (lost or not set(end) & set(METRICS)):
         raise UserError(
@@ -196,7 +213,8 @@ def _make(
             "\nRuns are compared by their last evaluation. If it diverged, say so: a column state with diverged."
         )
     if state == "interrupted":
-        record.assumed.append(f"runs that end before epoch {epochs} were interrupted, and are part of no mean.")
+        before = f"epoch {epochs}" if last < epochs else f"step {last_step:g}"
+        record.assumed.append(f"runs that end before {before} were interrupted, and are part of no mean.")
     for group in ("dataset", "model"):
         if not any(
             key.startswith(f"{group}.") for key in taken
@@ -215,9 +233,9 @@ def _make(
         record.assumed.append(f"as the study's own runs have it: {', '.join(groups)} (listed in provenance.json).")
     name = runs.run_name(config)
     status = {"state": state, "run_id": runs.run_id(config), "name": name, "error": None, **end, "epochs": epochs}
-    imported = {"source": source, "sha256": record.rows[0][0].sha256, "time": runs.now()}
+    imported = {"source": source, "sha256": record.rows[0][0].sha256, "time": runs.now(), "by_source": by_source}
     provenance = {"imported": {**imported, "assumed": record.assumed, "taken_over": list(taken)}}
-    return Made(name, config, status, rows, provenance)
+    return Made(name, config, status, rows, provenance, by_source)
 
 
 def _merged(same: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,13 +252,19 @@ def _merged(same: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
 
 def against_the_disk(
     made: Sequence[Made], folder: Path, source: str, *, replace: bool
-) -> tuple[list[Made], list[Made]]:
-    """The runs that are not there yet, and those that are there with other values."""
-    new, changed = [], []
+) -> tuple[list[Made], list[Made], list[str]]:
+    """The runs that are not there yet, those that are there with other values, and the folders of the latter."""
+    new: list[Made] = []
+    changed: list[Made] = []
+    gone: list[str] = []
+    grown = _by_all_but_epochs(folder) if any(run.by_source for run in made) else {}
     for run in made:
         there = folder / run.name
         if not there.exists():
-            new.append(run)
+            # A source that has grown since: the number of epochs, which is part of a run's name, was its last one.
+            shorter = grown.get(_but_for_epochs(run.config), []) if run.by_source else []
+            gone += shorter
+            (changed if shorter else new).append(run)
             continue
         try:
             trained = not runs.read_config(there)["norm"].get("imported")
@@ -252,12 +276,30 @@ def against_the_disk(
             raise UserError(f"{there} is no imported run, and is left alone.\nMove it away to import {source}.")
         if warnings or rows != _as_written(run.rows) or status.get("state") != run.status["state"]:
             changed.append(run)
+            gone.append(run.name)
     if changed and not replace:
         raise UserError(
             f"{len(changed)} of {len(made)} runs of {source} are in {folder} with other values, e.g."
-            f"\n  {changed[0].name}\nNothing was written. To replace them: replace=true"
+            f"\n  {gone[0]}\nNothing was written. To replace them: replace=true"
         )
-    return new, changed
+    return new, changed, gone
+
+
+def _by_all_but_epochs(folder: Path) -> dict[str, list[str]]:
+    """Folders of imported runs that took their number of epochs from their source, by their other settings."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in runs.find(folder):
+        try:
+            config, made = runs.read_config(path), files.read_json(path / runs.PROVENANCE)["imported"]
+            if config["norm"].get("imported") and made.get("by_source"):
+                found[_but_for_epochs(config)].append(path.name)
+        except (UserError, KeyError, AttributeError, TypeError):
+            continue  # trained here, or damaged
+    return found
+
+
+def _but_for_epochs(config: Mapping[str, Any]) -> str:
+    return json.dumps({**runs.identity(config), "epochs": None}, sort_keys=True, default=str)
 
 
 def _says_imported(folder: Path) -> bool:
@@ -271,8 +313,8 @@ def _as_written(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [json.loads(files.to_json(row)) for row in rows]
 
 
-def write(made: Sequence[Made], folder: Path) -> None:
-    """Each folder appears as a whole. What was there before is removed when all are in their place."""
+def write(made: Sequence[Made], folder: Path, gone: Sequence[str] = ()) -> None:
+    """All or none: each folder appears as a whole; those that are `gone` are removed when all are in their place."""
     if not made:
         return
     files.make_folder(folder)
@@ -288,10 +330,18 @@ def write(made: Sequence[Made], folder: Path) -> None:
                 lines = "".join(files.to_json(row) + "\n" for row in run.rows).encode()
                 files.write_atomically(path / runs.METRICS, _writer(lines))
                 files.write_json(path / STATUS, run.status)
-            for run in made:
-                if (folder / run.name).exists():
-                    shutil.move(folder / run.name, old / run.name)
-                (new / run.name).rename(folder / run.name)
+            try:
+                for name in gone:
+                    (folder / name).rename(old / name)
+                for run in made:
+                    (new / run.name).rename(folder / run.name)
+            except BaseException:  # also Ctrl-C
+                for run in made:
+                    if not (new / run.name).exists():
+                        shutil.rmtree(folder / run.name, ignore_errors=True)
+                for path in old.iterdir():
+                    path.rename(folder / path.name)
+                raise
     except OSError as error:
         raise files.storage_error(folder, error) from error
 

@@ -91,7 +91,7 @@ def evaluations(record: Record, *, first_epoch: int, steps_per_epoch: int | None
                     f"{row.where} says its step, and not its epoch.\n"
                     "Say how many steps an epoch has, steps_per_epoch=..., or give it a column epoch."
                 )
-            epoch = round(step / steps_per_epoch)
+            epoch = math.ceil(step / steps_per_epoch)  # that it is in; of several in one, the last counts
         elif not metrics and len(record.rows) > 1:
             continue  # it says nothing
         here = found.setdefault(epoch, {})
@@ -112,9 +112,17 @@ def evaluations(record: Record, *, first_epoch: int, steps_per_epoch: int | None
     return found
 
 
-def diverged(record: Record, end: Mapping[str, float]) -> bool:
+def diverged(record: Record, end: Mapping[str, float], missing: str) -> bool:
+    """Whether the run did.
+
+    Args:
+        end: its last evaluation.
+        missing: what it lacks to be done, in words; "" if it lacks nothing.
+    """
     lost = any(not math.isfinite(end[loss]) for loss in LOSSES if loss in end)
-    states = [(str(row.cells["state"]).lower(), row.where) for row, _ in record.rows if "state" in row.cells]
+    told = [row for row, _ in record.rows if "state" in row.cells]
+    told.sort(key=lambda row: (_whole(row, "epoch") or 0, _whole(row, "step") or 0))  # however the file has them
+    states = [(str(row.cells["state"]).lower(), row.where) for row in told]
     for state, where in states:
         if state not in runs.FINISHED:
             raise UserError(f"{where}: state={state} is not valid: expected done or diverged.")
@@ -125,6 +133,11 @@ def diverged(record: Record, end: Mapping[str, float]) -> bool:
     state, where = states[-1]
     if lost and state == "done":
         raise UserError(f"{where}: state is done, but the last loss is not finite.\nExpected state diverged.")
+    if missing and state == "done":
+        raise UserError(
+            f"{where}: state is done, but {missing}.\nIf the run was meant to be that short, give it a column epochs;"
+            " if it was cut short, no state."
+        )
     return state == "diverged"
 
 
@@ -133,6 +146,8 @@ def _metrics(row: Row, percent: bool) -> dict[str, float]:
     found = {}
     for column in METRICS:
         value = _number(row, column)
+        if value is not None and value < 0 and column not in (*LOSSES, *ACCURACIES):
+            raise UserError(f"{row.where}: {column}={value:g} is not valid: expected a number, 0 or more.")
         if value is not None and (column in LOSSES or math.isfinite(value)):
             found[column] = value / 100 if percent and column in ACCURACIES else value
     return found
@@ -221,7 +236,7 @@ def _typed(text: str) -> Any:
     words = {"true": True, "false": False, "null": None}
     if text.lower() in words:
         return words[text.lower()]
-    for kind in (int, float):
+    for kind in () if "_" in text else (int, float):
         try:
             return kind(text)
         except ValueError:

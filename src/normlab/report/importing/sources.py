@@ -11,6 +11,8 @@ from typing import NamedTuple
 from normlab.errors import UserError, nearest
 from normlab.report.importing.settings import COLUMNS, COUNTS, METRICS, Import, is_column, no_column, some
 
+UNNAMED = "(one without a name)"
+
 
 class Row(NamedTuple):
     """A line of the source, or a step of its events.
@@ -56,7 +58,7 @@ def _read_csv(name: str, content: bytes, wanted: Import) -> tuple[list[Row], lis
     reader = csv.reader(text.splitlines(keepends=True), delimiter=max(",;\t", key=first.count), strict=True)
     header: list[str] = []
     names: list[str | None] = []
-    rows, before = [], 0
+    rows, before, of_others = [], 0, 0
     try:
         for cells in reader:
             line, before = before + 1, reader.line_num  # where it begins: a quoted cell may have several lines
@@ -72,12 +74,17 @@ def _read_csv(name: str, content: bytes, wanted: Import) -> tuple[list[Row], lis
                     "Quote cells that hold the separator."
                 )
             found = {column: cell.strip() for column, cell in zip(names, cells, strict=True) if column and cell.strip()}
+            others = any(cell.strip() for column, cell in zip(names, cells, strict=True) if not column)
+            if others and not set(found) & {*METRICS, "state"}:
+                of_others += 1  # a row about what is left out, as Lightning writes one after a test
+                continue
             rows.append(Row(f"{name}, line {line}", found, sha256))
     except csv.Error as error:
         raise UserError(f"{name}, line {before + 1} cannot be read: {error}.") from None
     if not rows:
         raise UserError(f"{name} has no rows.\nExpected a header such as arm,seed,test_accuracy, and a row per run.")
-    return rows, [column for column, ours in zip(header, names, strict=True) if not ours]
+    left_out = [column or UNNAMED for column, ours in zip(header, names, strict=True) if not ours]
+    return rows, left_out + ([f"{of_others} rows that measure nothing else"] if of_others else [])
 
 
 def _names(name: str, header: Sequence[str], wanted: Import) -> list[str | None]:
@@ -100,10 +107,11 @@ def _names(name: str, header: Sequence[str], wanted: Import) -> list[str | None]
             ours = None
         elif ours is None and wanted.ignore != "all":
             close = nearest(column, COLUMNS)
+            ignored = f"ignore=[{column}]" if column else "'ignore=[\"\"]'"
             raise UserError(
-                f"{name}: normlab has no column {column or '(one without a name)'}."
+                f"{name}: normlab has no column {column or UNNAMED}."
                 + (f"\nIf it is {close}, say columns={{{close}: {column}}}." if close and column else "")
-                + f"\nIf it does not matter, say ignore=[{column}]; ignore=all leaves out every column without meaning."
+                + f"\nIf it does not matter, say {ignored}; ignore=all leaves out every column without meaning."
                 + f"\nColumns: {', '.join((*COLUMNS[:5], *METRICS))}, and settings (batch, optimizer.lr, ...)."
             )
         if ours and ours in found:
