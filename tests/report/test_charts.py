@@ -70,6 +70,19 @@ def test_points_in_other_coordinates_become_data(figure) -> None:
     assert [*across["x"], *across["y"]] == pytest.approx([0, 10, 25, 25], abs=1e-9)
     assert np.subtract(diagonal["x"], diagonal["y"]) == pytest.approx([-20, -20])
     assert (cross["x"], cross["y"]) == ([5.0], [22.0])
+    assert cross["hoverinfo"] == "skip"  # at the foot of a panel, it has no value to tell
+    assert "hoverinfo" not in across
+
+
+def test_a_single_seed_that_equals_the_mean_has_no_error_bar(figure) -> None:
+    ax = figure.subplots()
+    ax.plot([1.0], [10.0], color="#000000", marker="o")
+    ax.plot([1.0, 1.0], [10.0, 12.0], ".", color="#000000")
+    ax.errorbar([1.0], [10.0], yerr=[2.0], fmt="none", ecolor="#000000", capsize=2)
+    [panel], _ = charts(figure)
+    mean, seeds = panel["traces"]
+    assert mean["half"] == [2.0]
+    assert "half" not in seeds
 
 
 def test_a_band_is_filled_between_its_ends_and_says_nothing(figure) -> None:

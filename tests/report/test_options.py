@@ -60,6 +60,7 @@ def means(folder, table):
         ("figure_size", "doble", "Did you mean figure_size=double?"),
         ("figure_style", "ggplt", "Did you mean figure_style=ggplot?"),
         ("figure_style", 3, "expected a style of matplotlib"),
+        ("thresholds", [0.5, 0.5000000001], "two are the same"),
         ("alpha", 0, "Example: alpha=0.05"),
         ("alpha", 5, "Example: alpha=0.05"),
         ("arms", "bn", "Example: arms=[bn,none]"),
@@ -157,9 +158,32 @@ def test_a_verdict_needs_a_p_value_of_at_most_alpha_and_its_caption_says_so(swee
     assert verdicts[1e-9] == {"inconclusive"}
 
 
+def test_tables_and_figures_of_earlier_options_are_removed(sweep, reported):
+    folder = reported(figures=True)
+    (folder / "difference.txt").write_text("a reader's own")
+    before = {path.name for path in folder.iterdir()}
+    reported(arms=["none"])
+    assert {path.name for path in folder.glob("difference*")} == {"difference.txt"}
+    assert {path.suffix for path in folder.glob("learning_curves.*")} == {".png", ".pdf", ".json"}  # figures=false
+    reported(figures=True)
+    assert {path.name for path in folder.iterdir()} == before
+    reported(figures=True, batches=[8])
+    assert not list(folder.glob("accuracy_against_batch*"))
+
+
+def test_a_baseline_that_is_left_out_is_told_from_one_that_does_not_exist(sweep, reported):
+    assert "baseline=bn is left out of this report" in (reported(arms=["none"]) / "report.md").read_text()
+    assert "baseline=nine is not an arm of this study" in (reported(baseline="nine") / "report.md").read_text()
+
+
+def test_where_nothing_can_be_bold_no_rule_is_stated(sweep, reported):
+    assert "Bold:" in (reported() / "accuracy.tex").read_text()
+    assert "Bold:" not in (reported(arms=["none"]) / "accuracy.tex").read_text()
+
+
 @pytest.mark.parametrize(("size", "width"), [("single", 3.4 * 160), ("slide", 1920)])
 def test_every_figure_has_the_size_that_is_asked_for(sweep, reported, size, width):
-    folder = reported(figures=True, figure_size=size)
+    folder = reported(figures=True, figure_size=size, figure_style="classic")  # which has dots per inch of its own
     shapes = {path.stem: Image.open(io.BytesIO(path.read_bytes())).size for path in folder.glob("*.png")}
     assert {"accuracy_against_batch", "learning_curves", "train_against_test"} <= set(shapes)
     assert {shape[0] for shape in shapes.values()} == {int(width)}

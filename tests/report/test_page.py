@@ -12,6 +12,7 @@ import yaml
 from recorded import adder
 
 from normlab import report
+from normlab.report.importing import Import, import_runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -190,6 +191,54 @@ def test_it_prints_with_the_figures_as_images(browser, page) -> None:
     window.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert verdict.get_attribute("open") is not None
     window.close()
+
+
+def data_of(page: Path) -> Any:
+    """What the page's script reads, by the rules that a browser has for it."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_cell_tells_the_values_of_its_table(tmp_path) -> None:
+    """The best epoch is that of the validation images; a last evaluation without a value is not an earlier one's."""
+    add = adder(tmp_path / "outputs")
+    for norm, accuracies in (("bn", (0.5, 0.9, 0.8)), ("none", (0.5, 0.8, None))):
+        file = add(norm, 8, 0, accuracies) / "metrics.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        told = [row | {"val_accuracy": value} for row, value in zip(rows, (0.99, 0.1, 0.2), strict=True)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in told))
+    bn, none = data_of(report.build("study", tmp_path / "outputs", report.options(figures=False)))["runs"]
+    assert (bn["final"], bn["best"]) == (80.0, 50.0)
+    assert "final" not in none
+    assert none["best"] == 50.0
+
+
+def test_a_metric_that_is_no_test_is_called_what_it_is(tmp_path) -> None:
+    adder(tmp_path / "outputs")()
+    options = report.options(figures=False, metric="train_accuracy")
+    data = data_of(report.build("study", tmp_path / "outputs", options))
+    assert data["measure"]["images"] == "training"
+    [run] = data["runs"]
+    assert (run["values"], run["train"]) == ([55.0, 85.0, 95.0], [])  # once
+
+
+def test_a_run_without_seconds_is_on_the_page_and_no_verdict_names_imported_ones(tmp_path) -> None:
+    add = adder(tmp_path / "outputs")
+    for norm in ("bn", "none"):
+        for seed in (0, 1, 2):
+            add(norm, 8, seed, (0.5, 0.8, 0.9 + 0.01 * seed))
+    (tmp_path / "results.csv").write_text("arm,test_accuracy\ntheirs,0.7\n")
+    import_runs("study", tmp_path / "outputs", Import(source=str(tmp_path / "results.csv")))
+    page = report.build("study", tmp_path / "outputs", report.options())
+    data = data_of(page)
+    done = [run for run in data["runs"] if run["state"] == "done"]
+    assert ["seconds" in run for run in done].count(False) == 1
+    made = {name: json.loads((page.parent / f"{name}.sources.json").read_text()) for name in ("verdicts", "accuracy")}
+    assert {name: len(listed["runs"]) for name, listed in made.items()} == {"verdicts": 6, "accuracy": 7}
 
 
 def test_a_run_costs_the_page_little(tmp_path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from normlab.report import load
 from normlab.report.probes import probe_tables
+from normlab.report.sources import sources
 
 
 @pytest.fixture
@@ -85,6 +86,15 @@ def test_only_done_runs_count_and_only_cells_with_measurements_have_a_row(add_ru
     table = tables()["probe_sharpness"]
     assert means(table)["sharpness"].to_dict() == {"bn": pytest.approx(4.0)}
     assert table.texts["digits, resnet18"]["runs"].tolist() == ["1 of 2, 1 diverged"]
+
+
+def test_runs_of_a_cell_without_the_probe_are_no_part_of_its_table(add_run, add_probe, tables, study):
+    measured = add_run(seed=0)
+    add_probe(measured, "sharpness", [{"step": 5, "eigenvalue": 4.0, "converged": True, "weight_norm": 7.0}])
+    add_run(seed=1)
+    table = tables()["probe_sharpness"]
+    assert table.texts["digits, resnet18"]["runs"].tolist() == ["1"]
+    assert sources(load(study), table.origin).runs == [measured.name]
 
 
 def test_what_was_not_measured_is_dashes(add_run, add_probe, tables):

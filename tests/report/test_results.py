@@ -61,6 +61,15 @@ def test_a_study_without_a_finished_run_is_left_out_with_a_warning(add_run, tmp_
     assert "torn has no finished run yet and is left out" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_a_study_that_lacks_the_metric_is_left_out_with_a_warning(add_run, add_losses, tmp_path, capsys) -> None:
+    add_losses("bn", (3.0, 2.0), study="losses")
+    add_run("bn", study="whole")
+    by_accuracy = replace(TABLES_ONLY, metric="test_accuracy")
+    page = build_results(tmp_path / "outputs", tmp_path / "results.md", by_accuracy)
+    assert "### whole" in page.read_text()
+    assert "losses is left out: metric=test_accuracy is not" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_figures_that_are_drawn_no_more_are_removed(add_run, tmp_path) -> None:
     add_run("bn")
     (tmp_path / "figures" / "study").mkdir(parents=True)

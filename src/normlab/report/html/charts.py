@@ -105,7 +105,6 @@ def _ticks(ax: Axes, name: str) -> list[tuple[float, str]]:
 
 def _line(ax: Axes, line: Line2D, scope: Sequence[Mapping[str, str]], bars: Sequence[dict[str, Any]]) -> Chart:
     x, y = _in_data(ax, line)
-    placed = line.get_transform() == ax.transData
     color, marker, dash = (
         to_hex(line.get_color()),
         str(line.get_marker()),
@@ -141,7 +140,7 @@ def _line(ax: Axes, line: Line2D, scope: Sequence[Mapping[str, str]], bars: Sequ
     if labels["x"] or labels["y"]:
         across, up = (_nearest(ax, name, labels[name], values) for name, values in (("x", x), ("y", y)))
         trace["text"] = [": ".join(filter(None, pair)) for pair in zip(across, up, strict=True)]
-    if not placed:  # its height says nothing
+    if not drawn and line.get_transform() != ax.transData:  # markers whose height says nothing
         trace["hoverinfo"] = "skip"
     for bar in bars if marker != "." else ():  # dots are single seeds
         _attach(trace, bar, x, y, color)
