@@ -116,13 +116,13 @@ def _share(value: object) -> bool:
 
 
 def _check_style(style: object) -> None:
-    from matplotlib import style as styles  # here: matplotlib is slow to import, and few reports name a style
+    from matplotlib.style import available, library  # here: matplotlib is slow to import, and few reports name a style
 
-    if isinstance(style, str) and (style in styles.library or Path(style).is_file()):
+    if isinstance(style, str) and (style in library or Path(style).is_file()):
         return
-    close = nearest(style, styles.available)
+    close = nearest(style, available)
     raise UserError(
         f"figure_style={style} is not valid: expected a style of matplotlib or the path of an .mplstyle file.\n"
-        f"Styles: {', '.join(styles.available[:6])} and {len(styles.available) - 6} more."
+        f"Styles: {', '.join(available[:6])} and {len(available) - 6} more."
         + (f"\nDid you mean figure_style={close}?" if close else "")
     )
