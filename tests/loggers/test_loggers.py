@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from launchers.commands import SMALL, command
@@ -74,14 +75,19 @@ def of_tensorboard(config: RunConfig) -> tuple[Numbers, str, str]:
     return numbers, settings, end
 
 
+def mlflow_runs(config: RunConfig, experiment: str, database: str = "mlflow.db") -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{config.output_dir}/{database}")
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
 def of_mlflow(config: RunConfig) -> tuple[Numbers, str, str]:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{config.output_dir}/mlflow.db")
-    experiment = client.get_experiment_by_name(config.study)
-    assert experiment is not None
-    name = folder(config).name
-    [run] = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == name]
+    [run] = [run for run in mlflow_runs(config, config.study) if run.info.run_name == folder(config).name]
     histories = [client.get_metric_history(run.info.run_id, key) for key in run.data.metrics]
     numbers = sorted((m.key, m.step, m.value) for history in histories for m in history)
     settings = "\n".join(f"{key}: {value}" for key, value in run.data.params.items())
@@ -207,6 +213,37 @@ def test_mlflow_knows_how_a_run_ended(tiny, before_step, state, status, settings
     with contextlib.suppress(InterruptedRunError, TypeError):
         carry_out(config)
     assert of_mlflow(config)[2] == f"state: {state} {status}"
+
+
+def test_the_same_run_of_two_studies_is_two_runs_of_mlflow(tiny, before_step) -> None:
+    first, second = (tiny("logger=mlflow", "logger.experiment=shared", f"study={name}") for name in ("first", "second"))
+    before_step(5, stop)
+    with pytest.raises(InterruptedRunError):
+        carry_out(first)
+    carry_out(second)
+    found = mlflow_runs(second, "shared")
+    assert {run.data.tags["normlab.study"]: run.data.tags["normlab.state"] for run in found} == {
+        "first": "interrupted",
+        "second": "done",
+    }
+
+
+def test_the_same_run_of_two_studies_has_two_names_in_wandb(tiny) -> None:
+    folders = []
+    for name in ("first", "second"):
+        config = tiny("logger=wandb", f"study={name}")
+        carry_out(config)
+        folders += [path.name.rpartition("-run-")[2].partition("-")[2] for path in folder(config).glob("wandb/*-run-*")]
+    assert len(folders) == len(set(folders)) == 2
+
+
+def test_mlflow_s_own_address_counts_where_the_settings_have_none(tiny, tmp_path, empty_database, monkeypatch) -> None:
+    shutil.copy(empty_database, tmp_path / "elsewhere.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
+    config = tiny("logger=mlflow")
+    carry_out(config)
+    assert len(mlflow_runs(config, config.study, "../elsewhere.db")) == 1
+    assert mlflow_runs(config, config.study) == []
 
 
 def test_a_run_that_fails_before_it_trains_is_told_as_well(tiny) -> None:
