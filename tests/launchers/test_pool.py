@@ -168,6 +168,7 @@ def test_a_closed_terminal_is_a_request_to_stop(tmp_path, mode) -> None:
         os.killpg(process.pid, signal.SIGHUP)  # as a terminal does, to launcher and workers
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
+    assert "Error executing job" not in error  # Hydra's line, of what is no error
     assert (runs.read_status(run) or {})["state"] == "interrupted"
     assert (run / "checkpoint.pt").exists()
 

@@ -126,6 +126,13 @@ def test_a_table_that_no_page_can_hold_is_continued_in_further_ones():
     assert [int(i) for i in re.findall(r"^arm(\d+) ", text, re.MULTILINE)] == list(range(120))
 
 
+def test_a_long_name_may_break_behind_signs_and_not_within_an_accent():
+    name = "m\u0101ori_of_a_long_name,with=many_signs_that_no_column_of_a_paper_holds"
+    text = latex(table(row(name, *["91.2 ± 0.8 (n=3)"] * 2)), "digits", "tab:x")
+    assert r"m\={a}ori\_\allowbreak{}of" in text
+    assert r"name,\allowbreak{}with=\allowbreak{}many" in text
+
+
 def test_a_label_has_no_letters_that_latex_does_not_take():
     assert r"\label{tab:a-b-c_d}" in latex(table(row("bn", "1")), "digits", "tab:a%b/c_d")
 

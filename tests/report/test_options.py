@@ -181,9 +181,10 @@ def test_where_nothing_can_be_bold_no_rule_is_stated(sweep, reported):
     assert "Bold:" not in (reported(arms=["none"]) / "accuracy.tex").read_text()
 
 
+@pytest.mark.parametrize("style", [None, "classic"])  # which has dots per inch of its own
 @pytest.mark.parametrize(("size", "width"), [("single", 3.4 * 160), ("slide", 1920)])
-def test_every_figure_has_the_size_that_is_asked_for(sweep, reported, size, width):
-    folder = reported(figures=True, figure_size=size, figure_style="classic")  # which has dots per inch of its own
+def test_every_figure_has_the_size_that_is_asked_for(sweep, reported, size, width, style):
+    folder = reported(figures=True, figure_size=size, figure_style=style)
     shapes = {path.stem: Image.open(io.BytesIO(path.read_bytes())).size for path in folder.glob("*.png")}
     assert {"accuracy_against_batch", "learning_curves", "train_against_test"} <= set(shapes)
     assert {shape[0] for shape in shapes.values()} == {int(width)}

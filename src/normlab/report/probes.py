@@ -161,7 +161,7 @@ def probe_tables(study: Study, confidence: float) -> list[Table]:
                 " quantities of any size. No interval where n = 1.",
                 tidy=tidy,
                 rows=lists(tidy, columns),
-                runs=list(values["run"]),
+                runs=list(measured["run"]),
             )
         )
     return found

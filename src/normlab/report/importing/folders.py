@@ -122,13 +122,13 @@ def complete(
     last_epochs: dict[Hashable, int] = defaultdict(int)  # of the runs that are alike but for arm, batch and seed
     last_steps: dict[Hashable, float] = defaultdict(float)  # of those alike but for arm and seed
     for record, by_epoch, _ in found:
-        last_epochs[_kind(record)] = max(last_epochs[_kind(record)], *(epoch or 0 for epoch in by_epoch))
-        steps = (row.get("step", 0) for row in by_epoch.values())
-        last_steps[_kind(record, "")] = max(last_steps[_kind(record, "")], *steps)
+        kind, of_a_batch = _kind(record, "batch"), _kind(record)
+        last_epochs[kind] = max(last_epochs[kind], *(epoch or 0 for epoch in by_epoch))
+        last_steps[of_a_batch] = max(last_steps[of_a_batch], *(row.get("step", 0) for row in by_epoch.values()))
     made: dict[str, Made] = {}
     missing: dict[str, str] = {}
     for record, by_epoch, per_epoch in found:
-        given, last = dict(record.given), last_epochs[_kind(record)]
+        given, last = dict(record.given), last_epochs[_kind(record, "batch")]
         if "epochs" not in given and last > 0:
             given["epochs"] = last
             record.assumed.append(f"epochs={last}, the last of {source}.")
@@ -146,7 +146,7 @@ def complete(
         rows = _in_time(by_epoch, settings["epochs"], per_epoch, record)
         in_steps = not any("epoch" in row.cells for row, _ in record.rows)
         by_source = "epochs" in given and "epochs" not in record.given
-        run = _make(record, settings, taken, rows, source, last_steps[_kind(record, "")] if in_steps else 0, by_source)
+        run = _make(record, settings, taken, rows, source, last_steps[_kind(record)] if in_steps else 0, by_source)
         if run.name in made:
             raise UserError(f"{record.where}: {record} is the same run as another one of {source}.\nRemove one.")
         made[run.name] = run
@@ -160,8 +160,9 @@ def complete(
     return list(made.values())
 
 
-def _kind(record: Record, without: str = "batch") -> Hashable:
-    return json.dumps({key: value for key, value in record.given.items() if key != without}, sort_keys=True)
+def _kind(record: Record, *but: str) -> Hashable:
+    """What the runs that are alike have in common: all that is given of them, but for these settings."""
+    return json.dumps({key: value for key, value in record.given.items() if key not in but}, sort_keys=True)
 
 
 def _in_epochs(record: Record, trained: Sequence[Trained], wanted: Import) -> tuple[Record, Evaluations, int | None]:
