@@ -5,7 +5,7 @@ A bare word in front of the settings is a command: `python report.py status` sho
 `python report.py import source=results.csv` brings runs made elsewhere into a study.
 """
 
-from normlab.commands import report
+from normlab.cli.commands import report
 
 if __name__ == "__main__":
     report()

@@ -3,7 +3,7 @@
 `python train.py doctor`, with or without settings, trains nothing and tells what a run would meet on this machine.
 """
 
-from normlab.commands import train
+from normlab.cli.commands import train
 
 if __name__ == "__main__":
     train()

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from normlab import config, runs
-from normlab.cli import settings_of
+from normlab import runs
+from normlab.config import schema as config
+from normlab.config.hydra import settings_of
 from normlab.runs.lock import holder
 from normlab.training import device
 
@@ -299,7 +300,7 @@ def measured(folder: Path, script: str, *arguments: str) -> tuple[float, float, 
 
 ALONE = """
 import json, sys
-from normlab.config import RunConfig
+from normlab.config.schema import RunConfig
 from normlab.training.run import Share, carry_out
 
 for settings in json.load(sys.stdin):

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import LinearConstraint, milp
 
-from normlab.report.arms import places
-from normlab.report.claims import Claim, Comparison, Side
-from normlab.report.load import Study
-from normlab.report.measures import MEASURES, Measure
+from normlab.report.analysis.measures import MEASURES, Measure
+from normlab.report.claims.claims import Claim, Comparison, Side
+from normlab.report.study.arms import places
+from normlab.report.study.load import Study
 
 BASE = {
     "study": "planted",

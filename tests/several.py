@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from normlab import models
-from normlab.config import RunConfig
-from normlab.errors import InterruptedRunError
-from normlab.training import distributed, engines
-from normlab.training.distributed import ALONE, Alone
-from normlab.training.processes import find
+from normlab.common.errors import InterruptedRunError
+from normlab.config.schema import RunConfig
+from normlab.training import engines
+from normlab.training.distributed import group as distributed
+from normlab.training.distributed.group import ALONE, Alone
+from normlab.training.distributed.processes import find
 from normlab.training.run import carry_out
 
 build, set_learning_rate = models.build, engines.set_learning_rate

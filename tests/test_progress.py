@@ -2,7 +2,7 @@
 
 import pytest
 
-from normlab.progress import Display, outcome, span
+from normlab.common.progress import Display, outcome, span
 
 DONE = {"state": "done", "test_accuracy": 0.9, "wall_seconds": 1}
 
@@ -30,7 +30,7 @@ def test_an_outcome_is_a_few_words(status, text) -> None:
 
 def test_time_left_is_the_time_so_far_scaled_by_the_work_done_here(monkeypatch) -> None:
     clock = 0.0
-    monkeypatch.setattr("normlab.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("normlab.common.progress.time.monotonic", lambda: clock)
     display = Display({"resumed": 100.0, "new": 300.0})
     display.news({"name": "resumed", "step": 50, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 9})
     assert display.time_left() is None
@@ -52,7 +52,7 @@ def test_outside_a_terminal_there_are_lines_and_no_bars(capsys) -> None:
 
 def test_a_log_hears_of_a_long_run_after_evaluations_and_at_most_once_a_minute(monkeypatch, capsys) -> None:
     clock = 0.0
-    monkeypatch.setattr("normlab.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("normlab.common.progress.time.monotonic", lambda: clock)
     display = Display({"a": 1.0})
     for second in range(601):  # an epoch of 7 s each, and news every second
         clock = float(second)
@@ -66,7 +66,7 @@ def test_a_log_hears_of_a_long_run_after_evaluations_and_at_most_once_a_minute(m
 
 def test_a_log_hears_of_an_epoch_that_takes_hours(monkeypatch, capsys) -> None:
     clock = 0.0
-    monkeypatch.setattr("normlab.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("normlab.common.progress.time.monotonic", lambda: clock)
     display = Display({"a": 1.0})
     for minute in range(61):
         clock = 60.0 * minute
@@ -76,7 +76,7 @@ def test_a_log_hears_of_an_epoch_that_takes_hours(monkeypatch, capsys) -> None:
 
 def test_of_many_runs_a_log_hears_no_more_than_of_one(monkeypatch, capsys) -> None:
     clock = 0.0
-    monkeypatch.setattr("normlab.progress.time.monotonic", lambda: clock)
+    monkeypatch.setattr("normlab.common.progress.time.monotonic", lambda: clock)
     display = Display(dict.fromkeys(map(str, range(64)), 1.0))
     for minute in range(129):
         clock = 60.0 * minute

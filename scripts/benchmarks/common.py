@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from normlab import config
-from normlab.cli import settings_of
-from normlab.machine import cores
+from normlab.common.cpu import cores
+from normlab.config import schema as config
+from normlab.config.hydra import settings_of
 from normlab.training import device
 
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab import models, runs
-from normlab.config import SGD, BuiltinDataset, Cosine, RunConfig, parse
+from normlab.config.schema import SGD, BuiltinDataset, Cosine, RunConfig, parse
 from normlab.data import sources
 from normlab.data.batches import standardisation
 from normlab.data.resident import Resident

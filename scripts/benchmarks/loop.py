@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import CPU, ROOT, configure, print_machine
-from normlab import config, models, runs
-from normlab.data.load import Data
+from normlab import models, runs
+from normlab.config import schema as config
+from normlab.data.datasets import Data
 from normlab.norms import Steps
 from normlab.training import device, engines
 from normlab.training.engines import Position

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.common import ROOT, configure, print_machine, print_ratios
-from normlab import config, models
+from normlab import models
+from normlab.config import schema as config
 from normlab.norms import BatchStatistics, Steps
-from normlab.training.gradients import build_transform
+from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
 
 

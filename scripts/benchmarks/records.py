@@ -130,7 +130,7 @@ def naive(folder: Path) -> float:
 
 
 def ours(folder: Path) -> float:
-    from normlab.report import load
+    from normlab.report.study import load
 
     begun = time.perf_counter()
     load(folder)

@@ -29,7 +29,7 @@ from typing import Any
 
 from benchmarks.common import ROOT, configure, machine, machine_line, spread, table
 from normlab import runs
-from normlab.machine import cores
+from normlab.common.cpu import cores
 
 CONTENDERS = {"normlab": "normlab", "plain": "plain PyTorch", "lightning": "Lightning", "tuned": "tuned PyTorch"}
 UNTUNED = ("plain", "lightning")  # what people use

@@ -27,7 +27,7 @@ class RunLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from normlab.launchers import sweep
-        from normlab.training.processes import find
+        from normlab.training.distributed.processes import find
 
         if find().world > 1:
             raise HydraException(

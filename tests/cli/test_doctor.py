@@ -11,8 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from normlab import doctor, preflight
+from normlab.cli import doctor
 from normlab.data import inventory
+from normlab.launchers import preflight
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,9 +12,9 @@ import yaml
 
 from hydra_plugins.normlab_sweepers import GridSweeper
 from normlab import report
-from normlab.config import ProbeConfig
-from normlab.report.claims import claims
-from normlab.report.verdicts import NOT_RUN, judge
+from normlab.config.schema import ProbeConfig
+from normlab.report.claims.claims import claims
+from normlab.report.claims.judge import NOT_RUN, judge
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))

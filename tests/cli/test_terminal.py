@@ -100,7 +100,7 @@ def test_a_quiet_report_prints_its_page_alone(tmp_path) -> None:
 
 MANY = """
 import sys, time
-from normlab.progress import Display
+from normlab.common.progress import Display
 names = [f"resnet18-digits-{norm}-b{2**i}-s0-0123456789" for i in range(20) for norm in ("bn", "none")]
 with Display(dict.fromkeys(names, 1.0), quiet="quiet" in sys.argv) as display:
     for name in names:

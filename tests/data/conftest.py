@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from normlab.config import IID, BuiltinDataset, FolderDataset
-from normlab.data.load import Data, load
+from normlab.config.schema import IID, BuiltinDataset, FolderDataset
+from normlab.data.datasets import Data, load
 
 Settings = Callable[..., BuiltinDataset | FolderDataset]
 

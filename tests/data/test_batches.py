@@ -9,13 +9,13 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms import functional as tf
 
-from normlab.config import IID, Paired
+from normlab.common.errors import UserError
+from normlab.common.rng import stream
+from normlab.config.schema import IID, Paired
 from normlab.data import batches
 from normlab.data.batches import Augmentation, Split, standardisation, unit_interval
-from normlab.data.load import Data
+from normlab.data.datasets import Data
 from normlab.data.resident import Resident
-from normlab.errors import UserError
-from normlab.streams import stream
 
 CPU = torch.device("cpu")
 Load = Callable[..., Data]

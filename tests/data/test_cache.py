@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from normlab.common.errors import UserError
 from normlab.data import cache
+from normlab.data.datasets import Data
 from normlab.data.images import Decoder
 from normlab.data.inventory import scan
-from normlab.data.load import Data
 from normlab.data.streaming import worker_context
-from normlab.errors import UserError
 
 Folder = Callable[..., Path]
 Load = Callable[..., Data]

@@ -9,8 +9,8 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from normlab.common.errors import UserError
 from normlab.data import images
-from normlab.errors import UserError
 
 RED = (255, 0, 0)
 

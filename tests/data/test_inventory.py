@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from torchvision import datasets
 
-from normlab.config import BuiltinDataset, FolderDataset
+from normlab.common.errors import UserError
+from normlab.config.schema import BuiltinDataset, FolderDataset
 from normlab.data import inventory
 from normlab.data.inventory import Inventory, check, scan
-from normlab.errors import UserError
 
 Settings = Callable[..., BuiltinDataset | FolderDataset]
 Folder = Callable[..., Path]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from normlab import preflight
+from normlab.common.errors import UserError
 from normlab.data import inventory
-from normlab.data.load import Data
-from normlab.errors import UserError
+from normlab.data.datasets import Data
+from normlab.launchers import preflight
 from normlab.training.run import data_of
 
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from normlab.config import Paired
+from normlab.common.rng import stream
+from normlab.config.schema import Paired
 from normlab.data.batches import Augmentation, Split, unit_interval
-from normlab.data.load import Data
+from normlab.data.datasets import Data
 from normlab.data.resident import Resident
 from normlab.data.samplers import evaluation_order, paired
 from normlab.norms import GroupedBatchNorm2d
-from normlab.streams import stream
 
 CPU = torch.device("cpu")
 Load = Callable[..., Data]

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from normlab.common.errors import UserError
 from normlab.data import inventory, sources
+from normlab.data.datasets import Data
 from normlab.data.inventory import check
-from normlab.data.load import Data
-from normlab.errors import UserError
 
 Load = Callable[..., Data]
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from normlab.data.load import Data
+from normlab.common.errors import UserError
+from normlab.data.datasets import Data
 from normlab.data.streaming import Files, worker_context
-from normlab.errors import UserError
 
 Folder = Callable[..., Path]
 Load = Callable[..., Data]

@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import open_dict
 from omegaconf.errors import MissingMandatoryValue
 
-from normlab.cli import settings_of
+from normlab.config.hydra import settings_of
 from normlab.launchers.composing import compose
 
 CONF = Path(__file__).parents[2] / "conf"

@@ -7,9 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from launchers.commands import LONG, ROOT, SMALL, command
 
-from normlab import config as schema
 from normlab import runs
-from normlab.cli import settings_of
+from normlab.config import schema
+from normlab.config.hydra import settings_of
 
 PLAN = ("-m", "hydra/launcher=plan", *SMALL)
 

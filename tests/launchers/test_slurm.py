@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from normlab import preflight, runs
-from normlab.errors import UserError
-from normlab.launchers import slurm
+from normlab import runs
+from normlab.common.errors import UserError
+from normlab.launchers import preflight, slurm
 
 ROOT = Path(__file__).parents[2]
 LOCAL = subprocess.run([ROOT / "scripts" / "local_slurm", "status"], capture_output=True, text=True)

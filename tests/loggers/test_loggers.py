@@ -18,9 +18,11 @@ import pytest
 from launchers.commands import SMALL, command
 from training.test_packing import together
 
-from normlab import doctor, loggers, preflight, runs
-from normlab.config import RunConfig
-from normlab.errors import InterruptedRunError, UserError
+from normlab import loggers, runs
+from normlab.cli import doctor
+from normlab.common.errors import InterruptedRunError, UserError
+from normlab.config.schema import RunConfig
+from normlab.launchers import preflight
 from normlab.runs import files
 from normlab.training import engines
 from normlab.training.run import carry_out

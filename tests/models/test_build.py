@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from normlab import models
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 
 ARMS = ["bn", "affine", "bnminus", "none"]
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from normlab import models
-from normlab.errors import UserError
-from normlab.models.nets import CifarBlock
+from normlab.common.errors import UserError
+from normlab.models.paper_networks import CifarBlock
 from normlab.norms import find_sites
 from normlab.training.run import carry_out
 

@@ -10,8 +10,8 @@ from small import SmallNet
 from torch import nn
 
 from normlab import models
-from normlab.errors import UserError
-from normlab.models import starts
+from normlab.common.errors import UserError
+from normlab.models import initialization as starts
 from normlab.models.build import base
 
 SMALL = ("model=custom", "model.target=small.SmallResNet", "model.name=small_resnet")

@@ -11,7 +11,7 @@ import torchvision
 from norms.oracle import CASES, compare, has_single_values, images, relative_error
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import (
     ChannelAffine,
     EvoNorm2dB0,
@@ -25,7 +25,7 @@ from normlab.norms import (
     parameter_roles,
     rewrite,
 )
-from normlab.norms.coupled import spatial_moments
+from normlab.norms.norm_activation import spatial_moments
 
 FRN_EPS = 1e-6
 EPS = 1e-5

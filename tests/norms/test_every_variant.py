@@ -11,12 +11,12 @@ from small import SmallResNet
 from torch import Tensor, nn
 
 from normlab import models, runs
-from normlab.config import RunConfig
-from normlab.errors import InterruptedRunError, UserError
+from normlab.common.errors import InterruptedRunError, UserError
+from normlab.config.schema import RunConfig
 from normlab.models.build import variant
 from normlab.norms import BatchStatistics, Steps, rewrite, trace
 from normlab.training import engines, loop
-from normlab.training.gradients import build_transform
+from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
 from normlab.training.run import carry_out
 

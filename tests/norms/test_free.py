@@ -15,7 +15,7 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import (
     Fixup,
     NormaliserFree,

@@ -8,7 +8,7 @@ import torch
 from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import (
     BatchNorm,
     LpNorm,

@@ -11,7 +11,7 @@ import torchvision
 from norms.oracle import images
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import (
     LogitBatchNorm,
     MimicConv2d,

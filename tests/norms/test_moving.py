@@ -13,9 +13,9 @@ import torchvision
 from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import MABN, CentredConv2d, PowerNorm, Steps, Variant, batch_statistics, rewrite
-from normlab.norms.statistics import held
+from normlab.norms.layer_statistics import held
 
 EPS = 1e-5
 STEPS = 8

@@ -13,7 +13,7 @@ from small import SmallNet, SmallResNet
 from torch import nn
 
 from normlab import norms
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 
 MENU = Path(__file__).parents[2] / "conf" / "norm"
 

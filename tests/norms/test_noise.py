@@ -8,7 +8,7 @@ import torch
 from norms.oracle import images
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import (
     BatchNorm,
     GroupedBatchNorm2d,

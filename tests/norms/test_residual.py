@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import find_branches, fixup_start, trace, zero_gamma
 
 OPTIONS = {"googlenet": {"init_weights": False, "aux_logits": False}}

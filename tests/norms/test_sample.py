@@ -9,7 +9,7 @@ import torchvision
 from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm, Variant, rewrite
 
 EPS = 1e-5

@@ -13,7 +13,7 @@ from norms.oracle import images
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.models.build import variant
 from normlab.norms import (
     BatchNorm,

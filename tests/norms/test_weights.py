@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms import (
     MeanOnlyBatchNorm2d,
     MeanOnlyWeightNorm,

@@ -91,7 +91,11 @@ def test_the_wheel_holds_the_package_its_data_and_the_configuration_and_nothing_
         about = {Path(name).name for name in archive.namelist() if ".dist-info/" in name}
     source = {name for name in files(built / "src") if ".egg-info/" not in name}
     assert held == source | {f"normlab/conf/{name}" for name in files(built / "conf")}
-    assert {"normlab/conf/norm/bn.yaml", "normlab/report/claims.yaml", "hydra_plugins/normlab_launchers.py"} <= held
+    assert {
+        "normlab/conf/norm/bn.yaml",
+        "normlab/report/claims/claims.yaml",
+        "hydra_plugins/normlab_launchers.py",
+    } <= held
     assert {"LICENSE", "entry_points.txt"} <= about
 
 

@@ -12,7 +12,7 @@ from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 
 from normlab import models
-from normlab.config import ActivationsProbe, AffineProbe, GradientsProbe
+from normlab.config.schema import ActivationsProbe, AffineProbe, GradientsProbe
 from normlab.norms import find_sites, parameter_roles
 from normlab.probes import Activations, Affine, Gradients, Subject
 

@@ -13,12 +13,12 @@ from small import SmallNet
 from torch import Tensor, nn
 
 from normlab import models, runs
-from normlab.config import RunConfig
-from normlab.errors import InterruptedRunError, UserError
+from normlab.common.errors import InterruptedRunError, UserError
+from normlab.config.schema import RunConfig
 from normlab.norms import Steps, find_sites
 from normlab.probes import Moment, Probes, Subject
 from normlab.training import engines
-from normlab.training.gradients import build_transform
+from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
 from normlab.training.run import carry_out
 

@@ -10,8 +10,8 @@ from probes.moments import Chain, moment, rows, squared
 from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 
-from normlab.config import ICSProbe, LandscapeProbe
-from normlab.errors import UserError
+from normlab.common.errors import UserError
+from normlab.config.schema import ICSProbe, LandscapeProbe
 from normlab.norms import BatchNorm, rewrite
 from normlab.probes import ICS, Landscape, Subject
 

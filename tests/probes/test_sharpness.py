@@ -11,8 +11,8 @@ from small import SmallResNet
 from torch import Tensor, nn
 
 from normlab import models
-from normlab.config import SharpnessProbe
-from normlab.errors import UserError
+from normlab.common.errors import UserError
+from normlab.config.schema import SharpnessProbe
 from normlab.norms import LpNorm, Steps, rewrite
 from normlab.probes import Sharpness
 from normlab.probes.sharpness import hessian, lanczos

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from normlab import report
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 
 
 def build(study, output_dir, **changes):

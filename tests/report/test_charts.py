@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from normlab.report.html.charts import charts
+from normlab.report.render.html.charts import charts
 
 
 @pytest.fixture

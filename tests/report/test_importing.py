@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from normlab import report, runs
-from normlab.errors import UserError
+from normlab.common.errors import UserError
+from normlab.report.claims.judge import judge
 from normlab.report.importing import Import, import_runs
-from normlab.report.load import load
-from normlab.report.verdicts import judge
+from normlab.report.study.load import load
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = report.options()

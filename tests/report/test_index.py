@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from normlab import runs
-from normlab.report import index, load
-from normlab.report.load import Study
-from normlab.report.studies import find_studies
+from normlab.report.study import index, load
+from normlab.report.study.find import find_studies
+from normlab.report.study.load import Study
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 RECORDED = ["davis2021_scale_laptop", "gitman2017_imagenet_laptop", "santurkar2018_noise_laptop", "small_batch_laptop"]

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from normlab import report
-from normlab.report.cells import Cell, Table
-from normlab.report.latex import latex, latex_escape
+from normlab.report.analysis.cells import Cell, Table
+from normlab.report.render.latex import latex, latex_escape
 
 OPTIONS = report.options()
 UGLY = [

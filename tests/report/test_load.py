@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from normlab.errors import UserError
-from normlab.report import load
+from normlab.common.errors import UserError
+from normlab.report.study import load
 
 
 def labels(study):

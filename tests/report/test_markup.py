@@ -1,7 +1,7 @@
 import pandas as pd
 
-from normlab.report.cells import Cell, Table
-from normlab.report.markup import markdown, markdown_table
+from normlab.report.analysis.cells import Cell, Table
+from normlab.report.render.markdown import markdown, markdown_table
 
 
 def test_markdown_is_aligned_and_pipes_are_escaped():

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from planted import Planted, evaluations_of, probes_of
 
-from normlab.report.measures import MEASURES, chance
+from normlab.report.analysis.measures import MEASURES, chance
 
 
 @pytest.mark.parametrize("name", MEASURES)

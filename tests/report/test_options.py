@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from normlab import report
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 
 OPTIONS = report.options()
 

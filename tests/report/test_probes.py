@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from normlab.report import load
-from normlab.report.probes import probe_tables
-from normlab.report.sources import sources
+from normlab.report.analysis.probe_tables import probe_tables
+from normlab.report.study import load
+from normlab.report.study.provenance import sources
 
 
 @pytest.fixture

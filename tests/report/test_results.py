@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.report import build_results, options
-from normlab.report.claims import claims
+from normlab.report.claims.claims import claims
 
 ROOT = Path(__file__).parents[2]
 RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"

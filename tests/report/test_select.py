@@ -2,9 +2,9 @@
 
 import pytest
 
-from normlab.errors import UserError
-from normlab.report import load
-from normlab.report.select import select
+from normlab.common.errors import UserError
+from normlab.report.study import load
+from normlab.report.study.select import select
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import math
 import pandas as pd
 import pytest
 
-from normlab.report import load
-from normlab.report.metric import ACCURACY
-from normlab.report.standing import standings
-from normlab.report.tables import build_tables
+from normlab.report.analysis.highlight import standings
+from normlab.report.analysis.metric import ACCURACY
+from normlab.report.analysis.tables import build_tables
+from normlab.report.study import load
 
 NAN = math.nan
 

@@ -8,7 +8,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from normlab.report.statistics import (
+from normlab.report.analysis.statistics import (
     RESAMPLES,
     SEED,
     bootstrap_mean,

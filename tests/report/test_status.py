@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from normlab.errors import UserError
-from normlab.report import load, status, study_status
-from normlab.report.status import RunStatus, Survey, show_status, summary, time_left, view
+from normlab.common.errors import UserError
+from normlab.report import study_status
+from normlab.report.study import load, status
+from normlab.report.study.status import RunStatus, Survey, show_status, summary, time_left, view
 from normlab.runs import lock
 
 ROOT = Path(__file__).parents[2]

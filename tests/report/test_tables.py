@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from normlab.report import load
-from normlab.report.metric import ACCURACY, LOSS, measure_of
-from normlab.report.tables import build_tables
+from normlab.report.analysis.metric import ACCURACY, LOSS, measure_of
+from normlab.report.analysis.tables import build_tables
+from normlab.report.study import load
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from normlab.report.claims import claims, parse
-from normlab.report.measures import MEASURES
-from normlab.report.verdict_texts import effect, expected, overview, table
-from normlab.report.verdicts import CONTRADICTED, INCONCLUSIVE, SUPPORTED, judge
+from normlab.report.analysis.measures import MEASURES
+from normlab.report.claims.claims import claims, parse
+from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, judge
+from normlab.report.claims.texts import effect, expected, overview, table
 
 EXPERIMENTS = Path(__file__).parents[2] / "conf" / "experiment"
 CLAIMS = {claim.id: claim for claim in claims()}
@@ -54,7 +54,7 @@ def test_every_claim_names_its_experiments_and_marks_what_is_ours(claim):
 def test_no_key_of_the_file_is_overlooked():
     comparison = {"sides", "expect", "than", "to", "within", "measure", "exact"}
     keys = {"id", "sentence", "paper", "place", "number", "experiments", "measure", "where", "free", "any", "notes"}
-    entries = yaml.safe_load((EXPERIMENTS.parents[1] / "src/normlab/report/claims.yaml").read_text())
+    entries = yaml.safe_load((EXPERIMENTS.parents[1] / "src/normlab/report/claims/claims.yaml").read_text())
     for entry in entries:
         assert set(entry) <= keys | {"comparisons"}
         for compared in entry["comparisons"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from normlab.errors import RunBusyError
+from normlab.common.errors import RunBusyError
 from normlab.runs import lock
 
 
@@ -178,7 +178,7 @@ def test_among_many_processes_one_at_a_time_holds_a_run(tmp_path) -> None:
     """Each adds one to a number without any care of its own; the lock file comes and goes under their hands."""
     (tmp_path / "number").write_text("0")
     code = (
-        "import pathlib, sys, time; from normlab.errors import RunBusyError; from normlab.runs import lock\n"
+        "import pathlib, sys, time; from normlab.common.errors import RunBusyError; from normlab.runs import lock\n"
         "folder, done = pathlib.Path(sys.argv[1]), 0\n"
         "while done < 30:\n"
         "    try:\n"

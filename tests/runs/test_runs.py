@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from normlab import runs
-from normlab.config import RunConfig
-from normlab.errors import RunBusyError, UserError
+from normlab.common.errors import RunBusyError, UserError
+from normlab.config.schema import RunConfig
 from normlab.runs import files
 from normlab.runs.identity import LATER, completed
 

@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from benchmarks import contenders, speed
 from normlab import models, runs
-from normlab.config import RunConfig
+from normlab.config.schema import RunConfig
 from normlab.training.optimizers import build_optimizer, learning_rate, set_learning_rate
 from normlab.training.run import carry_out
 

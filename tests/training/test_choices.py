@@ -8,8 +8,8 @@ import torch
 from conftest import Make
 
 from normlab import models, runs
-from normlab.config import RunConfig
-from normlab.errors import InterruptedRunError
+from normlab.common.errors import InterruptedRunError
+from normlab.config.schema import RunConfig
 from normlab.training import choices, device
 from normlab.training.choices import Choice
 from normlab.training.interrupt import StopRequest

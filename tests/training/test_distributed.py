@@ -18,13 +18,15 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import Tensor, nn
 
-from normlab import cli, config, models, runs
-from normlab.config import RunConfig
+from normlab import models, runs
+from normlab.common.errors import UserError
+from normlab.config import hydra as cli
+from normlab.config import schema as config
+from normlab.config.schema import RunConfig
 from normlab.data.batches import Split, unit_interval
 from normlab.data.resident import Resident
-from normlab.errors import UserError
-from normlab.training import sharing
-from normlab.training.processes import Processes, find
+from normlab.training.distributed import checks as sharing
+from normlab.training.distributed.processes import Processes, find
 from normlab.training.run import data_of
 
 ROOT = Path(__file__).parents[2]

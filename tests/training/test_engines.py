@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab import runs
-from normlab.config import RunConfig
-from normlab.errors import InterruptedRunError, UserError
+from normlab.common.errors import InterruptedRunError, UserError
+from normlab.config.schema import RunConfig
 from normlab.training import engines
 from normlab.training.graphs import Tape
 from normlab.training.interrupt import StopRequest

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from normlab import runs
-from normlab.config import RunConfig
-from normlab.errors import UserError
+from normlab.common.errors import UserError
+from normlab.config.schema import RunConfig
 from normlab.training import checkpoint, engines
 from normlab.training.run import carry_out
 
@@ -250,7 +250,7 @@ def test_the_command_on_a_full_disk_says_so_and_goes_on_when_there_is_space(disk
 EVERY = 6  # of about 120 operations: all of them take a minute
 KILLED = """
     import json, os, signal, sys
-    from normlab.config import RunConfig
+    from normlab.config.schema import RunConfig
     from normlab.training.run import carry_out
 
     settings, folder, every = json.loads(sys.argv[1])

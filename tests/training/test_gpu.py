@@ -5,8 +5,8 @@ import torch
 from training.test_engines import NORMS, carry_out_in_two_parts
 
 from normlab import runs
-from normlab.config import RunConfig
-from normlab.data.load import Loaded
+from normlab.config.schema import RunConfig
+from normlab.data.datasets import Loaded
 from normlab.training import engines, packing
 from normlab.training.interrupt import StopRequest
 from normlab.training.run import Share, carry_out

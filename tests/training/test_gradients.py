@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab import models
-from normlab.errors import UserError
-from normlab.training.gradients import AdaptiveClipping, Preconditioner, build_transform
+from normlab.common.errors import UserError
+from normlab.training.gradient_transforms import AdaptiveClipping, Preconditioner, build_transform
 
 
 def small_network() -> nn.Module:

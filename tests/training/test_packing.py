@@ -11,14 +11,14 @@ from small import SmallNet
 from torch import Tensor
 
 from normlab import runs
-from normlab.config import RunConfig
-from normlab.data.load import Loaded
-from normlab.errors import InterruptedRunError
+from normlab.common.errors import InterruptedRunError
+from normlab.config.schema import RunConfig
+from normlab.data.datasets import Loaded
 from normlab.training import packing
+from normlab.training.interleaving import Turns
 from normlab.training.interrupt import StopRequest
 from normlab.training.packing import Room
 from normlab.training.run import Share, carry_out
-from normlab.training.turns import Turns
 
 CPU = torch.device("cpu")
 SMALL = ("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from normlab import models, runs
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.training.run import carry_out, data_of
 from normlab.training.tasks import Classification, Regression, task_of
 
@@ -76,7 +76,7 @@ def test_a_record_has_losses_and_no_accuracies(make) -> None:
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(make, monkeypatch) -> None:
-    from normlab.errors import InterruptedRunError
+    from normlab.common.errors import InterruptedRunError
     from normlab.training import engines
     from normlab.training.interrupt import StopRequest
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from normlab import runs
-from normlab.config import RunConfig
+from normlab.common.errors import InterruptedRunError, RunBusyError, UserError
+from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
-from normlab.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.training import checkpoint, engines, loop, tasks
 from normlab.training import run as training
 from normlab.training.run import carry_out
@@ -119,7 +119,7 @@ def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypat
 
 def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
     from normlab import models
-    from normlab.data.load import load
+    from normlab.data.datasets import load
 
     config = tiny("save_weights=true")
     status = carry_out(config)
@@ -222,7 +222,7 @@ def test_measuring_statistics_anew_is_interrupted_between_batches_and_beats(tiny
 
 KILLED = """
     import json, os, signal, sys
-    from normlab.config import RunConfig
+    from normlab.config.schema import RunConfig
     from normlab.training import checkpoint, run
 
     saved, save = 0, checkpoint.save

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normlab.common.rng import stream
 from normlab.data.resident import Resident
 from normlab.data.samplers import paired
 from normlab.data.streaming import Files
-from normlab.streams import stream
 
 READY_BYTES = 64 * 2**20  # normalised images that are kept ready up to this size
 SAMPLE = 2000  # streamed training images that mean and std are estimated from

@@ -12,9 +12,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from normlab.common.cpu import cores
+from normlab.common.errors import UserError
 from normlab.data.images import Decoder
-from normlab.errors import UserError
-from normlab.machine import cores
 
 FORMAT = 1  # raise it when the same files would decode to other pixels
 CHUNK = 512  # images that are decoded between two writes

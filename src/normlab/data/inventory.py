@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from normlab.config import BuiltinDataset, ImageDataset, RegressionDataset
-from normlab.errors import UserError, nearest
+from normlab.common.errors import UserError, nearest
+from normlab.config.schema import BuiltinDataset, ImageDataset, RegressionDataset
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 PROBE_SECONDS = 2.0  # a mistake is told within 3 s, so a download is given this long to answer

@@ -5,8 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from normlab.config import RegressionDataset
-from normlab.streams import stream
+from normlab.common.rng import stream
+from normlab.config.schema import RegressionDataset
 
 
 def samples(dataset: RegressionDataset) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normlab.config import FolderDataset
+from normlab.common.errors import UserError
+from normlab.config.schema import FolderDataset
 from normlab.data import cache, inventory
 from normlab.data.images import Decoder
 from normlab.data.resident import Resident
 from normlab.data.splits import stratified, without
 from normlab.data.streaming import Files
-from normlab.errors import UserError
 
 Log = Callable[[str], None]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from normlab.streams import stream
+from normlab.common.rng import stream
 
 
 def stratified(labels: Tensor, size: int | None, *key: object) -> Tensor:

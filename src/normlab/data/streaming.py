@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from normlab.common.cpu import cores
+from normlab.common.errors import UserError
+from normlab.common.rng import key
 from normlab.data.images import Decoder
-from normlab.errors import UserError
-from normlab.machine import cores
-from normlab.streams import key
 
 Job = tuple[str, int | None]  # a file, and the seed of its random crop
 

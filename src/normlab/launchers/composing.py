@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from normlab.cli import settings_of
+from normlab.config.hydra import settings_of
 
 _REFERENCE = re.compile(r"\$\{([^${}]+)\}")
 

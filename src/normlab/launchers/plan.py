@@ -18,14 +18,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from normlab import config as schema
 from normlab import runs
+from normlab.common.errors import UserError
+from normlab.common.progress import span
+from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
-from normlab.errors import UserError
 from normlab.launchers.pool import Slot, begin, slots_for
 from normlab.launchers.sweep import DONE, FAILED, RUNNING, STATES, TO_RESUME, Job, Sweep, weight
-from normlab.progress import span
 
 SAMPLE = 200  # other finished runs of the study that are looked at
 WIDE = 160  # columns, where no terminal has fewer

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from normlab import config as schema
-from normlab import preflight, runs
-from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
+from normlab import runs
+from normlab.common.cpu import cores
+from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
+from normlab.common.progress import Display, one_line, span
+from normlab.config import schema
+from normlab.launchers import preflight
 from normlab.launchers.sweep import Job, Sweep
-from normlab.machine import cores
-from normlab.progress import Display, one_line, span
 from normlab.training.interrupt import StopRequest
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from normlab import config as schema
-from normlab import preflight, runs
-from normlab.cli import settings_of, stop, stop_interrupted
-from normlab.errors import InterruptedRunError, UserError
-from normlab.installation import called
-from normlab.progress import Display, outcome
+from normlab import runs
+from normlab.common.errors import InterruptedRunError, UserError
+from normlab.common.installation import called
+from normlab.common.progress import Display, outcome
+from normlab.config import schema
+from normlab.config.hydra import settings_of, stop, stop_interrupted
+from normlab.launchers import preflight
+from normlab.training.distributed.processes import Processes, find
 from normlab.training.interrupt import StopRequest
-from normlab.training.processes import Processes, find
 
 
 def carry_out(composed: DictConfig) -> float | None:
@@ -88,10 +89,10 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
         if display:
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
             display.news({"name": run.name})
-        from normlab.training import distributed  # torch takes seconds to import
+        from normlab.training.distributed import group  # torch takes seconds to import
         from normlab.training.run import Share, carry_out
 
-        with distributed.join(processes, config.device) as team:
+        with group.join(processes, config.device) as team:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that what one machine lacks is known to all
             watch = display.news if display else lambda status: None

@@ -25,11 +25,11 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_validator
 
 from normlab import runs
-from normlab.config import Count, Positive, Whole, sentence, wrong
-from normlab.errors import UserError
-from normlab.installation import called
+from normlab.common.errors import UserError
+from normlab.common.installation import called
+from normlab.common.progress import Display, one_line, span
+from normlab.config.schema import Count, Positive, Whole, sentence, wrong
 from normlab.launchers.sweep import Job, Sweep
-from normlab.progress import Display, one_line, span
 from normlab.runs import files
 
 AGAIN = 75  # exit status of a task that was told to stop and wants its job to go on later

@@ -15,14 +15,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from normlab import config as schema
-from normlab import preflight, runs
-from normlab.errors import InterruptedRunError, UserError
-from normlab.launchers import pool, single
+from normlab import runs
+from normlab.common.errors import InterruptedRunError, UserError
+from normlab.config import schema
+from normlab.launchers import pool, preflight, single
 from normlab.launchers.slurm import AGAIN
 from normlab.launchers.sweep import NEW, Job
 from normlab.runs import files
-from normlab.training.processes import find
+from normlab.training.distributed.processes import find
 
 
 def main(order: Path) -> int:

@@ -7,9 +7,10 @@ from typing import Any
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from normlab import config as schema
-from normlab import preflight, runs
+from normlab import runs
+from normlab.config import schema
 from normlab.data.inventory import Inventory
+from normlab.launchers import preflight
 from normlab.launchers.composing import compose
 from normlab.runs.lock import holder
 

@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from normlab import runs
-from normlab.config import LoggerConfig
+from normlab.config.schema import LoggerConfig
 
 Row = Mapping[str, Any]
 END_SECONDS = 30.0  # that a run waits at its end for what its tool still has to do

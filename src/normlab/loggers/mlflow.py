@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from normlab import runs
-from normlab.config import MLflowLogger
+from normlab.config.schema import MLflowLogger
 from normlab.loggers import Row, numbers, started
 
 STATUSES = {"done": "FINISHED", "diverged": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}

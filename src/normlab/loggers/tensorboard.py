@@ -6,7 +6,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from normlab import runs
-from normlab.config import TensorBoardLogger
+from normlab.config.schema import TensorBoardLogger
 from normlab.loggers import Row, numbers, started
 
 

@@ -13,7 +13,7 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of wandb's own errors
 import wandb
 
 from normlab import runs
-from normlab.config import WandbLogger
+from normlab.config.schema import WandbLogger
 from normlab.loggers import Row, numbers
 
 SERVER_SECONDS = 20.0  # for a server to answer; the end of the process waits for it, too

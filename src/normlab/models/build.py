@@ -5,10 +5,12 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from normlab.config import RunConfig
-from normlab.errors import UserError
-from normlab.imports import locate
-from normlab.models import networks, starts
+from normlab.common.errors import UserError
+from normlab.common.imports import locate
+from normlab.common.rng import key
+from normlab.config.schema import RunConfig
+from normlab.models import initialization as starts
+from normlab.models import networks
 from normlab.norms import (
     GroupedBatchNorm2d,
     Variant,
@@ -19,7 +21,6 @@ from normlab.norms import (
     synchronise,
 )
 from normlab.norms.plain import with_bias
-from normlab.streams import key
 
 
 def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:

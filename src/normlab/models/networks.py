@@ -6,7 +6,9 @@ import torch
 import torchvision
 from torch import nn
 
-from normlab.config import (
+from normlab.common.errors import UserError, nearest
+from normlab.common.imports import locate
+from normlab.config.schema import (
     SMALL_STEM_UP_TO,
     CifarResNetConfig,
     CustomModelConfig,
@@ -17,9 +19,7 @@ from normlab.config import (
     TorchvisionConfig,
     VGGConfig,
 )
-from normlab.errors import UserError, nearest
-from normlab.imports import locate
-from normlab.models.nets import CifarResNet, DeepLinear, GitmanCifarNet, he_fan_out
+from normlab.models.paper_networks import CifarResNet, DeepLinear, GitmanCifarNet, he_fan_out
 
 
 def make(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Normalisation variants as rewrites of a network's sites, for any project: needs torch and `normlab.errors`.
+"""Normalisation variants as rewrites of a network's sites, for any project: needs torch and `normlab.common.errors`.
 
     from normlab import norms
     model = norms.rewrite(torchvision.models.resnet18(num_classes=10), "renorm", rmax=2.0)
@@ -8,7 +8,20 @@
 """
 
 from normlab.norms.batch import BatchNorm, BatchNormMinus, GroupedBatchNorm2d
-from normlab.norms.coupled import (
+from normlab.norms.group import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm
+from normlab.norms.layer_statistics import (
+    BatchStatistics,
+    apart,
+    batch_statistics,
+    precise_statistics,
+    statistics_layers,
+    synchronise,
+)
+from normlab.norms.lp import LpNorm, LpNorm2d
+from normlab.norms.mimic import LogitBatchNorm, MimicConv2d, MimicNorm
+from normlab.norms.moving_average import MABN, CentredConv2d, MovingAverageBatchNorm2d, PowerNorm, PowerNorm2d
+from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
+from normlab.norms.norm_activation import (
     EvoNorm2dB0,
     EvoNorm2dS0,
     EvoNormB0,
@@ -16,7 +29,7 @@ from normlab.norms.coupled import (
     FilterResponseNorm,
     FilterResponseNorm2d,
 )
-from normlab.norms.free import (
+from normlab.norms.normalizer_free import (
     ConstantScale,
     Fixup,
     NormaliserFree,
@@ -26,24 +39,11 @@ from normlab.norms.free import (
     ScaledStandardConv2d,
     activation_gain,
 )
-from normlab.norms.lp import LpNorm, LpNorm2d
-from normlab.norms.mimic import LogitBatchNorm, MimicConv2d, MimicNorm
-from normlab.norms.moving import MABN, CentredConv2d, MovingAverageBatchNorm2d, PowerNorm, PowerNorm2d
-from normlab.norms.named import NAMED, named, rewrite
-from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
+from normlab.norms.registry import NAMED, named, rewrite
 from normlab.norms.renorm import BatchRenorm, BatchRenorm2d
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
-from normlab.norms.sample import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm
 from normlab.norms.sites import Site, Variant, find_sites, trace
-from normlab.norms.statistics import (
-    BatchStatistics,
-    apart,
-    batch_statistics,
-    precise_statistics,
-    statistics_layers,
-    synchronise,
-)
 from normlab.norms.steps import Clock, Steps, parameter_roles
 from normlab.norms.weights import (
     MeanOnlyBatchNorm2d,

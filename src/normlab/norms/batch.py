@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.sites import NO_GAMMA, Variant
-from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 
 
 class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
+from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.sites import Variant, start_as
-from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, per_group
 
 
 class _Normalise(torch.autograd.Function):

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms.batch import GroupedBatchNorm2d
+from normlab.norms.layer_statistics import BatchStatistics, processes
 from normlab.norms.plain import NoNorm
 from normlab.norms.sites import Site
-from normlab.norms.statistics import BatchStatistics, processes
 
 
 class MimicConv2d(nn.Conv2d):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from normlab.norms.batch import BatchNorm
+from normlab.norms.layer_statistics import full_precision
 from normlab.norms.options import check_range
 from normlab.norms.plain import NoNorm
-from normlab.norms.statistics import full_precision
 
 
 class Noise(nn.Module):

@@ -2,7 +2,7 @@
 
 import sys
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 
 LARGEST = sys.float_info.max
 

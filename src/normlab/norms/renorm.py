@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
+from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, held, per_group
 from normlab.norms.options import check_range, last_time
 from normlab.norms.sites import Variant, start_as
-from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, held, per_group
 from normlab.norms.steps import Clock
 
 

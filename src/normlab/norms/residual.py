@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.norms.sites import Tracer, trace
 from normlab.norms.steps import WEIGHT_LAYERS
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 
 # The activations that networks for images have; what a call has besides its input is taken to be its default.
 _ACTIVATIONS = (

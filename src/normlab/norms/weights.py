@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.errors import UserError, nearest
+from normlab.common.errors import UserError, nearest
+from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, look_at, per_group
 from normlab.norms.plain import with_bias
 from normlab.norms.sites import NO_GAMMA, Variant, start_as
-from normlab.norms.statistics import BatchStatistics, broadcast, full_precision, look_at, per_group
 from normlab.norms.steps import Role
 
 

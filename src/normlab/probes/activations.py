@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normlab.config import ActivationsProbe
-from normlab.norms.statistics import full_precision
+from normlab.common.rng import key
+from normlab.config.schema import ActivationsProbe
+from normlab.norms.layer_statistics import full_precision
 from normlab.probes.base import Probe, Row, Subject, evenly
 from normlab.probes.moment import Moment
-from normlab.streams import key
 
 LARGE = 3.0  # [A] standard deviations beyond which a value counts as large
 RANGE = 5.0  # [A] standard deviations of the first measurement that a histogram reaches to either side

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normlab.config import AffineProbe
+from normlab.config.schema import AffineProbe
 from normlab.norms import parameter_roles
 from normlab.probes.base import Probe, Row, Subject
 from normlab.probes.moment import Moment

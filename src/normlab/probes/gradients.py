@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from normlab.config import GradientsProbe
+from normlab.config.schema import GradientsProbe
 from normlab.probes.base import Probe, Row, norm
 from normlab.probes.moment import Moment
 

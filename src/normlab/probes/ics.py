@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from normlab.config import ICSProbe
-from normlab.errors import UserError, nearest
+from normlab.common.errors import UserError, nearest
+from normlab.config.schema import ICSProbe
 from normlab.probes.base import Probe, Row, Subject, dot, evenly, norm
 from normlab.probes.moment import Moment
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from normlab.config import LandscapeProbe
+from normlab.config.schema import LandscapeProbe
 from normlab.probes.base import Probe, Row, norm
 from normlab.probes.moment import Moment
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from normlab.config import ProbeConfig
+from normlab.config.schema import ProbeConfig
 from normlab.probes.activations import Activations
 from normlab.probes.affine import Affine
 from normlab.probes.base import Probe, Row, Subject, evenly

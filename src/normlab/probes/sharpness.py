@@ -9,12 +9,12 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from normlab.config import SharpnessProbe
-from normlab.errors import UserError
+from normlab.common.errors import UserError
+from normlab.common.rng import stream
+from normlab.config.schema import SharpnessProbe
 from normlab.norms.lp import LpNorm2d
 from normlab.probes.base import Probe, Row, norm
 from normlab.probes.moment import Moment
-from normlab.streams import stream
 
 
 class Top(NamedTuple):

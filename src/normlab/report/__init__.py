@@ -5,8 +5,8 @@
 how far a study is. `options` are those of conf/report.yaml.
 """
 
-from normlab.report.load import Study, load
 from normlab.report.options import Options, options
+from normlab.report.study.load import Study, load
 from normlab.report.write import build, build_claims, build_results, study_status
 
 __all__ = ["Options", "Study", "build", "build_claims", "build_results", "load", "options", "study_status"]

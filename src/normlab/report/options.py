@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from normlab.errors import UserError, nearest
-from normlab.installation import CONF
-from normlab.report.metric import BEST, FINAL, METRICS
+from normlab.common.errors import UserError, nearest
+from normlab.common.installation import CONF
+from normlab.report.analysis.metric import BEST, FINAL, METRICS
 from normlab.runs import files
 
 SIZES = ("double", "single", "slide")

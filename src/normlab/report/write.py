@@ -4,27 +4,27 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.errors import UserError, nearest
-from normlab.installation import called
-from normlab.report import verdict_texts
-from normlab.report.arms import in_order
-from normlab.report.cells import Table
-from normlab.report.html import Drawing, html_page
-from normlab.report.latex import latex
-from normlab.report.load import FINISHED, Study, first_line, load
-from normlab.report.markup import markdown_table
-from normlab.report.metric import Measure, measure_of
+from normlab.common.errors import UserError, nearest
+from normlab.common.installation import called
+from normlab.report.analysis.cells import Table
+from normlab.report.analysis.metric import Measure, measure_of
+from normlab.report.analysis.probe_tables import probe_tables
+from normlab.report.analysis.tables import build_tables
+from normlab.report.claims import texts as verdict_texts
+from normlab.report.claims.judge import judge
 from normlab.report.options import Options
-from normlab.report.page import facts, page, question
-from normlab.report.probes import probe_tables
-from normlab.report.results import results_page
-from normlab.report.select import select
-from normlab.report.sources import Sources, mixtures, sources
-from normlab.report.status import show_status
-from normlab.report.studies import find_studies, study_folder
-from normlab.report.tables import build_tables
-from normlab.report.terminal import show, show_claims, show_path
-from normlab.report.verdicts import judge
+from normlab.report.render.html import Drawing, html_page
+from normlab.report.render.latex import latex
+from normlab.report.render.markdown import markdown_table
+from normlab.report.render.page import facts, page, question
+from normlab.report.render.results import results_page
+from normlab.report.render.terminal import show, show_claims, show_path
+from normlab.report.study.arms import in_order
+from normlab.report.study.find import find_studies, study_folder
+from normlab.report.study.load import FINISHED, Study, first_line, load
+from normlab.report.study.provenance import Sources, mixtures, sources
+from normlab.report.study.select import select
+from normlab.report.study.status import show_status
 from normlab.runs import files
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _remove_what_is_left_of_earlier(folder: Path, made: Collection[str], options
 
 
 def _drawing(drawn: "Named", origin: Sources, folder: Path) -> Drawing:
-    from normlab.report.html.charts import charts
+    from normlab.report.render.html.charts import charts
 
     panels, legend = charts(drawn.figure)
     return Drawing(drawn.name, drawn.caption, panels, legend, (folder / f"{drawn.name}.png").read_bytes(), origin)

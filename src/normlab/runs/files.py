@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

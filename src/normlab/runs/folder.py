@@ -21,7 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.runs import files, lock
 from normlab.runs.identity import completed, run_id, run_name
 

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from normlab.errors import RunBusyError
+from normlab.common.errors import RunBusyError
 from normlab.runs.files import storage_error
 
 LOCK, CLAIM = "run.lock", "run.claim"

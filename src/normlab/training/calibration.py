@@ -1,6 +1,6 @@
 """What a run would cost, from a few of its steps on random images."""
 
-from normlab.config import RegressionDataset, RunConfig
+from normlab.config.schema import RegressionDataset, RunConfig
 from normlab.data.inventory import Inventory
 from normlab.training import device
 from normlab.training.trial import Trial

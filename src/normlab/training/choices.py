@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from normlab.config import RunConfig
+from normlab.common.errors import UserError
+from normlab.config.schema import RunConfig
 from normlab.data.cache import locked
-from normlab.data.load import Data
-from normlab.errors import UserError
-from normlab.norms.statistics import is_random
+from normlab.data.datasets import Data
+from normlab.norms.layer_statistics import is_random
 from normlab.runs import files
 from normlab.training.device import name_of
 from normlab.training.trial import Trial

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from normlab import __version__, checkout
-from normlab.config import RunConfig
-from normlab.errors import UserError
+from normlab import __version__
+from normlab.common import git as checkout
+from normlab.common.errors import UserError
+from normlab.config.schema import RunConfig
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -11,9 +11,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from normlab.config import RMSprop, RunConfig
+from normlab.common.errors import UserError
+from normlab.config.schema import RMSprop, RunConfig
 from normlab.data.batches import Epoch, Split
-from normlab.errors import UserError
 from normlab.training.graphs import Graph, graph_for
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.step import Step

@@ -11,21 +11,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from normlab.config import RunConfig
+from normlab.common.errors import InterruptedRunError
+from normlab.common.rng import key
+from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
-from normlab.data.load import Data
-from normlab.errors import InterruptedRunError
+from normlab.data.datasets import Data
 from normlab.norms import apart, batch_statistics, precise_statistics
 from normlab.probes import Moment, Probes
-from normlab.streams import key
 from normlab.training.device import autocast
-from normlab.training.distributed import ALONE, Alone, Looks
+from normlab.training.distributed.group import ALONE, Alone, Looks
 from normlab.training.engines import Engine, Position
+from normlab.training.interleaving import Turn
 from normlab.training.interrupt import StopRequest
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.step import Step
 from normlab.training.tasks import Task
-from normlab.training.turns import Turn
 
 T = TypeVar("T")
 BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, divergence, checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.config import SGD, Adam, Cosine, OptimizerConfig, Polynomial, RunConfig, Step
+from normlab.config.schema import SGD, Adam, Cosine, OptimizerConfig, Polynomial, RunConfig, Step
 from normlab.norms import parameter_roles
 
 

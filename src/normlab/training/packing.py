@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from normlab.config import RunConfig
-from normlab.training.turns import PackedTurn, Turns
+from normlab.config.schema import RunConfig
+from normlab.training.interleaving import PackedTurn, Turns
 
 SETTLED_STEPS = 8  # of a run: its graph is captured, its optimizer has its state
 MARGIN = 1.25  # of memory: evaluations come later, and fragments are lost

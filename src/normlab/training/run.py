@@ -16,23 +16,24 @@ import torch
 from torch import nn
 
 from normlab import loggers, models, runs
-from normlab.config import RunConfig
-from normlab.data.load import Data, Loaded, load
-from normlab.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
+from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
+from normlab.config.schema import RunConfig
+from normlab.data.datasets import Data, Loaded, load
 from normlab.norms import Steps, apart, find_sites
 from normlab.probes import Probes, Subject
 from normlab.runs import files
-from normlab.training import checkpoint, choices, device, engines, sharing, taps
+from normlab.training import checkpoint, choices, device, engines, taps
 from normlab.training.average import Average
-from normlab.training.distributed import ALONE, Alone
+from normlab.training.distributed import checks as sharing
+from normlab.training.distributed.group import ALONE, Alone
 from normlab.training.engines import Position
-from normlab.training.gradients import build_transform
+from normlab.training.gradient_transforms import build_transform
+from normlab.training.interleaving import Turn
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import DivergedError, train
 from normlab.training.optimizers import build_optimizer, resume
 from normlab.training.step import Step
 from normlab.training.tasks import task_of
-from normlab.training.turns import Turn
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory")  # what PyTorch's allocator of the CPU says
 Watch = Callable[[Mapping[str, Any]], None]

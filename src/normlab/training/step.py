@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.config import RunConfig
+from normlab.config.schema import RunConfig
 from normlab.norms import Steps
 from normlab.training.average import Average
 from normlab.training.device import autocast

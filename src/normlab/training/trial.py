@@ -5,10 +5,10 @@ import time
 import torch
 
 from normlab import models
-from normlab.config import RunConfig
+from normlab.config.schema import RunConfig
 from normlab.norms import Steps
 from normlab.training import taps
-from normlab.training.gradients import build_transform
+from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
 from normlab.training.step import Step
 from normlab.training.tasks import task_of

@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from normlab.report import figures, load
-from normlab.report.metric import ACCURACY, Measure
-from normlab.report.tables import build_tables
+from normlab.report import figures
+from normlab.report.analysis.metric import ACCURACY, Measure
+from normlab.report.analysis.tables import build_tables
+from normlab.report.study import load
 
 
 @pytest.fixture

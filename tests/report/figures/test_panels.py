@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from normlab.report import load
-from normlab.report.arms import KNOWN_ARMS
 from normlab.report.figures import panels
 from normlab.report.figures.style import Style
+from normlab.report.study import load
+from normlab.report.study.arms import KNOWN_ARMS
 
 LOOK = Style("#0072B2", "o")
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from normlab.report import figures
-from normlab.report.arms import FAMILIES, KNOWN_ARMS
+from normlab.report.study.arms import FAMILIES, KNOWN_ARMS
 
 
 def test_an_arm_has_one_look_in_every_study():

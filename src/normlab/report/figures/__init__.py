@@ -9,14 +9,14 @@ from typing import NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from normlab.report.cells import Table
+from normlab.report.analysis.cells import Table
+from normlab.report.analysis.metric import Measure
+from normlab.report.analysis.tables import outcomes
 from normlab.report.figures import accuracy as accuracies
-from normlab.report.figures import probes
+from normlab.report.figures import probe_figures as probes
 from normlab.report.figures.panels import Drawn, arrange, common_setting, pages, rows_of, split
 from normlab.report.figures.style import CROWD, DOUBLE, PAPER, SINGLE, Canvas, Style, encode, styles
-from normlab.report.load import FINISHED, Study
-from normlab.report.metric import Measure
-from normlab.report.tables import outcomes
+from normlab.report.study.load import FINISHED, Study
 
 __all__ = ["DOUBLE", "SINGLE", "Canvas", "Named", "draw", "encode", "styles"]
 

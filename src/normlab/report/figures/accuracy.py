@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from normlab.report.arms import in_order
+from normlab.report.analysis.metric import Measure
 from normlab.report.figures.panels import Panel, grid, multiples, ordered, rows_of, ticks, trend, wrapped
 from normlab.report.figures.style import BLACK, BLUE, Canvas, Style, legend, limit, seeds, styles
-from normlab.report.load import Study
-from normlab.report.metric import Measure
+from normlab.report.study.arms import in_order
+from normlab.report.study.load import Study
 
 NUMBER = r"\d[\d.]*(?:e[-+]?\d+)?"
 

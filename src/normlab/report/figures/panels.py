@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from normlab.report.arms import FAMILIES, in_order, natural
+from normlab.report.analysis.tables import CELL
 from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend, seeds
-from normlab.report.load import Study
-from normlab.report.tables import CELL
+from normlab.report.study.arms import FAMILIES, in_order, natural
+from normlab.report.study.load import Study
 
 T = TypeVar("T")
 Drawn = tuple[Figure, pd.DataFrame]  # with the rows that it shows: setting, arm, batch and, of single runs, run

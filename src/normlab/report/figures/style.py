@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from normlab.report.arms import FAMILIES, in_order
+from normlab.report.study.arms import FAMILIES, in_order
 
 SINGLE, DOUBLE, SLIDE = 3.4, 7.0, 6.4  # inches: widths of one and of two columns, and of a slide
 CROWD = 8  # arms that one panel can show

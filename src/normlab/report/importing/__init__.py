@@ -8,8 +8,8 @@ source does not say is taken from the runs that the study has trained, and noted
 import re
 from pathlib import Path
 
-from normlab.errors import UserError
-from normlab.installation import called
+from normlab.common.errors import UserError
+from normlab.common.installation import called
 from normlab.report.importing.folders import against_the_disk, complete, trained, write
 from normlab.report.importing.records import records_of
 from normlab.report.importing.settings import Import, some

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from normlab import runs
-from normlab.errors import UserError
-from normlab.report.arms import OF_THE_ARM, flatten, natural
+from normlab.common.errors import UserError
 from normlab.report.importing.records import Evaluations, Record, diverged, evaluations
 from normlab.report.importing.settings import METRICS, Import, some
+from normlab.report.study.arms import OF_THE_ARM, flatten, natural
 from normlab.runs import files
 from normlab.runs.folder import CONFIG, STATUS
 from normlab.runs.identity import CARRIED_OUT

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from normlab import runs
-from normlab.errors import UserError
+from normlab.common.errors import UserError
 from normlab.report.importing.settings import ACCURACIES, COUNTS, LARGEST, LOSSES, METRICS, Import, is_count
 from normlab.report.importing.sources import Row
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from normlab.config import RunConfig
-from normlab.errors import UserError, nearest
-from normlab.installation import called
+from normlab.common.errors import UserError, nearest
+from normlab.common.installation import called
+from normlab.config.schema import RunConfig
 from normlab.runs.identity import CARRIED_OUT
 
 ACCURACIES, LOSSES = ("test_accuracy", "train_accuracy"), ("test_loss", "train_loss")

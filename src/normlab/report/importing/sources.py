@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from normlab.errors import UserError, nearest
+from normlab.common.errors import UserError, nearest
 from normlab.report.importing.settings import COLUMNS, COUNTS, METRICS, Import, is_column, no_column, some
 
 UNNAMED = "(one without a name)"

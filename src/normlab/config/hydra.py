@@ -1,0 +1,219 @@
+"""Around Hydra: a composed configuration as plain values, and its exceptions as sentences for a user."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from normlab.common.errors import InterruptedRunError, UserError, nearest
+from normlab.common.installation import CONF, called
+from normlab.runs.files import storage_error
+
+# What the texts of --help call the commands, and the folder of the configuration.
+OmegaConf.register_new_resolver("called", called, replace=True)
+OmegaConf.register_new_resolver("conf", lambda: str(CONF), replace=True)
+
+
+def settings_of(composed: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain values.
+
+    Raises:
+        MissingMandatoryValue: for a setting that the user has to give and has not.
+    """
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def friendly(main: Callable[[], Any]) -> NoReturn:
+    """Run a Hydra main function; a user's mistake becomes a sentence on stderr and exit status 1."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        stop(error)
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        stop(_no_choice())
+    except OSError as error:  # Hydra itself makes the folder of a sweep
+        if not error.filename:
+            raise
+        stop(storage_error(Path(error.filename), error))
+    except (KeyboardInterrupt, InterruptedRunError):
+        stop_interrupted()
+    sys.exit(0)
+
+
+def command_of(arguments: list[str], commands: Sequence[str], setting: str = "study") -> str | None:
+    """Take the bare word off the front of a command line (`arguments[1]`), if one is there.
+
+    `setting` is the one whose value a word that is no command most probably is.
+
+    Raises:
+        UserError: for a word that is none of the commands.
+    """
+    if len(arguments) < 2 or not re.fullmatch(r"[\w./-]*\w", arguments[1]) or arguments[1].startswith("-"):
+        return None
+    word = arguments.pop(1)
+    if word in commands:
+        return word
+    close = nearest(word, commands)
+    raise UserError(
+        f"{word}: there is no such command. Expected one of: {', '.join(commands)}; or settings, key=value.\n"
+        f"Did you mean {f'{close}, or ' if close else ''}{setting}={word}?"
+    )
+
+
+def stop_interrupted() -> NoReturn:
+    print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+    sys.exit(130)
+
+
+def stop(error: Exception) -> NoReturn:
+    message = str(error if isinstance(error, UserError) else explain(error))
+    lines = [line for line in message.splitlines() if line.strip()][:5]
+    print("\n".join(lines), file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def _no_choice() -> UserError:
+    """For a group that was given null."""
+    groups = re.findall(r"(?<!\S)(\w+)=\S*null\b", " ".join(sys.argv[1:]))
+    group = next((g for g in groups if (CONF / g).is_dir()), "group")
+    none = "\nWithout normalisation: norm=none." if group == "norm" else ""
+    return UserError(
+        f"{group}=null: a group takes the name of one of its files.{none}\n"
+        f"`{called('train')} --help` shows the choices of every group."
+    )
+
+
+def explain(error: Exception) -> UserError:
+    """An error of Hydra or OmegaConf in a user's words."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        # For a group whose choice is a list Hydra knows no options.
+        files = (CONF / group).glob("*.yaml")
+        options = [str(option) for option in error.options or (file.stem for file in files)]
+        known = _NICKNAMES.get(re.sub(r"[^a-z0-9]", "", choice.lower())) if group == "norm" else None
+        return unknown(f"{group}={choice}", f"option of {group}", known or choice, options, prefix=f"{group}=")
+    if isinstance(error, MissingMandatoryValue):
+        key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
+        return UserError(f"{key} has no default and needs a value.\nGive it on the command line: {key}=...")
+    if isinstance(error, OverrideParseException):
+        return UserError(
+            f"Cannot understand {error.override!r}.\n{text.splitlines()[0]}\n"
+            "Settings look like key=value, lists in a sweep like key=1,2,3; quote values with special characters."
+        )
+    wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
+    if wrong:
+        group = wrong[1].rpartition(".")[0]
+        options = settings()
+        if wrong[1] in options:  # of the choice that the menu was composed with, and not of another in the sweep
+            return UserError(
+                f"{wrong[1]}: not every choice of {group} has this setting. Give it to those that have it."
+            )
+        siblings = [option for option in options if group and option.startswith(f"{group}.")]
+        if group in options and not siblings:
+            return UserError(f"{wrong[1]} is new to {group}: add it with a plus, +{wrong[1]}=...")
+        return unknown(wrong[1], "setting or group", wrong[1], siblings or options)
+    return UserError(text)
+
+
+_NICKNAMES = {  # what else the normalisers are called, without punctuation
+    "adaptivegradientclipping": "nf",
+    "affinelayer": "affine",
+    "batch": "bn",
+    "batchnorm": "bn",
+    "batchnorm2d": "bn",
+    "batchnormalization": "bn",
+    "batchnormminus": "bnminus",
+    "batchnormpreconditioning": "bnp",
+    "batchrenorm": "renorm",
+    "batchrenormalization": "renorm",
+    "brn": "renorm",
+    "evonorm": "evonorm_s0",
+    "evonormb0": "evonorm_b0",
+    "evonorms0": "evonorm_s0",
+    "filterresponsenorm": "frn",
+    "filterresponsenormalization": "frn",
+    "group": "gn",
+    "groupnorm": "gn",
+    "groupnormalization": "gn",
+    "identity": "none",
+    "instance": "in",
+    "instancenorm": "in",
+    "instancenorm2d": "in",
+    "instancenormalization": "in",
+    "l1norm": "lp1",
+    "l2norm": "lp2",
+    "layer": "ln",
+    "layernorm": "ln",
+    "layernorm2d": "ln",
+    "layernormalization": "ln",
+    "linfnorm": "lpinf",
+    "meanonlybatchnorm": "wn_mean",
+    "movingaveragebatchnorm": "mabn",
+    "mimic": "mimicnorm",
+    "nfnet": "nf",
+    "nfresnet": "nf",
+    "noisybatchnorm": "noisy_bn",
+    "nonorm": "none",
+    "normalizationpropagation": "normprop",
+    "normalizerfree": "nf",
+    "power": "powernorm",
+    "scaledweightstandardization": "nf",
+    "syncbatchnorm": "bn",
+    "syncbn": "bn",
+    "tlu": "frn",
+    "trelu": "wn_trelu",
+    "weight": "wn",
+    "weightnorm": "wn",
+    "weightnormalization": "wn",
+    "weightstandardization": "nf",
+}
+
+
+def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = "") -> UserError:
+    """The sentence for something that does not exist, with the nearest thing that does."""
+    close = nearest(word, options)
+    lines = [f"{given}: there is no such {kind}."]
+    if close:
+        lines.append(f"Did you mean {prefix}{close}{'' if prefix else '=...'}?")
+    if len(options) <= 30:
+        lines.append(f"Expected one of: {', '.join(sorted(options))}.")
+    else:
+        lines.append(f"`{called('train')} --cfg job` shows all settings, {CONF / 'config.yaml'} explains them.")
+    return UserError("\n".join(lines))
+
+
+def settings() -> list[str]:
+    """Every group and dotted key of the menu as it is without overrides."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            name = "report" if Path(sys.argv[0]).stem.endswith("report") else "config"
+            choices = [word for word in sys.argv[1:] if re.fullmatch(r"[a-z]+=\w+", word)]
+            groups = [word for word in choices if (CONF / f"{word.replace('=', '/')}.yaml").exists()]
+            composed = compose(name, groups)
+    except (HydraException, OmegaConfBaseException):
+        return []
+    plain = OmegaConf.to_container(composed)
+    assert isinstance(plain, dict)
+    return list(_keys({str(key): value for key, value in plain.items()}))
+
+
+def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,707 @@
+"""The typed schema of a run, and every check of it that can be made before a run starts.
+
+Defaults live in `conf/`, not here. Hydra composes a configuration, `parse` turns it into a `RunConfig`
+or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and what its identity is made of.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    StrictBool,
+    StrictInt,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from normlab.common.errors import UserError, nearest
+from normlab.runs.identity import LATER
+
+RESNET_DEPTHS = (18, 34, 50, 101, 152)
+DEPTHS = {  # the sizes of each network that has several; None: any
+    "resnet": RESNET_DEPTHS,
+    "cifar_resnet": (20, 32, 44, 56, 110),
+    "vgg": (11, 13, 16, 19),
+    "deep_linear": None,
+}
+TITLES = {"resnet": "a ResNet of torchvision", "cifar_resnet": "a CIFAR ResNet", "vgg": "a VGG of torchvision"}
+SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
+
+
+def _not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+def _text(value: Any) -> Any:
+    """A name that looks like a number reaches us as one: study=2024."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Whole = Annotated[StrictInt, Field(ge=0)]
+Number = Annotated[FiniteFloat, BeforeValidator(_not_bool)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+UnitInterval = Annotated[Number, Field(gt=0, le=1)]
+Name = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+
+
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """A failed check whose text is already a sentence for the user."""
+    return PydanticCustomError("sentence", text)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+_OPTIONS: dict[str, Any] = {
+    "eps": Positive,
+    "momentum": UnitInterval,
+    "conv_bias": StrictBool,
+    "scale_init": Number,
+    "scale_lr_divisor": Positive,
+}
+
+
+def _lp(value: Any) -> Any:
+    """One spelling of each: p = .inf or 1.0 must not make another run of it."""
+    return "inf" if value == float("inf") else int(value) if value in (1.0, 2.0) else value
+
+
+_Unit = Literal["fraction", "steps"]
+_SHIPPED_OPTIONS: dict[str, Any] = {
+    "alpha": Positive,
+    "alpha_backward": NonNegative,
+    "dmax": NonNegative,
+    "dmax_end": NonNegative,
+    "groups": Count,
+    "init": Literal["weights", "data"],
+    "learn_scale": StrictBool,
+    "learned_eps": StrictBool,
+    "mu_range": NonNegative,
+    "p": Annotated[Literal[1, 2, "inf"], BeforeValidator(_lp)],
+    "r_from": NonNegative,
+    "ramp_start": NonNegative,
+    "ramp_unit": _Unit,
+    "rmax": Positive,
+    "rmax_end": NonNegative,
+    "sigma_high": NonNegative,
+    "sigma_low": NonNegative,
+    "spread": NonNegative,
+    "unit": _Unit,
+    "warmup": NonNegative,
+    "window": Annotated[StrictInt, Field(ge=1, le=10_000)],
+}
+
+
+class NormConfig(_Section):
+    """One choice of `norm`. Keys beyond these belong to the variant's own class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+    name: Name
+    target: str = Field(alias="_target_")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_options(cls, data: Any) -> Any:
+        """The options that several variants share, and all of ours, checked as if they were declared fields."""
+        if not isinstance(data, Mapping):
+            return data
+        ours = str(data.get("_target_")).startswith("normlab.")
+        options = _OPTIONS | (_SHIPPED_OPTIONS if ours else {})
+        return {**data, **{key: _checked(kind, key, data[key]) for key, kind in options.items() if key in data}}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the variant's class."""
+        return dict(self.model_extra or {})
+
+
+class ResNetConfig(_Section):
+    """torchvision's ResNet of the top-level `depth`."""
+
+    kind: Literal["resnet"]
+    name: Name
+    stem: Literal["small", "imagenet"] | None
+    dropout: Fraction
+
+
+class CustomModelConfig(_Section):
+    """A network of the user's own, by dotted path."""
+
+    kind: Literal["custom"]
+    name: Name
+    target: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
+    kwargs: dict[str, Any]
+
+
+class CifarResNetConfig(_Section):
+    """The ResNets that He et al. 2016 built for 32x32 images, of the top-level `depth`."""
+
+    kind: Literal["cifar_resnet"]
+    name: Name
+
+
+class VGGConfig(_Section):
+    """torchvision's VGG with batch normalisation, of the top-level `depth`."""
+
+    kind: Literal["vgg"]
+    name: Name
+    head: Literal["small", "imagenet"] | None
+    width: UnitInterval
+
+
+class TorchvisionConfig(_Section):
+    """Any classification network of torchvision in which sites are found."""
+
+    kind: Literal["torchvision"]
+    name: Name
+    kwargs: dict[str, Any]
+
+
+class GitmanCifarConfig(_Section):
+    """The CIFAR network of Gitman & Ginsburg 2017."""
+
+    kind: Literal["gitman_cifar"]
+    name: Name
+
+
+class DeepLinearConfig(_Section):
+    """The deep linear network of Santurkar et al. 2018; the top-level `depth` is its number of layers."""
+
+    kind: Literal["deep_linear"]
+    name: Name
+
+
+ModelConfig = Annotated[
+    ResNetConfig
+    | CifarResNetConfig
+    | VGGConfig
+    | TorchvisionConfig
+    | GitmanCifarConfig
+    | DeepLinearConfig
+    | CustomModelConfig,
+    Field(discriminator="kind"),
+]
+
+
+class _Dataset(_Section):
+    name: Name
+    train_size: Count | None
+    test_size: Count | None
+    val_size: Whole
+    split_seed: Whole
+    flip: StrictBool
+    crop_padding: Whole
+    crop_size: Count | None
+
+
+class BuiltinDataset(_Dataset):
+    """A data set that is part of a package or that torchvision downloads; always held in memory."""
+
+    kind: Literal["digits", "cifar10", "cifar100"]
+    image_size: Count | None
+
+
+class FolderDataset(_Dataset):
+    """Images in ImageNet's layout, decoded into memory or streamed."""
+
+    kind: Literal["image_folder", "imagenet"]
+    path: Folder
+    image_size: Count | None
+    storage: Literal["auto", "memory", "stream"]
+    memory_limit_gb: Positive
+    crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
+    workers: Whole
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_folder(cls, data: Any) -> Any:
+        """The path is no part of a run's identity, so two folders must not share a name by default."""
+        if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("path"), str):
+            folder = Path(data["path"]).expanduser().resolve().name
+            return {**data, "name": re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9]+", "_", folder).lstrip("_") or "images"}
+        return data
+
+    @model_validator(mode="after")
+    def _check_crop(self) -> Self:
+        if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
+            raise wrong("dataset.crop_scale=[low,high] needs low <= high")
+        if self.crop_scale and self.storage == "memory":
+            raise wrong(
+                "dataset.crop_scale crops the original images, which dataset.storage=memory has already"
+                " reduced to one size. Use dataset.storage=stream, or dataset.crop_scale=null",
+            )
+        return self
+
+
+class RegressionDataset(_Section):
+    """The synthetic task of Santurkar et al. 2018: y = A x with Gaussian A and x. A loss, no accuracy."""
+
+    kind: Literal["linear_regression"]
+    name: Name
+    features: Count
+    train_size: Count
+    test_size: Count
+    split_seed: Whole
+
+
+ImageDataset = BuiltinDataset | FolderDataset
+DatasetConfig = Annotated[BuiltinDataset | FolderDataset | RegressionDataset, Field(discriminator="kind")]
+
+
+class InitConfig(_Section):
+    """How the weights start."""
+
+    name: Literal["default", "he_fan_in", "glorot", "orthogonal", "zero_gamma", "lsuv", "bn_folded", "fixup"]
+
+
+class IID(_Section):
+    """Every training image once per epoch, in random order."""
+
+    name: Literal["iid"]
+
+
+class Paired(_Section):
+    """Batches of batch / images_per_label labels, drawn with replacement, times images_per_label images."""
+
+    name: Literal["paired"]
+    images_per_label: Annotated[StrictInt, Field(ge=2)]
+
+
+SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
+
+
+class _Optimizer(_Section):
+    lr: Positive
+    weight_decay: NonNegative
+    decay_norm_and_bias: StrictBool
+    agc: Positive | None
+    precondition: Literal["bnp"] | None
+
+
+class SGD(_Optimizer):
+    name: Literal["sgd"]
+    momentum: Fraction
+    nesterov: StrictBool
+
+    @model_validator(mode="after")
+    def _check_nesterov(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise wrong("optimizer.nesterov=true needs a momentum, e.g. optimizer.momentum=0.9")
+        return self
+
+
+class Adam(_Optimizer):
+    name: Literal["adam"]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
+    eps: Positive
+    decoupled: StrictBool
+
+
+class RMSprop(_Optimizer):
+    name: Literal["rmsprop"]
+    alpha: Fraction
+    eps: Positive
+    momentum: Fraction
+
+
+OptimizerConfig = Annotated[SGD | Adam | RMSprop, Field(discriminator="name")]
+
+
+class _Schedule(_Section):
+    warmup_epochs: NonNegative
+    per: Literal["step", "epoch"]
+
+
+class Constant(_Schedule):
+    name: Literal["constant"]
+
+
+class Step(_Schedule):
+    name: Literal["step"]
+    milestones: list[Annotated[Number, Field(gt=0, lt=1)]]
+    gamma: UnitInterval
+
+
+class Cosine(_Schedule):
+    name: Literal["cosine"]
+    final_lr: NonNegative
+
+
+class Polynomial(_Schedule):
+    name: Literal["polynomial"]
+    power: Positive
+    final_lr: NonNegative
+
+
+ScheduleConfig = Annotated[Constant | Step | Cosine | Polynomial, Field(discriminator="name")]
+
+
+def _each_once(steps: list[int]) -> list[int]:
+    return sorted(set(steps))
+
+
+class _Probe(_Section):
+    """What is measured while training, and when: `times` evenly over the run, or before `steps` (from 0)."""
+
+    times: Count | None
+    steps: Annotated[list[Whole], Field(min_length=1), AfterValidator(_each_once)] | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_go_first(cls, data: Any) -> Any:
+        return {**data, "times": None} if isinstance(data, Mapping) and data.get("steps") is not None else data
+
+    @model_validator(mode="after")
+    def _check_when(self) -> Self:
+        if self.times is None and self.steps is None:
+            name = self.name  # type: ignore[attr-defined]
+            raise wrong(f"probe={name} is told neither how often nor when to measure.\nUse probe.{name}.times=20.")
+        return self
+
+
+def _layers(value: Any) -> Any:
+    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    raise wrong(
+        f"probe.ics.layers={value} is neither a number of layers, 1 or more, nor a list of their names.\n"
+        "Use e.g. probe.ics.layers=5 or probe.ics.layers=[conv1,fc].",
+    )
+
+
+class ICSProbe(_Probe):
+    name: Literal["ics"]
+    layers: Annotated[int | list[str], BeforeValidator(_layers)]
+
+
+class LandscapeProbe(_Probe):
+    name: Literal["landscape"]
+    reach: Annotated[list[Positive], Field(min_length=1)]
+
+
+class ActivationsProbe(_Probe):
+    name: Literal["activations"]
+    histograms: Whole
+    bins: Annotated[StrictInt, Field(ge=3)]
+
+
+class AffineProbe(_Probe):
+    name: Literal["affine"]
+
+
+class GradientsProbe(_Probe):
+    name: Literal["gradients"]
+
+
+class SharpnessProbe(_Probe):
+    name: Literal["sharpness"]
+    iterations: Annotated[StrictInt, Field(ge=2)]
+    tolerance: Annotated[Number, Field(gt=0, lt=1)]
+
+
+ProbeConfig = Annotated[
+    ICSProbe | LandscapeProbe | ActivationsProbe | AffineProbe | GradientsProbe | SharpnessProbe,
+    Field(discriminator="name"),
+]
+
+
+class NoLogger(_Section):
+    """A run's own folder is all there is."""
+
+    name: Literal["none"]
+
+
+class TensorBoardLogger(_Section):
+    """Event files of TensorBoard in a run's folder."""
+
+    name: Literal["tensorboard"]
+
+
+class MLflowLogger(_Section):
+    """A run of MLflow."""
+
+    name: Literal["mlflow"]
+    tracking_uri: str | None
+    experiment: str | None
+
+
+class WandbLogger(_Section):
+    """A run of Weights & Biases."""
+
+    name: Literal["wandb"]
+    project: Name
+    entity: Name | None
+    mode: Literal["offline", "online"]
+
+
+LoggerConfig = Annotated[NoLogger | TensorBoardLogger | MLflowLogger | WandbLogger, Field(discriminator="name")]
+
+
+class RunConfig(_Section):
+    """Everything about one run: one training, one seed."""
+
+    study: Annotated[
+        str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$")
+    ]
+    experiment: Name | None
+    budget: Literal["smoke", "laptop", "paper"] | None
+    seed: Whole = Field(examples=[0])
+
+    norm: NormConfig
+    model: ModelConfig
+    dataset: DatasetConfig
+    sampler: SamplerConfig
+    init: InitConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    probe: dict[str, ProbeConfig]
+
+    depth: StrictInt | None = Field(examples=[18])
+    batch: Count = Field(examples=[128])
+    norm_batch: Count | None = Field(examples=[4])
+    epochs: Count = Field(examples=[10])
+    label_smoothing: Fraction
+    drop_last: StrictBool
+    input_norm: Literal["dataset", "none", "bn"]
+    sync_stats: StrictBool
+    calibration_images: Count
+    weight_average: Annotated[Number, Field(gt=0, lt=1)] | None
+    eval_stats: Literal["running", "precise", "batch"]
+    precise_batches: Count
+    eval_every: Count
+    eval_batch: Count
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    precision: Literal["fp32", "tf32", "bf16", "fp16"]
+    deterministic: StrictBool
+    engine: Literal["auto", "eager", "graph", "compile"]
+    memory_format: Literal["auto", "contiguous", "channels_last"]
+    threads: Count | None
+    checkpoint_seconds: NonNegative | None
+    save_weights: StrictBool
+    logger: LoggerConfig
+    quiet: StrictBool
+    output_dir: Folder
+    data_dir: Folder
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_means_nothing(cls, data: Any) -> Any:
+        """What means nothing to a network or a data set must not make two runs out of one."""
+        if not isinstance(data, Mapping):
+            return data
+        changes: dict[str, Any] = {}
+        if data.get("model", {}).get("kind") not in DEPTHS:
+            changes["depth"] = None
+        if data.get("dataset", {}).get("kind") == "linear_regression" and data.get("input_norm") == "dataset":
+            changes["input_norm"] = "none"
+        if data.get("sampler", {}).get("name") == "paired":
+            changes["drop_last"] = False  # every batch is full
+        return {**data, **changes}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        depths = DEPTHS.get(self.model.kind)
+        if depths and self.depth not in depths:
+            raise wrong(
+                f"depth={self.depth} is not {TITLES[self.model.kind]}.\n"
+                f"Expected one of {', '.join(map(str, depths))}; nearest: depth={nearest(self.depth or 0, depths)}.",
+            )
+        if self.model.kind == "deep_linear" and (self.depth is None or self.depth < 1):
+            raise wrong(f"depth={self.depth} is no number of layers.\nExpected 1 or more; the paper has depth=25.")
+        if (self.model.kind == "deep_linear") != (self.dataset.kind == "linear_regression"):
+            raise wrong(
+                f"model={self.model.name} cannot learn dataset={self.dataset.name}.\n"
+                "The deep linear network and the synthetic regression task belong together:"
+                " model=deep_linear dataset=linear_regression.",
+            )
+        if self.dataset.kind == "linear_regression":
+            if self.input_norm == "bn":
+                raise wrong("input_norm=bn normalises images, and a regression has none.\nUse input_norm=none.")
+            if self.label_smoothing:
+                raise wrong(
+                    f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
+                    "Use label_smoothing=0."
+                )
+        if isinstance(self.sampler, Paired):
+            each = self.sampler.images_per_label
+            if self.dataset.kind == "linear_regression":
+                raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
+            if self.batch % each:
+                raise wrong(
+                    f"sampler=paired makes batches of labels x {each} images, and {each} does not divide"
+                    f" batch={self.batch}.\nNearest valid: batch={max(self.batch // each, 1) * each}.",
+                )
+            if self.eval_stats == "batch" and self.eval_batch % each:
+                raise wrong(
+                    f"eval_stats=batch with sampler=paired makes test batches of labels x {each} images, and {each}"
+                    f" does not divide eval_batch={self.eval_batch}.\n"
+                    f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
+                )
+        if self.budget and not self.experiment:
+            raise wrong(
+                f"budget={self.budget} is the size of an experiment, and none is named.\n"
+                "Add experiment=..., or leave budget out.",
+            )
+        if self.sync_stats and self.norm_batch is not None:
+            raise wrong(
+                "sync_stats=true makes one group of all processes' images, norm_batch makes several of one"
+                " process's.\nUse one of the two.",
+            )
+        if self.norm_batch is not None and self.norm_batch > self.batch:
+            raise wrong(
+                f"norm_batch={self.norm_batch} is larger than batch={self.batch}.\n"
+                "It is the number of images that share normalisation statistics inside a batch."
+                f" Nearest valid: norm_batch={self.batch}, or norm_batch=null.",
+            )
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise wrong(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs="
+                f"{self.epochs}.\nUse a shorter warm-up or more epochs.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _neutralise_what_means_nothing(self) -> Self:
+        """The same for settings that another one makes idle, once all are known to be valid."""
+        changes: dict[str, Any] = {}
+        if not self.starts_from_data:
+            changes["calibration_images"] = LATER["calibration_images"]
+        if self.eval_stats != "precise":
+            changes["precise_batches"] = LATER["precise_batches"]
+        if self.norm_batch == self.batch and self.eval_stats != "batch" and not self.starts_from_data:
+            changes["norm_batch"] = None  # the groups of batches of other sizes would differ
+        return self.model_copy(update=changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only, as they are kept in a run's `config.yaml`."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether a part of the start looks at the calibration images."""
+        return self.init.name in ("lsuv", "bn_folded") or self.norm.options.get("init") == "data"
+
+    @property
+    def study_folder(self) -> Path:
+        return Path(self.output_dir) / self.study
+
+
+def parse(composed: Mapping[str, Any]) -> RunConfig:
+    """Check a composed configuration.
+
+    Raises:
+        UserError: naming the first wrong setting, what was expected, and the fix.
+    """
+    composed = {key: value for key, value in composed.items() if key != "cluster"}  # of a launcher, and of no run
+    try:
+        return RunConfig.model_validate(composed)
+    except ValidationError as error:
+        raise UserError(sentence(error.errors()[0], composed)) from None
+
+
+def _checked(kind: Any, option: str, value: Any) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise wrong(sentence({**error.errors()[0], "loc": ("norm", option)}, {})) from None
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, e.g. [0.5,0.75]",
+    "finite_number": "a finite number",
+}
+
+
+def sentence(error: ErrorDetails, composed: Mapping[str, Any], known: Iterable[str] | None = None) -> str:
+    """One pydantic error as a message for the user, at most five lines. `known`: what there is by dotted path."""
+    path = ".".join(str(p) for p in _dotted(error["loc"], composed))
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    shown = f"{path}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+    if kind == "sentence":
+        return error["msg"]
+    if kind == "missing":
+        return f"The setting {path} is missing.\nGive it a value: {path}=..."
+    if kind == "extra_forbidden":
+        close = nearest(path, known or RunConfig.model_fields)
+        return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
+    if kind == "union_tag_invalid":
+        key = context["discriminator"].strip("'")
+        return _not_one_of(f"{path}.{key}", context["tag"], context["expected_tags"])
+    if kind == "literal_error":
+        return _not_one_of(path, value, context["expected"])
+    if kind in _EXPECTED:
+        example = _example(path)
+        hint = f" Example: {path}={example}." if example is not None else ""
+        return f"{shown} is not valid: expected {_EXPECTED[kind]}.{hint}"
+    if kind == "string_pattern_mismatch":
+        if path == "device":
+            close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
+            return f"{shown} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?"
+        if path.endswith("target"):
+            return f"{shown} is not valid: expected a dotted path, e.g. {path}=my_package.my_module.MyNet."
+        return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
+    if kind not in _BOUNDS:
+        return f"{shown} is not valid: {error['msg']}."
+    bound = next(iter(context.values()))
+    nearest_valid = f" Nearest valid: {path}={bound}." if kind.endswith("equal") else ""
+    return f"{shown} is out of range: expected {_BOUNDS[kind].format(bound)}.{nearest_valid}"
+
+
+def _not_one_of(path: str, value: object, expected: str) -> str:
+    choices = [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
+    close = nearest(value, choices)
+    text = f"{path}={value} is not valid: expected one of {', '.join(choices)}."
+    return text + (f"\nDid you mean {path}={close}?" if close else "")
+
+
+_BOUNDS = {
+    "greater_than": "a number above {}",
+    "greater_than_equal": "{} or more",
+    "less_than": "a number below {}",
+    "less_than_equal": "{} or less",
+}
+
+
+def _dotted(location: tuple[int | str, ...], composed: Mapping[str, Any]) -> list[str | int]:
+    """A pydantic location without the tags of unions, which are no keys of the configuration."""
+    path: list[str | int] = []
+    node: Any = composed
+    for part in location:
+        if isinstance(node, Mapping) and part not in node and path and part in node.values():
+            continue
+        path.append(part)
+        node = node[part] if isinstance(node, Mapping) and part in node else None
+    return path
+
+
+def _example(path: str) -> Any:
+    field = RunConfig.model_fields.get(path)
+    return field.examples[0] if field and field.examples else None

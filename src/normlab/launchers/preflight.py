@@ -1,0 +1,105 @@
+"""What can be known to be wrong with a run before it starts: quick, and without importing torch."""
+
+import ctypes
+import functools
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+from normlab.common.errors import UserError
+from normlab.config.schema import CustomModelConfig, LoggerConfig, RegressionDataset, RunConfig
+from normlab.data import inventory
+from normlab.runs import files
+
+
+def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
+    """Check data, device, imports and folders; returns what is known of the data.
+
+    Args:
+        here: whether the run will be on this machine; if not, its devices are left out.
+
+    Raises:
+        UserError: naming the first thing that would stop the run.
+    """
+    if here:
+        _check_device(config)
+    found = inventory.check(config.dataset, Path(config.data_dir))
+    if config.batch > found.train_images:
+        what = "samples" if isinstance(config.dataset, RegressionDataset) else "images"
+        raise UserError(
+            f"batch={config.batch} is larger than the data: dataset={config.dataset.name} has"
+            f" {found.train_images} {what} to train on.\nNearest valid: batch={found.train_images}."
+        )
+    _check_importable(config.norm.target, "norm._target_")
+    if isinstance(config.model, CustomModelConfig):
+        _check_importable(config.model.target, "model.target")
+    check_logger(config.logger)
+    _check_writable(config.study_folder)
+    return found
+
+
+def check_logger(logger: LoggerConfig) -> None:
+    """
+    Raises:
+        UserError: if the logger's packages are not installed.
+    """
+    needed = {"mlflow": ("mlflow", "sqlalchemy")}.get(logger.name, () if logger.name == "none" else (logger.name,))
+    missing = [package for package in needed if not _installed(package)]
+    if missing:
+        raise UserError(
+            f"logger={logger.name} needs packages that are not installed: {', '.join(missing)}.\n"
+            f"Install them: pip install 'normlab[{logger.name}]'. Or leave it out: logger=none."
+        )
+
+
+def _installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # not just a folder of this name, such as wandb makes
+
+
+@functools.cache
+def gpu_count() -> int:
+    """CUDA devices as the driver counts them, CUDA_VISIBLE_DEVICES respected."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def _check_device(config: RunConfig) -> None:
+    if config.device.startswith("cuda"):
+        wanted = int(config.device.partition(":")[2] or 0)
+        if wanted >= gpu_count():
+            raise UserError(
+                f"device={config.device}: this machine's driver shows {gpu_count()} CUDA devices.\n"
+                "Use device=cpu or device=auto, or check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES."
+            )
+    elif config.precision == "tf32" and (config.device == "cpu" or gpu_count() == 0):
+        raise UserError("precision=tf32 is a format of NVIDIA GPUs, and this run has none.\nUse precision=fp32.")
+
+
+def _check_importable(dotted: str, setting: str) -> None:
+    package = dotted.partition(".")[0]
+    if package in sys.modules or (Path.cwd() / package).exists() or (Path.cwd() / f"{package}.py").exists():
+        return
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{setting}={dotted}: there is no package {package} in this folder or environment.\n"
+            "Give the dotted path of a class or function, e.g. my_package.my_module.MyNet."
+        )
+
+
+@functools.cache
+def _check_writable(folder: Path) -> None:
+    files.make_folder(folder)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise files.storage_error(folder, error) from error

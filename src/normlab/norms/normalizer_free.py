@@ -1,0 +1,235 @@
+"""Training residual networks without normalisation: Fixup, and normaliser-free (NF) networks."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from normlab.common.errors import UserError
+from normlab.norms.residual import Branch, find_branches, fixup_start
+from normlab.norms.sites import NO_GAMMA, Site, Variant, activation_of
+from normlab.norms.steps import WEIGHT_LAYERS, Role
+from normlab.norms.weights import ReparametrisedConv2d
+
+
+class ScalarBias(nn.Module):
+    """y = x + b for x of any shape and one learned b (1,), which starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        # Under autocast the input is half precision: promotion computes in float32, the next layer wants half.
+        return (input + self.bias).to(input.dtype)
+
+
+class ScalarAffine(ScalarBias):
+    """y = a · x + b for x of any shape, learned a (1,), which starts at 1, and b (1,), which starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, input, self.weight).to(input.dtype)  # one pass, not two
+
+
+class ScalarScale(nn.Module):
+    """y = alpha · s · x for x of any shape, constant alpha and one learned s (1,), which starts at 0."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (input * (self.alpha * self.weight)).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+class ConstantScale(nn.Module):
+    """y = factor · x, nothing learned."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor:.6g}"
+
+
+class Fixup(Variant):
+    """Fixup (Zhang, Dauphin & Ma 2019, section 3): no normalisation, but a start that keeps its updates small.
+
+    Weights start as `fixup_start` says. With learned scalars a (from 1) and b (from 0), one each wherever they stand:
+
+        y = W * (x + b)             every convolution and linear layer; those that take the same x share b [A]
+        y = activation(x + b)       in the place of a norm before an activation
+        y = h + (a · f(h) + b)      every residual branch f; this b is the one before the sum's activation
+
+    Invariant: at the start every residual sum equals its shortcut, and the network's output is 0.
+    """
+
+    needs_convolution = True
+    refused: ClassVar[dict[str, dict[str, str]]] = {
+        "init": NO_GAMMA["init"]
+        | dict.fromkeys(("fixup", "lsuv"), "it has a start of its own, which this one would change")
+    }
+
+    def norm_and_activation(
+        self, norm: nn.BatchNorm2d, activation: nn.Module | None
+    ) -> tuple[nn.Module, nn.Module | None]:
+        return nn.Identity() if activation is None else ScalarBias(), activation
+
+    def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
+        fixup_start(network, "norm=fixup")
+        for branch in find_branches(network):
+            affine = _after(network, branch.end, f"{branch.convolutions[-1]}_affine", ScalarAffine())
+            branch.sum.replace_input_with(branch.end, affine)
+        shifted: dict[fx.Node, fx.Node] = {}
+        for node in list(network.graph.nodes):
+            if node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), WEIGHT_LAYERS):
+                x = node.all_input_nodes[0]
+                if x not in shifted:
+                    shifted[x] = _after(network, x, f"{node.target}_shift", ScalarBias())
+                node.replace_input_with(x, shifted[x])
+
+
+class ScaledStandardConv2d(ReparametrisedConv2d):
+    """Convolution with scaled weight standardisation (Brock, De & Smith 2021a, section 4.1).
+
+    Per filter of v (O, I, kh, kw), with mean mu and biased variance s² over its fan = I·kh·kw weights:
+
+        w = gain · (v - mu) / sqrt(fan · s² + eps)
+
+    gain (O,) starts at 1, the bias at 0 if the convolution has none.
+    Invariant: w has mean 0 and, but for eps, norm |gain| per filter, so that white noise keeps its variance.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"gain": "scale"}
+
+    def __init__(self, *sizes: int, eps: float, **options: object) -> None:
+        super().__init__(*sizes, **options)  # type: ignore[arg-type]
+        self.eps = eps
+
+    def start(self) -> None:
+        self.gain = self.per_filter(1.0)
+        if self.bias is None:
+            self.bias = self.per_filter(0.0)
+
+    def effective_weight(self) -> Tensor:
+        v = super().effective_weight()
+        fan = v[0].numel()
+        rows = v.reshape(1, self.out_channels, fan)  # PyTorch's kernel, filters for channels: one pass each way
+        gain = self.gain * fan**-0.5
+        return F.batch_norm(rows, None, None, gain, None, True, 0.0, self.eps / fan).view_as(v)
+
+
+class NormaliserFree(Variant):
+    """Normaliser-free networks (Brock, De & Smith 2021a; Brock, De, Smith & Simonyan 2021b).
+
+    Convolutions have scaled weight standardisation, activations the gain that keeps the variance of a standard
+    normal, and residual branches f are, with a learned s that starts at 0,
+
+        h' = h + alpha · s · f(h / beta),   beta² = the expected variance of h at s = 1
+
+    which is 1 at the start and grows by alpha² per branch. Where the shortcut has a convolution, that takes h / beta
+    as well, and the variance starts again from 1.
+
+    Their networks have the activation in the branch, torchvision's after the sum. Our adaptation [A]: it has the gain
+    where the shortcut has a convolution, for a sum of centred signals is centred. Where the shortcut is the identity
+    it has none, so that h, which is an activation's output, passes. Networks without residual branches get the
+    rest.
+
+    Invariant: at the start every residual sum equals its shortcut.
+    """
+
+    needs_convolution = True
+    refused: ClassVar[dict[str, dict[str, str]]] = {
+        "init": NO_GAMMA["init"]
+        | {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
+    }
+
+    def __init__(self, *, alpha: float, eps: float, norm_batch: int | None = None) -> None:
+        super().__init__(norm_batch=norm_batch)
+        if not alpha > 0:
+            raise UserError(f"norm.alpha={alpha} is out of range: expected more than 0, e.g. 0.2.")
+        self.alpha = alpha
+        self.eps = eps
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        return nn.Identity()
+
+    def convolution(self, convolution: nn.Conv2d) -> nn.Module:
+        return ScaledStandardConv2d.of(convolution, eps=self.eps)
+
+    def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
+        calls = {node.target: node for node in network.graph.nodes if node.op == "call_module"}
+        centred = [calls[site.norm] for site in sites]
+        centred += [branch.sum for branch in find_branches(network) if branch.shortcut_convolutions]
+        for node in centred:
+            _gain(network, node)
+        _downscale(network, branches := find_branches(network), self.alpha)
+        for branch in branches:
+            scale = _after(network, branch.end, f"{branch.convolutions[-1]}_scale", ScalarScale(self.alpha))
+            branch.sum.replace_input_with(branch.end, scale)
+
+
+def _gain(network: fx.GraphModule, node: fx.Node) -> None:
+    """Put its gain after the activation that alone takes what `node` gives, if there is one."""
+    user, *others = node.users
+    activation = activation_of(network, user)
+    if activation is None or others:
+        return
+    users = list(user.users)
+    gained = _after(network, user, f"{node.name}_gain", ConstantScale(activation_gain(activation)))
+    for after in users:
+        after.replace_input_with(user, gained)
+
+
+def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) -> None:
+    """Divide what branches, and shortcuts with convolutions, take by its expected standard deviation.
+
+    Convolutions, activations and pooling keep the variance of their input; a sum adds alpha² times the branch's.
+    """
+    sums = {branch.sum: branch for branch in branches}
+    takers: dict[fx.Node, list[fx.Node]] = {branch.entry: [] for branch in branches}
+    for branch in branches:
+        takers[branch.entry] += branch.takers + (branch.shortcut_takers if branch.shortcut_convolutions else ())
+    variance: dict[fx.Node, float] = {}
+    for node in list(network.graph.nodes):
+        if node in sums:
+            variance[node] = variance[sums[node].shortcut] + alpha**2 * variance[sums[node].end]
+        else:
+            variance[node] = next((variance[input] for input in node.all_input_nodes), 1.0)
+        if node in takers and variance[node] != 1:
+            scaled = _after(network, node, f"{node.name}_downscale", ConstantScale(variance[node] ** -0.5))
+            variance[scaled] = 1.0
+            for taker in takers[node]:
+                taker.replace_input_with(node, scaled)
+
+
+def activation_gain(activation: nn.Module) -> float:
+    """1 / std of activation(z) for z ~ N(0, 1), by Simpson's rule; ReLU: sqrt(2 / (1 - 1/pi))."""
+    z = torch.linspace(-12, 12, 2**13 + 1, dtype=torch.float64)  # a knot at 0, where ReLU has its kink
+    weight = torch.exp(-z.square() / 2)
+    weight[1:-1:2] *= 4
+    weight[2:-1:2] *= 2
+    weight /= weight.sum()
+    y = activation(z.clone())  # it may work in place
+    mean = (weight * y).sum()
+    return float((weight * (y - mean).square()).sum().rsqrt())
+
+
+def _after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """A node that calls a new module on what `node` gives; nothing uses it yet."""
+    network.add_submodule(name, module)
+    with network.graph.inserting_after(node):
+        return network.graph.call_module(name, (node,))

@@ -1,0 +1,1 @@
+"""What runs are compared by: metrics, statistics, tables."""

@@ -1,5 +1,0 @@
-"""A report as one HTML file that needs no network: tables that sort, figures that answer, the runs behind each cell."""
-
-from normlab.report.html.page import Drawing, html_page
-
-__all__ = ["Drawing", "html_page"]

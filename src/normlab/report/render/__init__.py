@@ -1,0 +1,1 @@
+"""A report as Markdown, LaTeX, HTML and terminal text."""

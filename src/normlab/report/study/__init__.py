@@ -1,0 +1,1 @@
+"""A study's records as DataFrames: loading, index, arms, selection, provenance."""

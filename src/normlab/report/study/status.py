@@ -1,0 +1,317 @@
+"""How far a study is: its runs by state, from status.json and claims alone, so that ten thousand take seconds."""
+
+import os
+import re
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from normlab.common.errors import UserError
+from normlab.common.progress import one_line, redraws, span
+from normlab.report.study.load import UNREADABLE, first_line, seconds_since
+from normlab.runs import files
+from normlab.runs.folder import CONFIG, FINISHED, STATUS
+from normlab.runs.lock import Holder, holder
+
+COLORS = {
+    "running": "cyan",
+    "lost": "red",
+    "failed": "red",
+    UNREADABLE: "red",
+    "interrupted": "yellow",
+    "planned": "",
+    "diverged": "magenta",
+    "done": "green",
+}
+RECORDED = ("running", "failed", "interrupted", *FINISHED)  # what status.json may say
+OPEN = ("running", "lost", "interrupted", "planned")  # states that a sweep still takes further
+ROWS = 20  # runs listed of a state; finished runs only in a study of no more than these
+REFRESH_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run: its state, what status.json says, why it is in a bad state, and who holds it while it runs."""
+
+    name: str
+    state: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    holder: Holder | None = None
+
+    def number(self, key: str) -> float | None:
+        value = self.facts.get(key)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    @property
+    def share(self) -> float:
+        """Of the steps, those that are made; 0 to 1."""
+        steps = self.number("steps")
+        return min(1.0, (self.number("step") or 0.0) / steps) if steps else 0.0
+
+    @property
+    def total_seconds(self) -> float | None:
+        """What the run takes in all, or None if nothing tells yet."""
+        if self.state not in ("running", "done") or not self.share:
+            return None
+        return (self.number("wall_seconds") or 0.0) / self.share
+
+    @property
+    def cell(self) -> str:
+        """The name without seed and identity: runs of one cell take about as long."""
+        return re.sub(r"-s\d+-[0-9a-f]{10}$", "", self.name)
+
+
+class Survey:
+    """The runs of a study, looked at again and again; a status that was not written since is not read again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: dict[str, tuple[int, RunStatus]] = {}
+
+    def look(self) -> list[RunStatus]:
+        """Every run as it is now, by name.
+
+        Raises:
+            UserError: if the study's folder cannot be read.
+        """
+        try:
+            with os.scandir(self.folder) as entries:
+                names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        except OSError as error:
+            raise UserError(f"The folder {self.folder} cannot be read: {error.strerror}.") from None
+        return [run for run in map(self._look_at, names) if run]
+
+    def _look_at(self, name: str) -> RunStatus | None:
+        folder = f"{self.folder}/{name}"
+        try:
+            written = os.stat(f"{folder}/{STATUS}").st_mtime_ns  # noqa: PTH116  # half the time of a Path's
+        except FileNotFoundError:
+            return RunStatus(name, "planned") if os.path.exists(f"{folder}/{CONFIG}") else None  # noqa: PTH110
+        except OSError as error:
+            return RunStatus(name, UNREADABLE, note=f"{error.strerror}: {error.filename}")
+        seen, run = self._seen.get(name, (None, None))
+        if run is None or seen != written:
+            run = _read(Path(folder))
+            self._seen[name] = (written, run)
+        return _held(run, Path(folder)) if run.state == "running" else run
+
+
+def _read(folder: Path) -> RunStatus:
+    try:
+        facts = files.read_json(folder / STATUS)
+    except UserError as error:
+        return RunStatus(folder.name, UNREADABLE, note=first_line(error).removeprefix(f"{folder}/"))
+    state = facts.get("state")
+    if state not in RECORDED:
+        return RunStatus(folder.name, UNREADABLE, note=f"{STATUS} has the unknown state {state!r}")
+    return RunStatus(folder.name, state, facts, first_line(facts.get("error") or ""))
+
+
+def _held(run: RunStatus, folder: Path) -> RunStatus:
+    """A run that says it is running, as its claim shows it."""
+    by = holder(folder)
+    if by and not by.gone:
+        return RunStatus(run.name, "running", run.facts, holder=by)
+    again = _read(folder)  # it may have ended in between, and a claim goes with its process
+    if again.state != "running":
+        return again
+    return RunStatus(run.name, "lost", again.facts, "its process is gone", by)
+
+
+def time_left(runs: Sequence[RunStatus]) -> float | None:
+    """Seconds until the open runs are done, as many at a time as run now; None if none runs or nothing tells.
+
+    A run that has not begun takes as long as those of its cell did, or as all did. Failed runs are not counted.
+    """
+    known: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        if run.total_seconds:
+            known[run.cell].append(run.total_seconds)
+    running = [run for run in runs if run.state == "running"]
+    if not running or not known:
+        return None
+    by_cell = {cell: fmean(seconds) for cell, seconds in known.items()}
+    typical = fmean(by_cell.values())
+
+    def left(run: RunStatus) -> float:
+        return (run.total_seconds or by_cell.get(run.cell, typical)) * (1 - run.share)
+
+    work = sum(left(run) for run in runs if run.state in OPEN)
+    return max(work / len(running), *map(left, running))
+
+
+def summary(study: str, runs: Sequence[RunStatus]) -> Text:
+    """The study on one line: how many runs are in which state, and the time left."""
+    counts = Counter(run.state for run in runs)
+    line = Text(f"Study {study}, {len(runs)} run{'s' * (len(runs) != 1)}: ")
+    line.append_text(
+        Text(", ").join(Text(f"{counts[state]} {state}", color) for state, color in COLORS.items() if counts[state])
+    )
+    left = time_left(runs)
+    return line.append(f"; about {span(left)} left" if left is not None else "")
+
+
+def view(study: str, runs: Sequence[RunStatus], now: datetime | None = None) -> Group:
+    """The summary, a table for each state, and what to do if nothing goes on."""
+    now = now or datetime.now(UTC)
+    parts: list[RenderableType] = [summary(study, runs)]
+    by_state: dict[str, list[RunStatus]] = defaultdict(list)
+    for run in runs:
+        by_state[run.state].append(run)
+    for state, color in COLORS.items():
+        if by_state[state] and (state not in FINISHED or len(runs) <= ROWS):
+            parts += [Text(), *_section(state, color, by_state[state], now)]
+    if not by_state["running"] and any(by_state[state] for state in (*OPEN, "failed")):
+        told = "Nothing runs. The command that started the study goes on where it stopped, when given again."
+        parts += [Text(), Text(told)]
+    elif by_state["lost"]:
+        told = "The process of a lost run is gone: the same command, given again, goes on from its checkpoint."
+        parts += [Text(), Text(told)]
+    return Group(*parts)
+
+
+def _section(state: str, color: str, runs: Sequence[RunStatus], now: datetime) -> Iterator[RenderableType]:
+    columns = _COLUMNS[state]
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="dim")
+    table.add_column(Text(state, f"not dim {color}"), overflow="fold")  # a name that is whole can be copied
+    for column in columns:
+        told = column in ("error", "why")
+        table.add_column(column, overflow="fold", no_wrap=not told, min_width=20 if told else None)
+    if not columns:
+        yield Text(state, color)
+    for run in runs[:ROWS]:
+        table.add_row(Text(run.name), *(Text(_CELLS[column](run, now)) for column in columns))
+    yield table
+    if len(runs) > ROWS:
+        yield Text(f"and {len(runs) - ROWS} more", "dim")
+
+
+def _progress(run: RunStatus, now: datetime) -> str:
+    epoch, epochs = run.number("epoch"), run.number("epochs")
+    if epoch is None or not epochs:
+        doing = run.facts.get("doing")
+        return (one_line(doing) if doing else "starting") if run.state == "running" else "not begun"
+    return f"epoch {min(epoch + 1, epochs):.0f}/{epochs:.0f}, {run.share:.0%}"
+
+
+def _left(run: RunStatus, now: datetime) -> str:
+    return span(run.total_seconds * (1 - run.share)) if run.total_seconds else ""
+
+
+def _accuracy(run: RunStatus, now: datetime) -> str:
+    accuracy, loss = run.number("test_accuracy"), run.number("test_loss")
+    return f"{accuracy:.1%}" if accuracy is not None else f"loss {loss:.4g}" if loss is not None else ""
+
+
+def _heartbeat(run: RunStatus, now: datetime) -> str:
+    beat = run.facts.get("heartbeat")
+    return f"{span(max(0.0, seconds_since(beat, now)))} ago" if beat else ""
+
+
+def _where(run: RunStatus, now: datetime) -> str:
+    host = run.holder.host if run.holder else run.facts.get("host")
+    job = run.holder.job if run.holder else run.facts.get("job")
+    process = run.holder.pid if run.holder else run.facts.get("pid")
+    return " ".join(filter(None, (str(host or ""), f"job {job}" if job else f"process {process}" if process else "")))
+
+
+def _wall_time(run: RunStatus, now: datetime) -> str:
+    seconds = run.number("wall_seconds")
+    return span(seconds) if seconds is not None else ""
+
+
+def _note(run: RunStatus, now: datetime) -> str:
+    return one_line(run.note)
+
+
+_CELLS: dict[str, Callable[[RunStatus, datetime], str]] = {
+    "progress": _progress,
+    "time left": _left,
+    "accuracy": _accuracy,
+    "heartbeat": _heartbeat,
+    "where": _where,
+    "wall time": _wall_time,
+    "error": _note,
+    "why": _note,
+}
+_COLUMNS = {
+    "running": ("progress", "time left", "accuracy", "heartbeat", "where"),
+    "lost": ("progress", "accuracy", "heartbeat", "where"),
+    "interrupted": ("progress", "accuracy", "heartbeat", "where"),
+    "failed": ("where", "heartbeat", "error"),
+    UNREADABLE: ("why",),
+    "planned": (),
+    "diverged": ("progress", "wall time", "why"),
+    "done": ("accuracy", "wall time"),
+}
+
+
+def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, console: Console | None = None) -> None:
+    """Print how far a study is; with `watch`, again and again until no run is left that a sweep takes further.
+
+    If `quiet`, the summary alone; with `watch` only once that is so.
+
+    In a terminal the tables are refreshed in place; elsewhere there is a line whenever a state has changed. Ctrl-C
+    ends it.
+
+    Raises:
+        UserError: if the study's folder cannot be read.
+    """
+    console = console or _console()
+    survey = Survey(folder)
+    if not watch:
+        runs = survey.look()
+        console.print(summary(study, runs) if quiet else view(study, runs), soft_wrap=quiet)
+        return
+    try:
+        if quiet:
+            *_, runs = _looks(survey)
+            console.print(summary(study, runs), soft_wrap=True)
+        elif redraws(console):
+            with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+                for runs in _looks(survey):
+                    live.update(view(study, runs), refresh=True)
+        else:
+            _log(study, survey, console)
+    except KeyboardInterrupt:
+        pass
+
+
+def _log(study: str, survey: Survey, console: Console) -> None:
+    """A line whenever a state has changed; at the end, the tables."""
+    before: list[str] = []
+    for runs in _looks(survey):
+        states = [f"{run.name} {run.state}" for run in runs]
+        if states != before:
+            console.print(Text(f"{datetime.now():%H:%M:%S} ").append_text(summary(study, runs)), soft_wrap=True)
+            before = states
+    console.print(view(study, runs))
+
+
+def _looks(survey: Survey) -> Iterator[list[RunStatus]]:
+    while True:
+        begun = time.monotonic()
+        runs = survey.look()
+        yield runs
+        if not any(run.state in OPEN for run in runs):
+            return
+        time.sleep(max(REFRESH_SECONDS, time.monotonic() - begun))  # on a slow file system, not all of the time
+
+
+def _console() -> Console:
+    """Wide where nobody's terminal sets the width, so that a log's lines are whole."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 200
+    return console
