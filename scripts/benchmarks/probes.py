@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.common import ROOT, configure, print_machine, print_ratios
 from normlab import models
 from normlab.norms import find_sites
-from normlab.probes import Moment, Probes, Subject
+from normlab.probes import Probes, StepSnapshot, Subject
 from normlab.training.optimizers import build_optimizer
 
 
@@ -38,7 +38,7 @@ def probes(rounds: int) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 begun = time.perf_counter()
                 probe.measure(
-                    Moment(
+                    StepSnapshot(
                         0,
                         settings.optimizer.lr,
                         images,

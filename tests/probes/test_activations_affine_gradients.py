@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from probes.moments import moment, rows
+from probes.snapshots import moment, rows
 from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from probes.moments import moment
+from probes.snapshots import moment
 from small import SmallNet
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from normlab import models, runs
 from normlab.common.errors import InterruptedRunError, UserError
 from normlab.config.schema import RunConfig
 from normlab.norms import Steps, find_sites
-from normlab.probes import Moment, Probes, Subject
+from normlab.probes import Probes, StepSnapshot, Subject
 from normlab.training import engines
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
@@ -107,7 +107,7 @@ def test_all_probes_together_change_nothing_whatever_the_settings(tiny, setting)
     assert {row["layer"] for row in measured(probed)["activations"]} == {"body.1", "body.4"}
 
 
-set_learning_rate, evaluate = engines.set_learning_rate, Moment._evaluate
+set_learning_rate, evaluate = engines.set_learning_rate, StepSnapshot._evaluate
 
 
 def interrupted(monkeypatch, config: RunConfig, target: object, original: Any, calls: int) -> None:
@@ -139,7 +139,7 @@ def test_a_resumed_run_has_the_rows_of_an_undisturbed_one(tiny, monkeypatch, nor
 def test_a_run_can_be_interrupted_amid_a_measurement(tiny, monkeypatch, call) -> None:
     whole, parts = (tiny(*asked(PROBES), f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
-    interrupted(monkeypatch, parts, Moment, evaluate, call)
+    interrupted(monkeypatch, parts, StepSnapshot, evaluate, call)
     assert measured(parts) != measured(whole)
     assert outcome(parts) == expected
     assert measured(parts) == measured(whole)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from probes.moments import Chain, moment, rows, squared
+from probes.snapshots import Chain, moment, rows, squared
 from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 

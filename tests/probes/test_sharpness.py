@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from probes.moments import moment, rows, squared
+from probes.snapshots import moment, rows, squared
 from small import SmallResNet
 from torch import Tensor, nn
 

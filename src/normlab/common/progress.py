@@ -188,7 +188,8 @@ class Display:
 
 def redraws(console: Console) -> bool:
     """Whether lines may be redrawn: in a real terminal that can, whatever FORCE_COLOR makes of a file, and not by
-    processes that share it (joblib's, say)."""
+    processes that share it (joblib's, say).
+    """
     alone = multiprocessing.current_process().name == "MainProcess"
     return alone and console.is_interactive and console.file.isatty()
 

@@ -199,7 +199,8 @@ class Split:
 
     def batches(self, epoch: int | None = None, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from number `start` on: drawn and augmented by what (seed, epoch) says.
-        Without an epoch: all images in their order as they are. Of several processes, each gets its share."""
+        Without an epoch: all images in their order as they are. Of several processes, each gets its share.
+        """
         mine = slice(start * self.batch + self.rank, None, self.processes)
         if epoch is None:
             return self._read(torch.arange(len(self))[mine], self.share, None, None)
@@ -219,7 +220,8 @@ class Split:
     def gather(self, positions: Tensor, draws: Tensor | None) -> Tensor:
         """The images at `positions` (int64, (B,), on the device), augmented by their `draws` and normalised.
 
-        For images in memory; nothing waits for the device."""
+        For images in memory; nothing waits for the device.
+        """
         if self._ready is not None:
             return self._ready.index_select(0, positions)
         assert isinstance(self._source, Resident)
@@ -232,7 +234,8 @@ class Split:
 
     def plain_batches(self, count: int) -> Iterator[Tensor]:
         """The images of the first `count` batches, or fewer if it has fewer, of an epoch of its own: drawn as in
-        training, the same ones whenever asked for, not augmented; for every process."""
+        training, the same ones whenever asked for, not augmented; for every process.
+        """
         return (images for images, _ in self.plain(self._order("precise")[: count * self.batch]))
 
     def _order(self, *key: object) -> Tensor:

@@ -39,7 +39,8 @@ class Data:
 
     def calibration(self, count: int) -> Tensor:
         """The training images that a data-dependent start looks at, normalised and not augmented: `count` of
-        them, or all if there are fewer, the same ones for every arm; float32 (n, channels, S, S) on the device."""
+        them, or all if there are fewer, the same ones for every arm; float32 (n, channels, S, S) on the device.
+        """
         chosen = torch.randperm(len(self.train), generator=stream(self.train.seed, "calibration"))[:count]
         return torch.cat([images for images, _ in self.train.plain(chosen)])
 

@@ -62,7 +62,8 @@ def digits() -> Source:
 
 def _digits_table() -> np.ndarray[Any, np.dtype[np.float64]]:
     """(1797, 65): 64 pixels and the digit. Read from scikit-learn's own file where it is in its place,
-    because importing scikit-learn takes a second and 100 MB that nothing else in a run needs."""
+    because importing scikit-learn takes a second and 100 MB that nothing else in a run needs.
+    """
     package = importlib.util.find_spec("sklearn")
     folders = (package.submodule_search_locations if package else None) or []
     for file in (Path(folder) / "datasets" / "data" / "digits.csv.gz" for folder in folders):
@@ -180,7 +181,8 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
 
 def _fingerprint(found: inventory.Listing, with_sizes: bool) -> str:
     """Of names and, if asked for, sizes: a set copied elsewhere stays itself. (A million sizes of ImageNet,
-    whose content is known, would take minutes on a network's file system.)"""
+    whose content is known, would take minutes on a network's file system.)
+    """
     digest = hashlib.sha256()
     for path in (*found.train, *found.test):
         digest.update(repr((path, (found.root / path).stat().st_size if with_sizes else 0)).encode())

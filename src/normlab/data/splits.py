@@ -41,7 +41,8 @@ def without(count: int, chosen: Tensor) -> Tensor:
 
 def training_rows(labels: Tensor, train_size: int | None, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
     """Positions to train on and to validate on. The validation images are taken out first, so that they
-    do not depend on `train_size`, which counts the images that are left to train on."""
+    do not depend on `train_size`, which counts the images that are left to train on.
+    """
     val = stratified(labels, val_size, split_seed, "val")
     rest = without(len(labels), val)
     return rest[stratified(labels[rest], train_size, split_seed, "train")], val

@@ -111,7 +111,8 @@ def worker_context() -> multiprocessing.context.BaseContext:
 
 def _end_with_the_run(worker: int) -> None:
     """Leave no worker behind a run that was killed: torch watches for the death of a worker's parent, but
-    that is the process it was forked from, which in turn waits for its workers."""
+    that is the process it was forked from, which in turn waits for its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches workers, too; the run decides
     run = multiprocessing.parent_process()
     if run is None:

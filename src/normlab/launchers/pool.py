@@ -157,7 +157,8 @@ def slots_for(jobs: Sequence[Job], wanted: int | None, per_gpu: int, pack: int |
 
 def packs(jobs: Sequence[Job], slots: Sequence[Slot]) -> list[list[Job]]:
     """What the slots are given, one list after the other, the longest first: a short one at the end leaves fewer of
-    them idle. Runs of one list are trained by one process, and have the settings in common that are a process's."""
+    them idle. Runs of one list are trained by one process, and have the settings in common that are a process's.
+    """
     jobs = sorted(jobs, key=lambda job: -job.work)
     if not slots or slots[0].pack == 1:
         return [[job] for job in jobs]
@@ -240,7 +241,8 @@ class _Pool:
 
     def carry_out(self, jobs: Sequence[Job]) -> tuple[list[tuple[Job, str]], list[Job]]:
         """Train all jobs; returns those that failed, with the reason, and those that might not fail alone: that ran out
-        of a shared memory, say."""
+        of a shared memory, say.
+        """
         queue, free = deque(packs(jobs, self.slots)), list(self.slots)
         failed: list[tuple[Job, str]] = []
         crowded: list[Job] = []

@@ -44,7 +44,8 @@ def main(order: Path) -> int:
 
 def _hear_one_request_to_stop() -> None:
     """Make the first of SLURM's signals a Ctrl-C to this process, and the others nothing: it sends several, and TERM
-    over and over. They are blocked in all threads, so that processes inherit that they wait until they are ready."""
+    over and over. They are blocked in all threads, so that processes inherit that they wait until they are ready.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, pool.STOPS)
     resource_tracker.ensure_running()  # of multiprocessing, and now: starting it unblocks TERM until Python 3.12
     signal.pthread_sigmask(signal.SIG_BLOCK, pool.STOPS)

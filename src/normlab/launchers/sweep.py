@@ -41,7 +41,8 @@ class Job:
 @dataclass(frozen=True)
 class Sweep:
     """`names`: of the runs as they were asked for, in order and perhaps repeated. `finished`: the status of each run
-    that is over; `jobs`: the others, each once. `quiet`: as the setting."""
+    that is over; `jobs`: the others, each once. `quiet`: as the setting.
+    """
 
     names: list[str]
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)

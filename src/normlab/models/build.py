@@ -87,7 +87,8 @@ def start(config: RunConfig, network: nn.Module, images: Tensor, *, num_classes:
 
 def _input_norm(config: RunConfig) -> nn.Module:
     """Davis & Frank 2021: a batch normalisation of the input's channels, its shift frozen at 0, its scale starting
-    at 0.58 times that of the network's norms (0.58: the standard deviation of a normalised and rectified channel)."""
+    at 0.58 times that of the network's norms (0.58: the standard deviation of a normalised and rectified channel).
+    """
     layer = GroupedBatchNorm2d(3, norm_batch=config.norm_batch)
     options = config.norm.options
     nn.init.constant_(layer.weight, 0.58 * options.get("scale_init", 1.0))

@@ -44,7 +44,8 @@ class BatchStatistics(nn.Module):
 
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:
         """Statistics (C,) of the whole input whose means over many batches `adopt` can use; by default the mean
-        and the mean square."""
+        and the mean square.
+        """
         return _mean(input.double()), _mean(input.double().square())
 
     def adopt(self, *means: Tensor) -> None:
@@ -89,7 +90,8 @@ class BatchStatistics(nn.Module):
     def batch_mean(self, input: Tensor) -> Tensor:
         """Mean over images, H and W of float32 or float64 (n, C, H, W), over all processes if synchronised; (C,).
 
-        Differentiable, also across processes."""
+        Differentiable, also across processes.
+        """
         mean = _mean(input)
         if not self.synchronised or processes() == 1:
             return mean
@@ -253,7 +255,8 @@ def is_random(module: nn.Module) -> bool:
 @torch.no_grad()
 def look_at(network: nn.Module, images: Tensor) -> None:
     """One forward pass for what hooks see of it: in training mode, but without what is random (dropout, stochastic
-    depth, noise), and with buffers and modes left as they were."""
+    depth, noise), and with buffers and modes left as they were.
+    """
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     modes = {module: module.training for module in network.modules()}
     network.train()

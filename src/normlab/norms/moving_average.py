@@ -193,7 +193,8 @@ class MovingAverageBatchNorm2d(MovingSquare):
 
 def _mean_with_newest(history: Tensor, pushed: Tensor) -> tuple[Tensor, Tensor]:
     """share and past, where share · x + past is the mean of x and the `pushed` rows (at most all) of `history`
-    (rows, C), whose other rows are zero."""
+    (rows, C), whose other rows are zero.
+    """
     share = (pushed.clamp(max=len(history)) + 1).to(history.dtype).reciprocal()
     return share, history.sum(0) * share
 

@@ -76,7 +76,8 @@ class Variant:
 
 def start_as(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
     """`layer`, its weight and bias, if it has them, at the network's own start of gamma and beta, e.g. zero in the
-    last norm of a branch."""
+    last norm of a branch.
+    """
     if norm.affine:
         layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
     return layer

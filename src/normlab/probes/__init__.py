@@ -6,9 +6,9 @@ from normlab.probes.base import Probe, Subject
 from normlab.probes.gradients import Gradients
 from normlab.probes.ics import ICS
 from normlab.probes.landscape import Landscape
-from normlab.probes.moment import Moment
 from normlab.probes.schedule import Probes
 from normlab.probes.sharpness import Sharpness
+from normlab.probes.snapshot import StepSnapshot
 
 __all__ = [
     "ICS",
@@ -16,9 +16,9 @@ __all__ = [
     "Affine",
     "Gradients",
     "Landscape",
-    "Moment",
     "Probe",
     "Probes",
     "Sharpness",
+    "StepSnapshot",
     "Subject",
 ]

@@ -10,7 +10,7 @@ from normlab.common.rng import key
 from normlab.config.schema import ActivationsProbe
 from normlab.norms.layer_statistics import full_precision
 from normlab.probes.base import Probe, Row, Subject, evenly
-from normlab.probes.moment import Moment
+from normlab.probes.snapshot import StepSnapshot
 
 LARGE = 3.0  # [A] standard deviations beyond which a value counts as large
 RANGE = 5.0  # [A] standard deviations of the first measurement that a histogram reaches to either side
@@ -42,7 +42,7 @@ class Activations(Probe[ActivationsProbe]):
         first = {min(step, max(total - 2, 0)) for step in chosen}
         return {step for s in first for step in (s, s + 1) if step < total}
 
-    def measure(self, moment: Moment) -> Iterator[Row]:
+    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
         found: dict[str, Row] = {}
         order = [name for name in moment.order if name in self.subject.sites]
 

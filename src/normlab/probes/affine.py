@@ -9,7 +9,7 @@ from torch import Tensor
 from normlab.config.schema import AffineProbe
 from normlab.norms import parameter_roles
 from normlab.probes.base import Probe, Row, Subject
-from normlab.probes.moment import Moment
+from normlab.probes.snapshot import StepSnapshot
 
 
 class Affine(Probe[AffineProbe]):
@@ -35,7 +35,7 @@ class Affine(Probe[AffineProbe]):
         # Copies, for training goes on in place.
         self.start = {name: p.detach().clone() for p, name in names.items() if name in chosen}
 
-    def measure(self, moment: Moment) -> Iterator[Row]:
+    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
         now = moment.parameters
         for position, layer in enumerate(name for name in moment.order if name in self.names):
             roles = self.names[layer]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.norms.steps import WEIGHT_LAYERS
-from normlab.probes.moment import Moment
+from normlab.probes.snapshot import StepSnapshot
 
 Settings = TypeVar("Settings")
 Row = dict[str, Any]
@@ -48,7 +48,7 @@ class Probe(Generic[Settings]):
         """The steps to measure before, of a run of `total`, given those that its settings choose."""
         return chosen
 
-    def measure(self, moment: Moment) -> Iterator[Row]:
+    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
         """What it finds, without the step: one row, or one per layer (`layer`: its name in the network, `position`)."""
         raise NotImplementedError
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from normlab.config.schema import GradientsProbe
 from normlab.probes.base import Probe, Row, norm
-from normlab.probes.moment import Moment
+from normlab.probes.snapshot import StepSnapshot
 
 
 class Gradients(Probe[GradientsProbe]):
@@ -13,7 +13,7 @@ class Gradients(Probe[GradientsProbe]):
     Of the gradient as backpropagation has it, before clipping, preconditioning and weight decay.
     """
 
-    def measure(self, moment: Moment) -> Iterator[Row]:
+    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
         layers = self.subject.layers()
         parameters, gradients = moment.parameters, moment.here[1]
         for position, layer in enumerate(name for name in moment.order if name in layers):

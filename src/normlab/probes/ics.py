@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from normlab.common.errors import UserError, nearest
 from normlab.config.schema import ICSProbe
 from normlab.probes.base import Probe, Row, Subject, dot, evenly, norm
-from normlab.probes.moment import Moment
+from normlab.probes.snapshot import StepSnapshot
 
 
 class ICS(Probe[ICSProbe]):
@@ -35,7 +35,7 @@ class ICS(Probe[ICSProbe]):
                         f"Nearest: {nearest(name, known) or known[-1]}. A number chooses so many, evenly over depth."
                     )
 
-    def measure(self, moment: Moment) -> Iterator[Row]:
+    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
         layers = self.subject.layers()
         ordered = [name for name in moment.order if name in layers]
         before = moment.parameters

@@ -6,7 +6,7 @@ import torch
 
 from normlab.config.schema import LandscapeProbe
 from normlab.probes.base import Probe, Row, norm
-from normlab.probes.moment import Moment
+from normlab.probes.snapshot import StepSnapshot
 
 
 class Landscape(Probe[LandscapeProbe]):
@@ -21,7 +21,7 @@ class Landscape(Probe[LandscapeProbe]):
     Invariant: on a quadratic, beta is at most the largest eigenvalue of its Hessian, and equal for every eta.
     """
 
-    def measure(self, moment: Moment) -> Iterator[Row]:
+    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
         loss, g = moment.here
         w = moment.parameters
         etas = [multiple * moment.lr for multiple in self.settings.reach]

@@ -12,8 +12,8 @@ from normlab.probes.base import Probe, Row, Subject, evenly
 from normlab.probes.gradients import Gradients
 from normlab.probes.ics import ICS
 from normlab.probes.landscape import Landscape
-from normlab.probes.moment import Moment
 from normlab.probes.sharpness import Sharpness
+from normlab.probes.snapshot import StepSnapshot
 
 KINDS: dict[str, type[Probe[Any]]] = {
     "ics": ICS,
@@ -53,7 +53,7 @@ class Probes:
         """Whether any of them measures before update number `step` (0-based)."""
         return any(step in steps for steps in self._steps.values())
 
-    def measure(self, moment: Moment) -> None:
+    def measure(self, moment: StepSnapshot) -> None:
         """Let each that is due measure, and record its rows. Global random numbers are left as they were."""
         device = moment.images.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -14,7 +14,7 @@ from normlab.common.rng import stream
 from normlab.config.schema import SharpnessProbe
 from normlab.norms.lp import LpNorm2d
 from normlab.probes.base import Probe, Row, norm
-from normlab.probes.moment import Moment
+from normlab.probes.snapshot import StepSnapshot
 
 
 class Top(NamedTuple):
@@ -31,7 +31,7 @@ class Sharpness(Probe[SharpnessProbe]):
     backward pass is not the derivative of the loss (`mabn`, `powernorm`) there is no Hessian: the probe is refused.
     """
 
-    def measure(self, moment: Moment) -> Iterator[Row]:
+    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
         parameters = moment.parameters.values()
         size = sum(parameter.numel() for parameter in parameters)
         like = next(iter(parameters))
@@ -69,7 +69,7 @@ def lanczos(multiply: Callable[[Tensor], Tensor], start: Tensor, iterations: int
     return Top(theta, len(alphas), converged)
 
 
-def hessian(moment: Moment) -> Callable[[Tensor], Tensor]:
+def hessian(moment: StepSnapshot) -> Callable[[Tensor], Tensor]:
     """v -> H v for the Hessian H of the loss by all trained parameters, in their order, as one vector (n,).
 
     Raises:
@@ -91,7 +91,8 @@ def hessian(moment: Moment) -> Callable[[Tensor], Tensor]:
 
 def _check_differentiable(gradients: list[Tensor]) -> None:
     """Look for a backward pass that is marked as once_differentiable: PyTorch raises an error where it is reached, but
-    does not go there for the sake of given leaves, and leaves it out of their second derivatives without a word."""
+    does not go there for the sake of given leaves, and leaves it out of their second derivatives without a word.
+    """
     nodes: list[Node | None] = [gradient.grad_fn for gradient in gradients]
     seen: set[Node] = set()
     while nodes:

@@ -76,7 +76,8 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
 
 def _remove_what_is_left_of_earlier(folder: Path, made: Collection[str], options: Options) -> None:
     """Remove tables and figures of an earlier report that this one has not made: they show something else. Without
-    figures=true the figures stay."""
+    figures=true the figures stay.
+    """
     for listed in folder.glob("*.sources.json"):
         name = listed.name.removesuffix(".sources.json")
         if name in made or (not options.figures and (folder / f"{name}.png").exists()):

@@ -234,7 +234,8 @@ def _take(folder: Path) -> Claim:
 @contextmanager
 def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
     """flock, where there is such a thing. The file is removed on the way out: who opened it before that sees that
-    its name has gone or is another file's, and starts over."""
+    its name has gone or is another file's, and starts over.
+    """
     patience = time.monotonic() + wait_seconds
     while True:
         try:

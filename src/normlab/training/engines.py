@@ -45,7 +45,8 @@ class Engine(Protocol):
 
     def step(self) -> None:
         """Train on the batch that the position names, and note its loss and hits there, without waiting for the
-        device."""
+        device.
+        """
 
 
 def build(

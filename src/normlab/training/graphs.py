@@ -19,7 +19,8 @@ class Graph(Protocol):
 
     def replay(self) -> None:
         """Do it again, on the same tensors as they are now. What Python decided or computed stays as it was at the
-        capture; random numbers come from the default generator, as it is now."""
+        capture; random numbers come from the default generator, as it is now.
+        """
 
 
 def graph_for(device: torch.device) -> Graph:

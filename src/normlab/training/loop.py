@@ -17,7 +17,7 @@ from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.data.datasets import Data
 from normlab.norms import apart, batch_statistics, precise_statistics
-from normlab.probes import Moment, Probes
+from normlab.probes import Probes, StepSnapshot
 from normlab.training.device import autocast
 from normlab.training.distributed.group import ALONE, Alone, Looks
 from normlab.training.engines import Engine, Position
@@ -74,7 +74,7 @@ def train(
         generator.manual_seed(key(config.seed, "step", number, *others))
 
     moment = partial(
-        Moment,
+        StepSnapshot,
         network=step.network,
         optimizer=step.optimizer,
         scaler=step.scaler,

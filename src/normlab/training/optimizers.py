@@ -12,7 +12,8 @@ from normlab.norms import parameter_roles
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     """One group per role of parameters ("weight", "bias", "scale", "shift"; by the type of the owning module)
-    and per divisor of the learning rate: `params`, `role`, `lr_divisor`."""
+    and per divisor of the learning rate: `params`, `role`, `lr_divisor`.
+    """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter, role, divisor in parameter_roles(network):
         groups.setdefault((role, divisor), []).append(parameter)

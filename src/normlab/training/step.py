@@ -35,7 +35,8 @@ class Step:
 
     def __call__(self, images: Tensor, labels: Tensor, of: int) -> tuple[Tensor, Tensor]:
         """Train on a batch, or on a share of a batch `of` so many images; its loss and its number of hits, on the
-        device."""
+        device.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.config, self.device):
             outputs = self.parallel(images)

@@ -40,7 +40,8 @@ class Classification:
 class Regression:
     """outputs and targets: float32 (B, features). The loss is the squared error, summed over samples and features;
     there is no accuracy. (Santurkar et al. 2018 do not say whether it is a sum or a mean over samples: [A]. A mean
-    would start at about features², 100, and their figure ends between 100 and 1,700.)"""
+    would start at about features², 100, and their figure ends between 100 and 1,700.)
+    """
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs.float() - targets).square().sum()

@@ -15,7 +15,8 @@ from normlab.report.study.load import Study
 
 class Quantity(NamedTuple):
     """A number that the measurements of a probe in one run come to; `log`: its natural logarithm, so that means
-    over seeds are geometric."""
+    over seeds are geometric.
+    """
 
     name: str
     heading: str

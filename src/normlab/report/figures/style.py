@@ -137,7 +137,8 @@ _OTHERS = [Style(color, marker) for marker in _MARKERS for color in _COLORS]
 
 def styles(arms: Iterable[str]) -> dict[str, Style]:
     """Colour and marker of each arm: by its name, so that studies agree on them. Where two of a few arms fall on the
-    same colour, the later one in the order of tables gets another."""
+    same colour, the later one in the order of tables gets another.
+    """
     found: dict[str, Style] = {}
     names = in_order(arms)
     for arm in names:
@@ -151,7 +152,8 @@ def styles(arms: Iterable[str]) -> dict[str, Style]:
 
 def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = False) -> None:
     """Limits of one axis around what is shown: a share's (in %) end at 0 and 100, and the axis of positive values that
-    span a factor of ten is logarithmic."""
+    span a factor of ten is logarithmic.
+    """
     values = shown.replace([math.inf, -math.inf], math.nan).dropna()
     if values.empty:
         return
@@ -170,7 +172,8 @@ def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = 
 
 def legend(figure: Figure, handles: Sequence[Artist], canvas: Canvas) -> None:
     """Above the panels, in as many columns as fit; beside a narrow figure, which then is wide, where it would be high.
-    The figure grows with it."""
+    The figure grows with it.
+    """
     lengths = [len(str(handle.get_label())) for handle in handles]
     for columns in range(len(handles), 0, -1):
         inches = sum(0.42 + 0.06 * max(column) for column in np.array_split(lengths, columns))

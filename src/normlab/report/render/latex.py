@@ -234,7 +234,8 @@ def _tabular(headings: Sequence[str], widths: dict[str, float], rows: Sequence[R
 
 def _broken(headings: Sequence[str], widths: dict[str, float], whole: bool) -> dict[str, str]:
     """What breaks lines, per heading: where the columns do not fit, or are to be as wide as the page (`whole`), the
-    long ones, or the longest, share what the others leave."""
+    long ones, or the longest, share what the others leave.
+    """
     if not whole and sum(widths[heading] for heading in headings) <= PAGE:
         return {}
     long = [heading for heading in headings if widths[heading] > _BETWEEN + _LETTER * _LONG]

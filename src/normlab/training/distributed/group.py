@@ -231,7 +231,8 @@ class Team(Alone):
 
 class _AgreedLooks(Looks):
     """At steps that all processes know beforehand, so that no other step waits for anyone: about every
-    `pause_seconds`, by the slowest process. What any process wants then, all do."""
+    `pause_seconds`, by the slowest process. What any process wants then, all do.
+    """
 
     def __init__(self, pause_seconds: float, at_most: int | None) -> None:
         self.pause_seconds = pause_seconds
@@ -257,7 +258,8 @@ class _AgreedLooks(Looks):
 
 def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """In place of the mean over processes that DistributedDataParallel takes by itself: what a layer sees of the
-    gradient in its backward pass is then what it sees in a single process."""
+    gradient in its backward pass is then what it sees in a single process.
+    """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.probes import Moment, Subject
+from normlab.probes import StepSnapshot, Subject
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum()
 
 
-def moment(network: nn.Module, images: Tensor, targets: Tensor, *, lr: float = 0.1, **given: Any) -> Moment:
+def moment(network: nn.Module, images: Tensor, targets: Tensor, *, lr: float = 0.1, **given: Any) -> StepSnapshot:
     """The one before step 3, with plain SGD and cross-entropy unless told otherwise."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {
@@ -26,12 +26,12 @@ def moment(network: nn.Module, images: Tensor, targets: Tensor, *, lr: float = 0
         "seed": torch.manual_seed,
         **given,
     }
-    made = Moment(3, lr, images, targets, network=network.train(), **options)
+    made = StepSnapshot(3, lr, images, targets, network=network.train(), **options)
     made.order = made.executed()
     return made
 
 
-def rows(kind: Any, settings: Any, moment: Moment, network: nn.Module, **subject: Any) -> list[dict[str, Any]]:
+def rows(kind: Any, settings: Any, moment: StepSnapshot, network: nn.Module, **subject: Any) -> list[dict[str, Any]]:
     """What a new probe of a network finds at a moment."""
     return list(kind(settings, Subject(network, **subject)).measure(moment))
 

@@ -18,7 +18,7 @@ from normlab.report.study import index, load
 from normlab.report.study.find import find_studies
 from normlab.report.study.load import Study
 
-REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
+REFERENCE = Path(__file__).parents[3] / "outputs" / "reference"
 RECORDED = ["davis2021_scale_laptop", "gitman2017_imagenet_laptop", "santurkar2018_noise_laptop", "small_batch_laptop"]
 PLACE = ["setting", "arm", "batch", "seed", "state"]
 

@@ -16,7 +16,7 @@ from normlab.report.claims.claims import claims, parse
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, judge
 from normlab.report.claims.texts import effect, expected, overview, table
 
-EXPERIMENTS = Path(__file__).parents[2] / "conf" / "experiment"
+EXPERIMENTS = Path(__file__).parents[3] / "conf" / "experiment"
 CLAIMS = {claim.id: claim for claim in claims()}
 BEATS = "peerthum2023-bn-none"
 

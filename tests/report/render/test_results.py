@@ -10,7 +10,7 @@ from normlab.common.errors import UserError
 from normlab.report import build_results, options
 from normlab.report.claims.claims import claims
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"
 OPTIONS = options()
 TABLES_ONLY = replace(OPTIONS, figures=False)

@@ -15,7 +15,7 @@ from normlab.norms import Steps
 Parameters = dict[str, Tensor]
 
 
-class Moment:
+class StepSnapshot:
     """The moment before a training step: the network, its batch, and the optimizer that is about to change it.
 
     All of it is a copy, so that nothing done here, hooks included, reaches the run; the loop gives the global random
@@ -73,7 +73,8 @@ class Moment:
         self, parameters: Parameters | None = None, of: Collection[str] | None = None
     ) -> tuple[Tensor, Parameters]:
         """The loss and its gradients by the trained parameters, or by those named in `of`, as backpropagation has
-        them: before any clipping, preconditioning or weight decay; zero for what the loss does not depend on."""
+        them: before any clipping, preconditioning or weight decay; zero for what the loss does not depend on.
+        """
         loss, _, gradients = self._backward(parameters or self.parameters, of, create_graph=False)
         return loss.detach(), gradients
 
@@ -89,7 +90,8 @@ class Moment:
 
     def updated(self) -> Parameters:
         """The trained parameters as the run's step will leave them: by its optimizer with its momentum and weight
-        decay, its change of gradients, and what layers do after a step."""
+        decay, its change of gradients, and what layers do after a step.
+        """
         network, optimizer, scaler, transform = copy.deepcopy(self._run)
         loss = self._evaluate(network)
         scaler.scale(loss).backward()

@@ -17,7 +17,7 @@ from normlab.report.study import load, status
 from normlab.report.study.status import RunStatus, Survey, show_status, summary, time_left, view
 from normlab.runs import lock
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
