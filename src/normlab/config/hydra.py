@@ -13,9 +13,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from normlab.common.errors import InterruptedRunError, UserError, nearest
+from normlab.common.errors import InterruptedRunError, UserError, nearest, storage_error
 from normlab.common.installation import CONF, called
-from normlab.runs.files import storage_error
 
 # What the texts of --help call the commands, and the folder of the configuration.
 OmegaConf.register_new_resolver("called", called, replace=True)
@@ -89,7 +88,7 @@ def _no_choice() -> UserError:
     """For a group that was given null."""
     groups = re.findall(r"(?<!\S)(\w+)=\S*null\b", " ".join(sys.argv[1:]))
     group = next((g for g in groups if (CONF / g).is_dir()), "group")
-    none = "\nWithout normalisation: norm=none." if group == "norm" else ""
+    none = "\nWithout normalization: norm=none." if group == "norm" else ""
     return UserError(
         f"{group}=null: a group takes the name of one of its files.{none}\n"
         f"`{called('train')} --help` shows the choices of every group."
@@ -129,7 +128,7 @@ def explain(error: Exception) -> UserError:
     return UserError(text)
 
 
-_NICKNAMES = {  # what else the normalisers are called, without punctuation
+_NICKNAMES = {  # what else the normalizers are called, without punctuation
     "adaptivegradientclipping": "nf",
     "affinelayer": "affine",
     "batch": "bn",

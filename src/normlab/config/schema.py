@@ -6,7 +6,8 @@ or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and wh
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,10 +24,10 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from normlab.common.errors import UserError, nearest
-from normlab.runs.identity import LATER
+from normlab.common.sentences import sentence, wrong
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
@@ -36,12 +37,28 @@ DEPTHS = {  # the sizes of each network that has several; None: any
     "deep_linear": None,
 }
 TITLES = {"resnet": "a ResNet of torchvision", "cifar_resnet": "a CIFAR ResNet", "vgg": "a VGG of torchvision"}
+IDLE_CALIBRATION_IMAGES, IDLE_PRECISE_BATCHES = 256, 200  # recorded where nothing uses them: conf/config.yaml's values
 SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
 
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+def _dotted_path(value: str) -> str:
+    if not re.fullmatch(r"\w+(\.\w+)+", value):
+        raise wrong(
+            f"model.target={value} is not valid: expected a dotted path, e.g. model.target=my_package.my_module.MyNet."
+        )
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
+        raise wrong(f"device={value} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?")
     return value
 
 
@@ -63,9 +80,20 @@ Name = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
-def wrong(text: str) -> PydanticCustomError:
-    """A failed check whose text is already a sentence for the user."""
-    return PydanticCustomError("sentence", text)
+@dataclass(frozen=True)
+class Since:
+    """Marks a setting that records of an earlier format do not have: `x: Annotated[Whole, Since(2, neutral=0)]`.
+
+    With the value `neutral` the setting changes nothing and is no part of a run's identity, so that runs recorded
+    before it stay the runs they are (`runs.identity`). A mark stays for good, with its value.
+
+    Attributes:
+        format: the first format of records that has the setting.
+        neutral: the value that a record without the setting stands for.
+    """
+
+    format: int
+    neutral: Any
 
 
 class _Section(BaseModel):
@@ -150,7 +178,7 @@ class CustomModelConfig(_Section):
 
     kind: Literal["custom"]
     name: Name
-    target: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
+    target: Annotated[str, AfterValidator(_dotted_path)]
     kwargs: dict[str, Any]
 
 
@@ -162,7 +190,7 @@ class CifarResNetConfig(_Section):
 
 
 class VGGConfig(_Section):
-    """torchvision's VGG with batch normalisation, of the top-level `depth`."""
+    """torchvision's VGG with batch normalization, of the top-level `depth`."""
 
     kind: Literal["vgg"]
     name: Name
@@ -493,7 +521,7 @@ class RunConfig(_Section):
     eval_every: Count
     eval_batch: Count
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, AfterValidator(_device)]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     deterministic: StrictBool
     engine: Literal["auto", "eager", "graph", "compile"]
@@ -508,8 +536,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_means_nothing(cls, data: Any) -> Any:
-        """What means nothing to a network or a data set must not make two runs out of one."""
+    def _drop_idle_settings(cls, data: Any) -> Any:
+        """Give settings that mean nothing to a network or a data set one value: they must not make two runs of one."""
         if not isinstance(data, Mapping):
             return data
         changes: dict[str, Any] = {}
@@ -522,7 +550,7 @@ class RunConfig(_Section):
         return {**data, **changes}
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _check_depth(self) -> Self:
         depths = DEPTHS.get(self.model.kind)
         if depths and self.depth not in depths:
             raise wrong(
@@ -531,40 +559,58 @@ class RunConfig(_Section):
             )
         if self.model.kind == "deep_linear" and (self.depth is None or self.depth < 1):
             raise wrong(f"depth={self.depth} is no number of layers.\nExpected 1 or more; the paper has depth=25.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
         if (self.model.kind == "deep_linear") != (self.dataset.kind == "linear_regression"):
             raise wrong(
                 f"model={self.model.name} cannot learn dataset={self.dataset.name}.\n"
                 "The deep linear network and the synthetic regression task belong together:"
                 " model=deep_linear dataset=linear_regression.",
             )
-        if self.dataset.kind == "linear_regression":
-            if self.input_norm == "bn":
-                raise wrong("input_norm=bn normalises images, and a regression has none.\nUse input_norm=none.")
-            if self.label_smoothing:
-                raise wrong(
-                    f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
-                    "Use label_smoothing=0."
-                )
+        if self.dataset.kind != "linear_regression":
+            return self
+        if self.input_norm == "bn":
+            raise wrong("input_norm=bn normalizes images, and a regression has none.\nUse input_norm=none.")
+        if self.label_smoothing:
+            raise wrong(
+                f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
+                "Use label_smoothing=0."
+            )
         if isinstance(self.sampler, Paired):
-            each = self.sampler.images_per_label
-            if self.dataset.kind == "linear_regression":
-                raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
-            if self.batch % each:
-                raise wrong(
-                    f"sampler=paired makes batches of labels x {each} images, and {each} does not divide"
-                    f" batch={self.batch}.\nNearest valid: batch={max(self.batch // each, 1) * each}.",
-                )
-            if self.eval_stats == "batch" and self.eval_batch % each:
-                raise wrong(
-                    f"eval_stats=batch with sampler=paired makes test batches of labels x {each} images, and {each}"
-                    f" does not divide eval_batch={self.eval_batch}.\n"
-                    f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
-                )
+            raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampler(self) -> Self:
+        if not isinstance(self.sampler, Paired):
+            return self
+        each = self.sampler.images_per_label
+        if self.batch % each:
+            raise wrong(
+                f"sampler=paired makes batches of labels x {each} images, and {each} does not divide"
+                f" batch={self.batch}.\nNearest valid: batch={max(self.batch // each, 1) * each}.",
+            )
+        if self.eval_stats == "batch" and self.eval_batch % each:
+            raise wrong(
+                f"eval_stats=batch with sampler=paired makes test batches of labels x {each} images, and {each}"
+                f" does not divide eval_batch={self.eval_batch}.\n"
+                f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
         if self.budget and not self.experiment:
             raise wrong(
                 f"budget={self.budget} is the size of an experiment, and none is named.\n"
                 "Add experiment=..., or leave budget out.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
         if self.sync_stats and self.norm_batch is not None:
             raise wrong(
                 "sync_stats=true makes one group of all processes' images, norm_batch makes several of one"
@@ -573,9 +619,13 @@ class RunConfig(_Section):
         if self.norm_batch is not None and self.norm_batch > self.batch:
             raise wrong(
                 f"norm_batch={self.norm_batch} is larger than batch={self.batch}.\n"
-                "It is the number of images that share normalisation statistics inside a batch."
+                "It is the number of images that share normalization statistics inside a batch."
                 f" Nearest valid: norm_batch={self.batch}, or norm_batch=null.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
         if self.schedule.warmup_epochs >= self.epochs:
             raise wrong(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs="
@@ -584,13 +634,13 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _neutralise_what_means_nothing(self) -> Self:
-        """The same for settings that another one makes idle, once all are known to be valid."""
+    def _neutralize_idle_settings(self) -> Self:
+        """Give settings that another one makes idle one value, once all are known to be valid."""
         changes: dict[str, Any] = {}
         if not self.starts_from_data:
-            changes["calibration_images"] = LATER["calibration_images"]
+            changes["calibration_images"] = IDLE_CALIBRATION_IMAGES
         if self.eval_stats != "precise":
-            changes["precise_batches"] = LATER["precise_batches"]
+            changes["precise_batches"] = IDLE_PRECISE_BATCHES
         if self.norm_batch == self.batch and self.eval_stats != "batch" and not self.starts_from_data:
             changes["norm_batch"] = None  # the groups of batches of other sizes would differ
         return self.model_copy(update=changes)
@@ -619,7 +669,9 @@ def parse(composed: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(composed)
     except ValidationError as error:
-        raise UserError(sentence(error.errors()[0], composed)) from None
+        fields = RunConfig.model_fields
+        examples = {name: field.examples[0] for name, field in fields.items() if field.examples}
+        raise UserError(sentence(error.errors()[0], composed, fields, examples)) from None
 
 
 def _checked(kind: Any, option: str, value: Any) -> Any:
@@ -627,81 +679,3 @@ def _checked(kind: Any, option: str, value: Any) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise wrong(sentence({**error.errors()[0], "loc": ("norm", option)}, {})) from None
-
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list, e.g. [0.5,0.75]",
-    "finite_number": "a finite number",
-}
-
-
-def sentence(error: ErrorDetails, composed: Mapping[str, Any], known: Iterable[str] | None = None) -> str:
-    """One pydantic error as a message for the user, at most five lines. `known`: what there is by dotted path."""
-    path = ".".join(str(p) for p in _dotted(error["loc"], composed))
-    value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    shown = f"{path}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
-    if kind == "sentence":
-        return error["msg"]
-    if kind == "missing":
-        return f"The setting {path} is missing.\nGive it a value: {path}=..."
-    if kind == "extra_forbidden":
-        close = nearest(path, known or RunConfig.model_fields)
-        return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
-    if kind == "union_tag_invalid":
-        key = context["discriminator"].strip("'")
-        return _not_one_of(f"{path}.{key}", context["tag"], context["expected_tags"])
-    if kind == "literal_error":
-        return _not_one_of(path, value, context["expected"])
-    if kind in _EXPECTED:
-        example = _example(path)
-        hint = f" Example: {path}={example}." if example is not None else ""
-        return f"{shown} is not valid: expected {_EXPECTED[kind]}.{hint}"
-    if kind == "string_pattern_mismatch":
-        if path == "device":
-            close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
-            return f"{shown} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?"
-        if path.endswith("target"):
-            return f"{shown} is not valid: expected a dotted path, e.g. {path}=my_package.my_module.MyNet."
-        return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
-    if kind not in _BOUNDS:
-        return f"{shown} is not valid: {error['msg']}."
-    bound = next(iter(context.values()))
-    nearest_valid = f" Nearest valid: {path}={bound}." if kind.endswith("equal") else ""
-    return f"{shown} is out of range: expected {_BOUNDS[kind].format(bound)}.{nearest_valid}"
-
-
-def _not_one_of(path: str, value: object, expected: str) -> str:
-    choices = [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
-    close = nearest(value, choices)
-    text = f"{path}={value} is not valid: expected one of {', '.join(choices)}."
-    return text + (f"\nDid you mean {path}={close}?" if close else "")
-
-
-_BOUNDS = {
-    "greater_than": "a number above {}",
-    "greater_than_equal": "{} or more",
-    "less_than": "a number below {}",
-    "less_than_equal": "{} or less",
-}
-
-
-def _dotted(location: tuple[int | str, ...], composed: Mapping[str, Any]) -> list[str | int]:
-    """A pydantic location without the tags of unions, which are no keys of the configuration."""
-    path: list[str | int] = []
-    node: Any = composed
-    for part in location:
-        if isinstance(node, Mapping) and part not in node and path and part in node.values():
-            continue
-        path.append(part)
-        node = node[part] if isinstance(node, Mapping) and part in node else None
-    return path
-
-
-def _example(path: str) -> Any:
-    field = RunConfig.model_fields.get(path)
-    return field.examples[0] if field and field.examples else None

@@ -28,7 +28,8 @@ from normlab import runs
 from normlab.common.errors import UserError
 from normlab.common.installation import called
 from normlab.common.progress import Display, one_line, span
-from normlab.config.schema import Count, Positive, Whole, sentence, wrong
+from normlab.common.sentences import sentence, wrong
+from normlab.config.schema import Count, Positive, Whole
 from normlab.launchers.sweep import Job, Sweep
 from normlab.runs import files
 

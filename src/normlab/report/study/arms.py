@@ -21,6 +21,7 @@ FAMILIES = {  # the known arms in the order of tables, grouped for figures that 
 }
 KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
 OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
+_NEUTRAL = {"norm.scale_init": 1.0, "norm.scale_lr_divisor": 1.0}  # the plain norm: an arm's label leaves them out
 IMPORTED = "norm.imported"  # only the arms of imported runs have it: their options are not what ours are
 _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
 
@@ -127,7 +128,11 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
         name = row["norm.name"]
         told = ["imported"] if IMPORTED in row and (name, False) in by_name else []
         own = options[name, IMPORTED in row]
-        told += [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in own if key in row]
+        told += [
+            f"{key.removeprefix('norm.')}={_text(row[key])}"
+            for key in own
+            if key in row and row[key] != _NEUTRAL.get(key, ...)
+        ]
         if several_norm_batches and row.get("norm_batch") is not None:
             told.append(f"norm_batch={row['norm_batch']}")
         labels.append(f"{name} ({', '.join(told)})" if told else str(name))
