@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from normlab.common.errors import InterruptedRunError, UserError, nearest, storage_error
-from normlab.common.installation import CONF, called
+from normlab.common.installation import CONF, command_name
 
 # What the texts of --help call the commands, and the folder of the configuration.
-OmegaConf.register_new_resolver("called", called, replace=True)
+OmegaConf.register_new_resolver("called", command_name, replace=True)
 OmegaConf.register_new_resolver("conf", lambda: str(CONF), replace=True)
 
 
@@ -91,7 +91,7 @@ def _no_choice() -> UserError:
     none = "\nWithout normalization: norm=none." if group == "norm" else ""
     return UserError(
         f"{group}=null: a group takes the name of one of its files.{none}\n"
-        f"`{called('train')} --help` shows the choices of every group."
+        f"`{command_name('train')} --help` shows the choices of every group."
     )
 
 
@@ -191,7 +191,7 @@ def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = 
     if len(options) <= 30:
         lines.append(f"Expected one of: {', '.join(sorted(options))}.")
     else:
-        lines.append(f"`{called('train')} --cfg job` shows all settings, {CONF / 'config.yaml'} explains them.")
+        lines.append(f"`{command_name('train')} --cfg job` shows all settings, {CONF / 'config.yaml'} explains them.")
     return UserError("\n".join(lines))
 
 
