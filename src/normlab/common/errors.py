@@ -36,6 +36,11 @@ def storage_error(path: Path, error: OSError) -> UserError:
     return UserError(f"Cannot write {path}.\n{fix}")
 
 
+def first_line(text: object) -> str:
+    """Return the first line of any text or error, empty for an empty one."""
+    return (str(text).strip().splitlines() or [""])[0]
+
+
 def nearest(word: object, choices: Iterable[object]) -> str | None:
     """The choice that `word` most probably meant: by value for numbers, by spelling otherwise."""
     options = list(choices)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, first_line, nearest
 from normlab.common.installation import called
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metric import Measure, measure_of
@@ -21,7 +21,7 @@ from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
 from normlab.report.study.find import find_studies, study_folder
-from normlab.report.study.load import Study, first_line, load
+from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Sources, mixtures, sources
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from normlab import runs
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.report.study.arms import Place, but_for_the_seed, flatten, places, varying
 from normlab.report.study.find import holds_runs, study_folder
 from normlab.report.study.index import TEXTS, Columns, Index, length
@@ -253,11 +253,6 @@ def seconds_since(moment: object, now: datetime) -> float:
     except ValueError:
         return 0.0
     return (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
-
-
-def first_line(error: object) -> str:
-    """A record of any kind as one line, empty for an empty one."""
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _without_twins(

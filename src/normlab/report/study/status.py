@@ -16,9 +16,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.common.progress import one_line, redraws, span
-from normlab.report.study.load import first_line, seconds_since
+from normlab.report.study.load import seconds_since
 from normlab.runs import files
 from normlab.runs.folder import CONFIG, STATUS
 from normlab.runs.lock import Holder, holder
