@@ -15,10 +15,10 @@ from normlab.common.errors import InterruptedRunError, UserError
 from normlab.config.schema import RunConfig
 from normlab.models.build import variant
 from normlab.norms import BatchStatistics, Steps, rewrite, trace
-from normlab.training import engines, loop
+from normlab.training import engines, evaluation
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import carry_out
+from normlab.training.run import train_run as carry_out
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
@@ -222,7 +222,7 @@ def test_an_interrupted_evaluation_is_repeated_with_the_layers_where_they_were(m
         monkeypatch.undo()
         raise InterruptedRunError("a test")
 
-    monkeypatch.setattr(loop, "evaluate", interrupted)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
     with pytest.raises(InterruptedRunError):
         carry_out(config)
     assert carry_out(config)["test_loss"] == whole["test_loss"]
