@@ -24,7 +24,7 @@ def tiny(tiny: Make) -> Make:
 
 
 def chosen(config: RunConfig, side: int, where: str = "cpu") -> str:
-    network = models.build(config, num_classes=10, image_size=side)
+    network = models.build(config, num_classes=10, image_size=side).to(where)
     return choose_memory_format(config, network, torch.zeros(1, 3, side, side, device=where))
 
 
