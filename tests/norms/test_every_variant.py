@@ -15,7 +15,7 @@ from normlab.common.errors import InterruptedRunError, UserError
 from normlab.config.schema import RunConfig
 from normlab.models.build import variant
 from normlab.norms import BatchStatistics, Steps, rewrite, trace
-from normlab.training import engines, evaluation
+from normlab.training import engines, loop
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
 from normlab.training.run import train_run as carry_out
@@ -222,7 +222,7 @@ def test_an_interrupted_evaluation_is_repeated_with_the_layers_where_they_were(m
         monkeypatch.undo()
         raise InterruptedRunError("a test")
 
-    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    monkeypatch.setattr(loop, "evaluate", interrupted)
     with pytest.raises(InterruptedRunError):
         carry_out(config)
     assert carry_out(config)["test_loss"] == whole["test_loss"]

@@ -144,13 +144,13 @@ def test_a_run_goes_on_with_another_engine(tiny, first: str, second: str, monkey
     undisturbed = tiny(*SMALL, f"engine={second}", "study=undisturbed")
     train_run(undisturbed)
     stop = StopRequest()
-    begin = engines.Eager.start_epoch if first == "eager" else engines.Graphed.start_epoch
+    begin = engines.Engine.start_epoch if first == "eager" else engines.Graphed.start_epoch
 
-    def stopped(engine: engines.Eager, epoch: int) -> None:
+    def stopped(engine: engines.Engine, epoch: int) -> None:
         begin(engine, epoch)
         stop.requested = "SIGTERM" if epoch == 1 else None
 
-    monkeypatch.setattr(engines.Eager if first == "eager" else engines.Graphed, "start_epoch", stopped)
+    monkeypatch.setattr(engines.Engine if first == "eager" else engines.Graphed, "start_epoch", stopped)
     with pytest.raises(InterruptedRunError):
         train_run(tiny(*SMALL, f"engine={first}", "checkpoint_seconds=null"), stop=stop)
     monkeypatch.undo()

@@ -16,7 +16,7 @@ from normlab import runs
 from normlab.common.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
-from normlab.training import checkpoint, engines, evaluation, setup, supervision, tasks
+from normlab.training import checkpoint, engines, loop, setup, supervision, tasks
 from normlab.training import run as training
 from normlab.training.run import train_run
 
@@ -172,15 +172,15 @@ def test_resume_is_bit_identical_whatever_the_settings(tiny, stop_after, setting
 
 def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch, steps_taken) -> None:
     expected = train_run(tiny("study=whole"))
-    original = evaluation.evaluate
+    original = loop.evaluate
 
     def interrupted(*arguments):
         raise InterruptedRunError("SIGTERM")
 
-    monkeypatch.setattr(evaluation, "evaluate", interrupted)
+    monkeypatch.setattr(loop, "evaluate", interrupted)
     with pytest.raises(InterruptedRunError):
         train_run(tiny("study=parts"))
-    monkeypatch.setattr(evaluation, "evaluate", original)
+    monkeypatch.setattr(loop, "evaluate", original)
     assert train_run(tiny("study=parts"))["weights_sha256"] == expected["weights_sha256"]
     assert steps_taken.taken == 6 + 6
     assert rows(tiny("study=parts")) == rows(tiny("study=whole"))

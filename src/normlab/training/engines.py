@@ -14,7 +14,7 @@ from normlab.common.errors import UserError
 from normlab.config.schema import RMSprop, RunConfig
 from normlab.data.batches import Epoch, Split
 from normlab.training.optimizers import learning_rate, set_learning_rate
-from normlab.training.position import Position
+from normlab.training.state import Position
 from normlab.training.step import TrainingStep
 
 WARM_UP = 3  # steps before the captured one: libraries choose their kernels, optimizers make their state
@@ -58,28 +58,9 @@ class CudaGraph:
 GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}  # by type of device; a test adds one for the CPU
 
 
-class Engine(Protocol):
-    """Carries out the steps of an epoch.
-
-    Attributes:
-        capture_seconds: spent so far on capturing or compiling, which is not counted as training.
-    """
-
-    capture_seconds: float
-
-    def start_epoch(self, epoch: int) -> None:
-        """Start the epoch, or go on with it, at the batch of the position."""
-
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """Return the batch that `step` will train on."""
-
-    def step(self) -> None:
-        """Train on the batch of the position and keep its loss and correct classifications there, on the device."""
-
-
 def build(
     config: RunConfig, train: Split, step: TrainingStep, position: Position, warn: Callable[[str], None]
-) -> Engine:
+) -> "Engine":
     """Return the engine that a run requests by `engine`; `warn` is called when engine=auto cannot capture.
 
     Raises:
@@ -90,7 +71,7 @@ def build(
         raise UserError(f"engine=graph cannot capture the steps of this run: {why_not}.\nUse engine=auto or eager.")
     if may_capture(config, step.device) and not why_not:
         return Graphed(config, train, step, position, warn)
-    kind = Compiled if config.engine == "compile" else Eager
+    kind = Compiled if config.engine == "compile" else Engine
     return kind(config, train, step, position)
 
 
@@ -118,8 +99,12 @@ def _why_no_graph(config: RunConfig, train: Split, device: torch.device) -> str 
     return None
 
 
-class Eager:
-    """Every operation of every step is launched from Python."""
+class Engine:
+    """Carries out the steps of an epoch, every operation launched from Python (engine=eager).
+
+    Attributes:
+        capture_seconds: spent so far on capturing or compiling, which is not counted as training.
+    """
 
     def __init__(self, config: RunConfig, train: Split, step: TrainingStep, position: Position) -> None:
         self.config, self.train, self.train_on, self.position = config, train, step, position
@@ -128,18 +113,18 @@ class Eager:
         self._next: tuple[Tensor, Tensor] | None = None
 
     def start_epoch(self, epoch: int) -> None:
-        """See `Engine`."""
+        """Start the epoch, or go on with it, at the batch of the position."""
         self.epoch, self._next = epoch, None
         self._batches = self.train.batches(epoch, start=self.position.batch)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
-        """See `Engine`."""
+        """Return the batch that `step` will train on."""
         if self._next is None:
             self._next = next(self._batches)
         return self._next
 
     def step(self) -> None:
-        """See `Engine`."""
+        """Train on the batch of the position and keep its loss and correct classifications there, on the device."""
         (images, labels), batch = self.next_batch(), self.position.batch
         self._next = None
         set_learning_rate(self.train_on.optimizer, self._learning_rate(batch))
@@ -157,7 +142,7 @@ class Eager:
         self.position.train_seconds -= seconds  # the step as a whole is counted there
 
 
-class Compiled(Eager):
+class Compiled(Engine):
     """The network is compiled by torch.compile in its first steps, whose time counts as preparation."""
 
     _steps = 0
@@ -173,7 +158,7 @@ class Compiled(Eager):
             self._count_as_capture(time.monotonic() - begun)
 
 
-class Graphed(Eager):
+class Graphed(Engine):
     """The whole step of a full batch is one graph.
 
     Images gathered and augmented, forward and backward pass, update, loss and correct classifications kept. What

@@ -12,8 +12,7 @@ from typing import Self
 
 import torch
 
-SLICE = 8  # steps that a run launches on a GPU before it makes way
-AHEAD = 2  # slices that may still be waiting on the GPU: enough to keep it busy while others work
+SLICE = 8  # steps that a run launches on a GPU before it makes way until they are done
 
 
 class Interleaver:
@@ -76,7 +75,6 @@ class PackedInterleaver(Interleaver):
     def __init__(self, lock: FairLock, device: torch.device) -> None:
         self.lock, self.device = lock, device
         self.steps = 0
-        self._slices: deque[torch.cuda.Event] = deque()
         if device.type == "cuda":
             self._generator = torch.cuda.default_generators[device.index]
             self._generator_state = self._generator.clone_state()
@@ -95,20 +93,15 @@ class PackedInterleaver(Interleaver):
         if self.device.type != "cuda":
             self._make_way()
         elif self.steps % SLICE == 0:
-            self._slices.append(torch.cuda.current_stream().record_event())
-            self._make_way()
-            while len(self._slices) > AHEAD:
-                self._wait_for(self._slices.popleft())
+            self.synchronize()
 
     def synchronize(self) -> None:
         """Wait for the run's stream; meanwhile others go on."""
         if self.device.type == "cuda":
-            self._slices.clear()
-            self._wait_for(torch.cuda.current_stream().record_event())
-
-    def _wait_for(self, event: torch.cuda.Event) -> None:
-        while not event.query():  # type: ignore[no-untyped-call]  # of PyTorch
+            event = torch.cuda.current_stream().record_event()
             self._make_way()
+            while not event.query():  # type: ignore[no-untyped-call]  # of PyTorch
+                self._make_way()
 
     def _make_way(self) -> None:
         if self.lock.hand_over():

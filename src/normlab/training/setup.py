@@ -22,9 +22,8 @@ from normlab.training.distributed.group import ProcessGroup
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.interleaving import Interleaver
 from normlab.training.optimizers import build_optimizer
-from normlab.training.position import Position
 from normlab.training.record import Recorder
-from normlab.training.state import TrainingState
+from normlab.training.state import Position, TrainingState
 from normlab.training.step import TrainingStep
 from normlab.training.tasks import Task, task_of
 

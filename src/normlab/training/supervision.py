@@ -9,9 +9,8 @@ import torch
 
 from normlab.common.errors import InterruptedRunError
 from normlab.training.interrupt import StopRequest
-from normlab.training.position import Stopwatch
 from normlab.training.record import Recorder
-from normlab.training.state import TrainingState
+from normlab.training.state import Stopwatch, TrainingState
 
 T = TypeVar("T")
 HEARTBEAT_SECONDS = 1.0  # between heartbeats, and between checks of the losses, which wait for the device

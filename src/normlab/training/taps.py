@@ -4,9 +4,7 @@ On small maps most taps do: on a map of one pixel, all of a 3x3 kernel but its c
 zeros, and so they are left out: outputs and gradients are the same up to the order of sums.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,17 +53,9 @@ class _Trimmed(nn.Conv2d):
             weight = F.pad(weight.permute(2, 3, 0, 1), (0, 0, 0, 0, *cuts)).permute(2, 3, 0, 1)
         return F.conv2d(input, weight, bias, self.stride, (rows[2], columns[2]), self.dilation, self.groups)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[type, ...], dict[str, Any]]:
-        return _new, type(self).__bases__[1:], vars(self)
-
 
 def _trimmed(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
     return type(kind.__name__, (_Trimmed, kind), {})
-
-
-def _new(kind: type[nn.Conv2d]) -> nn.Conv2d:
-    trimmed = _trimmed(kind)
-    return trimmed.__new__(trimmed)
 
 
 def _live_taps(module: nn.Conv2d, size: torch.Size) -> tuple[Padding, Padding]:

@@ -1,32 +1,13 @@
-"""What a run learns: the loss of a batch, and the metrics of a whole part of the data. Chosen once per run."""
+"""The tasks of a run: the loss of a batch, and the metrics of a whole part of the data.
 
-from typing import Literal, Protocol
+Losses and numbers of correct classifications of shares of a batch, or of batches of an evaluation, add up.
+"""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class Task(Protocol):
-    """A loss, and metrics made from it."""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of a training batch, a scalar."""
-
-    def share(self, loss: Tensor, images: int, batch_images: int) -> Tensor:
-        """Return the part that `images` of a batch have in its loss, from their own loss: shares add up."""
-
-    def test_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the loss over the images of an evaluated batch, without label smoothing."""
-
-    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the number of images classified correctly; int64."""
-
-    def train_loss(self, losses: Tensor, images: Tensor) -> float:
-        """Return the sum of the loss over an epoch, from each batch's loss and number of images."""
-
-    def metrics(self, part: str, loss: float, correct: int, images: int) -> dict[str, float]:
-        """Return the metrics of a part of the data from sums over its images."""
 
 
 class Classification:
@@ -36,27 +17,27 @@ class Classification:
         self.label_smoothing = label_smoothing
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy."""
+        """Return the loss of a training batch: the mean cross-entropy, a scalar."""
         return F.cross_entropy(outputs, targets, label_smoothing=self.label_smoothing)
 
     def share(self, loss: Tensor, images: int, batch_images: int) -> Tensor:
-        """Return the share of a mean."""
+        """Return the part that `images` of a batch have in its mean, from their own."""
         return loss if images == batch_images else loss * (images / batch_images)
 
     def test_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the sum of the cross-entropy."""
+        """Return the loss of an evaluated batch: the sum over its images, without label smoothing."""
         return F.cross_entropy(outputs.float(), targets, reduction="sum")
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the number of images whose largest logit is their label's."""
+        """Return the number of images classified correctly; int64."""
         return (outputs.argmax(1) == targets).sum()
 
     def train_loss(self, losses: Tensor, images: Tensor) -> float:
-        """Return the sum over images."""
+        """Return the sum over the images of an epoch, from each batch's loss and number of images."""
         return float((losses.double() * images).sum())
 
     def metrics(self, part: str, loss: float, correct: int, images: int) -> dict[str, float]:
-        """Return mean loss and accuracy."""
+        """Return the means over the images of a part of the data, from sums."""
         return {f"{part}_loss": loss / images, f"{part}_accuracy": correct / images}
 
 
@@ -88,6 +69,9 @@ class Regression:
     def metrics(self, part: str, loss: float, correct: int, images: int) -> dict[str, float]:
         """Return the sum of the squared error."""
         return {f"{part}_loss": loss}
+
+
+Task = Classification | Regression
 
 
 def task_of(kind: Literal["classification", "regression"], label_smoothing: float) -> Task:

@@ -91,7 +91,7 @@ class ProcessGroup(Protocol):
 
 
 class SingleProcess(ProcessGroup):
-    """The only process of a run."""
+    """The only process of a run, with nothing to add up and nobody to wait for."""
 
     rank, world, device = 0, 1, None
 
@@ -100,14 +100,14 @@ class SingleProcess(ProcessGroup):
         return value
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Leave `tensor`."""
+        """Leave `tensor` as it is."""
 
     def all_reduce_max(self, value: int) -> int:
         """Return `value`."""
         return value
 
     def broadcast_network(self, network: nn.Module) -> None:
-        """Leave `network`."""
+        """Leave `network` as it is."""
 
     def data_parallel(self, network: nn.Module) -> nn.Module:
         """Return `network`."""
@@ -118,14 +118,14 @@ class SingleProcess(ProcessGroup):
         return Consensus()
 
     def barrier(self) -> None:
-        """Wait for nobody."""
+        """Do nothing."""
+
+    def on_hang(self, report: Callable[[str], object]) -> None:
+        """Do nothing."""
 
     def shared_errors(self) -> AbstractContextManager[None]:
         """Return a context that does nothing."""
         return contextlib.nullcontext()
-
-    def on_hang(self, report: Callable[[str], object]) -> None:
-        """Ignore `report`: there is nobody to wait for."""
 
 
 _number = itertools.count()  # of the runs that the processes have met for: all count alike
