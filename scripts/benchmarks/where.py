@@ -47,11 +47,11 @@ def measure(tuned: bool, side: int, batch: int, memory_format: str, threads: int
     """Milliseconds of a step by kind; "Python" is what no operation accounts for."""
     torch.set_num_threads(threads)
     place = torch.device(where)
-    settings = configure("outputs", f"batch={batch}", "norm=bn")
+    settings = configure("outputs", f"batch={batch}", "norm=bn", f"memory_format={memory_format}")
     if tuned:
         device.prepare(settings, place, threads)
     with mock.patch.object(taps, "trim", taps.trim if tuned else lambda network, images: None):
-        trial = Trial(settings, place, side=side, classes=10, memory_format=memory_format)
+        trial = Trial(settings, place, side=side, classes=10)
     if not tuned:
         for group in trial.step.optimizer.param_groups:
             group["fused"], group["foreach"] = False, True

@@ -41,11 +41,7 @@ def calibrate(config: RunConfig, data: Inventory, share: str, threads: int, limi
 
 
 class Trial:
-    """Steps of a run's own network, optimizer and batch on random images of `side` pixels.
-
-    Args:
-        memory_format: None: by the run's settings.
-    """
+    """Steps of a run's own network, optimizer and batch on random images of `side` pixels."""
 
     def __init__(
         self,
@@ -55,14 +51,13 @@ class Trial:
         side: int,
         classes: int,
         channels: int = 3,
-        memory_format: str | None = None,
     ) -> None:
         config = config.model_copy(update={"engine": "eager"})  # a trial is no time to compile
         network = models.build(config, num_classes=classes, image_size=side).to(where).train()
         regression = isinstance(config.dataset, RegressionDataset)
         task = task_of("regression" if regression else "classification", config.label_smoothing)
         self.images = torch.randn(config.batch, channels, side, side, device=where)
-        memory_format = memory_format or choose_memory_format(config, network, self.images[:1])
+        memory_format = choose_memory_format(config, network, self.images[:1])
         self.step = build_step(config, network, task, self.images[:1], SingleProcess(), memory_format)
         shape, kind = ((config.batch, classes), torch.float32) if regression else ((config.batch,), torch.int64)
         self.labels = torch.zeros(shape, dtype=kind, device=where)

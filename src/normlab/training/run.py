@@ -5,7 +5,6 @@ import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ def train_run(
         logger = loggers.follow(config.logger, run, log.warning) if group.is_main else loggers.Logger()
         try:
             if group.is_main:
-                group.on_hang(partial(_record_hang, run, log))
+                group.on_hang(lambda why: print(_recorded(UserError(why), run, log), file=sys.stderr, flush=True))
             started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
             on_status(run.write_status("running", started=started or runs.now(), ended=None, error=None))
             with group.shared_errors(), device.stream_for(config, resources.device):
@@ -131,13 +130,6 @@ def _recorded(error: BaseException, run: runs.Run, log: logging.Logger) -> BaseE
     state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     run.write_status(state, ended=runs.now(), error=message)
     return error
-
-
-def _record_hang(run: runs.Run, log: logging.Logger, why: str) -> None:
-    """Record that a run failed while its main thread waits for a process that is gone."""
-    log.error("%s", why)
-    run.write_status("failed", ended=runs.now(), error=why)
-    print(why, file=sys.stderr, flush=True)
 
 
 class _UnwrittenRun(runs.Run):
