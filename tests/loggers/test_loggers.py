@@ -25,7 +25,7 @@ from normlab.config.schema import RunConfig
 from normlab.launchers import preflight
 from normlab.runs import files
 from normlab.training import engines
-from normlab.training.run import carry_out
+from normlab.training.run import train_run as carry_out
 
 Numbers = list[tuple[str, int, float]]  # name, step, value: a list, so that what is there twice is seen
 TIMES = ("wall_seconds", "images_per_second")

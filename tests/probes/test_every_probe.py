@@ -20,7 +20,7 @@ from normlab.probes import Probes, StepSnapshot, Subject
 from normlab.training import engines
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import carry_out
+from normlab.training.run import train_run as carry_out
 
 PROBES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "probe").glob("*.yaml"))
 RESIDUAL = ("model.target=small.SmallResNet", "model.name=small_resnet")

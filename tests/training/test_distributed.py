@@ -24,10 +24,10 @@ from normlab.config import hydra as cli
 from normlab.config import schema as config
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split, unit_interval
+from normlab.data.datasets import load
 from normlab.data.resident import Resident
-from normlab.training.distributed import checks as sharing
+from normlab.training.distributed import checks
 from normlab.training.distributed.processes import Processes, find
-from normlab.training.run import data_of
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -191,11 +191,11 @@ CANNOT = {
 def test_what_would_be_another_run_is_refused_in_a_sentence(tiny, settings) -> None:
     given = tiny(*settings.split())
     network = models.build(given, num_classes=10, image_size=8)
-    data = data_of(given, CPU, print)
+    data = load(given, CPU, log=print)
 
     def start() -> None:
-        sharing.check(given, 2)
-        sharing.prepare(given, network, data, 2)
+        checks.check_settings(given, 2)
+        checks.prepare_layers(given, network, data, 2)
 
     with pytest.raises(UserError) as caught:
         start()
@@ -216,7 +216,7 @@ def test_a_batch_normalisation_of_pytorch_is_named(tiny) -> None:
 
     given = tiny("norm=affine")
     with pytest.raises(UserError, match="norm is a BatchNorm1d of PyTorch"):
-        sharing.prepare(given, Own(), data_of(given, CPU, print), 2)
+        checks.prepare_layers(given, Own(), load(given, CPU, log=print), 2)
 
 
 # --- who they are --------------------------------------------------------------------------------------------------

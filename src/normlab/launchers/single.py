@@ -90,13 +90,14 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
             display.news({"name": run.name})
         from normlab.training.distributed import group  # torch takes seconds to import
-        from normlab.training.run import Share, carry_out
+        from normlab.training.run import Resources, train_run
 
-        with group.join(processes, config.device) as team:
+        with group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that what one machine lacks is known to all
             watch = display.news if display else lambda status: None
-            status = carry_out(config, stop=stop, share=Share(team.device), watch=watch, team=team)
+            resources = Resources(joined.device)
+            status = train_run(config, stop=stop, resources=resources, on_status=watch, group=joined)
         if display:
             display.ended(run.name, status)
     return status

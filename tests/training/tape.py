@@ -1,7 +1,7 @@
-"""Work that is captured once and then replayed, without Python saying each operation again."""
+"""A graph for the CPU, by which tests see whether a step can be captured and whether its replays do what it does."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,44 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Graph(Protocol):
-    def capture(self, work: Callable[[], None]) -> None:
-        """Do `work` once, and note what it does to which tensors.
-
-        Raises:
-            RuntimeError: if `work` reads a value on the host, or does what else cannot be captured.
-        """
-
-    def replay(self) -> None:
-        """Do it again, on the same tensors as they are now. What Python decided or computed stays as it was at the
-        capture; random numbers come from the default generator, as it is now.
-        """
-
-
-def graph_for(device: torch.device) -> Graph:
-    return CudaGraph() if device.type == "cuda" else Tape()
-
-
-class CudaGraph:
-    """On the current stream, which must not be the default one."""
-
-    def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-
-    def capture(self, work: Callable[[], None]) -> None:
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-            work()
-        self.replay()  # nothing was done so far
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
 class Tape:
-    """A graph for the CPU, operation by operation: as strict as CUDA's, and no faster than Python.
+    """A graph of operations that are repeated one by one: as strict as CUDA's, and no faster than Python.
 
-    It tells on any machine whether a step can be captured, and whether its replays do what the step does. Like a CUDA
-    graph it holds on to every tensor.
+    Like a CUDA graph it holds on to every tensor.
     """
 
     def __init__(self) -> None:
