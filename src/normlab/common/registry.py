@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from normlab.common.errors import UserError, nearest
 
 _Class = TypeVar("_Class", bound=type)
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ class Declaration:
     order: int = 1000
     needs: str = ""
 
+    def defaults(self) -> dict[str, Any]:
+        """Return the default of each option."""
+        return {name: option.default for name, option in self.options.items()}
+
 
 _registered: dict[type, list[Declaration]] = {}
 
@@ -157,7 +162,7 @@ def register(name: str, *, defaults: Mapping[str, Any] | None = None, **details:
     return decorate
 
 
-def registered(kind: type) -> dict[str, tuple[type, Declaration]]:
+def registered(kind: type[_Kind]) -> dict[str, tuple[type[_Kind], Declaration]]:
     """Return the classes derived from `kind` that are registered so far, each with its declaration, by name."""
     return {each.name: (cls, each) for cls, own in _registered.items() if issubclass(cls, kind) for each in own}
 
