@@ -27,6 +27,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from normlab.common.errors import UserError, nearest
+from normlab.common.registry import check_options, declarations
 from normlab.common.sentences import sentence, wrong
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
@@ -100,46 +101,6 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-_OPTIONS: dict[str, Any] = {
-    "eps": Positive,
-    "momentum": UnitInterval,
-    "conv_bias": StrictBool,
-    "scale_init": Number,
-    "scale_lr_divisor": Positive,
-}
-
-
-def _lp(value: Any) -> Any:
-    """One spelling of each: p = .inf or 1.0 must not make another run of it."""
-    return "inf" if value == float("inf") else int(value) if value in (1.0, 2.0) else value
-
-
-_Unit = Literal["fraction", "steps"]
-_SHIPPED_OPTIONS: dict[str, Any] = {
-    "alpha": Positive,
-    "alpha_backward": NonNegative,
-    "dmax": NonNegative,
-    "dmax_end": NonNegative,
-    "groups": Count,
-    "init": Literal["weights", "data"],
-    "learn_scale": StrictBool,
-    "learned_eps": StrictBool,
-    "mu_range": NonNegative,
-    "p": Annotated[Literal[1, 2, "inf"], BeforeValidator(_lp)],
-    "r_from": NonNegative,
-    "ramp_start": NonNegative,
-    "ramp_unit": _Unit,
-    "rmax": Positive,
-    "rmax_end": NonNegative,
-    "sigma_high": NonNegative,
-    "sigma_low": NonNegative,
-    "spread": NonNegative,
-    "unit": _Unit,
-    "warmup": NonNegative,
-    "window": Annotated[StrictInt, Field(ge=1, le=10_000)],
-}
-
-
 class NormConfig(_Section):
     """One choice of `norm`. Keys beyond these belong to the variant's own class."""
 
@@ -148,15 +109,19 @@ class NormConfig(_Section):
     name: Name
     target: str = Field(alias="_target_")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_options(cls, data: Any) -> Any:
-        """The options that several variants share, and all of ours, checked as if they were declared fields."""
-        if not isinstance(data, Mapping):
-            return data
-        ours = str(data.get("_target_")).startswith("normlab.")
-        options = _OPTIONS | (_SHIPPED_OPTIONS if ours else {})
-        return {**data, **{key: _checked(kind, key, data[key]) for key, kind in options.items() if key in data}}
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        """Check the options that the variant's class declares; of other classes those that bn and none have."""
+        declared = declarations("norms")
+        options = {**declared["bn"].options, **declared["none"].options}
+        package, _, class_name = self.target.rpartition(".")
+        if package.startswith("normlab.norms"):
+            options |= next((each.options for each in declared.values() if each.class_name == class_name), {})
+        try:
+            checked = check_options("norm", options, self.options)
+        except UserError as error:
+            raise wrong(str(error)) from None
+        return self.model_copy(update=checked)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -111,11 +111,11 @@ def _check_differentiable(gradients: list[Tensor]) -> None:
 @contextmanager
 def _plain(network: nn.Module) -> Iterator[None]:
     """Inside, Lp norms compute as they do over several processes: by operations that can be differentiated twice."""
-    layers = [module for module in network.modules() if isinstance(module, LpNorm2d) and not module.synchronised]
+    layers = [module for module in network.modules() if isinstance(module, LpNorm2d) and not module.synchronized]
     for layer in layers:
-        layer.synchronised = True
+        layer.synchronized = True
     try:
         yield
     finally:
         for layer in layers:
-            layer.synchronised = False
+            layer.synchronized = False

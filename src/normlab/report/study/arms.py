@@ -12,12 +12,12 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from normlab import runs
+from normlab.common.registry import declarations
 
-FAMILIES = {  # the known arms in the order of tables, grouped for figures that cannot show all of them at once
-    "BN and its parts": ("bn", "affine", "bnminus", "none", "bn_scaled", "noisy_bn", "noisy_none"),
-    "statistics of the batch": ("renorm", "lp1", "lp2", "lpinf", "mabn", "powernorm", "mimicnorm"),
-    "statistics of a sample": ("gn", "ln", "in", "frn", "evonorm_s0", "evonorm_b0"),
-    "weights, starts and gradients": ("wn", "wn_mean", "wn_trelu", "normprop", "nf", "fixup", "bnp"),
+_NORMS = declarations("norms").values()  # in the order of tables
+FAMILIES = {  # grouped for figures that cannot show all of them at once
+    family: tuple(norm.name for norm in _NORMS if norm.family == family)
+    for family in dict.fromkeys(norm.family for norm in _NORMS)
 }
 KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
 OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
