@@ -12,7 +12,7 @@ from torch import Tensor
 from normlab.common.rng import stream
 from normlab.config.schema import FolderDataset, ImageDataset, Paired, RegressionDataset, SamplerConfig
 from normlab.data import inventory, regression, sources
-from normlab.data.batches import Augmentation, Normalisation, Split, standardisation, unit_interval
+from normlab.data.batches import Augmentation, Normalization, Split, standardization, unit_interval
 from normlab.data.resident import Resident
 from normlab.data.samplers import evaluation_order
 from normlab.data.splits import stratified, training_rows
@@ -98,7 +98,7 @@ def load(
     test_rows = stratified(source.test_labels, dataset.test_size, dataset.split_seed, "test")
     each = sampler.images_per_label if isinstance(sampler, Paired) else None
     of_the_set = input_norm == "dataset"
-    normalisation = standardisation(source.train, rows, device) if of_the_set else unit_interval(device)
+    normalization = standardization(source.train, rows, device) if of_the_set else unit_interval(device)
     cut = source.image_size - (dataset.crop_size or source.image_size)
 
     def split(images: Resident | Files, labels: Tensor, chosen: Tensor, **settings: Any) -> Split:
@@ -109,7 +109,7 @@ def load(
                 loaded[part] = Resident(images.images[chosen].to(device))
                 torch.cuda.synchronize(device)  # other runs will read them on streams of their own
             images, chosen = loaded[part], torch.arange(len(chosen))
-        return Split(images, chosen, labels, normalisation, device, cut=cut, **settings)
+        return Split(images, chosen, labels, normalization, device, cut=cut, **settings)
 
     def evaluated(part: str, images: Resident | Files, labels: Tensor, chosen: Tensor) -> Split:
         if eval_stats == "batch":
@@ -143,7 +143,7 @@ def _regression(
 ) -> Data:
     """x stands for the images, 1x1 pixels of `features` channels, and y for the labels."""
     train, test = regression.samples(dataset)
-    unchanged = Normalisation(torch.zeros((), device=device), torch.ones((), device=device))
+    unchanged = Normalization(torch.zeros((), device=device), torch.ones((), device=device))
 
     def split(x: Tensor, y: Tensor, **settings: Any) -> Split:
         return Split(Resident(x.to(device)), torch.arange(len(x)), y, unchanged, device, **settings)
