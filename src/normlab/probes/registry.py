@@ -1,35 +1,31 @@
-"""The probes of a run: which of them measure before which step."""
+"""The probes by name, and those of a run: which of them measure before which step."""
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from normlab.common.registry import registered
 from normlab.config.schema import ProbeConfig
-from normlab.probes.activations import Activations
-from normlab.probes.affine import Affine
-from normlab.probes.base import Probe, Row, Subject, evenly
-from normlab.probes.gradients import Gradients
-from normlab.probes.ics import ICS
-from normlab.probes.landscape import Landscape
-from normlab.probes.sharpness import Sharpness
+from normlab.probes.base import Probe, ProbedNetwork, Row, evenly_spaced
 from normlab.probes.snapshot import StepSnapshot
 
-KINDS: dict[str, type[Probe[Any]]] = {
-    "ics": ICS,
-    "landscape": Landscape,
-    "activations": Activations,
-    "affine": Affine,
-    "gradients": Gradients,
-    "sharpness": Sharpness,
-}
+
+def probe_classes() -> dict[str, type[Probe]]:
+    """Return every probe of this package by the name that it registers."""
+    package = importlib.import_module("normlab.probes")
+    for module in pkgutil.iter_modules(package.__path__, "normlab.probes."):
+        importlib.import_module(module.name)
+    return {name: cls for name, (cls, _) in registered(Probe).items()}
 
 
 class Probes:
-    """The probes that `settings` ask for, over a run of `total` steps.
+    """The probes in `settings`, over a run of `total` steps.
 
     Args:
-        record: is given a probe's name and its rows.
+        record: called with a probe's name and its rows.
 
     Raises:
         UserError: for settings that do not fit the network.
@@ -38,56 +34,60 @@ class Probes:
     def __init__(
         self,
         settings: Mapping[str, ProbeConfig],
-        subject: Subject,
+        probed: ProbedNetwork,
         total: int,
         record: Callable[[str, Sequence[Row]], None],
     ) -> None:
-        self._probes = {one.name: KINDS[one.name](one, subject) for one in settings.values()}
-        self._prefix, self._record = subject.prefix, record
+        classes = probe_classes()
+        self._prefix, self._record = probed.prefix, record
+        self._probes = {one.name: classes[one.name](probed, **one.options) for one in settings.values()}
         self._steps = {
-            one.name: frozenset(self._probes[one.name].steps(_chosen(one, total), total)) for one in settings.values()
+            one.name: frozenset(self._probes[one.name].steps(_chosen_steps(one, total), total))
+            for one in settings.values()
         }
-        self._order: list[str] | None = None
+        self._execution_order: list[str] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether any of them measures before update number `step` (0-based)."""
+        """Return whether any probe measures before update number `step` (0-based)."""
         return any(step in steps for steps in self._steps.values())
 
-    def measure(self, moment: StepSnapshot) -> None:
-        """Let each that is due measure, and record its rows. Global random numbers are left as they were."""
-        device = moment.images.device
+    def measure(self, snapshot: StepSnapshot) -> None:
+        """Let each probe that is due measure, and record its rows. Global random numbers are left as they were."""
+        device = snapshot.images.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if self._order is None:
-                self._order = moment.executed()
-            moment.order = self._order
+            if self._execution_order is None:
+                self._execution_order = snapshot.execution_order
+            snapshot.execution_order = self._execution_order
             for name, probe in self._probes.items():
-                if moment.step in self._steps[name]:
-                    rows = [self._row(moment.step, found) for found in probe.measure(moment)]
+                if snapshot.step in self._steps[name]:
+                    rows = [self._recorded(snapshot.step, row) for row in probe.measure(snapshot)]
                     if rows:  # an arm may have nothing to measure, e.g. no scale and no shift
                         self._record(name, rows)
 
-    def _row(self, step: int, found: Row) -> Row:
-        if "layer" in found:
-            found = {**found, "layer": found["layer"].removeprefix(self._prefix)}
-        return {"step": step, **{key: _rounded(value) for key, value in found.items()}}
+    def _recorded(self, step: int, row: Row) -> Row:
+        if "layer" in row:
+            row = {**row, "layer": row["layer"].removeprefix(self._prefix)}
+        return {"step": step, **{key: _rounded(value) for key, value in row.items()}}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the states of all probes, by name."""
         return {name: probe.state_dict() for name, probe in self._probes.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let all probes go on from a `state_dict`."""
         for name, probe in self._probes.items():
             probe.load_state_dict(state[name])
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers to the seven significant digits that float32 has, which halves a record."""
+    """Round numbers to the seven significant digits that float32 has, which halves a record."""
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
-def _chosen(settings: ProbeConfig, total: int) -> list[int]:
+def _chosen_steps(settings: ProbeConfig, total: int) -> list[int]:
     if settings.steps is not None:
         return [step for step in settings.steps if step < total]
     assert settings.times is not None
-    return evenly(settings.times, total)
+    return evenly_spaced(settings.times, total)

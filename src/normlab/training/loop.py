@@ -79,10 +79,10 @@ def train(
         optimizer=step.optimizer,
         scaler=step.scaler,
         transform=step.transform,
-        loss=step.task.loss,
-        within=partial(autocast, config, device),
+        criterion=step.task.loss,
+        forward_context=partial(autocast, config, device),
         seed=seed,
-        pulse=partial(next, _watched(itertools.repeat(None), Looks(), stop, lambda: beat(at))),
+        on_evaluation=partial(next, _watched(itertools.repeat(None), Looks(), stop, lambda: beat(at))),
     )
 
     def settle(before: int) -> None:

@@ -20,7 +20,7 @@ from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusy
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data, Loaded, load
 from normlab.norms import Steps, apart, find_sites
-from normlab.probes import Probes, Subject
+from normlab.probes import ProbedNetwork, Probes
 from normlab.runs import files
 from normlab.training import checkpoint, choices, device, engines, taps
 from normlab.training.average import Average
@@ -382,11 +382,11 @@ def _checkpoint(config: RunConfig, run: runs.Run, log: logging.Logger) -> dict[s
     return saved
 
 
-def _subject(config: RunConfig, network: nn.Module, data: Data) -> Subject:
+def _subject(config: RunConfig, network: nn.Module, data: Data) -> ProbedNetwork:
     """What probes look at, with the sites that the network had before its norms were rewritten."""
     base = models.base(config, num_classes=len(data.classes), image_size=data.image_size)
     prefix = "network." if config.input_norm == "bn" else ""
-    return Subject(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)
+    return ProbedNetwork(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)
 
 
 def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
