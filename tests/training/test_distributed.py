@@ -155,9 +155,9 @@ def test_an_error_of_one_process_ends_the_other_and_is_recorded(carried_out) -> 
 def test_shares_make_up_the_batches(start) -> None:
     def split(rank: int, processes: int) -> Split:
         pixels = torch.arange(22 * 3 * 4).view(22, 3, 2, 2).byte()
-        normalisation = unit_interval(CPU)
+        normalization = unit_interval(CPU)
         rows = torch.arange(22)
-        return Split(Resident(pixels), rows, rows, normalisation, CPU, batch=8, rank=rank, processes=processes)
+        return Split(Resident(pixels), rows, rows, normalization, CPU, batch=8, rank=rank, processes=processes)
 
     def labels(batches) -> list[list[int]]:
         return [labels.tolist() for _, labels in batches]

@@ -24,11 +24,13 @@ class Option:
     """One option of a class, and the values that it can have.
 
     Attributes:
-        default: a bool, int, float or str; values are of its type (an int is a float, too).
+        default: a bool, int, float or str; values are of its type (an int is a float, too). Or a tuple of floats, for a
+            list of at least one, of which each keeps the bounds.
         choices: the only values, if there are any.
         gt, ge, lt, le: bounds of a number. `ge` may be the name of an option that is declared before this one.
         unit: the name of the option, declared before, that says whether this one is a "fraction" of the run, which is
             1 at most, or a number of "steps".
+        names: whether a list of names can take the place of a number, which is 1 or more.
     """
 
     default: Any
@@ -38,6 +40,7 @@ class Option:
     lt: float | None = None
     le: float | None = None
     unit: str | None = None
+    names: bool = False
 
     def check(self, path: str, value: Any, others: Mapping[str, Any]) -> Any:
         """Return `value` in its one spelling, e.g. 1.0 for 1 if the default is a float.

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import (
     AfterValidator,
@@ -22,12 +22,14 @@ from pydantic import (
     StrictInt,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from normlab.common.errors import UserError, nearest
-from normlab.common.registry import check_options, declarations
+from normlab.common.registry import Option, check_options, declarations
 from normlab.common.sentences import sentence, wrong
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
@@ -354,9 +356,10 @@ def _each_once(steps: list[int]) -> list[int]:
     return sorted(set(steps))
 
 
-class _Probe(_Section):
-    """What is measured while training, and when: `times` evenly over the run, or before `steps` (from 0)."""
+class ProbeConfig(_Section):
+    """When a probe measures: `times` evenly over the run, or before `steps` (from 0). `PROBES` has all with options."""
 
+    name: str
     times: Count | None
     steps: Annotated[list[Whole], Field(min_length=1), AfterValidator(_each_once)] | None
 
@@ -368,56 +371,49 @@ class _Probe(_Section):
     @model_validator(mode="after")
     def _check_when(self) -> Self:
         if self.times is None and self.steps is None:
-            name = self.name  # type: ignore[attr-defined]
-            raise wrong(f"probe={name} is told neither how often nor when to measure.\nUse probe.{name}.times=20.")
+            raise wrong(
+                f"probe={self.name} is told neither how often nor when to measure.\nUse probe.{self.name}.times=20."
+            )
         return self
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the probe's class."""
+        return {key: value for key, value in self if key not in ProbeConfig.model_fields}
 
-def _layers(value: Any) -> Any:
+
+def _number_or_names(value: Any, field: ValidationInfo) -> Any:
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
+    path = f"probe.{field.data['name']}.{field.field_name}"
     raise wrong(
-        f"probe.ics.layers={value} is neither a number of layers, 1 or more, nor a list of their names.\n"
-        "Use e.g. probe.ics.layers=5 or probe.ics.layers=[conv1,fc].",
+        f"{path}={value} is neither a number of {field.field_name}, 1 or more, nor a list of their names.\n"
+        f"Use e.g. {path}=5 or {path}=[conv1,fc].",
     )
 
 
-class ICSProbe(_Probe):
-    name: Literal["ics"]
-    layers: Annotated[int | list[str], BeforeValidator(_layers)]
+def _type_of(option: Option) -> Any:
+    """Return the type of a declared option's values."""
+    if option.names:
+        return Annotated[int | list[str], BeforeValidator(_number_or_names)]
+    types: dict[type, Any] = {bool: StrictBool, int: StrictInt, float: Number, str: str, tuple: Number}
+    bounds = Field(gt=option.gt, ge=option.ge, lt=option.lt, le=option.le)
+    value: Any = Annotated[types[type(option.default)], bounds]
+    return Annotated[list[value], Field(min_length=1)] if isinstance(option.default, tuple) else value
 
 
-class LandscapeProbe(_Probe):
-    name: Literal["landscape"]
-    reach: Annotated[list[Positive], Field(min_length=1)]
+def _probe_model(name: str, options: Mapping[str, Option]) -> type[ProbeConfig]:
+    fields: dict[str, Any] = {key: (_type_of(option), ...) for key, option in options.items() if key != "times"}
+    return create_model(name, __base__=ProbeConfig, **{"name": (Literal[name], ...), **fields})
 
 
-class ActivationsProbe(_Probe):
-    name: Literal["activations"]
-    histograms: Whole
-    bins: Annotated[StrictInt, Field(ge=3)]
-
-
-class AffineProbe(_Probe):
-    name: Literal["affine"]
-
-
-class GradientsProbe(_Probe):
-    name: Literal["gradients"]
-
-
-class SharpnessProbe(_Probe):
-    name: Literal["sharpness"]
-    iterations: Annotated[StrictInt, Field(ge=2)]
-    tolerance: Annotated[Number, Field(gt=0, lt=1)]
-
-
-ProbeConfig = Annotated[
-    ICSProbe | LandscapeProbe | ActivationsProbe | AffineProbe | GradientsProbe | SharpnessProbe,
-    Field(discriminator="name"),
-]
+PROBES = {name: _probe_model(name, declared.options) for name, declared in sorted(declarations("probes").items())}
+if TYPE_CHECKING:
+    _AnyProbe = ProbeConfig
+else:
+    _AnyProbe = Annotated[Union[tuple(PROBES.values())], Field(discriminator="name")]  # noqa: UP007
 
 
 class NoLogger(_Section):
@@ -469,7 +465,7 @@ class RunConfig(_Section):
     init: InitConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    probe: dict[str, ProbeConfig]
+    probe: dict[str, _AnyProbe]
 
     depth: StrictInt | None = Field(examples=[18])
     batch: Count = Field(examples=[128])

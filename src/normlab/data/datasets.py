@@ -12,7 +12,7 @@ from torch import Tensor
 from normlab.common.rng import stream
 from normlab.config.schema import FolderDataset, ImageDataset, Paired, RegressionDataset, RunConfig
 from normlab.data import inventory, regression, sources
-from normlab.data.batches import Augmentation, Normalisation, Split, standardisation, unit_interval
+from normlab.data.batches import Augmentation, Normalization, Split, standardization, unit_interval
 from normlab.data.resident import Resident
 from normlab.data.samplers import evaluation_order
 from normlab.data.sources import Source
@@ -124,7 +124,7 @@ class _Images:
         rows, val_rows = training_rows(source.train_labels, dataset.train_size, dataset.val_size, dataset.split_seed)
         test_rows = stratified(source.test_labels, dataset.test_size, dataset.split_seed, "test")
         if self.config.input_norm == "dataset":
-            self.normalization = standardisation(source.train, rows, self.device)
+            self.normalization = standardization(source.train, rows, self.device)
         else:
             self.normalization = unit_interval(self.device)
         augments = dataset.flip or dataset.crop_padding > 0 or self.cut > 0
@@ -166,7 +166,7 @@ def _regression(
 ) -> Data:
     """Return x as images, 1x1 pixels of `features` channels, and y as labels."""
     train, test = regression.samples(dataset)
-    unchanged = Normalisation(torch.zeros((), device=device), torch.ones((), device=device))
+    unchanged = Normalization(torch.zeros((), device=device), torch.ones((), device=device))
 
     def split(x: Tensor, y: Tensor, settings: dict[str, Any]) -> Split:
         return Split(Resident(x.to(device)), torch.arange(len(x)), y, unchanged, device, **settings)

@@ -96,10 +96,10 @@ def measure(state: TrainingState, probes: Probes, supervisor: Supervisor) -> Non
         optimizer=step.optimizer,
         scaler=step.scaler,
         transform=step.transform,
-        loss=step.task.loss,
-        within=partial(autocast, config, state.device),
+        criterion=step.task.loss,
+        forward_context=partial(autocast, config, state.device),
         seed=partial(seed_step, state),
-        pulse=partial(supervisor.after_batch, training=False),
+        on_evaluation=partial(supervisor.after_batch, training=False),
     )
     probes.measure(snapshot)
     supervisor.stopwatch.lap(training=False)

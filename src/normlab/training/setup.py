@@ -14,7 +14,7 @@ from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data, Loaded, load
 from normlab.norms import Steps, apart, find_sites
 from normlab.norms.layer_statistics import is_random
-from normlab.probes import Probes, Subject
+from normlab.probes import Probes, ProbedNetwork
 from normlab.training import device, engines, taps
 from normlab.training.average import Average
 from normlab.training.distributed import checks
@@ -165,11 +165,11 @@ def build_step(
     )
 
 
-def _probe_subject(config: RunConfig, network: nn.Module, data: Data) -> Subject:
+def _probe_subject(config: RunConfig, network: nn.Module, data: Data) -> ProbedNetwork:
     """Return what probes look at, with the sites that the network had before its norms were rewritten."""
     base = models.base(config, num_classes=len(data.classes), image_size=data.image_size)
     prefix = "network." if config.input_norm == "bn" else ""
-    return Subject(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)
+    return ProbedNetwork(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)
 
 
 def check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
