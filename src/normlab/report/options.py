@@ -7,7 +7,7 @@ from typing import Any
 
 from normlab.common.errors import UserError, nearest
 from normlab.common.installation import CONF
-from normlab.report.analysis.metric import BEST, FINAL, METRICS
+from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
 from normlab.runs import files
 
 SIZES = ("double", "single", "slide")
@@ -55,7 +55,7 @@ class Options:
                 raise UserError(
                     f"{name}={number} is not valid: expected a number between 0 and 1.\nExample: {name}={usual}"
                 )
-        for name, choices in {"metric": (None, *METRICS), "value": (FINAL, BEST), "figure_size": SIZES}.items():
+        for name, choices in {"metric": (None, *EVALUATED), "value": (FINAL, BEST), "figure_size": SIZES}.items():
             _one_of(name, getattr(self, name), choices)
         for name, kind in _CELLS.items():
             entries = getattr(self, name)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from normlab.common.errors import UserError, nearest
 from normlab.common.installation import called
 from normlab.report.analysis.cells import Table
-from normlab.report.analysis.metric import Measure, measure_of
-from normlab.report.analysis.probe_tables import probe_tables
-from normlab.report.analysis.tables import build_tables
+from normlab.report.analysis.metrics import Metric, metric_of
+from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import judge
 from normlab.report.options import Options
@@ -44,9 +43,9 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
             that cannot be written.
     """
     found, every_arm = _find(_folder("output_dir", output_dir), str(study), options)
-    measure = measure_of(found.evaluations, options.metric, options.value)
+    metric = metric_of(found.evaluations, options.metric, options.value)
     baseline, remarks = _baseline(found, options.baseline, every_arm)
-    tables = _tables(found, measure, baseline, options)
+    tables = _tables(found, metric, baseline, options)
     judgements = judge(found, options.confidence, options.alpha)
     if judgements:
         tables.append(verdict_texts.table(judgements, options.confidence))
@@ -57,14 +56,14 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         for suffix, text in render(table, found.name, origin).items():
             _write(folder / f"{table.name}.{suffix}", text.encode())
     drawings = []
-    for drawn in _figures(found, tables[0], measure, options, folder, ("pdf", "png")) if options.figures else ():
+    for drawn in _figures(found, tables[0], metric, options, folder, ("pdf", "png")) if options.figures else ():
         origin = sources(found, drawn.rows)
         _write(folder / f"{drawn.name}.sources.json", origin.as_json().encode())
         drawings.append(_drawing(drawn, origin, folder))
-    warnings = [*found.warnings, *remarks, *_left_out(options), *_unmeasured(found, measure), *mixtures(found)]
+    warnings = [*found.warnings, *remarks, *_left_out(options), *_unmeasured(found, metric), *mixtures(found)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(found, made, shown, warnings).encode())
-    html = html_page(found, question(found), made, judgements, drawings, measure, facts(found), warnings)
+    html = html_page(found, question(found), made, judgements, drawings, metric, facts(found), warnings)
     _write(folder / "index.html", html.encode())
     _remove_what_is_left_of_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options)
     if options.quiet:
@@ -131,17 +130,17 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
             warnings.append(f"{name} has no finished run yet and is left out.")
             continue
         try:
-            measure = measure_of(found.evaluations, options.metric, options.value)
+            metric = metric_of(found.evaluations, options.metric, options.value)
         except UserError as error:
             warnings.append(f"{name} is left out: {first_line(error)}")
             continue
-        tables = _tables(found, measure, _baseline(found, options.baseline)[0], options)
+        tables = _tables(found, metric, _baseline(found, options.baseline)[0], options)
         drawn = []
         if options.figures:
             files.make_folder(page.parent / "figures" / name)
             for earlier in (page.parent / "figures" / name).glob("*.png"):
                 earlier.unlink()
-            made = _figures(found, tables[0], measure, options, page.parent / "figures" / name, ("png",))
+            made = _figures(found, tables[0], metric, options, page.parent / "figures" / name, ("png",))
             drawn = [(f"figures/{name}/{figure.name}.png", figure.caption) for figure in made]
         studies.append((found, tables, drawn))
         judgements += judge(found, options.confidence, options.alpha)
@@ -171,19 +170,19 @@ def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool
     show_status(str(study), study_folder(str(study), _folder("output_dir", output_dir)), watch=watch, quiet=quiet)
 
 
-def _tables(study: Study, measure: Measure, baseline: str | None, options: Options) -> list[Table]:
-    tables = build_tables(study, measure, baseline, options.thresholds, options.confidence)
+def _tables(study: Study, metric: Metric, baseline: str | None, options: Options) -> list[Table]:
+    tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
     return [*tables, *probe_tables(study, options.confidence)]
 
 
 def _figures(
-    study: Study, accuracy: Table, measure: Measure, options: Options, folder: Path, suffixes: Sequence[str]
+    study: Study, accuracy: Table, metric: Metric, options: Options, folder: Path, suffixes: Sequence[str]
 ) -> Iterator["Named"]:
     """Draw into `folder`."""
     from normlab.report.figures import Canvas, draw, encode  # matplotlib is slow to import; tables can do without
 
     canvas = Canvas(options.figure_size, options.figure_style)
-    for drawn in draw(study, accuracy, measure, options.confidence, canvas):
+    for drawn in draw(study, accuracy, metric, options.confidence, canvas):
         for suffix in suffixes:
             _write(folder / f"{drawn.name}.{suffix}", encode(drawn.figure, suffix, canvas))
         yield drawn
@@ -259,14 +258,14 @@ def _baseline(study: Study, baseline: str | None, every_arm: Sequence[str] = ())
     ]
 
 
-def _unmeasured(study: Study, measure: Measure) -> Iterator[str]:
+def _unmeasured(study: Study, metric: Metric) -> Iterator[str]:
     """A sentence per setting that the tables can say nothing about."""
     done = study.evaluations["state"] == "done"
-    measured = study.evaluations[measure.column].notna() if measure.column in study.evaluations else ~done
+    measured = study.evaluations[metric.name].notna() if metric.name in study.evaluations else ~done
     for setting, any_measured in measured[done].groupby(study.evaluations["setting"]).any().items():
         if not any_measured:
             yield (
-                f"{setting}: its runs have no {measure.label}, by which this study is compared. Give them a study of"
+                f"{setting}: its runs have no {metric.label}, by which this study is compared. Give them a study of"
                 " their own: study=..."
             )
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from normlab.report.analysis.probe_tables import probe_tables
+from normlab.report.analysis.tables import probe_tables
 from normlab.report.study import load
 from normlab.report.study.provenance import sources
 

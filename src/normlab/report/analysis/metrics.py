@@ -94,7 +94,7 @@ class Metric:
         return f"val_{self.name.partition('_')[2]}"
 
     @property
-    def label_with_unit(self) -> str:
+    def axis_label(self) -> str:
         """Return the label of an axis: `test accuracy (%)`."""
         return f"{self.label} ({self.unit})" if self.unit else self.label
 
@@ -126,7 +126,7 @@ def step_to_step(rows: pd.DataFrame) -> pd.DataFrame:
         where layer, mean or variance was not measured.
     """
     if not {"layer", "mean", "variance"} <= set(rows):
-        return rows.head(0)
+        return rows.iloc[:0]
     keys = [key for key in ("run", "layer", "step") if key in rows]
     after = rows[[*keys, "mean", "variance"]].assign(step=rows["step"] - 1)
     pairs = rows.merge(after, on=keys, suffixes=("", "_after"))
@@ -143,7 +143,7 @@ def _last_step(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _last_step_by_layer(rows: pd.DataFrame) -> pd.DataFrame:
-    return _last_step(rows).sort_values("position")
+    return _last_step(rows).sort_values("position") if "position" in rows else rows.iloc[:0]
 
 
 def _trained(rows: pd.DataFrame) -> pd.DataFrame:
@@ -157,9 +157,7 @@ def _trained(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _column(rows: pd.DataFrame, name: str) -> Values:
     """Return a column as float64; nan where it was not measured."""
-    if name not in rows:
-        return np.full(len(rows), math.nan)
-    return rows[name].to_numpy(dtype=float)
+    return np.asarray(rows[name] if name in rows else np.full(len(rows), math.nan), dtype=float)
 
 
 def _ratio(column: str, to: str) -> Callable[[pd.DataFrame], Values]:
@@ -221,7 +219,9 @@ def _median_log(values: Values) -> float:
 
 def _log_growth(values: Values) -> float:
     """Return the logarithm of the last value over the first."""
-    return math.log(values[-1] / values[0]) if values[0] > 0 and values[-1] > 0 else math.nan
+    if not len(values) or not values[0] > 0 or not values[-1] > 0:
+        return math.nan
+    return math.log(values[-1] / values[0])
 
 
 def _drops(values: Values) -> float:
@@ -243,9 +243,7 @@ def _log(value: float) -> float:
 
 def _accuracy(images: str) -> Metric:
     name, label = f"{images}_accuracy", f"{_IMAGES[images]} accuracy"
-    return Metric(
-        name, label, name, _last, unit="%", higher_is_better=True, decimals=1, diverged="chance", epoch=FINAL
-    )
+    return Metric(name, label, name, _last, unit="%", higher_is_better=True, decimals=1, diverged="chance", epoch=FINAL)
 
 
 def _loss(images: str) -> Metric:

@@ -1,19 +1,15 @@
-"""The tables of a report, each as full-precision tidy data and as texts for a reader.
-
-A tidy frame has one row per setting, arm, batch and quantity, with the columns
-mean, low, high (the t-interval over seeds; nan for one seed), n (runs that the mean is over),
-done, diverged, missing (runs of the cell in these states; missing is every other state).
-That of `overall` is described there, that of the verdicts in `verdict_texts`.
-"""
+"""The tables of a report: a study's numbers as tidy frames, in `cells` for a reader, and with captions."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from normlab.report.analysis import frames
 from normlab.report.analysis.cells import (
     NOTHING,
     Cell,
@@ -21,396 +17,218 @@ from normlab.report.analysis.cells import (
     Table,
     grids,
     lists,
-    named_rows,
     with_counts,
+    with_geometric_interval,
     with_interval,
     with_test,
 )
-from normlab.report.analysis.highlight import rule
-from normlab.report.analysis.measures import chance
-from normlab.report.analysis.metric import BEST, Measure
-from normlab.report.analysis.statistics import (
-    ENOUGH,
-    RESAMPLES,
-    TOO_FEW,
-    Interval,
-    bootstrap_mean,
-    effect_size,
-    holm,
-    paired,
-    probability_of_improvement,
-    t_interval,
-    tails,
-)
-from normlab.report.study.arms import in_order, natural
-from normlab.report.study.load import FINISHED, Study
+from normlab.report.analysis.frames import CELL, COUNTS, named_rows
+from normlab.report.analysis.highlight import highlight_rule
+from normlab.report.analysis.metrics import BEST, METRICS, Metric
+from normlab.report.analysis.statistics import ENOUGH, RESAMPLES, TOO_FEW
+from normlab.report.study.load import Study
 
-CELL = ["setting", "arm", "batch"]
+_PROBES = {  # title and the beginning of the caption
+    "ics": (
+        "Internal covariate shift",
+        "A layer's gradient G, and G' after the layers before it took their step (Santurkar et al. 2018, definition"
+        " 2.1): means over measured steps and layers where there is a shift (a first layer has none).",
+    ),
+    "landscape": (
+        "Loss landscape",
+        "Along the gradient, over the probed step lengths (Santurkar et al. 2018, section 3.1): width of the bands of"
+        " the loss and of the gradient's change, and effective beta-smoothness; medians over measured steps.",
+    ),
+    "activations": (
+        "Activations",
+        "Outputs of the norms: change of their mean and variance from one step to the next, skewness, share beyond 3 in"
+        " absolute value; share of the norms' inputs beyond 3 standard deviations of their channel: means over measured"
+        " steps and layers. Growth: root mean square of the convolutions' outputs, last site over first, at the last"
+        " measured step.",
+    ),
+    "affine": (
+        "Drift of gamma and beta",
+        "At the last measured step, means over layers: gamma and beta themselves, and their drift, the root mean square"
+        " over channels of the distance from the start, gamma's in units of its start.",
+    ),
+    "gradients": (
+        "Gradients",
+        "Gradients of the convolutions' and linear layers' weights: means over measured steps and layers; last over"
+        " first layer: at the last measured step.",
+    ),
+    "sharpness": (
+        "Sharpness",
+        "Largest eigenvalue of the loss's Hessian on the step's batch at the last measured step, if its iteration"
+        " converged, and the norm of all weights there; converged: share of all measurements whose iteration did.",
+    ),
+}
 
 
-def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -> pd.DataFrame:
-    """What each done run came to. One row per run: run, setting, arm, batch, seed, and
+@dataclass(frozen=True)
+class _Summary:
+    """A study summarized for its tables.
 
-    final, best, train, gap (in the measure's unit; a gap above 0: worse than on the training images),
-    best being that of the epoch that is best on the validation images, or by the measure itself where there are none;
-    epochs_to_<t> and seconds_to_<t> per threshold (nan where never reached), wall_seconds,
-    images_per_second (median over evaluations), peak_memory_mib, parameters.
+    Attributes:
+        values: `frames.outcomes`, one row per done run.
+        means: the tidy frame of all their quantities.
     """
-    done = study.runs[study.runs["state"] == "done"].reset_index(drop=True)
-    run = pd.Index(done["run"]).get_indexer(pd.Index(study.evaluations["run"]))  # its row in `done`, else -1
-    curves = study.evaluations.drop(columns=["run", *CELL, "seed", "state"])[run >= 0].set_axis(run[run >= 0])
-    test, train = (_column(curves, name) * measure.scale for name in (measure.column, measure.train_column))
-    last = ~curves.index.duplicated(keep="last")
-    higher = measure.higher_is_better
-    values = done[["run", *CELL, "seed"]].astype({"batch": int, "seed": int})
-    values["final"] = test[last]
-    values["best"] = _at_best_epoch(test, _column(curves, measure.chooser), higher)
-    values["train"] = train[last]
-    values["gap"] = (train - test if higher else test - train)[last]
-    values["wall_seconds"] = (curves[last] if "wall_seconds" in curves else done)["wall_seconds"]
-    values["images_per_second"] = _column(curves, "images_per_second").groupby(level=0).median()
-    values["peak_memory_mib"] = done["peak_memory_bytes"] / 2**20
-    values["parameters"] = done["parameters"]
-    for threshold in thresholds:
-        reached = np.flatnonzero(test >= threshold * measure.scale)
-        first = curves.iloc[reached[~curves.index[reached].duplicated()]]
-        for name, column in (("epochs", "epoch"), ("seconds", "wall_seconds")):
-            values[f"{name}_to_{threshold:g}"] = _column(first, column)
-    quantities = _quantities(thresholds)
-    return values[["run", *CELL, "seed", *quantities]].astype(dict.fromkeys(quantities, float))
+
+    study: Study
+    metric: Metric
+    thresholds: Sequence[float]
+    confidence: float
+    values: pd.DataFrame
+    means: pd.DataFrame
+
+    def of(self, *quantities: str) -> pd.DataFrame:
+        """Return the rows of these quantities."""
+        return self.means[self.means["quantity"].isin(quantities)].reset_index(drop=True)
+
+    @property
+    def complete(self) -> bool:
+        """Return whether all runs are part of the means."""
+        compared = self.of(self.metric.epoch)
+        return bool(compared["n"].eq(compared[COUNTS].sum(axis=1)).all())
+
+    @property
+    def over(self) -> str:
+        """Return in words what the means are over, and what stands behind the ±."""
+        seeds = "seeds" if self.complete else "the n seeds whose run is done"
+        return f"mean over {seeds}, ± half of the {100 * self.confidence:g} % t-interval"
+
+    def plain(self, sign: str = "") -> Callable[[Any], str]:
+        """Return the function that formats a row's mean and interval in the metric's decimals."""
+        return lambda row: with_interval(row, self.metric.decimals, sign)
 
 
-def _at_best_epoch(curves: pd.Series, chooser: pd.Series, higher_is_better: bool) -> pd.Series:
-    """Per run (the index) its value at the first epoch that is best by the chooser, or by itself without one."""
-    chosen = chooser.groupby(level=0).transform("count") > 0
-    by = chooser.where(chosen, curves).reset_index(drop=True).dropna()
-    of_runs = by.groupby(curves.index[by.index])
-    return curves.iloc[of_runs.idxmax() if higher_is_better else of_runs.idxmin()]
+def build_tables(
+    study: Study, metric: Metric, baseline: str | None, thresholds: Sequence[float], confidence: float
+) -> list[Table]:
+    """Return every table that the study's evaluations allow, that of the metric first."""
+    an_accuracy = metric.unit == "%"
+    thresholds = thresholds if an_accuracy else ()
+    values = frames.outcomes(study, metric, thresholds)
+    means = frames.summarize(study.runs, values, frames.quantities(thresholds), confidence)
+    summary = _Summary(study, metric, thresholds, confidence, values, means)
+    tables = [_metric_table(summary)]
+    if baseline is not None:
+        tables += _difference_table(summary, baseline)
+    if an_accuracy:
+        tables += _overall_table(summary, baseline)
+    tables.append(_convergence_table(summary))
+    if thresholds:
+        tables += [_reached_table(summary, "epochs", 1, ""), _reached_table(summary, "seconds", 0, _SECONDS)]
+    return [*tables, _cost_table(summary)]
 
 
-def _column(rows: pd.DataFrame, name: str) -> pd.Series:
-    """nan where it was not measured."""
-    return rows[name] if name in rows else pd.Series(math.nan, index=rows.index)
-
-
-def _quantities(thresholds: Sequence[float]) -> list[str]:
-    reached = [f"{kind}_to_{threshold:g}" for kind in ("epochs", "seconds") for threshold in thresholds]
-    cost = ["wall_seconds", "images_per_second", "peak_memory_mib", "parameters"]
-    return ["final", "best", "train", "gap", *cost, *reached]
-
-
-def counts(runs: pd.DataFrame) -> pd.DataFrame:
-    """Per cell, in the order of the tables: done, diverged, missing (every state that is neither)."""
-    placed = runs.dropna(subset=["arm"])
-    ranked = [*sorted(placed["setting"].unique(), key=natural), *in_order(placed["arm"])]
-    rank = {name: position for position, name in enumerate(ranked)}
-    state = placed["state"].where(placed["state"].isin(FINISHED), "missing")
-    found = pd.crosstab([placed[key] for key in CELL], state)
-    found = found.reindex(columns=["done", "diverged", "missing"], fill_value=0).reset_index()
-    found.columns.name = None
-    return found.sort_values(
-        CELL, key=lambda column: column if column.name == "batch" else column.map(rank), ignore_index=True
+def _metric_table(summary: _Summary) -> Table:
+    metric = summary.metric
+    tidy = summary.of(metric.epoch)
+    unit = f", in {metric.unit}" if metric.unit else ""
+    at = _best_epoch(summary) if metric.epoch == BEST else ""
+    epoch = f"at the best epoch: {at}" if at else "after the last epoch"
+    return Table(
+        name=metric.name.removeprefix("test_"),
+        title=(metric.full_label if at else metric.label).capitalize(),
+        caption=f"{metric.full_label.capitalize()} ({epoch}){unit}: {summary.over}.{_not_counted(tidy)}",
+        tidy=tidy,
+        rows=grids(tidy, lambda row: with_counts(row, metric.decimals), _directions(metric, metric.epoch)),
+        rule=highlight_rule("mean", tidy),
     )
 
 
-def summarise(runs: pd.DataFrame, values: pd.DataFrame, quantities: Sequence[str], confidence: float) -> pd.DataFrame:
-    """A tidy frame of the quantities' means over the seeds of each cell."""
-    samples: dict[Any, pd.DataFrame] = dict(iter(values.groupby(CELL)))
-    rows = []
-    for cell in counts(runs).to_dict("records"):
-        sample = samples.get(tuple(cell[key] for key in CELL))
-        for quantity in quantities:
-            interval = t_interval([] if sample is None else sample[quantity], confidence)
-            rows.append(_tidy_row(cell, quantity, interval))
-    return pd.DataFrame(rows)
+def _difference_table(summary: _Summary, baseline: str) -> Iterator[Table]:
+    metric = summary.metric
+    tidy = frames.differences(summary.study.runs, summary.values, metric.epoch, baseline, summary.confidence)
+    if tidy.empty:
+        return
+    points = f", in {metric.points}" if metric.points else ""
+    decimals = None if metric.decimals is None else metric.decimals + 1
+    few = "".join(f" n = {n}: {TOO_FEW}." for n in sorted(set(tidy["n"])) if 0 < n < ENOUGH)
+    yield Table(
+        name="difference",
+        title=f"Difference to {baseline}",
+        caption=f"{metric.full_label.capitalize()} minus that of {baseline}{points}, paired by seed: mean over the"
+        f" pairs of done runs, ± half of the paired {100 * summary.confidence:g} % t-interval, uncorrected. n counts"
+        " pairs; a pair counts as diverged if either run diverged. p: two-sided paired t-test, with Holm's correction"
+        " over all comparisons of this table; d_z: mean over standard deviation of the differences." + few,
+        tidy=tidy,
+        rows=grids(tidy, lambda row: with_test(row, decimals)),
+    )
 
 
-def _tidy_row(cell: Mapping[Any, Any], quantity: str, interval: Interval, **more: Any) -> dict[str, Any]:
-    place = {key: cell[key] for key in CELL}
-    states = {key: cell[key] for key in ("done", "diverged", "missing")}
-    return {**place, **more, "quantity": quantity, **interval._asdict(), **states}
+def _overall_table(summary: _Summary, baseline: str | None) -> Iterator[Table]:
+    metric, percent = summary.metric, f"{100 * summary.confidence:g} %"
+    tidy = frames.overall(summary.study, summary.values, metric.epoch, baseline, summary.confidence)
+    if tidy.empty:
+        return
+    against = (
+        f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties as"
+        " one half, averaged over cells"
+    )
+    yield Table(
+        name="overall",
+        title="Overall",
+        caption=f"{metric.full_label.capitalize()} over several cells (batch sizes, settings) at once: mean over cells"
+        f" of the mean over seeds{against if baseline else ''}. In brackets: {percent} stratified bootstrap interval"
+        f" ({RESAMPLES:,} resamples of the seeds within each cell), where every cell has 3 seeds; with so few it is"
+        " rather too narrow. A diverged run counts as chance. cells: how many have the arm; means over different cells"
+        " do not compare.",
+        tidy=tidy,
+        rows=_overall_rows(tidy, baseline),
+    )
 
 
-def differences(
-    runs: pd.DataFrame, values: pd.DataFrame, quantity: str, baseline: str, confidence: float
-) -> pd.DataFrame:
-    """A tidy frame of each arm minus the baseline, paired by seed.
-
-    Here n, done, diverged and missing count pairs: a pair is done if both its runs are, diverged if
-    one of them is, and missing otherwise. Settings without the baseline have no rows. p is that of the paired
-    t-test, p_holm with Holm's correction over the whole frame, d_z the effect size; nan for fewer than 3 pairs.
-    """
-    placed = runs.dropna(subset=["arm"])
-    by_seed = {cell: dict(zip(g["seed"], g[quantity], strict=True)) for cell, g in values.groupby(CELL)}
-    states = {cell: dict(zip(g["seed"], g["state"], strict=True)) for cell, g in placed.groupby(CELL)}
-    rows = []
-    for cell in counts(runs).to_dict("records"):
-        own = (cell["setting"], cell["arm"], cell["batch"])
-        other = (cell["setting"], baseline, cell["batch"])
-        if cell["arm"] == baseline or other not in states:
-            continue
-        pairs = [{states[own].get(seed), states[other].get(seed)} for seed in states[own] | states[other]]
-        done, diverged = pairs.count({"done"}), sum("diverged" in pair for pair in pairs)
-        cell = {**cell, "done": done, "diverged": diverged, "missing": len(pairs) - done - diverged}
-        found = paired(by_seed.get(own, {}), by_seed.get(other, {}))
-        row = _tidy_row(cell, f"{quantity}_minus_baseline", t_interval(found, confidence), baseline=baseline)
-        p = tails(found).two_sided if len(found) >= ENOUGH else math.nan
-        rows.append({**row, "p": p, "d_z": effect_size(found) if len(found) >= ENOUGH else math.nan})
-    adjusted = holm([row["p"] for row in rows])
-    return pd.DataFrame([{**row, "p_holm": p_holm} for row, p_holm in zip(rows, adjusted, strict=True)])
-
-
-def overall(
-    study: Study, values: pd.DataFrame, value: str, baseline: str | None, confidence: float
-) -> tuple[pd.DataFrame, dict[str, list[Row]]]:
-    """Each arm over many cells at once: per setting over its batch sizes, and over all settings.
-
-    A tidy frame with the quantities mean, minus_baseline and beats_baseline (a probability) of the column `value`, an
-    accuracy, and
-    its rows for a reader. cells: how many of the of_cells of the setting the arm, or the arm and the baseline, have;
-    n: the seeds of the cell that has fewest. A diverged run's accuracy is chance. Settings with a single cell have no
-    rows.
-    """
-    cells = _by_cell(study, values, value)
-    scopes = {setting: [cell for cell in cells if cell[0] == setting] for setting in dict.fromkeys(c[0] for c in cells)}
-    if len(scopes) > 1:
-        scopes["all settings"] = list(cells)
-    rows = []
-    for scope, inside in scopes.items():
-        for arm in in_order({arm for cell in inside for arm in cells[cell]}) if len(inside) > 1 else ():
-            own = [cells[cell][arm] for cell in inside if arm in cells[cell]]
-            both = [(cells[cell][arm], cells[cell].get(baseline or "", {})) for cell in inside if arm in cells[cell]]
-            pairs = [[(a[seed], b[seed]) for seed in sorted(a) if seed in b] for a, b in both]
-            pairs = [pair for pair in pairs if pair] if arm != baseline else []
-            found: dict[str, tuple[int, int, Interval]] = {}
-            found["mean"] = (
-                len(own),
-                min(map(len, own)),
-                bootstrap_mean([[*seeds.values()] for seeds in own], confidence),
-            )
-            if pairs:
-                arms, baselines = ([[pair[side] for pair in cell] for cell in pairs] for side in (0, 1))
-                minus = bootstrap_mean([[a - b for a, b in cell] for cell in pairs], confidence)
-                beats = probability_of_improvement(arms, baselines, confidence)
-                least = min(map(len, pairs))
-                found |= {"minus_baseline": (len(pairs), least, minus), "beats_baseline": (len(pairs), least, beats)}
-            for quantity, (number, n, (mean, low, high, _)) in found.items():
-                ends = (low, high) if n >= ENOUGH else (math.nan, math.nan)
-                interval = Interval(mean, *ends, n)
-                place = {"setting": scope, "arm": arm, "quantity": quantity, "cells": number, "of_cells": len(inside)}
-                rows.append({**place, **interval._asdict()})
-    frame = pd.DataFrame(rows)
-    return frame, _overall_rows(frame, baseline) if rows else {}
-
-
-def _by_cell(study: Study, values: pd.DataFrame, value: str) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
-    """Per setting and batch size, per arm: the accuracy of each seed, in per cent, chance if it diverged."""
-    found: dict[Any, Any] = {}
-    for cell in counts(study.runs).to_dict("records"):
-        found.setdefault((cell["setting"], cell["batch"]), {})
-    for run in named_rows(study.runs[study.runs["state"] == "diverged"]):
-        cell = found[run.setting, run.batch].setdefault(run.arm, {})
-        cell[run.seed] = chance(study.configs[run.run], run.classes)
-    for run in values.dropna(subset=[value]).to_dict("records"):
-        found[run["setting"], run["batch"]].setdefault(run["arm"], {})[run["seed"]] = run[value]
-    return {cell: arms for cell, arms in found.items() if arms}
-
-
-def _overall_rows(frame: pd.DataFrame, baseline: str | None) -> dict[str, list[Row]]:
+def _overall_rows(tidy: pd.DataFrame, baseline: str | None) -> dict[str, list[Row]]:
     headings = {
         "mean": ("mean (%)", ".1f"),
         "minus_baseline": (f"minus {baseline}", "+.2f"),
         "beats_baseline": (f"P(beats {baseline})", ".2f"),
     }
-    found: dict[str, list[Row]] = defaultdict(list)
-    for (setting, _), rows in frame.groupby(["setting", "arm"], sort=False):
-        first = rows.iloc[0]
-        line = {
-            "arm": Cell(first["arm"]),
-            "cells": Cell(f"{first['cells']} of {first['of_cells']}", first["cells"]),
-            "seeds": Cell(str(first["n"]), first["n"]),
-        }
-        for row in named_rows(rows):
-            heading, shown = headings[row.quantity]
-            partly = f", over {row.cells} cells" if row.cells < first["cells"] else ""
-            ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
-            line[heading] = Cell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
-        found[str(setting)].append(line)
-    return dict(found)
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for row in named_rows(tidy):
+        heading, shown = headings[row.quantity]
+        ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
+        if row.quantity == "mean":  # an arm's first
+            cells, seeds = f"{row.cells} of {row.of_cells}", str(row.n)
+            first = {"arm": Cell(row.arm), "cells": Cell(cells, row.cells), "seeds": Cell(seeds, row.n)}
+            rows[row.setting].append(first)
+        line = rows[row.setting][-1]
+        partly = f", over {row.cells} cells" if row.cells < line["cells"].value else ""
+        line[heading] = Cell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
+    return dict(rows)
 
 
-def build_tables(
-    study: Study, measure: Measure, baseline: str | None, thresholds: Sequence[float], confidence: float
-) -> list[Table]:
-    """Every table that the study's measurements allow."""
-    an_accuracy = measure.unit == "%"
-    thresholds = thresholds if an_accuracy else ()
-    values = outcomes(study, measure, thresholds)
-    unit = f", in {measure.unit}" if measure.unit else ""
-    points = f", in {measure.points}" if measure.points else ""
-
-    every = summarise(study.runs, values, _quantities(thresholds), confidence)
-
-    def tidy(*quantities: str) -> pd.DataFrame:
-        return every[every["quantity"].isin(quantities)].reset_index(drop=True)
-
-    name, better = measure.value, measure.higher_is_better
-    epoch, best = _epoch(study, measure)
-    accuracy = tidy(name)
-    complete = accuracy["n"].eq(accuracy[["done", "diverged", "missing"]].sum(axis=1)).all()
-    over = f"mean over {'seeds' if complete else 'the n seeds whose run is done'}"
-    over += f", ± half of the {100 * confidence:g} % t-interval"
-    found = [
-        Table(
-            name=measure.column.removeprefix("test_"),
-            title=(f"best {measure.label}" if name == BEST else measure.label).capitalize(),
-            caption=f"{measure.compared.capitalize()} ({epoch}){unit}: {over}.{_not_counted(accuracy)}",
-            tidy=accuracy,
-            rows=grids(accuracy, lambda row: with_counts(row, measure.decimals), {name: better}),
-            rule=rule("mean", accuracy),
-        )
-    ]
-    if baseline is not None:
-        finer = None if measure.decimals is None else measure.decimals + 1
-        minus = differences(study.runs, values, name, baseline, confidence)
-        if len(minus):
-            found.append(
-                Table(
-                    name="difference",
-                    title=f"Difference to {baseline}",
-                    caption=f"{measure.compared.capitalize()} minus that of {baseline}{points}, paired by seed: mean"
-                    f" over the pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval,"
-                    " uncorrected. n counts pairs; a pair counts as diverged if either run diverged. p: two-sided"
-                    " paired t-test, with Holm's correction over all comparisons of this table; d_z: mean over standard"
-                    f" deviation of the differences.{_told_of_few(minus)}",
-                    tidy=minus,
-                    rows=grids(minus, lambda row: with_test(row, finer)),
-                )
-            )
-    if an_accuracy:
-        together, rows = overall(study, values, name, baseline, confidence)
-        against = (
-            f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties"
-            " as one half, averaged over cells"
-            if baseline
-            else ""
-        )
-        if rows:
-            found.append(
-                Table(
-                    name="overall",
-                    title="Overall",
-                    caption=f"{measure.compared.capitalize()} over several cells (batch sizes, settings) at once: mean"
-                    f" over cells of the mean over seeds{against}. In brackets:"
-                    f" {100 * confidence:g} % stratified bootstrap interval ({RESAMPLES:,} resamples of the seeds"
-                    " within each cell), where every cell has 3 seeds; with so few it is rather too narrow. A diverged"
-                    " run counts as chance. cells: how many have the arm; means over different cells do not compare.",
-                    tidy=together,
-                    rows=rows,
-                )
-            )
-
-    def plain(decimals: int | None, sign: str = "") -> Callable[[Any], str]:
-        return lambda row: with_interval(row, decimals, sign)
-
-    in_unit = f" ({measure.unit})" if measure.unit else ""
-    shown = {
-        "final": (f"final{in_unit}", plain(measure.decimals)),
-        "best": (f"best{in_unit}", plain(measure.decimals)),
-    }
-    told = ""
-    if measure.column != measure.train_column:
-        images = measure.column.partition("_")[0]
-        shown["train"] = (f"train{in_unit}", plain(measure.decimals))
-        shown["gap"] = (f"train-{images} gap" if better else f"{images}-train gap", plain(measure.decimals, "+"))
-        told = f", and the final gap between training and {measure.images} images{points}"
-    convergence = tidy(*shown)
-    found.append(
-        Table(
-            name="convergence",
-            title="Convergence",
-            caption=f"{measure.label.capitalize()} after the last epoch (final) and at its best epoch (best:"
-            f" {best}){told}: {over}. Training values are as recorded during the last epoch."
-            f"{'' if complete else ' runs: done runs; others are not part of the means.'}",
-            tidy=convergence,
-            rows=lists(convergence, shown, {"final": better, "best": better}),
-            rule=rule("means of final and of best", convergence),
-        )
+def _convergence_table(summary: _Summary) -> Table:
+    metric, plain = summary.metric, summary.plain()
+    unit = f" ({metric.unit})" if metric.unit else ""
+    columns = {"final": (f"final{unit}", plain), "best": (f"best{unit}", plain)}
+    gap = ""
+    if metric.name != metric.train_column:
+        images = metric.name.partition("_")[0]
+        heading = f"train-{images} gap" if metric.higher_is_better else f"{images}-train gap"
+        columns |= {"train": (f"train{unit}", plain), "gap": (heading, summary.plain("+"))}
+        gap = f", and the final gap between training and {metric.images} images"
+        gap += f", in {metric.points}" if metric.points else ""
+    tidy = summary.of(*columns)
+    return Table(
+        name="convergence",
+        title="Convergence",
+        caption=f"{metric.label.capitalize()} after the last epoch (final) and at its best epoch (best:"
+        f" {_best_epoch(summary)}){gap}: {summary.over}. Training values are as recorded during the last epoch."
+        f"{'' if summary.complete else ' runs: done runs; others are not part of the means.'}",
+        tidy=tidy,
+        rows=lists(tidy, columns, _directions(metric, "final", "best")),
+        rule=highlight_rule("means of final and of best", tidy),
     )
-    for kind, decimals in (("epochs", 1), ("seconds", 0)):
-        if not thresholds:
-            break
-        reached = tidy(*(f"{kind}_to_{t:g}" for t in thresholds))
-        seconds = " Seconds count training and evaluation." if kind == "seconds" else ""
-        found.append(
-            Table(
-                name=f"{kind}_to_accuracy",
-                title=f"{kind.capitalize()} to reach a {measure.label}",
-                caption=f"{kind.capitalize()} until an evaluation first shows the accuracy: mean over the done runs"
-                f" that reach it, ± half of the {100 * confidence:g} % t-interval over seeds; in brackets how many"
-                f" of the done runs do, where not all.{seconds}",
-                tidy=reached,
-                rows=lists(
-                    reached,
-                    {f"{kind}_to_{t:g}": (f"{100 * t:g} %", _reached(decimals)) for t in thresholds},
-                    {f"{kind}_to_{t:g}": False for t in thresholds},
-                ),
-                rule=rule("(lowest) mean of each column", reached),
-            )
-        )
-    cost = tidy("wall_seconds", "images_per_second", "peak_memory_mib", "parameters")
-    found.append(
-        Table(
-            name="cost",
-            title="Cost of a run",
-            caption=f"Seconds of training and evaluation, training images per second (median over epochs), peak"
-            f" memory and trainable parameters: {over}. Runs that shared a machine slowed each other down.",
-            tidy=cost,
-            rows=lists(
-                cost,
-                {
-                    "wall_seconds": ("seconds", plain(0)),
-                    "images_per_second": ("images/s", plain(0)),
-                    "peak_memory_mib": ("peak MiB", plain(0)),
-                    "parameters": ("parameters", lambda row: f"{row.mean:,.0f}" if row.n else NOTHING),
-                },
-            ),
-        )
-    )
-    return found
 
 
-def _epoch(study: Study, measure: Measure) -> tuple[str, str]:
-    """In words: of which epoch the values are that are compared, and how the best one is chosen."""
-    done = study.evaluations[study.evaluations["state"] == "done"]
-    validated = done[_column(done, measure.chooser).notna()]["run"].nunique()
-    own = f"chosen on the {measure.images} images, hence optimistic"
-    best = "that with the best value on the validation images"
-    if not validated:
-        best = own
-    elif validated < done["run"].nunique():
-        best += f"; in runs without any {own}"
-    elif measure.column == measure.chooser:
-        best += ", hence optimistic"
-    return (f"at the best epoch: {best}" if measure.value == BEST else "after the last epoch"), best
+_SECONDS = " Seconds count training and evaluation."
 
 
-def _not_counted(tidy: pd.DataFrame) -> str:
-    """What a reader has to know of cells whose runs are not all part of the mean, and of single ones."""
-    told = {
-        " Diverged runs have no final value: they are counted in the cell and are not part of the mean.": "diverged",
-        " Missing: not started, running, interrupted, failed or unreadable.": "missing",
-    }
-    found = "".join(sentence for sentence, column in told.items() if tidy[column].any())
-    return found + (" No ± where n = 1." if (tidy["n"] == 1).any() else "")
+def _reached_table(summary: _Summary, kind: str, decimals: int, note: str) -> Table:
+    """Return the table of the epochs, or the seconds, until each threshold is reached."""
 
-
-def _told_of_few(differences: pd.DataFrame) -> str:
-    few = sorted({n for n in differences["n"] if 0 < n < ENOUGH})
-    return "".join(f" n = {n}: {TOO_FEW}." for n in few)
-
-
-def _reached(decimals: int) -> Callable[[Any], str]:
     def text(row: Any) -> str:
         if not row.done:
             return NOTHING
@@ -418,4 +236,103 @@ def _reached(decimals: int) -> Callable[[Any], str]:
             return "not reached"
         return with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
 
-    return text
+    columns = {f"{kind}_to_{t:g}": (f"{100 * t:g} %", text) for t in summary.thresholds}
+    tidy = summary.of(*columns)
+    return Table(
+        name=f"{kind}_to_accuracy",
+        title=f"{kind.capitalize()} to reach a {summary.metric.label}",
+        caption=f"{kind.capitalize()} until an evaluation first shows the accuracy: mean over the done runs that reach"
+        f" it, ± half of the {100 * summary.confidence:g} % t-interval over seeds; in brackets how many of the done"
+        f" runs do, where not all.{note}",
+        tidy=tidy,
+        rows=lists(tidy, columns, dict.fromkeys(columns, False)),
+        rule=highlight_rule("(lowest) mean of each column", tidy),
+    )
+
+
+def _cost_table(summary: _Summary) -> Table:
+    def whole(row: Any) -> str:
+        return with_interval(row, 0)
+
+    tidy = summary.of(*frames.COST)
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "wall_seconds": ("seconds", whole),
+        "images_per_second": ("images/s", whole),
+        "peak_memory_mib": ("peak MiB", whole),
+        "parameters": ("parameters", lambda row: f"{row.mean:,.0f}" if row.n else NOTHING),
+    }
+    return Table(
+        name="cost",
+        title="Cost of a run",
+        caption="Seconds of training and evaluation, training images per second (median over epochs), peak memory and"
+        f" trainable parameters: {summary.over}. Runs that shared a machine slowed each other down.",
+        tidy=tidy,
+        rows=lists(tidy, columns),
+    )
+
+
+def _directions(metric: Metric, *quantities: str) -> dict[str, bool]:
+    return dict.fromkeys(quantities, bool(metric.higher_is_better))
+
+
+def _best_epoch(summary: _Summary) -> str:
+    """Return in words how the best epoch is chosen."""
+    metric, evaluations = summary.metric, summary.study.evaluations
+    done = evaluations[evaluations["state"] == "done"]
+    validated = done[frames.column_of(done, metric.validation_column).notna()]["run"].nunique()
+    own = f"chosen on the {metric.images} images, hence optimistic"
+    best = "that with the best value on the validation images"
+    if not validated:
+        return own
+    if validated < done["run"].nunique():
+        return f"{best}; in runs without any {own}"
+    return f"{best}, hence optimistic" if metric.name == metric.validation_column else best
+
+
+def _not_counted(tidy: pd.DataFrame) -> str:
+    """Return sentences on cells whose runs are not all part of the mean, and on single ones."""
+    sentences = {
+        "diverged": " Diverged runs have no final value: they are counted in the cell and are not part of the mean.",
+        "missing": " Missing: not started, running, interrupted, failed or unreadable.",
+    }
+    notes = "".join(sentence for column, sentence in sentences.items() if tidy[column].any())
+    return notes + (" No ± where n = 1." if (tidy["n"] == 1).any() else "")
+
+
+def probe_tables(study: Study, confidence: float) -> list[Table]:
+    """Return one table per probe that a done run has measurements of."""
+    return [table for probe in _PROBES if probe in study.probes for table in _probe_table(study, probe, confidence)]
+
+
+def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]:
+    metrics = [metric for metric in METRICS.values() if metric.probe == probe and metric.heading]
+    values = frames.probe_outcomes(study.probes[probe], metrics)
+    if values.empty:
+        return
+    here = study.runs.merge(values[CELL].drop_duplicates(), on=CELL)
+    # Of a cell's runs some may have had the probe: a done one without it is no gap.
+    measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
+    tidy = frames.summarize(measured, values, [metric.name for metric in metrics], confidence)
+    logs = tidy["quantity"].isin([metric.name for metric in metrics if metric.log])
+    tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
+    title, caption = _PROBES[probe]
+    yield Table(
+        name=f"probe_{probe}",
+        title=title,
+        caption=f"{caption} Then the mean over the seeds whose run is done, ± half of the {100 * confidence:g} %"
+        " t-interval; geometric, with the interval in brackets, for positive quantities of any size. No interval where"
+        " n = 1.",
+        tidy=tidy,
+        rows=lists(
+            tidy,
+            {
+                metric.name: (metric.heading, with_geometric_interval if metric.log else _three_digits)
+                for metric in metrics
+            },
+        ),
+        runs=list(measured["run"]),
+    )
+
+
+def _three_digits(row: Any) -> str:
+    return with_interval(row, None)

@@ -20,9 +20,8 @@ def holds_runs(folder: Path) -> bool:
 
 
 def study_folder(study: str, output_dir: Path) -> Path:
-    """
-    Raises:
-        UserError: if there is no such study.
+    """Raises:
+    UserError: if there is no such study.
     """
     folder = output_dir / study
     if not holds_runs(folder):
