@@ -26,7 +26,8 @@ from normlab.report.analysis.statistics import (
     tails,
 )
 from normlab.report.study.arms import in_order, natural
-from normlab.report.study.load import FINISHED, Study
+from normlab.report.study.load import Study
+from normlab.runs import FINISHED
 
 CELL = ["setting", "arm", "batch"]
 COUNTS = ["done", "diverged", "missing"]

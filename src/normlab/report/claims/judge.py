@@ -19,8 +19,9 @@ from normlab import runs
 from normlab.report.analysis.metrics import Metric, chance
 from normlab.report.analysis.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
 from normlab.report.claims.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Claim, Comparison, Side, claims
-from normlab.report.study.arms import OF_THE_ARM, but_for_the_seed, flatten, natural
-from normlab.report.study.load import FINISHED, Study
+from normlab.report.study.arms import OF_THE_ARM, cell_key, flatten, natural
+from normlab.report.study.load import Study
+from normlab.runs import FINISHED
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 
 LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
@@ -172,7 +173,7 @@ def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
         config = study.configs[run["run"]]
         if config["norm"].get("imported"):  # hearsay, and not paired with ours
             continue
-        cell = but_for_the_seed(config)
+        cell = cell_key(config)
         if cell not in settings_of:
             settings_of[cell] = _settings(config)
         settings = settings_of[cell]

@@ -25,7 +25,7 @@ from normlab.report.claims.texts import effect, expected
 from normlab.report.render.markdown import split_number
 from normlab.report.study.arms import flatten
 from normlab.report.study.load import Study
-from normlab.report.study.provenance import Sources
+from normlab.report.study.provenance import Provenance
 
 POINTS = 60  # of a run's curve
 LOG_BYTES = {"done": 1_000}  # the end of its log that the page holds
@@ -41,13 +41,13 @@ class Drawing(NamedTuple):
     panels: Sequence[Mapping[str, Any]]
     legend: Sequence[Mapping[str, str]]
     png: bytes
-    sources: Sources
+    sources: Provenance
 
 
 def html_page(
     study: Study,
     question: str,
-    tables: Sequence[tuple[Table, Sources]],
+    tables: Sequence[tuple[Table, Provenance]],
     judgements: Sequence[Judgement],
     drawings: Sequence[Drawing],
     metric: Metric,
@@ -128,7 +128,7 @@ def _noted(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _table(table: Table, made: Sources, numbers: Mapping[Any, int], study: Study) -> dict[str, Any]:
+def _table(table: Table, made: Provenance, numbers: Mapping[Any, int], study: Study) -> dict[str, Any]:
     parts = []
     lost = _lost(study)
     for setting, rows in table.rows.items():
