@@ -145,9 +145,9 @@ def grids(tidy: pd.DataFrame, text: Text, higher_is_better: Mapping[str, bool] |
 
 
 def lists(
-    tidy: pd.DataFrame, columns: Mapping[str, tuple[str, Text]], higher_is_better: Mapping[str, bool] | None = None
+    tidy: pd.DataFrame, headings: Mapping[str, str], text: Text, higher_is_better: Mapping[str, bool] | None = None
 ) -> dict[str, list[Row]]:
-    """Return per setting one row per arm and batch size. `columns`: quantity -> heading and text of a row."""
+    """Return per setting one row per arm and batch size, with the headings of the quantities."""
     lines: dict[tuple[str, str, int], Row] = {}
     lists: dict[str, list[Row]] = defaultdict(list)
     for row, mark in zip(named_rows(tidy), highlights(tidy, higher_is_better or {}), strict=True):
@@ -156,8 +156,7 @@ def lists(
             batch, runs = Cell(str(row.batch), row.batch, row.batch), Cell(_runs(row), row.done, row.batch)
             lines[key] = {"arm": Cell(row.arm), "batch": batch, "runs": runs}
             lists[row.setting].append(lines[key])
-        heading, text = columns[row.quantity]
-        lines[key][heading] = Cell(text(row), row.mean, row.batch, mark)
+        lines[key][headings[row.quantity]] = Cell(text(row), row.mean, row.batch, mark)
     return dict(lists)
 
 

@@ -139,7 +139,7 @@ def step_to_step(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _last_step(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows[rows["step"] == rows["step"].max()]
+    return rows[rows["step"].eq(rows["step"].max())]
 
 
 def _last_step_by_layer(rows: pd.DataFrame) -> pd.DataFrame:
@@ -188,7 +188,7 @@ def _relative_drift(rows: pd.DataFrame) -> Values:
 
 
 def _converged_eigenvalue(rows: pd.DataFrame) -> Values:
-    return _column(rows, "eigenvalue")[_column(rows, "converged") == 1]
+    return _column(rows, "eigenvalue")[_column(rows, "converged") > 0]
 
 
 # ---- what they come to

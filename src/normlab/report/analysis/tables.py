@@ -1,67 +1,36 @@
-"""The tables of a report: a study's numbers as tidy frames, in `cells` for a reader, and with captions."""
+"""The tables of a report: a study's numbers as tidy frames, as cells for a reader, with the texts of captions.yaml."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
-from normlab.report.analysis import frames
-from normlab.report.analysis.cells import (
-    NOTHING,
-    Cell,
-    Row,
-    Table,
-    grids,
-    lists,
-    with_counts,
-    with_geometric_interval,
-    with_interval,
-    with_test,
-)
+from normlab.report.analysis import cells, frames
+from normlab.report.analysis.cells import NOTHING, Cell, Row, Table, grids, lists
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
 from normlab.report.analysis.highlight import highlight_rule
 from normlab.report.analysis.metrics import BEST, METRICS, Metric
 from normlab.report.analysis.statistics import ENOUGH, RESAMPLES, TOO_FEW
 from normlab.report.study.load import Study
 
-_PROBES = {  # title and the beginning of the caption
-    "ics": (
-        "Internal covariate shift",
-        "A layer's gradient G, and G' after the layers before it took their step (Santurkar et al. 2018, definition"
-        " 2.1): means over measured steps and layers where there is a shift (a first layer has none).",
-    ),
-    "landscape": (
-        "Loss landscape",
-        "Along the gradient, over the probed step lengths (Santurkar et al. 2018, section 3.1): width of the bands of"
-        " the loss and of the gradient's change, and effective beta-smoothness; medians over measured steps.",
-    ),
-    "activations": (
-        "Activations",
-        "Outputs of the norms: change of their mean and variance from one step to the next, skewness, share beyond 3 in"
-        " absolute value; share of the norms' inputs beyond 3 standard deviations of their channel: means over measured"
-        " steps and layers. Growth: root mean square of the convolutions' outputs, last site over first, at the last"
-        " measured step.",
-    ),
-    "affine": (
-        "Drift of gamma and beta",
-        "At the last measured step, means over layers: gamma and beta themselves, and their drift, the root mean square"
-        " over channels of the distance from the start, gamma's in units of its start.",
-    ),
-    "gradients": (
-        "Gradients",
-        "Gradients of the convolutions' and linear layers' weights: means over measured steps and layers; last over"
-        " first layer: at the last measured step.",
-    ),
-    "sharpness": (
-        "Sharpness",
-        "Largest eigenvalue of the loss's Hessian on the step's batch at the last measured step, if its iteration"
-        " converged, and the norm of all weights there; converged: share of all measurements whose iteration did.",
-    ),
-}
+
+@cache
+def _captions() -> dict[str, dict[str, str]]:
+    text = Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8")
+    captions: dict[str, dict[str, str]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return captions
+
+
+def _texts(name: str, **words: object) -> dict[str, str]:
+    """Return title and caption of a table."""
+    return {part: text.format(**words) for part, text in _captions()[name].items()}
 
 
 @dataclass(frozen=True)
@@ -84,21 +53,30 @@ class _Summary:
         """Return the rows of these quantities."""
         return self.means[self.means["quantity"].isin(quantities)].reset_index(drop=True)
 
-    @property
     def complete(self) -> bool:
         """Return whether all runs are part of the means."""
         compared = self.of(self.metric.epoch)
         return bool(compared["n"].eq(compared[COUNTS].sum(axis=1)).all())
 
-    @property
-    def over(self) -> str:
-        """Return in words what the means are over, and what stands behind the ±."""
-        seeds = "seeds" if self.complete else "the n seeds whose run is done"
-        return f"mean over {seeds}, ± half of the {100 * self.confidence:g} % t-interval"
+    def texts(self, name: str, **words: object) -> dict[str, str]:
+        """Return title and caption of a table."""
+        metric, percent = self.metric, f"{100 * self.confidence:g} %"
+        seeds = "seeds" if self.complete() else "the n seeds whose run is done"
+        return _texts(
+            name,
+            label=metric.label,
+            Label=metric.label.capitalize(),
+            Full=metric.full_label.capitalize(),
+            percent=percent,
+            unit=f", in {metric.unit}" if metric.unit else "",
+            points=f", in {metric.points}" if metric.points else "",
+            over=f"mean over {seeds}, ± half of the {percent} t-interval",
+            **words,
+        )
 
-    def plain(self, sign: str = "") -> Callable[[Any], str]:
-        """Return the function that formats a row's mean and interval in the metric's decimals."""
-        return lambda row: with_interval(row, self.metric.decimals, sign)
+    def directions(self, *quantities: str) -> dict[str, bool]:
+        """Return whether higher is better, by quantity, as highlights take it."""
+        return dict.fromkeys(quantities, bool(self.metric.higher_is_better))
 
 
 def build_tables(
@@ -117,22 +95,21 @@ def build_tables(
         tables += _overall_table(summary, baseline)
     tables.append(_convergence_table(summary))
     if thresholds:
-        tables += [_reached_table(summary, "epochs", 1, ""), _reached_table(summary, "seconds", 0, _SECONDS)]
+        tables += [_reached_table(summary, "epochs", 1), _reached_table(summary, "seconds", 0)]
     return [*tables, _cost_table(summary)]
 
 
 def _metric_table(summary: _Summary) -> Table:
     metric = summary.metric
     tidy = summary.of(metric.epoch)
-    unit = f", in {metric.unit}" if metric.unit else ""
-    at = _best_epoch(summary) if metric.epoch == BEST else ""
-    epoch = f"at the best epoch: {at}" if at else "after the last epoch"
+    title, epoch = metric.label, "after the last epoch"
+    if metric.epoch == BEST:
+        title, epoch = metric.full_label, f"at the best epoch: {_best_epoch(summary)}"
     return Table(
-        name=metric.name.removeprefix("test_"),
-        title=(metric.full_label if at else metric.label).capitalize(),
-        caption=f"{metric.full_label.capitalize()} ({epoch}){unit}: {summary.over}.{_not_counted(tidy)}",
+        metric.name.removeprefix("test_"),
+        **summary.texts("metric", title=title.capitalize(), epoch=epoch, notes=_not_counted(tidy)),
         tidy=tidy,
-        rows=grids(tidy, lambda row: with_counts(row, metric.decimals), _directions(metric, metric.epoch)),
+        rows=grids(tidy, lambda row: cells.with_counts(row, metric.decimals), summary.directions(metric.epoch)),
         rule=highlight_rule("mean", tidy),
     )
 
@@ -142,41 +119,22 @@ def _difference_table(summary: _Summary, baseline: str) -> Iterator[Table]:
     tidy = frames.differences(summary.study.runs, summary.values, metric.epoch, baseline, summary.confidence)
     if tidy.empty:
         return
-    points = f", in {metric.points}" if metric.points else ""
     decimals = None if metric.decimals is None else metric.decimals + 1
     few = "".join(f" n = {n}: {TOO_FEW}." for n in sorted(set(tidy["n"])) if 0 < n < ENOUGH)
-    yield Table(
-        name="difference",
-        title=f"Difference to {baseline}",
-        caption=f"{metric.full_label.capitalize()} minus that of {baseline}{points}, paired by seed: mean over the"
-        f" pairs of done runs, ± half of the paired {100 * summary.confidence:g} % t-interval, uncorrected. n counts"
-        " pairs; a pair counts as diverged if either run diverged. p: two-sided paired t-test, with Holm's correction"
-        " over all comparisons of this table; d_z: mean over standard deviation of the differences." + few,
-        tidy=tidy,
-        rows=grids(tidy, lambda row: with_test(row, decimals)),
-    )
+    rows = grids(tidy, lambda row: cells.with_test(row, decimals))
+    yield Table("difference", **summary.texts("difference", baseline=baseline, notes=few), tidy=tidy, rows=rows)
 
 
 def _overall_table(summary: _Summary, baseline: str | None) -> Iterator[Table]:
-    metric, percent = summary.metric, f"{100 * summary.confidence:g} %"
-    tidy = frames.overall(summary.study, summary.values, metric.epoch, baseline, summary.confidence)
+    tidy = frames.overall(summary.study, summary.values, summary.metric.epoch, baseline, summary.confidence)
     if tidy.empty:
         return
     against = (
         f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties as"
         " one half, averaged over cells"
     )
-    yield Table(
-        name="overall",
-        title="Overall",
-        caption=f"{metric.full_label.capitalize()} over several cells (batch sizes, settings) at once: mean over cells"
-        f" of the mean over seeds{against if baseline else ''}. In brackets: {percent} stratified bootstrap interval"
-        f" ({RESAMPLES:,} resamples of the seeds within each cell), where every cell has 3 seeds; with so few it is"
-        " rather too narrow. A diverged run counts as chance. cells: how many have the arm; means over different cells"
-        " do not compare.",
-        tidy=tidy,
-        rows=_overall_rows(tidy, baseline),
-    )
+    texts = summary.texts("overall", notes=against if baseline else "", resamples=RESAMPLES)
+    yield Table("overall", **texts, tidy=tidy, rows=_overall_rows(tidy, baseline))
 
 
 def _overall_rows(tidy: pd.DataFrame, baseline: str | None) -> dict[str, list[Row]]:
@@ -190,9 +148,8 @@ def _overall_rows(tidy: pd.DataFrame, baseline: str | None) -> dict[str, list[Ro
         heading, shown = headings[row.quantity]
         ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
         if row.quantity == "mean":  # an arm's first
-            cells, seeds = f"{row.cells} of {row.of_cells}", str(row.n)
-            first = {"arm": Cell(row.arm), "cells": Cell(cells, row.cells), "seeds": Cell(seeds, row.n)}
-            rows[row.setting].append(first)
+            number = Cell(f"{row.cells} of {row.of_cells}", row.cells)
+            rows[row.setting].append({"arm": Cell(row.arm), "cells": number, "seeds": Cell(str(row.n), row.n)})
         line = rows[row.setting][-1]
         partly = f", over {row.cells} cells" if row.cells < line["cells"].value else ""
         line[heading] = Cell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
@@ -200,79 +157,55 @@ def _overall_rows(tidy: pd.DataFrame, baseline: str | None) -> dict[str, list[Ro
 
 
 def _convergence_table(summary: _Summary) -> Table:
-    metric, plain = summary.metric, summary.plain()
+    metric = summary.metric
     unit = f" ({metric.unit})" if metric.unit else ""
-    columns = {"final": (f"final{unit}", plain), "best": (f"best{unit}", plain)}
-    gap = ""
+    headings, gap = {"final": f"final{unit}", "best": f"best{unit}"}, ""
     if metric.name != metric.train_column:
         images = metric.name.partition("_")[0]
-        heading = f"train-{images} gap" if metric.higher_is_better else f"{images}-train gap"
-        columns |= {"train": (f"train{unit}", plain), "gap": (heading, summary.plain("+"))}
+        headings["train"] = f"train{unit}"
+        headings["gap"] = f"train-{images} gap" if metric.higher_is_better else f"{images}-train gap"
         gap = f", and the final gap between training and {metric.images} images"
         gap += f", in {metric.points}" if metric.points else ""
-    tidy = summary.of(*columns)
+
+    def text(row: Any) -> str:
+        return cells.with_interval(row, metric.decimals, "+" if row.quantity == "gap" else "")
+
+    tidy = summary.of(*headings)
+    notes = "" if summary.complete() else " runs: done runs; others are not part of the means."
     return Table(
-        name="convergence",
-        title="Convergence",
-        caption=f"{metric.label.capitalize()} after the last epoch (final) and at its best epoch (best:"
-        f" {_best_epoch(summary)}){gap}: {summary.over}. Training values are as recorded during the last epoch."
-        f"{'' if summary.complete else ' runs: done runs; others are not part of the means.'}",
+        "convergence",
+        **summary.texts("convergence", best=_best_epoch(summary), gap=gap, notes=notes),
         tidy=tidy,
-        rows=lists(tidy, columns, _directions(metric, "final", "best")),
+        rows=lists(tidy, headings, text, summary.directions("final", "best")),
         rule=highlight_rule("means of final and of best", tidy),
     )
 
 
-_SECONDS = " Seconds count training and evaluation."
-
-
-def _reached_table(summary: _Summary, kind: str, decimals: int, note: str) -> Table:
+def _reached_table(summary: _Summary, kind: str, decimals: int) -> Table:
     """Return the table of the epochs, or the seconds, until each threshold is reached."""
 
     def text(row: Any) -> str:
-        if not row.done:
-            return NOTHING
-        if not row.n:
-            return "not reached"
-        return with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
+        if not row.done or not row.n:
+            return "not reached" if row.done else NOTHING
+        return cells.with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
 
-    columns = {f"{kind}_to_{t:g}": (f"{100 * t:g} %", text) for t in summary.thresholds}
-    tidy = summary.of(*columns)
-    return Table(
-        name=f"{kind}_to_accuracy",
-        title=f"{kind.capitalize()} to reach a {summary.metric.label}",
-        caption=f"{kind.capitalize()} until an evaluation first shows the accuracy: mean over the done runs that reach"
-        f" it, ± half of the {100 * summary.confidence:g} % t-interval over seeds; in brackets how many of the done"
-        f" runs do, where not all.{note}",
-        tidy=tidy,
-        rows=lists(tidy, columns, dict.fromkeys(columns, False)),
-        rule=highlight_rule("(lowest) mean of each column", tidy),
-    )
+    headings = {f"{kind}_to_{t:g}": f"{100 * t:g} %" for t in summary.thresholds}
+    tidy = summary.of(*headings)
+    name = f"{kind}_to_accuracy"
+    rows = lists(tidy, headings, text, dict.fromkeys(headings, False))
+    rule = highlight_rule("(lowest) mean of each column", tidy)
+    return Table(name, **summary.texts(name), tidy=tidy, rows=rows, rule=rule)
 
 
 def _cost_table(summary: _Summary) -> Table:
-    def whole(row: Any) -> str:
-        return with_interval(row, 0)
+    def text(row: Any) -> str:
+        if row.quantity == "parameters" and row.n:  # the same for all seeds
+            return f"{row.mean:,.0f}"
+        return cells.with_interval(row, 0)
 
     tidy = summary.of(*frames.COST)
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "wall_seconds": ("seconds", whole),
-        "images_per_second": ("images/s", whole),
-        "peak_memory_mib": ("peak MiB", whole),
-        "parameters": ("parameters", lambda row: f"{row.mean:,.0f}" if row.n else NOTHING),
-    }
-    return Table(
-        name="cost",
-        title="Cost of a run",
-        caption="Seconds of training and evaluation, training images per second (median over epochs), peak memory and"
-        f" trainable parameters: {summary.over}. Runs that shared a machine slowed each other down.",
-        tidy=tidy,
-        rows=lists(tidy, columns),
-    )
-
-
-def _directions(metric: Metric, *quantities: str) -> dict[str, bool]:
-    return dict.fromkeys(quantities, bool(metric.higher_is_better))
+    headings = dict(zip(frames.COST, ("seconds", "images/s", "peak MiB", "parameters"), strict=True))
+    return Table("cost", **summary.texts("cost"), tidy=tidy, rows=lists(tidy, headings, text))
 
 
 def _best_epoch(summary: _Summary) -> str:
@@ -301,38 +234,26 @@ def _not_counted(tidy: pd.DataFrame) -> str:
 
 def probe_tables(study: Study, confidence: float) -> list[Table]:
     """Return one table per probe that a done run has measurements of."""
-    return [table for probe in _PROBES if probe in study.probes for table in _probe_table(study, probe, confidence)]
+    probes = [probe for probe in dict.fromkeys(m.probe for m in METRICS.values()) if probe in study.probes]
+    return [table for probe in probes for table in _probe_table(study, str(probe), confidence)]
 
 
 def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]:
-    metrics = [metric for metric in METRICS.values() if metric.probe == probe and metric.heading]
-    values = frames.probe_outcomes(study.probes[probe], metrics)
+    metrics = {metric.name: metric for metric in METRICS.values() if metric.probe == probe and metric.heading}
+    values = frames.probe_outcomes(study.probes[probe], list(metrics.values()))
     if values.empty:
         return
     here = study.runs.merge(values[CELL].drop_duplicates(), on=CELL)
     # Of a cell's runs some may have had the probe: a done one without it is no gap.
     measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
-    tidy = frames.summarize(measured, values, [metric.name for metric in metrics], confidence)
-    logs = tidy["quantity"].isin([metric.name for metric in metrics if metric.log])
+    tidy = frames.summarize(measured, values, list(metrics), confidence)
+    logs = tidy["quantity"].isin([name for name, metric in metrics.items() if metric.log])
     tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
-    title, caption = _PROBES[probe]
-    yield Table(
-        name=f"probe_{probe}",
-        title=title,
-        caption=f"{caption} Then the mean over the seeds whose run is done, ± half of the {100 * confidence:g} %"
-        " t-interval; geometric, with the interval in brackets, for positive quantities of any size. No interval where"
-        " n = 1.",
-        tidy=tidy,
-        rows=lists(
-            tidy,
-            {
-                metric.name: (metric.heading, with_geometric_interval if metric.log else _three_digits)
-                for metric in metrics
-            },
-        ),
-        runs=list(measured["run"]),
+    rows = lists(
+        tidy,
+        {name: metric.heading for name, metric in metrics.items()},
+        lambda row: cells.with_geometric_interval(row) if metrics[row.quantity].log else cells.with_interval(row, None),
     )
-
-
-def _three_digits(row: Any) -> str:
-    return with_interval(row, None)
+    words = _texts("words", percent=f"{100 * confidence:g} %")
+    texts = _texts(f"probe_{probe}", **words)
+    yield Table(f"probe_{probe}", **texts, tidy=tidy, rows=rows, runs=list(measured["run"]))
