@@ -13,18 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from normlab.report.analysis import statistics
 from normlab.report.analysis.metrics import Metric, chance
-from normlab.report.analysis.statistics import (
-    ENOUGH,
-    Interval,
-    bootstrap_mean,
-    effect_size,
-    holm,
-    paired,
-    probability_of_improvement,
-    t_interval,
-    tails,
-)
+from normlab.report.analysis.statistics import ENOUGH, Interval
 from normlab.report.study.arms import in_order, natural
 from normlab.report.study.load import Study
 from normlab.runs import FINISHED
@@ -107,11 +98,9 @@ def counts(runs: pd.DataFrame) -> pd.DataFrame:
     ranked = [*sorted(placed["setting"].unique(), key=natural), *in_order(placed["arm"])]
     rank = {name: position for position, name in enumerate(ranked)}
     state = placed["state"].where(placed["state"].isin(FINISHED), "missing")
-    table = pd.crosstab([placed[key] for key in CELL], state).reindex(columns=COUNTS, fill_value=0).reset_index()
-    table.columns.name = None
-    return table.sort_values(
-        CELL, key=lambda column: column if column.name == "batch" else column.map(rank), ignore_index=True
-    )
+    table = pd.crosstab([placed[key] for key in CELL], state).reindex(columns=COUNTS, fill_value=0)
+    table = table.sort_index(key=lambda level: level if level.name == "batch" else level.map(rank))
+    return table.rename_axis(columns=None).reset_index()
 
 
 def summarize(runs: pd.DataFrame, values: pd.DataFrame, names: Sequence[str], confidence: float) -> pd.DataFrame:
@@ -124,14 +113,11 @@ def summarize(runs: pd.DataFrame, values: pd.DataFrame, names: Sequence[str], co
         confidence: of the t-intervals.
     """
     samples: dict[Any, pd.DataFrame] = dict(iter(values.groupby(CELL)))
-    nothing = values.iloc[:0]
-    return pd.DataFrame(
-        [
-            _tidy_row(cell, name, t_interval(samples.get(_key(cell), nothing)[name], confidence))
-            for cell in counts(runs).to_dict("records")
-            for name in names
-        ]
-    )
+    rows = []
+    for cell in counts(runs).to_dict("records"):
+        sample = samples.get(_key(cell), values.iloc[:0])
+        rows += [_tidy_row(cell, name, statistics.t_interval(sample[name], confidence)) for name in names]
+    return pd.DataFrame(rows)
 
 
 def _key(cell: Mapping[Any, Any]) -> tuple[Any, ...]:
@@ -163,16 +149,16 @@ def differences(
         pairs = [{states[own].get(seed), states[other].get(seed)} for seed in states[own] | states[other]]
         done, diverged = pairs.count({"done"}), sum("diverged" in pair for pair in pairs)
         cell |= {"done": done, "diverged": diverged, "missing": len(pairs) - done - diverged}
-        minus = paired(by_seed.get(own, {}), by_seed.get(other, {}))
-        row = _tidy_row(cell, f"{quantity}_minus_baseline", t_interval(minus, confidence))
-        enough = len(minus) >= ENOUGH
-        row["p"] = tails(minus).two_sided if enough else math.nan
-        row["d_z"] = effect_size(minus) if enough else math.nan
+        minus = statistics.paired(by_seed.get(own, {}), by_seed.get(other, {}))
+        row = _tidy_row(cell, f"{quantity}_minus_baseline", statistics.t_interval(minus, confidence))
+        row |= {"p": math.nan, "d_z": math.nan}
+        if len(minus) >= ENOUGH:
+            row |= {"p": statistics.tails(minus).two_sided, "d_z": statistics.effect_size(minus)}
         rows.append(row)
     frame = pd.DataFrame(rows)
     if rows:
         frame.insert(len(CELL), "baseline", baseline)
-        frame["p_holm"] = holm(list(frame["p"]))
+        frame["p_holm"] = statistics.holm(list(frame["p"]))
     return frame
 
 
@@ -214,7 +200,7 @@ def _over_cells(
     """Yield quantity, number of cells, and interval of an arm."""
     here = [cell for cell in cells if arm in cell]
     own = [list(cell[arm].values()) for cell in here]
-    yield "mean", len(own), _with_fewest_seeds(bootstrap_mean(own, confidence), own)
+    yield "mean", len(own), _with_fewest_seeds(statistics.bootstrap_mean(own, confidence), own)
     if baseline is None or arm == baseline:
         return
     seeds = [sorted(set(cell[arm]) & set(cell.get(baseline, {}))) for cell in here]
@@ -223,8 +209,8 @@ def _over_cells(
         return
     arms, baselines = ([[cell[name][seed] for seed in common] for cell, common in shared] for name in (arm, baseline))
     minus = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(arms, baselines, strict=True)]
-    yield "minus_baseline", len(arms), _with_fewest_seeds(bootstrap_mean(minus, confidence), arms)
-    beats = probability_of_improvement(arms, baselines, confidence)
+    yield "minus_baseline", len(arms), _with_fewest_seeds(statistics.bootstrap_mean(minus, confidence), arms)
+    beats = statistics.probability_of_improvement(arms, baselines, confidence)
     yield "beats_baseline", len(arms), _with_fewest_seeds(beats, arms)
 
 

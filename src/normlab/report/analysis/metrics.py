@@ -23,10 +23,6 @@ _IMAGES = {"test": "test", "val": "validation", "train": "training"}
 Values = NDArray[np.float64]
 
 
-def _all(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows
-
-
 @dataclass(frozen=True)
 class Metric:
     """One number of a run: how it is read and how it is shown.
@@ -36,9 +32,9 @@ class Metric:
         label: the name in words, for captions, axes and verdicts.
         column: column of the rows, or a function from the rows to values.
         reduce: reduces the values, in the order of the rows, to one number; nan where there is none.
-        rows: selects the rows that the values are of.
-        probe: the probe whose rows they are; None: the run's evaluations.
+        probe: the probe whose rows it is read from; None: the run's evaluations.
         heading: heading of its column in the table of the probe; "" if it is not shown there.
+        rows: selects from them the rows that the values are of.
         unit: "%" of what is recorded as a fraction of 1, else "".
         log: whether the number is a natural logarithm, so that means are geometric and differences are factors.
         higher_is_better: None where no direction is better.
@@ -52,9 +48,9 @@ class Metric:
     label: str
     column: str | Callable[[pd.DataFrame], Values]
     reduce: Callable[[Values], float]
-    rows: Callable[[pd.DataFrame], pd.DataFrame] = _all
     probe: str | None = None
     heading: str = ""
+    rows: Callable[[pd.DataFrame], pd.DataFrame] = lambda rows: rows
     unit: Literal["%", ""] = ""
     log: bool = False
     higher_is_better: bool | None = None
@@ -241,79 +237,57 @@ def _log(value: float) -> float:
 # ---- the table
 
 
-def _accuracy(images: str) -> Metric:
-    name, label = f"{images}_accuracy", f"{_IMAGES[images]} accuracy"
-    return Metric(name, label, name, _last, unit="%", higher_is_better=True, decimals=1, diverged="chance", epoch=FINAL)
-
-
-def _loss(images: str) -> Metric:
-    name, label = f"{images}_loss", f"{_IMAGES[images]} loss"
-    return Metric(name, label, name, _log_last, log=True, higher_is_better=False, diverged="worst", epoch=FINAL)
-
-
-def _of_probe(probe: str, *metrics: Metric) -> list[Metric]:
-    return [replace(metric, probe=probe) for metric in metrics]
+def _evaluated(images: str, kind: str) -> Metric:
+    """Return the accuracy or the loss on some images."""
+    name, label = f"{images}_{kind}", f"{_IMAGES[images]} {kind}"
+    if kind == "loss":
+        return Metric(name, label, name, _log_last, log=True, higher_is_better=False, diverged="worst", epoch=FINAL)
+    metric = Metric(name, label, name, _last, unit="%", higher_is_better=True, decimals=1, diverged="chance")
+    return replace(metric, epoch=FINAL)
 
 
 # fmt: off
 _TABLE = [
-    *[metric(images) for images in _IMAGES for metric in (_accuracy, _loss)],
+    *[_evaluated(images, kind) for images in _IMAGES for kind in ("accuracy", "loss")],
+    # name, label, column, reduce, probe, heading, rows
     Metric("train_test_gap", "training minus test accuracy at the end", _gap, _last, unit="%", diverged=0.0),
     Metric("training_speed", "training accuracy, mean over the evaluations", "train_accuracy", _average,
            unit="%", diverged="chance"),
     Metric("setbacks", "training accuracy lost between evaluations, in all", "train_accuracy", _drops,
            unit="%", diverged=100.0),
-    *_of_probe(
-        "ics",
-        Metric("ics", "internal covariate shift, L2", "l2", _mean_log, heading="‖G - G'‖", log=True),
-        Metric("relative_ics", "internal covariate shift, L2, over the gradient", _ratio("l2", "gradient_norm"),
-               _mean_log, heading="‖G - G'‖ / ‖G‖", log=True),
-        Metric("ics_cosine", "internal covariate shift, cosine", _shifted_cosine, _mean, heading="cosine of G and G'"),
-    ),
-    *_of_probe(
-        "landscape",
-        Metric("loss_band", "width of the loss band along the gradient", _band("loss"), _median_log,
-               heading="band of the loss", log=True, diverged="worst"),
-        Metric("gradient_band", "width of the band of gradient differences", _band("predictiveness"), _median_log,
-               heading="band of the gradient's change", log=True, diverged="worst"),
-        Metric("beta", "effective beta-smoothness", "beta", _median_log, heading="beta", log=True, diverged="worst"),
-    ),
-    *_of_probe(
-        "activations",
-        Metric("mean_change", "change of the activations' mean from step to step", "mean_change", _mean_log,
-               step_to_step, heading="change of mean", log=True),
-        Metric("variance_change", "change of the activations' variance from step to step", "variance_change",
-               _mean_log, step_to_step, heading="change of variance", log=True),
-        Metric("skewness", "skewness of the activations", "skewness", _mean, heading="skewness"),
-        Metric("large", "activations beyond 3", "large", _mean, heading="beyond 3 (%)", unit="%"),
-        Metric("large_share", "normalised values beyond 3", "large_normalised", _mean,
-               heading="beyond 3 std (%)", unit="%"),
-        Metric("output_growth", "growth of the outputs from the first layer to the last", "output_norm", _log_growth,
-               _last_step_by_layer, heading="growth", log=True),
-    ),
-    *_of_probe(
-        "affine",
-        Metric("scale_mean", "gamma", "scale_mean", _mean, _last_step, heading="gamma"),
-        Metric("scale_drift", "drift of gamma relative to its start", _relative_drift, _mean, _trained,
-               heading="drift of gamma / start"),
-        Metric("shift_mean", "beta of the normalizers", "shift_mean", _mean, _last_step, heading="beta"),
-        Metric("shift_drift", "drift of beta", "shift_drift", _mean, _trained, heading="drift of beta"),
-    ),
-    *_of_probe(
-        "gradients",
-        Metric("gradient_norm", "norm of the weights' gradients", "norm", _mean_log, heading="‖gradient‖", log=True),
-        Metric("relative_gradient", "norm of the weights' gradients over that of the weights",
-               _ratio("norm", "weight_norm"), _mean_log, heading="‖gradient‖ / ‖weight‖", log=True),
-        Metric("gradient_growth", "growth of the gradients from the first layer to the last", "norm", _log_growth,
-               _last_step_by_layer, heading="last / first layer", log=True),
-    ),
-    *_of_probe(
-        "sharpness",
-        Metric("sharpness", "largest Hessian eigenvalue at the end", _converged_eigenvalue, _log_last, _trained,
-               heading="largest eigenvalue", log=True),
-        Metric("weight_norm", "norm of all weights at the end", "weight_norm", _mean, _last_step, heading="‖weights‖"),
-        Metric("converged", "share of converged measurements", "converged", _mean, heading="converged"),
-    ),
+    Metric("ics", "internal covariate shift, L2", "l2", _mean_log, "ics", "‖G - G'‖", log=True),
+    Metric("relative_ics", "relative internal covariate shift", _ratio("l2", "gradient_norm"), _mean_log,
+           "ics", "‖G - G'‖ / ‖G‖", log=True),
+    Metric("ics_cosine", "internal covariate shift, cosine", _shifted_cosine, _mean, "ics", "cosine of G and G'"),
+    Metric("loss_band", "width of the loss band along the gradient", _band("loss"), _median_log,
+           "landscape", "band of the loss", log=True, diverged="worst"),
+    Metric("gradient_band", "width of the band of gradient differences", _band("predictiveness"), _median_log,
+           "landscape", "band of the gradient's change", log=True, diverged="worst"),
+    Metric("beta", "effective beta-smoothness", "beta", _median_log, "landscape", "beta", log=True, diverged="worst"),
+    Metric("mean_change", "change of the activations' mean from step to step", "mean_change", _mean_log,
+           "activations", "change of mean", step_to_step, log=True),
+    Metric("variance_change", "change of the activations' variance from step to step", "variance_change", _mean_log,
+           "activations", "change of variance", step_to_step, log=True),
+    Metric("skewness", "skewness of the activations", "skewness", _mean, "activations", "skewness"),
+    Metric("large", "activations beyond 3", "large", _mean, "activations", "beyond 3 (%)", unit="%"),
+    Metric("large_share", "normalised values beyond 3", "large_normalised", _mean,
+           "activations", "beyond 3 std (%)", unit="%"),
+    Metric("output_growth", "growth of the outputs over the layers", "output_norm", _log_growth,
+           "activations", "growth", _last_step_by_layer, log=True),
+    Metric("scale_mean", "mean of gamma", "scale_mean", _mean, "affine", "gamma", _last_step),
+    Metric("scale_drift", "drift of gamma relative to its start", _relative_drift, _mean,
+           "affine", "drift of gamma / start", _trained),
+    Metric("shift_mean", "mean of beta", "shift_mean", _mean, "affine", "beta", _last_step),
+    Metric("shift_drift", "drift of beta", "shift_drift", _mean, "affine", "drift of beta", _trained),
+    Metric("gradient_norm", "norm of the gradients", "norm", _mean_log, "gradients", "‖gradient‖", log=True),
+    Metric("relative_gradient", "norm of the gradients relative to the weights", _ratio("norm", "weight_norm"),
+           _mean_log, "gradients", "‖gradient‖ / ‖weight‖", log=True),
+    Metric("gradient_growth", "growth of the gradients over the layers", "norm", _log_growth,
+           "gradients", "last / first layer", _last_step_by_layer, log=True),
+    Metric("sharpness", "largest Hessian eigenvalue at the end", _converged_eigenvalue, _log_last,
+           "sharpness", "largest eigenvalue", _trained, log=True),
+    Metric("weight_norm", "norm of all weights at the end", "weight_norm", _mean, "sharpness", "‖weights‖", _last_step),
+    Metric("converged", "share of converged measurements", "converged", _mean, "sharpness", "converged"),
 ]
 # fmt: on
 METRICS = {metric.name: metric for metric in _TABLE}

@@ -6,7 +6,7 @@ probability of improvement (Agarwal et al. 2021, "Deep RL at the edge of the sta
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,8 +118,7 @@ def bootstrap_mean(cells: Cells, confidence: float = 0.95) -> Interval:
     paired differences: a pair is then drawn as one. n counts values.
     """
     samples = [np.asarray(cell, dtype=float) for cell in cells]
-    draws = [sample[_resampled(generator, len(sample))].mean(1) for sample, generator in _generators(samples)]
-    return _percentiles(float(np.mean([s.mean() for s in samples])), np.mean(draws, axis=0), samples, confidence)
+    return _percentiles(samples, [sample[drawn].mean(1) for sample, drawn in _resamples(samples)], confidence)
 
 
 def probability_of_improvement(arm: Cells, baseline: Cells, confidence: float = 0.95) -> Interval:
@@ -132,24 +131,23 @@ def probability_of_improvement(arm: Cells, baseline: Cells, confidence: float = 
     pairs = [np.asarray(pair, dtype=float) for pair in zip(arm, baseline, strict=True)]
     wins = [(x[:, None] > y) + 0.5 * (x[:, None] == y) for x, y in pairs]
     draws = []
-    for win, generator in _generators(wins):
+    for win, drawn in _resamples(wins):
         n = len(win)
-        drawn = _resampled(generator, n) + n * np.arange(RESAMPLES)[:, None]
+        apart = drawn + n * np.arange(RESAMPLES)[:, None]
         # How often each seed is drawn in each resample; all pairs of drawn ones would take n² numbers a resample.
-        times = np.bincount(drawn.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n).astype(float)
+        times = np.bincount(apart.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n).astype(float)
         draws.append((times @ win * times).sum(1) / n**2)
-    return _percentiles(float(np.mean([win.mean() for win in wins])), np.mean(draws, axis=0), wins, confidence)
+    return _percentiles(wins, draws, confidence)
 
 
-def _generators(samples: Sequence[Any]) -> Iterable[tuple[Any, np.random.Generator]]:
-    generators = np.random.default_rng(SEED).spawn(len(samples))
-    return zip(samples, generators, strict=True)
+def _resamples(samples: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each sample with the indices of its resamples, one row per resample."""
+    for sample, generator in zip(samples, np.random.default_rng(SEED).spawn(len(samples)), strict=True):
+        yield sample, generator.integers(len(sample), size=(RESAMPLES, len(sample)))
 
 
-def _resampled(generator: np.random.Generator, n: int) -> Any:
-    return generator.integers(n, size=(RESAMPLES, n))
-
-
-def _percentiles(estimate: float, draws: Any, samples: Sequence[Any], confidence: float) -> Interval:
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(low), float(high), sum(map(len, samples)))
+def _percentiles(samples: Sequence[Any], draws: Sequence[Any], confidence: float) -> Interval:
+    """Return the mean over samples with the percentiles of the mean over their draws."""
+    low, high = np.quantile(np.mean(draws, axis=0), [(1 - confidence) / 2, (1 + confidence) / 2])
+    mean = float(np.mean([sample.mean() for sample in samples]))
+    return Interval(mean, float(low), float(high), sum(map(len, samples)))
