@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import LinearConstraint, milp
 
-from normlab.report.analysis.measures import MEASURES, Measure
+from normlab.report.analysis.metrics import METRICS, Metric
 from normlab.report.claims.claims import Claim, Comparison, Side
 from normlab.report.study.arms import places
 from normlab.report.study.load import Study
@@ -34,12 +34,19 @@ BASE = {
 }
 
 
+PLANTABLE = (
+    "test_accuracy", "train_accuracy", "train_test_gap", "training_speed", "setbacks", "train_loss", "ics",
+    "ics_cosine", "loss_band", "gradient_band", "beta", "scale_drift", "shift_drift", "large_share", "mean_change",
+    "sharpness",
+)  # fmt: skip
+
+
 class Planted(NamedTuple):
-    """A run: settings that differ from BASE, and the number that each of its measures has to come to."""
+    """A run: settings that differ from BASE, and the number that each of its metrics has to come to."""
 
     settings: Mapping[str, Any]
     seed: int
-    values: Mapping[str, float]  # by the measure's name; a logarithm for factors
+    values: Mapping[str, float]  # by the metric's name, one of PLANTABLE
     state: str = "done"
 
 
@@ -108,7 +115,7 @@ def evaluations_of(run: Planted) -> list[dict[str, Any]]:
 
 def probes_of(run: Planted) -> dict[str, list[dict[str, Any]]]:
     values, found = run.values, {}
-    exp = {name: math.exp(value) for name, value in values.items() if MEASURES[name].unit == "factor"}
+    exp = {name: math.exp(value) for name, value in values.items() if METRICS[name].log}
     if "ics" in values or "ics_cosine" in values:
         l2, cosine = exp.get("ics", 1.0), values.get("ics_cosine", 0.5)
         first = {"step": 0, "layer": "first", "l2": 0.0, "cosine": 1.0}  # no layer below it
@@ -158,7 +165,6 @@ def study_for(claim: Claim, speaks: str, seeds: Iterable[int] = range(5), noise:
     Args:
         noise: standard deviation of each run's value, in units of the planted effect.
     """
-    names = {measure: name for name, measure in MEASURES.items()}
     arms = list(
         {tuple(sorted(settings_of(side).items(), key=str)): None for c in claim.comparisons for side in c.sides}
     )
@@ -170,13 +176,13 @@ def study_for(claim: Claim, speaks: str, seeds: Iterable[int] = range(5), noise:
         for row, comparison in zip(matrix, compared, strict=True):
             for side in comparison.sides:
                 row[arms.index(tuple(sorted(settings_of(side).items(), key=str)))] += side.weight
-        base = 50.0 if measure.unit == "points" else 0.0
+        base = 50.0 if measure.unit == "%" else 0.0
         found = nearest(base, matrix, [target(comparison, speaks) for comparison in compared], compared, speaks)
         for arm, value in zip(arms, found, strict=True):
             if matrix[:, arms.index(arm)].any():
-                values[arm][names[measure]] = value
+                values[arm][measure.name] = value
     return planted(
-        Planted(dict(arm), seed, {n: v + noise * generator.normal() * unit(MEASURES[n]) for n, v in planted_.items()})
+        Planted(dict(arm), seed, {n: v + noise * generator.normal() * unit(METRICS[n]) for n, v in planted_.items()})
         for arm, planted_ in values.items()
         for seed in seeds
     )
@@ -211,8 +217,8 @@ def target(comparison: Comparison, speaks: str) -> float:
     return comparison.reference + (size if comparison.expect == "greater" else -size)
 
 
-def unit(measure: Measure) -> float:
-    return {"points": 5.0, "factor": 1.0, "": 0.1}[measure.unit]
+def unit(measure: Metric) -> float:
+    return 5.0 if measure.unit == "%" else 1.0 if measure.log else 0.1
 
 
 def simulate(

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normlab import runs
 from normlab.common.errors import InterruptedRunError, UserError
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 from normlab.common.progress import Display, outcome
 from normlab.config import schema
 from normlab.config.hydra import settings_of, stop, stop_interrupted
@@ -74,7 +74,7 @@ def train(config: schema.RunConfig, processes: Processes | None = None) -> float
     if processes.rank == 0 and not config.quiet:
         if finished:
             print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
-        print(f"Its record is in {run.folder}; tables and figures: {called('report')} study={config.study}")
+        print(f"Its record is in {run.folder}; tables and figures: {command_name('report')} study={config.study}")
     value = status.get("test_accuracy", status.get("test_loss"))
     return None if value is None else float(value)
 

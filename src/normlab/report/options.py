@@ -1,17 +1,40 @@
-"""What every report is made with: the settings that conf/report.yaml explains, checked."""
+"""The settings that every report is made with, which conf/report.yaml explains, checked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from normlab.common.errors import UserError, nearest
 from normlab.common.installation import CONF
-from normlab.report.analysis.metric import BEST, FINAL, METRICS
+from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
 from normlab.runs import files
 
-SIZES = ("double", "single", "slide")
-_CELLS = {"arms": str, "batches": int, "seeds": int, "settings": str}
+_SELECTIONS = ("arms", "batches", "seeds", "settings")
+_Level = Annotated[float, Field(gt=0, lt=1)]
+_Names = Annotated[Sequence[str], Field(min_length=1)] | None
+_Numbers = Annotated[Sequence[int], Field(min_length=1)] | None
+_EXPECTED: dict[str, tuple[Any, str]] = {
+    "thresholds": (
+        Sequence[Annotated[float, Field(gt=0, le=1)]],
+        "a list of accuracies between 0 and 1.\nExample: thresholds=[0.5,0.8,0.95]",
+    ),
+    "figures": (bool, "true or false."),
+    "quiet": (bool, "true or false."),
+    "confidence": (_Level, "a number between 0 and 1.\nExample: confidence=0.95"),
+    "alpha": (_Level, "a number between 0 and 1.\nExample: alpha=0.05"),
+    "arms": (_Names, "null or a list of names.\nExample: arms=[bn,none]"),
+    "batches": (_Numbers, "null or a list of whole numbers.\nExample: batches=[0,1]"),
+    "seeds": (_Numbers, "null or a list of whole numbers.\nExample: seeds=[0,1]"),
+    "settings": (_Names, "null or a list of names.\nExample: settings=[resnet18]"),
+}
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "metric": (None, *EVALUATED),
+    "value": (FINAL, BEST),
+    "figure_size": ("double", "single", "slide"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,46 +61,28 @@ class Options:
     quiet: bool
 
     def __post_init__(self) -> None:
-        given: object = self.thresholds
-        if not isinstance(given, Sequence) or isinstance(given, str) or not all(map(_share, given)):
-            raise UserError(
-                f"thresholds={given} is not valid: expected a list of accuracies between 0 and 1.\n"
-                "Example: thresholds=[0.5,0.8,0.95]"
-            )
+        for name, (kind, expected) in _EXPECTED.items():
+            value = getattr(self, name)
+            try:
+                TypeAdapter(kind).validate_python(value, strict=True)
+            except ValidationError:
+                raise UserError(f"{name}={value} is not valid: expected {expected}") from None
         if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
             raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same, to six digits.")
-        for name in ("figures", "quiet"):
-            if not isinstance(getattr(self, name), bool):
-                raise UserError(f"{name}={getattr(self, name)} is not valid: expected true or false.")
-        for name, usual in (("confidence", 0.95), ("alpha", 0.05)):
-            number = getattr(self, name)
-            if not _share(number) or number == 1:
-                raise UserError(
-                    f"{name}={number} is not valid: expected a number between 0 and 1.\nExample: {name}={usual}"
-                )
-        for name, choices in {"metric": (None, *METRICS), "value": (FINAL, BEST), "figure_size": SIZES}.items():
-            _one_of(name, getattr(self, name), choices)
-        for name, kind in _CELLS.items():
-            entries = getattr(self, name)
-            if entries is not None and not _list_of(entries, kind):
-                example = "resnet18" if name == "settings" else "bn,none" if kind is str else "0,1"
-                told = "names" if kind is str else "whole numbers"
-                raise UserError(
-                    f"{name}={entries} is not valid: expected null or a list of {told}.\nExample: {name}=[{example}]"
-                )
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
         if self.figure_style is not None:
             _check_style(self.figure_style)
 
-    def selected(self) -> Iterator[str]:
-        """The options that leave cells out, as they were given: `arms=[bn,none]`."""
-        for name in _CELLS:
-            entries = getattr(self, name)
-            if entries is not None:
-                yield f"{name}=[{','.join(map(str, entries))}]"
+    @property
+    def selection(self) -> str:
+        """Return the options that leave cells out as they were given: `arms=[bn,none] seeds=[0]`; "" if none does."""
+        given = {name: getattr(self, name) for name in _SELECTIONS}
+        return " ".join(f"{name}=[{','.join(map(str, v))}]" for name, v in given.items() if v is not None)
 
 
 def options(**changes: Any) -> Options:
-    """The options of conf/report.yaml, with these in place of theirs: `options(baseline="none", figures=False)`.
+    """Return the options of conf/report.yaml, with these in place of theirs: `options(baseline="none", figures=False)`.
 
     Raises:
         UserError: for a value that is none of those that conf/report.yaml names, and for an option that it has not.
@@ -94,25 +99,15 @@ def options(**changes: Any) -> Options:
     return Options(**{name: menu[name] for name in names} | changes)
 
 
-def _one_of(name: str, given: object, choices: Sequence[object]) -> None:
+def _check_choice(name: str, given: object, choices: Sequence[str | None]) -> None:
     if given in choices:
         return
     names = ["null" if choice is None else choice for choice in choices]
     close = nearest(given, names)
     raise UserError(
-        f"{name}={given} is not valid: expected one of {', '.join(map(str, names))}."
+        f"{name}={given} is not valid: expected one of {', '.join(names)}."
         + (f"\nDid you mean {name}={close}?" if close else "")
     )
-
-
-def _list_of(entries: object, kind: type) -> bool:
-    if not isinstance(entries, Sequence) or isinstance(entries, str) or not entries:
-        return False
-    return all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in entries)
-
-
-def _share(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _check_style(style: object) -> None:

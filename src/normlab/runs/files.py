@@ -128,9 +128,8 @@ def _part(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: if the file cannot be read or holds no JSON object.
+    """Raises:
+    UserError: if the file cannot be read or holds no JSON object.
     """
     try:
         value = json.loads(path.read_bytes().decode())

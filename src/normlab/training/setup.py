@@ -14,7 +14,7 @@ from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data, Loaded, load
 from normlab.norms import Steps, apart, find_sites
 from normlab.norms.layer_statistics import is_random
-from normlab.probes import Probes, ProbedNetwork
+from normlab.probes import ProbedNetwork, Probes
 from normlab.training import device, engines, taps
 from normlab.training.average import Average
 from normlab.training.distributed import checks

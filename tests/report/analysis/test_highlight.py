@@ -5,8 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from normlab.report.analysis.highlight import standings
-from normlab.report.analysis.metric import ACCURACY
+from normlab.report.analysis.highlight import highlights
+from normlab.report.analysis.metrics import ACCURACY
 from normlab.report.analysis.tables import build_tables
 from normlab.report.study import load
 
@@ -22,7 +22,7 @@ def cell(mean, low=NAN, high=NAN, n=1, diverged=0, done=None, missing=0, **place
 
 
 def found(*cells, **higher_is_better):
-    return standings(pd.DataFrame(cells), higher_is_better or {"final": True})
+    return highlights(pd.DataFrame(cells), higher_is_better or {"final": True})
 
 
 def test_the_highest_accuracy_is_best_and_what_lies_in_its_interval_close():
@@ -82,11 +82,11 @@ def test_a_study_has_its_best_cells_marked_in_every_table_that_has_some(add_run,
             lost = (batch, seed) == (8, 0)
             add_run("gn", batch, seed, (0.1,) if lost else (0.5, 0.8, 0.97), state="diverged" if lost else "done")
     tables = {t.name: t.rows["digits, resnet18"] for t in build_tables(load(study), ACCURACY, "bn", (0.8,), 0.95)}
-    at = {row["arm"].text: (row["batch 8"].standing, row["batch 32"].standing) for row in tables["accuracy"]}
+    at = {row["arm"].text: (row["batch 8"].highlight, row["batch 32"].highlight) for row in tables["accuracy"]}
     assert at == {"bn": ("best", ""), "none": ("", ""), "gn": ("", "best")}
     convergence = {(r["arm"].text, r["batch"].text): r for r in tables["convergence"]}
-    assert convergence["bn", "8"]["final (%)"].standing == convergence["bn", "8"]["best (%)"].standing == "best"
-    assert {row["train (%)"].standing for row in tables["convergence"]} == {""}
-    epochs = {(r["arm"].text, r["batch"].text): r["80 %"].standing for r in tables["epochs_to_accuracy"]}
+    assert convergence["bn", "8"]["final (%)"].highlight == convergence["bn", "8"]["best (%)"].highlight == "best"
+    assert {row["train (%)"].highlight for row in tables["convergence"]} == {""}
+    epochs = {(r["arm"].text, r["batch"].text): r["80 %"].highlight for r in tables["epochs_to_accuracy"]}
     assert (epochs["bn", "8"], epochs["none", "8"], epochs["gn", "8"]) == ("best", "best", "")
-    assert {c.standing for name in ("difference", "cost") for row in tables[name] for c in row.values()} == {""}
+    assert {c.highlight for name in ("difference", "cost") for row in tables[name] for c in row.values()} == {""}

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from normlab.report.analysis.probe_tables import probe_tables
+from normlab.report.analysis.tables import probe_tables
 from normlab.report.study import load
-from normlab.report.study.provenance import sources
+from normlab.report.study.provenance import provenance_of
 
 
 @pytest.fixture
@@ -94,11 +94,11 @@ def test_runs_of_a_cell_without_the_probe_are_no_part_of_its_table(add_run, add_
     add_run(seed=1)
     table = tables()["probe_sharpness"]
     assert table.texts["digits, resnet18"]["runs"].tolist() == ["1"]
-    assert sources(load(study), table.origin).runs == [measured.name]
+    assert provenance_of(load(study), table.origin).runs == [measured.name]
     diverged = add_run(seed=2, state="diverged", accuracies=())  # the table counts it
     table = tables()["probe_sharpness"]
     assert table.texts["digits, resnet18"]["runs"].tolist() == ["1 of 2, 1 diverged"]
-    assert set(sources(load(study), table.origin).runs) == {measured.name, diverged.name}
+    assert set(provenance_of(load(study), table.origin).runs) == {measured.name, diverged.name}
 
 
 def test_what_was_not_measured_is_dashes(add_run, add_probe, tables):

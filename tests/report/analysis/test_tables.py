@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from normlab.report.analysis.metric import ACCURACY, LOSS, measure_of
+from normlab.report.analysis.metrics import ACCURACY, LOSS, metric_of
 from normlab.report.analysis.tables import build_tables
 from normlab.report.study import load
 
@@ -11,7 +11,7 @@ from normlab.report.study import load
 def tables(study):
     def build(baseline="bn", thresholds=(0.8, 0.95)):
         found = load(study)
-        built = build_tables(found, measure_of(found.evaluations), baseline, thresholds, 0.95)
+        built = build_tables(found, metric_of(found.evaluations), baseline, thresholds, 0.95)
         return {table.name: table for table in built}
 
     return build
@@ -186,7 +186,7 @@ def test_runs_without_accuracies_are_compared_by_their_loss(add_run, study, tabl
     rows = [f'{{"epoch": {e}, "step": {e}, "test_loss": {1 / e}}}\n' for e in (1, 2, 3)]
     for path in study.iterdir():
         (path / "metrics.jsonl").write_text("".join(rows))
-    assert measure_of(load(study).evaluations) == LOSS
+    assert metric_of(load(study).evaluations) == LOSS
     built = tables()
     assert cell(built["loss"], "none", 8) == "0.333 (n=1)"
     assert "epochs_to_accuracy" not in built
@@ -232,7 +232,7 @@ def test_a_study_of_which_all_runs_diverged_has_its_tables(add_run, tables):
 
 def test_measure_is_accuracy_where_there_is_one(add_run, study):
     add_run()
-    assert measure_of(load(study).evaluations) == ACCURACY
+    assert metric_of(load(study).evaluations) == ACCURACY
 
 
 def plant(add_run, **arms):

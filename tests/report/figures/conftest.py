@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from normlab.report import figures
-from normlab.report.analysis.metric import ACCURACY, Measure
+from normlab.report.analysis.metrics import ACCURACY, Metric
 from normlab.report.analysis.tables import build_tables
 from normlab.report.study import load
 
@@ -14,9 +14,9 @@ from normlab.report.study import load
 def drawn(study: Path) -> Callable[..., dict[str, Figure]]:
     """Every figure of the study on disk, by name."""
 
-    def draw(measure: Measure = ACCURACY) -> dict[str, Figure]:
+    def draw(metric: Metric = ACCURACY) -> dict[str, Figure]:
         found = load(study)
-        [main, *_] = build_tables(found, measure, None, (), 0.95)
-        return {drawn.name: drawn.figure for drawn in figures.draw(found, main, measure, 0.95)}
+        [main, *_] = build_tables(found, metric, None, (), 0.95)
+        return {drawn.name: drawn.figure for drawn in figures.draw(found, main, metric, 0.95)}
 
     return draw

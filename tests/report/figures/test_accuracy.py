@@ -4,7 +4,7 @@ import pytest
 from matplotlib.collections import PolyCollection
 
 from normlab.report import figures
-from normlab.report.analysis.metric import LOSS
+from normlab.report.analysis.metrics import LOSS
 
 
 def bands(ax):

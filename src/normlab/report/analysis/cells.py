@@ -1,17 +1,19 @@
-"""The cells of a table: what they say to a reader, what they are sorted by, and whose runs they are of.
+"""The cells of a table: the text for a reader, the number to sort by, and the runs that they are of.
 
-The texts are made from the rows of a tidy frame, whose columns `tables` describes.
+The texts are made from the rows of a tidy frame, whose columns `frames` describes. How a cell looks in Markdown, LaTeX,
+HTML or a terminal is the business of `report.render`.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from normlab.report.analysis.highlight import standings
+from normlab.report.analysis.frames import named_rows
+from normlab.report.analysis.highlight import highlights
 
 NOTHING = "--"
 
@@ -21,18 +23,19 @@ class Cell(NamedTuple):
 
     Attributes:
         text: for a reader.
-        value: the number that the text tells, to sort by; nan where it tells none.
+        value: the number of the text, to sort by; nan where it has none.
         batch: the batch size of the runs that it is of, whose arm is the row's; None where it is of no single cell.
-        standing: "best" or "close" where it stands out, as `standing.standings` tells, else "".
+        highlight: "best" or "close" where it stands out, as `highlight.highlights` decides, else "".
     """
 
     text: str
     value: float = math.nan
     batch: int | None = None
-    standing: str = ""
+    highlight: str = ""
 
 
 Row = dict[str, Cell]  # by heading
+Text = Callable[[Any], str]  # from a row of a tidy frame
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Table:
     """One table of the report: `tidy` for CSV, and per setting (of verdicts: per place) its rows for a reader.
 
     Attributes:
-        caption: what the numbers are; it does not say what stands out.
-        rule: a sentence about the cells that are bold, "" where none can be. `standing.CLOSE` is that about the
+        caption: explains the numbers, without what stands out.
+        rule: a sentence about the cells that are bold, "" where none can be. `highlight.CLOSE` is that about the
             underlined ones, for formats that underline.
         prose: headings of what is to be read as sentences rather than compared.
         runs: names of the runs that it is of, where these are not all finished ones of its cells.
@@ -58,16 +61,16 @@ class Table:
 
     @property
     def origin(self) -> pd.DataFrame:
-        """Rows that say whose runs it is of, as `sources.sources` takes them."""
+        """Return rows that name the runs that it is of, as `provenance.provenance_of` takes them."""
         return self.tidy if self.runs is None else pd.DataFrame({"run": self.runs}, dtype=object)
 
     @property
     def texts(self) -> dict[str, pd.DataFrame]:
-        """The rows as one frame of texts per setting; a cell that a row lacks is dashes."""
+        """Return the rows as one frame of texts per setting; a cell that a row lacks is dashes."""
         return self.frames(lambda cell: cell.text)
 
     def frames(self, text: Callable[[Cell], str]) -> dict[str, pd.DataFrame]:
-        """The same with each cell's text as `text` has it."""
+        """Return the same with each cell's text as `text` has it."""
         return {
             setting: pd.DataFrame([{heading: text(cell) for heading, cell in row.items()} for row in rows]).fillna(
                 NOTHING
@@ -77,12 +80,12 @@ class Table:
 
 
 def p_text(p: float, equals: str = "") -> str:
-    """`0.012`, `< 0.001`, or dashes; `equals` stands before a number."""
+    """Return `0.012`, `< 0.001`, or dashes; `equals` stands before a number."""
     return NOTHING if math.isnan(p) else "< 0.001" if p < 0.001 else f"{equals}{p:.3f}"
 
 
 def with_test(row: Any, decimals: int | None) -> str:
-    """`+1.20 ± 0.80 (n=5, p = 0.012, d_z = 2.1)`: a difference as `with_counts` has it, with its test."""
+    """Return `+1.20 ± 0.80 (n=5, p = 0.012, d_z = 2.1)`: a difference as `with_counts` has it, with its test."""
     text = with_counts(row, decimals, "+")
     if math.isnan(row.p_holm):
         return text
@@ -91,7 +94,7 @@ def with_test(row: Any, decimals: int | None) -> str:
 
 
 def with_interval(row: Any, decimals: int | None, sign: str = "") -> str:
-    """`91.2 ± 0.8`, `91.2` for one seed, or dashes."""
+    """Return `91.2 ± 0.8`, `91.2` for one seed, or dashes; three or four digits where `decimals` is None."""
     if not row.n:
         return NOTHING
     half = row.high - row.mean if row.n > 1 else 0.0
@@ -100,8 +103,15 @@ def with_interval(row: Any, decimals: int | None, sign: str = "") -> str:
     return f"{text} ± {half:{shown}}" if row.n > 1 else text
 
 
+def with_geometric_interval(row: Any) -> str:
+    """Return `1.2 [0.9, 1.6]`, `1.2` for one seed, or dashes."""
+    if not row.n:
+        return NOTHING
+    return f"{row.mean:.3g}" + (f" [{row.low:.3g}, {row.high:.3g}]" if row.n > 1 else "")
+
+
 def _format(size: float) -> str:
-    """What shows three or four digits of numbers up to `size`: 0.123, 1.234, 12.34, 1,234; 1.23e+07."""
+    """Return the format of three or four digits of numbers up to `size`: 0.123, 1.234, 12.34, 1,234; 1.23e+07."""
     exponent = math.floor(math.log10(size)) if size > 0 else 0
     if not -4 <= exponent < 7:
         return ".3g"
@@ -109,7 +119,7 @@ def _format(size: float) -> str:
 
 
 def with_counts(row: Any, decimals: int | None, sign: str = "") -> str:
-    """`91.2 ± 0.8 (n=3)`, `91.2 (n=1, 2 of 3 diverged)`, `-- missing`."""
+    """Return `91.2 ± 0.8 (n=3)`, `91.2 (n=1, 2 of 3 diverged)`, `-- missing`."""
     runs = row.done + row.diverged + row.missing
     notes = [f"n={row.n}"] if row.n else []
     notes += [f"{row.done - row.n} without a value"] if row.done > row.n else []
@@ -120,52 +130,38 @@ def with_counts(row: Any, decimals: int | None, sign: str = "") -> str:
     return f"{text} ({', '.join(notes)})" if row.n else f"{text} {', '.join(notes)}".strip()
 
 
-def grids(
-    tidy: pd.DataFrame, text: Callable[[Any], str], higher_is_better: Mapping[str, bool] | None = None
-) -> dict[str, list[Row]]:
-    """Per setting, arms as rows and batch sizes as columns; `higher_is_better` of quantities that have a best."""
+def grids(tidy: pd.DataFrame, text: Text, higher_is_better: Mapping[str, bool] | None = None) -> dict[str, list[Row]]:
+    """Return per setting arms as rows and batch sizes as columns; `higher_is_better` of quantities that have a best."""
     cells: dict[str, dict[str, dict[int, Cell]]] = defaultdict(lambda: defaultdict(dict))
-    for row, standing in zip(named_rows(tidy), standings(tidy, higher_is_better or {}), strict=True):
-        cells[row.setting][row.arm][row.batch] = Cell(text(row), row.mean, row.batch, standing)
-    found = {}
+    for row, mark in zip(named_rows(tidy), highlights(tidy, higher_is_better or {}), strict=True):
+        cells[row.setting][row.arm][row.batch] = Cell(text(row), row.mean, row.batch, mark)
+    grids = {}
     for setting, arms in cells.items():
-        batches = sorted({batch for cell in arms.values() for batch in cell})
-        found[setting] = [
-            {"arm": Cell(arm)} | {f"batch {b}": cell.get(b, Cell(NOTHING)) for b in batches}
-            for arm, cell in arms.items()
+        batches = sorted({batch for row in arms.values() for batch in row})
+        grids[setting] = [
+            {"arm": Cell(arm)} | {f"batch {b}": row.get(b, Cell(NOTHING)) for b in batches} for arm, row in arms.items()
         ]
-    return found
+    return grids
 
 
 def lists(
-    tidy: pd.DataFrame,
-    columns: dict[str, tuple[str, Callable[[Any], str]]],
-    higher_is_better: Mapping[str, bool] | None = None,
+    tidy: pd.DataFrame, headings: Mapping[str, str], text: Text, higher_is_better: Mapping[str, bool] | None = None
 ) -> dict[str, list[Row]]:
-    """Per setting, one row per arm and batch size. `columns`: quantity -> heading and text of a row."""
-    cells: dict[tuple[str, str, int], Row] = {}
-    for row, standing in zip(named_rows(tidy), standings(tidy, higher_is_better or {}), strict=True):
-        head = {
-            "arm": Cell(row.arm),
-            "batch": Cell(str(row.batch), row.batch, row.batch),
-            "runs": Cell(_runs(row), row.done, row.batch),
-        }
-        heading, text = columns[row.quantity]
-        line = cells.setdefault((row.setting, row.arm, row.batch), head)
-        line[heading] = Cell(text(row), row.mean, row.batch, standing)
-    found = defaultdict(list)
-    for (setting, *_), cell in cells.items():
-        found[setting].append(cell)
-    return dict(found)
-
-
-def named_rows(frame: pd.DataFrame) -> Iterator[Any]:
-    """The rows as named tuples."""
-    return frame.itertuples(index=False)
+    """Return per setting one row per arm and batch size, with the headings of the quantities."""
+    lines: dict[tuple[str, str, int], Row] = {}
+    lists: dict[str, list[Row]] = defaultdict(list)
+    for row, mark in zip(named_rows(tidy), highlights(tidy, higher_is_better or {}), strict=True):
+        key = (row.setting, row.arm, row.batch)
+        if key not in lines:
+            batch, runs = Cell(str(row.batch), row.batch, row.batch), Cell(_runs(row), row.done, row.batch)
+            lines[key] = {"arm": Cell(row.arm), "batch": batch, "runs": runs}
+            lists[row.setting].append(lines[key])
+        lines[key][headings[row.quantity]] = Cell(text(row), row.mean, row.batch, mark)
+    return dict(lists)
 
 
 def _runs(row: Any) -> str:
     total = row.done + row.diverged + row.missing
-    told = [f"{row.diverged} diverged"] if row.diverged else []
-    told += [f"{row.missing} missing"] if row.missing else []
-    return f"{row.done} of {total}, {', '.join(told)}" if told else str(total)
+    notes = [f"{row.diverged} diverged"] if row.diverged else []
+    notes += [f"{row.missing} missing"] if row.missing else []
+    return f"{row.done} of {total}, {', '.join(notes)}" if notes else str(total)

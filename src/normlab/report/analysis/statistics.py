@@ -1,4 +1,4 @@
-"""The statistics of the report. docs/statistics.md says in plain words which is used where, and why.
+"""The statistics of the report, from numbers to numbers. docs/statistics.md explains which is used where, and why.
 
 Means with Student's t-intervals, plain and paired by seed; tests of paired differences against a bound; Holm's
 correction for several of them; and, over many cells at once, stratified bootstrap intervals of a mean and of the
@@ -6,7 +6,7 @@ probability of improvement (Agarwal et al. 2021, "Deep RL at the edge of the sta
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,11 +36,12 @@ class Tails(NamedTuple):
 
     @property
     def two_sided(self) -> float:
+        """Return the two-sided p-value."""
         return min(1.0, 2 * min(self))
 
 
 def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
-    """Mean of the values that are not nan, plus or minus t(n-1) * s / sqrt(n)."""
+    """Return the mean of the values that are not nan, plus or minus t(n-1) * s / sqrt(n)."""
     sample = np.asarray(list(values), dtype=float)
     sample = sample[~np.isnan(sample)]
     n = len(sample)
@@ -54,22 +55,22 @@ def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
 
 
 def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:
-    """Arm minus baseline, per seed (the keys) that both have a value of."""
+    """Return arm minus baseline, per seed (the keys) that both have a value of."""
     differences = [arm[seed] - baseline[seed] for seed in sorted(arm) if seed in baseline]
     return [difference for difference in differences if not math.isnan(difference)]
 
 
 def spread(differences: Sequence[float]) -> float:
-    """Their standard deviation; 0 where they are the same up to rounding, nan where it does not exist."""
+    """Return the standard deviation; 0 where all are the same up to rounding, nan where it does not exist."""
     sample = np.asarray(differences, dtype=float)
     if len(sample) < 2 or not np.isfinite(sample).all():
         return math.nan
-    found = float(sample.std(ddof=1))
-    return found if found > 1e-9 * float(np.abs(sample).max()) else 0.0
+    deviation = float(sample.std(ddof=1))
+    return deviation if deviation > 1e-9 * float(np.abs(sample).max()) else 0.0
 
 
 def tails(differences: Sequence[float], bound: float = 0.0, exact: bool = False) -> Tails:
-    """Is the mean of paired differences above or below the bound? Student's t-test with n-1 degrees of freedom.
+    """Test whether the mean of paired differences is above or below the bound: Student's t, n-1 degrees of freedom.
 
     Where t has no spread to go by, because all differences are the same or some are infinite (a loss after a
     divergence), the exact sign test takes its place: differences above against below, those at the bound left out.
@@ -89,18 +90,18 @@ def tails(differences: Sequence[float], bound: float = 0.0, exact: bool = False)
 
 
 def _at_least(k: int, n: int) -> float:
-    """The probability of k or more heads in n throws of a coin."""
-    return sum(math.comb(n, i) for i in range(k, n + 1)) / 2**n
+    """Return the probability of k or more heads in n throws of a coin."""
+    return float(sum(math.comb(n, i) for i in range(k, n + 1)) / 2**n)
 
 
 def effect_size(differences: Sequence[float], reference: float = 0.0) -> float:
-    """Cohen's d_z = (mean - reference) / standard deviation of the differences, without Hedges' correction."""
+    """Return Cohen's d_z = (mean - reference) / standard deviation of the differences, without Hedges' correction."""
     s = spread(differences)
     return (float(np.mean(differences)) - reference) / s if s > 0 else math.nan
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down adjustment of the p-values that are not nan; nan stays nan."""
+    """Return Holm's (1979) step-down adjustment of the p-values that are not nan; nan stays nan."""
     adjusted = [math.nan] * len(p_values)
     ranked = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     largest = 0.0
@@ -111,18 +112,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def bootstrap_mean(cells: Cells, confidence: float = 0.95) -> Interval:
-    """The mean over cells of each cell's mean, with its stratified percentile bootstrap interval.
+    """Return the mean over cells of each cell's mean, with its stratified percentile bootstrap interval.
 
-    Seeds are drawn with replacement within each cell; the cells stay. For the interval of a difference, give
-    the cells' paired differences: a pair is then drawn as one. n counts values.
+    Seeds are drawn with replacement within each cell; the cells stay. For the interval of a difference, give the cells'
+    paired differences: a pair is then drawn as one. n counts values.
     """
     samples = [np.asarray(cell, dtype=float) for cell in cells]
-    draws = [sample[_resampled(generator, len(sample))].mean(1) for sample, generator in _streams(samples)]
-    return _percentiles(float(np.mean([s.mean() for s in samples])), np.mean(draws, axis=0), samples, confidence)
+    return _percentiles(samples, [sample[drawn].mean(1) for sample, drawn in _resamples(samples)], confidence)
 
 
 def probability_of_improvement(arm: Cells, baseline: Cells, confidence: float = 0.95) -> Interval:
-    """P(arm > baseline), averaged over cells, with its stratified percentile bootstrap interval; n counts pairs.
+    """Return P(arm > baseline), averaged over cells, with its stratified percentile bootstrap interval; n counts pairs.
 
     In each cell the Mann-Whitney form: the share of all (arm, baseline) pairs of runs in which the arm is
     ahead, ties as one half (Agarwal et al. 2021). The two lists of a cell are paired by seed and seeds are
@@ -131,24 +131,23 @@ def probability_of_improvement(arm: Cells, baseline: Cells, confidence: float = 
     pairs = [np.asarray(pair, dtype=float) for pair in zip(arm, baseline, strict=True)]
     wins = [(x[:, None] > y) + 0.5 * (x[:, None] == y) for x, y in pairs]
     draws = []
-    for win, generator in _streams(wins):
+    for win, drawn in _resamples(wins):
         n = len(win)
-        drawn = _resampled(generator, n) + n * np.arange(RESAMPLES)[:, None]
+        apart = drawn + n * np.arange(RESAMPLES)[:, None]
         # How often each seed is drawn in each resample; all pairs of drawn ones would take n² numbers a resample.
-        times = np.bincount(drawn.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n).astype(float)
+        times = np.bincount(apart.ravel(), minlength=n * RESAMPLES).reshape(RESAMPLES, n).astype(float)
         draws.append((times @ win * times).sum(1) / n**2)
-    return _percentiles(float(np.mean([win.mean() for win in wins])), np.mean(draws, axis=0), wins, confidence)
+    return _percentiles(wins, draws, confidence)
 
 
-def _streams(samples: Sequence[Any]) -> Iterable[tuple[Any, np.random.Generator]]:
-    generators = np.random.default_rng(SEED).spawn(len(samples))
-    return zip(samples, generators, strict=True)
+def _resamples(samples: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield each sample with the indices of its resamples, one row per resample."""
+    for sample, generator in zip(samples, np.random.default_rng(SEED).spawn(len(samples)), strict=True):
+        yield sample, generator.integers(len(sample), size=(RESAMPLES, len(sample)))
 
 
-def _resampled(generator: np.random.Generator, n: int) -> Any:
-    return generator.integers(n, size=(RESAMPLES, n))
-
-
-def _percentiles(estimate: float, draws: Any, samples: Sequence[Any], confidence: float) -> Interval:
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(estimate, float(low), float(high), sum(map(len, samples)))
+def _percentiles(samples: Sequence[Any], draws: Sequence[Any], confidence: float) -> Interval:
+    """Return the mean over samples with the percentiles of the mean over their draws."""
+    low, high = np.quantile(np.mean(draws, axis=0), [(1 - confidence) / 2, (1 + confidence) / 2])
+    mean = float(np.mean([sample.mean() for sample in samples]))
+    return Interval(mean, float(low), float(high), sum(map(len, samples)))

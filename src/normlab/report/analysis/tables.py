@@ -1,422 +1,259 @@
-"""The tables of a report, each as full-precision tidy data and as texts for a reader.
-
-A tidy frame has one row per setting, arm, batch and quantity, with the columns
-mean, low, high (the t-interval over seeds; nan for one seed), n (runs that the mean is over),
-done, diverged, missing (runs of the cell in these states; missing is every other state).
-That of `overall` is described there, that of the verdicts in `verdict_texts`.
-"""
+"""The tables of a report: a study's numbers as tidy frames, as cells for a reader, with the texts of captions.yaml."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import yaml
 
-from normlab.report.analysis.cells import (
-    NOTHING,
-    Cell,
-    Row,
-    Table,
-    grids,
-    lists,
-    named_rows,
-    with_counts,
-    with_interval,
-    with_test,
-)
-from normlab.report.analysis.highlight import rule
-from normlab.report.analysis.measures import chance
-from normlab.report.analysis.metric import BEST, Measure
-from normlab.report.analysis.statistics import (
-    ENOUGH,
-    RESAMPLES,
-    TOO_FEW,
-    Interval,
-    bootstrap_mean,
-    effect_size,
-    holm,
-    paired,
-    probability_of_improvement,
-    t_interval,
-    tails,
-)
-from normlab.report.study.arms import in_order, natural
+from normlab.report.analysis import cells, frames
+from normlab.report.analysis.cells import NOTHING, Cell, Row, Table, grids, lists
+from normlab.report.analysis.frames import CELL, COUNTS, named_rows
+from normlab.report.analysis.highlight import highlight_rule
+from normlab.report.analysis.metrics import BEST, METRICS, Metric
+from normlab.report.analysis.statistics import ENOUGH, RESAMPLES, TOO_FEW
 from normlab.report.study.load import Study
-from normlab.runs.states import FINISHED
-
-CELL = ["setting", "arm", "batch"]
 
 
-def outcomes(study: Study, measure: Measure, thresholds: Sequence[float] = ()) -> pd.DataFrame:
-    """What each done run came to. One row per run: run, setting, arm, batch, seed, and
+@cache
+def _captions() -> dict[str, dict[str, str]]:
+    text = Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8")
+    captions: dict[str, dict[str, str]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return captions
 
-    final, best, train, gap (in the measure's unit; a gap above 0: worse than on the training images),
-    best being that of the epoch that is best on the validation images, or by the measure itself where there are none;
-    epochs_to_<t> and seconds_to_<t> per threshold (nan where never reached), wall_seconds,
-    images_per_second (median over evaluations), peak_memory_mib, parameters.
+
+def _texts(name: str, **words: object) -> dict[str, str]:
+    """Return title and caption of a table."""
+    return {part: text.format(**words) for part, text in _captions()[name].items()}
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """A study summarized for its tables.
+
+    Attributes:
+        values: `frames.outcomes`, one row per done run.
+        means: the tidy frame of all their quantities.
     """
-    done = study.runs[study.runs["state"] == "done"].reset_index(drop=True)
-    run = pd.Index(done["run"]).get_indexer(pd.Index(study.evaluations["run"]))  # its row in `done`, else -1
-    curves = study.evaluations.drop(columns=["run", *CELL, "seed", "state"])[run >= 0].set_axis(run[run >= 0])
-    test, train = (_column(curves, name) * measure.scale for name in (measure.column, measure.train_column))
-    last = ~curves.index.duplicated(keep="last")
-    higher = measure.higher_is_better
-    values = done[["run", *CELL, "seed"]].astype({"batch": int, "seed": int})
-    values["final"] = test[last]
-    values["best"] = _at_best_epoch(test, _column(curves, measure.chooser), higher)
-    values["train"] = train[last]
-    values["gap"] = (train - test if higher else test - train)[last]
-    values["wall_seconds"] = (curves[last] if "wall_seconds" in curves else done)["wall_seconds"]
-    values["images_per_second"] = _column(curves, "images_per_second").groupby(level=0).median()
-    values["peak_memory_mib"] = done["peak_memory_bytes"] / 2**20
-    values["parameters"] = done["parameters"]
-    for threshold in thresholds:
-        reached = np.flatnonzero(test >= threshold * measure.scale)
-        first = curves.iloc[reached[~curves.index[reached].duplicated()]]
-        for name, column in (("epochs", "epoch"), ("seconds", "wall_seconds")):
-            values[f"{name}_to_{threshold:g}"] = _column(first, column)
-    quantities = _quantities(thresholds)
-    return values[["run", *CELL, "seed", *quantities]].astype(dict.fromkeys(quantities, float))
+
+    study: Study
+    metric: Metric
+    thresholds: Sequence[float]
+    confidence: float
+    values: pd.DataFrame
+    means: pd.DataFrame
+
+    def of(self, *quantities: str) -> pd.DataFrame:
+        """Return the rows of these quantities."""
+        return self.means[self.means["quantity"].isin(quantities)].reset_index(drop=True)
+
+    def complete(self) -> bool:
+        """Return whether all runs are part of the means."""
+        compared = self.of(self.metric.epoch)
+        return bool(compared["n"].eq(compared[COUNTS].sum(axis=1)).all())
+
+    def texts(self, name: str, **words: object) -> dict[str, str]:
+        """Return title and caption of a table."""
+        metric, percent = self.metric, f"{100 * self.confidence:g} %"
+        seeds = "seeds" if self.complete() else "the n seeds whose run is done"
+        return _texts(
+            name,
+            label=metric.label,
+            Label=metric.label.capitalize(),
+            Full=metric.full_label.capitalize(),
+            percent=percent,
+            unit=f", in {metric.unit}" if metric.unit else "",
+            points=f", in {metric.points}" if metric.points else "",
+            over=f"mean over {seeds}, ± half of the {percent} t-interval",
+            **words,
+        )
+
+    def directions(self, *quantities: str) -> dict[str, bool]:
+        """Return whether higher is better, by quantity, as highlights take it."""
+        return dict.fromkeys(quantities, bool(self.metric.higher_is_better))
 
 
-def _at_best_epoch(curves: pd.Series, chooser: pd.Series, higher_is_better: bool) -> pd.Series:
-    """Per run (the index) its value at the first epoch that is best by the chooser, or by itself without one."""
-    chosen = chooser.groupby(level=0).transform("count") > 0
-    by = chooser.where(chosen, curves).reset_index(drop=True).dropna()
-    of_runs = by.groupby(curves.index[by.index])
-    return curves.iloc[of_runs.idxmax() if higher_is_better else of_runs.idxmin()]
+def build_tables(
+    study: Study, metric: Metric, baseline: str | None, thresholds: Sequence[float], confidence: float
+) -> list[Table]:
+    """Return every table that the study's evaluations allow, that of the metric first."""
+    an_accuracy = metric.unit == "%"
+    thresholds = thresholds if an_accuracy else ()
+    values = frames.outcomes(study, metric, thresholds)
+    means = frames.summarize(study.runs, values, frames.quantities(thresholds), confidence)
+    summary = _Summary(study, metric, thresholds, confidence, values, means)
+    tables = [_metric_table(summary)]
+    if baseline is not None:
+        tables += _difference_table(summary, baseline)
+    if an_accuracy:
+        tables += _overall_table(summary, baseline)
+    tables.append(_convergence_table(summary))
+    if thresholds:
+        tables += [_reached_table(summary, "epochs", 1), _reached_table(summary, "seconds", 0)]
+    return [*tables, _cost_table(summary)]
 
 
-def _column(rows: pd.DataFrame, name: str) -> pd.Series:
-    """nan where it was not measured."""
-    return rows[name] if name in rows else pd.Series(math.nan, index=rows.index)
-
-
-def _quantities(thresholds: Sequence[float]) -> list[str]:
-    reached = [f"{kind}_to_{threshold:g}" for kind in ("epochs", "seconds") for threshold in thresholds]
-    cost = ["wall_seconds", "images_per_second", "peak_memory_mib", "parameters"]
-    return ["final", "best", "train", "gap", *cost, *reached]
-
-
-def counts(runs: pd.DataFrame) -> pd.DataFrame:
-    """Per cell, in the order of the tables: done, diverged, missing (every state that is neither)."""
-    placed = runs.dropna(subset=["arm"])
-    ranked = [*sorted(placed["setting"].unique(), key=natural), *in_order(placed["arm"])]
-    rank = {name: position for position, name in enumerate(ranked)}
-    state = placed["state"].where(placed["state"].isin(FINISHED), "missing")
-    found = pd.crosstab([placed[key] for key in CELL], state)
-    found = found.reindex(columns=["done", "diverged", "missing"], fill_value=0).reset_index()
-    found.columns.name = None
-    return found.sort_values(
-        CELL, key=lambda column: column if column.name == "batch" else column.map(rank), ignore_index=True
+def _metric_table(summary: _Summary) -> Table:
+    metric = summary.metric
+    tidy = summary.of(metric.epoch)
+    title, epoch = metric.label, "after the last epoch"
+    if metric.epoch == BEST:
+        title, epoch = metric.full_label, f"at the best epoch: {_best_epoch(summary)}"
+    return Table(
+        metric.name.removeprefix("test_"),
+        **summary.texts("metric", title=title.capitalize(), epoch=epoch, notes=_not_counted(tidy)),
+        tidy=tidy,
+        rows=grids(tidy, lambda row: cells.with_counts(row, metric.decimals), summary.directions(metric.epoch)),
+        rule=highlight_rule("mean", tidy),
     )
 
 
-def summarise(runs: pd.DataFrame, values: pd.DataFrame, quantities: Sequence[str], confidence: float) -> pd.DataFrame:
-    """A tidy frame of the quantities' means over the seeds of each cell."""
-    samples: dict[Any, pd.DataFrame] = dict(iter(values.groupby(CELL)))
-    rows = []
-    for cell in counts(runs).to_dict("records"):
-        sample = samples.get(tuple(cell[key] for key in CELL))
-        for quantity in quantities:
-            interval = t_interval([] if sample is None else sample[quantity], confidence)
-            rows.append(_tidy_row(cell, quantity, interval))
-    return pd.DataFrame(rows)
+def _difference_table(summary: _Summary, baseline: str) -> Iterator[Table]:
+    metric = summary.metric
+    tidy = frames.differences(summary.study.runs, summary.values, metric.epoch, baseline, summary.confidence)
+    if tidy.empty:
+        return
+    decimals = None if metric.decimals is None else metric.decimals + 1
+    few = "".join(f" n = {n}: {TOO_FEW}." for n in sorted(set(tidy["n"])) if 0 < n < ENOUGH)
+    rows = grids(tidy, lambda row: cells.with_test(row, decimals))
+    yield Table("difference", **summary.texts("difference", baseline=baseline, notes=few), tidy=tidy, rows=rows)
 
 
-def _tidy_row(cell: Mapping[Any, Any], quantity: str, interval: Interval, **more: Any) -> dict[str, Any]:
-    place = {key: cell[key] for key in CELL}
-    states = {key: cell[key] for key in ("done", "diverged", "missing")}
-    return {**place, **more, "quantity": quantity, **interval._asdict(), **states}
+def _overall_table(summary: _Summary, baseline: str | None) -> Iterator[Table]:
+    tidy = frames.overall(summary.study, summary.values, summary.metric.epoch, baseline, summary.confidence)
+    if tidy.empty:
+        return
+    against = (
+        f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties as"
+        " one half, averaged over cells"
+    )
+    texts = summary.texts("overall", notes=against if baseline else "", resamples=RESAMPLES)
+    yield Table("overall", **texts, tidy=tidy, rows=_overall_rows(tidy, baseline))
 
 
-def differences(
-    runs: pd.DataFrame, values: pd.DataFrame, quantity: str, baseline: str, confidence: float
-) -> pd.DataFrame:
-    """A tidy frame of each arm minus the baseline, paired by seed.
-
-    Here n, done, diverged and missing count pairs: a pair is done if both its runs are, diverged if
-    one of them is, and missing otherwise. Settings without the baseline have no rows. p is that of the paired
-    t-test, p_holm with Holm's correction over the whole frame, d_z the effect size; nan for fewer than 3 pairs.
-    """
-    placed = runs.dropna(subset=["arm"])
-    by_seed = {cell: dict(zip(g["seed"], g[quantity], strict=True)) for cell, g in values.groupby(CELL)}
-    states = {cell: dict(zip(g["seed"], g["state"], strict=True)) for cell, g in placed.groupby(CELL)}
-    rows = []
-    for cell in counts(runs).to_dict("records"):
-        own = (cell["setting"], cell["arm"], cell["batch"])
-        other = (cell["setting"], baseline, cell["batch"])
-        if cell["arm"] == baseline or other not in states:
-            continue
-        pairs = [{states[own].get(seed), states[other].get(seed)} for seed in states[own] | states[other]]
-        done, diverged = pairs.count({"done"}), sum("diverged" in pair for pair in pairs)
-        cell = {**cell, "done": done, "diverged": diverged, "missing": len(pairs) - done - diverged}
-        found = paired(by_seed.get(own, {}), by_seed.get(other, {}))
-        row = _tidy_row(cell, f"{quantity}_minus_baseline", t_interval(found, confidence), baseline=baseline)
-        p = tails(found).two_sided if len(found) >= ENOUGH else math.nan
-        rows.append({**row, "p": p, "d_z": effect_size(found) if len(found) >= ENOUGH else math.nan})
-    adjusted = holm([row["p"] for row in rows])
-    return pd.DataFrame([{**row, "p_holm": p_holm} for row, p_holm in zip(rows, adjusted, strict=True)])
-
-
-def overall(
-    study: Study, values: pd.DataFrame, value: str, baseline: str | None, confidence: float
-) -> tuple[pd.DataFrame, dict[str, list[Row]]]:
-    """Each arm over many cells at once: per setting over its batch sizes, and over all settings.
-
-    A tidy frame with the quantities mean, minus_baseline and beats_baseline (a probability) of the column `value`, an
-    accuracy, and
-    its rows for a reader. cells: how many of the of_cells of the setting the arm, or the arm and the baseline, have;
-    n: the seeds of the cell that has fewest. A diverged run's accuracy is chance. Settings with a single cell have no
-    rows.
-    """
-    cells = _by_cell(study, values, value)
-    scopes = {setting: [cell for cell in cells if cell[0] == setting] for setting in dict.fromkeys(c[0] for c in cells)}
-    if len(scopes) > 1:
-        scopes["all settings"] = list(cells)
-    rows = []
-    for scope, inside in scopes.items():
-        for arm in in_order({arm for cell in inside for arm in cells[cell]}) if len(inside) > 1 else ():
-            own = [cells[cell][arm] for cell in inside if arm in cells[cell]]
-            both = [(cells[cell][arm], cells[cell].get(baseline or "", {})) for cell in inside if arm in cells[cell]]
-            pairs = [[(a[seed], b[seed]) for seed in sorted(a) if seed in b] for a, b in both]
-            pairs = [pair for pair in pairs if pair] if arm != baseline else []
-            found: dict[str, tuple[int, int, Interval]] = {}
-            found["mean"] = (
-                len(own),
-                min(map(len, own)),
-                bootstrap_mean([[*seeds.values()] for seeds in own], confidence),
-            )
-            if pairs:
-                arms, baselines = ([[pair[side] for pair in cell] for cell in pairs] for side in (0, 1))
-                minus = bootstrap_mean([[a - b for a, b in cell] for cell in pairs], confidence)
-                beats = probability_of_improvement(arms, baselines, confidence)
-                least = min(map(len, pairs))
-                found |= {"minus_baseline": (len(pairs), least, minus), "beats_baseline": (len(pairs), least, beats)}
-            for quantity, (number, n, (mean, low, high, _)) in found.items():
-                ends = (low, high) if n >= ENOUGH else (math.nan, math.nan)
-                interval = Interval(mean, *ends, n)
-                place = {"setting": scope, "arm": arm, "quantity": quantity, "cells": number, "of_cells": len(inside)}
-                rows.append({**place, **interval._asdict()})
-    frame = pd.DataFrame(rows)
-    return frame, _overall_rows(frame, baseline) if rows else {}
-
-
-def _by_cell(study: Study, values: pd.DataFrame, value: str) -> dict[tuple[str, int], dict[str, dict[int, float]]]:
-    """Per setting and batch size, per arm: the accuracy of each seed, in per cent, chance if it diverged."""
-    found: dict[Any, Any] = {}
-    for cell in counts(study.runs).to_dict("records"):
-        found.setdefault((cell["setting"], cell["batch"]), {})
-    for run in named_rows(study.runs[study.runs["state"] == "diverged"]):
-        cell = found[run.setting, run.batch].setdefault(run.arm, {})
-        cell[run.seed] = chance(study.configs[run.run], run.classes)
-    for run in values.dropna(subset=[value]).to_dict("records"):
-        found[run["setting"], run["batch"]].setdefault(run["arm"], {})[run["seed"]] = run[value]
-    return {cell: arms for cell, arms in found.items() if arms}
-
-
-def _overall_rows(frame: pd.DataFrame, baseline: str | None) -> dict[str, list[Row]]:
+def _overall_rows(tidy: pd.DataFrame, baseline: str | None) -> dict[str, list[Row]]:
     headings = {
         "mean": ("mean (%)", ".1f"),
         "minus_baseline": (f"minus {baseline}", "+.2f"),
         "beats_baseline": (f"P(beats {baseline})", ".2f"),
     }
-    found: dict[str, list[Row]] = defaultdict(list)
-    for (setting, _), rows in frame.groupby(["setting", "arm"], sort=False):
-        first = rows.iloc[0]
-        line = {
-            "arm": Cell(first["arm"]),
-            "cells": Cell(f"{first['cells']} of {first['of_cells']}", first["cells"]),
-            "seeds": Cell(str(first["n"]), first["n"]),
-        }
-        for row in named_rows(rows):
-            heading, shown = headings[row.quantity]
-            partly = f", over {row.cells} cells" if row.cells < first["cells"] else ""
-            ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
-            line[heading] = Cell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
-        found[str(setting)].append(line)
-    return dict(found)
+    rows: dict[str, list[Row]] = defaultdict(list)
+    for row in named_rows(tidy):
+        heading, shown = headings[row.quantity]
+        ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
+        if row.quantity == "mean":  # an arm's first
+            number = Cell(f"{row.cells} of {row.of_cells}", row.cells)
+            rows[row.setting].append({"arm": Cell(row.arm), "cells": number, "seeds": Cell(str(row.n), row.n)})
+        line = rows[row.setting][-1]
+        partly = f", over {row.cells} cells" if row.cells < line["cells"].value else ""
+        line[heading] = Cell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
+    return dict(rows)
 
 
-def build_tables(
-    study: Study, measure: Measure, baseline: str | None, thresholds: Sequence[float], confidence: float
-) -> list[Table]:
-    """Every table that the study's measurements allow."""
-    an_accuracy = measure.unit == "%"
-    thresholds = thresholds if an_accuracy else ()
-    values = outcomes(study, measure, thresholds)
-    unit = f", in {measure.unit}" if measure.unit else ""
-    points = f", in {measure.points}" if measure.points else ""
+def _convergence_table(summary: _Summary) -> Table:
+    metric = summary.metric
+    unit = f" ({metric.unit})" if metric.unit else ""
+    headings, gap = {"final": f"final{unit}", "best": f"best{unit}"}, ""
+    if metric.name != metric.train_column:
+        images = metric.name.partition("_")[0]
+        headings["train"] = f"train{unit}"
+        headings["gap"] = f"train-{images} gap" if metric.higher_is_better else f"{images}-train gap"
+        gap = f", and the final gap between training and {metric.images} images"
+        gap += f", in {metric.points}" if metric.points else ""
 
-    every = summarise(study.runs, values, _quantities(thresholds), confidence)
+    def text(row: Any) -> str:
+        return cells.with_interval(row, metric.decimals, "+" if row.quantity == "gap" else "")
 
-    def tidy(*quantities: str) -> pd.DataFrame:
-        return every[every["quantity"].isin(quantities)].reset_index(drop=True)
-
-    name, better = measure.value, measure.higher_is_better
-    epoch, best = _epoch(study, measure)
-    accuracy = tidy(name)
-    complete = accuracy["n"].eq(accuracy[["done", "diverged", "missing"]].sum(axis=1)).all()
-    over = f"mean over {'seeds' if complete else 'the n seeds whose run is done'}"
-    over += f", ± half of the {100 * confidence:g} % t-interval"
-    found = [
-        Table(
-            name=measure.column.removeprefix("test_"),
-            title=(f"best {measure.label}" if name == BEST else measure.label).capitalize(),
-            caption=f"{measure.compared.capitalize()} ({epoch}){unit}: {over}.{_not_counted(accuracy)}",
-            tidy=accuracy,
-            rows=grids(accuracy, lambda row: with_counts(row, measure.decimals), {name: better}),
-            rule=rule("mean", accuracy),
-        )
-    ]
-    if baseline is not None:
-        finer = None if measure.decimals is None else measure.decimals + 1
-        minus = differences(study.runs, values, name, baseline, confidence)
-        if len(minus):
-            found.append(
-                Table(
-                    name="difference",
-                    title=f"Difference to {baseline}",
-                    caption=f"{measure.compared.capitalize()} minus that of {baseline}{points}, paired by seed: mean"
-                    f" over the pairs of done runs, ± half of the paired {100 * confidence:g} % t-interval,"
-                    " uncorrected. n counts pairs; a pair counts as diverged if either run diverged. p: two-sided"
-                    " paired t-test, with Holm's correction over all comparisons of this table; d_z: mean over standard"
-                    f" deviation of the differences.{_told_of_few(minus)}",
-                    tidy=minus,
-                    rows=grids(minus, lambda row: with_test(row, finer)),
-                )
-            )
-    if an_accuracy:
-        together, rows = overall(study, values, name, baseline, confidence)
-        against = (
-            f"; difference to {baseline}, paired by seed; probability that an arm's run beats one of {baseline}, ties"
-            " as one half, averaged over cells"
-            if baseline
-            else ""
-        )
-        if rows:
-            found.append(
-                Table(
-                    name="overall",
-                    title="Overall",
-                    caption=f"{measure.compared.capitalize()} over several cells (batch sizes, settings) at once: mean"
-                    f" over cells of the mean over seeds{against}. In brackets:"
-                    f" {100 * confidence:g} % stratified bootstrap interval ({RESAMPLES:,} resamples of the seeds"
-                    " within each cell), where every cell has 3 seeds; with so few it is rather too narrow. A diverged"
-                    " run counts as chance. cells: how many have the arm; means over different cells do not compare.",
-                    tidy=together,
-                    rows=rows,
-                )
-            )
-
-    def plain(decimals: int | None, sign: str = "") -> Callable[[Any], str]:
-        return lambda row: with_interval(row, decimals, sign)
-
-    in_unit = f" ({measure.unit})" if measure.unit else ""
-    shown = {
-        "final": (f"final{in_unit}", plain(measure.decimals)),
-        "best": (f"best{in_unit}", plain(measure.decimals)),
-    }
-    told = ""
-    if measure.column != measure.train_column:
-        images = measure.column.partition("_")[0]
-        shown["train"] = (f"train{in_unit}", plain(measure.decimals))
-        shown["gap"] = (f"train-{images} gap" if better else f"{images}-train gap", plain(measure.decimals, "+"))
-        told = f", and the final gap between training and {measure.images} images{points}"
-    convergence = tidy(*shown)
-    found.append(
-        Table(
-            name="convergence",
-            title="Convergence",
-            caption=f"{measure.label.capitalize()} after the last epoch (final) and at its best epoch (best:"
-            f" {best}){told}: {over}. Training values are as recorded during the last epoch."
-            f"{'' if complete else ' runs: done runs; others are not part of the means.'}",
-            tidy=convergence,
-            rows=lists(convergence, shown, {"final": better, "best": better}),
-            rule=rule("means of final and of best", convergence),
-        )
+    tidy = summary.of(*headings)
+    notes = "" if summary.complete() else " runs: done runs; others are not part of the means."
+    return Table(
+        "convergence",
+        **summary.texts("convergence", best=_best_epoch(summary), gap=gap, notes=notes),
+        tidy=tidy,
+        rows=lists(tidy, headings, text, summary.directions("final", "best")),
+        rule=highlight_rule("means of final and of best", tidy),
     )
-    for kind, decimals in (("epochs", 1), ("seconds", 0)):
-        if not thresholds:
-            break
-        reached = tidy(*(f"{kind}_to_{t:g}" for t in thresholds))
-        seconds = " Seconds count training and evaluation." if kind == "seconds" else ""
-        found.append(
-            Table(
-                name=f"{kind}_to_accuracy",
-                title=f"{kind.capitalize()} to reach a {measure.label}",
-                caption=f"{kind.capitalize()} until an evaluation first shows the accuracy: mean over the done runs"
-                f" that reach it, ± half of the {100 * confidence:g} % t-interval over seeds; in brackets how many"
-                f" of the done runs do, where not all.{seconds}",
-                tidy=reached,
-                rows=lists(
-                    reached,
-                    {f"{kind}_to_{t:g}": (f"{100 * t:g} %", _reached(decimals)) for t in thresholds},
-                    {f"{kind}_to_{t:g}": False for t in thresholds},
-                ),
-                rule=rule("(lowest) mean of each column", reached),
-            )
-        )
-    cost = tidy("wall_seconds", "images_per_second", "peak_memory_mib", "parameters")
-    found.append(
-        Table(
-            name="cost",
-            title="Cost of a run",
-            caption=f"Seconds of training and evaluation, training images per second (median over epochs), peak"
-            f" memory and trainable parameters: {over}. Runs that shared a machine slowed each other down.",
-            tidy=cost,
-            rows=lists(
-                cost,
-                {
-                    "wall_seconds": ("seconds", plain(0)),
-                    "images_per_second": ("images/s", plain(0)),
-                    "peak_memory_mib": ("peak MiB", plain(0)),
-                    "parameters": ("parameters", lambda row: f"{row.mean:,.0f}" if row.n else NOTHING),
-                },
-            ),
-        )
-    )
-    return found
 
 
-def _epoch(study: Study, measure: Measure) -> tuple[str, str]:
-    """In words: of which epoch the values are that are compared, and how the best one is chosen."""
-    done = study.evaluations[study.evaluations["state"] == "done"]
-    validated = done[_column(done, measure.chooser).notna()]["run"].nunique()
-    own = f"chosen on the {measure.images} images, hence optimistic"
+def _reached_table(summary: _Summary, kind: str, decimals: int) -> Table:
+    """Return the table of the epochs, or the seconds, until each threshold is reached."""
+
+    def text(row: Any) -> str:
+        if not row.done or not row.n:
+            return "not reached" if row.done else NOTHING
+        return cells.with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
+
+    headings = {f"{kind}_to_{t:g}": f"{100 * t:g} %" for t in summary.thresholds}
+    tidy = summary.of(*headings)
+    name = f"{kind}_to_accuracy"
+    rows = lists(tidy, headings, text, dict.fromkeys(headings, False))
+    rule = highlight_rule("(lowest) mean of each column", tidy)
+    return Table(name, **summary.texts(name), tidy=tidy, rows=rows, rule=rule)
+
+
+def _cost_table(summary: _Summary) -> Table:
+    def text(row: Any) -> str:
+        if row.quantity == "parameters" and row.n:  # the same for all seeds
+            return f"{row.mean:,.0f}"
+        return cells.with_interval(row, 0)
+
+    tidy = summary.of(*frames.COST)
+    headings = dict(zip(frames.COST, ("seconds", "images/s", "peak MiB", "parameters"), strict=True))
+    return Table("cost", **summary.texts("cost"), tidy=tidy, rows=lists(tidy, headings, text))
+
+
+def _best_epoch(summary: _Summary) -> str:
+    """Return in words how the best epoch is chosen."""
+    metric, evaluations = summary.metric, summary.study.evaluations
+    done = evaluations[evaluations["state"] == "done"]
+    validated = done[frames.column_of(done, metric.validation_column).notna()]["run"].nunique()
+    own = f"chosen on the {metric.images} images, hence optimistic"
     best = "that with the best value on the validation images"
     if not validated:
-        best = own
-    elif validated < done["run"].nunique():
-        best += f"; in runs without any {own}"
-    elif measure.column == measure.chooser:
-        best += ", hence optimistic"
-    return (f"at the best epoch: {best}" if measure.value == BEST else "after the last epoch"), best
+        return own
+    if validated < done["run"].nunique():
+        return f"{best}; in runs without any {own}"
+    return f"{best}, hence optimistic" if metric.name == metric.validation_column else best
 
 
 def _not_counted(tidy: pd.DataFrame) -> str:
-    """What a reader has to know of cells whose runs are not all part of the mean, and of single ones."""
-    told = {
-        " Diverged runs have no final value: they are counted in the cell and are not part of the mean.": "diverged",
-        " Missing: not started, running, interrupted, failed or unreadable.": "missing",
+    """Return sentences on cells whose runs are not all part of the mean, and on single ones."""
+    sentences = {
+        "diverged": " Diverged runs have no final value: they are counted in the cell and are not part of the mean.",
+        "missing": " Missing: not started, running, interrupted, failed or unreadable.",
     }
-    found = "".join(sentence for sentence, column in told.items() if tidy[column].any())
-    return found + (" No ± where n = 1." if (tidy["n"] == 1).any() else "")
+    notes = "".join(sentence for column, sentence in sentences.items() if tidy[column].any())
+    return notes + (" No ± where n = 1." if (tidy["n"] == 1).any() else "")
 
 
-def _told_of_few(differences: pd.DataFrame) -> str:
-    few = sorted({n for n in differences["n"] if 0 < n < ENOUGH})
-    return "".join(f" n = {n}: {TOO_FEW}." for n in few)
+def probe_tables(study: Study, confidence: float) -> list[Table]:
+    """Return one table per probe that a done run has measurements of."""
+    probes = [probe for probe in dict.fromkeys(m.probe for m in METRICS.values()) if probe in study.probes]
+    return [table for probe in probes for table in _probe_table(study, str(probe), confidence)]
 
 
-def _reached(decimals: int) -> Callable[[Any], str]:
-    def text(row: Any) -> str:
-        if not row.done:
-            return NOTHING
-        if not row.n:
-            return "not reached"
-        return with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
-
-    return text
+def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]:
+    metrics = {metric.name: metric for metric in METRICS.values() if metric.probe == probe and metric.heading}
+    values = frames.probe_outcomes(study.probes[probe], list(metrics.values()))
+    if values.empty:
+        return
+    here = study.runs.merge(values[CELL].drop_duplicates(), on=CELL)
+    # Of a cell's runs some may have had the probe: a done one without it is no gap.
+    measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
+    tidy = frames.summarize(measured, values, list(metrics), confidence)
+    logs = tidy["quantity"].isin([name for name, metric in metrics.items() if metric.log])
+    tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
+    rows = lists(
+        tidy,
+        {name: metric.heading for name, metric in metrics.items()},
+        lambda row: cells.with_geometric_interval(row) if metrics[row.quantity].log else cells.with_interval(row, None),
+    )
+    words = _texts("words", percent=f"{100 * confidence:g} %")
+    texts = _texts(f"probe_{probe}", **words)
+    yield Table(f"probe_{probe}", **texts, tidy=tidy, rows=rows, runs=list(measured["run"]))

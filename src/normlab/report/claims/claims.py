@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from normlab.common.installation import called
-from normlab.report.analysis.measures import MEASURES, Measure
+from normlab.common.installation import command_name
+from normlab.report.analysis.metrics import METRICS, Metric
 
 # What a side's runs have where a claim does not say otherwise, so that a deliberate oddity of a study (batches that are
 # not independent, statistics of test batches, a folded start) does not speak to a claim about plain BN. Other values of
@@ -45,7 +45,7 @@ class Comparison:
     """
 
     sides: tuple[Side, ...]
-    measure: Measure
+    measure: Metric
     expect: Literal["greater", "less", "equal"]
     reference: float
     margin: float
@@ -76,7 +76,7 @@ class Claim:
     @property
     def command(self) -> str:
         """What runs it."""
-        return f"{called('train')} -m experiment={self.experiments[0]} budget=laptop"
+        return f"{command_name('train')} -m experiment={self.experiments[0]} budget=laptop"
 
 
 @cache
@@ -99,7 +99,7 @@ def parse(entry: Mapping[str, Any]) -> Claim:
 
 
 def _comparison(entry: Mapping[str, Any], where: Mapping[str, Any]) -> Comparison:
-    measure, expect = MEASURES[entry["measure"]], entry["expect"]
+    measure, expect = METRICS[entry["measure"]], entry["expect"]
     sides = []
     for weight, found in zip((1.0, -1.0, None, None), entry["sides"], strict=False):
         side = {**where, **found}
@@ -110,7 +110,7 @@ def _comparison(entry: Mapping[str, Any], where: Mapping[str, Any]) -> Compariso
 
     def own(name: str, default: float) -> float:
         value = entry.get(name)
-        return default if value is None else math.log(value) if measure.unit == "factor" else float(value)
+        return default if value is None else math.log(value) if measure.log else float(value)
 
     return Comparison(
         tuple(sides),

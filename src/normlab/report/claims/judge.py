@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from normlab import runs
-from normlab.report.analysis.measures import Measure, chance
+from normlab.report.analysis.metrics import Metric, chance
 from normlab.report.analysis.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
 from normlab.report.claims.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Claim, Comparison, Side, claims
-from normlab.report.study.arms import OF_THE_ARM, but_for_the_seed, flatten, natural
+from normlab.report.study.arms import OF_THE_ARM, cell_key, flatten, natural
 from normlab.report.study.load import Study
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 from normlab.runs.states import FINISHED
@@ -129,8 +129,8 @@ class _Run:
     chance: float  # the accuracy of guessing, in per cent
     rows: "_Rows"
 
-    def value(self, measure: Measure) -> float:
-        """nan if it was not measured."""
+    def value(self, measure: Metric) -> float:
+        """Nan if it was not measured."""
         if not self.diverged:
             return self.rows.value(self.name, measure)
         if measure.probe and self.rows.of(self.name, measure.probe) is None:
@@ -138,7 +138,7 @@ class _Run:
         counts = {"chance": self.chance, "worst": math.inf, "missing": math.nan}
         return counts[measure.diverged] if isinstance(measure.diverged, str) else measure.diverged
 
-    def is_missing(self, measure: Measure) -> bool:
+    def is_missing(self, measure: Metric) -> bool:
         """Whether it has no value though it should: it diverged before, or its measurement came to nothing."""
         return measure.probe in self.probes and math.isnan(self.value(measure))
 
@@ -157,11 +157,11 @@ class _Rows:
             self.split[probe] = {} if rows is None else {str(name): group for name, group in rows.groupby("run")}
         return self.split[probe].get(run)
 
-    def value(self, run: str, measure: Measure) -> float:
-        if (run, measure.label) not in self.values:
+    def value(self, run: str, measure: Metric) -> float:
+        if (run, measure.name) not in self.values:
             rows = self.of(run, measure.probe)
-            self.values[run, measure.label] = math.nan if rows is None else float(measure.value(rows))
-        return self.values[run, measure.label]
+            self.values[run, measure.name] = math.nan if rows is None else float(measure.read(rows))
+        return self.values[run, measure.name]
 
 
 def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
@@ -173,7 +173,7 @@ def _places(study: Study) -> dict[tuple[str, str], list[_Run]]:
         config = study.configs[run["run"]]
         if config["norm"].get("imported"):  # hearsay, and not paired with ours
             continue
-        cell = but_for_the_seed(config)
+        cell = cell_key(config)
         if cell not in settings_of:
             settings_of[cell] = _settings(config)
         settings = settings_of[cell]
@@ -326,11 +326,11 @@ def _find(
     return Finding(comparison, label, contrasts, interval, p, favours, tuple(remarks), alpha, names)
 
 
-def _measured(measure: Measure, here: Sequence[_Run]) -> bool:
+def _measured(measure: Metric, here: Sequence[_Run]) -> bool:
     return any(not run.diverged and not math.isnan(run.value(measure)) for run in here)
 
 
-def _learned(selection: _Selection, measure: Measure, seeds: set[int]) -> bool:
+def _learned(selection: _Selection, measure: Metric, seeds: set[int]) -> bool:
     """Whether the runs of any side are clearly better than guessing, in the mean."""
     above = [
         [by_seed[seed].value(measure) - by_seed[seed].chance for by_seed in side for seed in seeds]
@@ -339,7 +339,7 @@ def _learned(selection: _Selection, measure: Measure, seeds: set[int]) -> bool:
     return any(sum(values) / len(values) >= LEARNED for values in above)
 
 
-def _contrasts(selection: _Selection, measure: Measure, seed: int) -> list[float]:
+def _contrasts(selection: _Selection, measure: Metric, seed: int) -> list[float]:
     """Per cell the weighted sum of the sides' values. Two infinite sides are a tie."""
     sums = [
         sum(side.weight * by_seed[seed].value(measure) for side, by_seed in zip(selection.sides, cell, strict=True))
@@ -369,12 +369,12 @@ def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, bool]
     return low.two_sided, (low.above < low.below) == (comparison.expect == "greater")
 
 
-def _remarks(selection: _Selection, measure: Measure, seeds: set[int], every: set[int]) -> Iterator[str]:
+def _remarks(selection: _Selection, measure: Metric, seeds: set[int], every: set[int]) -> Iterator[str]:
     if len(selection.cells) > 1:
         yield f"mean over {len(selection.cells)} cells"
     if len(selection.cells) > 1 and seeds:
         by_cell = [_mean(found) for found in zip(*(_contrasts(selection, measure, s) for s in seeds), strict=True)]
-        factors = measure.unit == "factor"
+        factors = measure.log
         told = [f"{math.exp(min(x, 700)):.3g}" if factors else f"{x:+.3g}" for x in (min(by_cell), max(by_cell))]
         yield f"cells from {' to '.join(told)}"
     if selection.repeated:
@@ -403,7 +403,7 @@ def _remarks(selection: _Selection, measure: Measure, seeds: set[int], every: se
 def _label(comparison: Comparison, sides: Sequence[Side]) -> str:
     told = [key for key in dict.fromkeys(key for side in sides for key in side.where) if key != "norm.name"]
     told = [key for key in told if len({str(side.where.get(key)) for side in sides}) > 1]
-    ratio = comparison.measure.unit == "factor" and len(sides) > 1
+    ratio = comparison.measure.log and len(sides) > 1
     text = ""
     for position, side in enumerate(side for side in sides if side.weight):
         sign = " / " if ratio else (" + " if side.weight > 0 else " - ")

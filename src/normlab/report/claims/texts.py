@@ -97,8 +97,8 @@ def _tidy(judgement: Judgement, finding: Finding) -> dict[str, object]:
         "model": judgement.model,
         "budget": judgement.budget,
         "verdict": judgement.verdict,
-        "measure": comparison.measure.label,
-        "unit": "natural logarithm" if comparison.measure.unit == "factor" else comparison.measure.unit,
+        "measure": comparison.measure.full_label,
+        "unit": "natural logarithm" if comparison.measure.log else "points" if comparison.measure.unit == "%" else "",
         "comparison": finding.label,
         "expected": comparison.expect,
         "reference": comparison.reference,
@@ -120,7 +120,7 @@ def _rows(judgement: Judgement) -> list[dict[str, str]]:
             {
                 "claim": "" if position else judgement.claim.sentence,
                 "verdict": "" if position else judgement.verdict,
-                "comparison": f"{finding.label}, {finding.comparison.measure.label}",
+                "comparison": f"{finding.label}, {finding.comparison.measure.full_label}",
                 "expected": expected(finding.comparison),
                 "effect": effect(finding),
                 "n": str(finding.interval.n),
@@ -134,7 +134,7 @@ def _rows(judgement: Judgement) -> list[dict[str, str]]:
 
 
 def _told(finding: Finding, with_measure: bool) -> str:
-    label = f"{finding.label}, {finding.comparison.measure.label}" if with_measure else finding.label
+    label = f"{finding.label}, {finding.comparison.measure.full_label}" if with_measure else finding.label
     if finding.verdict == NOT_RUN:
         return f"{label}: not run"
     tested = f", p {p_text(finding.p_holm, '= ')}" if not math.isnan(finding.p_holm) else ""
@@ -149,7 +149,7 @@ def _source(claim: Claim) -> str:
 
 def expected(comparison: Comparison) -> str:
     """What a claim expects of a contrast, e.g. "above 0", "within 2 of 6", "below a factor of 0.9"."""
-    if comparison.measure.unit == "factor":
+    if comparison.measure.log:
         reference, margin = math.exp(comparison.reference), math.exp(comparison.margin)
         if comparison.expect == "equal":
             return f"within a factor of {margin:g} of {reference:g}"
@@ -167,16 +167,16 @@ def effect(finding: Finding) -> str:
     if not math.isfinite(mean):
         return "infinite"
     interval = not math.isnan(low)
-    if finding.comparison.measure.unit == "factor":
+    if finding.comparison.measure.log:
         return f"factor {_exp(mean)}" + (f" ({_exp(low)} to {_exp(high)})" if interval else "")
-    shown = ".2f" if finding.comparison.measure.unit == "points" else ".3g"
+    shown = ".2f" if finding.comparison.measure.unit == "%" else ".3g"
     sign = "+" if len(finding.comparison.sides) > 1 else ""
     return f"{mean:{sign}{shown}}" + (f" ± {high - mean:{shown}}" if interval else "") + _percent(finding.comparison)
 
 
 def _percent(comparison: Comparison) -> str:
     """Differences are in points, a side's own share or accuracy in per cent."""
-    return " %" if comparison.measure.unit == "points" and len(comparison.sides) == 1 else ""
+    return " %" if comparison.measure.unit == "%" and len(comparison.sides) == 1 else ""
 
 
 def _exp(value: float) -> str:

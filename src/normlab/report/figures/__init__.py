@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from normlab.report.analysis.cells import Table
-from normlab.report.analysis.metric import Measure
-from normlab.report.analysis.tables import outcomes
+from normlab.report.analysis.frames import outcomes
+from normlab.report.analysis.metrics import Metric
 from normlab.report.figures import accuracy as accuracies
 from normlab.report.figures import probe_figures as probes
 from normlab.report.figures.panels import Drawn, arrange, common_setting, pages, rows_of, split
@@ -50,9 +50,9 @@ class Named(NamedTuple):
     rows: pd.DataFrame
 
 
-def draw(study: Study, accuracy: Table, measure: Measure, confidence: float, canvas: Canvas = PAPER) -> Iterator[Named]:
+def draw(study: Study, accuracy: Table, metric: Metric, confidence: float, canvas: Canvas = PAPER) -> Iterator[Named]:
     """Every figure that the study's measurements allow."""
-    drawn = _draw(study, accuracy, measure, confidence, canvas)
+    drawn = _draw(study, accuracy, metric, confidence, canvas)
     while True:
         with canvas.context():  # for our own work only, not for what is done with a figure
             found = next(drawn, None)
@@ -61,15 +61,15 @@ def draw(study: Study, accuracy: Table, measure: Measure, confidence: float, can
         yield found._replace(figure=canvas.shape(found.figure))
 
 
-def _draw(study: Study, accuracy: Table, measure: Measure, confidence: float, canvas: Canvas) -> Iterator[Named]:
+def _draw(study: Study, accuracy: Table, metric: Metric, confidence: float, canvas: Canvas) -> Iterator[Named]:
     common = f"{common_setting(study)}. ".removeprefix(". ")
     looks = styles(arrange(study, study.runs.dropna(subset=["arm"]))["variant"])
-    found = [*_ends(study, accuracy, measure, looks, canvas), *_courses(study, measure, looks, canvas)]
+    found = [*_ends(study, accuracy, metric, looks, canvas), *_courses(study, metric, looks, canvas)]
     for kind, prefix, figures in found:
         caption = _CAPTIONS[kind].format(
-            compared=measure.compared.capitalize(),
-            label=measure.label,
-            images=measure.images.capitalize(),
+            compared=metric.full_label.capitalize(),
+            label=metric.label,
+            images=metric.images.capitalize(),
             percent=100 * confidence,
         )
         for i, drawn in enumerate(figures):
@@ -86,9 +86,9 @@ def _finished(rows: pd.DataFrame) -> pd.DataFrame:
 Kinds = Iterator[tuple[str, str, Iterator[Drawn]]]  # kind, what comes before it in the name, pages
 
 
-def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Style], canvas: Canvas) -> Kinds:
+def _ends(study: Study, accuracy: Table, metric: Metric, looks: dict[str, Style], canvas: Canvas) -> Kinds:
     """The final values, against what the study varies."""
-    values, tidy = outcomes(study, measure).rename(columns={measure.value: "value"}), accuracy.tidy
+    values, tidy = outcomes(study, metric).rename(columns={metric.epoch: "value"}), accuracy.tidy
     tidy = arrange(study, tidy[tidy.groupby("setting")["n"].transform("sum") > 0])
     if tidy.empty:
         return
@@ -100,7 +100,7 @@ def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Styl
 
     def paged(draw: Callable[..., Figure], by: str) -> Iterator[Drawn]:
         for page in pages(split(tidy, by), canvas.panels):
-            yield draw(page, values, measure, looks, canvas), rows_of(page)
+            yield draw(page, values, metric, looks, canvas), rows_of(page)
 
     options = accuracies.option_panels(study, tidy)
     if several_batches:
@@ -110,33 +110,33 @@ def _ends(study: Study, accuracy: Table, measure: Measure, looks: dict[str, Styl
     elif len(tidy) == max(1, sum(len(rows) for _, rows in options)):
         pass  # one cell, or cells that are all in the figure of options
     elif not several_batches and (tidy["where"].nunique() == 1 or tidy["variant"].nunique() > CROWD):
-        yield "by_arm", prefix, iter([(accuracies.by_arm(tidy, values, measure, canvas), tidy)])
+        yield "by_arm", prefix, iter([(accuracies.by_arm(tidy, values, metric, canvas), tidy)])
     elif tidy["where"].nunique() > 1:
         yield "by_condition", prefix, paged(accuracies.by_condition, "told_batch")
     if options:
         found = ((page, pd.concat([rows for _, rows in page])) for page in pages(options, canvas.panels))
-        drawn = ((accuracies.against_option(page, values, measure, canvas), rows) for page, rows in found)
+        drawn = ((accuracies.against_option(page, values, metric, canvas), rows) for page, rows in found)
         yield "against_option", prefix, drawn
 
 
-def _courses(study: Study, measure: Measure, looks: dict[str, Style], canvas: Canvas) -> Kinds:
+def _courses(study: Study, metric: Metric, looks: dict[str, Style], canvas: Canvas) -> Kinds:
     """The measure along the training."""
     curves = _finished(study.evaluations)
-    if measure.column not in curves:
+    if metric.name not in curves:
         return
-    curves = arrange(study, curves[curves.groupby("setting")[measure.column].transform("count") > 0])
+    curves = arrange(study, curves[curves.groupby("setting")[metric.name].transform("count") > 0])
     if curves.empty:
         return
     # Batch sizes compare in epochs; the papers that have one count steps.
     x = "epoch" if curves["batch"].nunique() > 1 or "step" not in curves else "step"
     found = pages(split(curves), canvas.panels)
-    drawn = ((accuracies.learning_curves(page, measure, looks, canvas, x), rows_of(page)) for page in found)
+    drawn = ((accuracies.learning_curves(page, metric, looks, canvas, x), rows_of(page)) for page in found)
     yield "learning_curves", "", drawn
-    if measure.train_column in curves and measure.train_column != measure.column:
-        done = curves[curves["state"] == "done"].dropna(subset=[measure.column, measure.train_column])
+    if metric.train_column in curves and metric.train_column != metric.name:
+        done = curves[curves["state"] == "done"].dropna(subset=[metric.name, metric.train_column])
         panels = split(done)
         if any(panel.crowded for panel in panels):  # so many ends lie on each other
             return
         found = pages(panels, canvas.panels)
-        drawn = ((accuracies.train_against_test(page, measure, looks, canvas), rows_of(page)) for page in found)
+        drawn = ((accuracies.train_against_test(page, metric, looks, canvas), rows_of(page)) for page in found)
         yield "train_against_test", "", drawn

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from normlab.report.analysis.metric import Measure
+from normlab.report.analysis.metrics import Metric
 from normlab.report.figures.panels import Panel, grid, multiples, ordered, rows_of, ticks, trend, wrapped
 from normlab.report.figures.style import BLACK, BLUE, Canvas, Style, legend, limit, seeds, styles
 from normlab.report.study.arms import in_order
@@ -23,7 +23,7 @@ NUMBER = r"\d[\d.]*(?:e[-+]?\d+)?"
 
 
 def learning_curves(
-    found: Sequence[Panel], measure: Measure, looks: Mapping[str, Style], canvas: Canvas, x: str
+    found: Sequence[Panel], metric: Metric, looks: Mapping[str, Style], canvas: Canvas, x: str
 ) -> Figure:
     """Test (solid) and training values (dashed) along the training: mean over seeds, band from lowest to highest seed.
 
@@ -33,10 +33,10 @@ def learning_curves(
         found: rows are the evaluations of done and diverged runs (variant, seed, state, epoch, step, ...).
         x: `step`, as Ioffe 2017 and Santurkar et al. 2018 have it, or `epoch`, in which batch sizes compare.
     """
-    both = dict.fromkeys((measure.train_column, measure.column))
+    both = dict.fromkeys((metric.train_column, metric.name))
     shown = [column for column in both if _known(found, column)]
     more = [
-        Line2D([], [], color="0.4", ls="-", label=measure.images),
+        Line2D([], [], color="0.4", ls="-", label=metric.images),
         Line2D([], [], color="0.4", ls="--", lw=0.8, label="training"),
     ]
     figure, drawn = multiples(found, looks, canvas, more if len(shown) > 1 else [], across=_across(found, canvas))
@@ -45,13 +45,13 @@ def learning_curves(
             rows = panel.rows[panel.rows["variant"] == arm]
             if len(shown) > 1:
                 done = rows[rows["state"] == "done"]
-                trend(ax, done, x, measure.train_column, looks[arm], measure.scale, ls="--", lw=0.8, marker="")
-            trend(ax, rows, x, measure.column, looks[arm], measure.scale)
+                trend(ax, done, x, metric.train_column, looks[arm], metric.scale, ls="--", lw=0.8, marker="")
+            trend(ax, rows, x, metric.name, looks[arm], metric.scale)
         ticks(ax, panel.rows[x], 5)
     every = rows_of(found)
-    limit(drawn[0][0], "y", every[shown].melt()["value"] * measure.scale, share=measure.unit == "%")
+    limit(drawn[0][0], "y", every[shown].melt()["value"] * metric.scale, share=metric.unit == "%")
     figure.supxlabel(_steps(every) if x == "step" else x)
-    figure.supylabel(measure.with_unit.removeprefix(f"{measure.images} ") if len(shown) > 1 else measure.with_unit)
+    figure.supylabel(metric.axis_label.removeprefix(f"{metric.images} ") if len(shown) > 1 else metric.axis_label)
     return figure
 
 
@@ -71,7 +71,7 @@ def _steps(evaluations: pd.DataFrame) -> str:
     return f"training step{told}"
 
 
-def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[str, Style], canvas: Canvas) -> Figure:
+def train_against_test(found: Sequence[Panel], metric: Metric, looks: Mapping[str, Style], canvas: Canvas) -> Figure:
     """Test against training values along the training.
 
     A line is the mean over seeds from epoch to epoch; a marker is where one seed ends. The distance from the diagonal
@@ -80,7 +80,7 @@ def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[
     Args:
         found: rows are the evaluations of done runs.
     """
-    pair = [measure.train_column, measure.column]
+    pair = [metric.train_column, metric.name]
     across = _across(found, canvas) or canvas.columns(len(found))
     height = 2.6 if across < 3 and canvas.width / across > 2 else 2.0
     figure, drawn = multiples(found, looks, canvas, height=height, across=across)
@@ -88,8 +88,8 @@ def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[
         ax.axline((1, 1), (2, 2), color="0.6", lw=0.7, ls="--", zorder=1)
         for arm in in_order(panel.rows["variant"]):
             look, of_arm = looks[arm], panel.rows[panel.rows["variant"] == arm]
-            path = of_arm.groupby("epoch")[pair].mean() * measure.scale
-            ends = of_arm[of_arm["epoch"] == of_arm["epoch"].max()][pair] * measure.scale
+            path = of_arm.groupby("epoch")[pair].mean() * metric.scale
+            ends = of_arm[of_arm["epoch"] == of_arm["epoch"].max()][pair] * metric.scale
             ax.plot(*path.to_numpy().T, color=look.color, lw=0.9, alpha=0.8)
             ax.plot(*ends.to_numpy().T, color=look.color, marker=look.marker, ls="none", zorder=3)
         ax.set_box_aspect(1)
@@ -98,16 +98,16 @@ def train_against_test(found: Sequence[Panel], measure: Measure, looks: Mapping[
     # The first epochs, far down the diagonal, would leave no room to see the ends apart.
     every = rows_of(found)
     late = every[every["epoch"] > every["epoch"].max() / 2]
-    shown = late[pair].melt()["value"] * measure.scale
+    shown = late[pair].melt()["value"] * metric.scale
     for name in ("x", "y"):
-        limit(drawn[0][0], name, shown, share=measure.unit == "%")
-    figure.supxlabel(measure.with_unit.replace(measure.images, "training"))
-    figure.supylabel(measure.with_unit)
+        limit(drawn[0][0], name, shown, share=metric.unit == "%")
+    figure.supxlabel(metric.axis_label.replace(metric.images, "training"))
+    figure.supylabel(metric.axis_label)
     return figure
 
 
 def against_batch(
-    found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style], canvas: Canvas
+    found: Sequence[Panel], values: pd.DataFrame, metric: Metric, looks: Mapping[str, Style], canvas: Canvas
 ) -> Figure:
     """The final measure against the batch size.
 
@@ -127,12 +127,12 @@ def against_batch(
             rows = panel.rows[panel.rows["variant"] == arm].sort_values("batch")
             estimates(ax, rows, values, looks[arm], {batch: batch * dodge for batch in batches}, "batch")
     _powers_of_2(drawn[0][0], batches)
-    _finish(figure, drawn[0][0], every, measure, "images per batch")
+    _finish(figure, drawn[0][0], every, metric, "images per batch")
     return figure
 
 
 def against_norm_batch(
-    found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style], canvas: Canvas
+    found: Sequence[Panel], values: pd.DataFrame, metric: Metric, looks: Mapping[str, Style], canvas: Canvas
 ) -> Figure:
     """The final measure against the images that the statistics are of, as Wu & He 2018 (GroupNorm) do.
 
@@ -168,12 +168,12 @@ def against_norm_batch(
             reference = reference.sort_values("images")
             ax.plot(reference["images"], reference["mean"], color=BLUE, lw=0.7, zorder=1)
     _powers_of_2(drawn[0][0], sizes)
-    _finish(figure, drawn[0][0], every, measure, "images per normalisation")
+    _finish(figure, drawn[0][0], every, metric, "images per normalisation")
     return figure
 
 
 def by_condition(
-    found: Sequence[Panel], values: pd.DataFrame, measure: Measure, looks: Mapping[str, Style], canvas: Canvas
+    found: Sequence[Panel], values: pd.DataFrame, metric: Metric, looks: Mapping[str, Style], canvas: Canvas
 ) -> Figure:
     """The final measure of each arm under each of the study's conditions but the batch size, which has panels: depths,
     starts, learning rates, samplers. Conditions that differ by a number only are joined by lines.
@@ -207,7 +207,7 @@ def by_condition(
     ax.set_xlim(-0.5, len(conditions) - 0.5)
     for other, _ in drawn:
         other.grid(visible=False, axis="x")
-    _finish(figure, ax, every, measure, "")
+    _finish(figure, ax, every, metric, "")
     return figure
 
 
@@ -218,7 +218,7 @@ def _differ_by_a_number(conditions: Sequence[str]) -> bool:
     return alike and sum(len(set(values)) > 1 for values in numbers) == 1
 
 
-def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure, canvas: Canvas) -> Figure:
+def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, metric: Metric, canvas: Canvas) -> Figure:
     """The final measure of every arm, one row each, a block per condition: for more arms than colours.
 
     Args:
@@ -246,13 +246,13 @@ def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, measure: Measure, canvas: C
         ax.set_yticks(range(len(arms)), labels=[label[arm] for arm in arms])
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_title(title, loc="left")
-    limit(axes[0], "x", pd.concat([tidy["mean"], tidy["low"], tidy["high"]]), share=measure.unit == "%")
-    axes[-1].set_xlabel(measure.with_unit)
+    limit(axes[0], "x", pd.concat([tidy["mean"], tidy["low"], tidy["high"]]), share=metric.unit == "%")
+    axes[-1].set_xlabel(metric.axis_label)
     return figure
 
 
 def against_option(
-    found: Sequence[tuple[str, pd.DataFrame]], values: pd.DataFrame, measure: Measure, canvas: Canvas
+    found: Sequence[tuple[str, pd.DataFrame]], values: pd.DataFrame, metric: Metric, canvas: Canvas
 ) -> Figure:
     """The final measure against a number that a norm's options vary, one line per value of a second one: gamma's start
     and the divisor of its learning rate, as in Davis & Frank 2021.
@@ -283,7 +283,7 @@ def against_option(
     if any(names):
         told = [Line2D([], [], color=look.color, marker=look.marker, label=name) for name, look in looks.items()]
         legend(figure, told, canvas)
-    _finish(figure, axes[0], every, measure, "")
+    _finish(figure, axes[0], every, metric, "")
     return figure
 
 
@@ -359,7 +359,7 @@ def _powers_of_2(ax: Axes, sizes: Sequence[int]) -> None:
     ax.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
 
 
-def _finish(figure: Figure, ax: Axes, rows: pd.DataFrame, measure: Measure, label: str) -> None:
-    limit(ax, "y", pd.concat([rows["mean"], rows["low"], rows["high"]]), share=measure.unit == "%")
+def _finish(figure: Figure, ax: Axes, rows: pd.DataFrame, metric: Metric, label: str) -> None:
+    limit(ax, "y", pd.concat([rows["mean"], rows["low"], rows["high"]]), share=metric.unit == "%")
     figure.supxlabel(label)
-    figure.supylabel(measure.with_unit)
+    figure.supylabel(metric.axis_label)

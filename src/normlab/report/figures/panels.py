@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from normlab.report.analysis.tables import CELL
+from normlab.report.analysis.frames import CELL
 from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend, seeds
 from normlab.report.study.arms import FAMILIES, in_order, natural
 from normlab.report.study.load import Study

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from normlab.report.analysis.measures import step_to_step
+from normlab.report.analysis.metrics import step_to_step
 from normlab.report.figures.panels import Drawn, Panel, grid, ordered, pages, rows_of, split, ticks, trend, wrapped
 from normlab.report.figures.style import Canvas, Style, handles, legend, limit, seeds
 from normlab.report.study.arms import in_order

@@ -255,7 +255,7 @@ def _breakable(text: str) -> str:
 
 def _latex_cell(cell: Cell) -> str:
     number, notes = split_number(cell.text)
-    if not cell.standing:
+    if not cell.highlight:
         return latex_escape(cell.text)
-    mark = {"best": r"\textbf", "close": r"\underline"}[cell.standing]
+    mark = {"best": r"\textbf", "close": r"\underline"}[cell.highlight]
     return f"{mark}{{{latex_escape(number)}}}{latex_escape(notes)}"

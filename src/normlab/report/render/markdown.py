@@ -39,7 +39,7 @@ def split_number(text: str) -> tuple[str, str]:
 
 def _bold(cell: Cell) -> str:
     number, notes = split_number(cell.text)
-    return f"**{number}**{notes}" if cell.standing == "best" else cell.text
+    return f"**{number}**{notes}" if cell.highlight == "best" else cell.text
 
 
 def _sentences(frame: pd.DataFrame, column: int) -> bool:

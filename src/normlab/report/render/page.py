@@ -9,7 +9,7 @@ from normlab.report.analysis.cells import Table
 from normlab.report.render.markdown import markdown_table
 from normlab.report.study.arms import in_order, natural
 from normlab.report.study.load import Study
-from normlab.report.study.provenance import Sources
+from normlab.report.study.provenance import Provenance
 
 _HARDWARE = {  # what the page tells of a run's provenance
     "device": "Device",
@@ -23,8 +23,8 @@ _HARDWARE = {  # what the page tells of a run's provenance
 
 def page(
     study: Study,
-    tables: Sequence[tuple[Table, Sources]],
-    drawn: Sequence[tuple[str, str, Sources]],
+    tables: Sequence[tuple[Table, Provenance]],
+    drawn: Sequence[tuple[str, str, Provenance]],
     warnings: Sequence[str],
 ) -> str:
     """The report as one Markdown page, its figures (name, caption, what they were made from) beside it."""

@@ -1,1 +1,5 @@
-"""A study's records as DataFrames: loading, index, arms, selection, provenance."""
+"""A study's records: which runs there are, what each belongs to, and what it came to."""
+
+from normlab.report.study.load import Study, load
+
+__all__ = ["Study", "load"]

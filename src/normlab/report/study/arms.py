@@ -1,7 +1,7 @@
-"""Which runs may stand beside each other: the arm of each run, and the setting that its table is about.
+"""The places of runs in tables: the arm of each run, and the setting that its table is about.
 
-Runs that differ only in their seed are a cell. `batch` is a table's column and the arm its row. Every
-other setting that varies makes tables of its own, so that no cell ever mixes two of them.
+Runs that differ only in their seed are a cell. `batch` is a table's column and the arm its row. Every other
+setting that varies makes tables of its own, so that no cell ever mixes two of them.
 """
 
 import itertools
@@ -36,48 +36,49 @@ class Place(NamedTuple):
 
 
 def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str, str]]:
-    """The place of each run among the others, and per setting a remark about what follows its batch size.
+    """Return the place of each run among the others, and per setting a remark about what follows its batch size.
 
-    A setting other than depth, network and data set that has one value per batch size (a learning rate
-    scaled with the batch, say) does not split the table: its values are told in the remark.
+    A setting other than depth, network and data set that has one value per batch size (a learning rate scaled with the
+    batch, say) does not split the table: its values are in the remark.
     """
-    of_cell = [but_for_the_seed(config) for config in configs]
-    cells = dict(zip(of_cell, configs, strict=True))  # each is looked at once: a study has far fewer of them than runs
-    flat = [flatten(runs.completed(runs.identity(config))) for config in cells.values()]
-    arms = _arm_labels(flat)
+    cells = flat_cells(configs)
+    flat = list(cells.values())
     # A probe changes nothing of a run: runs with and without it are of one cell.
     elsewhere = (*OF_THE_ARM, "norm_batch", "batch", "seed", "probe")
     splitting = [key for key in varying(flat) if not key.startswith(elsewhere)]
-    splitting.sort(key="eval_batch".__eq__)  # at the end: the eval_stats that it goes with says more
+    splitting.sort(key="eval_batch".__eq__)  # at the end: the eval_stats that it goes with explains more
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
-    following = [
-        key
-        for key in splitting
-        if key not in fixed and _determines([(*_values(row, fixed), row.get("batch")) for row in flat], flat, key)
-    ]
+    by_batch = [(*(row.get(key, "") for key in fixed), row.get("batch")) for row in flat]
+    following = [key for key in splitting if key not in fixed and _determines(by_batch, flat, key)]
     settings = _setting_titles(flat, [key for key in splitting if key not in following])
-    found = {
-        cell: Place(setting, arm, config["batch"], config["seed"])
-        for (cell, config), setting, arm in zip(cells.items(), settings, arms, strict=True)
-    }
-    remarks = _remarks(list(found.values()), flat, following)
-    return [found[cell]._replace(seed=config["seed"]) for cell, config in zip(of_cell, configs, strict=True)], remarks
+    of_cell = dict(zip(cells, zip(settings, _arm_labels(flat), strict=True), strict=True))
+    found = [Place(*of_cell[cell_key(config)], config["batch"], config["seed"]) for config in configs]
+    return found, _remarks(settings, flat, following)
 
 
-def but_for_the_seed(config: Mapping[str, Any]) -> Hashable:
-    """Equal only for configurations that differ in nothing but their seed, which share what they hold when read."""
-    held = {**config, "seed": None}
-    return (*held, *map(id, held.values()))
+def cell_key(config: Mapping[str, Any]) -> Hashable:
+    """Return a key that is equal for configurations as read whose only difference is the seed: they share their parts.
+
+    Configurations that do not share their parts have different keys, whatever they hold.
+    """
+    parts = {**config, "seed": None}
+    return (*parts, *map(id, parts.values()))
+
+
+def flat_cells(configs: Iterable[Mapping[str, Any]]) -> dict[Hashable, dict[str, Hashable]]:
+    """Return the flat settings that can change a result by `cell_key`: a study has far fewer cells than runs."""
+    cells = {cell_key(config): config for config in configs}
+    return {cell: flatten(runs.completed(runs.identity(config))) for cell, config in cells.items()}
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
-    """The known arms first, in their own order, then the others by name."""
+    """Return the known arms, each once, in their own order, then the others by name."""
     found = arms.unique() if hasattr(arms, "unique") else set(arms)  # a column of millions of rows has few
     return sorted(found, key=lambda arm: (_rank(arm.split(" (")[0]), natural(arm)))
 
 
-def natural(text: str) -> list[str | float]:
-    """A sorting key that takes numbers by their value: resnet18 before resnet101, 0.05 before 0.1."""
+def natural(text: str) -> list[float | str]:
+    """Return a key that sorts numbers by their value: resnet18 before resnet101, 0.05 before 0.1."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
     return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
@@ -87,6 +88,7 @@ def _rank(name: str) -> int:
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
+    """Return nested settings by their names on the command line: optimizer.lr; lists as JSON."""
     flat: dict[str, Hashable] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping) and value:
@@ -96,72 +98,62 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
     return flat
 
 
-def _values(row: Mapping[str, Hashable], keys: Iterable[str]) -> tuple[Hashable, ...]:
-    return tuple(row.get(key, "") for key in keys)
-
-
 def varying(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
-    """The settings that differ between configurations, or that some of them lack."""
+    """Return the settings that differ between configurations, or that some of them lack."""
     keys = dict.fromkeys(key for row in flat for key in row)
-    return [key for key in keys if len(set(_values_of(flat, key))) > 1]
+    return [key for key in keys if len(set(_values(flat, key))) > 1]
 
 
-def _values_of(flat: Sequence[Mapping[str, Hashable]], key: str) -> list[Hashable]:
+def _values(flat: Sequence[Mapping[str, Hashable]], key: str) -> list[Hashable]:
     return [row.get(key, "") for row in flat]
 
 
 def _determines(groups: Sequence[Hashable], flat: Sequence[Mapping[str, Hashable]], key: str) -> bool:
-    """Whether all runs of one group have one value of `key`."""
-    pairs = set(zip(groups, _values_of(flat, key), strict=True))
-    return len(pairs) == len(set(groups))
+    """Return whether all runs of one group have one value of `key`."""
+    return len(set(zip(groups, _values(flat, key), strict=True))) == len(set(groups))
 
 
 def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
-    by_name: dict[Hashable, list[Mapping[str, Hashable]]] = defaultdict(list)
+    by_name: dict[tuple[Hashable, bool], list[Mapping[str, Hashable]]] = defaultdict(list)
     for row in flat:
         by_name[row["norm.name"], IMPORTED in row].append(row)
     # Arms differ in their options by nature; only what varies within one norm has to be told apart.
     options = {name: [key for key in varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
-    several_norm_batches = len(set(_values_of(flat, "norm_batch"))) > 1
+    several_norm_batches = len(set(_values(flat, "norm_batch"))) > 1
     labels = []
     for row in flat:
-        name = row["norm.name"]
-        told = ["imported"] if IMPORTED in row and (name, False) in by_name else []
-        own = options[name, IMPORTED in row]
-        told += [
-            f"{key.removeprefix('norm.')}={_text(row[key])}"
-            for key in own
-            if key in row and row[key] != _NEUTRAL.get(key, ...)
-        ]
+        name, imported = row["norm.name"], IMPORTED in row
+        words = ["imported"] if imported and (name, False) in by_name else []
+        own = [key for key in options[name, imported] if key in row and row[key] != _NEUTRAL.get(key, ...)]
+        words += [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in own]
         if several_norm_batches and row.get("norm_batch") is not None:
-            told.append(f"norm_batch={row['norm_batch']}")
-        labels.append(f"{name} ({', '.join(told)})" if told else str(name))
+            words.append(f"norm_batch={row['norm_batch']}")
+        labels.append(f"{name} ({', '.join(words)})" if words else str(name))
     return labels
 
 
 def _setting_titles(flat: Sequence[Mapping[str, Hashable]], splitting: Sequence[str]) -> list[str]:
-    """Data set and network, then each setting that tells apart what those before it do not."""
+    """Return data set and network, then each setting that tells apart what those before it do not."""
     titles = [f"{row.get('dataset.name')}, {row.get('model.name')}{row.get('depth') or ''}" for row in flat]
     for key in splitting:
         if not _determines(titles, flat, key):
-            values = _values_of(flat, key)
+            values = _values(flat, key)
             titles = [f"{title}, {key}={_text(value)}" for title, value in zip(titles, values, strict=True)]
     return titles
 
 
 def _remarks(
-    found: Sequence[Place], flat: Sequence[Mapping[str, Hashable]], following: Sequence[str]
+    settings: Sequence[str], flat: Sequence[Mapping[str, Hashable]], following: Sequence[str]
 ) -> dict[str, str]:
-    remarks: dict[str, list[str]] = defaultdict(list)
+    sentences: dict[str, list[str]] = defaultdict(list)
     for key in following:
-        for setting in dict.fromkeys(place.setting for place in found):
-            here = [
-                (place.batch, row.get(key)) for place, row in zip(found, flat, strict=True) if place.setting == setting
-            ]
-            values = dict(sorted(here, key=lambda pair: pair[0]))
-            told = ", ".join(f"{_text(value)} at {batch}" for batch, value in values.items())
-            remarks[setting].append(f"{key} follows the batch size: {told}.")
-    return {setting: " ".join(sentences) for setting, sentences in remarks.items()}
+        by_batch: dict[str, dict[Any, Hashable]] = defaultdict(dict)
+        for setting, row in zip(settings, flat, strict=True):
+            by_batch[setting][row["batch"]] = row.get(key)
+        for setting, values in by_batch.items():
+            listed = ", ".join(f"{_text(value)} at {batch}" for batch, value in sorted(values.items()))
+            sentences[setting].append(f"{key} follows the batch size: {listed}.")
+    return {setting: " ".join(listed) for setting, listed in sentences.items()}
 
 
 def _text(value: object) -> str:

@@ -3,36 +3,38 @@
 from pathlib import Path
 
 from normlab.common.errors import UserError, nearest
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 
 LISTED = 5
 
 
 def find_studies(output_dir: Path) -> list[str]:
-    """Every folder below `output_dir` that holds runs, by name; a study's name may have two parts."""
+    """Return every folder below `output_dir` that holds runs, by name; a study's name may have two parts."""
     configs = [*output_dir.glob("*/*/config.yaml"), *output_dir.glob("*/*/*/config.yaml")]
     folders = {path.parent.parent for path in configs if not path.parent.name.startswith(".")}
     return sorted(folder.relative_to(output_dir).as_posix() for folder in folders)
 
 
 def holds_runs(folder: Path) -> bool:
+    """Return whether a folder is that of a study."""
     return folder.is_dir() and next(folder.glob("*/config.yaml"), None) is not None
 
 
 def study_folder(study: str, output_dir: Path) -> Path:
-    """
+    """Return the folder of a study.
+
     Raises:
         UserError: if there is no such study.
     """
     folder = output_dir / study
-    if not holds_runs(folder):
-        names = find_studies(output_dir)
-        close = nearest(study, names)
-        more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-        raise UserError(
-            f"There is no study {study} in {output_dir}."
-            + (f"\nStudies there: {', '.join(names[:LISTED])}{more}." if names else " It holds no study yet.")
-            + (f"\nDid you mean study={close}?" if close else "")
-            + f"\nTo start it: {called('train')} -m study={study} norm=bn,none"
-        )
-    return folder
+    if holds_runs(folder):
+        return folder
+    names = find_studies(output_dir)
+    close = nearest(study, names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    raise UserError(
+        f"There is no study {study} in {output_dir}."
+        + (f"\nStudies there: {', '.join(names[:LISTED])}{more}." if names else " It holds no study yet.")
+        + (f"\nDid you mean study={close}?" if close else "")
+        + f"\nTo start it: {command_name('train')} -m study={study} norm=bn,none"
+    )

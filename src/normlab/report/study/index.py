@@ -6,51 +6,27 @@ without. It holds numbers and JSON; nothing of it is executed.
 """
 
 import contextlib
-import itertools
 import json
-import math
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
 
 from normlab import runs
 from normlab.common.errors import UserError
+from normlab.report.study.columns import Columns, as_columns, length
 from normlab.runs import files
 
 NAME = ".index.npz"
-VERSION = 1  # of the index, and of what `as_columns` makes of rows: another one is not read
+VERSION = 2  # of the index, and of what `as_columns` makes of rows: another one is not read
 WORTH = 20_000  # rows read line by line, a fifth of a second, from which on writing an index pays
-TEXTS = ("layer",)  # columns that hold texts
-
-# By name, in the order of the rows' keys: a float64 array, nan where there is no number; or, where a row has a text or
-# a list, all values as JSON has them. Empty for a file without rows.
-Columns = dict[str, Any]
-
-
-def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
-    keys = dict.fromkeys(map(tuple, rows))
-    names = dict.fromkeys(itertools.chain.from_iterable(keys))
-    alike = zip(*map(dict.values, rows), strict=True)  # far quicker, where all rows have the same keys
-    found = alike if len(keys) == 1 else ([row.get(name, math.nan) for row in rows] for name in names)
-    return {name: _column(name, list(values)) for name, values in zip(names, found, strict=True)}
-
-
-def _column(name: str, values: list[Any]) -> Any:
-    numbers = set(map(type, values)) <= {float, int, bool, NoneType}
-    return np.array(values, dtype=float) if numbers and name not in TEXTS else values
-
-
-def length(columns: Columns) -> int:
-    return len(columns["step"]) if columns else 0  # every row has its step
 
 
 class Index:
-    """Reads files of rows, from the index where it has them as they are on disk."""
+    """Reader of files of rows, which takes from the index those that are as they were."""
 
     def __init__(self, study_folder: Path) -> None:
         self.path = study_folder / NAME
@@ -59,7 +35,7 @@ class Index:
         self._rows_read = 0
 
     def read(self, run: str, file: str) -> tuple[Columns, list[str]]:
-        """What a file of a run's folder holds, and a sentence about each line that cannot be read."""
+        """Return the columns of a file of a run's folder, and a sentence about each line that cannot be read."""
         name, path = f"{run}/{file}", f"{self.path.parent}/{run}/{file}"
         try:
             found = os.stat(path)  # noqa: PTH116  # before it is read: what is written meanwhile is seen the next time
@@ -70,7 +46,7 @@ class Index:
         if then != written:
             rows, warnings = runs.read_rows(Path(path))
             columns = as_columns(rows)
-            if warnings:  # not kept, so that they are told every time
+            if warnings:  # not kept, so that they are repeated every time
                 return columns, warnings
             self._rows_read += len(rows)
         self._now[name] = written, columns
@@ -86,22 +62,22 @@ class Index:
 
 
 def _arrays(found: Mapping[str, tuple[list[int], Columns]]) -> dict[str, Any]:
-    """Numbers as arrays that are each of a column and of all files with the same columns; all else as JSON."""
-    alike: dict[Any, list[str]] = defaultdict(list)
+    """Return the numbers of all files with the same columns as one array, columns by rows, and the rest as JSON."""
+    alike: dict[tuple[tuple[str, bool], ...], list[str]] = defaultdict(list)
     for name, (_, columns) in found.items():
         alike[tuple((column, isinstance(values, list)) for column, values in columns.items())].append(name)
     arrays: dict[str, Any] = {}
     groups = []
     for i, (kinds, names) in enumerate(alike.items()):
-        for j, (column, is_list) in enumerate(kinds):
-            if not is_list:
-                arrays[f"{i}.{j}"] = np.concatenate([found[name][1][column] for name in names])
-        lists = {column for column, is_list in kinds if is_list}
-        members = [
-            [name, found[name][0], length(found[name][1]), {column: found[name][1][column] for column in lists}]
-            for name in names
-        ]
-        groups.append({"columns": [column for column, _ in kinds], "files": members})
+        numbers, lists = ([column for column, is_list in kinds if is_list == wanted] for wanted in (False, True))
+        blocks, members = [], []
+        for name in names:
+            written, columns = found[name]
+            rows = length(columns)
+            blocks.append(np.array([columns[column] for column in numbers], float).reshape(len(numbers), rows))
+            members.append([name, written, rows, {column: columns[column] for column in lists}])
+        arrays[str(i)] = np.concatenate(blocks, axis=1)
+        groups.append({"columns": [column for column, _ in kinds], "numbers": numbers, "files": members})
     head = json.dumps({"version": VERSION, "groups": groups}).encode()
     return {"head": np.frombuffer(head, np.uint8), **arrays}
 
@@ -112,16 +88,12 @@ def _read(path: Path) -> dict[str, tuple[list[int], Columns]]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             head = json.loads(arrays["head"].tobytes())
             for i, group in enumerate(head["groups"] if head["version"] == VERSION else ()):
-                numbers = [arrays.get(f"{i}.{j}") for j in range(len(group["columns"]))]
-                start = 0
+                block, start = arrays[str(i)], 0
                 for name, written, rows, lists in group["files"]:
-                    parts = zip(group["columns"], numbers, strict=True)
-                    stop = start + rows
-                    columns = {
-                        column: lists[column] if column in lists else array[start:stop] for column, array in parts
-                    }
+                    numbers = zip(group["numbers"], block[:, start : start + rows], strict=True)
+                    columns = {**dict.fromkeys(group["columns"]), **dict(numbers), **lists}
                     found[name] = written, columns
-                    start = stop
+                    start += rows
     except Exception:  # whatever is wrong with it, it is only a cache
         return {}
     return found

@@ -3,40 +3,35 @@
 import itertools
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from normlab import runs
 from normlab.common.errors import UserError, first_line
-from normlab.report.study.arms import Place, but_for_the_seed, flatten, places, varying
+from normlab.report.study.arms import Place, cell_key, flat_cells, places, varying
+from normlab.report.study.columns import Columns, tidy
 from normlab.report.study.find import holds_runs, study_folder
-from normlab.report.study.index import TEXTS, Columns, Index, length
+from normlab.report.study.index import Index
 from normlab.runs import lock
-from normlab.runs.states import FINISHED, STALE_SECONDS, State
+from normlab.runs.states import FINISHED, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
 
-_RUN_COLUMNS = [
-    "run", "setting", "arm", "batch", "seed", "state", "note", "epochs",
-    "wall_seconds", "peak_memory_bytes", "parameters", "classes",
-]  # fmt: skip
-
 
 _PLACE = ["run", *Place._fields, "state"]
-_REST = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "note"]
+_NUMBERS = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
 _NOT_VARIED = ("batch", "seed", "epochs", "probe", "norm._target_")  # in columns of their own, or changing no result
 
 
 @dataclass(frozen=True, repr=False)
 class Study:
-    """What a study's folder holds. `results` has one row per run with what varied and what came out.
+    """The records of a study's folder. `results` has one row per run with what varied and what came out.
 
     All tables begin with the columns run (the folder's name), setting (what a table of the report is about: data set,
     network and whatever else varies), arm (the norm, with those of its options that vary), batch and seed (Int64), and
@@ -44,7 +39,7 @@ class Study:
 
     Attributes:
         runs: one row per run and per gap in the study's grid, whose run is "" and whose state is missing. More columns:
-            note (about the state); as float64, nan where unknown: epochs (asked for), wall_seconds, peak_memory_bytes,
+            note (about the state); as float64, nan where unknown: epochs (requested), wall_seconds, peak_memory_bytes,
             parameters (trainable numbers), classes.
         evaluations: one row per evaluation of a run. More columns, float64, nan where not finite: epoch (from 1), step,
             train_loss and train_accuracy (seen while training the epoch), test_loss, test_accuracy (fractions of 1),
@@ -68,17 +63,17 @@ class Study:
     warnings: list[str]
 
     def states(self) -> dict[str, int]:
-        """Number of runs in each state, gaps of the grid among the missing."""
+        """Return the number of runs in each state, gaps of the grid among the missing."""
         counts = self.runs["state"].value_counts()
         names = [*STATES, State.UNREADABLE] if State.UNREADABLE in counts else STATES
         return {str(state): int(counts.get(state, 0)) for state in names}
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{number} {state}" for state, number in self.states().items() if number)
-        return f"Study {self.name}: {told or 'no runs'}"
+        counted = ", ".join(f"{number} {state}" for state, number in self.states().items() if number)
+        return f"Study {self.name}: {counted or 'no runs'}"
 
     def results(self) -> pd.DataFrame:
-        """What varied and what came out: one row per run, for analyses of your own.
+        """Return what varied and what came out: one row per run, for analyses of your own.
 
         Columns:
             run, setting, arm, batch, seed, state: as in `runs`.
@@ -91,26 +86,21 @@ class Study:
             epochs, wall_seconds, peak_memory_bytes, parameters, note: as in `runs`.
         """
         table = self.runs[self.runs["run"] != ""].set_index("run", drop=False)
-        of_cell = {run: but_for_the_seed(config) for run, config in self.configs.items()}
-        cells = {cell: self.configs[run] for run, cell in of_cell.items()}  # far fewer than runs
-        flat = {cell: flatten(runs.completed(runs.identity(config))) for cell, config in cells.items()}
-        varied = [name for name in varying(list(flat.values())) if not name.startswith(_NOT_VARIED)]
-        settings = pd.DataFrame(
-            {name: [flat.get(of_cell.get(run), {}).get(name) for run in table["run"]] for name in varied},
-            index=table.index,
-        )
+        cells = flat_cells(self.configs.values())
+        flat = [cells[cell_key(self.configs[run])] if run in self.configs else {} for run in table["run"]]
+        varied = [name for name in varying(list(cells.values())) if not name.startswith(_NOT_VARIED)]
+        settings = pd.DataFrame({name: [row.get(name) for row in flat] for name in varied}, index=table.index)
         measured = [column for column in self.evaluations if column not in (*_PLACE, "wall_seconds")]
         last = self.evaluations.drop_duplicates("run", keep="last").set_index("run")[measured]
         by_run = self.evaluations.groupby("run", sort=False)
         for column, best in (("test_accuracy", "max"), ("test_loss", "min")):
             if column in measured:
                 last[f"best_{column}"] = by_run[column].agg(best)
-        return pd.concat([table[_PLACE], settings, last.reindex(table.index), table[_REST]], axis=1).reset_index(
-            drop=True
-        )
+        facts = table[["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "note"]]
+        return pd.concat([table[_PLACE], settings, last.reindex(table.index), facts], axis=1).reset_index(drop=True)
 
     def noted(self) -> list[Any]:
-        """The rows of runs whose state wants an explanation, as named tuples."""
+        """Return the rows of runs whose state wants an explanation, as named tuples."""
         return list(self.runs[self.runs["note"].fillna("") != ""].itertuples(index=False))
 
 
@@ -128,7 +118,7 @@ def load(
     Args:
         study: its name, as in `python report.py study=...`, or the path of its folder.
         output_dir: the folder that holds studies.
-        name: what the study is called; by default its name, or its folder's.
+        name: the study's name in the report; by default its name, or its folder's.
         now: the time to judge heartbeats by, with its zone; the present by default.
 
     Raises:
@@ -139,105 +129,112 @@ def load(
         folder, name = study_folder(study, Path(output_dir)), name or study
     elif not holds_runs(folder):
         raise UserError(f"The folder {folder} holds no runs.\nGive a study's name, or the folder that its runs are in.")
-    now = now or datetime.now(UTC)
-    configs: dict[str, dict[str, Any]] = {}
-    rows: list[dict[str, Any]] = []
-    measured: dict[str, Columns] = {}
-    probed: dict[str, dict[str, Columns]] = defaultdict(dict)
-    warnings: list[str] = []
-    index = Index(folder)
-    for path in runs.find(folder):
-        try:
-            configs[path.name] = _config(path)
-        except UserError as error:
-            warnings.append(str(error))
-            rows.append({"run": path.name, "state": State.UNREADABLE, "note": first_line(error)})
-            continue
-        row, evaluations, complaints = _read(path, configs[path.name], now, index)
-        rows.append(row)
-        measured[path.name] = evaluations
-        warnings += complaints
-        for file in runs.probe_files(path):
-            probed[file.stem][path.name], complaints = index.read(path.name, f"{runs.PROBES}/{file.name}")
-            warnings += complaints
-    index.write()
-
-    found, remarks = places(list(configs.values()))
-    where = dict(zip(configs, found, strict=True))
-    rows, complaints = _without_twins(
-        rows, where, {run: len(config.get("probe") or ()) for run, config in configs.items()}
-    )
-    table = pd.DataFrame(
-        [row | (where[row["run"]]._asdict() if row["run"] in where else {}) for row in rows]
-        + [{**gap._asdict(), "run": "", "state": "missing", "note": ""} for gap in _gaps(where.values())],
-        columns=_RUN_COLUMNS,
-    )
-    table = table.astype({"batch": "Int64", "seed": "Int64"})
-    numbers = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
-    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
-    provenance = {run: _provenance(folder / run) for run in configs}
+    records = _Records(folder, now or datetime.now(UTC))
+    found, remarks = places(list(records.configs.values()))
+    table = _table(records, dict(zip(records.configs, found, strict=True)))
+    provenance = {run: _provenance(folder / run) for run in records.configs}
+    place = table[_PLACE]
     return Study(
         name=name or folder.name,
         folder=folder,
         runs=table,
-        evaluations=_tidy(measured, table, ["run", "epoch"]),
+        evaluations=tidy(records.evaluations, place, ["run", "epoch"]),
         probes={
-            probe: _tidy(rows, table, ["run", "step", "layer"]) for probe, rows in probed.items() if any(rows.values())
+            probe: tidy(rows, place, ["run", "step", "layer"])
+            for probe, rows in records.probes.items()
+            if any(rows.values())
         },
-        configs=configs,
+        configs=records.configs,
         provenance=provenance,
         remarks=remarks,
-        warnings=[*warnings, *complaints, *_imported(table, configs, provenance)],
+        warnings=[*records.warnings, *_imported(table, records.configs, provenance)],
     )
+
+
+class _Records:
+    """The files of a study's runs as they were read; everything by the name of a run's folder.
+
+    Attributes:
+        rows: one per run, without its place.
+        probes: by probe and run.
+    """
+
+    def __init__(self, folder: Path, now: datetime) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.configs: dict[str, dict[str, Any]] = {}
+        self.evaluations: dict[str, Columns] = {}
+        self.probes: dict[str, dict[str, Columns]] = defaultdict(dict)
+        self.warnings: list[str] = []
+        self._now = now
+        index = Index(folder)
+        for path in runs.find(folder):
+            row: dict[str, Any] = {"run": path.name, "state": "missing", "note": ""}
+            try:
+                self._read(path, row, index)
+            except UserError as error:
+                self.warnings.append(str(error))
+                row |= {"state": State.UNREADABLE, "note": first_line(error)}
+            self.rows.append(row)
+        index.write()
+
+    def _read(self, path: Path, row: dict[str, Any], index: Index) -> None:
+        """Read a run and complete its row.
+
+        Raises:
+            UserError: if its configuration or status is damaged.
+        """
+        run = path.name
+        self.configs[run] = _config(path)
+        row["epochs"] = self.configs[run].get("epochs")
+        for file in runs.probe_files(path):
+            self.probes[file.stem][run] = self._columns(index, run, f"{runs.PROBES}/{file.name}")
+        self.evaluations[run] = {}
+        status = runs.read_status(path)
+        if status is not None:
+            self.evaluations[run] = self._columns(index, run, runs.METRICS)
+            row |= {key: status.get(key) for key in ("state", *_NUMBERS[1:])}
+            row["note"] = _note(path, status, self._now)
+            self._check(path, row)
+
+    def _columns(self, index: Index, run: str, file: str) -> Columns:
+        columns, warnings = index.read(run, file)
+        self.warnings += warnings
+        return columns
+
+    def _check(self, path: Path, row: dict[str, Any]) -> None:
+        """Mark a run of an unknown state, and one whose last evaluation is missing."""
+        measured = self.evaluations[path.name]
+        if row["state"] not in STATES:
+            row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
+            row["state"] = State.UNREADABLE
+        if row["state"] == "done" and (not measured or measured["epoch"][-1] != row["epochs"]):
+            # An earlier epoch's accuracy must not pass for the final one.
+            row["state"], row["note"] = State.UNREADABLE, "done, but its last evaluation cannot be read"
+            self.warnings.append(
+                f"{path / 'metrics.jsonl'} lacks the evaluation after epoch {row['epochs']}, so the run is"
+                " left out of the tables. Delete the run's folder and start the run again."
+            )
 
 
 def _config(path: Path) -> dict[str, Any]:
     config = runs.read_config(path)
-    if not (
-        all(isinstance(config.get(group), dict) and "name" in config[group] for group in ("norm", "model", "dataset"))
-        and isinstance(config.get("batch"), int)
-        and isinstance(config.get("seed"), int)
-    ):
-        raise UserError(
-            f"{path / 'config.yaml'} lacks settings of a run (norm.name, model, dataset, batch, seed).\n"
-            "Move the run's folder away and start the run again."
-        )
-    return config
-
-
-def _read(
-    path: Path, config: Mapping[str, Any], now: datetime, index: Index
-) -> tuple[dict[str, Any], Columns, list[str]]:
-    """One run: its row, its evaluations and what there is to complain about."""
-    row: dict[str, Any] = {"run": path.name, "state": "missing", "note": "", "epochs": config.get("epochs")}
-    try:
-        status = runs.read_status(path)
-    except UserError as error:
-        return row | {"state": State.UNREADABLE, "note": first_line(error)}, {}, [str(error)]
-    if status is None:
-        return row, {}, []
-    measured, warnings = index.read(path.name, runs.METRICS)
-    row |= {key: status.get(key) for key in ("wall_seconds", "peak_memory_bytes", "parameters", "classes")}
-    row["state"], row["note"] = status.get("state"), _note(path, status, now)
-    if row["state"] not in STATES:
-        row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
-        row["state"] = State.UNREADABLE
-    if row["state"] == "done" and (not measured or measured["epoch"][-1] != config.get("epochs")):
-        # An earlier epoch's accuracy must not pass for the final one.
-        row["state"], row["note"] = State.UNREADABLE, "done, but its last evaluation cannot be read"
-        warnings.append(
-            f"{path / 'metrics.jsonl'} lacks the evaluation after epoch {config.get('epochs')}, so the run is"
-            " left out of the tables. Delete the run's folder and start the run again."
-        )
-    return row, measured, warnings
+    groups = [config.get(group) for group in ("norm", "model", "dataset")]
+    whole = [config.get(name) for name in ("batch", "seed")]
+    if all(isinstance(group, dict) and "name" in group for group in groups) and all(isinstance(n, int) for n in whole):
+        return config
+    raise UserError(
+        f"{path / 'config.yaml'} lacks settings of a run (norm.name, model, dataset, batch, seed).\n"
+        "Move the run's folder away and start the run again."
+    )
 
 
 def _note(path: Path, status: Mapping[str, Any], now: datetime) -> str:
-    if status.get("state") == "failed":
+    state = status.get("state")
+    if state == "failed":
         return first_line(status.get("error") or "no error was recorded")
-    if status.get("state") == "diverged" and status.get("diverged_step") is not None:
+    if state == "diverged" and status.get("diverged_step") is not None:
         return f"at step {status['diverged_step']}"
-    if status.get("state") == "running":
+    if state == "running":
         by = lock.holder(path)
         if by and by.gone:
             return "lost: its process is gone; the same command goes on from its checkpoint"
@@ -247,7 +244,7 @@ def _note(path: Path, status: Mapping[str, Any], now: datetime) -> str:
 
 
 def seconds_since(moment: object, now: datetime) -> float:
-    """Seconds from an ISO 8601 time (UTC where it has no zone) to `now`; 0 for what is no time."""
+    """Return the seconds from an ISO 8601 time (UTC where it has no zone) to `now`; 0 for what is no time."""
     try:
         then = datetime.fromisoformat(str(moment))
     except ValueError:
@@ -255,86 +252,51 @@ def seconds_since(moment: object, now: datetime) -> float:
     return (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
 
 
-def _without_twins(
-    rows: list[dict[str, Any]], where: Mapping[str, Place], probes: Mapping[str, int]
-) -> tuple[list[dict[str, Any]], list[str]]:
+def _table(records: _Records, where: Mapping[str, Place]) -> pd.DataFrame:
+    """Return one row per run and per gap of the grid."""
+    rows = _without_copies(records, where)
+    rows = [row | where[row["run"]]._asdict() if row["run"] in where else row for row in rows]
+    rows += [{**gap._asdict(), "run": "", "state": State.MISSING, "note": ""} for gap in _gaps(where.values())]
+    table = pd.DataFrame(rows, columns=[*_PLACE, "note", *_NUMBERS]).astype({"batch": "Int64", "seed": "Int64"})
+    table[_NUMBERS] = table[_NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
+    return table
+
+
+def _without_copies(records: _Records, where: Mapping[str, Place]) -> list[dict[str, Any]]:
     """Leave out copies of a run, the unfinished ones first, then those with fewer probes: one seed must count once."""
+
+    def preference(row: Mapping[str, Any]) -> tuple[bool, int]:
+        return row["state"] not in FINISHED, -len(records.configs[row["run"]].get("probe") or ())
+
     chosen: dict[Place, str] = {}
-    for row in sorted(rows, key=lambda row: (row["state"] not in FINISHED, -probes.get(row["run"], 0))):
-        if row["run"] in where:
-            chosen.setdefault(where[row["run"]], row["run"])
-    kept = [row for row in rows if row["run"] not in where or chosen[where[row["run"]]] == row["run"]]
-    twins = [(run, chosen[place]) for run, place in where.items() if chosen[place] != run]
-    return kept, [f"{run} is the same run as {other} and is left out." for run, other in twins]
+    for row in sorted((row for row in records.rows if row["run"] in where), key=preference):
+        chosen.setdefault(where[row["run"]], row["run"])
+    copies = {run: chosen[place] for run, place in where.items() if chosen[place] != run}
+    records.warnings += [f"{run} is the same run as {other} and is left out." for run, other in copies.items()]
+    return [row for row in records.rows if row["run"] not in copies]
 
 
 def _gaps(have: Collection[Place]) -> Iterator[Place]:
-    """The runs that would complete each setting's grid of arms, batch sizes and seeds."""
+    """Yield the runs that would complete each setting's grid of arms, batch sizes and seeds."""
     by_setting: dict[str, set[Place]] = defaultdict(set)
     for place in have:
         by_setting[place.setting].add(place)
     for setting, here in by_setting.items():
-        arms, batches, seeds = ({place[i] for place in here} for i in range(1, 4))
-        grid = (Place(setting, *cell) for cell in itertools.product(arms, batches, seeds))  # type: ignore[arg-type]
-        yield from sorted(set(grid) - here)
-
-
-def _tidy(measured: Mapping[str, Columns], table: pd.DataFrame, key: list[str]) -> pd.DataFrame:
-    """The rows of all runs, each with its run's place and state; by the key, of whose equals the last one is kept."""
-    files = [columns for columns in measured.values() if columns]
-    names = list(dict.fromkeys(itertools.chain.from_iterable(files))) or key[1:]
-    texts = [name for name in names if any(isinstance(columns.get(name), list) for columns in files)]
-    of_numbers = [name for name in names if name not in texts]
-    numbers = np.empty((len(of_numbers), sum(map(length, files))))  # one block, as pandas works quickest with
-    for row, name in zip(numbers, of_numbers, strict=True):
-        np.concatenate([np.empty(0), *_parts(name, files)], out=row)
-    every = pd.DataFrame(numbers.T, columns=of_numbers, copy=False)
-    for name in texts:
-        every.insert(names.index(name), name, _texts(name, files))
-    position = {run: i for i, run in enumerate(table["run"])}
-    of_runs = [position.get(run, -1) for run in measured]
-    order = pd.DataFrame({"run": np.repeat(np.array(of_runs, int), [length(rows) for rows in measured.values()])})
-    order = order.assign(**{name: every[name] for name in key if name in every})
-    # A run that went on from a checkpoint may have measured a moment twice: the later row counts. Twins are left out.
-    if -1 in of_runs or not _ascend(order):
-        order = order[order["run"] >= 0].drop_duplicates(keep="last").sort_values([*order])
-        every = every.loc[order.index].reset_index(drop=True)
-    places_and_states = table[["run", *Place._fields, "state"]].iloc[order["run"]].reset_index(drop=True)
-    return pd.concat([places_and_states, every], axis=1)
-
-
-def _ascend(order: pd.DataFrame) -> bool:
-    """Whether the rows are in order as they are, none of them twice: the usual case, and quickly told."""
-    if len(order.columns) > 2:
-        return False
-    run, moment = order.to_numpy().T
-    return bool(((np.diff(run) > 0) | (np.diff(run) == 0) & (np.diff(moment) > 0)).all())
-
-
-def _parts(name: str, files: Sequence[Columns]) -> list[Any]:
-    """A column of each file, nan where it has none."""
-    return [columns[name] if name in columns else np.full(length(columns), np.nan) for columns in files]
-
-
-def _texts(name: str, files: Sequence[Columns]) -> pd.Series:
-    """Of a column that is not all numbers: itself if it holds lists or is known to hold texts, else its numbers."""
-    values = pd.Series(list(itertools.chain.from_iterable(_parts(name, files))))
-    if name in TEXTS or any(isinstance(value, list) for value in values):
-        return values
-    return pd.to_numeric(values, errors="coerce").astype(float)
+        arms, batches, seeds = zip(*(place[1:] for place in here), strict=True)
+        grid = itertools.product({setting}, set(arms), set(batches), set(seeds))
+        yield from sorted(set(itertools.starmap(Place, grid)) - here)
 
 
 def _imported(
     table: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
-    """A sentence per arm and source that is not of our own training."""
-    there = [(run, arm) for run, arm in zip(table["run"], table["arm"], strict=True) if run in configs]
-    found = Counter(
+    """Yield a sentence per arm and source that is not of our own training."""
+    sources = Counter(
         (arm, (provenance[run].get("imported") or {}).get("source", "an unknown source"))
-        for run, arm in there
-        if configs[run]["norm"].get("imported")
+        for run, arm in zip(table["run"], table["arm"], strict=True)
+        if run in configs and configs[run]["norm"].get("imported")
     )
-    for (arm, source), number in found.items():
+    for (arm, source), number in sources.items():
         yield (
             f"Arm {arm}: {number} run{'s were' if number > 1 else ' was'} made elsewhere and imported from {source}."
             " Their initial weights and batches are not paired with others', their settings are not checked, and no"
@@ -342,15 +304,15 @@ def _imported(
         )
 
 
-@lru_cache(maxsize=256)
-def _provenance_of(text: bytes) -> dict[str, Any]:
-    found = json.loads(text)
-    return found if isinstance(found, dict) else {}
-
-
 def _provenance(path: Path) -> dict[str, Any]:
-    """A run's provenance, or nothing: the report can do without."""
+    """Return a run's provenance, or nothing: the report can do without."""
     try:
-        return _provenance_of((path / runs.PROVENANCE).read_bytes())
+        return _parsed((path / runs.PROVENANCE).read_bytes())
     except (OSError, ValueError):
         return {}
+
+
+@lru_cache(maxsize=256)
+def _parsed(text: bytes) -> dict[str, Any]:
+    value = json.loads(text)
+    return value if isinstance(value, dict) else {}

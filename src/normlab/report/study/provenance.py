@@ -1,4 +1,4 @@
-"""Where the numbers of a table or a figure come from: its runs, the code and the hardware that made them."""
+"""The provenance of a table or a figure: its runs, and the code and the hardware that made them."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ UNKNOWN = "not recorded"
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What one table or figure was made from.
+class Provenance:
+    """The runs, code and hardware behind one table or figure.
 
     Attributes:
         runs: names of the runs' folders.
@@ -37,61 +37,56 @@ class Sources:
     reporter: str
 
     def sentence(self) -> str:
-        """In short and on one line, for whoever reads the table."""
-        told = (
+        """Return it in short and on one line, for whoever reads the table."""
+        text = (
             f"{len(self.runs)} runs; code: {_counted(self.code)}; hardware: {_counted(self.hardware)};"
             f" made by `{self.command}` ({self.reporter})."
         )
-        return " ".join(told.split())
+        return " ".join(text.split())
 
     def as_json(self) -> str:
+        """Return it as the text of a file."""
         return json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n"
 
 
-def sources(study: Study, rows: pd.DataFrame) -> Sources:
-    """Of a table or figure that shows these rows: of single runs (with the column run), or of cells."""
-    runs = runs_of(study, rows)
-    return Sources(
-        runs=runs,
-        code=_tally(_code(study.provenance.get(run, {})) for run in runs),
-        hardware=_tally(_hardware(study.provenance.get(run, {})) for run in runs),
-        command=command(),
-        reporter=_version({"versions": {"normlab": __version__}, "git": checkout.state()}),
-    )
+def provenance_of(study: Study, rows: pd.DataFrame) -> Provenance:
+    """Return that of a table or figure which shows these rows: of single runs (with the column run), or of cells."""
+    runs = _runs_of(study, rows)
+    made = [study.provenance.get(run, {}) for run in runs]
+    reporter = _version({"versions": {"normlab": __version__}, "git": checkout.state()})
+    return Provenance(runs, _tally(map(_code, made)), _tally(map(_hardware, made)), _command(), reporter)
 
 
-def runs_of(study: Study, rows: pd.DataFrame) -> list[str]:
-    """The finished runs that the rows are of, in the study's order; all of them where rows are of no cells."""
+def _runs_of(study: Study, rows: pd.DataFrame) -> list[str]:
+    """Return the finished runs that the rows are of, in the study's order; all of them where rows are of no cells."""
     finished = study.runs[study.runs["state"].isin(FINISHED)]
     if "run" in rows:
-        return finished["run"][finished["run"].isin(rows["run"].unique())].tolist()
-    if "arm" not in rows or "batch" not in rows:
-        return finished["run"].tolist()
-    arms = [rows["arm"]] + ([rows["baseline"]] if "baseline" in rows else [])
+        return list(finished["run"][finished["run"].isin(rows["run"].unique())])
+    if not {"arm", "batch"} <= set(rows):
+        return list(finished["run"])
+    arms = [rows[column] for column in ("arm", "baseline") if column in rows]
     cells = {cell for arm in arms for cell in zip(rows["setting"], arm, rows["batch"], strict=True)}
     places = zip(finished["setting"], finished["arm"], finished["batch"], strict=True)
-    return finished["run"][[place in cells for place in places]].tolist()
+    return list(finished["run"][[place in cells for place in places]])
 
 
-def mixtures(study: Study) -> Iterator[str]:
-    """A sentence for each setting whose table compares runs of different code or hardware."""
+def mixed_provenance(study: Study) -> Iterator[str]:
+    """Yield a sentence for each setting whose table compares runs of different code or hardware."""
     finished = study.runs[study.runs["state"].isin(FINISHED)]
-    found: dict[str, list[str]] = {}
+    mixtures: dict[str, list[str]] = {}
     for setting, runs in finished.groupby("setting", sort=False)["run"]:
         made = [study.provenance.get(run, {}) for run in runs]
-        for what, tally in (
-            ("versions of the code", _tally(map(_code, made))),
-            ("kinds of hardware", _tally(map(_hardware, made))),
-        ):
+        tallies = {"versions of the code": _tally(map(_code, made)), "kinds of hardware": _tally(map(_hardware, made))}
+        for kinds, tally in tallies.items():
             if len(tally) > 1:
-                found.setdefault(f"{len(tally)} {what}: {_counted(tally)}", []).append(str(setting))
-    for mixture, settings in found.items():
-        told = settings[0] if len(settings) == 1 else f"{settings[0]} and {len(settings) - 1} more settings"
-        yield f"{told}: the runs of one table come from {mixture}. A difference between arms may be one between these."
+                mixtures.setdefault(f"{len(tally)} {kinds}: {_counted(tally)}", []).append(str(setting))
+    for mixture, (first, *more) in mixtures.items():
+        where = f"{first} and {len(more)} more settings" if more else first
+        yield f"{where}: the runs of one table come from {mixture}. A difference between arms may be one between these."
 
 
-def command() -> str:
-    """The command line of this report, or the function where it was called from Python."""
+def _command() -> str:
+    """Return the command line of this report, or the function where it was called from Python."""
     program = Path(sys.argv[0])
     if program.stem not in ("report", "normlab-report"):
         return "normlab.report.build"
@@ -122,11 +117,10 @@ def _hardware(made: dict[str, Any]) -> str:
 
 
 def _tally(names: Iterable[str]) -> dict[str, int]:
-    """Number of each, the most frequent first."""
+    """Return the number of each, the most frequent first."""
     return dict(sorted(Counter(names).items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def _counted(tally: dict[str, int]) -> str:
-    if len(tally) == 1:
-        return next(iter(tally))
-    return "; ".join(f"{name} ({number} run{'s' if number > 1 else ''})" for name, number in tally.items())
+    counted = [f"{name} ({number} run{'s' if number > 1 else ''})" for name, number in tally.items()]
+    return "; ".join(counted if len(tally) > 1 else tally)

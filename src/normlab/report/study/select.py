@@ -1,7 +1,8 @@
-"""Some cells of a study: what `arms`, `batches`, `seeds` and `settings` leave of it."""
+"""Selection of some cells of a study by `arms`, `batches`, `seeds` and `settings`."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -17,23 +18,29 @@ def select(
     seeds: Sequence[int] | None = None,
     settings: Sequence[str] | None = None,
 ) -> Study:
-    """The study with these cells and seeds only; None: all of them. What could not be read stays, having no place.
+    """Return the study with these cells and seeds only; None: all of them. Unreadable runs stay, having no place.
 
     Args:
+        study: the whole study.
         arms: as the tables name them; a norm's bare name, where no arm is called that, means all of its arms.
+        batches: batch sizes.
+        seeds: seeds.
         settings: as the tables name them, or some of their parts: `resnet18` means all settings that have it.
 
     Raises:
         UserError: for an entry that the study does not have, with the nearest.
     """
     placed = study.runs.dropna(subset=["arm"])
-    wanted: dict[str, Sequence[object] | None] = {
-        "arm": _named("arms", arms, in_order(placed["arm"]), lambda arm: {arm.split(" (")[0]}),
-        "setting": _named("settings", settings, sorted(set(placed["setting"]), key=natural), _parts),
-        "batch": _numbered("batches", batches, placed["batch"]),
-        "seed": _numbered("seeds", seeds, placed["seed"]),
-    }
-    chosen = {column: values for column, values in wanted.items() if values is not None}
+    titles = sorted(set(placed["setting"]), key=natural)
+    chosen: dict[str, list[Any]] = {}
+    if arms is not None:
+        chosen["arm"] = _named("arms", arms, in_order(placed["arm"]), lambda arm: {arm.split(" (")[0]})
+    if settings is not None:
+        chosen["setting"] = _named("settings", settings, titles, _parts)
+    if batches is not None:
+        chosen["batch"] = _numbered("batches", batches, placed["batch"])
+    if seeds is not None:
+        chosen["seed"] = _numbered("seeds", seeds, placed["seed"])
     if not chosen:
         return study
 
@@ -42,7 +49,7 @@ def select(
         return rows[inside].reset_index(drop=True)
 
     runs = _without_strange_gaps(kept(study.runs))
-    names, titles = set(runs["run"]), set(runs["setting"])
+    names = set(runs["run"])
     probes = {probe: kept(rows) for probe, rows in study.probes.items()}
     return replace(
         study,
@@ -50,16 +57,15 @@ def select(
         evaluations=kept(study.evaluations),
         probes={probe: rows for probe, rows in probes.items() if len(rows)},
         configs={run: config for run, config in study.configs.items() if run in names},
-        provenance={run: found for run, found in study.provenance.items() if run in names},
-        remarks={setting: remark for setting, remark in study.remarks.items() if setting in titles},
+        provenance={run: made for run, made in study.provenance.items() if run in names},
+        remarks={setting: remark for setting, remark in study.remarks.items() if setting in set(runs["setting"])},
     )
 
 
 def _without_strange_gaps(runs: pd.DataFrame) -> pd.DataFrame:
-    """Without the gaps of a grid that only runs which are left out would span."""
-    started = runs[runs["run"] != ""]
+    """Leave out the gaps of a grid that only runs which are left out would span."""
     kept = runs["run"] != ""
-    for setting, here in started.groupby("setting"):
+    for setting, here in runs[kept].groupby("setting"):
         spanned = {"setting": [setting], **{key: list(here[key]) for key in ("arm", "batch", "seed")}}
         kept |= runs[list(spanned)].isin(spanned).all(axis=1)
     return runs[kept].reset_index(drop=True)
@@ -69,27 +75,23 @@ def _parts(setting: str) -> set[str]:
     return set(setting.split(", "))
 
 
-def _named(
-    option: str, wanted: Sequence[str] | None, known: Sequence[str], parts: Callable[[str], set[str]]
-) -> list[str] | None:
-    """The names that are meant: the same one, else all that have every part of it."""
-    if wanted is None:
-        return None
-    found = []
-    for entry in wanted:
+def _named(option: str, entries: Sequence[str], known: Sequence[str], parts: Callable[[str], set[str]]) -> list[str]:
+    """Return the names that are meant: the same one, else all that have every part of it."""
+    names = []
+    for entry in entries:
         meant = [entry] if entry in known else [name for name in known if _parts(entry) <= parts(name)]
         if not meant:
             raise _unknown(option, entry, known, {part for name in known for part in parts(name)})
-        found += meant
-    return found
+        names += meant
+    return names
 
 
-def _numbered(option: str, wanted: Sequence[int] | None, column: Iterable[int]) -> list[int] | None:
+def _numbered(option: str, entries: Sequence[int], column: Iterable[int]) -> list[int]:
     known = sorted({int(value) for value in column})
-    for entry in wanted or ():
+    for entry in entries:
         if entry not in known:
             raise _unknown(option, entry, known, ())
-    return None if wanted is None else list(wanted)
+    return list(entries)
 
 
 def _unknown(option: str, entry: object, known: Sequence[object], parts: Iterable[object]) -> UserError:

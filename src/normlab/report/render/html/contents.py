@@ -16,16 +16,16 @@ import numpy as np
 import pandas as pd
 
 from normlab import runs
-from normlab.report.analysis.cells import Table, named_rows
+from normlab.report.analysis.cells import Table
+from normlab.report.analysis.frames import named_rows, outcomes
 from normlab.report.analysis.highlight import CLOSE
-from normlab.report.analysis.metric import Measure
-from normlab.report.analysis.tables import outcomes
+from normlab.report.analysis.metrics import Metric
 from normlab.report.claims.judge import Judgement
 from normlab.report.claims.texts import effect, expected
 from normlab.report.render.markdown import split_number
 from normlab.report.study.arms import flatten
 from normlab.report.study.load import Study
-from normlab.report.study.provenance import Sources
+from normlab.report.study.provenance import Provenance
 
 POINTS = 60  # of a run's curve
 LOG_BYTES = {"done": 1_000}  # the end of its log that the page holds
@@ -41,24 +41,24 @@ class Drawing(NamedTuple):
     panels: Sequence[Mapping[str, Any]]
     legend: Sequence[Mapping[str, str]]
     png: bytes
-    sources: Sources
+    sources: Provenance
 
 
 def html_page(
     study: Study,
     question: str,
-    tables: Sequence[tuple[Table, Sources]],
+    tables: Sequence[tuple[Table, Provenance]],
     judgements: Sequence[Judgement],
     drawings: Sequence[Drawing],
-    measure: Measure,
+    metric: Metric,
     facts: Sequence[str],
     warnings: Sequence[str],
 ) -> str:
     """The page, all of it in one text. Texts from disk are escaped, numbers are as the tables have them."""
     numbers = {cell: i for i, cell in enumerate(_cells(study))}
     data = {
-        **_runs(study, numbers, measure),
-        "measure": {"label": measure.label, "unit": measure.unit, "images": measure.images},
+        **_runs(study, numbers, metric),
+        "measure": {"label": metric.label, "unit": metric.unit, "images": metric.images},
         "figures": [{"panels": drawing.panels, "legend": drawing.legend} for drawing in drawings],
     }
     states = study.states()
@@ -128,7 +128,7 @@ def _noted(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _table(table: Table, made: Sources, numbers: Mapping[Any, int], study: Study) -> dict[str, Any]:
+def _table(table: Table, made: Provenance, numbers: Mapping[Any, int], study: Study) -> dict[str, Any]:
     parts = []
     lost = _lost(study)
     for setting, rows in table.rows.items():
@@ -140,7 +140,7 @@ def _table(table: Table, made: Sources, numbers: Mapping[Any, int], study: Study
             for heading in headings:
                 cell = row.get(heading)
                 key = (setting, arm, cell.batch) if cell and cell.batch is not None else None
-                number, notes = split_number(cell.text) if cell and cell.standing else ("", "")
+                number, notes = split_number(cell.text) if cell and cell.highlight else ("", "")
                 line.append(
                     {
                         "text": cell.text if cell else "--",
@@ -148,7 +148,7 @@ def _table(table: Table, made: Sources, numbers: Mapping[Any, int], study: Study
                         "notes": notes,
                         "value": "" if not cell or math.isnan(cell.value) else repr(float(cell.value)),
                         "number": numbers.get(key, "") if key else "",
-                        "standing": cell.standing if cell else "",
+                        "highlight": cell.highlight if cell else "",
                         "lost": lost.get(key, "") if key else "",
                     }
                 )
@@ -180,7 +180,7 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
         "notes": claim.notes,
         "findings": [
             {
-                "label": f"{finding.label}, {finding.comparison.measure.label}",
+                "label": f"{finding.label}, {finding.comparison.measure.full_label}",
                 "expected": expected(finding.comparison),
                 "effect": effect(finding),
                 "n": finding.interval.n,
@@ -192,10 +192,10 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
     }
 
 
-def _runs(study: Study, numbers: Mapping[tuple[str, str, int], int], measure: Measure) -> dict[str, Any]:
+def _runs(study: Study, numbers: Mapping[tuple[str, str, int], int], metric: Metric) -> dict[str, Any]:
     """The runs behind each cell: seed, state, result, curve, settings and the end of the log."""
     of_runs = dict(iter(study.evaluations.groupby("run", sort=False)))
-    ends = {run.run: {"final": run.final, "best": run.best} for run in named_rows(outcomes(study, measure))}
+    ends = {run.run: {"final": run.final, "best": run.best} for run in named_rows(outcomes(study, metric))}
     flat = {run: _settings(config) for run, config in study.configs.items()}
     first = next(iter(flat.values()), {})
     common = {key: value for key, value in first.items() if all(other.get(key) == value for other in flat.values())}
@@ -211,7 +211,7 @@ def _runs(study: Study, numbers: Mapping[tuple[str, str, int], int], measure: Me
         if run.run:
             cell["own"] = {key: value for key, value in flat.get(run.run, {}).items() if key not in common}
             row |= {"href": _href(run.run), "log": _end_of_log(study.folder / run.run, run.state)}
-            row |= _curve(of_runs.get(run.run), measure, axes)
+            row |= _curve(of_runs.get(run.run), metric, axes)
             row |= {end: _rounded(value) for end, value in ends.get(run.run, {}).items() if math.isfinite(value)}
         found.append(row)
     return {"cells": cells, "runs": found, "axes": [list(axis) for axis in axes], "common": common}
@@ -222,8 +222,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 
-def _curve(rows: pd.DataFrame | None, measure: Measure, axes: dict[tuple[float, ...], int]) -> dict[str, Any]:
-    if rows is None or measure.column not in rows:
+def _curve(rows: pd.DataFrame | None, metric: Metric, axes: dict[tuple[float, ...], int]) -> dict[str, Any]:
+    if rows is None or metric.name not in rows:
         return {}
     kept = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(POINTS, len(rows))).round().astype(int))]
     epochs = tuple(int(epoch) for epoch in kept["epoch"])
@@ -231,11 +231,11 @@ def _curve(rows: pd.DataFrame | None, measure: Measure, axes: dict[tuple[float, 
     def values(column: str) -> list[float | None]:
         if column not in kept:
             return []
-        scaled = measure.scale * kept[column].astype(float)
+        scaled = metric.scale * kept[column].astype(float)
         return [_rounded(value) if math.isfinite(value) else None for value in scaled]
 
-    found = {"axis": axes.setdefault(epochs, len(axes)), "values": values(measure.column)}
-    found["train"] = values(measure.train_column) if measure.train_column != measure.column else []
+    found = {"axis": axes.setdefault(epochs, len(axes)), "values": values(metric.name)}
+    found["train"] = values(metric.train_column) if metric.train_column != metric.name else []
     seconds = float(rows["wall_seconds"].iloc[-1]) if "wall_seconds" in rows else math.nan
     return found | ({"seconds": round(seconds, 1)} if math.isfinite(seconds) else {})
 

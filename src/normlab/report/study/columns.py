@@ -1,0 +1,77 @@
+"""The rows of files as columns, and those of all runs as one tidy DataFrame."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from types import NoneType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+TEXTS = ("layer",)  # columns that hold texts
+
+# By name, in the order of the rows' keys: a float64 array, nan where there is no number; or, where a row has a text or
+# a list, all values as JSON has them. Empty for a file without rows.
+Columns = dict[str, Any]
+
+
+def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
+    """Return the rows of one file as columns."""
+    keys = dict.fromkeys(map(tuple, rows))
+    names = dict.fromkeys(itertools.chain.from_iterable(keys))
+    alike = zip(*map(dict.values, rows), strict=True)  # far quicker, where all rows have the same keys
+    columns = alike if len(keys) == 1 else ([row.get(name, math.nan) for row in rows] for name in names)
+    return {name: _column(name, list(values)) for name, values in zip(names, columns, strict=True)}
+
+
+def _column(name: str, values: list[Any]) -> Any:
+    numbers = set(map(type, values)) <= {float, int, bool, NoneType}
+    return np.array(values, dtype=float) if numbers and name not in TEXTS else values
+
+
+def length(columns: Columns) -> int:
+    """Return the number of rows."""
+    return len(columns["step"]) if columns else 0  # every row has its step
+
+
+def tidy(measured: Mapping[str, Columns], runs: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+    """Return the rows of all runs, each behind its run's row, in the order of the key.
+
+    A run that went on from a checkpoint may have measured a step twice: of rows with an equal key the last is kept.
+
+    Args:
+        measured: by run; those of runs that `runs` lacks are left out.
+        runs: one row per run, with the column run.
+        key: run, and the columns that tell its rows apart.
+    """
+    files = [columns for columns in measured.values() if columns]
+    names = list(dict.fromkeys(itertools.chain.from_iterable(files))) or list(key[1:])
+    every = pd.DataFrame({name: _joined(name, files) for name in names})
+    position = {run: i for i, run in enumerate(runs["run"])}
+    of_runs = [position.get(run, -1) for run in measured]
+    order = pd.DataFrame({"run": np.repeat(np.array(of_runs, int), [length(rows) for rows in measured.values()])})
+    order = order.assign(**{name: every[name] for name in key if name in every})
+    if -1 in of_runs or not _ascend(order):
+        order = order[order["run"] >= 0].drop_duplicates(keep="last").sort_values([*order])
+        every = every.loc[order.index].reset_index(drop=True)
+    return pd.concat([runs.iloc[order["run"]].reset_index(drop=True), every], axis=1)
+
+
+def _ascend(order: pd.DataFrame) -> bool:
+    """Return whether the rows are in order as they are, none of them twice: the usual case, and quick to see."""
+    if len(order.columns) > 2:
+        return False
+    run, moment = order.to_numpy().T
+    return bool(((np.diff(run) > 0) | (np.diff(run) == 0) & (np.diff(moment) > 0)).all())
+
+
+def _joined(name: str, files: Sequence[Columns]) -> Any:
+    """Return one column of all files, nan where one lacks it: float64, or as it is if it holds texts or lists."""
+    parts = [columns[name] if name in columns else np.full(length(columns), np.nan) for columns in files]
+    if not any(isinstance(part, list) for part in parts):
+        return np.concatenate([np.empty(0), *parts])
+    values = pd.Series(list(itertools.chain.from_iterable(parts)))
+    if name in TEXTS or any(isinstance(value, list) for value in values):
+        return values
+    return pd.to_numeric(values, errors="coerce").astype(float)
