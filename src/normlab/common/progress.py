@@ -230,8 +230,9 @@ class Display:
 
 
 def redraws(console: Console) -> bool:
-    """Whether lines may be redrawn: in a real terminal that can, whatever FORCE_COLOR makes of a file, and not by
-    processes that share it (joblib's, say).
+    """Return whether lines may be redrawn: in a terminal that can, and not by processes that share it (joblib's, say).
+
+    FORCE_COLOR makes no terminal of a file.
     """
     alone = multiprocessing.current_process().name == "MainProcess"
     return alone and console.is_interactive and console.file.isatty()

@@ -256,7 +256,8 @@ def _watch(study: str, survey: Survey, console: Console) -> None:
         _log(study, survey, console)
         return
     with live:
-        for runs in _looks(survey):
+        for latest in _looks(survey):
+            runs[:] = latest
             live.refresh()
 
 
