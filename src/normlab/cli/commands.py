@@ -8,26 +8,26 @@ from omegaconf import DictConfig
 
 from normlab.common.errors import UserError
 from normlab.common.installation import CONF
-from normlab.config.hydra import command_of, friendly, settings_of, stop
+from normlab.config.hydra import exit_with_error, run_main, settings_of, take_command
 
 REPORT_COMMANDS = ("status", "claims", "results", "import")
-OF_IMPORT = (  # settings of that command
+IMPORT_SETTINGS = (
     *("source", "columns", "ignore", "set", "percent", "pattern", "first_epoch", "steps_per_epoch", "replace"),
 )
 
 
 def train() -> NoReturn:
     """Train one run, or a sweep with -m, as the command line says; `doctor` in front of the settings trains nothing."""
-    friendly(_train)
+    run_main(_train)
 
 
 def report() -> NoReturn:
-    """Tables, figures and verdicts of a study, or one of `REPORT_COMMANDS`, as the command line says."""
-    friendly(_report)
+    """Write tables, figures and verdicts of a study, or run one of `REPORT_COMMANDS`, as the command line says."""
+    run_main(_report)
 
 
 def _train() -> None:
-    command = command_of(sys.argv, ("doctor",), setting="norm")
+    command = take_command(sys.argv, ("doctor",), setting="norm")
     if command:
         if not {"-m", "--multirun"}.isdisjoint(sys.argv):
             raise UserError("doctor looks at one set of settings.\nLeave out -m and the lists of a sweep.")
@@ -47,7 +47,7 @@ def _train() -> None:
 
 
 def _report() -> None:
-    command = command_of(sys.argv, REPORT_COMMANDS)
+    command = take_command(sys.argv, REPORT_COMMANDS)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
     def main(composed: DictConfig) -> None:
@@ -55,7 +55,7 @@ def _report() -> None:
 
         settings = settings_of(composed)
         study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
-        of_import = {name: settings.pop(name) for name in OF_IMPORT}
+        of_import = {name: settings.pop(name) for name in IMPORT_SETTINGS}
         try:
             options = Options(**settings)
             if command == "import":
@@ -71,6 +71,6 @@ def _report() -> None:
             else:
                 build(study, output_dir, options)
         except UserError as error:
-            stop(error)  # past Hydra, which would add a line of its own
+            exit_with_error(error)  # past Hydra, which would add a line of its own
 
     main()

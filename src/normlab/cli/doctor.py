@@ -30,7 +30,7 @@ from normlab import __version__
 from normlab.common.cpu import cores
 from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
-from normlab.config.hydra import settings_of, stop
+from normlab.config.hydra import exit_with_error, settings_of
 from normlab.config.schema import FolderDataset, ImageDataset, RegressionDataset, RunConfig
 from normlab.data import inventory
 from normlab.launchers import preflight
@@ -74,7 +74,7 @@ def run(composed: DictConfig) -> NoReturn:
     try:
         config = schema.parse(settings_of(composed))
     except (UserError, OmegaConfBaseException) as error:
-        stop(error)  # past Hydra, which would add a line of its own
+        exit_with_error(error)  # past Hydra, which would add a line of its own
     sys.exit(not examine(config, HydraConfig.get().runtime.choices["hydra/launcher"]))
 
 

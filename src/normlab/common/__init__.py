@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, random streams, Git, cores, imports, progress."""
+"""Foundations of every other package: errors and sentences, random streams, Git, cores, imports, progress."""

@@ -1,4 +1,4 @@
-"""Errors that are a sentence for the user, and the search for what they meant."""
+"""Errors that are a sentence for the user, and the search for the nearest valid word."""
 
 import difflib
 import errno
@@ -42,7 +42,7 @@ def first_line(text: object) -> str:
 
 
 def nearest(word: object, choices: Iterable[object]) -> str | None:
-    """The choice that `word` most probably meant: by value for numbers, by spelling otherwise."""
+    """Return the choice nearest to `word`, by value for numbers, by spelling otherwise; None if none is near."""
     options = list(choices)
     numbers = [c for c in options if isinstance(c, int | float)]
     if isinstance(word, int | float) and numbers:

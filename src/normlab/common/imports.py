@@ -1,4 +1,4 @@
-"""Objects named by a dotted path in the user's configuration."""
+"""Import objects by the dotted paths in a user's configuration."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ from normlab.common.errors import UserError, nearest
 
 
 def locate(dotted: str, setting: str) -> Any:
-    """The object that `dotted` names; the current folder is importable.
+    """Import the object that `dotted` names; the current folder is importable.
 
     Raises:
         UserError: naming the setting, if there is no such module or name, or importing it fails.

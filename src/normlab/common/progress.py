@@ -1,4 +1,4 @@
-"""What a person sees while runs go on: a live line per run in a terminal, plain lines now and then elsewhere."""
+"""Show runs under way: live lines in a terminal, plain lines now and then elsewhere."""
 
 import contextlib
 import itertools
@@ -9,12 +9,13 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -26,7 +27,7 @@ LEAST_LABEL = 16  # columns that a run's name keeps before the bar has to go
 
 
 def span(seconds: float) -> str:
-    """A duration as people say it: 48 s, 3 min 20 s, 2 h 05 min."""
+    """Return a duration in words: 48 s, 3 min 20 s, 2 h 05 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -36,7 +37,7 @@ def span(seconds: float) -> str:
 
 
 def outcome(status: Mapping[str, Any]) -> str:
-    """How a run ended, in a few words."""
+    """Return how a run ended, in a few words."""
     if status["state"] == "done":
         result = (
             f"test accuracy {status['test_accuracy']:.1%}"
@@ -50,11 +51,59 @@ def outcome(status: Mapping[str, Any]) -> str:
 
 
 def one_line(error: object) -> str:
+    """Return a text or an error on one line, shortened to 240 characters."""
     return textwrap.shorten(str(error), 240, placeholder=" ...")
 
 
+@dataclass(frozen=True)
+class Progress:
+    """The progress of a run by its status, whose values may be damaged."""
+
+    status: Mapping[str, Any]
+
+    def number(self, key: str) -> float | None:
+        """Return a number of the status, or None where there is none."""
+        value = self.status.get(key)
+        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    @property
+    def share(self) -> float:
+        """The fraction of the steps that are made, 0 to 1."""
+        steps = self.number("steps")
+        return min(1.0, (self.number("step") or 0.0) / steps) if steps else 0.0
+
+    @property
+    def total_seconds(self) -> float | None:
+        """The time of the whole run, scaled from the steps that are made; None before the first."""
+        return (self.number("wall_seconds") or 0.0) / self.share if self.share else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The rest of `total_seconds`."""
+        return self.total_seconds * (1 - self.share) if self.total_seconds is not None else None
+
+    @property
+    def epoch(self) -> str:
+        """The epoch under way, e.g. epoch 3/10; before the first step, what the run does instead."""
+        epoch, epochs = self.number("epoch"), self.number("epochs")
+        if epoch is None or not epochs:
+            return one_line(self.status.get("doing") or "starting")
+        return f"epoch {min(epoch + 1, epochs):.0f}/{epochs:.0f}"
+
+    @property
+    def accuracy(self) -> str:
+        """The last test accuracy, e.g. 91.2%; of a run without one, its loss."""
+        accuracy, loss = self.number("test_accuracy"), self.number("test_loss")
+        return f"{accuracy:.1%}" if accuracy is not None else f"loss {loss:.4g}" if loss is not None else ""
+
+
+def live_view(console: Console, render: Callable[[], RenderableType], **options: Any) -> Live | None:
+    """Return a view of what `render` makes, redrawn in place once started; None where lines cannot be redrawn."""
+    return Live(console=console, get_renderable=render, **options) if redraws(console) else None
+
+
 class Display:
-    """Progress of a set of runs, given each run's status whenever there is news.
+    """Shows the progress of a set of runs, given each run's status whenever it changes.
 
     In a terminal that can redraw its lines there is one for each run under way and, of several runs, one for all.
     Elsewhere (a log, a pipe, TERM=dumb) there are lines only: one for each run that ends, and now and then one about
@@ -78,15 +127,9 @@ class Display:
         self.finished = 0
         self.labels = _labels(self.work)
         self.console = Console(stderr=True, highlight=False)
-        self.live: Live | None = None
-        if not quiet and redraws(self.console):
-            self.live = Live(
-                get_renderable=self._lines,
-                console=self.console,
-                transient=True,
-                redirect_stdout=sys.stdout.isatty(),  # what goes to a file must get there
-                vertical_overflow="crop",
-            )
+        to_terminal = sys.stdout.isatty()  # what goes to a file must get there
+        options = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
+        self.live = None if quiet else live_view(self.console, self._lines, **options)
 
     def __enter__(self) -> Self:
         if self.live:
@@ -98,12 +141,12 @@ class Display:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays, above the live ones or in the log; none if quiet."""
+        """Print a line that stays, above the live ones or in the log; nothing if quiet."""
         if not self.quiet:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """The same for what must not be missed: also if quiet."""
+        """Print such a line also if quiet."""
         if self.live:
             self.console.print(Text(text), soft_wrap=True)
         else:
@@ -111,15 +154,14 @@ class Display:
 
     def news(self, status: Mapping[str, Any]) -> None:
         """Show a run that is under way."""
-        name, steps = status["name"], status.get("steps") or 0
-        share = min(1.0, status.get("step", 0) / steps) if steps else 0.0
-        self.done[name] = share
-        self.first.setdefault(name, share)
-        self.under_way[name] = text = _progress(status, share)
+        name, progress = status["name"], Progress(status)
+        self.done[name] = progress.share
+        self.first.setdefault(name, progress.share)
+        self.under_way[name] = text = _under_way(progress)
         if self.live:
             return
         last, epoch = self.noted.setdefault(name, (time.monotonic(), status.get("epoch")))
-        waited = (time.monotonic() - last) / len(self.under_way)  # of many runs a log hears no more than of one
+        waited = (time.monotonic() - last) / len(self.under_way)  # many runs make no more lines than one
         if waited >= LINE_SECONDS * (1 if epoch != status.get("epoch") else 10):
             self.noted[name] = time.monotonic(), status.get("epoch")
             self.say(f"{name}: {text}")
@@ -132,8 +174,8 @@ class Display:
         self.under_way.pop(name, None)
         left = self.time_left()
         tail = f"; about {span(left)} left" if left and self.finished < len(self.work) else ""
-        tell = self.say if status["state"] in ("done", "diverged") else self.warn
-        tell(f"[{self.finished}/{len(self.work)}] {name}: {outcome(status)}{tail}")
+        show = self.say if status["state"] in ("done", "diverged") else self.warn
+        show(f"[{self.finished}/{len(self.work)}] {name}: {outcome(status)}{tail}")
 
     def put_off(self, name: str, why: str) -> None:
         """Take a run off the live lines that is tried again later."""
@@ -142,7 +184,7 @@ class Display:
 
     @contextmanager
     def hearing(self) -> Iterator[Connection | None]:
-        """Inside, a pipe for what other processes print: in a terminal it would land amid the live lines. Else None."""
+        """Open a pipe for the output of other processes, which would land amid the live lines; None without these."""
         if not self.live:
             yield None
             return
@@ -162,16 +204,17 @@ class Display:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the display was made."""
         return time.monotonic() - self.begun
 
     def time_left(self) -> float | None:
-        """Seconds, or None before there is anything to go by."""
+        """Return the seconds until all runs are over, or None before any of the work is done."""
         over = sum(self.work[name] * (share - self.first[name]) for name, share in list(self.done.items()))
         left = sum(work * (1 - self.done.get(name, 0.0)) for name, work in self.work.items())
         return self.elapsed * left / over if over > 0 and self.elapsed > 2 else None
 
     def _lines(self) -> Table:
-        """What the terminal shows now, as wide and as high as it is at this moment."""
+        """Return the live lines, as wide and as high as the terminal is at this moment."""
         lines = [(self.labels[name], self.done[name], text) for name, text in list(self.under_way.items())]
         if len(self.work) == 1:
             return _fitted(lines, self.console.width)
@@ -187,28 +230,28 @@ class Display:
 
 
 def redraws(console: Console) -> bool:
-    """Whether lines may be redrawn: in a real terminal that can, whatever FORCE_COLOR makes of a file, and not by
-    processes that share it (joblib's, say).
+    """Return whether lines may be redrawn: in a terminal that can, and not by processes that share it (joblib's, say).
+
+    FORCE_COLOR makes no terminal of a file.
     """
     alone = multiprocessing.current_process().name == "MainProcess"
     return alone and console.is_interactive and console.file.isatty()
 
 
-def _progress(status: Mapping[str, Any], share: float) -> str:
+def _under_way(progress: Progress) -> str:
     """E.g. epoch 3/10, test 91.2%, 4 min 10 s left."""
-    if not status.get("steps"):
-        return textwrap.shorten(str(status.get("doing") or "starting"), 60, placeholder=" ...")
-    parts = [f"epoch {min(status['epoch'] + 1, status['epochs'])}/{status['epochs']}"]
-    accuracy, loss = status.get("test_accuracy"), status.get("test_loss")
-    if accuracy is not None or loss is not None:
-        parts.append(f"test {accuracy:.1%}" if accuracy is not None else f"test loss {loss:.4g}")
-    if 0 < share < 1:
-        parts.append(f"{span(status['wall_seconds'] * (1 - share) / share)} left")
+    if not progress.status.get("steps"):
+        return textwrap.shorten(str(progress.status.get("doing") or "starting"), 60, placeholder=" ...")
+    parts = [progress.epoch]
+    if progress.accuracy:
+        parts.append(f"test {progress.accuracy}")
+    if 0 < progress.share < 1:
+        parts.append(f"{span(progress.seconds_left or 0.0)} left")
     return ", ".join(parts)
 
 
 def _labels(names: Mapping[str, float]) -> dict[str, str]:
-    """Runs by what tells them apart: without the settings that all begin with, or identities that are not needed."""
+    """Name runs by what tells them apart: without the settings that all begin with, and identities where possible."""
     parts = {name: name.split("-") for name in names}
     columns = zip(*parts.values(), strict=False)
     common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns))) if len(names) > 1 else 0

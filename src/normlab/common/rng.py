@@ -10,11 +10,11 @@ import torch
 
 
 def key(*parts: object) -> int:
-    """A 63-bit seed from any printable parts, e.g. ``key(seed, "order", epoch)``."""
+    """Return a 63-bit seed made of any printable parts, e.g. ``key(seed, "order", epoch)``."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def stream(*parts: object) -> torch.Generator:
-    """A CPU generator seeded with `key(*parts)`."""
+    """Return a CPU generator seeded with `key(*parts)`."""
     return torch.Generator().manual_seed(key(*parts))

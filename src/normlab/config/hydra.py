@@ -1,4 +1,4 @@
-"""Around Hydra: a composed configuration as plain values, and its exceptions as sentences for a user."""
+"""Turn what Hydra composes into plain values, and its exceptions into sentences for a user."""
 
 import os
 import re
@@ -17,13 +17,13 @@ from normlab.common.errors import InterruptedRunError, UserError, nearest, stora
 from normlab.common.installation import CONF, command_name
 from normlab.common.registry import declarations
 
-# What the texts of --help call the commands, and the folder of the configuration.
+# The names of the commands and the folder of the configuration, in the texts of --help.
 OmegaConf.register_new_resolver("called", command_name, replace=True)
 OmegaConf.register_new_resolver("conf", lambda: str(CONF), replace=True)
 
 
 def settings_of(composed: DictConfig) -> dict[str, Any]:
-    """A composed configuration as plain values.
+    """Return a composed configuration as plain values.
 
     Raises:
         MissingMandatoryValue: for a setting that the user has to give and has not.
@@ -33,30 +33,33 @@ def settings_of(composed: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def friendly(main: Callable[[], Any]) -> NoReturn:
-    """Run a Hydra main function; a user's mistake becomes a sentence on stderr and exit status 1."""
+def run_main(main: Callable[[], Any]) -> NoReturn:
+    """Run a Hydra main function and end the process; a user's mistake is a sentence on stderr and exit status 1."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
     try:
         main()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        stop(error)
+        exit_with_error(error)
     except ValueError as error:
         if "Config group override must be" not in str(error):
             raise
-        stop(_no_choice())
+        exit_with_error(_no_choice())
     except OSError as error:  # Hydra itself makes the folder of a sweep
         if not error.filename:
             raise
-        stop(storage_error(Path(error.filename), error))
+        exit_with_error(storage_error(Path(error.filename), error))
     except (KeyboardInterrupt, InterruptedRunError):
-        stop_interrupted()
+        exit_interrupted()
     sys.exit(0)
 
 
-def command_of(arguments: list[str], commands: Sequence[str], setting: str = "study") -> str | None:
-    """Take the bare word off the front of a command line (`arguments[1]`), if one is there.
+def take_command(arguments: list[str], commands: Sequence[str], setting: str = "study") -> str | None:
+    """Remove the bare word in front of the settings (`arguments[1]`) and return it; None where there is none.
 
-    `setting` is the one whose value a word that is no command most probably is.
+    Args:
+        arguments: the command line, as in sys.argv.
+        commands: the words that can be there.
+        setting: the setting whose value a word that is no command most probably is.
 
     Raises:
         UserError: for a word that is none of the commands.
@@ -73,12 +76,14 @@ def command_of(arguments: list[str], commands: Sequence[str], setting: str = "st
     )
 
 
-def stop_interrupted() -> NoReturn:
+def exit_interrupted() -> NoReturn:
+    """End the process as one that was interrupted, with exit status 130."""
     print("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
     sys.exit(130)
 
 
-def stop(error: Exception) -> NoReturn:
+def exit_with_error(error: Exception) -> NoReturn:
+    """Print an error as a sentence of at most five lines and end the process with exit status 1."""
     message = str(error if isinstance(error, UserError) else explain(error))
     lines = [line for line in message.splitlines() if line.strip()][:5]
     print("\n".join(lines), file=sys.stderr, flush=True)
@@ -86,7 +91,7 @@ def stop(error: Exception) -> NoReturn:
 
 
 def _no_choice() -> UserError:
-    """For a group that was given null."""
+    """Return the error for a group that was given null."""
     groups = re.findall(r"(?<!\S)(\w+)=\S*null\b", " ".join(sys.argv[1:]))
     group = next((g for g in groups if (CONF / g).is_dir()), "group")
     none = "\nWithout normalization: norm=none." if group == "norm" else ""
@@ -97,15 +102,11 @@ def _no_choice() -> UserError:
 
 
 def explain(error: Exception) -> UserError:
-    """An error of Hydra or OmegaConf in a user's words."""
+    """Return an error of Hydra or OmegaConf in a user's words."""
     text = str(error)
     if isinstance(error, MissingConfigException) and "/" in (error.missing_cfg_file or ""):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        # For a group whose choice is a list Hydra knows no options.
-        files = (CONF / group).glob("*.yaml")
-        options = [str(option) for option in error.options or (file.stem for file in files)]
-        known = _norm_called(choice) if group == "norm" else None
-        return unknown(f"{group}={choice}", f"option of {group}", known or choice, options, prefix=f"{group}=")
+        return _no_such_choice(group, choice, error.options)
     if isinstance(error, MissingMandatoryValue):
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
         return UserError(f"{key} has no default and needs a value.\nGive it on the command line: {key}=...")
@@ -114,30 +115,37 @@ def explain(error: Exception) -> UserError:
             f"Cannot understand {error.override!r}.\n{text.splitlines()[0]}\n"
             "Settings look like key=value, lists in a sweep like key=1,2,3; quote values with special characters."
         )
-    wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if wrong:
-        group = wrong[1].rpartition(".")[0]
-        options = settings()
-        if wrong[1] in options:  # of the choice that the menu was composed with, and not of another in the sweep
-            return UserError(
-                f"{wrong[1]}: not every choice of {group} has this setting. Give it to those that have it."
-            )
-        siblings = [option for option in options if group and option.startswith(f"{group}.")]
-        if group in options and not siblings:
-            return UserError(f"{wrong[1]} is new to {group}: add it with a plus, +{wrong[1]}=...")
-        return unknown(wrong[1], "setting or group", wrong[1], siblings or options)
-    return UserError(text)
+    key_error = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
+    return _no_such_setting(key_error[1] or key_error[2]) if key_error else UserError(text)
 
 
-def _norm_called(word: str) -> str | None:
+def _norm_with_alias(word: str) -> str | None:
     """Return the norm that has `word` for an alias, without regard to case and punctuation."""
     plain = re.sub(r"[^a-z0-9]", "", word.lower())
     norms = declarations("norms").values()
     return next((each.name for each in norms if plain in (*each.aliases, each.name.replace("_", ""))), None)
 
 
-def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = "") -> UserError:
-    """The sentence for something that does not exist, with the nearest thing that does."""
+def _no_such_choice(group: str, choice: str, options: Sequence[str] | None) -> UserError:
+    # For a group whose choice is a list Hydra knows no options.
+    known = [str(option) for option in options or (file.stem for file in (CONF / group).glob("*.yaml"))]
+    meant = _norm_with_alias(choice) if group == "norm" else None
+    return _unknown(f"{group}={choice}", f"option of {group}", meant or choice, known, prefix=f"{group}=")
+
+
+def _no_such_setting(name: str) -> UserError:
+    group = name.rpartition(".")[0]
+    options = _known_settings()
+    if name in options:  # of the choice that the menu was composed with, and not of another in the sweep
+        return UserError(f"{name}: not every choice of {group} has this setting. Give it to those that have it.")
+    siblings = [option for option in options if group and option.startswith(f"{group}.")]
+    if group in options and not siblings:
+        return UserError(f"{name} is new to {group}: add it with a plus, +{name}=...")
+    return _unknown(name, "setting or group", name, siblings or options)
+
+
+def _unknown(given: str, kind: str, word: str, options: list[str], prefix: str = "") -> UserError:
+    """Return the error for something that does not exist, with the nearest thing that does."""
     close = nearest(word, options)
     lines = [f"{given}: there is no such {kind}."]
     if close:
@@ -149,8 +157,8 @@ def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = 
     return UserError("\n".join(lines))
 
 
-def settings() -> list[str]:
-    """Every group and dotted key of the menu as it is without overrides."""
+def _known_settings() -> list[str]:
+    """Return every group and dotted key of the menu as it is without overrides."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -160,13 +168,10 @@ def settings() -> list[str]:
             composed = compose(name, groups)
     except (HydraException, OmegaConfBaseException):
         return []
-    plain = OmegaConf.to_container(composed)
-    assert isinstance(plain, dict)
-    return list(_keys({str(key): value for key, value in plain.items()}))
+    return list(_keys(OmegaConf.to_container(composed)))
 
 
-def _keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")
+def _keys(node: object, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(value, f"{prefix}{key}.")

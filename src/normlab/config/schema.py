@@ -1,4 +1,4 @@
-"""The typed schema of a run, and every check of it that can be made before a run starts.
+"""The typed schema of a run, with the checks that need neither data nor network.
 
 Defaults live in `conf/`, not here. Hydra composes a configuration, `parse` turns it into a `RunConfig`
 or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and what its identity is made of.
@@ -295,6 +295,8 @@ class _Optimizer(_Section):
 
 
 class SGD(_Optimizer):
+    """Stochastic gradient descent with momentum, as torch.optim.SGD."""
+
     name: Literal["sgd"]
     momentum: Fraction
     nesterov: StrictBool
@@ -307,6 +309,8 @@ class SGD(_Optimizer):
 
 
 class Adam(_Optimizer):
+    """Adam; with `decoupled` weight decay, AdamW."""
+
     name: Literal["adam"]
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     eps: Positive
@@ -314,6 +318,8 @@ class Adam(_Optimizer):
 
 
 class RMSprop(_Optimizer):
+    """RMSprop, as torch.optim.RMSprop."""
+
     name: Literal["rmsprop"]
     alpha: Fraction
     eps: Positive
@@ -329,21 +335,29 @@ class _Schedule(_Section):
 
 
 class Constant(_Schedule):
+    """The learning rate stays as it is."""
+
     name: Literal["constant"]
 
 
 class Step(_Schedule):
+    """The learning rate is multiplied by `gamma` at each milestone, a fraction of the run."""
+
     name: Literal["step"]
     milestones: list[Annotated[Number, Field(gt=0, lt=1)]]
     gamma: UnitInterval
 
 
 class Cosine(_Schedule):
+    """The learning rate falls to `final_lr` along half a cosine."""
+
     name: Literal["cosine"]
     final_lr: NonNegative
 
 
 class Polynomial(_Schedule):
+    """The learning rate falls to `final_lr` along a polynomial of degree `power`."""
+
     name: Literal["polynomial"]
     power: Positive
     final_lr: NonNegative
@@ -607,21 +621,22 @@ class RunConfig(_Section):
         return self.model_copy(update=changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values only, as they are kept in a run's `config.yaml`."""
+        """Return plain values only, as they are kept in a run's `config.yaml`."""
         return self.model_dump(mode="json", by_alias=True)
 
     @property
     def starts_from_data(self) -> bool:
-        """Whether a part of the start looks at the calibration images."""
+        """Whether the initialization reads the calibration images."""
         return self.init.name in ("lsuv", "bn_folded") or self.norm.options.get("init") == "data"
 
     @property
     def study_folder(self) -> Path:
+        """The folder of all runs of the study."""
         return Path(self.output_dir) / self.study
 
 
 def parse(composed: Mapping[str, Any]) -> RunConfig:
-    """Check a composed configuration.
+    """Check a composed configuration and return it as a typed one.
 
     Raises:
         UserError: naming the first wrong setting, what was expected, and the fix.

@@ -19,7 +19,7 @@ from normlab.common.errors import InterruptedRunError, UserError
 from normlab.common.installation import command_name
 from normlab.common.progress import Display, outcome
 from normlab.config import schema
-from normlab.config.hydra import settings_of, stop, stop_interrupted
+from normlab.config.hydra import exit_interrupted, exit_with_error, settings_of
 from normlab.launchers import preflight
 from normlab.training.distributed.processes import Processes, find
 from normlab.training.interrupt import StopRequest
@@ -47,13 +47,13 @@ def carry_out(composed: DictConfig) -> float | None:
         if processes.rank:
             sys.exit(1)
         if HydraConfig.get().mode == RunMode.RUN or processes.world > 1:
-            stop(error)  # past Hydra, which would add a line of its own
+            exit_with_error(error)  # past Hydra, which would add a line of its own
         raise
     except (InterruptedRunError, KeyboardInterrupt):
         if processes.rank:
             sys.exit(130)
         if HydraConfig.get().mode == RunMode.RUN or processes.world > 1:
-            stop_interrupted()  # past Hydra as well
+            exit_interrupted()  # past Hydra as well
         raise
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.common.errors import storage_error as storage_error
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -23,6 +23,11 @@ TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
 def make_folder(path: Path) -> None:
+    """Make a folder and those above it, unless they exist.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -30,7 +35,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable: bool = True) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in its place in one step.
+    """Let `write` fill a temporary file beside `path`, then rename it to `path` in one step.
 
     `durable` waits until the disk has it, so that a power cut leaves the old file or the new one.
 
@@ -59,14 +64,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what processes that were killed while writing left in `folder`, where nobody else may be writing."""
+    """Remove temporary files of killed processes from `folder`, in which no other process may be writing."""
     with contextlib.suppress(OSError):  # it only takes space
         for path in folder.rglob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN; a number that is not finite is recorded as null."""
+    """Replace numbers that are not finite by None, as JSON has no NaN."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -77,20 +82,23 @@ def _finite(value: Any) -> Any:
 
 
 def to_json(value: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Return a mapping as JSON, with null for numbers that are not finite."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Write a mapping as JSON (see `write_atomically`)."""
     write_atomically(path, lambda file: file.write((to_json(value, indent=1) + "\n").encode()), durable=durable)
 
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a mapping as YAML (see `write_atomically`)."""
     text = yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_yaml(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """A mapping; `parse` is `parse_yaml`, or calls it.
+    """Read a mapping; `parse` is `parse_yaml`, or calls it.
 
     Raises:
         UserError: if the file cannot be read or holds no mapping.
@@ -105,12 +113,12 @@ def read_yaml(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """What a text holds; parts of a mapping may be shared with what other texts hold, and are to be read only."""
+    """Return the value of a text in YAML; equal parts of texts share theirs, which are to be read only."""
     return _parts(text) or yaml.load(text, Loader=_Loader)
 
 
 def _parts(text: str) -> dict[str, Any]:
-    """A mapping read key by key, as runs of a study share most parts and YAML is slow; empty if it is no such text."""
+    """Read a mapping key by key, as runs of a study share most parts and YAML is slow; empty if it is no such text."""
     value: dict[str, Any] = {}
     try:
         for part in map(_part, _NEXT_KEY.split(text)):
@@ -128,8 +136,10 @@ def _part(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: if the file cannot be read or holds no JSON object.
+    """Read a JSON object.
+
+    Raises:
+        UserError: if the file cannot be read or holds no JSON object.
     """
     try:
         value = json.loads(path.read_bytes().decode())
@@ -141,7 +151,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, why: object) -> UserError:
-    reason = str(why).splitlines()[0] if str(why) else type(why).__name__
+    """Return the error for a file of a run that cannot be read."""
+    reason = first_line(why) or type(why).__name__
     return UserError(
         f"{path} cannot be read: {reason}.\n"
         f"Move the folder {path.parent} away and run the same command again to repeat this run."

@@ -1,4 +1,4 @@
-"""A run's folder is the database: what it holds, and how that is read and written.
+"""Read and write a run's folder, which is the database.
 
 config.yaml      the frozen configuration, written before the run starts
 status.json      state, host, process, heartbeat, progress, error; no file: planned, not started
@@ -37,11 +37,12 @@ class FormatError(UserError):
 
 
 def now() -> str:
+    """Return the present in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def find(study_folder: Path) -> list[Path]:
-    """The run folders of a study, by name."""
+    """Return the run folders of a study, by name."""
     return sorted((path.parent for path in study_folder.glob(f"*/{CONFIG}")), key=attrgetter("name"))
 
 
@@ -66,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _config(text: str) -> Any:
-    """Runs that differ in nothing but their seed are parsed once: a study has far fewer cells than runs."""
+    """Parse runs that differ in nothing but their seed once: a study has far fewer cells than runs."""
     seed = _SEED.search(text)
     if seed:
         config = _parsed(f"{text[: seed.start(1)]}0{text[seed.end(1) :]}")
@@ -82,7 +83,7 @@ def _parsed(text: str) -> Any:
 
 
 def read_status(folder: Path) -> dict[str, Any] | None:
-    """The status, or None for a run that was planned and has not started.
+    """Return the status, or None for a run that was planned and has not started.
 
     Raises:
         UserError: if the file is damaged.
@@ -95,12 +96,12 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows that can be read, and a sentence about each line that cannot."""
+    """Return the evaluations that can be read, and a sentence about each line that cannot."""
     return read_rows(folder / METRICS)
 
 
 def read_probes(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """By probe, the rows that can be read; and a sentence about each line that cannot."""
+    """Return the rows that can be read by probe, and a sentence about each line that cannot."""
     found, warnings = {}, []
     for path in probe_files(folder):
         found[path.stem], complaints = read_rows(path)
@@ -109,7 +110,7 @@ def read_probes(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str
 
 
 def probe_files(folder: Path) -> list[Path]:
-    """Where a run's probes wrote their rows, by name."""
+    """Return the files of rows of a run's probes, by name."""
     probes = folder / PROBES
     try:
         names = os.listdir(probes)  # noqa: PTH208  # of ten thousand runs: a glob takes five times as long
@@ -119,7 +120,7 @@ def probe_files(folder: Path) -> list[Path]:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of a file of metrics or of a probe that can be read, and a sentence about each line that cannot."""
+    """Return the rows of a file of metrics or of a probe, and a sentence about each line that cannot be read."""
     try:
         text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
@@ -145,7 +146,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _are_rows(values: Sequence[Any], needed: Sequence[str]) -> bool:
-    """Whether all are mappings with whole numbers where they are needed."""
+    """Return whether all are mappings with whole numbers where they are needed."""
     return set(map(type, values)) <= {dict} and all(
         {type(value.get(key)) for value in values} <= {int, bool} for key in needed
     )
@@ -187,7 +188,7 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to do: not even what a process leaves that is killed after its last word."""
+        """Whether nothing is left to do, not even to remove the claim of a process that was killed at its end."""
         return self.state in FINISHED and not (self.folder / lock.CLAIM).exists()
 
     def freeze(self) -> None:
@@ -211,7 +212,7 @@ class Run:
 
     @contextmanager
     def lock(self, wait_seconds: float = 0) -> Iterator[None]:
-        """Hold the run for this process (see `runs.lock`). What is written meanwhile is written only while it is held.
+        """Hold the run for this process (see `runs.lock`); nothing is written once it is lost.
 
         Raises:
             RunBusyError: if another process holds it; from a write, if another one has taken it over.
@@ -228,7 +229,7 @@ class Run:
             self._claim.verify()
 
     def write_status(self, state: str, *, durable: bool = True, **facts: Any) -> dict[str, Any]:
-        """Replace status.json; every fact not given again is kept."""
+        """Replace status.json and return it; every fact not given again is kept."""
         self._verify()
         try:
             before = read_status(self.folder) or {}
@@ -252,19 +253,25 @@ class Run:
         return status
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one evaluation to metrics.jsonl."""
         self._verify()
         _append(self.folder / METRICS, [row])
 
     def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append the rows of one measurement to a probe's file."""
         self._verify()
         files.make_folder(self.folder / PROBES)
         _append(self.folder / PROBES / f"{probe}.jsonl", rows)
 
     def keep_rows_until(self, evaluated: int, step: int) -> list[str]:
-        """Drop what a resumed run measures again: evaluations after step `evaluated`, probes from `step` (0-based) on;
-        and lines that cannot be read.
+        """Drop the rows that a resumed run measures again, and lines that cannot be read.
 
-        Returns a sentence about each damaged line.
+        Args:
+            evaluated: evaluations after this step are dropped.
+            step: rows of probes from this step (0-based) on are dropped.
+
+        Returns:
+            A sentence about each damaged line.
         """
         rows, warnings = read_metrics(self.folder)
         kept = [row for row in rows if row["step"] <= evaluated]

@@ -15,21 +15,10 @@ FORMAT = 1  # of records; a setting that comes later is marked with the format t
 
 # Where and how a run is carried out; everything else is part of its identity.
 CARRIED_OUT = frozenset(
-    [
-        "study",
-        "experiment",
-        "budget",
-        "device",
-        "engine",
-        "memory_format",
-        "threads",
-        "checkpoint_seconds",
-        "save_weights",
-        "quiet",
-        "logger",
-        "output_dir",
-        "data_dir",
-    ]
+    {
+        *("study", "experiment", "budget", "output_dir", "data_dir", "logger", "quiet"),
+        *("device", "engine", "memory_format", "threads", "checkpoint_seconds", "save_weights"),
+    }
 )
 DATASET_CARRIED_OUT = frozenset({"path", "workers"})
 

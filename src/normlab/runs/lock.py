@@ -1,4 +1,4 @@
-"""Who trains a run: one process at a time, over processes, hosts and network file systems.
+"""Let one process at a time train a run, over processes, hosts and network file systems.
 
 Two things are held together for as long as a process trains a run:
 
@@ -68,6 +68,7 @@ class Holder:
 
     @classmethod
     def myself(cls) -> Self:
+        """Describe this process, with a new token."""
         return cls(
             host=socket.gethostname(),
             machine=_machine(),
@@ -85,6 +86,7 @@ class Holder:
 
     @property
     def gone(self) -> bool:
+        """Whether its process is dead, or has to count as dead."""
         if self.here:
             left_over = self.pid == os.getpid() and self.token not in _held  # its disk was read-only at the end
             return left_over or not _exists(self.pid, self.started)
@@ -103,7 +105,7 @@ class Holder:
 
 
 def holder(folder: Path) -> Holder | None:
-    """Whose claim a run's folder holds, dead or alive; None if there is none."""
+    """Return the process, dead or alive, whose claim is in a run's folder; None without a claim."""
     path = folder / CLAIM
     try:
         with path.open(encoding="utf-8") as file:  # opening makes an NFS client ask the server
@@ -121,9 +123,11 @@ class Claim:
     """A claim that this process holds, and keeps alive until `release`."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
-        """Raises:
-        FileExistsError: if there is a claim already.
-        OSError: if it cannot be written.
+        """Write the claim to `path` and keep it alive.
+
+        Raises:
+            FileExistsError: if there is a claim already.
+            OSError: if it cannot be written.
         """
         self.path, self._token = path, holder.token
         self._released = threading.Event()
@@ -147,14 +151,17 @@ class Claim:
 
     @property
     def held(self) -> bool:
+        """Whether the file is still the one that this process wrote."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         except (OSError, ValueError):
             return False
 
     def verify(self) -> None:
-        """Raises:
-        RunBusyError: if another process has taken the run over.
+        """Check that the claim is still held.
+
+        Raises:
+            RunBusyError: if another process has taken the run over.
         """
         if not self.held:
             by = holder(self.path.parent)
@@ -164,6 +171,7 @@ class Claim:
             )
 
     def release(self) -> None:
+        """Remove the claim, if it is still held."""
         self._released.set()
         _held.discard(self._token)
         with contextlib.suppress(OSError):
@@ -175,8 +183,10 @@ class Claim:
 
 @contextmanager
 def held(folder: Path, wait_seconds: float = 0.0) -> Iterator[Claim]:
-    """Hold the run in `folder` for this process. Waits `wait_seconds` for another process of this host to let go,
-    and for one of another host that has been silent for a while, until it shows up or counts as dead.
+    """Hold the run in `folder` for this process.
+
+    It waits `wait_seconds` for another process of this host to let go, and for one of another host that has been
+    silent for a while, until it gives a sign of life or counts as dead.
 
     Raises:
         RunBusyError: if another process holds it.
@@ -194,7 +204,7 @@ def held(folder: Path, wait_seconds: float = 0.0) -> Iterator[Claim]:
 
 
 class _Unwritable(Exception):
-    """The file system's refusal, told apart from an OSError of whoever holds the lock."""
+    """A refusal of the file system, kept apart from an OSError of the code that holds the lock."""
 
     def __init__(self, reason: OSError) -> None:
         super().__init__(str(reason))
@@ -202,7 +212,7 @@ class _Unwritable(Exception):
 
 
 def _take(folder: Path) -> Claim:
-    """The claim, from a dead holder if need be."""
+    """Take the claim, from a dead holder if need be."""
     path, myself, elsewhere = folder / CLAIM, Holder.myself(), False
     while True:
         try:
@@ -231,8 +241,10 @@ def _take(folder: Path) -> Claim:
 
 @contextmanager
 def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
-    """flock, where there is such a thing. The file is removed on the way out: who opened it before that sees that
-    its name has gone or is another file's, and starts over.
+    """Hold a lock of flock, where the file system has it.
+
+    The file is removed at the end: a process that opened it before sees that its name has gone or is another file's,
+    and starts over.
     """
     patience = time.monotonic() + wait_seconds
     while True:
@@ -267,7 +279,7 @@ def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
 
 @functools.cache
 def _machine() -> str:
-    """This boot of this machine, and the part of its processes that is visible from here."""
+    """Identify this boot of this machine, and the part of its processes that is visible from here."""
     words = [socket.gethostname()]
     with contextlib.suppress(OSError):
         words.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -297,7 +309,7 @@ def _exists(pid: int, started: str) -> bool:
 
 
 def _now(folder: Path) -> float:
-    """By the clock of the file system, which a network file system's server has; by ours if it cannot be written."""
+    """Return the time by the clock of the file system, its server's on a network; by ours if it cannot be written."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")

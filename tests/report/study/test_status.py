@@ -200,7 +200,7 @@ def test_a_finished_run_is_read_once(run, claim, study, monkeypatch) -> None:
     facts = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps({**facts, "step": 80}))
     os.utime(folder / "status.json", ns=(0, 1))
-    assert max(run.share for run in survey.look()) == 0.8
+    assert max(run.progress.share for run in survey.look()) == 0.8
     assert read[2:] == [folder.name]
 
 

@@ -1,10 +1,10 @@
-"""How far a study is: its runs by state, from status.json and claims alone, so that ten thousand take seconds."""
+"""Show how far a study is: its runs by state, from status.json and claims alone, so that ten thousand take seconds."""
 
 import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,12 +12,11 @@ from statistics import fmean
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from normlab.common.errors import UserError, first_line
-from normlab.common.progress import one_line, redraws, span
+from normlab.common.progress import Progress, live_view, one_line, span
 from normlab.report.study.load import seconds_since
 from normlab.runs import files
 from normlab.runs.folder import CONFIG, STATUS
@@ -40,7 +39,7 @@ REFRESH_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state, what status.json says, why it is in a bad state, and who holds it while it runs."""
+    """One run: its state and facts by status.json, why it is in a bad state, and who holds it while it runs."""
 
     name: str
     state: State
@@ -48,38 +47,52 @@ class RunStatus:
     note: str = ""
     holder: Holder | None = None
 
-    def number(self, key: str) -> float | None:
-        value = self.facts.get(key)
-        return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
     @property
-    def share(self) -> float:
-        """Of the steps, those that are made; 0 to 1."""
-        steps = self.number("steps")
-        return min(1.0, (self.number("step") or 0.0) / steps) if steps else 0.0
+    def progress(self) -> Progress:
+        """The progress that the facts tell."""
+        return Progress(self.facts)
 
     @property
     def total_seconds(self) -> float | None:
-        """What the run takes in all, or None if nothing tells yet."""
-        if self.state not in (State.RUNNING, State.DONE) or not self.share:
-            return None
-        return (self.number("wall_seconds") or 0.0) / self.share
+        """The time of the whole run, or None if nothing tells yet."""
+        return self.progress.total_seconds if self.state in (State.RUNNING, State.DONE) else None
 
     @property
     def cell(self) -> str:
         """The name without seed and identity: runs of one cell take about as long."""
         return re.sub(r"-s\d+-[0-9a-f]{10}$", "", self.name)
 
+    def columns(self, now: datetime) -> dict[str, str]:
+        """Return what a table shows of the run, by column."""
+        progress, beat = self.progress, self.facts.get("heartbeat")
+        begun = progress.number("epoch") is not None and progress.number("epochs")
+        waiting = progress.epoch if self.state == State.RUNNING else "not begun"
+        host, job, process = (
+            getattr(self.holder, at_holder) if self.holder else self.facts.get(recorded)
+            for at_holder, recorded in (("host", "host"), ("job", "job"), ("pid", "pid"))
+        )
+        seconds, left = progress.number("wall_seconds"), self.total_seconds and progress.seconds_left
+        return {
+            "progress": f"{progress.epoch}, {progress.share:.0%}" if begun else waiting,
+            "time left": span(left) if left is not None else "",
+            "accuracy": progress.accuracy,
+            "heartbeat": f"{span(max(0.0, seconds_since(beat, now)))} ago" if beat else "",
+            "where": f"{host or ''} {f'job {job}' if job else f'process {process}' if process else ''}".strip(),
+            "wall time": span(seconds) if seconds is not None else "",
+            "error": one_line(self.note),
+            "why": one_line(self.note),
+        }
+
 
 class Survey:
-    """The runs of a study, looked at again and again; a status that was not written since is not read again."""
+    """The runs of a study, read again and again; a status that was not written since is not read again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._seen: dict[str, tuple[int, RunStatus]] = {}
 
     def look(self) -> list[RunStatus]:
-        """Every run as it is now, by name.
+        """Return every run as it is now, by name.
 
         Raises:
             UserError: if the study's folder cannot be read.
@@ -118,7 +131,7 @@ def _read(folder: Path) -> RunStatus:
 
 
 def _held(run: RunStatus, folder: Path) -> RunStatus:
-    """A run that says it is running, as its claim shows it."""
+    """Return a run whose status is running as its claim shows it."""
     by = holder(folder)
     if by and not by.gone:
         return RunStatus(run.name, State.RUNNING, run.facts, holder=by)
@@ -129,7 +142,7 @@ def _held(run: RunStatus, folder: Path) -> RunStatus:
 
 
 def time_left(runs: Sequence[RunStatus]) -> float | None:
-    """Seconds until the open runs are done, as many at a time as run now; None if none runs or nothing tells.
+    """Return the seconds until the unfinished runs are done, as many at a time as run now; None if that is unknown.
 
     A run that has not begun takes as long as those of its cell did, or as all did. Failed runs are not counted.
     """
@@ -144,14 +157,14 @@ def time_left(runs: Sequence[RunStatus]) -> float | None:
     typical = fmean(by_cell.values())
 
     def left(run: RunStatus) -> float:
-        return (run.total_seconds or by_cell.get(run.cell, typical)) * (1 - run.share)
+        return (run.total_seconds or by_cell.get(run.cell, typical)) * (1 - run.progress.share)
 
     work = sum(left(run) for run in runs if run.state in UNFINISHED)
     return max(work / len(running), *map(left, running))
 
 
 def summary(study: str, runs: Sequence[RunStatus]) -> Text:
-    """The study on one line: how many runs are in which state, and the time left."""
+    """Return the study on one line: how many runs are in which state, and the time left."""
     counts = Counter(run.state for run in runs)
     line = Text(f"Study {study}, {len(runs)} run{'s' * (len(runs) != 1)}: ")
     line.append_text(
@@ -162,7 +175,7 @@ def summary(study: str, runs: Sequence[RunStatus]) -> Text:
 
 
 def view(study: str, runs: Sequence[RunStatus], now: datetime | None = None) -> Group:
-    """The summary, a table for each state, and what to do if nothing goes on."""
+    """Return the summary, a table for each state, and what to do if nothing goes on."""
     now = now or datetime.now(UTC)
     parts: list[RenderableType] = [summary(study, runs)]
     by_state: dict[State, list[RunStatus]] = defaultdict(list)
@@ -172,11 +185,11 @@ def view(study: str, runs: Sequence[RunStatus], now: datetime | None = None) -> 
         if by_state[state] and (state not in FINISHED or len(runs) <= ROWS):
             parts += [Text(), *_section(state, color, by_state[state], now)]
     if not by_state[State.RUNNING] and any(by_state[state] for state in (*UNFINISHED, State.FAILED)):
-        told = "Nothing runs. The command that started the study goes on where it stopped, when given again."
-        parts += [Text(), Text(told)]
+        advice = "Nothing runs. The command that started the study goes on where it stopped, when given again."
+        parts += [Text(), Text(advice)]
     elif by_state[State.LOST]:
-        told = "The process of a lost run is gone: the same command, given again, goes on from its checkpoint."
-        parts += [Text(), Text(told)]
+        advice = "The process of a lost run is gone: the same command, given again, goes on from its checkpoint."
+        parts += [Text(), Text(advice)]
     return Group(*parts)
 
 
@@ -185,65 +198,18 @@ def _section(state: State, color: str, runs: Sequence[RunStatus], now: datetime)
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="dim")
     table.add_column(Text(state, f"not dim {color}"), overflow="fold")  # a name that is whole can be copied
     for column in columns:
-        told = column in ("error", "why")
-        table.add_column(column, overflow="fold", no_wrap=not told, min_width=20 if told else None)
+        long = column in ("error", "why")
+        table.add_column(column, overflow="fold", no_wrap=not long, min_width=20 if long else None)
     if not columns:
         yield Text(state, color)
     for run in runs[:ROWS]:
-        table.add_row(Text(run.name), *(Text(_CELLS[column](run, now)) for column in columns))
+        cells = run.columns(now)
+        table.add_row(Text(run.name), *(Text(cells[column]) for column in columns))
     yield table
     if len(runs) > ROWS:
         yield Text(f"and {len(runs) - ROWS} more", "dim")
 
 
-def _progress(run: RunStatus, now: datetime) -> str:
-    epoch, epochs = run.number("epoch"), run.number("epochs")
-    if epoch is None or not epochs:
-        doing = run.facts.get("doing")
-        return (one_line(doing) if doing else "starting") if run.state == State.RUNNING else "not begun"
-    return f"epoch {min(epoch + 1, epochs):.0f}/{epochs:.0f}, {run.share:.0%}"
-
-
-def _left(run: RunStatus, now: datetime) -> str:
-    return span(run.total_seconds * (1 - run.share)) if run.total_seconds else ""
-
-
-def _accuracy(run: RunStatus, now: datetime) -> str:
-    accuracy, loss = run.number("test_accuracy"), run.number("test_loss")
-    return f"{accuracy:.1%}" if accuracy is not None else f"loss {loss:.4g}" if loss is not None else ""
-
-
-def _heartbeat(run: RunStatus, now: datetime) -> str:
-    beat = run.facts.get("heartbeat")
-    return f"{span(max(0.0, seconds_since(beat, now)))} ago" if beat else ""
-
-
-def _where(run: RunStatus, now: datetime) -> str:
-    host = run.holder.host if run.holder else run.facts.get("host")
-    job = run.holder.job if run.holder else run.facts.get("job")
-    process = run.holder.pid if run.holder else run.facts.get("pid")
-    return " ".join(filter(None, (str(host or ""), f"job {job}" if job else f"process {process}" if process else "")))
-
-
-def _wall_time(run: RunStatus, now: datetime) -> str:
-    seconds = run.number("wall_seconds")
-    return span(seconds) if seconds is not None else ""
-
-
-def _note(run: RunStatus, now: datetime) -> str:
-    return one_line(run.note)
-
-
-_CELLS: dict[str, Callable[[RunStatus, datetime], str]] = {
-    "progress": _progress,
-    "time left": _left,
-    "accuracy": _accuracy,
-    "heartbeat": _heartbeat,
-    "where": _where,
-    "wall time": _wall_time,
-    "error": _note,
-    "why": _note,
-}
 _COLUMNS = {
     State.RUNNING: ("progress", "time left", "accuracy", "heartbeat", "where"),
     State.LOST: ("progress", "accuracy", "heartbeat", "where"),
@@ -259,7 +225,7 @@ _COLUMNS = {
 def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, console: Console | None = None) -> None:
     """Print how far a study is; with `watch`, again and again until no run is left that a sweep takes further.
 
-    If `quiet`, the summary alone; with `watch` only once that is so.
+    If `quiet`, print the summary alone; with `watch` only once that is so.
 
     In a terminal the tables are refreshed in place; elsewhere there is a line whenever a state has changed. Ctrl-C
     ends it.
@@ -277,18 +243,26 @@ def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, c
         if quiet:
             *_, runs = _looks(survey)
             console.print(summary(study, runs), soft_wrap=True)
-        elif redraws(console):
-            with Live(console=console, auto_refresh=False, vertical_overflow="ellipsis") as live:
-                for runs in _looks(survey):
-                    live.update(view(study, runs), refresh=True)
         else:
-            _log(study, survey, console)
+            _watch(study, survey, console)
     except KeyboardInterrupt:
         pass
 
 
+def _watch(study: str, survey: Survey, console: Console) -> None:
+    runs: list[RunStatus] = []
+    live = live_view(console, lambda: view(study, runs) if runs else "", auto_refresh=False)
+    if live is None:
+        _log(study, survey, console)
+        return
+    with live:
+        for latest in _looks(survey):
+            runs[:] = latest
+            live.refresh()
+
+
 def _log(study: str, survey: Survey, console: Console) -> None:
-    """A line whenever a state has changed; at the end, the tables."""
+    """Print a line whenever a state has changed; at the end, the tables."""
     before: list[str] = []
     for runs in _looks(survey):
         states = [f"{run.name} {run.state}" for run in runs]
