@@ -245,7 +245,7 @@ def test_parameters_are_a_scale_and_a_shift_that_start_as_the_networks_own() -> 
 
 @pytest.mark.parametrize("p", [3, 0, True, "infinity", 1.5, -1])
 def test_other_norms_are_refused_in_a_sentence(p: object) -> None:
-    with pytest.raises(UserError, match=rf"norm\.p={p} is not an Lp norm of the paper: expected 1, 2 or inf"):
+    with pytest.raises(UserError, match=rf"norm\.p={str(p).lower()} is not valid: expected one of 1, 2, inf"):
         make(p)
 
 

@@ -453,7 +453,6 @@ def test_mabn_refuses_norms_without_a_convolution() -> None:
         (MABN, MABN_OPTIONS, {"rmax": 0.5}),
         (MABN, MABN_OPTIONS, {"r_from": 0.1}),
         (MABN, MABN_OPTIONS, {"warmup": 100}),
-        (MABN, MABN_OPTIONS, {"unit": "epochs"}),
         (PowerNorm, POWER_OPTIONS, {"warmup": -1}),
         (PowerNorm, POWER_OPTIONS, {"alpha": 1.0}),
         (PowerNorm, POWER_OPTIONS, {"alpha_backward": 1.5}),
@@ -463,3 +462,8 @@ def test_options_out_of_range_are_refused_in_a_sentence(variant: Any, options: A
     ((name, value),) = wrong.items()
     with pytest.raises(UserError, match=f"norm.{name}={value} is out of range: expected"):
         variant(**options | wrong)
+
+
+def test_an_unknown_unit_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"norm\.unit=epochs is not valid: expected one of fraction, steps"):
+        MABN(**MABN_OPTIONS | {"unit": "epochs"})

@@ -187,7 +187,7 @@ def test_copies_have_noise_of_their_own_and_no_state() -> None:
         ("sigma_high", 0.9, "norm.sigma_high=0.9 is out of range: expected 1 or more"),
         ("spread", "a", "norm.spread=a is out of range"),
         ("spread", float("nan"), "norm.spread=nan is out of range"),
-        ("sigma_low", True, "norm.sigma_low=True is out of range"),
+        ("sigma_low", True, "norm.sigma_low=true is out of range"),
     ],
 )
 def test_options_out_of_range_are_refused_in_a_sentence(option: str, value: object, expected: str) -> None:

@@ -318,8 +318,8 @@ def test_lower_precision_stays_close_to_the_formula(dtype: torch.dtype, norm_bat
         ("dmax", "five", "norm.dmax=five is out of range"),
         ("rmax", float("inf"), "norm.rmax=inf is out of range"),
         ("dmax_end", 0.5, "norm.dmax_end=0.5 is out of range: expected 1 or more"),
-        ("ramp_unit", "epochs", "norm.ramp_unit=epochs is out of range: expected fraction"),
-        ("learn_scale", 1, "norm.learn_scale=1 is neither true nor false"),
+        ("ramp_unit", "epochs", "norm.ramp_unit=epochs is not valid: expected one of fraction, steps"),
+        ("learn_scale", 1, "norm.learn_scale=1 is not valid: expected true or false"),
     ],
 )
 def test_options_out_of_range_are_refused_in_a_sentence(option: str, value: object, expected: str) -> None:

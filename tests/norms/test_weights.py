@@ -553,7 +553,7 @@ def test_activations_other_than_relu_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["wn", "wn_mean"])
 def test_an_unknown_start_is_refused_with_the_nearest(name: str) -> None:
-    with pytest.raises(UserError, match=r"norm\.init=wieghts .*\nNearest valid: norm\.init=weights"):
+    with pytest.raises(UserError, match=r"norm\.init=wieghts .*\nDid you mean norm\.init=weights"):
         MAKE[name](init="wieghts")
 
 
