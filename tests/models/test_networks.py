@@ -7,7 +7,7 @@ from torch import nn
 
 from normlab import models
 from normlab.common.errors import UserError
-from normlab.models.paper_networks import CifarBlock
+from normlab.models.networks import CifarBlock
 from normlab.norms import find_sites
 from normlab.training.run import carry_out
 

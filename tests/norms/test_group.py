@@ -10,7 +10,8 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.norms import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm, Variant, rewrite
+from normlab.norms import GroupNorm, InstanceNorm, LayerNorm, Variant, rewrite
+from normlab.norms.group import GroupNorm2d
 
 EPS = 1e-5
 # Variants with the number of groups they make of 6 channels.

@@ -15,16 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normlab.common.errors import UserError
 from normlab.models.build import variant
-from normlab.norms import (
-    BatchNorm,
-    BatchStatistics,
-    Steps,
-    batch_statistics,
-    precise_statistics,
-    rewrite,
-    statistics_layers,
-    synchronize,
-)
+from normlab.norms import BatchNorm, BatchStatistics, Steps, batch_statistics, precise_statistics, rewrite, synchronize
+from normlab.norms.layer_statistics import statistics_layers
 
 # Every arm with statistics of the batch; noisy_bn's are bn's.
 WITH_STATISTICS = [

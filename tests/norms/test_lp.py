@@ -9,15 +9,8 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.norms import (
-    BatchNorm,
-    LpNorm,
-    LpNorm2d,
-    batch_statistics,
-    parameter_roles,
-    precise_statistics,
-    synchronize,
-)
+from normlab.norms import BatchNorm, LpNorm, batch_statistics, parameter_roles, precise_statistics, synchronize
+from normlab.norms.lp import LpNorm2d
 
 EPS = 1e-3
 POWERS = [1, 2, "inf"]

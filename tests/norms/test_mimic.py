@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from normlab.common.errors import UserError
 from normlab.norms import (
-    LogitBatchNorm,
     MimicConv2d,
     MimicNorm,
     NoNorm,
@@ -23,6 +22,7 @@ from normlab.norms import (
     precise_statistics,
     rewrite,
 )
+from normlab.norms.mimic import LogitBatchNorm
 
 OPTIONS: dict[str, Any] = {"eps": 1e-5, "momentum": 0.1, "conv_bias": False}
 

@@ -14,8 +14,9 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.norms import MABN, CenteredConv2d, PowerNorm, Steps, Variant, batch_statistics, rewrite
+from normlab.norms import MABN, PowerNorm, Steps, Variant, batch_statistics, rewrite
 from normlab.norms.layer_statistics import keep_for_backward
+from normlab.norms.moving_average import CenteredConv2d
 
 EPS = 1e-5
 STEPS = 8

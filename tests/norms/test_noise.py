@@ -18,8 +18,8 @@ from normlab.norms import (
     batch_statistics,
     precise_statistics,
     rewrite,
-    statistics_layers,
 )
+from normlab.norms.layer_statistics import statistics_layers
 from normlab.norms.noise import Noise
 
 PAPER = {"mu_range": 0.5, "sigma_low": 1.0, "sigma_high": 1.25, "spread": 0.1}

@@ -14,18 +14,15 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.norms import (
     ChannelAffine,
-    EvoNorm2dB0,
-    EvoNorm2dS0,
     EvoNormB0,
     EvoNormS0,
     FilterResponseNorm,
-    FilterResponseNorm2d,
     Variant,
     batch_statistics,
     parameter_roles,
     rewrite,
 )
-from normlab.norms.norm_activation import spatial_moments
+from normlab.norms.norm_activation import EvoNorm2dB0, EvoNorm2dS0, FilterResponseNorm2d, spatial_moments
 
 FRN_EPS = 1e-6
 EPS = 1e-5

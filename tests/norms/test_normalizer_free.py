@@ -16,19 +16,8 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from normlab.common.errors import UserError
-from normlab.norms import (
-    Fixup,
-    NormaliserFree,
-    ScalarAffine,
-    ScalarBias,
-    ScalarScale,
-    ScaledStandardConv2d,
-    activation_gain,
-    find_branches,
-    parameter_roles,
-    rewrite,
-    trace,
-)
+from normlab.norms import Fixup, NormaliserFree, find_branches, parameter_roles, rewrite, trace
+from normlab.norms.normalizer_free import ScalarAffine, ScalarBias, ScalarScale, ScaledStandardConv2d, activation_gain
 
 # The oracle's relative_error takes the float of a tensor with a gradient.
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")

@@ -16,6 +16,7 @@ from torch import nn
 from normlab import norms
 from normlab.common.errors import UserError
 from normlab.common.registry import declarations, option, register, registered
+from normlab.norms.group import GroupNorm2d
 
 MENU = Path(__file__).parents[2] / "conf" / "norm"
 
@@ -51,7 +52,7 @@ def test_every_name_makes_a_network_that_trains(name: str) -> None:
 
 def test_options_take_the_place_of_the_usual_ones() -> None:
     network = norms.rewrite(SmallNet(10), "gn", groups=4)
-    assert [layer.num_groups for layer in network.modules() if isinstance(layer, norms.GroupNorm2d)] == [4, 4]
+    assert [layer.num_groups for layer in network.modules() if isinstance(layer, GroupNorm2d)] == [4, 4]
     grouped = norms.rewrite(SmallNet(10), "bn", norm_batch=2, eps=1e-3)
     assert all(
         layer.norm_batch == 2 and layer.eps == 1e-3 for layer in grouped.modules() if isinstance(layer, nn.BatchNorm2d)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.norms import (
     BatchRenorm,
-    BatchRenorm2d,
     Clock,
     GroupedBatchNorm2d,
     Steps,
@@ -21,6 +20,7 @@ from normlab.norms import (
     precise_statistics,
     synchronize,
 )
+from normlab.norms.renorm import BatchRenorm2d
 
 EPS = 1e-3
 OPTIONS: dict[str, Any] = {

@@ -16,21 +16,18 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from normlab.common.errors import UserError
 from normlab.norms import (
-    MeanOnlyBatchNorm2d,
     MeanOnlyWeightNorm,
     NormProp,
-    ReparametrizedConv2d,
-    TReLU,
     TReLUWeightNorm,
     Variant,
     WeightNorm,
-    WeightNormConv2d,
     batch_statistics,
     data_dependent_start,
     parameter_roles,
     precise_statistics,
     rewrite,
 )
+from normlab.norms.weights import MeanOnlyBatchNorm2d, ReparametrizedConv2d, TReLU, WeightNormConv2d
 
 WN = {"init": "weights", "eps": 1e-24}
 MEAN = {**WN, "momentum": 0.1}
