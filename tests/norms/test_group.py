@@ -1,4 +1,4 @@
-"""Group, layer and instance normalisation against their formula, and against PyTorch's other kernels."""
+"""Group, layer and instance normalization against their formula, and against PyTorch's other kernels."""
 
 import copy
 

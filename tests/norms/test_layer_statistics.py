@@ -51,8 +51,8 @@ def test_precise_statistics_are_those_of_all_batches_pooled() -> None:
 
     before_first = [net.body[0](batch) for batch in batches]
     pooled = torch.cat(before_first)
-    normalised = [torch.batch_norm(x, first.weight, first.bias, None, None, True, 0, 1e-5, False) for x in before_first]
-    before_second = torch.cat([net.body[3](x.relu()) for x in normalised])
+    normalized = [torch.batch_norm(x, first.weight, first.bias, None, None, True, 0, 1e-5, False) for x in before_first]
+    before_second = torch.cat([net.body[3](x.relu()) for x in normalized])
     with precise_statistics(net.eval(), batches):
         for layer, inputs in ((first, pooled), (second, before_second)):
             torch.testing.assert_close(layer.running_mean, inputs.mean((0, 2, 3)), rtol=1e-10, atol=1e-12)

@@ -391,17 +391,17 @@ def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -
     assert (x.grad.tolist(), buffer.tolist()) == ([4.0] * 3, [2.0] * 3)
 
 
-def test_centred_convolutions_ignore_constants_and_pass_gradients_through_the_mean() -> None:
+def test_centered_convolutions_ignore_constants_and_pass_gradients_through_the_mean() -> None:
     convolution = nn.Conv2d(3, 5, 3, bias=False).double()
-    centred = CenteredConv2d.of(copy.deepcopy(convolution))
+    centered = CenteredConv2d.of(copy.deepcopy(convolution))
     x = images(2, 3, 6, 6)
-    torch.testing.assert_close(centred(x), centred(x + 7), rtol=0, atol=1e-12)
+    torch.testing.assert_close(centered(x), centered(x + 7), rtol=0, atol=1e-12)
     weight = convolution.weight.detach().clone().requires_grad_()
     flat = weight.flatten(1)
     F.conv2d(x, (flat - flat.mean(1, keepdim=True)).view_as(weight)).square().sum().backward()
-    output = centred(x)
+    output = centered(x)
     output.square().sum().backward()
-    (parameter,) = centred.parameters()
+    (parameter,) = centered.parameters()
     torch.testing.assert_close(parameter.grad, weight.grad, rtol=1e-12, atol=1e-12)
     assert parameter.grad.sum((1, 2, 3)).abs().max() < 1e-12  # type: ignore[union-attr]
 

@@ -135,11 +135,11 @@ def test_noisy_bn_is_batch_norm_then_noise() -> None:
     noisy = rewrite(network(), NoisyBatchNorm(**PAPER, **BN)).double()
     plain = rewrite(network(), BatchNorm(**BN)).double()
     x = images(8, 3, 6, 6)
-    normalised = plain[1](plain[0](x))
+    normalized = plain[1](plain[0](x))
     torch.manual_seed(4)
-    s, m = draws(*normalised.shape, seed=4)
+    s, m = draws(*normalized.shape, seed=4)
     torch.manual_seed(4)
-    torch.testing.assert_close(noisy[1](noisy[0](x)), s * normalised + m)
+    torch.testing.assert_close(noisy[1](noisy[0](x)), s * normalized + m)
 
 
 @pytest.mark.parametrize("norm_batch", [None, 3])

@@ -214,7 +214,7 @@ def test_tlu_at_threshold_zero_is_relu_of_frn_and_its_gradient() -> None:
     assert relative_error(ours.grad, theirs.grad) < 1e-12
 
 
-def test_b0_of_one_image_without_v_is_instance_normalisation_without_mean() -> None:
+def test_b0_of_one_image_without_v_is_instance_normalization_without_mean() -> None:
     layer = layer_of(B0).double()
     layer.v.data.zero_()
     x = images(1, 6, 4, 4, shift=1.0)

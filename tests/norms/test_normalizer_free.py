@@ -1,4 +1,4 @@
-"""Fixup and normaliser-free networks: whole networks against forward passes by hand from the papers' formulas."""
+"""Fixup and normalizer-free networks: whole networks against forward passes by hand from the papers' formulas."""
 
 import copy
 import math
@@ -80,8 +80,8 @@ def fixup_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
 
 def standardised(v: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
     rows = v.flatten(1)
-    centred = rows - rows.sum(1, keepdim=True) / rows.shape[1]
-    filters = gain[:, None] * centred / torch.sqrt((centred * centred).sum(1, keepdim=True) + eps)
+    centered = rows - rows.sum(1, keepdim=True) / rows.shape[1]
+    filters = gain[:, None] * centered / torch.sqrt((centered * centered).sum(1, keepdim=True) + eps)
     return filters.unflatten(1, v.shape[1:])
 
 
@@ -285,7 +285,7 @@ def test_half_precision_in_and_out(layer: nn.Module, half: torch.dtype) -> None:
         assert layer(images(2, 6, 4, 4).to(half)).dtype == half
 
 
-# Propagation of the signal through normaliser-free networks.
+# Propagation of the signal through normalizer-free networks.
 
 
 def gaussian_resnet(block: type[nn.Module]) -> nn.Module:

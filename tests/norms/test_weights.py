@@ -1,4 +1,4 @@
-"""The weight reparametrisations of Gitman & Ginsburg 2017, against PyTorch's parametrisation and plain formulas."""
+"""The weight reparametrizations of Gitman & Ginsburg 2017, against PyTorch's parametrization and plain formulas."""
 
 import copy
 import math
@@ -61,7 +61,7 @@ def filters(v: Tensor, g: Tensor) -> Tensor:
 
 
 class WeightNormOracle:
-    """PyTorch's own parametrisation."""
+    """PyTorch's own parametrization."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         self.convolution = parametrizations.weight_norm(copy.deepcopy(convolution))
@@ -204,7 +204,7 @@ def test_weights_are_computed_in_float32_under_autocast(name: str) -> None:
     assert torch.equal(weight, expected)
 
 
-def test_parameters_in_half_precision_are_normalised_in_float32() -> None:
+def test_parameters_in_half_precision_are_normalized_in_float32() -> None:
     layer = MAKE["wn"]().convolution(plain()).bfloat16()
     v = layer.weight.double()
     torch.testing.assert_close(layer.effective_weight().double(), filters(v, layer.g.double()), rtol=1e-6, atol=0)
@@ -305,11 +305,11 @@ def test_mean_only_output_has_mean_beta_and_the_inputs_variance() -> None:
 def test_mean_only_takes_part_in_precise_and_batch_statistics() -> None:
     layer = MeanOnlyBatchNorm2d(6, momentum=0.1).double().eval()
     x = images(7, 6, 4, 4, shift=5)
-    centred = x - x.mean((0, 2, 3), keepdim=True)
+    centered = x - x.mean((0, 2, 3), keepdim=True)
     with batch_statistics(layer):
-        torch.testing.assert_close(layer(x), centred)
+        torch.testing.assert_close(layer(x), centered)
     with precise_statistics(layer, x.split([5, 2])):
-        torch.testing.assert_close(layer(x), centred)
+        torch.testing.assert_close(layer(x), centered)
     assert torch.equal(layer(x), x)
 
 

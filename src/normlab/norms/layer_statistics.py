@@ -252,7 +252,7 @@ def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
             layers.append(module)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise UserError(
-                f"{name} is a {type(module).__name__} of PyTorch, without precise, batch or synchronised statistics.\n"
+                f"{name} is a {type(module).__name__} of PyTorch, without precise, batch or synchronized statistics.\n"
                 "Use normlab.norms.GroupedBatchNorm2d in its place, or eval_stats=running sync_stats=false."
             )
     return layers
