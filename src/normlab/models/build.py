@@ -5,20 +5,12 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from normlab import norms
 from normlab.common.errors import UserError
 from normlab.common.imports import locate
 from normlab.common.rng import key
 from normlab.config.schema import RunConfig
 from normlab.models import initialization, networks
-from normlab.norms import (
-    GroupedBatchNorm2d,
-    Variant,
-    batch_statistics,
-    data_dependent_start,
-    find_sites,
-    rewrite,
-    synchronize,
-)
 from normlab.norms.plain import set_bias
 
 
@@ -42,8 +34,8 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
                 f"norm={config.norm.name} cannot have {setting}={value}: {rewriting.refused[setting][value]}.\n"
                 f"Use another {setting}, or another norm."
             )
-    sites = find_sites(network) if config.init.name == "bn_folded" and not rewriting.normalizes else []
-    network = rewrite(network, rewriting)
+    sites = norms.find_sites(network) if config.init.name == "bn_folded" and not rewriting.normalizes else []
+    network = norms.rewrite(network, rewriting)
     for site in sites:
         if site.convolution is not None and initialization.can_fold(network, site):
             convolution = network.get_submodule(site.convolution)
@@ -51,7 +43,7 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
             set_bias(convolution)
     if config.input_norm == "bn":
         network = nn.Sequential(OrderedDict(input_norm=_input_norm(config), network=network))
-    return synchronize(network) if config.sync_stats else network
+    return norms.synchronize(network) if config.sync_stats else network
 
 
 def base(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -74,7 +66,7 @@ def start(config: RunConfig, network: nn.Module, images: Tensor, *, num_classes:
     inner = network
     if config.input_norm == "bn":
         inner, input_norm = network.get_submodule("network"), network.get_submodule("input_norm")
-        with torch.no_grad(), batch_statistics(input_norm.eval()):
+        with torch.no_grad(), norms.batch_statistics(input_norm.eval()):
             images = input_norm(images)
         input_norm.train()
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +75,7 @@ def start(config: RunConfig, network: nn.Module, images: Tensor, *, num_classes:
             initialization.lsuv(inner, images)
         elif config.init.name == "bn_folded" and not variant(config).normalizes:
             initialization.fold(inner, base(config, num_classes, image_size), images)
-        data_dependent_start(inner, images)
+        norms.data_dependent_start(inner, images)
 
 
 def _input_norm(config: RunConfig) -> nn.Module:
@@ -92,7 +84,7 @@ def _input_norm(config: RunConfig) -> nn.Module:
     Its shift is frozen at 0, its scale starts at 0.58 times that of the network's norms (the standard deviation of a
     normalized and rectified channel).
     """
-    layer = GroupedBatchNorm2d(3, norm_batch=config.norm_batch)
+    layer = norms.GroupedBatchNorm2d(3, norm_batch=config.norm_batch)
     options = config.norm.options
     nn.init.constant_(layer.weight, 0.58 * options.get("scale_init", 1.0))
     layer.lr_divisors = {"weight": options.get("scale_lr_divisor", 1.0)}
@@ -100,7 +92,7 @@ def _input_norm(config: RunConfig) -> nn.Module:
     return layer
 
 
-def variant(config: RunConfig) -> Variant:
+def variant(config: RunConfig) -> norms.Variant:
     """Make the variant that `norm` names, with its options.
 
     Raises:
@@ -111,7 +103,7 @@ def variant(config: RunConfig) -> Variant:
         made = kind(**config.norm.options, norm_batch=config.norm_batch)
     except TypeError as error:
         raise UserError(f"norm={config.norm.name} cannot be made with these options: {error}.") from error
-    if not isinstance(made, Variant):
+    if not isinstance(made, norms.Variant):
         raise UserError(f"norm._target_={config.norm.target} is no variant: derive it from normlab.norms.Variant.")
     made.name = config.norm.name
     return made

@@ -10,20 +10,10 @@ from torch import Tensor, nn
 
 from normlab.common.errors import UserError, nearest
 from normlab.common.imports import locate
-from normlab.config.schema import (
-    SMALL_STEM_UP_TO,
-    CifarResNetConfig,
-    CustomModelConfig,
-    DeepLinearConfig,
-    GitmanCifarConfig,
-    ResNetConfig,
-    RunConfig,
-    TorchvisionConfig,
-    VGGConfig,
-)
+from normlab.config import schema
 
 
-def make(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
+def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Module:
     """Build the network of a run, with torch's global generator.
 
     Raises:
@@ -31,25 +21,25 @@ def make(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
     """
     depth = config.depth or 0  # of the networks that have one: checked by the schema
     match config.model:
-        case ResNetConfig() as model:
+        case schema.ResNetConfig() as model:
             return _resnet(model, depth, num_classes, image_size)
-        case CifarResNetConfig():
+        case schema.CifarResNetConfig():
             return CifarResNet(depth, num_classes)
-        case VGGConfig() as model:
+        case schema.VGGConfig() as model:
             return _vgg(model, depth, num_classes, image_size)
-        case TorchvisionConfig() as model:
+        case schema.TorchvisionConfig() as model:
             return _torchvision(model, num_classes)
-        case GitmanCifarConfig():
+        case schema.GitmanCifarConfig():
             return GitmanCifarNet(num_classes)
-        case DeepLinearConfig():
+        case schema.DeepLinearConfig():
             return DeepLinear(num_classes, depth)
-        case CustomModelConfig() as model:
+        case schema.CustomModelConfig() as model:
             return _custom(model, num_classes)
 
 
-def _resnet(model: ResNetConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
+def _resnet(model: schema.ResNetConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
     network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=num_classes)
-    if (model.stem or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "small":
+    if (model.stem or ("small" if image_size <= schema.SMALL_STEM_UP_TO else "imagenet")) == "small":
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         he_fan_out(network.conv1)
         network.maxpool = nn.Identity()
@@ -58,9 +48,9 @@ def _resnet(model: ResNetConfig, depth: int, num_classes: int, image_size: int) 
     return network
 
 
-def _vgg(model: VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
+def _vgg(model: schema.VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
     make = getattr(torchvision.models, f"vgg{depth}_bn")
-    if (model.head or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
+    if (model.head or ("small" if image_size <= schema.SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
         if model.width != 1:
             raise UserError(f"model.width={model.width:g} needs model.head=small: the large head takes 512 filters.")
         network: nn.Module = make(weights=None, num_classes=num_classes)
@@ -89,7 +79,7 @@ def _vgg_filters(network: nn.Module) -> list[Any]:
     return [layer.out_channels if isinstance(layer, nn.Conv2d) else "M" for layer in kinds]
 
 
-def _torchvision(model: TorchvisionConfig, num_classes: int) -> nn.Module:
+def _torchvision(model: schema.TorchvisionConfig, num_classes: int) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if model.name not in names:
         close = nearest(model.name, names)
@@ -112,7 +102,7 @@ def _torchvision(model: TorchvisionConfig, num_classes: int) -> nn.Module:
     return network
 
 
-def _custom(model: CustomModelConfig, num_classes: int) -> nn.Module:
+def _custom(model: schema.CustomModelConfig, num_classes: int) -> nn.Module:
     make = locate(model.target, "model.target")
     if "num_classes" in model.kwargs:
         raise UserError("model.kwargs.num_classes is set already, to that of the data set.\nLeave it out.")
