@@ -12,8 +12,8 @@ from normlab.norms.batch import BatchNorm, BatchNormMinus, GroupedBatchNorm2d
 from normlab.norms.group import GroupNorm, InstanceNorm, LayerNorm
 from normlab.norms.layer_statistics import (
     BatchStatistics,
-    apart,
     batch_statistics,
+    independent_processes,
     precise_statistics,
     statistics_layers,
     synchronize,
@@ -69,12 +69,12 @@ __all__ = [
     "TReLUWeightNorm",
     "Variant",
     "WeightNorm",
-    "apart",
     "batch_statistics",
     "data_dependent_start",
     "find_branches",
     "find_sites",
     "fixup_start",
+    "independent_processes",
     "named",
     "option",
     "parameter_roles",

@@ -16,7 +16,7 @@ from normlab.common.rng import key
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.data.datasets import Data
-from normlab.norms import apart, batch_statistics, precise_statistics
+from normlab.norms import batch_statistics, independent_processes, precise_statistics
 from normlab.probes import Probes, StepSnapshot
 from normlab.training.device import autocast
 from normlab.training.distributed.group import ALONE, Alone, Looks
@@ -182,7 +182,7 @@ def _row(
     row: dict[str, Any] = {"epoch": epoch + 1, "step": end}
     row |= task.metrics("train", task.train_loss(at.losses, sizes), int(at.hits.sum()), images)
     try:
-        with apart(), _statistics(config, network, data, at.losses.device, team, stop, beat):
+        with independent_processes(), _statistics(config, network, data, at.losses.device, team, stop, beat):
             for name, split in (("val", data.val), ("test", data.test)):
                 if split is not None:
                     loss, hits = evaluate(config, task, network, split, at.losses.device, team, turn, stop, beat)

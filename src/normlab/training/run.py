@@ -19,7 +19,7 @@ from normlab import loggers, models, runs
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data, Loaded, load
-from normlab.norms import Steps, apart, find_sites
+from normlab.norms import Steps, find_sites, independent_processes
 from normlab.probes import Probes, Subject
 from normlab.runs import files
 from normlab.training import checkpoint, choices, device, engines, taps
@@ -201,7 +201,7 @@ def _train(
     if saved is None and config.starts_from_data:
         calibration = data.calibration(config.calibration_images)
         try:
-            with apart():
+            with independent_processes():
                 models.start(config, network, calibration, num_classes=len(data.classes), image_size=data.image_size)
         except ValueError as error:
             raise UserError(
@@ -412,7 +412,7 @@ def _check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
     probe = copy.deepcopy(network).to("meta").train()
     for size in sorted(sizes, reverse=True):  # what no batch size mends is told of the whole batch
         try:
-            with apart():
+            with independent_processes():
                 output = probe(torch.empty(size, data.channels, side, side, device="meta"))
         except NotImplementedError:  # some operation of the user's network has no meta form
             return
