@@ -77,7 +77,7 @@ def test_another_seed_is_another_start_and_global_random_state_does_not_matter(m
     assert not torch.equal(first.conv1.weight, other.conv1.weight)
 
 
-def test_small_stem_is_initialised_like_torchvisions_convolutions(make) -> None:
+def test_small_stem_is_initialized_like_torchvisions_convolutions(make) -> None:
     """He-normal, fan-out: std = sqrt(2 / (64 · 3 · 3))."""
     stds = [
         models.build(make(f"seed={seed}"), num_classes=10, image_size=8).conv1.weight.std().item() for seed in range(5)

@@ -157,7 +157,7 @@ def test_a_folded_start_does_not_need_the_plain_start_to_be_close(make) -> None:
 
 
 @pytest.mark.parametrize("arm", ["bn", "bnminus", "gn", "wn", "renorm", "evonorm_s0", "evonorm_b0", "fixup"])
-def test_a_folded_start_leaves_an_arm_that_normalises(make, arm) -> None:
+def test_a_folded_start_leaves_an_arm_that_normalizes(make, arm) -> None:
     config = make(*SMALL, "init=bn_folded", f"norm={arm}")
     network = models.build(config, num_classes=10, image_size=8)
     before = copy.deepcopy(network.state_dict())
@@ -215,7 +215,7 @@ def test_a_start_from_data_repeats_what_is_random_outside_of_modules(make) -> No
 
 
 class FlatNorm(SmallNet):
-    """Has a batch normalisation after its maps, too, which is no site."""
+    """Has a batch normalization after its maps, too, which is no site."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)

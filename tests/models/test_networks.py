@@ -7,7 +7,7 @@ from torch import nn
 
 from normlab import models
 from normlab.common.errors import UserError
-from normlab.models.paper_networks import CifarBlock
+from normlab.models.networks import CifarBlock
 from normlab.norms import find_sites
 from normlab.training.run import train_run as carry_out
 
@@ -87,10 +87,10 @@ def test_gitmans_network_takes_whole_images_too(gitman) -> None:
     assert network(images).shape == (2, 10)
 
 
-def test_gitmans_network_is_normalised_after_the_third_and_the_sixth_convolution_only(gitman) -> None:
+def test_gitmans_network_is_normalized_after_the_third_and_the_sixth_convolution_only(gitman) -> None:
     kinds = [type(module).__name__.replace("GroupedB", "B") for module in gitman.features]
-    plain, normalised = ["Conv2d", "ReLU"], ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
-    assert kinds == (plain * 2 + normalised) * 2 + plain * 3
+    plain, normalized = ["Conv2d", "ReLU"], ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
+    assert kinds == (plain * 2 + normalized) * 2 + plain * 3
     convolutions = [module for module in gitman.features if isinstance(module, nn.Conv2d)]
     assert [c.bias is None for c in convolutions] == [number in (3, 6) for number in range(1, 10)]
 
@@ -129,7 +129,7 @@ def test_a_deep_linear_network_has_as_many_square_layers_as_asked_for(make) -> N
     assert weights.abs().max() > 0.95 * (6 / (6 + 6)) ** 0.5
 
 
-def test_every_layer_of_a_deep_linear_network_is_normalised(make) -> None:
+def test_every_layer_of_a_deep_linear_network_is_normalized(make) -> None:
     """In NumPy, training mode: the last output of `bnminus` has mean 0 and variance 1 over the batch."""
     network = models.build(make("model=deep_linear", "depth=3", "norm=bnminus"), num_classes=5, image_size=1).double()
     a = np.random.default_rng(0).normal(size=(200, 5))

@@ -261,7 +261,7 @@ def test_networks_that_share_what_a_variant_rewrites_are_refused(make, norm) -> 
 
 @pytest.mark.parametrize("norm", ["affine", "none", "noisy_none", "bn", "gn"])
 def test_an_activation_in_place_does_not_overwrite_a_shortcut(make, norm) -> None:
-    """In a block that normalises before its convolution, the norm's input is the shortcut as well."""
+    """In a block that normalizes before its convolution, the norm's input is the shortcut as well."""
 
     class Block(nn.Module):
         def __init__(self, inplace: bool) -> None:

@@ -1,4 +1,4 @@
-"""Group, layer and instance normalisation against their formula, and against PyTorch's other kernels."""
+"""Group, layer and instance normalization against their formula, and against PyTorch's other kernels."""
 
 import copy
 
@@ -10,7 +10,8 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.norms import GroupNorm, GroupNorm2d, InstanceNorm, LayerNorm, Variant, rewrite
+from normlab.norms import GroupNorm, InstanceNorm, LayerNorm, Variant, rewrite
+from normlab.norms.group import GroupNorm2d
 
 EPS = 1e-5
 # Variants with the number of groups they make of 6 channels.

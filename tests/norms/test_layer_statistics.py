@@ -15,16 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normlab.common.errors import UserError
 from normlab.models.build import variant
-from normlab.norms import (
-    BatchNorm,
-    BatchStatistics,
-    Steps,
-    batch_statistics,
-    precise_statistics,
-    rewrite,
-    statistics_layers,
-    synchronize,
-)
+from normlab.norms import BatchNorm, BatchStatistics, Steps, batch_statistics, precise_statistics, rewrite, synchronize
+from normlab.norms.layer_statistics import statistics_layers
 
 # Every arm with statistics of the batch; noisy_bn's are bn's.
 WITH_STATISTICS = [
@@ -59,8 +51,8 @@ def test_precise_statistics_are_those_of_all_batches_pooled() -> None:
 
     before_first = [net.body[0](batch) for batch in batches]
     pooled = torch.cat(before_first)
-    normalised = [torch.batch_norm(x, first.weight, first.bias, None, None, True, 0, 1e-5, False) for x in before_first]
-    before_second = torch.cat([net.body[3](x.relu()) for x in normalised])
+    normalized = [torch.batch_norm(x, first.weight, first.bias, None, None, True, 0, 1e-5, False) for x in before_first]
+    before_second = torch.cat([net.body[3](x.relu()) for x in normalized])
     with precise_statistics(net.eval(), batches):
         for layer, inputs in ((first, pooled), (second, before_second)):
             torch.testing.assert_close(layer.running_mean, inputs.mean((0, 2, 3)), rtol=1e-10, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Lp normalisers against their formula in plain autograd, with p-norms written out."""
+"""Lp normalizers against their formula in plain autograd, with p-norms written out."""
 
 import copy
 import math
@@ -9,15 +9,8 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.norms import (
-    BatchNorm,
-    LpNorm,
-    LpNorm2d,
-    batch_statistics,
-    parameter_roles,
-    precise_statistics,
-    synchronize,
-)
+from normlab.norms import BatchNorm, LpNorm, batch_statistics, parameter_roles, precise_statistics, synchronize
+from normlab.norms.lp import LpNorm2d
 
 EPS = 1e-3
 POWERS = [1, 2, "inf"]
@@ -141,7 +134,7 @@ def test_gradients_are_those_of_finite_differences(p: object) -> None:
 
 
 @pytest.mark.parametrize("norm_batch", [None, 1])
-def test_l2_of_channels_without_mean_is_batch_normalisation(norm_batch: int | None) -> None:
+def test_l2_of_channels_without_mean_is_batch_normalization(norm_batch: int | None) -> None:
     """Groups of one image have a mean each, which is taken away here as well."""
     x = images(4, 6, 5, 5, scale=3.0)
     x = x - x.mean((2, 3) if norm_batch else (0, 2, 3), keepdim=True)
@@ -154,7 +147,7 @@ def test_l2_of_channels_without_mean_is_batch_normalisation(norm_batch: int | No
     [(1, lambda a: a.abs().mean(1)), (2, lambda a: a.square().mean(1).sqrt()), ("inf", lambda a: a.abs().amax(1))],
 )
 def test_the_norm_is_taken_before_the_mean_shift(p: object, norm) -> None:
-    """A shift of the input makes the output smaller, which none of batch normalisation does."""
+    """A shift of the input makes the output smaller, which none of batch normalization does."""
     layer = make(p, eps=1e-300).double()
     x = images(8, 6, 4, 4)
     shifted = x + 100.0
@@ -177,7 +170,7 @@ def test_a_channel_of_zeros_is_finite_and_its_gradient_no_larger_than_batch_norm
         assert (output == 0).all()
         output.backward(images(4, 6, 3, 3).float())
         gradients.append(x.grad)
-    torch.testing.assert_close(gradients[0], gradients[1])  # both are centred, and divided by sqrt(eps)
+    torch.testing.assert_close(gradients[0], gradients[1])  # both are centered, and divided by sqrt(eps)
 
 
 @pytest.mark.parametrize("norm_batch", [None, 2])
@@ -245,7 +238,7 @@ def test_parameters_are_a_scale_and_a_shift_that_start_as_the_networks_own() -> 
 
 @pytest.mark.parametrize("p", [3, 0, True, "infinity", 1.5, -1])
 def test_other_norms_are_refused_in_a_sentence(p: object) -> None:
-    with pytest.raises(UserError, match=rf"norm\.p={p} is not an Lp norm of the paper: expected 1, 2 or inf"):
+    with pytest.raises(UserError, match=rf"norm\.p={str(p).lower()} is not valid: expected one of 1, 2, inf"):
         make(p)
 
 

@@ -1,4 +1,4 @@
-"""MimicNorm: weights centred by hand, and PyTorch's BatchNorm1d over the logits."""
+"""MimicNorm: weights centered by hand, and PyTorch's BatchNorm1d over the logits."""
 
 import copy
 import pickle
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from normlab.common.errors import UserError
 from normlab.norms import (
-    LogitBatchNorm,
     MimicConv2d,
     MimicNorm,
     NoNorm,
@@ -23,6 +22,7 @@ from normlab.norms import (
     precise_statistics,
     rewrite,
 )
+from normlab.norms.mimic import LogitBatchNorm
 
 OPTIONS: dict[str, Any] = {"eps": 1e-5, "momentum": 0.1, "conv_bias": False}
 
@@ -39,7 +39,7 @@ def centre_by_hand(network: nn.Module) -> None:
                 weights -= weights.sum() / weights.numel()
 
 
-def test_a_training_run_equals_one_without_norms_centred_by_hand_and_batch_norm_1d_at_the_end() -> None:
+def test_a_training_run_equals_one_without_norms_centered_by_hand_and_batch_norm_1d_at_the_end() -> None:
     ours = rewrite(small_resnet(), MimicNorm(**OPTIONS)).double().train()
     theirs = nn.Sequential(rewrite(small_resnet(), NoNorm(conv_bias=False)), nn.BatchNorm1d(5)).double().train()
     centre_by_hand(theirs)
@@ -65,7 +65,7 @@ def test_a_training_run_equals_one_without_norms_centred_by_hand_and_batch_norm_
     assert (ours.get_submodule("conv1").weight - first).abs().max() > 1e-4  # type: ignore[union-attr,operator]
 
 
-def test_weights_are_centred_from_the_start_and_after_each_step() -> None:
+def test_weights_are_centered_from_the_start_and_after_each_step() -> None:
     network = rewrite(small_resnet(), MimicNorm(**OPTIONS))
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert all(isinstance(convolution, MimicConv2d) for convolution in convolutions)
@@ -100,7 +100,7 @@ def test_no_norm_remains_but_one_of_the_logits_and_parameters_keep_their_roles()
 
 
 @pytest.mark.parametrize(("count", "k"), [(6, None), (6, 2), (7, 3), (7, 4), (5, 2), (2, 2)])
-def test_logits_are_normalised_group_by_group(count: int, k: int | None) -> None:
+def test_logits_are_normalized_group_by_group(count: int, k: int | None) -> None:
     layer = LogitBatchNorm(4, norm_batch=k, eps=1e-5, momentum=0.1).double()
     nn.init.normal_(layer.weight)
     nn.init.normal_(layer.bias)
@@ -173,7 +173,7 @@ def test_copies_and_saved_states_are_the_same_network() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_in_lower_precision_are_normalised_in_float32(dtype: torch.dtype) -> None:
+def test_logits_in_lower_precision_are_normalized_in_float32(dtype: torch.dtype) -> None:
     layer, reference = LogitBatchNorm(4, eps=1e-5, momentum=0.1), nn.BatchNorm1d(4).double()
     logits = images(16, 4, shift=20.0).to(dtype)  # a mean that half-precision statistics would lose
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):

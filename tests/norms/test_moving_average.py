@@ -14,8 +14,9 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.norms import MABN, CenteredConv2d, PowerNorm, Steps, Variant, batch_statistics, rewrite
+from normlab.norms import MABN, PowerNorm, Steps, Variant, batch_statistics, rewrite
 from normlab.norms.layer_statistics import keep_for_backward
+from normlab.norms.moving_average import CenteredConv2d
 
 EPS = 1e-5
 STEPS = 8
@@ -390,17 +391,17 @@ def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -
     assert (x.grad.tolist(), buffer.tolist()) == ([4.0] * 3, [2.0] * 3)
 
 
-def test_centred_convolutions_ignore_constants_and_pass_gradients_through_the_mean() -> None:
+def test_centered_convolutions_ignore_constants_and_pass_gradients_through_the_mean() -> None:
     convolution = nn.Conv2d(3, 5, 3, bias=False).double()
-    centred = CenteredConv2d.of(copy.deepcopy(convolution))
+    centered = CenteredConv2d.of(copy.deepcopy(convolution))
     x = images(2, 3, 6, 6)
-    torch.testing.assert_close(centred(x), centred(x + 7), rtol=0, atol=1e-12)
+    torch.testing.assert_close(centered(x), centered(x + 7), rtol=0, atol=1e-12)
     weight = convolution.weight.detach().clone().requires_grad_()
     flat = weight.flatten(1)
     F.conv2d(x, (flat - flat.mean(1, keepdim=True)).view_as(weight)).square().sum().backward()
-    output = centred(x)
+    output = centered(x)
     output.square().sum().backward()
-    (parameter,) = centred.parameters()
+    (parameter,) = centered.parameters()
     torch.testing.assert_close(parameter.grad, weight.grad, rtol=1e-12, atol=1e-12)
     assert parameter.grad.sum((1, 2, 3)).abs().max() < 1e-12  # type: ignore[union-attr]
 
@@ -453,7 +454,6 @@ def test_mabn_refuses_norms_without_a_convolution() -> None:
         (MABN, MABN_OPTIONS, {"rmax": 0.5}),
         (MABN, MABN_OPTIONS, {"r_from": 0.1}),
         (MABN, MABN_OPTIONS, {"warmup": 100}),
-        (MABN, MABN_OPTIONS, {"unit": "epochs"}),
         (PowerNorm, POWER_OPTIONS, {"warmup": -1}),
         (PowerNorm, POWER_OPTIONS, {"alpha": 1.0}),
         (PowerNorm, POWER_OPTIONS, {"alpha_backward": 1.5}),
@@ -463,3 +463,8 @@ def test_options_out_of_range_are_refused_in_a_sentence(variant: Any, options: A
     ((name, value),) = wrong.items()
     with pytest.raises(UserError, match=f"norm.{name}={value} is out of range: expected"):
         variant(**options | wrong)
+
+
+def test_an_unknown_unit_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(UserError, match=r"norm\.unit=epochs is not valid: expected one of fraction, steps"):
+        MABN(**MABN_OPTIONS | {"unit": "epochs"})

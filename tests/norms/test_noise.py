@@ -18,8 +18,8 @@ from normlab.norms import (
     batch_statistics,
     precise_statistics,
     rewrite,
-    statistics_layers,
 )
+from normlab.norms.layer_statistics import statistics_layers
 from normlab.norms.noise import Noise
 
 PAPER = {"mu_range": 0.5, "sigma_low": 1.0, "sigma_high": 1.25, "spread": 0.1}
@@ -135,11 +135,11 @@ def test_noisy_bn_is_batch_norm_then_noise() -> None:
     noisy = rewrite(network(), NoisyBatchNorm(**PAPER, **BN)).double()
     plain = rewrite(network(), BatchNorm(**BN)).double()
     x = images(8, 3, 6, 6)
-    normalised = plain[1](plain[0](x))
+    normalized = plain[1](plain[0](x))
     torch.manual_seed(4)
-    s, m = draws(*normalised.shape, seed=4)
+    s, m = draws(*normalized.shape, seed=4)
     torch.manual_seed(4)
-    torch.testing.assert_close(noisy[1](noisy[0](x)), s * normalised + m)
+    torch.testing.assert_close(noisy[1](noisy[0](x)), s * normalized + m)
 
 
 @pytest.mark.parametrize("norm_batch", [None, 3])
@@ -187,7 +187,7 @@ def test_copies_have_noise_of_their_own_and_no_state() -> None:
         ("sigma_high", 0.9, "norm.sigma_high=0.9 is out of range: expected 1 or more"),
         ("spread", "a", "norm.spread=a is out of range"),
         ("spread", float("nan"), "norm.spread=nan is out of range"),
-        ("sigma_low", True, "norm.sigma_low=True is out of range"),
+        ("sigma_low", True, "norm.sigma_low=true is out of range"),
     ],
 )
 def test_options_out_of_range_are_refused_in_a_sentence(option: str, value: object, expected: str) -> None:

@@ -14,18 +14,15 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.norms import (
     ChannelAffine,
-    EvoNorm2dB0,
-    EvoNorm2dS0,
     EvoNormB0,
     EvoNormS0,
     FilterResponseNorm,
-    FilterResponseNorm2d,
     Variant,
     batch_statistics,
     parameter_roles,
     rewrite,
 )
-from normlab.norms.norm_activation import spatial_moments
+from normlab.norms.norm_activation import EvoNorm2dB0, EvoNorm2dS0, FilterResponseNorm2d, spatial_moments
 
 FRN_EPS = 1e-6
 EPS = 1e-5
@@ -217,7 +214,7 @@ def test_tlu_at_threshold_zero_is_relu_of_frn_and_its_gradient() -> None:
     assert relative_error(ours.grad, theirs.grad) < 1e-12
 
 
-def test_b0_of_one_image_without_v_is_instance_normalisation_without_mean() -> None:
+def test_b0_of_one_image_without_v_is_instance_normalization_without_mean() -> None:
     layer = layer_of(B0).double()
     layer.v.data.zero_()
     x = images(1, 6, 4, 4, shift=1.0)
@@ -237,13 +234,13 @@ def test_b0_on_batch_statistics_evaluates_as_it_trains_and_keeps_its_average() -
     assert torch.equal(layer.running_var, before)
 
 
-def test_b0_adopts_the_variance_of_many_batches() -> None:
+def test_b0_has_the_variance_of_many_batches() -> None:
     layer = layer_of(B0).double()
     batches = [images(4, 6, 3, 3, seed=seed, shift=seed) for seed in range(3)]
     moments = [layer.moments(x) for x in batches]
-    layer.adopt(*(torch.stack(values).mean(0) for values in zip(*moments, strict=True)))
+    (var,) = layer.averages_of(*(torch.stack(values).mean(0) for values in zip(*moments, strict=True)))
     pooled = torch.cat(batches).var((0, 2, 3), correction=0)
-    assert relative_error(layer.running_var, pooled) < 1e-12
+    assert relative_error(var, pooled) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -371,5 +368,5 @@ def test_options_out_of_range_are_refused_in_a_sentence() -> None:
         EvoNormS0(groups=0, eps=EPS)
     with pytest.raises(UserError, match=r"norm\.groups=4 does not divide the 6 channels .* norm\.groups=3"):
         EvoNormS0(groups=4, eps=EPS).check([6])
-    with pytest.raises(UserError, match=r"norm\.learned_eps=1 is neither true nor false"):
+    with pytest.raises(UserError, match=r"norm\.learned_eps=1 is not valid: expected true or false"):
         FilterResponseNorm(eps=FRN_EPS, learned_eps=1)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Fixup and normaliser-free networks: whole networks against forward passes by hand from the papers' formulas."""
+"""Fixup and normalizer-free networks: whole networks against forward passes by hand from the papers' formulas."""
 
 import copy
 import math
@@ -16,19 +16,8 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from normlab.common.errors import UserError
-from normlab.norms import (
-    Fixup,
-    NormaliserFree,
-    ScalarAffine,
-    ScalarBias,
-    ScalarScale,
-    ScaledStandardConv2d,
-    activation_gain,
-    find_branches,
-    parameter_roles,
-    rewrite,
-    trace,
-)
+from normlab.norms import Fixup, NormaliserFree, find_branches, parameter_roles, rewrite, trace
+from normlab.norms.normalizer_free import ScalarAffine, ScalarBias, ScalarScale, ScaledStandardConv2d, activation_gain
 
 # The oracle's relative_error takes the float of a tensor with a gradient.
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")
@@ -91,8 +80,8 @@ def fixup_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
 
 def standardised(v: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
     rows = v.flatten(1)
-    centred = rows - rows.sum(1, keepdim=True) / rows.shape[1]
-    filters = gain[:, None] * centred / torch.sqrt((centred * centred).sum(1, keepdim=True) + eps)
+    centered = rows - rows.sum(1, keepdim=True) / rows.shape[1]
+    filters = gain[:, None] * centered / torch.sqrt((centered * centered).sum(1, keepdim=True) + eps)
     return filters.unflatten(1, v.shape[1:])
 
 
@@ -296,7 +285,7 @@ def test_half_precision_in_and_out(layer: nn.Module, half: torch.dtype) -> None:
         assert layer(images(2, 6, 4, 4).to(half)).dtype == half
 
 
-# Propagation of the signal through normaliser-free networks.
+# Propagation of the signal through normalizer-free networks.
 
 
 def gaussian_resnet(block: type[nn.Module]) -> nn.Module:

@@ -1,5 +1,6 @@
 """Variants by name, as someone has them who imports nothing but `normlab.norms`."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import nn
 
 from normlab import norms
 from normlab.common.errors import UserError
+from normlab.common.registry import declarations, option, register, registered
+from normlab.norms.group import GroupNorm2d
 
 MENU = Path(__file__).parents[2] / "conf" / "norm"
 
@@ -49,7 +52,7 @@ def test_every_name_makes_a_network_that_trains(name: str) -> None:
 
 def test_options_take_the_place_of_the_usual_ones() -> None:
     network = norms.rewrite(SmallNet(10), "gn", groups=4)
-    assert [layer.num_groups for layer in network.modules() if isinstance(layer, norms.GroupNorm2d)] == [4, 4]
+    assert [layer.num_groups for layer in network.modules() if isinstance(layer, GroupNorm2d)] == [4, 4]
     grouped = norms.rewrite(SmallNet(10), "bn", norm_batch=2, eps=1e-3)
     assert all(
         layer.norm_batch == 2 and layer.eps == 1e-3 for layer in grouped.modules() if isinstance(layer, nn.BatchNorm2d)
@@ -92,3 +95,55 @@ def test_norms_alone_need_neither_hydra_nor_configuration() -> None:
     code = "import sys, normlab.norms; print({'hydra', 'omegaconf', 'pydantic', 'yaml'} & {*sys.modules})"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "set()\n"
+
+
+DECLARED = declarations("norms")
+ROOT = MENU.parents[1]
+
+
+def test_declarations_read_from_the_source_are_those_of_the_classes() -> None:
+    ours = {
+        name: found for name, found in registered(norms.Variant).items() if found[0].__module__.startswith("normlab.")
+    }
+    assert {name: (cls.__name__, each) for name, (cls, each) in ours.items()} == {
+        name: (each.class_name, each) for name, each in DECLARED.items()
+    }
+
+
+def test_every_declaration_has_a_file_and_a_place_on_the_menu() -> None:
+    assert set(DECLARED) == {path.stem for path in MENU.glob("*.yaml")}
+    text = (ROOT / "conf" / "config.yaml").read_text()
+    comment = re.search(r"((?:  #[ |\w]+\n)+)  - norm: bn ", text)
+    assert comment is not None
+    assert sorted(re.findall(r"\w+", comment[1])) == sorted(DECLARED)
+
+
+def test_the_declaration_of_bnp_is_its_file() -> None:
+    file = of_the_menu("bnp")
+    bnp = DECLARED["bnp"]
+    assert file == {"_target_": f"normlab.norms.{bnp.class_name}", "name": "bnp", **bnp.defaults()}
+    assert bnp.needs == "optimizer.precondition=bnp"
+
+
+def test_the_page_of_variants_has_a_section_per_family_and_a_row_per_variant() -> None:
+    page = (ROOT / "docs" / "variants.md").read_text()
+    sections = {title.lower(): text for title, text in re.findall(r"## (.*)\n((?:(?!## ).*\n)*)", page)}
+    for family in {each.family for each in DECLARED.values()}:
+        rows = re.findall(r"^\| `(\w+)` \|", sections[family.lower()], re.MULTILINE)
+        assert sorted(rows) == sorted(name for name, each in DECLARED.items() if each.family == family)
+
+
+def test_places_in_tables_and_aliases_belong_to_one_norm_each() -> None:
+    assert len({each.order for each in DECLARED.values()}) == len(DECLARED)
+    aliases = [alias for each in DECLARED.values() for alias in each.aliases]
+    assert len(set(aliases) | set(DECLARED)) == len(aliases) + len(DECLARED)
+
+
+def test_a_variant_of_ones_own_has_a_name_too() -> None:
+    @register("scaled_affine", defaults={"scale": 0.25})
+    class ScaledAffine(norms.Affine):
+        scale: float = option(0.5, gt=0)
+
+    assert norms.named("scaled_affine").scale == 0.25  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"norm\.scale=-1 is out of range: expected a number above 0"):
+        norms.rewrite(SmallNet(10), "scaled_affine", scale=-1)

@@ -1,4 +1,4 @@
-"""Batch renormalisation against its formula, its identity with batch normalisation, and the traps of others."""
+"""Batch renormalization against its formula, its identity with batch normalization, and the traps of others."""
 
 import copy
 from collections.abc import Callable
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.norms import (
     BatchRenorm,
-    BatchRenorm2d,
     Clock,
     GroupedBatchNorm2d,
     Steps,
@@ -21,6 +20,7 @@ from normlab.norms import (
     precise_statistics,
     synchronize,
 )
+from normlab.norms.renorm import BatchRenorm2d
 
 EPS = 1e-3
 OPTIONS: dict[str, Any] = {
@@ -131,7 +131,7 @@ def test_the_ramp_by_fraction_is_the_formula() -> None:
 
 
 def test_the_cases_reach_corrections_on_and_inside_their_bounds() -> None:
-    """Otherwise the comparisons above would be of batch normalisation."""
+    """Otherwise the comparisons above would be of batch normalization."""
     oracle = Formula()
     check(make(), oracle)
     assert all((r == 1).all() and (d == 0).all() for r, d in oracle.corrections[:2])  # up to and at ramp_start
@@ -146,7 +146,7 @@ def test_the_cases_reach_corrections_on_and_inside_their_bounds() -> None:
 
 @pytest.mark.parametrize("norm_batch", [None, 4, 3])
 @pytest.mark.parametrize("limits", ["rmax=1, dmax=0", "before the ramp"])
-def test_it_is_batch_normalisation(limits: str, norm_batch: int | None) -> None:
+def test_it_is_batch_normalization(limits: str, norm_batch: int | None) -> None:
     layer = corrected(1.0, 0.0) if limits == "rmax=1, dmax=0" else corrected(3.0, 5.0)
     if limits == "before the ramp":
         layer.clock.now.fill_(1)
@@ -164,20 +164,20 @@ def test_it_is_batch_normalisation(limits: str, norm_batch: int | None) -> None:
         assert relative_error(a, b) <= 1e-12
 
 
-def test_input_gradient_is_orthogonal_to_ones_and_to_the_centred_input() -> None:
+def test_input_gradient_is_orthogonal_to_ones_and_to_the_centered_input() -> None:
     layer = corrected(3.0, 5.0)
     x = images(8, 6, 5, 5, scale=2.0, shift=1.0).requires_grad_()
     layer(x).backward(images(8, 6, 5, 5, seed=3))
     assert x.grad is not None
-    centred = (x - x.mean((0, 2, 3), keepdim=True)).detach()
-    norms = x.grad.norm() * centred.norm()
+    centered = (x - x.mean((0, 2, 3), keepdim=True)).detach()
+    norms = x.grad.norm() * centered.norm()
     assert (x.grad.sum((0, 2, 3)).abs() / x.grad.abs().sum((0, 2, 3))).max() < 1e-12
     # Exactly so without eps: mean(xhat²) = v / (v + eps) leaves a remainder of that order.
-    assert ((x.grad * centred).sum((0, 2, 3)).abs() / norms).max() < 2e-4
+    assert ((x.grad * centered).sum((0, 2, 3)).abs() / norms).max() < 2e-4
     layer.eps = 0.0
     x.grad = None
     layer(x).backward(images(8, 6, 5, 5, seed=3))
-    assert ((x.grad * centred).sum((0, 2, 3)).abs() / norms).max() < 1e-13
+    assert ((x.grad * centered).sum((0, 2, 3)).abs() / norms).max() < 1e-13
 
 
 def test_gradients_are_right_as_far_as_the_corrections_are_constants() -> None:
@@ -318,8 +318,8 @@ def test_lower_precision_stays_close_to_the_formula(dtype: torch.dtype, norm_bat
         ("dmax", "five", "norm.dmax=five is out of range"),
         ("rmax", float("inf"), "norm.rmax=inf is out of range"),
         ("dmax_end", 0.5, "norm.dmax_end=0.5 is out of range: expected 1 or more"),
-        ("ramp_unit", "epochs", "norm.ramp_unit=epochs is out of range: expected fraction"),
-        ("learn_scale", 1, "norm.learn_scale=1 is neither true nor false"),
+        ("ramp_unit", "epochs", "norm.ramp_unit=epochs is not valid: expected one of fraction, steps"),
+        ("learn_scale", 1, "norm.learn_scale=1 is not valid: expected true or false"),
     ],
 )
 def test_options_out_of_range_are_refused_in_a_sentence(option: str, value: object, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""The weight reparametrisations of Gitman & Ginsburg 2017, against PyTorch's parametrisation and plain formulas."""
+"""The weight reparametrizations of Gitman & Ginsburg 2017, against PyTorch's parametrization and plain formulas."""
 
 import copy
 import math
@@ -16,21 +16,18 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from normlab.common.errors import UserError
 from normlab.norms import (
-    MeanOnlyBatchNorm2d,
     MeanOnlyWeightNorm,
     NormProp,
-    ReparametrizedConv2d,
-    TReLU,
     TReLUWeightNorm,
     Variant,
     WeightNorm,
-    WeightNormConv2d,
     batch_statistics,
     data_dependent_start,
     parameter_roles,
     precise_statistics,
     rewrite,
 )
+from normlab.norms.weights import MeanOnlyBatchNorm2d, ReparametrizedConv2d, TReLU, WeightNormConv2d
 
 WN = {"init": "weights", "eps": 1e-24}
 MEAN = {**WN, "momentum": 0.1}
@@ -64,7 +61,7 @@ def filters(v: Tensor, g: Tensor) -> Tensor:
 
 
 class WeightNormOracle:
-    """PyTorch's own parametrisation."""
+    """PyTorch's own parametrization."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         self.convolution = parametrizations.weight_norm(copy.deepcopy(convolution))
@@ -207,7 +204,7 @@ def test_weights_are_computed_in_float32_under_autocast(name: str) -> None:
     assert torch.equal(weight, expected)
 
 
-def test_parameters_in_half_precision_are_normalised_in_float32() -> None:
+def test_parameters_in_half_precision_are_normalized_in_float32() -> None:
     layer = MAKE["wn"]().convolution(plain()).bfloat16()
     v = layer.weight.double()
     torch.testing.assert_close(layer.effective_weight().double(), filters(v, layer.g.double()), rtol=1e-6, atol=0)
@@ -308,11 +305,11 @@ def test_mean_only_output_has_mean_beta_and_the_inputs_variance() -> None:
 def test_mean_only_takes_part_in_precise_and_batch_statistics() -> None:
     layer = MeanOnlyBatchNorm2d(6, momentum=0.1).double().eval()
     x = images(7, 6, 4, 4, shift=5)
-    centred = x - x.mean((0, 2, 3), keepdim=True)
+    centered = x - x.mean((0, 2, 3), keepdim=True)
     with batch_statistics(layer):
-        torch.testing.assert_close(layer(x), centred)
+        torch.testing.assert_close(layer(x), centered)
     with precise_statistics(layer, x.split([5, 2])):
-        torch.testing.assert_close(layer(x), centred)
+        torch.testing.assert_close(layer(x), centered)
     assert torch.equal(layer(x), x)
 
 
@@ -553,7 +550,7 @@ def test_activations_other_than_relu_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["wn", "wn_mean"])
 def test_an_unknown_start_is_refused_with_the_nearest(name: str) -> None:
-    with pytest.raises(UserError, match=r"norm\.init=wieghts .*\nNearest valid: norm\.init=weights"):
+    with pytest.raises(UserError, match=r"norm\.init=wieghts .*\nDid you mean norm\.init=weights"):
         MAKE[name](init="wieghts")
 
 

@@ -77,7 +77,7 @@ class Option:
     def _check_choice(self, path: str, value: Any) -> Any:
         choices = self.choices or (True, False)
         for choice in choices:
-            if isinstance(value, bool) == isinstance(choice, bool) and choice in (value, str(value)):
+            if isinstance(value, bool) == isinstance(choice, bool) and (value == choice or str(value) == str(choice)):
                 return choice
         if not self.choices:
             raise UserError(f"{path}={_shown(value)} is not valid: expected true or false.")

@@ -1,9 +1,7 @@
-"""Where the weights start: the methods of `init`, and what looks at data before training."""
+"""Initialization: the methods of `init`, those without data and those by calibration images."""
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +15,8 @@ from normlab.norms.steps import WEIGHT_LAYERS
 RELU_GAIN = math.sqrt(2)
 
 
-def initialise(network: nn.Module, method: str, seed: int) -> None:
-    """The part of an `init` method that needs no data, on a network as it was constructed, in place.
+def initialize(network: nn.Module, method: str, seed: int) -> None:
+    """Initialize a network, as it was constructed, by the part of an `init` method that needs no data; in place.
 
     Draws are keyed by seed and the parameter's name.
 
@@ -48,11 +46,13 @@ def initialise(network: nn.Module, method: str, seed: int) -> None:
 
 
 def lsuv(network: nn.Module, images: Tensor) -> None:
-    """Layer-sequential unit variance (Mishkin & Matas 2016, 1511.06422, algorithm 1) on `images` (N, 3, H, W).
+    """Scale weights to layer-sequential unit variance on `images` (N, 3, H, W), in place.
+
+    Mishkin & Matas 2016, 1511.06422, algorithm 1.
 
     In one forward pass each convolution and linear layer, in order of execution, is divided by the standard
     deviation of its output; being linear (biases are 0), it needs no iteration. A convolution whose weight is
-    reparametrised keeps the scale that its norm gives it.
+    reparametrized keeps the scale that its norm gives it.
     """
 
     def scale(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -63,16 +63,18 @@ def lsuv(network: nn.Module, images: Tensor) -> None:
         return output / std
 
     plain = [module for module in network.modules() if type(module) in (nn.Conv2d, nn.Linear, MimicConv2d)]
-    _watched(network, images, plain, scale)
+    run_hooks(network, images, [layer.register_forward_hook(scale) for layer in plain])
 
 
 def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
-    """Give `network`, `base` rewritten without normalisation, the function that `base` with its BatchNorms computes
-    on `images` (N, 3, H, W) in training mode: statistics, gamma and beta go into convolutions' weights and biases.
+    """Fold the BatchNorms of `base` into `network`, which is `base` rewritten without normalization; in place.
+
+    It computes the function that `base` computes on `images` (N, 3, H, W) in training mode: statistics, gamma and beta
+    go into convolutions' weights and biases.
 
         W' = gamma / sqrt(v + eps) · W,   b' = beta - gamma · mu / sqrt(v + eps)
 
-    A site of `network` that normalises is left as it is.
+    A site of `network` that normalizes is left as it is.
 
     Raises:
         UserError: at a site with neither a convolution nor an affine layer to fold into.
@@ -81,7 +83,7 @@ def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
     norms = [module for module in base.modules() if isinstance(module, nn.BatchNorm2d)]
     folded: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def note(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         assert isinstance(norm, nn.BatchNorm2d)
         variance, mean = torch.var_mean(inputs[0].double(), (0, 2, 3), correction=0)
         scale = torch.rsqrt(variance + norm.eps)
@@ -90,10 +92,10 @@ def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
             scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
         folded[norm] = (scale, shift)
 
-    _watched(base, images, norms, note)
+    run_hooks(base, images, [norm.register_forward_hook(add) for norm in norms])
     with torch.no_grad():
         for site in find_sites(base):
-            if not is_free(network, site):
+            if not can_fold(network, site):
                 continue
             scale, shift = folded[base.get_submodule(site.norm)]
             layer = network.get_submodule(site.norm)
@@ -117,16 +119,7 @@ def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
                 )
 
 
-def is_free(network: nn.Module, site: Site) -> bool:
-    """Whether a rewritten site does not normalise, so that `fold` may change it."""
+def can_fold(network: nn.Module, site: Site) -> bool:
+    """Return whether a rewritten site does not normalize, so that `fold` may change it."""
     plain = site.convolution is None or type(network.get_submodule(site.convolution)) is nn.Conv2d
     return plain and type(network.get_submodule(site.norm)) in (nn.Identity, ChannelAffine, Noise)
-
-
-def _watched(network: nn.Module, images: Tensor, layers: list[Any], hook: Callable[..., Any]) -> None:
-    handles = [layer.register_forward_hook(hook) for layer in layers]
-    try:
-        run_hooks(network, images, ())
-    finally:
-        for handle in handles:
-            handle.remove()

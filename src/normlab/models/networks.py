@@ -1,82 +1,74 @@
-"""The networks that `model` names, as they are before a variant rewrites them."""
+"""The networks that `model` names, before a variant rewrites them: torchvision's, the papers', the user's own."""
 
+import itertools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 from normlab.common.errors import UserError, nearest
 from normlab.common.imports import locate
-from normlab.config.schema import (
-    SMALL_STEM_UP_TO,
-    CifarResNetConfig,
-    CustomModelConfig,
-    DeepLinearConfig,
-    GitmanCifarConfig,
-    ResNetConfig,
-    RunConfig,
-    TorchvisionConfig,
-    VGGConfig,
-)
-from normlab.models.paper_networks import CifarResNet, DeepLinear, GitmanCifarNet, he_fan_out
+from normlab.config import schema
 
 
-def make(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
-    """Build with torch's global generator.
+def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Module:
+    """Build the network of a run, with torch's global generator.
 
     Raises:
         UserError: if torchvision has no such network, or the arguments do not fit it or the user's own.
     """
     depth = config.depth or 0  # of the networks that have one: checked by the schema
     match config.model:
-        case ResNetConfig() as model:
+        case schema.ResNetConfig() as model:
             return _resnet(model, depth, num_classes, image_size)
-        case CifarResNetConfig():
+        case schema.CifarResNetConfig():
             return CifarResNet(depth, num_classes)
-        case VGGConfig() as model:
+        case schema.VGGConfig() as model:
             return _vgg(model, depth, num_classes, image_size)
-        case TorchvisionConfig() as model:
+        case schema.TorchvisionConfig() as model:
             return _torchvision(model, num_classes)
-        case GitmanCifarConfig():
+        case schema.GitmanCifarConfig():
             return GitmanCifarNet(num_classes)
-        case DeepLinearConfig():
+        case schema.DeepLinearConfig():
             return DeepLinear(num_classes, depth)
-        case CustomModelConfig() as model:
+        case schema.CustomModelConfig() as model:
             return _custom(model, num_classes)
 
 
-def _resnet(model: ResNetConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
-    network = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=num_classes)
-    if (model.stem or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "small":
+def _resnet(model: schema.ResNetConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
+    network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=num_classes)
+    if (model.stem or ("small" if image_size <= schema.SMALL_STEM_UP_TO else "imagenet")) == "small":
         network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+        he_fan_out(network.conv1)
         network.maxpool = nn.Identity()
     if model.dropout:
-        network.avgpool = nn.Sequential(network.avgpool, nn.Dropout(model.dropout))
+        network.avgpool = nn.Sequential(network.get_submodule("avgpool"), nn.Dropout(model.dropout))
     return network
 
 
-def _vgg(model: VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
+def _vgg(model: schema.VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
     make = getattr(torchvision.models, f"vgg{depth}_bn")
-    if (model.head or ("small" if image_size <= SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
+    if (model.head or ("small" if image_size <= schema.SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
         if model.width != 1:
             raise UserError(f"model.width={model.width:g} needs model.head=small: the large head takes 512 filters.")
-        return make(weights=None, num_classes=num_classes)
+        network: nn.Module = make(weights=None, num_classes=num_classes)
+        return network
     with torch.device("meta"):  # the large head would be 120 million numbers drawn and thrown away
         network = make(weights=None, init_weights=False)
         if model.width != 1:
             filters = [width if width == "M" else max(1, round(width * model.width)) for width in _vgg_filters(network)]
             network.features = torchvision.models.vgg.make_layers(filters, batch_norm=True)
         network.avgpool = nn.AdaptiveAvgPool2d(1)
-        network.classifier = nn.Linear(max(1, round(512 * model.width)), num_classes)
+        network.classifier = classifier = nn.Linear(max(1, round(512 * model.width)), num_classes)
     network.to_empty(device="cpu")
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
     he_fan_out(network)
-    nn.init.normal_(network.classifier.weight, std=0.01)  # as torchvision's
-    nn.init.zeros_(network.classifier.bias)
+    nn.init.normal_(classifier.weight, std=0.01)  # as torchvision's
+    nn.init.zeros_(classifier.bias)
     return network
 
 
@@ -87,7 +79,7 @@ def _vgg_filters(network: nn.Module) -> list[Any]:
     return [layer.out_channels if isinstance(layer, nn.Conv2d) else "M" for layer in kinds]
 
 
-def _torchvision(model: TorchvisionConfig, num_classes: int) -> nn.Module:
+def _torchvision(model: schema.TorchvisionConfig, num_classes: int) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if model.name not in names:
         close = nearest(model.name, names)
@@ -104,12 +96,13 @@ def _torchvision(model: TorchvisionConfig, num_classes: int) -> nn.Module:
             " one output.\nLeave it out."
         )
     try:
-        return torchvision.models.get_model(model.name, **own, **model.kwargs)
+        network: nn.Module = torchvision.models.get_model(model.name, **own, **model.kwargs)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"model.name={model.name} cannot be made with model.kwargs={model.kwargs}: {error}.") from error
+    return network
 
 
-def _custom(model: CustomModelConfig, num_classes: int) -> nn.Module:
+def _custom(model: schema.CustomModelConfig, num_classes: int) -> nn.Module:
     make = locate(model.target, "model.target")
     if "num_classes" in model.kwargs:
         raise UserError("model.kwargs.num_classes is set already, to that of the data set.\nLeave it out.")
@@ -122,3 +115,126 @@ def _custom(model: CustomModelConfig, num_classes: int) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise UserError(f"model.target={model.target} gave a {type(network).__name__}, not an nn.Module.")
     return network
+
+
+def he_fan_out(network: nn.Module) -> None:
+    """Start convolutions as torchvision does: normal with variance 2 / (out · kh · kw), biases at 0."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class CifarResNet(nn.Module):
+    """The ResNet of He et al. 2016, section 4.2, of depth 6n + 2, for images (N, 3, H, W).
+
+    A 3x3 stem of 16 filters, three stages of n blocks with 16, 32 and 64 channels, the mean over H and W, one linear
+    layer. The convolutions start as torchvision's ([A]: the paper names He et al. 2015, which has fan-in and fan-out).
+    """
+
+    def __init__(self, depth: int, num_classes: int) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = self._stage(16, 16, blocks)
+        self.layer2 = self._stage(16, 32, blocks)
+        self.layer3 = self._stage(32, 64, blocks)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        he_fan_out(self)
+
+    @staticmethod
+    def _stage(before: int, channels: int, blocks: int) -> nn.Sequential:
+        return nn.Sequential(CifarBlock(before, channels), *(CifarBlock(channels, channels) for _ in range(blocks - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, classes)."""
+        x = self.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
+
+
+class CifarBlock(nn.Module):
+    """relu(shortcut(x) + bn(conv(relu(bn(conv(x))))));  3x3 convolutions, at stride 2 where the channels grow.
+
+    The shortcut has no parameters (option A): every second pixel, and zeros for the new channels ([A]: behind the
+    old ones).
+    """
+
+    def __init__(self, before: int, channels: int) -> None:
+        super().__init__()
+        self.stride = 1 if channels == before else 2
+        self.new_channels = channels - before
+        self.conv1 = nn.Conv2d(before, channels, 3, stride=self.stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sum, activated."""
+        residual = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if self.new_channels:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+        output: Tensor = self.relu(residual + x)
+        return output
+
+
+class GitmanCifarNet(nn.Module):
+    """The CIFAR network of Gitman & Ginsburg 2017, after the co-author's configuration files of the time.
+
+    Images (N, 3, 28, 28): 3 x conv3x3-128, pool to 14x14, 3 x conv3x3-256, pool to 7x7, conv3x3-320 to 5x5,
+    conv1x1-320, conv1x1-classes, mean over H and W. A ReLU follows every convolution, the last one too; batch
+    normalization stands between the third and the sixth and their ReLU ([A]: not behind it).
+
+    Those are files for Caffe, whose pooling rounds sizes up, and whose "xavier" is U(-a, a) with
+    a = sqrt(3 / fan-in) and biases at 0 ([A]: not Glorot's mean of fan-in and fan-out).
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        widths = (3, 128, 128, 128, 256, 256, 256, 320, 320, num_classes)
+        layers: list[nn.Module] = []
+        for number, (before, filters) in enumerate(itertools.pairwise(widths), start=1):
+            normalized = number in (3, 6)
+            size, padding = (3, 1) if number <= 6 else (3, 0) if number == 7 else (1, 0)
+            convolution = nn.Conv2d(before, filters, size, padding=padding, bias=not normalized)
+            nn.init.kaiming_uniform_(convolution.weight, nonlinearity="linear")  # U(-a, a), a = sqrt(3 / fan-in)
+            layers.append(convolution)
+            if normalized:
+                layers.append(nn.BatchNorm2d(filters, eps=1e-4, momentum=0.1))  # 0.1 is 1 - Caffe's fraction of 0.9
+            else:
+                nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+            layers.append(nn.ReLU(inplace=True))
+            if normalized:
+                layers.append(nn.MaxPool2d(3, stride=2, ceil_mode=True))
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, classes)."""
+        return torch.flatten(self.avgpool(self.features(images)), 1)
+
+
+class DeepLinear(nn.Module):
+    """The deep linear network of Santurkar et al. 2018: y = W_k ... W_1 x, square matrices, no activation.
+
+    x (N, features, 1, 1) -> (N, features). The matrices are 1x1 convolutions, each with batch normalization behind
+    it ([A]: also the last), and start as Glorot's U(-a, a), a = sqrt(3 / features) ([A]: uniform, not normal).
+    """
+
+    def __init__(self, features: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential()
+        for _ in range(depth):
+            matrix = nn.Conv2d(features, features, 1, bias=False)
+            nn.init.xavier_uniform_(matrix.weight)
+            self.layers.extend([matrix, nn.BatchNorm2d(features)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (N, features)."""
+        return torch.flatten(self.layers(x), 1)

@@ -214,23 +214,23 @@ def _mean(input: Tensor) -> Tensor:
     return input.mean((0, 2, 3))
 
 
-_apart = False
+_independent = False
 
 
 def processes() -> int:
     """Return the number of processes that batch statistics and averages can be over."""
-    return dist.get_world_size() if not _apart and dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if not _independent and dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def independent_processes() -> Iterator[None]:
     """Let every process of a distributed run be on its own inside, for work that each of them does on equal images."""
-    global _apart
-    before, _apart = _apart, True
+    global _independent
+    before, _independent = _independent, True
     try:
         yield
     finally:
-        _apart = before
+        _independent = before
 
 
 def synchronize(network: nn.Module) -> nn.Module:
@@ -252,7 +252,7 @@ def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
             layers.append(module)
         elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             raise UserError(
-                f"{name} is a {type(module).__name__} of PyTorch, without precise, batch or synchronised statistics.\n"
+                f"{name} is a {type(module).__name__} of PyTorch, without precise, batch or synchronized statistics.\n"
                 "Use normlab.norms.GroupedBatchNorm2d in its place, or eval_stats=running sync_stats=false."
             )
     return layers

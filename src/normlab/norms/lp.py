@@ -33,7 +33,7 @@ class _Normalize(torch.autograd.Function):
         saved, gamma, mean, norm = ctx.saved_tensors
         a, g = full_precision(saved), full_precision(dy)
         count = a.numel() / a.shape[1]
-        # Batch normalisation's own kernel, for its two sums alone.
+        # Batch normalization's own kernel, for its two sums alone.
         _, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
             g, a, gamma, None, None, mean, norm.reciprocal(), True, 0.0, [False, True, True]
         )

@@ -65,9 +65,6 @@ class NoisyBatchNorm(_NoisyVariant, BatchNorm):
     Invariant: with mu_range = spread = 0 and sigma_low = sigma_high = 1 it is `BatchNorm`.
     """
 
-    scale_init = 1.0  # no option here, nor is the next
-    scale_lr_divisor = 1.0
-
 
 @register("noisy_none", family="BN and its parts", order=6)
 class NoisyNoNorm(_NoisyVariant, NoNorm):

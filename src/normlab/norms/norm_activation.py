@@ -54,7 +54,7 @@ class FilterResponseNorm2d(nn.Module):
     order=17,
 )
 class FilterResponseNorm(Variant):
-    """Filter Response Normalisation (Singh & Krishnan 2019, 1911.09737) with its thresholded linear unit.
+    """Filter Response Normalization (Singh & Krishnan 2019, 1911.09737) with its thresholded linear unit.
 
     For x of shape (N, C, H, W), with nu² the mean of x² per image and channel over H and W:
 

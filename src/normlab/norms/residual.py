@@ -1,4 +1,4 @@
-"""Residual branches of a network: finding them in its graph, and starts that are about them."""
+"""Residual branches of a network, and the initializations that are about them."""
 
 import operator
 from dataclasses import dataclass
@@ -24,18 +24,18 @@ class Branch:
 
     entry: fx.Node  # h, where the paths part
     sum: fx.Node
-    end: fx.Node  # the operand that f gives
+    end: fx.Node  # the operand that is the output of f
     shortcut: fx.Node  # the other operand; h itself, if the shortcut is the identity
     convolutions: tuple[str, ...]
     shortcut_convolutions: tuple[str, ...]
     norm: str | None  # f's last BatchNorm2d; None, if it has none (any more)
-    takers: tuple[fx.Node, ...]  # the nodes of f that take h
+    takers: tuple[fx.Node, ...]  # the nodes of f that have h for an input
     shortcut_takers: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
 class _Path:
-    """What lies between h and an operand of the sum, that operand included."""
+    """The nodes between h and an operand of the sum, that operand included."""
 
     end: fx.Node
     nodes: tuple[fx.Node, ...]
@@ -49,7 +49,7 @@ class _Path:
 
 
 def find_branches(traced: fx.GraphModule) -> list[Branch]:
-    """The residual branches of a traced network, in the order of their sums.
+    """Return the residual branches of a traced network, in the order of their sums.
 
     A residual sum adds two tensors that come of one, h: their nearest common ancestor. A sum without convolutions
     on either path is none.
@@ -114,10 +114,10 @@ def _calls(network: nn.Module, nodes: list[fx.Node], kind: type[nn.Module]) -> t
     return tuple(name for name in calls if isinstance(network.get_submodule(name), kind))
 
 
-def _needed(branches: list[Branch], name: str, what: str) -> list[Branch]:
+def _required(branches: list[Branch], name: str, setting: str) -> list[Branch]:
     if not branches:
         raise UserError(
-            f"{what} is about residual branches, and {name} has none.\n"
+            f"{setting} is about residual branches, and {name} has none.\n"
             "Use a residual network (model=resnet, model=cifar_resnet), or another choice."
         )
     return branches
@@ -133,7 +133,7 @@ def zero_gamma(network: nn.Module) -> None:
     """
     traced = trace(network)
     name = type(traced).__name__
-    for branch in _needed(find_branches(traced), name, "init=zero_gamma"):
+    for branch in _required(find_branches(traced), name, "init=zero_gamma"):
         norm = traced.get_submodule(branch.norm) if branch.norm else None
         scale = getattr(norm, "weight", None)
         if scale is None:
@@ -144,8 +144,8 @@ def zero_gamma(network: nn.Module) -> None:
         nn.init.zeros_(scale)
 
 
-def fixup_start(network: nn.Module, what: str = "init=fixup") -> None:
-    """The start of Fixup (Zhang, Dauphin & Ma 2019, section 3) from the weights that `network` has, in place.
+def fixup_start(network: nn.Module, setting: str = "init=fixup") -> None:
+    """Initialize by Fixup (Zhang, Dauphin & Ma 2019, section 3) from the weights that `network` has, in place.
 
     With L residual branches, each of m convolutions: all but a branch's last one times L^(-1/(2m - 2)), the last one
     0, and the classifier (`classifier_of`) 0. Convolutions of a gate
@@ -155,7 +155,7 @@ def fixup_start(network: nn.Module, what: str = "init=fixup") -> None:
         UserError: if the network has no residual branch.
     """
     traced = network if isinstance(network, fx.GraphModule) else trace(network)
-    branches = _needed(find_branches(traced), type(traced).__name__, what)
+    branches = _required(find_branches(traced), type(traced).__name__, setting)
     for branch in branches:
         *inner, last = (traced.get_submodule(name) for name in branch.convolutions)
         for convolution in inner:
@@ -166,7 +166,7 @@ def fixup_start(network: nn.Module, what: str = "init=fixup") -> None:
 
 
 class _LayerTracer(Tracer):
-    """Looks only into modules that hold weights: a user's own norm may do what cannot be traced."""
+    """Traces only modules that hold weights: a user's own norm may do what cannot be traced."""
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         holds = not isinstance(module, WEIGHT_LAYERS) and any(isinstance(m, WEIGHT_LAYERS) for m in module.modules())
@@ -174,7 +174,7 @@ class _LayerTracer(Tracer):
 
 
 def classifier_of(network: nn.Module) -> str:
-    """The name of the linear layer that is executed last; without one, of the convolution."""
+    """Return the name of the linear layer that is executed last; without one, of the convolution."""
     nodes = list(_LayerTracer().trace(network).nodes)
     return (_calls(network, nodes, nn.Linear) or _calls(network, nodes, nn.Conv2d))[-1]
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from normlab.common.errors import UserError, nearest
 from normlab.common.registry import check_options, options_of
 
-# The activations that networks for images have; what a call has besides its input is taken to be its default.
+# The activations that networks for images have; further arguments of a call are taken to be its defaults.
 _ACTIVATIONS = (
     nn.ReLU, nn.Hardtanh, nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.GELU, nn.ELU, nn.CELU, nn.SELU, nn.PReLU, nn.Mish,
     nn.Softplus, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid,
@@ -124,7 +124,7 @@ class Tracer(fx.Tracer):
 
 
 def trace(network: nn.Module) -> fx.GraphModule:
-    """`network` as a graph over the same modules.
+    """Return `network` as a graph over the same modules.
 
     Raises:
         UserError: if its forward pass cannot be traced.
@@ -133,14 +133,14 @@ def trace(network: nn.Module) -> fx.GraphModule:
         return fx.GraphModule(network, Tracer().trace(network), type(network).__name__)
     except Exception as error:
         raise UserError(
-            f"{type(network).__name__} cannot be traced by torch.fx, so its normalisation layers cannot be found:\n"
+            f"{type(network).__name__} cannot be traced by torch.fx, so its normalization layers cannot be found:\n"
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}.\n"
             "Its forward pass must not branch on the values of tensors."
         ) from error
 
 
 def find_sites(network: nn.Module) -> list[Site]:
-    """Every BatchNorm2d of `network` in order of execution, with its neighbours.
+    """Return every BatchNorm2d of `network` in order of execution, with its neighbors.
 
     Raises:
         UserError: if the network's forward pass cannot be traced, or it holds no BatchNorm2d.
@@ -174,13 +174,13 @@ def _places(traced: fx.GraphModule) -> list[_Place]:
         name = type(traced).__name__
         raise UserError(
             f"{name} has no BatchNorm2d layer, so there is nothing for norm=... to rewrite.\n"
-            "Build it with nn.BatchNorm2d where a normaliser belongs."
+            "Build it with nn.BatchNorm2d where a normalizer belongs."
         )
     return list(places.values())
 
 
 def activation_of(traced: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The activation that a node applies, made anew if it is called as a function; None: it is no activation."""
+    """Return the activation that a node applies, made anew if it is called as a function, or None."""
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
         return module if isinstance(module, _ACTIVATIONS) else None
@@ -195,7 +195,7 @@ def rewrite_sites(network: nn.Module, variant: Variant) -> nn.Module:
     """Rewrite every site of `network`, after construction; its modules are changed in place.
 
     Returns the same network, or a graph over its modules where a variant changes activations or the graph.
-    (torchvision's constructors initialise `weight` of every BatchNorm2d, which would crash on layers
+    (torchvision's constructors initialize `weight` of every BatchNorm2d, which would crash on layers
     without one and overwrite a variant's own start.)
 
     Raises:
@@ -205,7 +205,7 @@ def rewrite_sites(network: nn.Module, variant: Variant) -> nn.Module:
     places = _places(traced)
     name = f"norm={variant.name or type(variant).__name__}"
     variant.check([traced.get_submodule(str(place.norm.target)).num_features for place in places])  # type: ignore[misc]
-    regraphed = type(variant).graph is not Variant.graph
+    graph_changed = type(variant).graph is not Variant.graph
     for place in places:
         site = place.site
         norm = traced.get_submodule(site.norm)
@@ -223,37 +223,37 @@ def rewrite_sites(network: nn.Module, variant: Variant) -> nn.Module:
         new_norm, new_activation = variant.norm_and_activation(norm, activation)
         _replace(network, traced, site.norm, new_norm, norm)
         if not site.convolution and hasattr(activation, "inplace"):
-            # What it would overwrite may be the norm's own input now, which others take.
+            # It would overwrite the norm's own input now, which others may use.
             activation.inplace = False  # type: ignore[union-attr]
         if new_activation is not activation:
             assert place.activation is not None
             assert new_activation is not None
-            _reactivate(traced, place, _like(norm, new_activation))
-            regraphed = True
-    if not regraphed:
+            _insert_activation(traced, place, _placed_as(norm, new_activation))
+            graph_changed = True
+    if not graph_changed:
         return network
-    _check_mode_free(network)
+    _check_equal_in_modes(network)
     variant.graph(traced, [place.site for place in places])
     traced.graph.lint()
     traced.recompile()
     traced.delete_all_unused_submodules()
     assert isinstance(norm, nn.BatchNorm2d)
-    return _like(norm, traced)  # what the variant put between the sites, too
+    return _placed_as(norm, traced)  # also the layers that the variant put between the sites
 
 
 def _replace(network: nn.Module, traced: fx.GraphModule, name: str, module: nn.Module, norm: nn.BatchNorm2d) -> None:
-    network.set_submodule(name, _like(norm, module))
+    network.set_submodule(name, _placed_as(norm, module))
     traced.set_submodule(name, module)
 
 
-def _like(norm: nn.BatchNorm2d, module: nn.Module) -> nn.Module:
-    """`module` on the device, with the dtype and in the mode of the norm that it is for."""
+def _placed_as(norm: nn.BatchNorm2d, module: nn.Module) -> nn.Module:
+    """Return `module` on the device, with the dtype and in the mode of the norm that it is for."""
     tensor = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
     return (module if tensor is None else module.to(tensor.device, tensor.dtype)).train(norm.training)
 
 
-def _reactivate(traced: fx.GraphModule, place: _Place, activation: nn.Module) -> None:
-    """One activation of its own for a site: networks share theirs among sites, or call a function."""
+def _insert_activation(traced: fx.GraphModule, place: _Place, activation: nn.Module) -> None:
+    """Give a site an activation of its own: networks share theirs among sites, or call a function."""
     old = place.activation
     assert old is not None
     name = f"{place.norm.target}_activation"
@@ -264,8 +264,8 @@ def _reactivate(traced: fx.GraphModule, place: _Place, activation: nn.Module) ->
     traced.graph.erase_node(old)
 
 
-def _check_mode_free(network: nn.Module) -> None:
-    """A graph keeps what the forward pass did in the mode it was traced in."""
+def _check_equal_in_modes(network: nn.Module) -> None:
+    """Refuse a network whose graph is another one in training than in evaluation."""
     training, graphs = network.training, []
     for mode in (True, False):
         network.train(mode)

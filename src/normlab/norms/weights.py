@@ -290,7 +290,7 @@ class WeightNorm(Variant):
         return nn.Identity()
 
 
-_NO_ZERO_FILTERS = {"init": {"fixup": "filters that start at zero have no direction to normalise"}}
+_NO_ZERO_FILTERS = {"init": {"fixup": "filters that start at zero have no direction to normalize"}}
 
 
 @register("wn_mean", aliases=("meanonlybatchnorm",), family="weights, starts and gradients", order=21)

@@ -10,7 +10,7 @@ from torch import nn
 from normlab.common.errors import InterruptedRunError
 from normlab.common.rng import key
 from normlab.data.batches import Split
-from normlab.norms import apart, batch_statistics, precise_statistics
+from normlab.norms import batch_statistics, independent_processes, precise_statistics
 from normlab.probes import Probes, StepSnapshot
 from normlab.training.device import autocast
 from normlab.training.interrupt import StopRequest
@@ -131,7 +131,7 @@ def evaluate_epoch(state: TrainingState, supervisor: Supervisor) -> dict[str, An
     sizes[-1] = data.train.images_of(data.train.steps - 1)
     loss, correct = task.train_loss(position.losses, sizes), int(position.correct.sum())
     row = {"epoch": position.epoch + 1, "step": end, **task.metrics("train", loss, correct, data.train.images)}
-    with apart(), _statistics(state, network, supervisor):
+    with independent_processes(), _statistics(state, network, supervisor):
         for name, split in (("val", data.val), ("test", data.test)):
             if split is not None:
                 row |= task.metrics(name, *evaluate(state, network, split, supervisor), len(split))

@@ -12,7 +12,7 @@ from normlab import models
 from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data, Loaded, load
-from normlab.norms import Steps, apart, find_sites
+from normlab.norms import Steps, find_sites, independent_processes
 from normlab.norms.layer_statistics import is_random
 from normlab.probes import ProbedNetwork, Probes
 from normlab.training import device, engines, taps
@@ -94,7 +94,7 @@ def build_network(config: RunConfig, data: Data, where: torch.device, group: Pro
     if new and config.starts_from_data:
         images = data.calibration(config.calibration_images)
         try:
-            with apart():
+            with independent_processes():
                 models.start(config, network, images, num_classes=len(data.classes), image_size=data.image_size)
         except ValueError as error:
             raise UserError(
@@ -183,7 +183,7 @@ def check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
     shown = copy.deepcopy(network).to("meta").train()
     for size in sorted(sizes, reverse=True):  # an error of the whole batch is one that no other size mends
         try:
-            with apart():
+            with independent_processes():
                 output = shown(torch.empty(size, data.channels, data.image_size, data.image_size, device="meta"))
         except NotImplementedError:  # some operation of the user's network has no meta form
             return
