@@ -205,7 +205,7 @@ def test_what_would_be_another_run_is_refused_in_a_sentence(tiny, settings) -> N
     assert len(text.splitlines()) <= 5
 
 
-def test_a_batch_normalisation_of_pytorch_is_named(tiny) -> None:
+def test_a_batch_normalization_of_pytorch_is_named(tiny) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
