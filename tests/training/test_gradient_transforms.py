@@ -80,7 +80,7 @@ def test_no_units_gradient_is_longer_than_its_share_of_the_weights() -> None:
 
 
 def step_with_normalized_inputs(layer: nn.Conv2d | nn.Linear, h: Tensor, loss, rate: float) -> tuple[Tensor, Tensor]:
-    """A plain gradient step in V, c of a = V·(h - mu)/s + c, told as the W, b of a = W·h + b."""
+    """A plain gradient step in V, c of a = V·(h - mu)/s + c, written as the W, b of a = W·h + b."""
     over = (0, 2, 3) if isinstance(layer, nn.Conv2d) else (0,)
     mu, s = h.mean(over), h.var(over, correction=0).sqrt()
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1)
