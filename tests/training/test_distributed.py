@@ -53,7 +53,7 @@ ARMS = {
     "streamed": "norm=bn sync_stats=true dataset.crop_scale=[0.3,1] dataset.flip=true",
     "regression": "norm=bn sync_stats=true dataset.train_size=50 dataset.test_size=21 dataset.split_seed=1",
 }
-RESUMED = {"by_two": 2, "by_one": 4}  # of six steps, three an epoch: the one before which a process is requested to stop
+RESUMED = {"by_two": 2, "by_one": 4}  # of six steps, three an epoch: the one before which a stop is requested
 
 
 def configured(*overrides: str) -> RunConfig:
