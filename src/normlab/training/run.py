@@ -79,7 +79,7 @@ def train_run(
             group.barrier()  # torchrun ends the others when the first has ended: only once all is written
             raise
         except (Exception, KeyboardInterrupt) as error:
-            raise _recorded(error, run, log)  # noqa: B904  # the same error, but for one of memory
+            raise _recorded(error, run, log) from error.__cause__
         finally:
             group.on_hang(lambda why: None)
             logger.end()
