@@ -23,7 +23,7 @@ STEPS = 5
 KINDS = {  # by the beginning of an operation's name, without aten::
     "convolution, forward": ("mkldnn_convolution", "cudnn_convolution", "_conv", "slow_conv", "thnn_conv"),
     "convolution, backward": ("convolution_backward", "mkldnn_convolution_backward", "cudnn_convolution_backward"),
-    "normaliser": (
+    "normalizer": (
         "native_batch_norm",
         "batch_norm",
         "cudnn_batch_norm",

@@ -53,7 +53,7 @@ ARMS = {
     "streamed": "norm=bn sync_stats=true dataset.crop_scale=[0.3,1] dataset.flip=true",
     "regression": "norm=bn sync_stats=true dataset.train_size=50 dataset.test_size=21 dataset.split_seed=1",
 }
-RESUMED = {"by_two": 2, "by_one": 4}  # of six steps, three an epoch: the one before which a process is told to stop
+RESUMED = {"by_two": 2, "by_one": 4}  # of six steps, three an epoch: the one before which a stop is requested
 
 
 def configured(*overrides: str) -> RunConfig:
@@ -205,7 +205,7 @@ def test_what_would_be_another_run_is_refused_in_a_sentence(tiny, settings) -> N
     assert len(text.splitlines()) <= 5
 
 
-def test_a_batch_normalisation_of_pytorch_is_named(tiny) -> None:
+def test_a_batch_normalization_of_pytorch_is_named(tiny) -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -278,7 +278,7 @@ def tasks(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
 
 
 def ended(processes: "list[subprocess.Popen[str]]") -> tuple[int, str, str]:
-    """The exit status, which is that of all, and what the first one said; the others say nothing."""
+    """The exit status, which is that of all, and the output of the first one; the others print nothing."""
     (out, error), *others = [process.communicate(timeout=120) for process in processes]
     assert others == [("", "")], others
     status, other = (process.returncode for process in processes)

@@ -87,11 +87,11 @@ def failure(config: RunConfig) -> str:
     try:
         train_run(config)
     except UserError as error:
-        said = str(error)
+        sentence = str(error)
     else:
         return ""
-    assert 0 < len(said.splitlines()) <= 5
-    return said
+    assert 0 < len(sentence.splitlines()) <= 5
+    return sentence
 
 
 # The disk
@@ -145,10 +145,10 @@ def test_a_disk_too_small_by_any_amount_is_a_sentence_and_with_space_the_run_goe
     for free in range(0, 2**20, 2**13):  # two pages more each time, until a whole run fits
         config = small(f"output_dir={disk.folder}", f"study={free}")
         disk.leave(free)
-        said = failure(config)
-        if not said:
+        sentence = failure(config)
+        if not sentence:
             break
-        assert "The disk is full" in said
+        assert "The disk is full" in sentence
         failures += 1
         disk.grow()
         train_run(config)
@@ -201,10 +201,10 @@ def test_a_disk_that_fails_at_any_write_is_a_sentence_and_the_run_goes_on(
         with monkeypatch.context() as patch:
             calls = 0
             patch.setattr(os, "fsync", unreliable)
-            said = failure(config)
-        if not said:
+            sentence = failure(config)
+        if not sentence:
             break
-        assert "Input/output error" in said
+        assert "Input/output error" in sentence
         train_run(config)
         assert result(config) == undisturbed
     assert failing > 6 + 2 + 6, "each checkpoint, evaluation and measurement, at least"

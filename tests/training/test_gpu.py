@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured CUDA graphs, streams, packed runs. `scripts/gpu_check` runs them."""
+"""Tests of all that only a GPU can show: captured CUDA graphs, streams, packed runs. `scripts/gpu_check` runs them."""
 
 import pytest
 import torch

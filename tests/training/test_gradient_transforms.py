@@ -79,16 +79,16 @@ def test_no_units_gradient_is_longer_than_its_share_of_the_weights() -> None:
         assert share.min() > 0.9e-3  # they were all longer before
 
 
-def step_with_normalised_inputs(layer: nn.Conv2d | nn.Linear, h: Tensor, loss, rate: float) -> tuple[Tensor, Tensor]:
-    """A plain gradient step in V, c of a = V·(h - mu)/s + c, told as the W, b of a = W·h + b."""
+def step_with_normalized_inputs(layer: nn.Conv2d | nn.Linear, h: Tensor, loss, rate: float) -> tuple[Tensor, Tensor]:
+    """A plain gradient step in V, c of a = V·(h - mu)/s + c, written as the W, b of a = W·h + b."""
     over = (0, 2, 3) if isinstance(layer, nn.Conv2d) else (0,)
     mu, s = h.mean(over), h.var(over, correction=0).sqrt()
     shape = (1, -1, 1, 1) if isinstance(layer, nn.Conv2d) else (1, -1)
     v = (layer.weight.detach() * s.view(shape)).requires_grad_()
     c = layer.bias.detach() + (layer.weight.detach() * mu.view(shape)).flatten(1).sum(1)
     c.requires_grad_()
-    normalised = (h - mu.view(shape)) / s.view(shape)
-    a = F.conv2d(normalised, v, c, layer.stride) if isinstance(layer, nn.Conv2d) else F.linear(normalised, v, c)
+    normalized = (h - mu.view(shape)) / s.view(shape)
+    a = F.conv2d(normalized, v, c, layer.stride) if isinstance(layer, nn.Conv2d) else F.linear(normalized, v, c)
     loss(a).backward()
     v_next, c_next = v.detach() - rate * v.grad, c.detach() - rate * c.grad
     weight = v_next / s.view(shape)
@@ -96,7 +96,7 @@ def step_with_normalised_inputs(layer: nn.Conv2d | nn.Linear, h: Tensor, loss, r
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(7, 4), nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 2, 2)])
-def test_conditioning_equals_a_plain_step_with_normalised_inputs(layer) -> None:
+def test_conditioning_equals_a_plain_step_with_normalized_inputs(layer) -> None:
     layer = layer.double()
     shape = (6, 7) if isinstance(layer, nn.Linear) else (6, 3, 6, 6)
     h = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3 + 1
@@ -104,7 +104,7 @@ def test_conditioning_equals_a_plain_step_with_normalised_inputs(layer) -> None:
     def loss(a: Tensor) -> Tensor:
         return (a.sin() * torch.linspace(-1, 1, a.numel(), dtype=a.dtype).view_as(a)).sum()
 
-    weight, bias = step_with_normalised_inputs(layer, h, loss, rate=0.1)
+    weight, bias = step_with_normalized_inputs(layer, h, loss, rate=0.1)
     condition = Preconditioner(layer)
     loss(layer(h)).backward()
     condition()

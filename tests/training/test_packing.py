@@ -29,7 +29,7 @@ def ended(config: RunConfig) -> str:
 
 
 def together(configs: list[RunConfig], at_a_time: int = 4, stop: StopRequest | None = None) -> list[dict]:
-    """What became of each; an exception by its name."""
+    """The status that each ended with; an exception by its name."""
     loaded: Loaded = {}
 
     def work(config: RunConfig, interleaver: Interleaver) -> dict:

@@ -28,7 +28,7 @@ def record(config: RunConfig) -> runs.Run:
 
 
 def rows(config: RunConfig) -> list[dict]:
-    """What a run measured, without what depends on the machine's speed."""
+    """The measurements of a run, without those that depend on the machine's speed."""
     read, warnings = runs.read_metrics(record(config).folder)
     assert not warnings
     return [{key: row[key] for key in MEASURED} for row in read]
@@ -323,7 +323,7 @@ def test_a_network_that_changed_since_is_a_sentence(tiny, interrupted, monkeypat
 
 
 def test_a_checkpoint_of_other_parameter_groups_is_a_sentence(tiny, interrupted, monkeypatch) -> None:
-    """What an older version of ours may have left."""
+    """As an older version of ours may have left it."""
     original = setup.build_optimizer
 
     def in_one_group(config, network, **_):
@@ -466,7 +466,7 @@ def test_a_batch_of_one_trains_without_statistics(tiny) -> None:
 
 
 def test_input_and_order_of_images_are_equal_in_all_arms(tiny, monkeypatch) -> None:
-    """What the networks of two arms were shown, image by image."""
+    """All that the networks of two arms are given, image by image."""
     from torch import nn
 
     shown: dict[str, list] = {}

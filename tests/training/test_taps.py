@@ -36,7 +36,7 @@ def test_no_tap_that_meets_the_image_is_left_out() -> None:
 
 
 def test_those_of_a_resnet_on_small_maps_are_left_out() -> None:
-    assert live(1, 3, 1, 1, 1) == (1, 1, 0)  # one pixel: the centre alone
+    assert live(1, 3, 1, 1, 1) == (1, 1, 0)  # one pixel: the center alone
     assert live(2, 3, 2, 1, 1) == (1, 0, 0)  # two pixels to one: the first tap is outside
     assert live(2, 3, 1, 1, 1) == (0, 0, 1)
     assert live(1, 7, 2, 3, 1) == (3, 3, 0)

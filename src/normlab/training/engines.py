@@ -34,7 +34,8 @@ class Graph(Protocol):
     def replay(self) -> None:
         """Repeat the operations on the values that their tensors have now.
 
-        What Python decided or computed stays as it was at the capture; random numbers come from the default generator.
+        Decisions and numbers of Python stay as they were at the capture; random numbers come from the default
+        generator.
         """
 
 
@@ -95,7 +96,7 @@ def _why_no_graph(config: RunConfig, train: Split, device: torch.device) -> str 
     if not train.resident:
         return "its images are read from files (dataset.storage=stream)"
     if config.precision == "fp16" and isinstance(config.optimizer, RMSprop):
-        return "the scaler of fp16 asks the host before each update of RMSprop"
+        return "the scaler of fp16 needs the host before each update of RMSprop"
     return None
 
 
@@ -161,7 +162,7 @@ class Compiled(Engine):
 class Graphed(Engine):
     """The whole step of a full batch is one graph.
 
-    Images gathered and augmented, forward and backward pass, update, loss and correct classifications kept. What
+    Images gathered and augmented, forward and backward pass, update, loss and correct classifications kept. All that
     differs from step to step is on the device: the epoch's images, labels, draws and learning rates, and the number of
     the batch, which each replay counts up. The smaller last batch and the steps before the capture are eager.
     """

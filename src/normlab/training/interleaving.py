@@ -100,7 +100,7 @@ class PackedInterleaver(Interleaver):
         if self.device.type == "cuda":
             event = torch.cuda.current_stream().record_event()
             self._make_way()
-            while not event.query():  # type: ignore[no-untyped-call]  # of PyTorch
+            while not event.query():
                 self._make_way()
 
     def _make_way(self) -> None:

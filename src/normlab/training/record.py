@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: status, metrics, checkpoints and its log."""
+"""The record of a run while it trains: status, metrics, checkpoints and log."""
 
 import contextlib
 import logging

@@ -33,7 +33,7 @@ CHANNELS_LAST_FROM = 16  # pixels, on a CPU: smaller maps gain nothing or lose (
 
 @dataclass(frozen=True)
 class Resources:
-    """What a launcher offers a run of this machine; the run's own settings go first.
+    """A share of this machine that a launcher offers a run; the run's own settings go first.
 
     Attributes:
         device: for a run whose settings leave it open, e.g. "cuda:1".
