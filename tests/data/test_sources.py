@@ -1,7 +1,10 @@
 import hashlib
+import http.server
 import pickle
 import tarfile
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from PIL import Image
 from torchvision import datasets
 
 from normlab.common.errors import UserError
-from normlab.data import inventory, sources
+from normlab.data import cache, inventory, sources
 from normlab.data.datasets import Data
 from normlab.data.inventory import check
 
@@ -111,6 +114,23 @@ def test_cifar_once_unpacked_is_not_unpacked_again(
     load_it("cifar10")
     monkeypatch.setattr(sources, "_download_cifar", lambda *a: pytest.fail("unpacked again"))
     load_it("cifar10")
+
+
+def test_cifar_is_downloaded_with_its_progress_in_the_log(
+    small_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = partial(http.server.SimpleHTTPRequestHandler, directory=str(small_cifar))
+    lines: list[str] = []
+    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
+    with http.server.HTTPServer(("127.0.0.1", 0), served) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        reader = datasets.CIFAR10
+        monkeypatch.setattr(reader, "url", f"http://127.0.0.1:{server.server_port}/{reader.filename}")
+        source = sources.cifar("cifar10", tmp_path / "empty", lines.append)
+        server.shutdown()
+    assert (len(source.train_labels), len(source.test_labels)) == (20, 10)
+    assert [line for line in lines if line.startswith("Downloading")] == ["Downloading CIFAR-10: 0 of 0 MB"] * 2
+    assert "%" not in capsys.readouterr().err  # no bar
 
 
 @pytest.mark.parametrize("damage", ["archive cut", "file cut and no archive"])

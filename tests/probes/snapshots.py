@@ -14,7 +14,7 @@ def squared(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs - targets).square().sum()
 
 
-def moment(network: nn.Module, images: Tensor, targets: Tensor, *, lr: float = 0.1, **given: Any) -> StepSnapshot:
+def snapshot(network: nn.Module, images: Tensor, targets: Tensor, *, lr: float = 0.1, **given: Any) -> StepSnapshot:
     """The snapshot before step 3, with plain SGD and cross-entropy unless `given` has others."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {

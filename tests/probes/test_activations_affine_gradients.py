@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from probes.snapshots import moment, rows
+from probes.snapshots import rows, snapshot
 from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 
@@ -58,7 +58,7 @@ def test_activations_of_batch_normalisation_are_those_of_numpy(make) -> None:
     x = channels(F.conv2d(images, network.body[0].weight, padding=1))
     scale, shift = (p.detach().double().numpy()[:, None] for p in (network.body[1].weight, network.body[1].bias))
     y = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * scale + shift
-    first, second = rows(Activations, moment(network, images, targets), network, SITES, histograms=0)
+    first, second = rows(Activations, snapshot(network, images, targets), network, SITES, histograms=0)
     assert (first["layer"], first["position"]) == ("body.1", 0)
     assert (second["layer"], second["position"]) == ("body.4", 1)
     assert {key: first[key] for key in expected(x, y)} == pytest.approx(expected(x, y), rel=1e-4)
@@ -74,7 +74,7 @@ def test_an_arm_without_norm_has_rows_of_its_convolutions(make) -> None:
         network.body[0].weight[0] = 0  # a channel without variance has no skewness, and nothing large
     images, targets = batch()
     x = channels(F.conv2d(images, network.body[0].weight, network.body[0].bias, padding=1))
-    first, _ = rows(Activations, moment(network, images, targets), network, SITES, histograms=0)
+    first, _ = rows(Activations, snapshot(network, images, targets), network, SITES, histograms=0)
     found = {key: first[key] for key in ("mean", "variance", "large", "output_norm")}
     plain = {
         "mean": x.mean(1).mean(),
@@ -90,7 +90,7 @@ def test_an_arm_without_norm_has_rows_of_its_convolutions(make) -> None:
 @pytest.mark.parametrize("norm", ["noisy_bn", "wn_trelu", "evonorm_s0", "frn", "mimicnorm", "normprop"])
 def test_every_arm_has_a_row_per_site(make, norm) -> None:
     network = build(make, f"norm={norm}", *(["norm.groups=4"] if norm == "evonorm_s0" else []))
-    found = rows(Activations, moment(network, *batch()), network, SITES)
+    found = rows(Activations, snapshot(network, *batch()), network, SITES)
     assert [row["layer"] for row in found] == ["body.1", "body.4"]
     assert all(np.isfinite(row["variance"]) for row in found)
 
@@ -99,7 +99,7 @@ def test_a_histogram_counts_one_channel_between_the_edges_of_the_first_measureme
     network = build(make, "norm=bn")
     images, targets = batch()
     probe = Activations(ProbedNetwork(network, SITES), histograms=1, bins=10)
-    first, second = probe.measure(moment(network, images, targets))
+    first, second = probe.measure(snapshot(network, images, targets))
     assert second["histogram"] is None
     y = channels(network.train().body[:2](images))
     edges = np.array(first["edges"])
@@ -115,7 +115,7 @@ def test_a_histogram_counts_one_channel_between_the_edges_of_the_first_measureme
     resumed.load_state_dict(copy.deepcopy(probe.state_dict()))
     with torch.no_grad():
         network.body[1].weight.fill_(20)  # beyond the outermost edges
-    later, _ = resumed.measure(moment(network, images, targets))
+    later, _ = resumed.measure(snapshot(network, images, targets))
     assert later["edges"] == first["edges"]
     assert later["histogram"] == counts(y[channel] * 20)
 
@@ -132,7 +132,7 @@ def test_activations_are_measured_in_pairs_of_steps(chosen, total, measured) -> 
 def test_affine_measures_planted_changes(make) -> None:
     network = build(make, "norm=bn", "norm.scale_init=0.5")
     probe = AffineDrift(ProbedNetwork(network))
-    first, _ = probe.measure(moment(network, *batch()))
+    first, _ = probe.measure(snapshot(network, *batch()))
     assert first == {
         "layer": "body.1", "position": 0,
         "scale_mean": 0.5, "scale_std": 0.0, "scale_drift": 0.0, "scale_start": 0.5,
@@ -143,7 +143,7 @@ def test_affine_measures_planted_changes(make) -> None:
         network.body[4].bias.copy_(torch.tensor([1.0] * 4 + [0.0] * 12))
     resumed = AffineDrift(ProbedNetwork(network))  # as a resume makes it: from weights that have moved
     resumed.load_state_dict(probe.state_dict())
-    first, second = resumed.measure(moment(network, *batch()))
+    first, second = resumed.measure(snapshot(network, *batch()))
     assert (first["scale_drift"], first["shift_drift"]) == (0, 0)
     assert (second["layer"], second["position"]) == ("body.4", 1)
     assert second["scale_mean"] == pytest.approx(0.5)
@@ -169,7 +169,7 @@ def test_affine_measures_planted_changes(make) -> None:
 def test_affine_has_rows_for_layers_with_a_learned_scale_or_shift(make, norm, layers, has) -> None:
     settings = ["norm.learn_scale=false"] if norm == "renorm" else []
     network = build(make, f"norm={norm}", *settings)
-    found = rows(AffineDrift, moment(network, *batch()), network)
+    found = rows(AffineDrift, snapshot(network, *batch()), network)
     assert [row["layer"] for row in found] == layers
     for row in found:
         for role in ("scale", "shift"):
@@ -189,7 +189,7 @@ def test_affine_knows_every_scale_and_shift_by_its_role() -> None:
 def test_gradients_are_those_of_a_backward_pass(make) -> None:
     network = build(make, "norm=bn").double()
     images, targets = batch()
-    found = rows(GradientNorms, moment(network, images.double(), targets), network)
+    found = rows(GradientNorms, snapshot(network, images.double(), targets), network)
     torch.manual_seed(3)
     F.cross_entropy(network(images.double()), targets).backward()
     assert [(row["layer"], row["position"]) for row in found] == [("body.0", 0), ("body.3", 1), ("head", 2)]

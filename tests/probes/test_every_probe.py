@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from probes.snapshots import moment
+from probes.snapshots import snapshot
 from small import SmallNet
 from torch import Tensor, nn
 
@@ -186,7 +186,7 @@ def test_no_weight_makes_a_probe_fail(make, probe, value) -> None:
     recorded: list[dict[str, Any]] = []
     sites = tuple(site.norm for site in find_sites(network))
     probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: recorded.extend(rows))
-    probes.measure(moment(network, torch.randn(8, 3, 8, 8), torch.arange(8)))
+    probes.measure(snapshot(network, torch.randn(8, 3, 8, 8), torch.arange(8)))
     assert recorded
     runs.files.to_json({"rows": recorded})
 
@@ -198,7 +198,7 @@ def test_a_measurement_leaves_no_hook_no_gradient_and_no_random_number(make, pro
     before = {name: value.clone() for name, value in network.state_dict().items()}
     sites = tuple(site.norm for site in find_sites(network))
     probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: None)
-    at = moment(network, torch.randn(8, 3, 8, 8), torch.arange(8))
+    at = snapshot(network, torch.randn(8, 3, 8, 8), torch.arange(8))
     random = torch.random.get_rng_state()
     probes.measure(at)
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -225,7 +225,7 @@ def test_a_measurement_leaves_what_layers_keep_for_themselves(make, probe) -> No
     sites = tuple(site.norm for site in find_sites(network))
     calls = network.body[-1].calls
     probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: None)
-    probes.measure(moment(network, torch.randn(8, 3, 8, 8), torch.arange(8)))
+    probes.measure(snapshot(network, torch.randn(8, 3, 8, 8), torch.arange(8)))
     assert network.body[-1].calls == calls
 
 
@@ -252,7 +252,7 @@ def test_the_update_is_the_very_one_that_the_run_makes(tiny, case) -> None:
         images, targets = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step)), torch.arange(8)
         layers.begin(step, 6)
         optimizer.zero_grad()
-        made = moment(network, images, targets, optimizer=optimizer, transform=transform)
+        made = snapshot(network, images, targets, optimizer=optimizer, transform=transform)
         once, again = made.updated(), made.updated()
         gradients = made.loss_and_gradient[1]
         torch.manual_seed(3)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from probes.snapshots import moment, rows, squared
+from probes.snapshots import rows, snapshot, squared
 from small import SmallResNet
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ def test_a_quadratic_has_the_eigenvalues_that_were_planted() -> None:
     q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
     x = torch.tensor([7.0, 3.0, 1.0, 0.5], dtype=torch.float64).div(2).sqrt()[:, None] * q
     network = nn.Linear(4, 2, bias=False).double()
-    at = moment(network, x, torch.zeros(4, 2, dtype=torch.float64), criterion=squared)
+    at = snapshot(network, x, torch.zeros(4, 2, dtype=torch.float64), criterion=squared)
     [found] = rows(Sharpness, at, network, **PRECISE)
     assert found["eigenvalue"] == pytest.approx(7, rel=1e-9)
     assert found["converged"]
@@ -86,7 +86,7 @@ def dense(network: nn.Module) -> Tensor:
 def test_it_is_that_of_the_dense_hessian() -> None:
     network = tiny(nn.BatchNorm2d(2))
     expected = torch.linalg.eigvalsh(dense(network))[-1].item()
-    [found] = rows(Sharpness, moment(network, *batch()), network, **PRECISE)
+    [found] = rows(Sharpness, snapshot(network, *batch()), network, **PRECISE)
     assert found["eigenvalue"] == pytest.approx(expected, rel=1e-6)
     assert found["converged"]
 
@@ -110,7 +110,7 @@ def test_lp_norms_have_second_derivatives_too(p) -> None:
 
     plain = nn.Sequential(network[0], Plain(), *network[2:])
     expected = torch.linalg.eigvalsh(dense(plain))[-1].item()
-    [found] = rows(Sharpness, moment(network, *batch()), network, **PRECISE)
+    [found] = rows(Sharpness, snapshot(network, *batch()), network, **PRECISE)
     assert found["eigenvalue"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_the_product_is_the_derivative_of_the_gradient_for_every_norm(make, norm
             for parameter in network.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
     Steps(network).begin(0, 10)  # where renorm's constants are 1 and 0
-    at = moment(network, *batch(8))
+    at = snapshot(network, *batch(8))
     w = at.parameters
     generator = torch.Generator().manual_seed(1)
     v = {name: torch.randn(value.shape, generator=generator, dtype=value.dtype) for name, value in w.items()}
@@ -153,7 +153,7 @@ def test_other_layers_without_second_derivatives_are_refused() -> None:
 
     network = tiny(Double())
     with pytest.raises(UserError, match="second derivatives"):
-        rows(Sharpness, moment(network, *batch()), network, **PRECISE)
+        rows(Sharpness, snapshot(network, *batch()), network, **PRECISE)
 
 
 @pytest.mark.parametrize("norm", WITHOUT_HESSIAN)
@@ -167,8 +167,10 @@ def test_half_precision_training_is_measured_in_its_own_arithmetic() -> None:
     torch.manual_seed(0)
     network = SmallResNet(num_classes=4)
     images, targets = batch()
-    exact = rows(Sharpness, moment(network, images.float(), targets), network)[0]
-    half = moment(network, images.float(), targets, forward_context=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    exact = rows(Sharpness, snapshot(network, images.float(), targets), network)[0]
+    half = snapshot(
+        network, images.float(), targets, forward_context=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
     [found] = rows(Sharpness, half, network)
     assert found["eigenvalue"] == pytest.approx(exact["eigenvalue"], rel=0.1)
     assert found["eigenvalue"] != exact["eigenvalue"]

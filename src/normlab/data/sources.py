@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import urllib.request
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from normlab.data.resident import Resident
 from normlab.data.splits import stratified, without
 from normlab.data.streaming import Files
 
-DOWNLOAD_CHUNK = 2**20  # bytes between two looks at the clock
+DOWNLOAD_CHUNK = 2**20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,17 @@ def digits() -> Source:
     test = stratified(labels, len(labels) // 5, "digits", "test")
     train = without(len(labels), test)
     images = gray.repeat(1, 3, 1, 1)
-    return Source(
-        classes=tuple("0123456789"),
-        image_size=8,
-        fingerprint=hashlib.sha256(table.tobytes()).hexdigest(),
-        train=Resident(images[train]),
-        train_labels=labels[train],
-        test=Resident(images[test]),
-        test_labels=labels[test],
-    )
+    fingerprint = hashlib.sha256(table.tobytes()).hexdigest()
+    return _in_memory("0123456789", fingerprint, (images[train], labels[train]), (images[test], labels[test]))
+
+
+def _in_memory(
+    classes: Iterable[str], fingerprint: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]
+) -> Source:
+    """Return a source of (images, labels) to train on and to test on."""
+    (images, labels), (test_images, test_labels) = train, test
+    size = images.shape[-1]
+    return Source(tuple(classes), size, fingerprint, Resident(images), labels, Resident(test_images), test_labels)
 
 
 def _digits_table() -> NDArray[np.float64]:
@@ -94,15 +97,12 @@ def cifar(kind: str, data_dir: Path, log: Log) -> Source:
             with cache.locked(data_dir / f"{kind}.lock", log):
                 train = _download_cifar(reader, kind, data_dir, log)
         test = reader(data_dir, train=False)
-    return Source(
-        classes=tuple(train.classes),
-        image_size=32,
-        fingerprint=reader.tgz_md5,
-        train=Resident(_planar(train.data)),
-        train_labels=torch.tensor(train.targets),
-        test=Resident(_planar(test.data)),
-        test_labels=torch.tensor(test.targets),
-    )
+    return _in_memory(train.classes, reader.tgz_md5, _images_and_labels(train), _images_and_labels(test))
+
+
+def _images_and_labels(part: CIFAR10) -> tuple[Tensor, Tensor]:
+    # From (N, H, W, 3) as torchvision has it back to the layout of the files, so without a copy.
+    return torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
 
 
 def _download_cifar(reader: type[CIFAR10], kind: str, data_dir: Path, log: Log) -> CIFAR10:
@@ -110,21 +110,23 @@ def _download_cifar(reader: type[CIFAR10], kind: str, data_dir: Path, log: Log) 
     title, archive = inventory.CIFARS[kind].title, data_dir / reader.filename
     log(f"Preparing {title} in {data_dir}.")
     try:
-        # Not by torchvision, whose bar would land amid the lines about runs.
         if not check_integrity(archive, reader.tgz_md5):
-            with urllib.request.urlopen(reader.url) as response, archive.open("wb") as file:
-                text = f"Downloading {title}: {{:.0f}} of {(response.length or 0) / 1e6:.0f} MB".format
-                chunks = iter(lambda: response.read(DOWNLOAD_CHUNK), b"")
-                for chunk in cache.with_progress(chunks, lambda count: text(count / 1e6), log):
-                    file.write(chunk)
+            _download(reader.url, archive, title, log)
         return reader(data_dir, train=True, download=True)
     except Exception as error:  # of the network, the archive, the disk: whatever urllib and tarfile meet
         raise inventory.cifar_missing(kind, data_dir, str(getattr(error, "reason", error))) from None
 
 
-def _planar(images: NDArray[np.uint8]) -> Tensor:
-    """Turn (N, H, W, 3) as torchvision has it into (N, 3, H, W): the layout of the files, so without a copy."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+def _download(url: str, file: Path, title: str, log: Log) -> None:
+    """Download without torchvision's bar, which would land amid the lines about runs."""
+    with urllib.request.urlopen(url) as response, file.open("wb") as out:
+        total = f" of {response.length / 1e6:.0f}" if response.length else ""
+
+        def text(count: int) -> str:
+            return f"Downloading {title}: {count / 1e6:.0f}{total} MB"
+
+        for chunk in cache.with_progress(iter(lambda: response.read(DOWNLOAD_CHUNK), b""), text, log):
+            out.write(chunk)
 
 
 def resized(source: Source, size: int | None) -> Source:
