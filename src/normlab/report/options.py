@@ -30,8 +30,8 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
     "seeds": (_Numbers, "null or a list of whole numbers.\nExample: seeds=[0,1]"),
     "settings": (_Names, "null or a list of names.\nExample: settings=[resnet18]"),
 }
-_CHOICES = {
-    "metric": ("null", *EVALUATED),
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "metric": (None, *EVALUATED),
     "value": (FINAL, BEST),
     "figure_size": ("double", "single", "slide"),
 }
@@ -69,9 +69,9 @@ class Options:
         if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
             raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same, to six digits.")
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if ("null" if value is None else value) not in choices:
-                self._refuse(name, f"one of {', '.join(choices)}.", choices)
+            if getattr(self, name) not in choices:
+                names = ["null" if choice is None else choice for choice in choices]
+                self._refuse(name, f"one of {', '.join(names)}.", names)
         if self.figure_style is not None:
             self._check_style(self.figure_style)
 
