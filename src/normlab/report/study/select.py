@@ -79,13 +79,13 @@ def _meant(option: str, entries: Sequence[Any], known: Sequence[Any], parts: Cal
     """Return what the entries mean: the same one, else all that have every part of it."""
     meant = []
     for entry in entries:
-        found = [entry] if entry in known else [name for name in known if _parts(str(entry)) <= parts(name)]
-        if not found:
+        names = [entry] if entry in known else [name for name in known if _parts(str(entry)) <= parts(name)]
+        if not names:
             more = f" and {len(known) - 8} more" if len(known) > 8 else ""
             close = nearest(entry, [*known, *{part for name in known for part in parts(name)}])
             raise UserError(
                 f"{option}: this study has no {entry}.\nIt has: {'; '.join(map(str, known[:8]))}{more}."
                 + (f"\nDid you mean {close}?" if close else "")
             )
-        meant += found
+        meant += names
     return meant
