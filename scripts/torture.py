@@ -301,10 +301,10 @@ def measured(folder: Path, script: str, *arguments: str) -> tuple[float, float, 
 ALONE = """
 import json, sys
 from normlab.config.schema import RunConfig
-from normlab.training.run import Share, carry_out
+from normlab.training.run import Resources, train_run
 
 for settings in json.load(sys.stdin):
-    carry_out(RunConfig.model_validate(settings), share=Share("cpu", 1))
+    train_run(RunConfig.model_validate(settings), resources=Resources("cpu", 1))
 """
 
 

@@ -1,4 +1,4 @@
-"""What a process of training/test_distributed.py does: carry out runs, alone or as one of several under torchrun.
+"""Carries out runs, alone or as one of several processes under torchrun, for training/test_distributed.py.
 
 In float64. In float32 a rounding error now and then takes a value across the kink of a ReLU, after which two runs
 differ by far more than by rounding; in float64 what is equal stays equal.
@@ -22,9 +22,9 @@ from normlab.common.errors import InterruptedRunError
 from normlab.config.schema import RunConfig
 from normlab.training import engines
 from normlab.training.distributed import group as distributed
-from normlab.training.distributed.group import ALONE, Alone
+from normlab.training.distributed.group import ProcessGroup, SingleProcess
 from normlab.training.distributed.processes import find
-from normlab.training.run import carry_out
+from normlab.training.run import train_run
 
 build, set_learning_rate = models.build, engines.set_learning_rate
 
@@ -58,20 +58,21 @@ def fail() -> None:
 
 
 def carry_out_here(
-    settings: dict[str, Any], team: Alone = ALONE, stop_at: int | None = None, fail_at: int | None = None
+    settings: dict[str, Any], group: ProcessGroup | None = None, stop_at: int | None = None, fail_at: int | None = None
 ) -> None:
-    """One run. The last process is told to stop at step `stop_at`, or fails at step `fail_at`."""
-    last = team.rank == team.world - 1
+    """Carry out one run. The last process is requested to stop at step `stop_at`, or fails at step `fail_at`."""
+    group = group or SingleProcess()
+    last = group.rank == group.world - 1
     with (
         mock.patch.object(models, "build", build_double),
         before_step(stop_at or fail_at if last else None, stop if stop_at else fail),
         suppress(InterruptedRunError),
     ):
-        carry_out(RunConfig.model_validate(settings), team=team)
+        train_run(RunConfig.model_validate(settings), group=group)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with distributed.join(find(), "cpu") as team:
+    with distributed.join(find(), "cpu") as group:
         for plan in json.loads(Path(sys.argv[1]).read_text()):
-            carry_out_here(**plan, team=team)
+            carry_out_here(**plan, group=group)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from normlab import models, runs
 from normlab.config.schema import SGD, BuiltinDataset, Cosine, RunConfig, parse
 from normlab.data import sources
-from normlab.data.batches import standardisation
+from normlab.data.batches import standardization
 from normlab.data.resident import Resident
 from normlab.data.splits import stratified, training_rows
 from normlab.training.device import peak_memory_bytes
@@ -81,7 +81,7 @@ def images_of(config: RunConfig) -> Images:
     assert isinstance(source.test, Resident)
     rows, _ = training_rows(source.train_labels, dataset.train_size, dataset.val_size, dataset.split_seed)
     test = stratified(source.test_labels, dataset.test_size, dataset.split_seed, "test")
-    found = standardisation(source.train, rows, torch.device("cpu"))
+    found = standardization(source.train, rows, torch.device("cpu"))
     return Images(
         *(source.train.images[rows], source.train_labels[rows]),
         *(source.test.images[test], source.test_labels[test]),
@@ -357,7 +357,7 @@ def tuned(config: RunConfig, images: Images, workers: int, after_step: AfterStep
         return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
     pixels, labels = images.train.to(device, memory_format=torch.channels_last), images.train_labels.to(device)
-    augments = images.crop_padding or images.flip  # with black borders: before the normalisation
+    augments = images.crop_padding or images.flip  # with black borders: before the normalization
     pixels = pixels if augments else normalised(pixels)
     test, test_labels = normalised(images.test.to(device)), images.test_labels.to(device)
     augmentation: dict[str, Any] = {"crop_padding": images.crop_padding, "flip": images.flip}

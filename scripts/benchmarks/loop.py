@@ -12,51 +12,53 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.common import CPU, ROOT, configure, print_machine
-from normlab import models, runs
+from normlab import loggers, models, runs
 from normlab.config import schema as config
-from normlab.data.datasets import Data
+from normlab.data.datasets import Data, load
 from normlab.norms import Steps
-from normlab.training import device, engines
-from normlab.training.engines import Position
+from normlab.training import device
+from normlab.training.distributed.group import SingleProcess
+from normlab.training.engines import Engine
+from normlab.training.interleaving import Interleaver
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import train
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import carry_out, data_of
-from normlab.training.step import Step
+from normlab.training.record import Recorder, open_log
+from normlab.training.run import train_run
+from normlab.training.state import Position, TrainingState
+from normlab.training.step import TrainingStep
 from normlab.training.tasks import task_of
 
 
-def ours(settings: config.RunConfig, data: Data, network: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+def ours(settings: config.RunConfig, data: Data, step: TrainingStep) -> float:
     """Images per second of one epoch, as a run records it."""
     run = runs.Run(settings.as_dict())
     run.freeze()
-    rows: list[dict[str, float]] = []
-    steps = data.train.steps
-    at = Position(0, 0, torch.zeros(steps), torch.zeros(steps, dtype=torch.int64), 0.0, 0.0, 0)
-    task, scaler = task_of(data.task, settings.label_smoothing), torch.amp.GradScaler("cpu", enabled=False)
-    step = Step(settings, CPU, task, network, network, Steps(network), optimizer, scaler)
-    train(
-        settings,
-        data,
-        step,
-        engines.Eager(settings, data.train, step, at),
-        at,
-        StopRequest(),
-        beat=lambda at: beat(run, at),
-        checkpoint=lambda at: None,
-        record=rows.append,
+    position = Position.start(data.train.steps, CPU)
+    engine = Engine(settings, data.train, step, position)
+    state = TrainingState(
+        settings, CPU, SingleProcess(), Interleaver(), data, step, engine, None, position, "contiguous"
     )
-    return rows[0]["images_per_second"]
+    recorder = Rates(run, open_log(run.folder, write=False), loggers.Logger(), lambda status: None)
+    train(state, recorder, StopRequest())
+    return recorder.rates[0]
 
 
-def beat(run: runs.Run, at: Position) -> None:
-    run.write_status("running", durable=False, step=at.batch)
+class Rates(Recorder):
+    """Keeps the speeds that a run measures, and writes no rows."""
+
+    rates: list[float]
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        self.rates = [row["images_per_second"]]
 
 
 def bare(images: Tensor, labels: Tensor, batch: int, network: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -83,18 +85,20 @@ def loop(rounds: int) -> None:
     for batch, turns in ((8, rounds), (128, 3 * rounds)):  # an epoch at 128 is short, so its pairs scatter more
         with tempfile.TemporaryDirectory() as folder:
             settings = configure(folder, f"batch={batch}", "epochs=1", "dataset.test_size=10")
-            data = data_of(settings, CPU, print)
+            data = load(settings, CPU, log=print)
             images, labels = in_memory(data)
             # One network for both: where its tensors happen to lie in memory can change the speed by a tenth.
             network = models.build(settings, num_classes=10, image_size=8)
             optimizer = build_optimizer(settings.optimizer, network)
+            task, scaler = task_of(data.task, settings.label_smoothing), torch.amp.GradScaler("cpu", enabled=False)
+            step = TrainingStep(settings, CPU, task, network, network, Steps(network), optimizer, scaler)
             pairs = []
             for turn in range(turns + 1):
                 first = turn % 2  # whoever goes second has the warmer cache
                 speeds = {}
                 for who in (first, 1 - first):
                     if who == 0:
-                        speeds[0] = ours(settings, data, network, optimizer)
+                        speeds[0] = ours(settings, data, step)
                     else:
                         speeds[1] = bare(images, labels, batch, network, optimizer)
                 pairs.append((speeds[0], speeds[1]))
@@ -126,9 +130,9 @@ def peak(who: str, batch: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = configure(folder, f"batch={batch}", "epochs=2")
         if who == "ours":
-            carry_out(settings)
+            train_run(settings)
         else:
-            images, labels = in_memory(data_of(settings, CPU, print))
+            images, labels = in_memory(load(settings, CPU, log=print))
             network = models.build(settings, num_classes=10, image_size=8)
             optimizer = build_optimizer(settings.optimizer, network)
             for _ in range(2):

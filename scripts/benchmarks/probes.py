@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.common import ROOT, configure, print_machine, print_ratios
 from normlab import models
 from normlab.norms import find_sites
-from normlab.probes import Probes, StepSnapshot, Subject
+from normlab.probes import ProbedNetwork, Probes, StepSnapshot
 from normlab.training.optimizers import build_optimizer
 
 
@@ -26,8 +26,8 @@ def probes(rounds: int) -> None:
         settings = configure(folder, f"probe=[{','.join(names)}]", "batch=32")
         network = models.build(settings, num_classes=10, image_size=32)
         optimizer = build_optimizer(settings.optimizer, network)
-        subject = Subject(network, tuple(site.norm for site in find_sites(network)))
-        every = {name: Probes({name: one}, subject, 1, lambda *found: None) for name, one in settings.probe.items()}
+        probed = ProbedNetwork(network, tuple(site.norm for site in find_sites(network)))
+        every = {name: Probes({name: one}, probed, 1, lambda *rows: None) for name, one in settings.probe.items()}
         images, labels = torch.randn(32, 3, 32, 32), torch.randint(10, (32,))
         ratios: dict[str, list[float]] = {name: [] for name in names}
         network.train()
@@ -47,8 +47,8 @@ def probes(rounds: int) -> None:
                         optimizer=optimizer,
                         scaler=torch.amp.GradScaler("cpu", enabled=False),
                         transform=None,
-                        loss=F.cross_entropy,
-                        within=nullcontext,
+                        criterion=F.cross_entropy,
+                        forward_context=nullcontext,
                         seed=torch.manual_seed,
                     )
                 )

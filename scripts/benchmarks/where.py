@@ -1,7 +1,7 @@
 """`scripts/bench where`: where the time of a training step goes, by kind of operation, as PyTorch's profiler sees it.
 
 Steps of a run's own network, optimizer and batch on random images, once as PyTorch does them by default and once as a
-run on a CPU does them (taps trimmed, one fused update, freed memory kept, the faster memory format), in two processes.
+run on a CPU does them (taps trimmed, one fused update, freed memory kept, its memory format), in two processes.
 """
 
 import argparse
@@ -9,15 +9,15 @@ import json
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import ROOT, configure, print_machine, table
-from normlab.training import device
-from normlab.training.choices import FORMATS
-from normlab.training.trial import Trial
+from normlab.training import device, taps
+from normlab.training.calibration import Trial
 
 STEPS = 5
 KINDS = {  # by the beginning of an operation's name, without aten::
@@ -47,14 +47,12 @@ def measure(tuned: bool, side: int, batch: int, memory_format: str, threads: int
     """Milliseconds of a step by kind; "Python" is what no operation accounts for."""
     torch.set_num_threads(threads)
     place = torch.device(where)
-    settings = configure("outputs", f"batch={batch}", "norm=bn")
+    settings = configure("outputs", f"batch={batch}", "norm=bn", f"memory_format={memory_format}")
     if tuned:
         device.prepare(settings, place, threads)
-    trial = Trial(settings, place, side=side, channels=3, classes=10, memory_format=FORMATS[memory_format])
-    network = trial.step.network
+    with mock.patch.object(taps, "trim", taps.trim if tuned else lambda network, images: None):
+        trial = Trial(settings, place, side=side, classes=10)
     if not tuned:
-        for module in network.modules():
-            vars(module).pop("_conv_forward", None)
         for group in trial.step.optimizer.param_groups:
             group["fused"], group["foreach"] = False, True
     for _ in range(3):

@@ -1,3 +1,3 @@
-"""normlab: what does a normalisation layer actually buy?"""
+"""normlab: what does a normalization layer actually buy?"""
 
-__version__ = "0.1.0"  # nowhere else: pyproject.toml reads it here
+__version__ = "0.1.0"  # pyproject.toml reads it from here

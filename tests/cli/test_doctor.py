@@ -176,7 +176,7 @@ def test_a_limit_of_a_container_or_a_job_is_found(tmp_path) -> None:
 )
 def test_why_there_is_no_gpu(monkeypatch, tmp_path, built, seen, driver, kernel, level, wanted, words) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.version, "cuda", "13.2" if built else None)
     monkeypatch.setattr(preflight, "gpu_count", lambda: seen)
     monkeypatch.setattr(doctor, "_driver", lambda: driver)
     monkeypatch.setattr(doctor, "NVIDIA_IN_KERNEL", tmp_path if kernel else tmp_path / "none")
@@ -294,19 +294,18 @@ def test_little_room_is_noted(tmp_path, monkeypatch) -> None:
     assert "--shm-size" in found.fix
 
 
-def test_the_file_system_is_that_of_the_deepest_mount_and_of_the_last_there(tmp_path) -> None:
-    place = str(tmp_path).replace(" ", r"\040")
-    lines = [
-        "1 0 254:0 / / rw - ext4 /dev/vda rw",
-        f"2 1 0:1 / {place} rw,relatime shared:1 - xfs /dev/sdb rw",
-        f"3 1 0:1 / {place} rw - nfs4 server:/home rw",
-        f"4 1 0:1 / {place}/else\\040where rw - lustre x rw",
+def test_the_file_system_is_that_of_the_deepest_mount_and_of_the_last_there(tmp_path, monkeypatch) -> None:
+    mount = namedtuple("mount", "mountpoint fstype")
+    mounts = [
+        *(mount("/", "ext4"), mount(str(tmp_path), "xfs"), mount(str(tmp_path), "nfs4")),
+        mount(f"{tmp_path}/else where", "lustre"),
     ]
-    (tmp_path / "mounts").write_text("\n".join(lines))
-    assert doctor.file_system(tmp_path / "outputs", tmp_path / "mounts") == "nfs4"
-    assert doctor.file_system(tmp_path / "else where" / "x", tmp_path / "mounts") == "lustre"
-    assert doctor.file_system(tmp_path.parent, tmp_path / "mounts") == "ext4"
-    assert doctor.file_system(tmp_path, tmp_path / "none") == "unknown file system"
+    monkeypatch.setattr(doctor.psutil, "disk_partitions", lambda all: mounts)
+    assert doctor.file_system(tmp_path / "outputs") == "nfs4"
+    assert doctor.file_system(tmp_path / "else where" / "x") == "lustre"
+    assert doctor.file_system(tmp_path.parent) == "ext4"
+    mounts.clear()
+    assert doctor.file_system(tmp_path) == "unknown file system"
 
 
 def test_without_a_folder_for_temporary_files_that_is_a_problem(monkeypatch) -> None:

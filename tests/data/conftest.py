@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import composed
 from PIL import Image
 
 from normlab.config.schema import IID, BuiltinDataset, FolderDataset
@@ -43,8 +44,8 @@ def load_it(tmp_path: Path, settings: Settings) -> Callable[..., Data]:
     """`load_it("digits", batch=8, val_size=20)`: loaded on the CPU, data_dir below a temporary folder."""
 
     def make(kind: str, **changes: Any) -> Data:
-        call: dict[str, Any] = {
-            "data_dir": tmp_path / "data",
+        run: dict[str, Any] = {
+            "data_dir": str(tmp_path / "data"),
             "seed": 0,
             "batch": 8,
             "eval_batch": 16,
@@ -52,11 +53,11 @@ def load_it(tmp_path: Path, settings: Settings) -> Callable[..., Data]:
             "sampler": IID(name="iid"),
             "eval_stats": "running",
             "input_norm": "dataset",
-            "device": torch.device("cpu"),
-            "log": lambda line: None,
         }
-        call |= {name: changes.pop(name) for name in list(changes) if name in call}
-        return load(settings(kind, **changes), **call)
+        run |= {name: changes.pop(name) for name in list(changes) if name in run}
+        device = changes.pop("device", torch.device("cpu"))
+        run["dataset"] = settings(kind, **changes)
+        return load(composed().model_copy(update=run), device, log=lambda line: None)
 
     return make
 

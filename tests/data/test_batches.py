@@ -13,7 +13,7 @@ from normlab.common.errors import UserError
 from normlab.common.rng import stream
 from normlab.config.schema import IID, Paired
 from normlab.data import batches
-from normlab.data.batches import Augmentation, Split, standardisation, unit_interval
+from normlab.data.batches import Augmentation, Split, standardization, unit_interval
 from normlab.data.datasets import Data
 from normlab.data.resident import Resident
 
@@ -171,7 +171,7 @@ def test_draws_are_uniform() -> None:
         assert torch.allclose(shares, torch.full((values,), 1 / values), atol=0.015)
 
 
-# --- Normalisation ----------------------------------------------------------------------------------
+# --- Normalization ----------------------------------------------------------------------------------
 
 
 def test_training_images_get_mean_0_and_std_1_per_channel(load_it: Load) -> None:
@@ -182,17 +182,17 @@ def test_training_images_get_mean_0_and_std_1_per_channel(load_it: Load) -> None
 
 def test_statistics_are_those_of_the_rows_alone() -> None:
     images, rows = noise(50), torch.arange(0, 50, 3)
-    found = standardisation(Resident(images), rows, CPU)
+    found = standardization(Resident(images), rows, CPU)
     chosen = images[rows].double()
     assert torch.allclose(found.mean.flatten().double(), chosen.mean((0, 2, 3)))
     assert torch.allclose(found.std.flatten().double(), chosen.std((0, 2, 3), correction=0))
 
 
-def test_a_constant_channel_is_only_centred() -> None:
+def test_a_constant_channel_is_only_centered() -> None:
     images = noise()
     images[:, 1] = 7
-    normalised = standardisation(Resident(images), torch.arange(20), CPU)(images)
-    assert normalised[:, 1].abs().max() == 0
+    normalized = standardization(Resident(images), torch.arange(20), CPU)(images)
+    assert normalized[:, 1].abs().max() == 0
 
 
 def test_input_norm_none_gives_pixels_over_255(load_it: Load) -> None:
@@ -201,13 +201,13 @@ def test_input_norm_none_gives_pixels_over_255(load_it: Load) -> None:
     assert images.max() == torch.tensor(240) / 255
 
 
-def test_input_norm_bn_leaves_normalising_to_the_network(load_it: Load) -> None:
+def test_input_norm_bn_leaves_normalizing_to_the_network(load_it: Load) -> None:
     one, other = (load_it("digits", input_norm=kind) for kind in ("none", "bn"))
     for (images, _), (again, _) in zip(one.train.batches(0), other.train.batches(0), strict=True):
         assert torch.equal(images, again)
 
 
-def test_small_sets_kept_ready_equal_those_normalised_by_the_batch(
+def test_small_sets_kept_ready_equal_those_normalized_by_the_batch(
     load_it: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = list(load_it("digits").train.batches(3))
@@ -225,7 +225,7 @@ def test_an_evaluation_sees_the_central_crop(load_it: Load, size: int, offset: i
     data, whole = (load_it("digits", crop_size=crop, val_size=100) for crop in (size, None))
     assert (data.image_size, whole.image_size) == (size, 8)
     for part in ("test", "val"):
-        images, _ = together(getattr(whole, part).batches())  # normalised by statistics of whole images, too
+        images, _ = together(getattr(whole, part).batches())  # normalized by statistics of whole images, too
         cropped, _ = together(getattr(data, part).batches())
         assert torch.equal(cropped, images[:, :, offset : offset + size, offset : offset + size])
     in_order, _ = together(whole.train.batches())

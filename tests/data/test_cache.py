@@ -161,12 +161,12 @@ def test_pillows_remarks_are_not_errors(image_folder: Folder, tmp_path: Path) ->
     assert Decoding(root, tmp_path).run()[0, :, 0, 0].tolist() == [9, 9, 9]
 
 
-def test_the_log_hears_how_far_the_decoding_is(
+def test_the_log_has_the_progress_of_the_decoding(
     image_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "CHUNK", 8)
-    monkeypatch.setattr(cache, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
     ours = Decoding(image_folder(), tmp_path)
     ours.run()
-    told = [f"Decoding images, once: {number} of 20 images" for number in (0, 8, 16, 20)]
-    assert [line for line in ours.lines if line.startswith("Decoding")] == told
+    expected = [f"Decoding images, once: {number} of 20 images" for number in (0, 8, 16, 20)]
+    assert [line for line in ours.lines if line.startswith("Decoding")] == expected

@@ -15,7 +15,7 @@ from normlab.data import images
 RED = (255, 0, 0)
 
 
-def colour(image: Image.Image) -> tuple[int, ...]:
+def color(image: Image.Image) -> tuple[int, ...]:
     rgb = images.to_rgb(image)
     assert rgb.mode == "RGB"
     pixel = rgb.getpixel((0, 0))
@@ -31,7 +31,7 @@ def palette(transparent: int | bytes | None = None) -> Image.Image:
     return image
 
 
-def grey16(value: int, mode: str = "I;16") -> Image.Image:
+def gray16(value: int, mode: str = "I;16") -> Image.Image:
     order = ">" if mode == "I;16B" else "<"
     return Image.frombytes(mode, (2, 2), np.full((2, 2), value, f"{order}u2").tobytes())
 
@@ -44,8 +44,8 @@ def grey16(value: int, mode: str = "I;16") -> Image.Image:
         pytest.param(Image.new("LA", (2, 2), (77, 255)), (77, 77, 77), id="LA"),
         pytest.param(Image.new("LA", (2, 2), (77, 0)), (255, 255, 255), id="LA transparent"),
         pytest.param(palette(), RED, id="P"),
-        pytest.param(palette(0), RED, id="P, another colour transparent"),
-        pytest.param(palette(1), (255, 255, 255), id="P, this colour transparent"),
+        pytest.param(palette(0), RED, id="P, another color transparent"),
+        pytest.param(palette(1), (255, 255, 255), id="P, this color transparent"),
         pytest.param(palette(b"\xff\x00"), (255, 255, 255), id="P with alpha"),
         pytest.param(Image.new("RGB", (2, 2), RED), RED, id="RGB"),
         pytest.param(Image.new("RGBA", (2, 2), (*RED, 255)), RED, id="RGBA"),
@@ -54,9 +54,9 @@ def grey16(value: int, mode: str = "I;16") -> Image.Image:
         pytest.param(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), RED, id="CMYK"),
         pytest.param(Image.new("YCbCr", (2, 2), (128, 128, 128)), (128, 128, 128), id="YCbCr"),
         pytest.param(Image.new("HSV", (2, 2), (0, 255, 255)), RED, id="HSV"),
-        pytest.param(grey16(65535), (255, 255, 255), id="I;16 white"),
-        pytest.param(grey16(100 * 257), (100, 100, 100), id="I;16"),
-        pytest.param(grey16(100 * 257, "I;16B"), (100, 100, 100), id="I;16B"),
+        pytest.param(gray16(65535), (255, 255, 255), id="I;16 white"),
+        pytest.param(gray16(100 * 257), (100, 100, 100), id="I;16"),
+        pytest.param(gray16(100 * 257, "I;16B"), (100, 100, 100), id="I;16B"),
         pytest.param(Image.new("I", (2, 2), 100 * 257), (100, 100, 100), id="I"),
         pytest.param(Image.new("I", (2, 2), -5), (0, 0, 0), id="I negative"),
         pytest.param(Image.new("F", (2, 2), 1.0), (255, 255, 255), id="F fraction"),
@@ -65,14 +65,14 @@ def grey16(value: int, mode: str = "I;16") -> Image.Image:
         pytest.param(Image.new("F", (2, 2), float("nan")), (0, 0, 0), id="F not a number"),
     ],
 )
-def test_every_mode_becomes_its_colour(image: Image.Image, expected: tuple[int, ...]) -> None:
-    assert colour(image) == expected
+def test_every_mode_becomes_its_color(image: Image.Image, expected: tuple[int, ...]) -> None:
+    assert color(image) == expected
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 def test_a_16_bit_file_is_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
-    file = tmp_path / f"grey{suffix}"
-    grey16(100 * 257).save(file)
+    file = tmp_path / f"gray{suffix}"
+    gray16(100 * 257).save(file)
     assert images.read(file).getpixel((0, 0)) == (100, 100, 100)
 
 
@@ -111,7 +111,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (20, 20)])
-def test_fit_equals_torchvisions_resize_and_centre_crop(size: tuple[int, int]) -> None:
+def test_fit_equals_torchvisions_resize_and_center_crop(size: tuple[int, int]) -> None:
     oracle = transforms.Compose([transforms.Resize(23), transforms.CenterCrop(20)])
     assert images.fit(noise(*size), 20, 23).tobytes() == oracle(noise(*size)).tobytes()
 

@@ -227,7 +227,7 @@ def test_a_host_that_answers_is_reachable_also_through_a_proxy(monkeypatch: pyte
 
 
 def test_a_host_that_is_silent_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inventory, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(inventory, "ANSWER_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -244,7 +244,7 @@ def test_imagenet_without_its_files_says_which_go_where(settings: Settings, tmp_
 
 
 def test_imagenet_before_it_is_unpacked_has_its_known_size(settings: Settings, tmp_path: Path) -> None:
-    for archive in (inventory.IMAGENET_DEVKIT, inventory.IMAGENET_TRAIN, inventory.IMAGENET_VAL):
+    for archive in inventory.IMAGENET_ARCHIVES.values():
         (tmp_path / archive).touch()
     dataset = settings("imagenet", path=str(tmp_path), image_size=224, val_size=1167)
     assert check(dataset, Path()) == Inventory(1_280_000, 50_000, 1000, 224)
@@ -253,5 +253,4 @@ def test_imagenet_before_it_is_unpacked_has_its_known_size(settings: Settings, t
 def test_imagenets_file_names_are_torchvisions() -> None:
     from torchvision.datasets.imagenet import ARCHIVE_META
 
-    ours = {inventory.IMAGENET_DEVKIT, inventory.IMAGENET_TRAIN, inventory.IMAGENET_VAL}
-    assert ours == {name for name, _ in ARCHIVE_META.values()}
+    assert set(inventory.IMAGENET_ARCHIVES.values()) == {name for name, _ in ARCHIVE_META.values()}

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from normlab.common.errors import UserError
-from normlab.data import inventory
+from normlab.data import datasets, inventory
 from normlab.data.datasets import Data
 from normlab.launchers import preflight
-from normlab.training.run import data_of
 
 CPU = torch.device("cpu")
 
@@ -18,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def load_it(make):
     def load(*settings: str) -> Data:
-        return data_of(make("model=deep_linear", *settings), CPU, print)
+        return datasets.load(make("model=deep_linear", *settings), CPU, log=print)
 
     return load
 

@@ -41,7 +41,7 @@ def uniform(counts: dict[Any, int], cases: int) -> bool:
 
 
 def split(batch: int = 8, each: int | None = 2, **options: Any) -> Split:
-    """20 images, each of one colour that is its number, which is its red value."""
+    """20 images, each of one color that is its number, which is its red value."""
     images = torch.arange(20, dtype=torch.uint8)[:, None, None, None].expand(20, 3, 4, 4).contiguous()
     return Split(
         Resident(images),
@@ -159,9 +159,9 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_the_copies_of_an_image_in_an_epoch_are_augmented_each_for_itself() -> None:
-    """Colours run over the columns of otherwise like images, so that a mirrored one is known."""
+    """Colors run over the columns of otherwise like images, so that a mirrored one is known."""
     train = split(batch=200, augmentation=Augmentation(flip=True, crop_padding=0))
-    train._source = Resident(torch.arange(4, dtype=torch.uint8).expand(20, 3, 4, 4).contiguous())
+    train.source = Resident(torch.arange(4, dtype=torch.uint8).expand(20, 3, 4, 4).contiguous())
     flips: dict[int, set[bool]] = {}
     order = train._order("order", 0).tolist()
     (images, _), *none_left = train.batches(0)

@@ -30,12 +30,12 @@ def test_digits_are_scikit_learns() -> None:
     assert np.array_equal(table[:, 64], bunch.target)
 
 
-def test_digits_pixels_are_exactly_linear_in_the_grey_values() -> None:
+def test_digits_pixels_are_exactly_linear_in_the_gray_values() -> None:
     source = sources.digits()
     everything = torch.cat([source.train.images, source.test.images])  # type: ignore[union-attr]
     assert everything.dtype == torch.uint8
     assert everything.shape == (1797, 3, 8, 8)
-    assert everything.unique().tolist() == [15 * grey for grey in range(17)]
+    assert everything.unique().tolist() == [15 * gray for gray in range(17)]
     assert torch.equal(everything[:, 0], everything[:, 2])
 
 
@@ -170,15 +170,15 @@ def test_imagenet_is_torchvisions(small_imagenet: Path, load_it: Load) -> None:
     images, labels = next(data.test.batches())
     assert labels.tolist() == oracle.targets
     for image, (path, _) in zip(images, oracle.samples, strict=True):
-        colour = torch.tensor(Image.open(path).getpixel((0, 0))) / 255
-        assert torch.allclose(image, colour.view(3, 1, 1).expand(3, 14, 14))
+        color = torch.tensor(Image.open(path).getpixel((0, 0))) / 255
+        assert torch.allclose(image, color.view(3, 1, 1).expand(3, 14, 14))
     assert sum(len(labels) for _, labels in data.train.batches(0)) == len(datasets.ImageNet(small_imagenet)) == 6
 
 
 def test_a_broken_archive_of_imagenet_is_a_sentence(tmp_path: Path, load_it: Load) -> None:
     root = tmp_path / "imagenet"
     root.mkdir()
-    for archive in (inventory.IMAGENET_DEVKIT, inventory.IMAGENET_TRAIN, inventory.IMAGENET_VAL):
+    for archive in inventory.IMAGENET_ARCHIVES.values():
         (root / archive).write_bytes(b"half of it")
     with pytest.raises(UserError, match="ILSVRC2012_devkit_t12"):
         load_it("imagenet", path=str(root), image_size=14)

@@ -25,7 +25,7 @@ def equal(one: Iterator[tuple[Tensor, Tensor]], other: Iterator[tuple[Tensor, Te
 
 
 def streams(data: Data) -> bool:
-    return isinstance(data.train._source, Files)
+    return isinstance(data.train.source, Files)
 
 
 def test_streamed_batches_equal_those_from_memory(image_folder: Folder, load_it: Load) -> None:

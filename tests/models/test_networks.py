@@ -9,7 +9,7 @@ from normlab import models
 from normlab.common.errors import UserError
 from normlab.models.paper_networks import CifarBlock
 from normlab.norms import find_sites
-from normlab.training.run import carry_out
+from normlab.training.run import train_run as carry_out
 
 
 def parameters(network: nn.Module) -> int:

@@ -18,7 +18,7 @@ from normlab.norms import BatchStatistics, Steps, rewrite, trace
 from normlab.training import engines, loop
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import carry_out
+from normlab.training.run import train_run as carry_out
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time

@@ -1,4 +1,4 @@
-"""Evaluation statistics and synchronisation, against pooled moments and a single process."""
+"""Evaluation statistics and synchronization, against pooled moments and a single process."""
 
 import copy
 import os
@@ -23,7 +23,7 @@ from normlab.norms import (
     precise_statistics,
     rewrite,
     statistics_layers,
-    synchronise,
+    synchronize,
 )
 
 # Every arm with statistics of the batch; noisy_bn's are bn's.
@@ -113,7 +113,7 @@ def test_batch_statistics_keep_to_the_groups_of_training(make) -> None:
 def test_statistics_of_a_single_value_are_refused(make, arm, together) -> None:
     net = network(make, arm)
     if together:
-        synchronise(net)
+        synchronize(net)
     net(images(2, 6, 3, 3))
     with pytest.raises(ValueError, match=r"more than (1|one) value"):
         net(images(1, 6, 3, 3))
@@ -184,8 +184,8 @@ def in_two_processes(tmp_path_factory):
     return run
 
 
-def test_synchronised_statistics_make_two_processes_one(make, in_two_processes) -> None:
-    nets = {arm: synchronise(network(make, arm)) for arm in WITH_STATISTICS}
+def test_synchronized_statistics_make_two_processes_one(make, in_two_processes) -> None:
+    nets = {arm: synchronize(network(make, arm)) for arm in WITH_STATISTICS}
     singles = {arm: network(make, arm) for arm in WITH_STATISTICS}
     both = in_two_processes(nets)
     for arm, single in singles.items():
@@ -231,4 +231,4 @@ def test_the_setting_reaches_every_layer(make) -> None:
     net = models.build(make("sync_stats=true", "norm=renorm", "input_norm=bn"), num_classes=10, image_size=8)
     layers = [module for module in net.modules() if isinstance(module, BatchStatistics)]
     assert len(layers) == 21
-    assert all(layer.synchronised for layer in layers)
+    assert all(layer.synchronized for layer in layers)

@@ -16,7 +16,7 @@ from normlab.norms import (
     batch_statistics,
     parameter_roles,
     precise_statistics,
-    synchronise,
+    synchronize,
 )
 
 EPS = 1e-3
@@ -97,10 +97,10 @@ def test_groups_inside_the_batch_are_the_formula_for_each(case: str, k: int, p: 
 
 @pytest.mark.parametrize("norm_batch", [None, 3])
 @pytest.mark.parametrize("p", POWERS)
-def test_synchronised_statistics_of_one_process_are_its_own(p: object, norm_batch: int | None) -> None:
+def test_synchronized_statistics_of_one_process_are_its_own(p: object, norm_batch: int | None) -> None:
     """Their path through the code is another one: means that autograd sees."""
     layer = make(p, norm_batch=norm_batch)
-    synchronise(layer)
+    synchronize(layer)
     compare(layer, Formula(p, norm_batch), CASES["plain"])
 
 

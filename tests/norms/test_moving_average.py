@@ -14,8 +14,8 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.norms import MABN, CentredConv2d, PowerNorm, Steps, Variant, batch_statistics, rewrite
-from normlab.norms.layer_statistics import held
+from normlab.norms import MABN, CenteredConv2d, PowerNorm, Steps, Variant, batch_statistics, rewrite
+from normlab.norms.layer_statistics import keep_for_backward
 
 EPS = 1e-5
 STEPS = 8
@@ -379,7 +379,7 @@ def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -
 
     def step(x: Tensor) -> Tensor:
         with torch.no_grad():
-            factor = held(buffer.clone() * 2)
+            factor = keep_for_backward(buffer.clone() * 2)
         y = (x * factor).relu() * factor
         buffer.add_(1)
         return y
@@ -392,7 +392,7 @@ def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -
 
 def test_centred_convolutions_ignore_constants_and_pass_gradients_through_the_mean() -> None:
     convolution = nn.Conv2d(3, 5, 3, bias=False).double()
-    centred = CentredConv2d.of(copy.deepcopy(convolution))
+    centred = CenteredConv2d.of(copy.deepcopy(convolution))
     x = images(2, 3, 6, 6)
     torch.testing.assert_close(centred(x), centred(x + 7), rtol=0, atol=1e-12)
     weight = convolution.weight.detach().clone().requires_grad_()
@@ -413,7 +413,7 @@ def small_resnet() -> nn.Module:
 @BOTH
 def test_a_network_trains_through_all_phases(variant: Any, options: Any, oracle: Any) -> None:
     network = rewrite(small_resnet(), variant(**options, norm_batch=4))
-    assert isinstance(network.get_submodule("layer1.0.conv1"), CentredConv2d) == (variant is MABN)
+    assert isinstance(network.get_submodule("layer1.0.conv1"), CenteredConv2d) == (variant is MABN)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     steps = Steps(network)
     x, labels = images(10, 3, 32, 32).float(), torch.arange(10)

@@ -26,8 +26,9 @@ def of_the_menu(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in MENU.glob("*.yaml") if path.stem != "bnp"))
 def test_a_name_means_what_it_means_on_the_command_line(name: str) -> None:
-    kind, options = norms.NAMED[name]
-    assert {"_target_": f"normlab.norms.{kind.__name__}", "name": name, **options} == of_the_menu(name)
+    cls, declaration = norms.variants()[name]
+    target = f"normlab.norms.{cls.__name__}"
+    assert {"_target_": target, "name": name, **declaration.defaults()} == of_the_menu(name)
 
 
 @pytest.mark.parametrize("name", sorted(norms.NAMED))

@@ -19,7 +19,7 @@ from normlab.norms import (
     batch_statistics,
     parameter_roles,
     precise_statistics,
-    synchronise,
+    synchronize,
 )
 
 EPS = 1e-3
@@ -280,10 +280,10 @@ def test_layers_of_one_variant_share_a_clock_also_in_copies() -> None:
 
 
 @pytest.mark.parametrize("norm_batch", [None, 4])
-def test_synchronised_statistics_of_one_process_are_its_own(norm_batch: int | None) -> None:
+def test_synchronized_statistics_of_one_process_are_its_own(norm_batch: int | None) -> None:
     """Their path through the code is another one: means that autograd sees."""
     layer = make(norm_batch=norm_batch)
-    synchronise(layer)
+    synchronize(layer)
     check(layer, Formula(k=norm_batch))
 
 

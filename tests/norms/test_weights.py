@@ -19,7 +19,7 @@ from normlab.norms import (
     MeanOnlyBatchNorm2d,
     MeanOnlyWeightNorm,
     NormProp,
-    ReparametrisedConv2d,
+    ReparametrizedConv2d,
     TReLU,
     TReLUWeightNorm,
     Variant,
@@ -558,7 +558,7 @@ def test_an_unknown_start_is_refused_with_the_nearest(name: str) -> None:
 
 
 def test_a_subclass_says_only_what_its_weights_are() -> None:
-    class Doubled(ReparametrisedConv2d):
+    class Doubled(ReparametrizedConv2d):
         def effective_weight(self) -> Tensor:
             return 2 * super().effective_weight()
 

@@ -23,7 +23,7 @@ def test_the_version_is_that_of_the_installed_package_the_changelog_and_the_cita
 
 
 def test_the_citation_has_the_five_papers_by_the_names_that_the_claims_have() -> None:
-    claims = (ROOT / "src" / "normlab" / "report" / "claims.yaml").read_text()
+    claims = (ROOT / "src" / "normlab" / "report" / "claims" / "claims.yaml").read_text()
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     papers = set()
     for reference in citation["references"]:

@@ -20,7 +20,7 @@ from normlab import report
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
-    *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
+    *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
     *("train.py", "report.py", "conf", "docs", "src"),
 )
 SMALL = (
@@ -58,16 +58,19 @@ def built(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory) -> Path:
     """An environment with the wheel, and the packages that these tests use behind it."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, symlinks=True)
     [wheel] = (built / "dist").glob("*.whl")
-    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, env=ALONE, timeout=300
-    )
+    return environment(tmp_path_factory.mktemp("environment"), str(wheel))
+
+
+def environment(folder: Path, *words: str) -> Path:
+    """Make an environment in which pip installed `words`, with the packages that these tests use behind it."""
+    venv.create(folder, symlinks=True)
     [site_packages] = folder.glob("lib/python*/site-packages")
     others = dict.fromkeys(path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
     (site_packages / "others.pth").write_text("\n".join([*others, sysconfig.get_path("purelib")]))
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--disable-pip-version-check"]
+    offline = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
+    subprocess.run([*pip, "install", *offline, *words], check=True, env=ALONE, timeout=300)
     return folder
 
 
@@ -103,7 +106,8 @@ def test_the_sdist_holds_what_a_checkout_needs_to_run(built) -> None:
     [sdist] = (built / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
-    assert {*SOURCES, *(f"conf/{name}" for name in files(built / "conf"))} <= held
+    assert set(SOURCES) <= {name.partition("/")[0] for name in held}
+    assert {f"conf/{name}" for name in files(built / "conf")} <= held
     assert not {name for name in held if name.startswith(("tests", "outputs", "data"))}
 
 
@@ -116,6 +120,13 @@ def test_the_package_is_the_wheels_and_the_checkout_is_out_of_sight(installed, e
     assert package.is_relative_to(installed.resolve())
     assert plugin.is_relative_to(installed.resolve())
     assert not {ROOT, ROOT / "src"} & set(path)
+
+
+def test_an_editable_install_reads_the_configuration_of_the_checkout(built, tmp_path) -> None:
+    python = environment(tmp_path / "environment", "--editable", str(built)) / "bin" / "python"
+    code = "from normlab.common.installation import CONF; import hydra_plugins.normlab_launchers; print(CONF)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=ALONE, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()).samefile(built / "conf")
 
 
 def test_help_names_the_command_and_where_its_manual_is(installed, empty) -> None:

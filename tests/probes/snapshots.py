@@ -1,4 +1,4 @@
-"""A moment of a training, of any network and loss, and what a probe finds at it."""
+"""A step of a training, of any network and loss, and the rows of a probe at it."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.probes import StepSnapshot, Subject
+from normlab.probes import Probe, ProbedNetwork, StepSnapshot
 
 
 def squared(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -15,25 +15,25 @@ def squared(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def moment(network: nn.Module, images: Tensor, targets: Tensor, *, lr: float = 0.1, **given: Any) -> StepSnapshot:
-    """The one before step 3, with plain SGD and cross-entropy unless told otherwise."""
+    """The snapshot before step 3, with plain SGD and cross-entropy unless `given` has others."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {
         "optimizer": torch.optim.SGD(trained, lr),
         "scaler": torch.amp.GradScaler("cpu", enabled=False),
         "transform": None,
-        "loss": F.cross_entropy,
-        "within": nullcontext,
+        "criterion": F.cross_entropy,
+        "forward_context": nullcontext,
         "seed": torch.manual_seed,
         **given,
     }
-    made = StepSnapshot(3, lr, images, targets, network=network.train(), **options)
-    made.order = made.executed()
-    return made
+    return StepSnapshot(3, lr, images, targets, network=network.train(), **options)
 
 
-def rows(kind: Any, settings: Any, moment: StepSnapshot, network: nn.Module, **subject: Any) -> list[dict[str, Any]]:
-    """What a new probe of a network finds at a moment."""
-    return list(kind(settings, Subject(network, **subject)).measure(moment))
+def rows(
+    kind: type[Probe], at: StepSnapshot, network: nn.Module, sites: tuple[str, ...] = (), **options: Any
+) -> list[dict[str, Any]]:
+    """The rows of a new probe of a network at a step."""
+    return list(kind(ProbedNetwork(network, sites), **options).measure(at))
 
 
 class Chain(nn.Module):

@@ -12,18 +12,13 @@ from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 
 from normlab import models
-from normlab.config.schema import ActivationsProbe, AffineProbe, GradientsProbe
 from normlab.norms import find_sites, parameter_roles
-from normlab.probes import Activations, Affine, Gradients, Subject
+from normlab.probes import ProbedNetwork
+from normlab.probes.activations import Activations
+from normlab.probes.affine import AffineDrift
+from normlab.probes.gradients import GradientNorms
 
 SITES = tuple(site.norm for site in find_sites(SmallNet(num_classes=4)))  # body.1, body.4
-
-
-def activations(histograms: int = 0, bins: int = 10) -> ActivationsProbe:
-    return ActivationsProbe(name="activations", times=1, steps=None, histograms=histograms, bins=bins)
-
-
-AFFINE = AffineProbe(name="affine", times=1, steps=None)
 
 
 def build(make, *settings: str) -> nn.Module:
@@ -63,7 +58,7 @@ def test_activations_of_batch_normalisation_are_those_of_numpy(make) -> None:
     x = channels(F.conv2d(images, network.body[0].weight, padding=1))
     scale, shift = (p.detach().double().numpy()[:, None] for p in (network.body[1].weight, network.body[1].bias))
     y = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * scale + shift
-    first, second = rows(Activations, activations(), moment(network, images, targets), network, sites=SITES)
+    first, second = rows(Activations, moment(network, images, targets), network, SITES, histograms=0)
     assert (first["layer"], first["position"]) == ("body.1", 0)
     assert (second["layer"], second["position"]) == ("body.4", 1)
     assert {key: first[key] for key in expected(x, y)} == pytest.approx(expected(x, y), rel=1e-4)
@@ -79,7 +74,7 @@ def test_an_arm_without_norm_has_rows_of_its_convolutions(make) -> None:
         network.body[0].weight[0] = 0  # a channel without variance has no skewness, and nothing large
     images, targets = batch()
     x = channels(F.conv2d(images, network.body[0].weight, network.body[0].bias, padding=1))
-    first, _ = rows(Activations, activations(), moment(network, images, targets), network, sites=SITES)
+    first, _ = rows(Activations, moment(network, images, targets), network, SITES, histograms=0)
     found = {key: first[key] for key in ("mean", "variance", "large", "output_norm")}
     plain = {
         "mean": x.mean(1).mean(),
@@ -95,7 +90,7 @@ def test_an_arm_without_norm_has_rows_of_its_convolutions(make) -> None:
 @pytest.mark.parametrize("norm", ["noisy_bn", "wn_trelu", "evonorm_s0", "frn", "mimicnorm", "normprop"])
 def test_every_arm_has_a_row_per_site(make, norm) -> None:
     network = build(make, f"norm={norm}", *(["norm.groups=4"] if norm == "evonorm_s0" else []))
-    found = rows(Activations, activations(), moment(network, *batch()), network, sites=SITES)
+    found = rows(Activations, moment(network, *batch()), network, SITES)
     assert [row["layer"] for row in found] == ["body.1", "body.4"]
     assert all(np.isfinite(row["variance"]) for row in found)
 
@@ -103,7 +98,7 @@ def test_every_arm_has_a_row_per_site(make, norm) -> None:
 def test_a_histogram_counts_one_channel_between_the_edges_of_the_first_measurement(make) -> None:
     network = build(make, "norm=bn")
     images, targets = batch()
-    probe = Activations(activations(histograms=1), Subject(network, SITES))
+    probe = Activations(ProbedNetwork(network, SITES), histograms=1, bins=10)
     first, second = probe.measure(moment(network, images, targets))
     assert second["histogram"] is None
     y = channels(network.train().body[:2](images))
@@ -116,7 +111,7 @@ def test_a_histogram_counts_one_channel_between_the_edges_of_the_first_measureme
     assert edges == pytest.approx(np.linspace(-5, 5, 11) * y[channel].std() + y[channel].mean(), abs=1e-5)
     assert sum(first["histogram"]) == 40 * 64
 
-    resumed = Activations(activations(histograms=1), Subject(network, SITES))
+    resumed = Activations(ProbedNetwork(network, SITES), histograms=1, bins=10)
     resumed.load_state_dict(copy.deepcopy(probe.state_dict()))
     with torch.no_grad():
         network.body[1].weight.fill_(20)  # beyond the outermost edges
@@ -130,13 +125,13 @@ def test_a_histogram_counts_one_channel_between_the_edges_of_the_first_measureme
     [([0, 5, 9], 10, {0, 1, 5, 6, 8, 9}), ([9], 10, {8, 9}), ([0], 1, {0}), ([0, 1], 2, {0, 1})],
 )
 def test_activations_are_measured_in_pairs_of_steps(chosen, total, measured) -> None:
-    probe = Activations(activations(), Subject(SmallNet(4), SITES))
+    probe = Activations(ProbedNetwork(SmallNet(4), SITES))
     assert set(probe.steps(chosen, total)) == measured
 
 
-def test_affine_tells_what_was_planted(make) -> None:
+def test_affine_measures_planted_changes(make) -> None:
     network = build(make, "norm=bn", "norm.scale_init=0.5")
-    probe = Affine(AFFINE, Subject(network))
+    probe = AffineDrift(ProbedNetwork(network))
     first, _ = probe.measure(moment(network, *batch()))
     assert first == {
         "layer": "body.1", "position": 0,
@@ -146,7 +141,7 @@ def test_affine_tells_what_was_planted(make) -> None:
     with torch.no_grad():
         network.body[4].weight += torch.tensor([3.0, -3.0] * 8)
         network.body[4].bias.copy_(torch.tensor([1.0] * 4 + [0.0] * 12))
-    resumed = Affine(AFFINE, Subject(network))  # as a resume makes it: from weights that have moved
+    resumed = AffineDrift(ProbedNetwork(network))  # as a resume makes it: from weights that have moved
     resumed.load_state_dict(probe.state_dict())
     first, second = resumed.measure(moment(network, *batch()))
     assert (first["scale_drift"], first["shift_drift"]) == (0, 0)
@@ -174,7 +169,7 @@ def test_affine_tells_what_was_planted(make) -> None:
 def test_affine_has_rows_for_layers_with_a_learned_scale_or_shift(make, norm, layers, has) -> None:
     settings = ["norm.learn_scale=false"] if norm == "renorm" else []
     network = build(make, f"norm={norm}", *settings)
-    found = rows(Affine, AFFINE, moment(network, *batch()), network)
+    found = rows(AffineDrift, moment(network, *batch()), network)
     assert [row["layer"] for row in found] == layers
     for row in found:
         for role in ("scale", "shift"):
@@ -184,7 +179,7 @@ def test_affine_has_rows_for_layers_with_a_learned_scale_or_shift(make, norm, la
 
 def test_affine_knows_every_scale_and_shift_by_its_role() -> None:
     network = SmallResNet(4)
-    probe = Affine(AFFINE, Subject(network))
+    probe = AffineDrift(ProbedNetwork(network))
     roles = {p: role for p, role, _ in parameter_roles(network)}
     named = dict(network.named_parameters())
     kept = {named[name] for roles in probe.names.values() for name in roles.values()}
@@ -194,12 +189,7 @@ def test_affine_knows_every_scale_and_shift_by_its_role() -> None:
 def test_gradients_are_those_of_a_backward_pass(make) -> None:
     network = build(make, "norm=bn").double()
     images, targets = batch()
-    found = rows(
-        Gradients,
-        GradientsProbe(name="gradients", times=1, steps=None),
-        moment(network, images.double(), targets),
-        network,
-    )
+    found = rows(GradientNorms, moment(network, images.double(), targets), network)
     torch.manual_seed(3)
     F.cross_entropy(network(images.double()), targets).backward()
     assert [(row["layer"], row["position"]) for row in found] == [("body.0", 0), ("body.3", 1), ("head", 2)]

@@ -8,26 +8,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from probes.snapshots import moment
 from small import SmallNet
 from torch import Tensor, nn
 
 from normlab import models, runs
 from normlab.common.errors import InterruptedRunError, UserError
+from normlab.common.registry import declarations
 from normlab.config.schema import RunConfig
 from normlab.norms import Steps, find_sites
-from normlab.probes import Probes, StepSnapshot, Subject
+from normlab.probes import ProbedNetwork, Probes, StepSnapshot
+from normlab.probes.registry import probe_classes
 from normlab.training import engines
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import carry_out
+from normlab.training.run import train_run as carry_out
 
-PROBES = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "probe").glob("*.yaml"))
+CONF = Path(__file__).parents[2] / "conf" / "probe"
+PROBES = sorted(path.stem for path in CONF.glob("*.yaml"))
 RESIDUAL = ("model.target=small.SmallResNet", "model.name=small_resnet")
 TIMING = ("wall_seconds", "images_per_second")
 
 
-def asked(probes: list[str], *settings: str) -> list[str]:
+def probing(probes: list[str], *settings: str) -> list[str]:
     quick = ["probe.sharpness.iterations=3"] if "sharpness" in probes else []
     return [f"probe=[{','.join(probes)}]", *(f"probe.{name}.times=3" for name in probes), *quick, *settings]
 
@@ -77,7 +81,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_probe_alone_changes_nothing(tiny, probe) -> None:
-    plain, probed = tiny("norm=noisy_bn", "norm_batch=5"), tiny("norm=noisy_bn", "norm_batch=5", *asked([probe]))
+    plain, probed = tiny("norm=noisy_bn", "norm_batch=5"), tiny("norm=noisy_bn", "norm_batch=5", *probing([probe]))
     assert outcome(probed) == outcome(plain)
     assert list(measured(probed)) == [probe]
     assert not measured(plain)
@@ -87,7 +91,7 @@ def test_a_probe_alone_changes_nothing(tiny, probe) -> None:
 def test_all_probes_together_change_nothing_of_any_variant(tiny, norm) -> None:
     probes = [probe for probe in PROBES if norm not in ("mabn", "powernorm") or probe != "sharpness"]
     settings = (f"norm={norm}", *VARIANTS[norm])
-    probed = tiny(*settings, *asked(probes))
+    probed = tiny(*settings, *probing(probes))
     assert outcome(probed) == outcome(tiny(*settings))
     found = measured(probed)
     assert set(found) == set(probes) - ({"affine"} if not found.get("affine") else set())
@@ -101,7 +105,7 @@ def test_all_probes_together_change_nothing_of_any_variant(tiny, norm) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_all_probes_together_change_nothing_whatever_the_settings(tiny, setting) -> None:
-    probed = tiny(*SETTINGS[setting], *asked(PROBES))
+    probed = tiny(*SETTINGS[setting], *probing(PROBES))
     assert outcome(probed) == outcome(tiny(*SETTINGS[setting]))
     assert {row["layer"] for row in measured(probed)["gradients"]} == {"body.0", "body.3", "head"}  # also in a wrapper
     assert {row["layer"] for row in measured(probed)["activations"]} == {"body.1", "body.4"}
@@ -128,7 +132,7 @@ def interrupted(monkeypatch, config: RunConfig, target: object, original: Any, c
 @pytest.mark.parametrize("norm", ["bn", "mimicnorm"])
 @pytest.mark.parametrize("step", range(6))
 def test_a_resumed_run_has_the_rows_of_an_undisturbed_one(tiny, monkeypatch, norm, step) -> None:
-    whole, parts = (tiny(f"norm={norm}", *asked(PROBES), f"study={study}") for study in ("whole", "parts"))
+    whole, parts = (tiny(f"norm={norm}", *probing(PROBES), f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
     interrupted(monkeypatch, parts, engines, set_learning_rate, step)
     assert outcome(parts) == expected
@@ -137,7 +141,7 @@ def test_a_resumed_run_has_the_rows_of_an_undisturbed_one(tiny, monkeypatch, nor
 
 @pytest.mark.parametrize("call", [0, 1, 10, 19, 28])
 def test_a_run_can_be_interrupted_amid_a_measurement(tiny, monkeypatch, call) -> None:
-    whole, parts = (tiny(*asked(PROBES), f"study={study}") for study in ("whole", "parts"))
+    whole, parts = (tiny(*probing(PROBES), f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
     interrupted(monkeypatch, parts, StepSnapshot, evaluate, call)
     assert measured(parts) != measured(whole)
@@ -147,7 +151,7 @@ def test_a_run_can_be_interrupted_amid_a_measurement(tiny, monkeypatch, call) ->
 
 def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeypatch) -> None:
     """Rows after the checkpoint are dropped and measured again; a torn line is told of."""
-    whole, parts = (tiny(*asked(PROBES), "checkpoint_seconds=0", f"study={study}") for study in ("whole", "parts"))
+    whole, parts = (tiny(*probing(PROBES), "checkpoint_seconds=0", f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
     run = runs.Run(parts.as_dict())
     interrupted(monkeypatch, parts, engines, set_learning_rate, 2)
@@ -161,7 +165,7 @@ def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeyp
 
 
 def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:
-    config = tiny("norm=none", "optimizer.lr=1e30", "schedule=constant", *asked(PROBES))
+    config = tiny("norm=none", "optimizer.lr=1e30", "schedule=constant", *probing(PROBES))
     status = carry_out(config)
     assert (status["state"], status["diverged_step"]) == ("diverged", 2)
     found = measured(config)
@@ -176,12 +180,12 @@ def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, 0.0])
 def test_no_weight_makes_a_probe_fail(make, probe, value) -> None:
-    config = make(*asked([probe]))
+    config = make(*probing([probe]))
     network = SmallNet(num_classes=10)
     torch.nn.init.constant_(network.body[3].weight, value)
     recorded: list[dict[str, Any]] = []
     sites = tuple(site.norm for site in find_sites(network))
-    probes = Probes(config.probe, Subject(network, sites), 4, lambda name, rows: recorded.extend(rows))
+    probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: recorded.extend(rows))
     probes.measure(moment(network, torch.randn(8, 3, 8, 8), torch.arange(8)))
     assert recorded
     runs.files.to_json({"rows": recorded})
@@ -189,11 +193,11 @@ def test_no_weight_makes_a_probe_fail(make, probe, value) -> None:
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_measurement_leaves_no_hook_no_gradient_and_no_random_number(make, probe) -> None:
-    config = make(*asked([probe]))
+    config = make(*probing([probe]))
     network = SmallNet(num_classes=10)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     sites = tuple(site.norm for site in find_sites(network))
-    probes = Probes(config.probe, Subject(network, sites), 4, lambda name, rows: None)
+    probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: None)
     at = moment(network, torch.randn(8, 3, 8, 8), torch.arange(8))
     random = torch.random.get_rng_state()
     probes.measure(at)
@@ -215,12 +219,12 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_a_measurement_leaves_what_layers_keep_for_themselves(make, probe) -> None:
-    config = make(*asked([probe]))
+    config = make(*probing([probe]))
     network = SmallNet(num_classes=10)
     network.body.append(Counted())
     sites = tuple(site.norm for site in find_sites(network))
     calls = network.body[-1].calls
-    probes = Probes(config.probe, Subject(network, sites), 4, lambda name, rows: None)
+    probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: None)
     probes.measure(moment(network, torch.randn(8, 3, 8, 8), torch.arange(8)))
     assert network.body[-1].calls == calls
 
@@ -250,7 +254,7 @@ def test_the_update_is_the_very_one_that_the_run_makes(tiny, case) -> None:
         optimizer.zero_grad()
         made = moment(network, images, targets, optimizer=optimizer, transform=transform)
         once, again = made.updated(), made.updated()
-        gradients = made.here[1]
+        gradients = made.loss_and_gradient[1]
         torch.manual_seed(3)
         F.cross_entropy(network(images), targets).backward()
         for name, parameter in network.named_parameters():
@@ -276,14 +280,14 @@ def test_the_update_is_the_very_one_that_the_run_makes(tiny, case) -> None:
 )
 def test_measurements_are_spread_evenly_or_where_they_are_asked_for(make, settings, total, steps) -> None:
     config = make("probe=affine", *settings)
-    probes = Probes(config.probe, Subject(SmallNet(10)), total, lambda name, rows: None)
+    probes = Probes(config.probe, ProbedNetwork(SmallNet(10)), total, lambda name, rows: None)
     assert {step for step in range(total) if probes.due(step)} == steps
 
 
 def test_probes_are_of_a_run_s_identity_and_none_of_them_is_as_it_was(make) -> None:
     assert runs.run_id(make().as_dict()) == runs.run_id(make("probe=[]").as_dict())
     assert runs.run_id(make().as_dict()) != runs.run_id(make("probe=ics").as_dict())
-    assert "probe" not in runs.identity(make().as_dict())
+    assert runs.identity(make().as_dict())["probe"] == {}
     once = make("probe=ics", "probe.ics.steps=[3,1,1]")
     again = make("probe=[ics]", "probe.ics.steps=[1,3]", "probe.ics.times=7")  # steps go first
     assert runs.run_id(once.as_dict()) == runs.run_id(again.as_dict())
@@ -298,7 +302,13 @@ def test_probes_are_of_a_run_s_identity_and_none_of_them_is_as_it_was(make) -> N
         (["probe=ics", "probe.ics.layers=0"], "layers=0 is neither a number of layers"),
         (["probe=ics", "probe.ics.layers=conv1"], "layers=conv1 is neither a number of layers"),
         (["probe=landscape", "probe.landscape.reach=[0]"], "probe.landscape.reach.0=0 is out of range"),
+        (["probe=ics", "probe.ics.layers=true"], "layers=True is neither a number of layers"),
         (["probe=affine", "+probe.affine.every=3"], "probe.affine.every"),
+        (
+            ["probe=activations", "probe.activations.bins=2"],
+            "bins=2 is out of range: expected 3 or more.",
+        ),
+        (["probe=activations", "probe.activations.bins=9.5"], "bins=9.5 is not valid: expected a whole number"),
         (["probe=sharpness", "probe.sharpness.tolerance=1"], "probe.sharpness.tolerance=1 is out of range"),
     ],
 )
@@ -307,6 +317,29 @@ def test_wrong_settings_are_answered_in_a_sentence(make, settings, message) -> N
         make(*settings)
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_the_files_of_the_menu_have_the_declared_options_and_defaults() -> None:
+    declared = declarations("probes")
+    assert set(PROBES) == set(declared) == set(probe_classes())
+    for name, declaration in declared.items():
+        defaults = {
+            key: list(option.default) if isinstance(option.default, tuple) else option.default
+            for key, option in declaration.options.items()
+        }
+        file = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+        assert file == {name: {"name": name, "steps": None, **defaults}}
+
+
+def test_a_probe_has_the_options_of_its_settings_or_the_defaults(make) -> None:
+    config = make("probe=[activations,landscape,sharpness]", "probe.activations.bins=7", "probe.landscape.reach=[3]")
+    assert {name: settings.options for name, settings in config.probe.items()} == {
+        "activations": {"histograms": 3, "bins": 7},
+        "landscape": {"reach": [3.0]},
+        "sharpness": {"iterations": 30, "tolerance": 0.01},
+    }
+    probe = probe_classes()["activations"](ProbedNetwork(SmallNet(10)), **config.probe["activations"].options)
+    assert (probe.bins, probe.histograms) == (7, 3)
 
 
 def test_every_probe_has_a_row_in_the_documentation() -> None:

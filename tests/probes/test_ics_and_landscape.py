@@ -11,26 +11,19 @@ from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
-from normlab.config.schema import ICSProbe, LandscapeProbe
 from normlab.norms import BatchNorm, rewrite
-from normlab.probes import ICS, Landscape, Subject
+from normlab.probes import ProbedNetwork
+from normlab.probes.ics import ICS
+from normlab.probes.landscape import Landscape
 
 ONE = torch.ones(1, 1, dtype=torch.float64)  # sample and target of a chain
 CHAIN = Chain(1.0, 2.0)  # its gradient by both numbers is (4, 2)
 
 
-def ics(layers=5) -> ICSProbe:
-    return ICSProbe(name="ics", times=1, steps=None, layers=layers)
-
-
-def landscape(*reach: float) -> LandscapeProbe:
-    return LandscapeProbe(name="landscape", times=1, steps=None, reach=list(reach))
-
-
 @pytest.mark.parametrize(("lr", "g_after", "cosine"), [(0.1, 0.24, 1.0), (0.2, -0.24, -1.0)])
 def test_ics_of_two_numbers_by_hand(lr, g_after, cosine) -> None:
     """L = (w2 w1 - 1)²: g1 = 2 (w2 w1 - 1) w2 = 4, g2 = 2 (w2 w1 - 1) w1 = 2; then w1' = 1 - 4 lr."""
-    [found] = rows(ICS, ics(), moment(CHAIN, ONE, ONE, lr=lr, loss=squared), CHAIN)
+    [found] = rows(ICS, moment(CHAIN, ONE, ONE, lr=lr, criterion=squared), CHAIN)
     assert found["layer"] == "two"
     assert found["position"] == 1
     assert found["gradient_norm"] == pytest.approx(2, rel=1e-12)
@@ -39,13 +32,13 @@ def test_ics_of_two_numbers_by_hand(lr, g_after, cosine) -> None:
 
 
 def test_ics_of_the_first_layer_is_none() -> None:
-    [found] = rows(ICS, ics(["one"]), moment(CHAIN, ONE, ONE, loss=squared), CHAIN)
+    [found] = rows(ICS, moment(CHAIN, ONE, ONE, criterion=squared), CHAIN, layers=["one"])
     assert (found["l2"], found["cosine"]) == (0, pytest.approx(1))
 
 
 def test_landscape_of_two_numbers_by_hand() -> None:
     """At W - eta g with eta = 0.1: w = (0.6, 1.8), L = 0.08², g = (0.16 · 1.8, 0.16 · 0.6); at 0.05: (0.8, 1.9)."""
-    [found] = rows(Landscape, landscape(1, 0.5), moment(CHAIN, ONE, ONE, loss=squared), CHAIN)
+    [found] = rows(Landscape, moment(CHAIN, ONE, ONE, criterion=squared), CHAIN, reach=[1, 0.5])
     far = math.hypot(4 - 0.16 * 1.8, 2 - 0.16 * 0.6)
     near = math.hypot(4 - 1.04 * 1.9, 2 - 1.04 * 0.8)
     assert found["eta"] == [0.1, 0.05]
@@ -98,7 +91,7 @@ def test_ics_by_copies_of_a_network_with_momentum() -> None:
     F.cross_entropy(stepped(images), targets).backward()
     its_optimizer.step()
 
-    found = rows(ICS, ics(99), moment(net, images, targets, lr=0.05, optimizer=optimizer), net)
+    found = rows(ICS, moment(net, images, targets, lr=0.05, optimizer=optimizer), net, layers=99)
     weights = [name for name in order if "bn" not in name and name != "blocks.1.downsample.1"]
     assert [row["layer"] for row in found] == weights[1:]
     assert [row["position"] for row in found] == list(range(1, 7))
@@ -132,7 +125,7 @@ def test_landscape_by_copies_of_a_network() -> None:
         losses.append(there)
         change = sum((a - b).square().sum().item() for a, b in zip(gradient, g, strict=True))
         differences.append(math.sqrt(change))
-    [found] = rows(Landscape, landscape(0.5, 1, 2, 4), moment(net, *batch(), lr=0.1), net)
+    [found] = rows(Landscape, moment(net, *batch(), lr=0.1), net, reach=[0.5, 1, 2, 4])
     assert found["loss"] == pytest.approx(loss, rel=1e-9)
     assert found["losses"] == pytest.approx(losses, rel=1e-9)
     assert found["gradient_differences"] == pytest.approx(differences, rel=1e-9)
@@ -158,7 +151,7 @@ def test_gradients_are_those_of_finite_differences_of_the_loss() -> None:
 
     w = nn.utils.parameters_to_vector(net.parameters()).detach()
     g = slopes(w)
-    [found] = rows(Landscape, landscape(2), moment(net, images, targets, lr=0.1), net)
+    [found] = rows(Landscape, moment(net, images, targets, lr=0.1), net, reach=[2])
     assert found["gradient_norm"] == pytest.approx(g.norm().item(), rel=1e-6)
     assert found["losses"] == pytest.approx([at(w - 0.2 * g)], rel=1e-6)
     assert found["gradient_differences"] == pytest.approx([(slopes(w - 0.2 * g) - g).norm().item()], rel=1e-6)
@@ -167,7 +160,7 @@ def test_gradients_are_those_of_finite_differences_of_the_loss() -> None:
 def test_beta_of_a_quadratic_is_its_curvature_at_every_step_length() -> None:
     net = nn.Linear(1, 1, bias=False).double()
     x = torch.full((1, 1), 3.0, dtype=torch.float64)
-    [found] = rows(Landscape, landscape(0.01, 1, 30), moment(net, x, x, lr=1e-3, loss=squared), net)
+    [found] = rows(Landscape, moment(net, x, x, lr=1e-3, criterion=squared), net, reach=[0.01, 1, 30])
     assert found["beta"] == pytest.approx(2 * 9)
 
 
@@ -175,20 +168,20 @@ def test_layers_are_chosen_evenly_over_depth_or_by_name() -> None:
     net = network(SmallResNet)
 
     def chosen(layers) -> list[int]:
-        return [row["position"] for row in rows(ICS, ics(layers), moment(net, *batch()), net)]
+        return [row["position"] for row in rows(ICS, moment(net, *batch()), net, layers=layers)]
 
     assert chosen(1) == [1]
     assert chosen(2) == [1, 6]
     assert chosen(3) == [1, 3, 6]
     assert chosen(["fc", "conv1"]) == [0, 6]
     with pytest.raises(UserError, match=r"names blocks\.0\.conv, .*\nNearest: blocks\.0\.conv[12]\."):
-        ICS(ics(["blocks.0.conv"]), Subject(net))
+        ICS(ProbedNetwork(net), layers=["blocks.0.conv"])
 
 
 def test_what_is_frozen_neither_steps_nor_is_measured() -> None:
     chain = Chain(1.0, 2.0)
     chain.one.weight.requires_grad_(False)
-    [found] = rows(ICS, ics(["one", "two"]), moment(chain, ONE, ONE, loss=squared), chain)
+    [found] = rows(ICS, moment(chain, ONE, ONE, criterion=squared), chain, layers=["one", "two"])
     assert (found["layer"], found["l2"]) == ("two", 0)
-    [found] = rows(Landscape, landscape(1), moment(chain, ONE, ONE, loss=squared), chain)
+    [found] = rows(Landscape, moment(chain, ONE, ONE, criterion=squared), chain, reach=[1])
     assert found["gradient_norm"] == pytest.approx(2)

@@ -12,17 +12,14 @@ from torch import Tensor, nn
 
 from normlab import models
 from normlab.common.errors import UserError
-from normlab.config.schema import SharpnessProbe
 from normlab.norms import LpNorm, Steps, rewrite
-from normlab.probes import Sharpness
-from normlab.probes.sharpness import hessian, lanczos
+from normlab.probes.sharpness import Sharpness, hessian, lanczos
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 WITHOUT_HESSIAN = ("mabn", "powernorm")
 
 
-def settings(iterations: int = 100, tolerance: float = 1e-10) -> SharpnessProbe:
-    return SharpnessProbe(name="sharpness", times=1, steps=None, iterations=iterations, tolerance=tolerance)
+PRECISE = {"iterations": 100, "tolerance": 1e-10}
 
 
 def test_a_quadratic_has_the_eigenvalues_that_were_planted() -> None:
@@ -30,8 +27,8 @@ def test_a_quadratic_has_the_eigenvalues_that_were_planted() -> None:
     q = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
     x = torch.tensor([7.0, 3.0, 1.0, 0.5], dtype=torch.float64).div(2).sqrt()[:, None] * q
     network = nn.Linear(4, 2, bias=False).double()
-    at = moment(network, x, torch.zeros(4, 2, dtype=torch.float64), loss=squared)
-    [found] = rows(Sharpness, settings(), at, network)
+    at = moment(network, x, torch.zeros(4, 2, dtype=torch.float64), criterion=squared)
+    [found] = rows(Sharpness, at, network, **PRECISE)
     assert found["eigenvalue"] == pytest.approx(7, rel=1e-9)
     assert found["converged"]
     assert found["iterations"] <= 5  # as many as there are eigenvalues, and rounding
@@ -89,7 +86,7 @@ def dense(network: nn.Module) -> Tensor:
 def test_it_is_that_of_the_dense_hessian() -> None:
     network = tiny(nn.BatchNorm2d(2))
     expected = torch.linalg.eigvalsh(dense(network))[-1].item()
-    [found] = rows(Sharpness, settings(), moment(network, *batch()), network)
+    [found] = rows(Sharpness, moment(network, *batch()), network, **PRECISE)
     assert found["eigenvalue"] == pytest.approx(expected, rel=1e-6)
     assert found["converged"]
 
@@ -113,7 +110,7 @@ def test_lp_norms_have_second_derivatives_too(p) -> None:
 
     plain = nn.Sequential(network[0], Plain(), *network[2:])
     expected = torch.linalg.eigvalsh(dense(plain))[-1].item()
-    [found] = rows(Sharpness, settings(), moment(network, *batch()), network)
+    [found] = rows(Sharpness, moment(network, *batch()), network, **PRECISE)
     assert found["eigenvalue"] == pytest.approx(expected, rel=1e-6)
 
 
@@ -156,7 +153,7 @@ def test_other_layers_without_second_derivatives_are_refused() -> None:
 
     network = tiny(Double())
     with pytest.raises(UserError, match="second derivatives"):
-        rows(Sharpness, settings(), moment(network, *batch()), network)
+        rows(Sharpness, moment(network, *batch()), network, **PRECISE)
 
 
 @pytest.mark.parametrize("norm", WITHOUT_HESSIAN)
@@ -170,8 +167,8 @@ def test_half_precision_training_is_measured_in_its_own_arithmetic() -> None:
     torch.manual_seed(0)
     network = SmallResNet(num_classes=4)
     images, targets = batch()
-    exact = rows(Sharpness, settings(30, 1e-2), moment(network, images.float(), targets), network)[0]
-    half = moment(network, images.float(), targets, within=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    [found] = rows(Sharpness, settings(30, 1e-2), half, network)
+    exact = rows(Sharpness, moment(network, images.float(), targets), network)[0]
+    half = moment(network, images.float(), targets, forward_context=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    [found] = rows(Sharpness, half, network)
     assert found["eigenvalue"] == pytest.approx(exact["eigenvalue"], rel=0.1)
     assert found["eigenvalue"] != exact["eigenvalue"]

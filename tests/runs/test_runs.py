@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import yaml
+from pydantic import Field
 
 from normlab import runs
 from normlab.common.errors import RunBusyError, UserError
-from normlab.config.schema import RunConfig
+from normlab.config.schema import SGD, Adam, RunConfig, Since
 from normlab.runs import files
-from normlab.runs.identity import LATER, completed
+from normlab.runs.folder import FormatError
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 RECORDED = [folder for study in sorted(REFERENCE.iterdir()) for folder in runs.find(study)]
@@ -93,24 +95,68 @@ def test_recorded_runs_are_what_their_configuration_says(folder) -> None:
     assert status["run_id"] == runs.run_id(config)
 
 
+def test_the_defaults_are_the_run_that_they_were_in_the_first_format(make) -> None:
+    assert runs.run_id(make().as_dict()) == "404b9eb0b5"
+
+
+class _SGD(SGD):
+    """One with a setting that came later."""
+
+    clip: Annotated[float, Since(2, neutral=0.0)]
+
+
+class _Config(RunConfig):
+    """One with settings that came later: of a run, of a group of one kind, and a group."""
+
+    optimizer: Annotated[_SGD | Adam, Field(discriminator="name")]
+    warm_start: Annotated[str | None, Since(2, neutral=None)]
+    pruning: Annotated[dict[str, Any], Since(3, neutral={"name": "none"})]
+
+
+LATER = {"optimizer": {"clip": 0.0}, "warm_start": None, "pruning": {"name": "none"}}
+
+
+@pytest.fixture
+def later(monkeypatch) -> None:
+    """Settings that came with later formats of records."""
+    monkeypatch.setattr(sys.modules[runs.identity.__module__], "RunConfig", _Config)
+
+
+def _with(config: dict[str, Any], group: str, values: Any) -> dict[str, Any]:
+    return config | {group: {**config.get(group, {}), **values} if isinstance(values, dict) else values}
+
+
+def test_settings_that_come_later_change_no_run_while_they_change_nothing(make, later) -> None:
+    recorded = make().as_dict()
+    full = recorded
+    for group, values in LATER.items():
+        full = _with(full, group, values)
+    assert runs.run_id(full) == runs.run_id(recorded)
+    assert runs.completed(recorded) == runs.completed(full) == full
+
+
 @pytest.mark.parametrize(
-    "setting",
-    ["norm.scale_init=0.1", "eval_stats=batch", "sampler=paired", "optimizer.agc=0.01", "dataset.crop_size=6"],
+    ("group", "values"), [("optimizer", {"clip": 1.0}), ("warm_start", "a"), ("pruning", {"name": "random"})]
 )
-def test_settings_that_came_later_count_when_they_change_something(make, setting) -> None:
-    assert runs.run_id(make(setting).as_dict()) != runs.run_id(make().as_dict())
+def test_settings_that_come_later_count_when_they_change_something(make, later, group, values) -> None:
+    changed = _with(make().as_dict(), group, values)
+    assert runs.run_id(changed) != runs.run_id(make().as_dict())
+    assert runs.completed(changed)[group] == changed[group]
 
 
-def test_settings_that_came_later_change_no_run_while_they_change_nothing(make) -> None:
-    """0.1.0's first configuration of the defaults, and its id as it was then."""
-    config = make().as_dict()
-    for path in LATER:
-        group, _, key = path.rpartition(".")
-        (config[group] if group else config).pop(key, None)  # a group of another kind has it not
-    assert runs.run_id(config) == runs.run_id(make().as_dict()) == "db23c4ec2e"
-    full = completed(config)
-    assert full.items() >= {"eval_stats": "running", "sampler": {"name": "iid"}}.items()
-    assert full["dataset"]["crop_size"] is None
+def test_a_setting_that_comes_later_to_one_kind_of_group_does_not_come_to_others(make, later) -> None:
+    config = make("optimizer=adam").as_dict()
+    assert "clip" not in runs.completed(config)["optimizer"]
+
+
+def test_a_record_of_a_newer_format_is_a_sentence_and_stays(run) -> None:
+    path = run.folder / "config.yaml"
+    path.write_text(path.read_text().replace("format: 1", "format: 2"))
+    before = path.read_text()
+    for read in (run.freeze, lambda: runs.read_config(run.folder)):
+        with pytest.raises(FormatError, match=r"record of format 2, and this version of normlab reads up to format 1"):
+            read()
+    assert path.read_text() == before
 
 
 def test_a_name_tells_the_main_settings(make) -> None:
@@ -132,7 +178,7 @@ def test_a_damaged_configuration_is_written_again(run, damage) -> None:
 
 def test_a_planned_run_has_no_status(run) -> None:
     assert runs.read_status(run.folder) is None
-    assert run.state == "new"
+    assert run.state == "planned"
     assert runs.find(run.folder.parent) == [run.folder]
 
 
@@ -212,7 +258,8 @@ def test_a_damaged_status_is_a_sentence_and_counts_as_failed(run, content) -> No
 
 def test_recorded_configurations_are_what_yaml_says() -> None:
     for folder in RECORDED:
-        plain = completed(yaml.safe_load((folder / "config.yaml").read_text()))
+        plain = yaml.safe_load((folder / "config.yaml").read_text())
+        assert plain.pop("format") == 1
         assert json.dumps(runs.read_config(folder)) == json.dumps(plain)  # in the same order, too
 
 
@@ -249,7 +296,7 @@ def test_a_configuration_of_any_form_is_what_yaml_says(tmp_path, text) -> None:
             with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
                 runs.read_config(tmp_path)
         else:
-            assert runs.read_config(tmp_path) == completed(plain)
+            assert runs.read_config(tmp_path) == plain
 
 
 def test_runs_of_one_cell_have_their_own_seeds(make) -> None:

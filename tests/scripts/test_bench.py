@@ -17,7 +17,7 @@ from benchmarks import contenders, speed
 from normlab import models, runs
 from normlab.config.schema import RunConfig
 from normlab.training.optimizers import build_optimizer, learning_rate, set_learning_rate
-from normlab.training.run import carry_out
+from normlab.training.run import train_run as carry_out
 
 ROOT = Path(__file__).parents[2]
 HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None

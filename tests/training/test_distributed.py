@@ -24,10 +24,10 @@ from normlab.config import hydra as cli
 from normlab.config import schema as config
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split, unit_interval
+from normlab.data.datasets import load
 from normlab.data.resident import Resident
-from normlab.training.distributed import checks as sharing
+from normlab.training.distributed import checks
 from normlab.training.distributed.processes import Processes, find
-from normlab.training.run import data_of
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -155,9 +155,9 @@ def test_an_error_of_one_process_ends_the_other_and_is_recorded(carried_out) -> 
 def test_shares_make_up_the_batches(start) -> None:
     def split(rank: int, processes: int) -> Split:
         pixels = torch.arange(22 * 3 * 4).view(22, 3, 2, 2).byte()
-        normalisation = unit_interval(CPU)
+        normalization = unit_interval(CPU)
         rows = torch.arange(22)
-        return Split(Resident(pixels), rows, rows, normalisation, CPU, batch=8, rank=rank, processes=processes)
+        return Split(Resident(pixels), rows, rows, normalization, CPU, batch=8, rank=rank, processes=processes)
 
     def labels(batches) -> list[list[int]]:
         return [labels.tolist() for _, labels in batches]
@@ -191,11 +191,11 @@ CANNOT = {
 def test_what_would_be_another_run_is_refused_in_a_sentence(tiny, settings) -> None:
     given = tiny(*settings.split())
     network = models.build(given, num_classes=10, image_size=8)
-    data = data_of(given, CPU, print)
+    data = load(given, CPU, log=print)
 
     def start() -> None:
-        sharing.check(given, 2)
-        sharing.prepare(given, network, data, 2)
+        checks.check_settings(given, 2)
+        checks.prepare_layers(given, network, data, 2)
 
     with pytest.raises(UserError) as caught:
         start()
@@ -216,7 +216,7 @@ def test_a_batch_normalisation_of_pytorch_is_named(tiny) -> None:
 
     given = tiny("norm=affine")
     with pytest.raises(UserError, match="norm is a BatchNorm1d of PyTorch"):
-        sharing.prepare(given, Own(), data_of(given, CPU, print), 2)
+        checks.prepare_layers(given, Own(), load(given, CPU, log=print), 2)
 
 
 # --- who they are --------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def test_a_busy_run_is_left_alone_by_all(tmp_path) -> None:
         status, _, error = ended(tasks(tmp_path, *COMMAND))
     assert status == 1
     assert "is already being trained by process" in error
-    assert run.state == "new"
+    assert run.state == "planned"
 
 
 def test_torchrun_is_interrupted_with_a_checkpoint_and_goes_on(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""A captured and replayed step does what Python says step by step: on the CPU to the last bit."""
+"""A captured and replayed step does what an eager one does: on the CPU to the last bit."""
 
 import importlib
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from training.tape import Tape
 
 from normlab import runs
 from normlab.common.errors import InterruptedRunError, UserError
 from normlab.config.schema import RunConfig
 from normlab.training import engines
-from normlab.training.graphs import Tape
 from normlab.training.interrupt import StopRequest
-from normlab.training.run import carry_out
+from normlab.training.run import train_run
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 MEASURED = ("epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
@@ -41,7 +41,7 @@ def replays(monkeypatch) -> list[int]:
 
 def same(tiny, *settings: str) -> None:
     eager, graph = (tiny(*SMALL, *settings, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph"))
-    assert carry_out(eager)["run_id"] == carry_out(graph)["run_id"]
+    assert train_run(eager)["run_id"] == train_run(graph)["run_id"]
     if "optimizer=adam" in settings:  # on the device its learning rate is a float32, and Python's a float64
         for one, other in zip(record(eager)[1], record(graph)[1], strict=True):
             assert one == pytest.approx(other, rel=1e-5)
@@ -93,8 +93,8 @@ def test_rmsprop_is_captured_where_its_learning_rate_may_be_a_tensor(tiny, repla
 
     monkeypatch.setattr(engines, "build", capturable)
     eager, graph = (tiny(*SMALL, "optimizer=rmsprop", f"engine={e}", f"study={e}") for e in ("eager", "graph"))
-    carry_out(eager)
-    carry_out(graph)
+    train_run(eager)
+    train_run(graph)
     assert replays
     losses = [[row["train_loss"] for row in record(config)[1]] for config in (eager, graph)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # it multiplies by the rate in another place
@@ -104,8 +104,8 @@ def test_the_regression_task_is_captured(make, replays) -> None:
     settings = ("model=deep_linear", "depth=3", "dataset=linear_regression", "batch=16", "epochs=2", "threads=1")
     small = (*settings, "dataset.train_size=90", "device=cpu", "optimizer=gd", "optimizer.lr=1e-5")
     eager, graph = (make(*small, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph"))
-    carry_out(eager)
-    carry_out(graph)
+    train_run(eager)
+    train_run(graph)
     read = [runs.read_metrics(runs.Run(config.as_dict()).folder)[0] for config in (eager, graph)]
     assert [row["train_loss"] for row in read[0]] == [row["train_loss"] for row in read[1]]
     assert replays
@@ -124,16 +124,16 @@ def carry_out_in_two_parts(config: RunConfig, after: int, monkeypatch) -> None:
 
     monkeypatch.setattr(engines.Graphed, "step", counted)
     with pytest.raises(InterruptedRunError):
-        carry_out(config, stop=stop)
+        train_run(config, stop=stop)
     stop.requested = None
-    carry_out(config, stop=stop)
+    train_run(config, stop=stop)
 
 
 @pytest.mark.parametrize("after", [2, 5, 9])
 def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
     config = tiny(*SMALL, "engine=graph", "checkpoint_seconds=null")
     undisturbed = tiny(*SMALL, "engine=graph", "study=undisturbed")
-    carry_out(undisturbed)
+    train_run(undisturbed)
     carry_out_in_two_parts(config, after, monkeypatch)
     assert record(config) == record(undisturbed)
 
@@ -142,21 +142,21 @@ def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, m
 def test_a_run_goes_on_with_another_engine(tiny, first: str, second: str, monkeypatch) -> None:
     """Its optimizer's options, tensors for learning rates among them, are the new engine's own."""
     undisturbed = tiny(*SMALL, f"engine={second}", "study=undisturbed")
-    carry_out(undisturbed)
+    train_run(undisturbed)
     stop = StopRequest()
-    begin = engines.Eager.begin if first == "eager" else engines.Graphed.begin
+    begin = engines.Engine.start_epoch if first == "eager" else engines.Graphed.start_epoch
 
-    def stopped(engine: engines.Eager, epoch: int) -> None:
+    def stopped(engine: engines.Engine, epoch: int) -> None:
         begin(engine, epoch)
         stop.requested = "SIGTERM" if epoch == 1 else None
 
-    monkeypatch.setattr(engines.Eager if first == "eager" else engines.Graphed, "begin", stopped)
+    monkeypatch.setattr(engines.Engine if first == "eager" else engines.Graphed, "start_epoch", stopped)
     with pytest.raises(InterruptedRunError):
-        carry_out(tiny(*SMALL, f"engine={first}", "checkpoint_seconds=null"), stop=stop)
+        train_run(tiny(*SMALL, f"engine={first}", "checkpoint_seconds=null"), stop=stop)
     monkeypatch.undo()
     stop.requested = None
     config = tiny(*SMALL, f"engine={second}")
-    assert carry_out(config, stop=stop)["state"] == "done"
+    assert train_run(config, stop=stop)["state"] == "done"
     assert record(config) == record(undisturbed)
 
 
@@ -183,13 +183,22 @@ def _scaled(features: Tensor) -> Tensor:
 def test_a_step_that_reads_a_value_on_the_host_is_refused_with_the_reason(tiny) -> None:
     network = ("model.target=training.test_engines.ReadsItsLoss", "model.name=reads")
     with pytest.raises(UserError, match=r"engine=graph cannot capture a step of reads with norm=bn: it reads a value"):
-        carry_out(tiny(*SMALL, *network, "engine=graph"))
+        train_run(tiny(*SMALL, *network, "engine=graph"))
 
 
 @pytest.mark.parametrize("engine", ["auto", "compile", "eager"])
 def test_a_cpu_is_eager_unless_asked(tiny, engine: str, replays) -> None:
     config = tiny(f"engine={engine}")
     assert not engines.may_capture(config, torch.device("cpu"))
+
+
+def test_without_a_tape_a_cpu_has_no_graphs(tiny) -> None:
+    engines.GRAPHS.clear()
+    try:
+        with pytest.raises(UserError, match=r"engine=graph cannot capture the steps of this run: only a GPU"):
+            train_run(tiny("engine=graph"))
+    finally:
+        engines.GRAPHS["cuda"] = engines.CudaGraph
 
 
 def test_a_wrong_engine_is_told_with_the_nearest(tiny) -> None:

@@ -25,7 +25,7 @@ from normlab import runs
 from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
 from normlab.training import checkpoint, engines
-from normlab.training.run import carry_out
+from normlab.training.run import train_run
 
 ROOT = Path(__file__).parents[2]
 SPEED = ("wall_seconds", "images_per_second")  # what depends on the machine, and not on the run
@@ -59,7 +59,7 @@ def result(config: RunConfig) -> tuple[str, list[dict], dict]:
 
 @pytest.fixture
 def undisturbed(small) -> tuple[str, list[dict], dict]:
-    carry_out(small("study=undisturbed"))
+    train_run(small("study=undisturbed"))
     return result(small("study=undisturbed"))
 
 
@@ -85,7 +85,7 @@ def at_step(monkeypatch) -> Callable[..., None]:
 def failure(config: RunConfig) -> str:
     """The sentence with which a run fails; "" if it does not."""
     try:
-        carry_out(config)
+        train_run(config)
     except UserError as error:
         said = str(error)
     else:
@@ -151,7 +151,7 @@ def test_a_disk_too_small_by_any_amount_is_a_sentence_and_with_space_the_run_goe
         assert "The disk is full" in said
         failures += 1
         disk.grow()
-        carry_out(config)
+        train_run(config)
         assert result(config) == undisturbed
         shutil.rmtree(folder_of(config))
     assert 5 < failures < 50
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_at_any_moment_costs_only_what_came_after(small, di
     assert "The disk is full" in failure(config)
     assert "The disk is full" in failure(config), "and again while nothing is done about it"
     disk.grow()
-    carry_out(config)
+    train_run(config)
     assert result(config) == undisturbed
 
 
@@ -179,7 +179,7 @@ def test_a_folder_that_becomes_read_only_is_a_sentence_and_the_run_goes_on(
         at_step(step, lambda: until_mended.enter_context(disk.read_only()))
         assert "It is not writable" in failure(config)
         assert "It is not writable" in failure(config), "from its start"
-    carry_out(config)
+    train_run(config)
     assert result(config) == undisturbed
 
 
@@ -205,7 +205,7 @@ def test_a_disk_that_fails_at_any_write_is_a_sentence_and_the_run_goes_on(
         if not said:
             break
         assert "Input/output error" in said
-        carry_out(config)
+        train_run(config)
         assert result(config) == undisturbed
     assert failing > 6 + 2 + 6, "each checkpoint, evaluation and measurement, at least"
     assert result(config) == undisturbed
@@ -251,7 +251,7 @@ EVERY = 6  # of about 120 operations: all of them take a minute
 KILLED = """
     import json, os, signal, sys
     from normlab.config.schema import RunConfig
-    from normlab.training.run import carry_out
+    from normlab.training.run import train_run
 
     settings, folder, every = json.loads(sys.argv[1])
     operations = ("open", "os.rename", "os.remove", "os.chmod", "os.utime")
@@ -271,7 +271,7 @@ KILLED = """
         if not child:
             try:
                 kill_at(moment)
-                carry_out(RunConfig.model_validate({**settings, "study": str(moment)}))
+                train_run(RunConfig.model_validate({**settings, "study": str(moment)}))
             finally:
                 os._exit(0)
         if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
@@ -293,7 +293,7 @@ def test_a_kill_at_any_operation_on_a_file_leaves_a_run_that_goes_on(small, undi
     moments = done.stdout.split()
     assert len(moments) > 80 / EVERY
     for moment in moments:
-        carry_out(small(f"study={moment}"))
+        train_run(small(f"study={moment}"))
         assert result(small(f"study={moment}")) == undisturbed, f"killed at operation {moment}"
 
 
@@ -314,7 +314,7 @@ def interrupted(small, at_step) -> RunConfig:
 
     at_step(5, die)
     with pytest.raises(_DeadError):
-        carry_out(config)
+        train_run(config)
     return config
 
 
@@ -355,7 +355,7 @@ def test_a_run_with_damaged_checkpoints_ends_as_if_undisturbed(
     for name in which:
         path = folder_of(interrupted) / name
         path.write_bytes(damaged(path.read_bytes(), how, chance))
-    carry_out(interrupted)
+    train_run(interrupted)
     assert result(interrupted) == undisturbed
     assert capfd.readouterr().err.count("cannot be used and is left out") == len(which)
 
@@ -385,7 +385,7 @@ def test_a_forged_checkpoint_is_refused_unexecuted(
     forged = file.getvalue()
     for name in which:
         (run.folder / name).write_bytes(forged + hashlib.sha256(forged).digest() * trailer)
-    carry_out(interrupted)
+    train_run(interrupted)
     assert not (tmp_path / "executed").exists()
     assert capfd.readouterr().err.count("cannot be used and is left out") == len(which)
     assert result(interrupted) == undisturbed
@@ -411,7 +411,7 @@ def test_a_damaged_record_is_mended_by_the_next_start(interrupted, undisturbed, 
     path.write_text(content)
     if name == "run.claim":  # what a process left that was killed while it was making it, an hour ago
         os.utime(path, (path.stat().st_mtime - 3600,) * 2)
-    carry_out(interrupted)
+    train_run(interrupted)
     assert result(interrupted) == undisturbed
     assert runs.read_config(folder_of(interrupted)) == interrupted.as_dict()
     assert json.loads((folder_of(interrupted) / "provenance.json").read_text())["versions"]
@@ -423,7 +423,7 @@ def test_a_torn_last_line_is_measured_again(interrupted, undisturbed, name, tail
     """A row after the last checkpoint: without its end, or without the line's end, or of zeros, after a power cut."""
     with (folder_of(interrupted) / name).open("a") as file:
         file.write(tail)
-    carry_out(interrupted)
+    train_run(interrupted)
     assert result(interrupted) == undisturbed
 
 
@@ -431,7 +431,7 @@ def test_a_torn_last_line_is_measured_again(interrupted, undisturbed, name, tail
 def test_evaluations_lost_from_before_the_checkpoint_are_measured_again(interrupted, undisturbed, lost) -> None:
     path = folder_of(interrupted) / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-lost] if lost else b"")
-    carry_out(interrupted)
+    train_run(interrupted)
     assert result(interrupted) == undisturbed
 
 
@@ -439,7 +439,7 @@ def test_a_lost_end_of_the_last_line_costs_no_row(interrupted, undisturbed) -> N
     path = folder_of(interrupted) / "probes/gradients.jsonl"
     at_checkpoint = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < 4]
     path.write_text("\n".join(at_checkpoint))
-    carry_out(interrupted)
+    train_run(interrupted)
     assert result(interrupted) == undisturbed
 
 
@@ -448,7 +448,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_start(interr
     for name in ("status.json", "config.yaml", "metrics.jsonl", "checkpoint.incoming.pt", "probes/gradients.jsonl"):
         path = folder / name
         path.with_name(f".{path.name}.abcd1234.tmp").write_bytes(b"half")
-    carry_out(interrupted)
+    train_run(interrupted)
     assert result(interrupted) == undisturbed
 
 
@@ -456,5 +456,5 @@ def test_what_a_process_left_that_was_killed_after_its_last_word_goes_with_the_n
     folder = folder_of(small("study=undisturbed"))
     for name in (checkpoint.NEWEST, checkpoint.PREVIOUS, ".status.json.abcd1234.tmp"):
         (folder / name).write_bytes(b"left")
-    carry_out(small("study=undisturbed"))
+    train_run(small("study=undisturbed"))
     assert result(small("study=undisturbed")) == undisturbed

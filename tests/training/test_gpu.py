@@ -8,8 +8,9 @@ from normlab import runs
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Loaded
 from normlab.training import engines, packing
+from normlab.training.interleaving import Interleaver
 from normlab.training.interrupt import StopRequest
-from normlab.training.run import Share, carry_out
+from normlab.training.run import Resources, train_run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +41,7 @@ def weights(config: RunConfig) -> str:
 
 def both(tiny, *settings: str) -> tuple[RunConfig, RunConfig]:
     eager, graph = (tiny(*SMALL, *settings, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph"))
-    assert carry_out(eager)["state"] == carry_out(graph)["state"] == "done"
+    assert train_run(eager)["state"] == train_run(graph)["state"] == "done"
     return eager, graph
 
 
@@ -75,8 +76,8 @@ def test_every_kind_of_step_trains_captured_as_it_does_step_by_step(tiny, settin
         assert one == pytest.approx(other, rel=2e-2 if "16" in settings[0] else 1e-3)
 
 
-def test_a_graph_is_what_a_gpu_gets_and_its_capture_is_told_apart(tiny) -> None:
-    status = carry_out(tiny(*SMALL))
+def test_engine_auto_is_a_graph_on_a_gpu_and_its_capture_is_timed(tiny) -> None:
+    status = train_run(tiny(*SMALL, "engine=auto"))
     assert status["state"] == "done"
     assert status["capture_seconds"] > 0
 
@@ -93,13 +94,15 @@ def test_replays_wait_for_nothing(tiny, monkeypatch) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(engines.Graphed, "step", strict)
-    assert carry_out(tiny(*SMALL, "engine=graph"))["state"] == "done"
+    assert train_run(tiny(*SMALL, "engine=graph"))["state"] == "done"
 
 
 @pytest.mark.parametrize("after", [2, 5, 9])
 def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
-    undisturbed, config = tiny(*SMALL, "study=undisturbed"), tiny(*SMALL, "checkpoint_seconds=null")
-    carry_out(undisturbed)
+    undisturbed, config = (
+        tiny(*SMALL, "engine=graph", one) for one in ("study=undisturbed", "checkpoint_seconds=null")
+    )
+    train_run(undisturbed)
     carry_out_in_two_parts(config, after, monkeypatch)
     for one, other in zip(measured(config), measured(undisturbed), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
@@ -107,7 +110,7 @@ def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, m
 
 def test_divergence_is_found_at_its_step(tiny) -> None:
     """At least at the end of the epoch, by the losses that the replays noted."""
-    status = carry_out(tiny(*SMALL, "optimizer.lr=1e30"))
+    status = train_run(tiny(*SMALL, "engine=graph", "optimizer.lr=1e30"))
     assert status["state"] == "diverged"
     assert 1 <= status["diverged_step"] <= 6
 
@@ -119,34 +122,38 @@ def test_packed_runs_end_bit_identical_to_solo_ones(tiny) -> None:
         for batch in (8, 16)
     ]
     loaded: Loaded = {}
-    packed, solo = ([tiny(*SMALL, *one, f"study={study}") for one in settings] for study in ("packed", "solo"))
-    states = packing.carry_out(
+    packed, solo = (
+        [tiny(*SMALL, *one, "engine=graph", f"study={study}") for one in settings] for study in ("packed", "solo")
+    )
+    states = packing.train_packed(
         packed,
         4,
         torch.device("cuda:0"),
-        lambda config, turn: carry_out(config, stop=StopRequest(), share=Share("cuda:0", 1, turn, loaded)),
+        lambda config, interleaver: train_run(
+            config, stop=StopRequest(), resources=Resources("cuda:0", 1, interleaver, loaded)
+        ),
     )
     assert [one["state"] for one in states] == ["done"] * len(settings)
     for config in solo:
-        carry_out(config)
+        train_run(config)
     assert [weights(config) for config in packed] == [weights(config) for config in solo]
 
 
 def test_a_packed_run_without_memory_leaves_the_others(tiny) -> None:
     """Of a GPU of 1 GiB, which a layer of the middle one asks for twice over."""
-    small = [tiny(*SMALL, f"seed={seed}", "study=packed") for seed in range(2)]
+    small = [tiny(*SMALL, "engine=graph", f"seed={seed}", "study=packed") for seed in range(2)]
     network = ("model.target=small.SmallNet", "model.name=small")
     large = tiny(*SMALL, *network, "study=packed", "dataset.image_size=256", "dataset.train_size=1024", "batch=1024")
 
-    def work(config: RunConfig, turn: packing.PackedTurn) -> dict:
+    def work(config: RunConfig, interleaver: Interleaver) -> dict:
         try:
-            return carry_out(config, stop=StopRequest(), share=Share("cuda:0", 1, turn, {}))
+            return train_run(config, stop=StopRequest(), resources=Resources("cuda:0", 1, interleaver, {}))
         except Exception as error:
             return {"state": type(error).__name__}
 
     torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(0).total_memory)
     try:
-        states = packing.carry_out([small[0], large, small[1]], 3, torch.device("cuda:0"), work)
+        states = packing.train_packed([small[0], large, small[1]], 3, torch.device("cuda:0"), work)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [one["state"] for one in states] == ["done", "OutOfMemoryError", "done"]

@@ -15,10 +15,10 @@ from normlab.common.errors import InterruptedRunError
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Loaded
 from normlab.training import packing
-from normlab.training.interleaving import Turns
+from normlab.training.interleaving import FairLock, Interleaver
 from normlab.training.interrupt import StopRequest
-from normlab.training.packing import Room
-from normlab.training.run import Share, carry_out
+from normlab.training.packing import MemoryBudget
+from normlab.training.run import Resources, train_run
 
 CPU = torch.device("cpu")
 SMALL = ("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3")
@@ -32,13 +32,13 @@ def together(configs: list[RunConfig], at_a_time: int = 4, stop: StopRequest | N
     """What became of each; an exception by its name."""
     loaded: Loaded = {}
 
-    def work(config: RunConfig, turn: packing.PackedTurn) -> dict:
+    def work(config: RunConfig, interleaver: Interleaver) -> dict:
         try:
-            return carry_out(config, stop=stop or StopRequest(), share=Share("cpu", 1, turn, loaded))
+            return train_run(config, stop=stop or StopRequest(), resources=Resources("cpu", 1, interleaver, loaded))
         except Exception as error:
             return {"state": type(error).__name__}
 
-    return packing.carry_out(configs, at_a_time, CPU, work)
+    return packing.train_packed(configs, at_a_time, CPU, work)
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
@@ -61,16 +61,21 @@ def test_packed_runs_end_bit_identical_to_solo_ones(tiny, engine: str) -> None:
         states = together(packed, at_a_time=3)
         assert [one["state"] for one in states] == ["done"] * len(mixed)
         for config in solo:
-            carry_out(config)
+            train_run(config)
     finally:
         torch.use_deterministic_algorithms(False)
     assert [ended(config) for config in packed] == [ended(config) for config in solo]
 
 
-def test_they_do_take_turns(tiny, monkeypatch) -> None:
+def test_they_do_make_way_for_each_other(tiny, monkeypatch) -> None:
     order: list[int] = []
-    over = packing._Settling.over
-    monkeypatch.setattr(packing._Settling, "over", lambda turn: (order.append(threading.get_ident()), over(turn))[1])
+    after_step = packing._MeasuringInterleaver.after_step
+
+    def noted(interleaver: packing._MeasuringInterleaver) -> None:
+        order.append(threading.get_ident())
+        after_step(interleaver)
+
+    monkeypatch.setattr(packing._MeasuringInterleaver, "after_step", noted)
     together([tiny(f"seed={seed}") for seed in range(3)], at_a_time=3)
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert len(set(order)) == 3
@@ -99,7 +104,7 @@ def test_one_that_diverges_or_runs_out_of_memory_leaves_without_the_others(tiny)
     states = together([good[0], diverging, failing, good[1]], at_a_time=4)
     assert [one["state"] for one in states] == ["done", "diverged", "OutOfMemoryError", "done"]
     for config in alone:
-        carry_out(config)
+        train_run(config)
     assert [ended(config) for config in good] == [ended(config) for config in alone]
 
 
@@ -107,49 +112,51 @@ def test_a_request_to_stop_reaches_all_and_they_go_on_later(tiny) -> None:
     configs = [tiny(f"seed={seed}", "checkpoint_seconds=null", "study=packed") for seed in range(3)]
     solo = [tiny(f"seed={seed}", "study=solo") for seed in range(3)]
     stop, steps = StopRequest(), []
-    over = packing._Settling.over
+    after_step = packing._MeasuringInterleaver.after_step
 
-    def counted(turn: packing._Settling) -> None:
+    def counted(interleaver: packing._MeasuringInterleaver) -> None:
         steps.append(1)
         if len(steps) == 7:
             stop.requested = "SIGTERM"
-        over(turn)
+        after_step(interleaver)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing._Settling, "over", counted)
+        patch.setattr(packing._MeasuringInterleaver, "after_step", counted)
         states = together(configs, at_a_time=3, stop=stop)
     assert {one["state"] for one in states} == {InterruptedRunError.__name__}
     assert [one["state"] for one in together(configs)] == ["done"] * 3
     for config in solo:
-        carry_out(config)
+        train_run(config)
     assert [ended(config) for config in configs] == [ended(config) for config in solo]
 
 
 def test_memory_is_planned(tiny) -> None:
-    room = Room(CPU)
-    room.planned = True
+    budget = MemoryBudget(CPU)
+    budget.limited = True
     free = {"bytes": 1000.0}
-    room.free = lambda: free["bytes"]  # type: ignore[method-assign]
+    budget.free = lambda: free["bytes"]  # type: ignore[method-assign]
     small, large = tiny("batch=8"), tiny("batch=32")
-    assert room.admits(large)  # the first one always is: nothing will make more room
-    room.under_way, room.starting = 1, True
-    assert not room.admits(small)  # until it is known what the first one takes
-    room.starting, room.seen = False, [(8, 100)]
+    assert budget.admits(large)  # the first one always is: nothing will make more room
+    budget.under_way, budget.starting = 1, True
+    assert not budget.admits(small)  # until it is known what the first one takes
+    budget.starting, budget.measured = False, [(8, 100)]
     free["bytes"] = 130
-    assert room.admits(small)
-    assert not room.admits(large)  # four times as many images
+    assert budget.admits(small)
+    assert not budget.admits(large)  # four times as many images
     free["bytes"] = 510
-    assert room.admits(large)
+    assert budget.admits(large)
 
 
 def test_with_no_room_for_two_they_go_one_after_the_other(tiny, monkeypatch) -> None:
     most = []
-    starts, ends = packing._Settling.starts, packing._Settling.ends
-    monkeypatch.setattr(Room, "admits", lambda room, config: room.under_way == 0)
-    monkeypatch.setattr(
-        packing._Settling, "starts", lambda turn, config: (starts(turn, config), most.append(turn.room.under_way))[0]
-    )
-    monkeypatch.setattr(packing._Settling, "ends", lambda turn: ends(turn))
+    start_run = packing._MeasuringInterleaver.start_run
+    monkeypatch.setattr(MemoryBudget, "admits", lambda budget, config: budget.under_way == 0)
+
+    def noted(interleaver: packing._MeasuringInterleaver, config: RunConfig) -> None:
+        start_run(interleaver, config)
+        most.append(interleaver.budget.under_way)
+
+    monkeypatch.setattr(packing._MeasuringInterleaver, "start_run", noted)
     states = together([tiny(f"seed={seed}") for seed in range(3)], at_a_time=3)
     assert [one["state"] for one in states] == ["done"] * 3
     assert most == [1, 1, 1]
@@ -165,19 +172,19 @@ def test_they_share_the_images(tiny, monkeypatch) -> None:
     assert len(read) == 1
 
 
-def test_turns_go_round() -> None:
-    turns, order = Turns(), []
+def test_a_fair_lock_goes_round() -> None:
+    lock, order = FairLock(), []
     barrier = threading.Barrier(3)
 
     def work(name: str) -> None:
         barrier.wait()
-        turns.take()
+        lock.acquire()
         for _ in range(4):
             order.append(name)
-            while len(set(order)) < 3 and turns.hand_over():
+            while len(set(order)) < 3 and lock.hand_over():
                 pass
-            turns.hand_over()
-        turns.give()
+            lock.hand_over()
+        lock.release()
 
     threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
     for thread in threads:

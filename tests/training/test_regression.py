@@ -8,7 +8,8 @@ import torch
 
 from normlab import models, runs
 from normlab.common.errors import UserError
-from normlab.training.run import carry_out, data_of
+from normlab.data.datasets import load
+from normlab.training.run import train_run
 from normlab.training.tasks import Classification, Regression, task_of
 
 DESCENT = ("optimizer.momentum=0", "optimizer.weight_decay=0", "schedule=constant", "optimizer.lr=1e-6")
@@ -28,7 +29,7 @@ def matrices(config) -> list[np.ndarray]:
 
 
 def samples(config) -> list[tuple[np.ndarray, np.ndarray]]:
-    data = data_of(config, torch.device("cpu"), print)
+    data = load(config, torch.device("cpu"), log=print)
     return [
         tuple(torch.cat(p).flatten(1).double().numpy() for p in zip(*part.batches(), strict=True))
         for part in (data.train, data.test)
@@ -42,7 +43,7 @@ def loss_of(product: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
 def test_a_run_is_full_batch_descent_on_the_summed_squared_error(make) -> None:
     """Two steps by the chain rule in NumPy: dL/dW_i = (W_k...W_i+1)^T · 2 E^T X · (W_i-1...W_1)^T, E = X P^T - Y."""
     config = make(*SMALL, *DESCENT, *PLAIN)
-    assert carry_out(config)["state"] == "done"
+    assert train_run(config)["state"] == "done"
     w, ((x, y), (test_x, test_y)) = matrices(config), samples(config)
     for row in rows(config):
         product = w[2] @ w[1] @ w[0]
@@ -59,14 +60,14 @@ def test_the_training_loss_is_summed_over_the_epochs_batches(make) -> None:
     still = ("optimizer.lr=1e-30", "epochs=1", *PLAIN)
     whole, parts, uneven = (make(*SMALL, *DESCENT, *still, f"batch={batch}") for batch in (1000, 100, 300))
     for config in (whole, parts, uneven):
-        carry_out(config)
+        train_run(config)
     assert rows(parts)[0]["train_loss"] == pytest.approx(rows(whole)[0]["train_loss"], rel=1e-5)
     assert rows(uneven)[0]["train_loss"] == pytest.approx(rows(whole)[0]["train_loss"], rel=1e-5)
 
 
 def test_a_record_has_losses_and_no_accuracies(make) -> None:
     config = make(*SMALL, *DESCENT, "norm=bn")
-    status = carry_out(config)
+    status = train_run(config)
     assert [set(row) for row in rows(config)] == [
         {"epoch", "step", "train_loss", "test_loss", "lr", "wall_seconds", "images_per_second"}
     ] * 2
@@ -81,7 +82,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(make, monkeypatch) -> None:
     from normlab.training.interrupt import StopRequest
 
     settings = (*SMALL, *DESCENT, "norm=bn", "batch=250")
-    uninterrupted = carry_out(make(*settings))
+    uninterrupted = train_run(make(*settings))
     interrupted = make(*settings, "study=other")
     stop, taken = StopRequest(), []
     original = engines.set_learning_rate
@@ -94,9 +95,9 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(make, monkeypatch) -> None:
 
     monkeypatch.setattr(engines, "set_learning_rate", count)
     with pytest.raises(InterruptedRunError):
-        carry_out(interrupted, stop=stop)
+        train_run(interrupted, stop=stop)
     assert len(taken) == 6
-    assert carry_out(interrupted)["weights_sha256"] == uninterrupted["weights_sha256"]
+    assert train_run(interrupted)["weights_sha256"] == uninterrupted["weights_sha256"]
     assert len(taken) == 8
     measured = [{k: row[k] for k in ("epoch", "train_loss", "test_loss")} for row in rows(interrupted)]
     assert measured == [{k: row[k] for k in ("epoch", "train_loss", "test_loss")} for row in rows(make(*settings))]
@@ -104,7 +105,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(make, monkeypatch) -> None:
 
 def test_a_rate_that_is_too_large_is_recorded_as_divergence(make) -> None:
     config = make(*SMALL, *DESCENT, *PLAIN, "optimizer.lr=1", "epochs=20")
-    status = carry_out(config)
+    status = train_run(config)
     assert status["state"] == "diverged"
     assert 1 < status["diverged_step"] <= 20
 
@@ -114,7 +115,7 @@ def test_half_precision_computes_the_loss_in_float32(make) -> None:
     targets = torch.full((1000, 10), 299.5)
     assert Regression().loss(outputs, targets).item() == 2500.0
     config = make(*SMALL, *DESCENT, *PLAIN, "precision=bf16")
-    assert carry_out(config)["state"] == "done"
+    assert train_run(config)["state"] == "done"
     (x, y), _ = samples(config)
     w = matrices(config)
     assert rows(config)[0]["train_loss"] == pytest.approx(loss_of(w[2] @ w[1] @ w[0], x, y), rel=0.01)
@@ -122,12 +123,12 @@ def test_half_precision_computes_the_loss_in_float32(make) -> None:
 
 def test_a_last_batch_of_one_sample_is_a_sentence(make) -> None:
     with pytest.raises(UserError) as error:
-        carry_out(make(*SMALL, "norm=bn", "dataset.train_size=1001"))
+        train_run(make(*SMALL, "norm=bn", "dataset.train_size=1001"))
     lines = str(error.value).splitlines()
     assert lines[0].startswith("A batch of 1 samples, the last of an epoch")
     assert lines[0].endswith("does not fit deep_linear with norm=bn:")
     assert "drop_last=true" in lines[-1]
-    assert carry_out(make(*SMALL, "norm=bn", "dataset.train_size=1001", "drop_last=true"))["state"] == "done"
+    assert train_run(make(*SMALL, "norm=bn", "dataset.train_size=1001", "drop_last=true"))["state"] == "done"
 
 
 def test_the_classification_task_is_cross_entropy_with_counts() -> None:
@@ -142,5 +143,5 @@ def test_the_classification_task_is_cross_entropy_with_counts() -> None:
     assert isinstance(task, Classification)
     assert task.loss(logits, labels).item() == pytest.approx(sum(single) / 2)
     assert task.test_loss(logits, labels).item() == pytest.approx(sum(single))
-    assert int(task.hits(logits, labels)) == 1
+    assert int(task.correct(logits, labels)) == 1
     assert task.metrics("val", 6.0, 1, 4) == {"val_loss": 1.5, "val_accuracy": 0.25}

@@ -16,9 +16,9 @@ from normlab import runs
 from normlab.common.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
-from normlab.training import checkpoint, engines, loop, tasks
+from normlab.training import checkpoint, engines, loop, setup, supervision, tasks
 from normlab.training import run as training
-from normlab.training.run import carry_out
+from normlab.training.run import train_run
 
 MEASURED = ("epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
 
@@ -69,7 +69,7 @@ def stop_after(steps_taken):
 
 def test_a_run_leaves_the_promised_record(tiny) -> None:
     config = tiny()
-    status = carry_out(config)
+    status = train_run(config)
     folder = record(config).folder
     assert json.loads((folder / "status.json").read_text()) == status
     assert status["state"] == "done"
@@ -94,8 +94,8 @@ def test_a_run_leaves_the_promised_record(tiny) -> None:
 
 def test_a_finished_run_is_left_alone(tiny) -> None:
     config = tiny("epochs=1")
-    first = carry_out(config)
-    assert carry_out(config) == first
+    first = train_run(config)
+    assert train_run(config) == first
 
 
 def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypatch) -> None:
@@ -111,7 +111,7 @@ def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypat
 
     monkeypatch.setattr(tasks.F, "cross_entropy", recording)
     config = tiny("epochs=1")
-    carry_out(config)
+    train_run(config)
     assert [images for _, images, _ in seen] == [16, 16, 8]
     assert rows(config)[0]["train_loss"] == pytest.approx(sum(loss * n for loss, n, _ in seen) / 40, rel=1e-6)
     assert rows(config)[0]["train_accuracy"] == pytest.approx(sum(hits for *_, hits in seen) / 40)
@@ -122,23 +122,11 @@ def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
     from normlab.data.datasets import load
 
     config = tiny("save_weights=true")
-    status = carry_out(config)
+    status = train_run(config)
     network = models.build(config, num_classes=10, image_size=8).eval()
     network.load_state_dict(torch.load(record(config).folder / "weights.pt", weights_only=True))
     assert training.weights_sha256(network) == status["weights_sha256"]
-    data = load(
-        config.dataset,
-        data_dir=Path(config.data_dir),
-        seed=0,
-        batch=16,
-        eval_batch=7,
-        drop_last=False,
-        sampler=config.sampler,
-        input_norm="dataset",
-        eval_stats="running",
-        device=torch.device("cpu"),
-        log=print,
-    )
+    data = load(config.model_copy(update={"eval_batch": 7}), torch.device("cpu"), log=print)
     with torch.no_grad():
         hits = sum((network(images).argmax(1) == labels).sum().item() for images, labels in data.test.batches())
     assert hits / len(data.test) == rows(config)[-1]["test_accuracy"]
@@ -148,13 +136,13 @@ def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
 @pytest.mark.parametrize("steps", range(1, 7))  # three per epoch: at each boundary and within
 def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, stop_after, steps_taken, arm, steps) -> None:
     whole, parts = tiny(f"norm={arm}", "study=whole"), tiny(f"norm={arm}", "study=parts")
-    expected = carry_out(whole)
+    expected = train_run(whole)
     stop_after(steps)
     with pytest.raises(InterruptedRunError):
-        carry_out(parts)
+        train_run(parts)
     assert record(parts).state == "interrupted"
     assert (record(parts).folder / checkpoint.NEWEST).exists()
-    status = carry_out(parts)
+    status = train_run(parts)
     assert steps_taken.taken == 6 + 6, "a step was repeated or left out"
     assert status["state"] == "done"
     assert status["weights_sha256"] == expected["weights_sha256"]
@@ -174,16 +162,16 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, stop_after, ste
     ],
 )
 def test_resume_is_bit_identical_whatever_the_settings(tiny, stop_after, settings) -> None:
-    expected = carry_out(tiny("study=whole", *settings))
+    expected = train_run(tiny("study=whole", *settings))
     stop_after(3)
     with pytest.raises(InterruptedRunError):
-        carry_out(tiny("study=parts", *settings))
-    assert carry_out(tiny("study=parts", *settings))["weights_sha256"] == expected["weights_sha256"]
+        train_run(tiny("study=parts", *settings))
+    assert train_run(tiny("study=parts", *settings))["weights_sha256"] == expected["weights_sha256"]
     assert rows(tiny("study=parts", *settings)) == rows(tiny("study=whole", *settings))
 
 
 def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch, steps_taken) -> None:
-    expected = carry_out(tiny("study=whole"))
+    expected = train_run(tiny("study=whole"))
     original = loop.evaluate
 
     def interrupted(*arguments):
@@ -191,9 +179,9 @@ def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch,
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
     with pytest.raises(InterruptedRunError):
-        carry_out(tiny("study=parts"))
+        train_run(tiny("study=parts"))
     monkeypatch.setattr(loop, "evaluate", original)
-    assert carry_out(tiny("study=parts"))["weights_sha256"] == expected["weights_sha256"]
+    assert train_run(tiny("study=parts"))["weights_sha256"] == expected["weights_sha256"]
     assert steps_taken.taken == 6 + 6
     assert rows(tiny("study=parts")) == rows(tiny("study=whole"))
 
@@ -201,7 +189,7 @@ def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch,
 def test_measuring_statistics_anew_is_interrupted_between_batches_and_beats(tiny, monkeypatch) -> None:
     """eval_stats=precise: three batches a time; the signal comes in the second one of the first evaluation."""
     settings = ("eval_stats=precise", "epochs=1")
-    expected = carry_out(tiny("study=whole", *settings))
+    expected = train_run(tiny("study=whole", *settings))
     original, shown, beats = Split.plain_batches, [], []
 
     def signalled(self, count):
@@ -212,12 +200,12 @@ def test_measuring_statistics_anew_is_interrupted_between_batches_and_beats(tiny
             yield images
 
     monkeypatch.setattr(Split, "plain_batches", signalled)
-    monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
+    monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", 0.0)
     with pytest.raises(InterruptedRunError):
-        carry_out(tiny("study=parts", *settings), watch=beats.append)
+        train_run(tiny("study=parts", *settings), on_status=beats.append)
     assert len(shown) == 2
     assert shown[1] > shown[0], "no heartbeat after the first"
-    assert carry_out(tiny("study=parts", *settings))["weights_sha256"] == expected["weights_sha256"]
+    assert train_run(tiny("study=parts", *settings))["weights_sha256"] == expected["weights_sha256"]
 
 
 KILLED = """
@@ -233,13 +221,13 @@ KILLED = """
         if saved == 4:
             os.kill(os.getpid(), signal.SIGKILL)
     checkpoint.save = dying
-    run.carry_out(RunConfig.model_validate(json.loads(sys.argv[1])))
+    run.train_run(RunConfig.model_validate(json.loads(sys.argv[1])))
 """
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny, steps_taken) -> None:
     whole, killed = tiny("study=whole"), tiny("study=killed", "checkpoint_seconds=0")
-    expected = carry_out(whole)
+    expected = train_run(whole)
     died = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(killed.as_dict())],
         check=False,
@@ -248,7 +236,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny, steps_taken) -> Non
     assert died.returncode == -signal.SIGKILL
     assert record(killed).state == "running"
     steps_taken.taken = 0
-    assert carry_out(killed)["weights_sha256"] == expected["weights_sha256"]
+    assert train_run(killed)["weights_sha256"] == expected["weights_sha256"]
     assert steps_taken.taken == 6 - 4
     assert rows(killed) == rows(whole)
 
@@ -259,7 +247,7 @@ def interrupted(tiny, stop_after) -> RunConfig:
     config = tiny("checkpoint_seconds=0")
     stop_after(4)
     with pytest.raises(InterruptedRunError):
-        carry_out(config)
+        train_run(config)
     return config
 
 
@@ -267,7 +255,7 @@ def interrupted(tiny, stop_after) -> RunConfig:
 def test_a_damaged_checkpoint_gives_way_to_its_predecessor(
     tiny, interrupted, steps_taken, damage, tmp_path, capfd
 ) -> None:
-    expected = carry_out(tiny("study=whole"))
+    expected = train_run(tiny("study=whole"))
     steps_taken.taken = 0
     newest = record(interrupted).folder / checkpoint.NEWEST
     content = newest.read_bytes()
@@ -282,7 +270,7 @@ def test_a_damaged_checkpoint_gives_way_to_its_predecessor(
                 "empty": b"",
             }[damage]
         )
-    assert carry_out(interrupted)["weights_sha256"] == expected["weights_sha256"]
+    assert train_run(interrupted)["weights_sha256"] == expected["weights_sha256"]
     assert steps_taken.taken == 6 - 3, "the predecessor was written after the third step"
     assert rows(interrupted) == rows(tiny("study=whole"))
     assert "cannot be used and is left out" in (newest.parent / "run.log").read_text()
@@ -301,8 +289,8 @@ class _Malicious:
 def test_without_a_usable_checkpoint_the_run_starts_again(tiny, interrupted) -> None:
     for name in (checkpoint.NEWEST, checkpoint.PREVIOUS):
         (record(interrupted).folder / name).write_bytes(b"not a checkpoint")
-    expected = carry_out(tiny("study=whole"))
-    assert carry_out(interrupted)["weights_sha256"] == expected["weights_sha256"]
+    expected = train_run(tiny("study=whole"))
+    assert train_run(interrupted)["weights_sha256"] == expected["weights_sha256"]
     assert rows(interrupted) == rows(tiny("study=whole"))
 
 
@@ -311,7 +299,7 @@ def test_damaged_metrics_and_status_do_not_stop_a_resume(tiny, interrupted) -> N
     (folder / "status.json").write_text('{"state": "runn')
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 2, "st')
-    assert carry_out(interrupted)["state"] == "done"
+    assert train_run(interrupted)["state"] == "done"
     assert [row["epoch"] for row in rows(interrupted)] == [1, 2]
     assert "metrics.jsonl, line 2 cannot be read" in (folder / "run.log").read_text()
 
@@ -321,58 +309,58 @@ def test_a_resumed_run_keeps_its_number_of_threads(make, stop_after) -> None:
     config = make(*settings, "dataset.test_size=20", "device=cpu")
     stop_after(2)
     with pytest.raises(InterruptedRunError):
-        carry_out(config, share=training.Share(threads=1))
-    carry_out(config, share=training.Share(threads=2))
+        train_run(config, resources=training.Resources(threads=1))
+    train_run(config, resources=training.Resources(threads=2))
     assert json.loads((record(config).folder / "provenance.json").read_text())["threads"] == 1
 
 
 def test_a_network_that_changed_since_is_a_sentence(tiny, interrupted, monkeypatch) -> None:
     from torch import nn
 
-    monkeypatch.setattr(training.models, "build", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    monkeypatch.setattr(setup.models, "build", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
     with pytest.raises(UserError, match="The network has changed since"):
-        carry_out(interrupted)
+        train_run(interrupted)
 
 
 def test_a_checkpoint_of_other_parameter_groups_is_a_sentence(tiny, interrupted, monkeypatch) -> None:
     """What an older version of ours may have left."""
-    original = training.build_optimizer
+    original = setup.build_optimizer
 
     def in_one_group(config, network, **_):
         optimizer = original(config, network)
         return torch.optim.SGD([p for group in optimizer.param_groups for p in group["params"]], lr=0.1)
 
-    monkeypatch.setattr(training, "build_optimizer", in_one_group)
+    monkeypatch.setattr(setup, "build_optimizer", in_one_group)
     with pytest.raises(UserError, match="The network has changed since") as error:
-        carry_out(interrupted)
+        train_run(interrupted)
     assert "start it anew" in str(error.value)
 
 
 def test_resume_refuses_other_images(tiny, interrupted, monkeypatch) -> None:
-    original = training.load
-    monkeypatch.setattr(training, "load", lambda *a, **o: dataclasses.replace(original(*a, **o), fingerprint="another"))
+    original = setup.load
+    monkeypatch.setattr(setup, "load", lambda *a, **o: dataclasses.replace(original(*a, **o), fingerprint="another"))
     with pytest.raises(UserError, match="have changed since"):
-        carry_out(interrupted)
+        train_run(interrupted)
     assert record(interrupted).state == "failed"
 
 
 def test_a_resnet_interrupted_within_an_epoch_ends_bit_identical(make, stop_after) -> None:
     settings = ("dataset.train_size=40", "dataset.test_size=20", "batch=16", "epochs=2", "threads=1")
-    expected = carry_out(make(*settings, "study=whole"))
+    expected = train_run(make(*settings, "study=whole"))
     stop_after(4)
     with pytest.raises(InterruptedRunError):
-        carry_out(make(*settings, "study=parts"))
-    assert carry_out(make(*settings, "study=parts"))["weights_sha256"] == expected["weights_sha256"]
+        train_run(make(*settings, "study=parts"))
+    assert train_run(make(*settings, "study=parts"))["weights_sha256"] == expected["weights_sha256"]
 
 
 def test_divergence_is_a_result_with_its_step(tiny) -> None:
     config = tiny("norm=none", "optimizer.lr=1e10", "epochs=3")
-    status = carry_out(config)
+    status = train_run(config)
     assert status["state"] == "diverged"
     assert 2 <= status["diverged_step"] <= 9
     assert f"step {status['diverged_step']} " in status["error"]
     assert record(config).state in runs.FINISHED
-    assert carry_out(config) == status
+    assert train_run(config) == status
 
 
 def test_what_the_last_step_of_an_epoch_breaks_is_divergence_too(tiny, monkeypatch) -> None:
@@ -380,15 +368,15 @@ def test_what_the_last_step_of_an_epoch_breaks_is_divergence_too(tiny, monkeypat
     monkeypatch.setattr(
         engines, "learning_rate", lambda c, step, n: float("inf") if step == 5 else original(c, step, n)
     )
-    status = carry_out(tiny())
+    status = train_run(tiny())
     assert (status["state"], status["diverged_step"]) == ("diverged", 6)
     assert [row["epoch"] for row in rows(tiny())] == [1]
 
 
 def test_the_step_of_a_divergence_does_not_depend_on_when_it_is_noticed(tiny, monkeypatch) -> None:
-    late = carry_out(tiny("norm=none", "optimizer.lr=1e10", "study=late"))
-    monkeypatch.setattr(loop, "BEAT_SECONDS", 0.0)
-    soon = carry_out(tiny("norm=none", "optimizer.lr=1e10", "study=soon"))
+    late = train_run(tiny("norm=none", "optimizer.lr=1e10", "study=late"))
+    monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", 0.0)
+    soon = train_run(tiny("norm=none", "optimizer.lr=1e10", "study=soon"))
     assert soon["diverged_step"] == late["diverged_step"]
 
 
@@ -399,16 +387,16 @@ def test_of_two_processes_on_one_run_the_second_says_so(tiny) -> None:
     with run.lock():
         run.write_status("running", started=runs.now())
         with pytest.raises(RunBusyError, match=f"already being trained by process {os.getpid()}"):
-            carry_out(config)
+            train_run(config)
     assert record(config).state == "running"
 
 
 def test_an_output_that_does_not_fit_the_classes_is_a_sentence(tiny, monkeypatch) -> None:
     from torch import nn
 
-    monkeypatch.setattr(training.models, "build", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)))
+    monkeypatch.setattr(setup.models, "build", lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, 9)))
     with pytest.raises(UserError, match=r"gives \(16, 9\) for a batch of 16 images"):
-        carry_out(tiny())
+        train_run(tiny())
 
 
 def test_too_little_memory_is_a_sentence(tiny, monkeypatch) -> None:
@@ -417,7 +405,7 @@ def test_too_little_memory_is_a_sentence(tiny, monkeypatch) -> None:
 
     monkeypatch.setattr(training, "train", hungry)
     with pytest.raises(UserError, match="does not fit into the memory"):
-        carry_out(tiny())
+        train_run(tiny())
     assert record(tiny()).state == "failed"
 
 
@@ -425,10 +413,10 @@ def test_a_failure_is_recorded_with_its_reason(tiny, monkeypatch) -> None:
     def failing(*_, **__):
         raise RuntimeError("the reason")
 
-    monkeypatch.setattr(training.models, "build", failing)
+    monkeypatch.setattr(setup.models, "build", failing)
     config = tiny()
     with pytest.raises(RuntimeError):
-        carry_out(config)
+        train_run(config)
     status = runs.read_status(record(config).folder)
     assert status is not None
     assert status["state"] == "failed"
@@ -441,7 +429,7 @@ def test_statistics_over_a_single_value_are_refused_before_training(make, batch)
     """ResNet's last feature maps of a digit are 1x1 pixels, so a batch of one image has one value per channel."""
     config = make("dataset.train_size=40", f"batch={batch}", "epochs=1")
     with pytest.raises(UserError, match="does not fit"):
-        carry_out(config)
+        train_run(config)
     assert not runs.read_metrics(record(config).folder)[0]
 
 
@@ -457,7 +445,7 @@ def test_statistics_over_a_single_value_are_refused_before_training(make, batch)
 def test_what_mends_a_batch_that_does_not_fit_is_said(make, settings, advice) -> None:
     small = ("dataset.train_size=40", "dataset.test_size=20", "epochs=1")
     with pytest.raises(UserError, match="does not fit") as error:
-        carry_out(make(*small, *settings))
+        train_run(make(*small, *settings))
     assert advice in str(error.value)
 
 
@@ -469,12 +457,12 @@ def test_calibration_images_that_have_no_statistics_are_a_sentence(make, setting
     """In groups of 8 the ninth image is alone, with maps of one pixel at the end of the network."""
     config = make("dataset.train_size=40", "dataset.test_size=20", "batch=8", "epochs=1", *settings)
     with pytest.raises(UserError, match="calibration images does not fit resnet") as error:
-        carry_out(config)
+        train_run(config)
     assert len(str(error.value).splitlines()) <= 5
 
 
 def test_a_batch_of_one_trains_without_statistics(tiny) -> None:
-    assert carry_out(tiny("batch=1", "norm=affine", "epochs=1", "dataset.train_size=10"))["state"] == "done"
+    assert train_run(tiny("batch=1", "norm=affine", "epochs=1", "dataset.train_size=10"))["state"] == "done"
 
 
 def test_input_and_order_of_images_are_equal_in_all_arms(tiny, monkeypatch) -> None:
@@ -482,7 +470,7 @@ def test_input_and_order_of_images_are_equal_in_all_arms(tiny, monkeypatch) -> N
     from torch import nn
 
     shown: dict[str, list] = {}
-    original = training.models.build
+    original = setup.models.build
 
     for arm in ("bn", "none"):
         shown[arm] = []
@@ -494,7 +482,7 @@ def test_input_and_order_of_images_are_equal_in_all_arms(tiny, monkeypatch) -> N
             )
             return network
 
-        monkeypatch.setattr(training.models, "build", watched)
-        carry_out(tiny(f"norm={arm}", "dataset.flip=true", "dataset.crop_padding=1"))
+        monkeypatch.setattr(setup.models, "build", watched)
+        train_run(tiny(f"norm={arm}", "dataset.flip=true", "dataset.crop_padding=1"))
     assert len(shown["bn"]) == len(shown["none"]) > 6
     assert all(torch.equal(a, b) for a, b in zip(shown["bn"], shown["none"], strict=True))

@@ -38,7 +38,7 @@ def _train() -> None:
         if command == "doctor":
             from normlab.cli import doctor
 
-            doctor.carry_out(composed)
+            doctor.run(composed)
         from normlab.launchers import single  # not for a report
 
         return single.carry_out(composed)

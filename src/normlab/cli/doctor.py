@@ -1,4 +1,4 @@
-"""`python train.py doctor`: what a run would meet on this machine, and what to do about what is not well."""
+"""`python train.py doctor`: check whether a run can train on this machine, and tell how to mend what it lacks."""
 
 import contextlib
 import ctypes
@@ -13,11 +13,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import IO, Literal, NoReturn, Self
 
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -26,14 +27,13 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab import __version__
-from normlab.common import cpu as machine
-from normlab.common.errors import UserError
+from normlab.common.cpu import cores
+from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
 from normlab.config.hydra import settings_of, stop
 from normlab.config.schema import FolderDataset, ImageDataset, RegressionDataset, RunConfig
 from normlab.data import inventory
 from normlab.launchers import preflight
-from normlab.runs import files
 
 GIB = 2**30
 LITTLE_DISK = 2 * GIB  # a run's record is kilobytes, its checkpoints are as large as its network, twice
@@ -48,16 +48,29 @@ Level = Literal["ok", "note", "problem"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`problem`: a run with these settings would stop on it; `fix`: what to do where `level` is not ok."""
+    """The result of one check.
+
+    Attributes:
+        subject: what was checked, in a word.
+        text: the result.
+        level: a run with these settings would stop on a "problem".
+        fix: what to do where `level` is not ok.
+    """
 
     subject: str
     text: str
     level: Level = "ok"
     fix: str = ""
 
+    @classmethod
+    def of_error(cls, subject: str, error: UserError) -> Self:
+        """Make a problem of an error, whose first line says what is wrong and whose others how to mend it."""
+        text, _, fix = str(error).partition("\n")
+        return cls(subject, text, "problem", fix)
 
-def carry_out(composed: DictConfig) -> NoReturn:
-    """End the process with status 0 if a run with these settings can train here, else 1."""
+
+def run(composed: DictConfig) -> NoReturn:
+    """Check this machine and end the process, with status 0 if a run with these settings can train here, else 1."""
     try:
         config = schema.parse(settings_of(composed))
     except (UserError, OmegaConfBaseException) as error:
@@ -66,12 +79,11 @@ def carry_out(composed: DictConfig) -> NoReturn:
 
 
 def examine(config: RunConfig, launcher: str, console: Console | None = None) -> bool:
-    """Print what is found; returns whether a run with these settings can train here."""
+    """Print the findings; return whether a run with these settings can train here."""
     console = console or Console(highlight=False)
     grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column(no_wrap=True)
-    grid.add_column(overflow="fold")
+    for wrap in (False, False, True):
+        grid.add_column(no_wrap=not wrap, overflow="fold")
     found = list(findings(config, launcher))
     for finding in found:
         text = Text(finding.text)
@@ -80,12 +92,13 @@ def examine(config: RunConfig, launcher: str, console: Console | None = None) ->
         grid.add_row(Text(finding.level, _COLORS[finding.level]), finding.subject, text)
     console.print(grid)
     problems, notes = (sum(finding.level == level for finding in found) for level in ("problem", "note"))
-    told = f"{problems} problem{'s' * (problems != 1)}, {notes} note{'s' * (notes != 1)}: "
-    console.print("\n" + told + ("mend the problems before training." if problems else "ready to train."))
+    counts = f"{problems} problem{'s' * (problems != 1)}, {notes} note{'s' * (notes != 1)}: "
+    console.print(f"\n{counts}" + ("mend the problems before training." if problems else "ready to train."))
     return not problems
 
 
 def findings(config: RunConfig, launcher: str) -> Iterator[Finding]:
+    """Yield the result of every check."""
     yield from versions()
     yield processor()
     yield from gpus(config.device)
@@ -102,13 +115,14 @@ def findings(config: RunConfig, launcher: str) -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    told = [f"Python {platform.python_version()}", f"normlab {__version__}"]
+    """Check that torch and torchvision can be imported."""
+    installed = [f"Python {platform.python_version()}", f"normlab {__version__}"]
     for package in ("torch", "torchvision", "hydra-core"):
         try:
-            told.append(f"{package} {version(package)}")
+            installed.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            told.append(f"{package} not installed")
-    yield Finding("versions", ", ".join(told))
+            installed.append(f"{package} not installed")
+    yield Finding("versions", ", ".join(installed))
     torch, torchvision = _failure("torch"), _failure("torchvision")
     if torch:
         yield Finding("torch", f"cannot be imported: {torch}", "problem", "pip install --force-reinstall torch")
@@ -122,56 +136,47 @@ def versions() -> Iterator[Finding]:
 
 
 def _failure(package: str) -> str | None:
-    """Why a package cannot be imported, on one line."""
+    """Import a package; return the error on one line, None without one."""
     try:
         with warnings.catch_warnings(action="ignore"):
             importlib.import_module(package)
     except Exception as error:  # a library that does not fit raises whatever its loading meets
-        return f"{type(error).__name__}: {_first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
-
-
-def _first_line(text: object) -> str:
-    return (str(text).strip().splitlines() or [""])[0]
 
 
 # --- Devices ----------------------------------------------------------------------------------------
 
 
 def processor() -> Finding:
-    cores, there = machine.cores(), os.cpu_count() or 1
-    text = f"{cores} {f'of {there} ' if cores < there else ''}core{'s' * (there > 1)}"
-    with contextlib.suppress(OSError):  # not Linux
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
-        total, free = kilobytes["MemTotal"] * 1024, kilobytes["MemAvailable"] * 1024
-        limit = memory_limit()
-        if limit is not None and limit < total:
-            text += f", {_gib(limit)} memory, by a limit of this container or job (the machine has {_gib(total)})"
-        else:
-            text += f", {_gib(free)} of {_gib(total)} memory free"
-    return Finding("CPU", text)
+    """Return the cores and the memory that a run may use."""
+    usable, there = cores(), os.cpu_count() or 1
+    text = f"{usable} {f'of {there} ' if usable < there else ''}core{'s' * (there > 1)}"
+    memory, limit = psutil.virtual_memory(), memory_limit()
+    if limit is not None and limit < memory.total:
+        whole = _gib(memory.total)
+        return Finding(
+            "CPU", f"{text}, {_gib(limit)} memory, by a limit of this container or job (the machine has {whole})"
+        )
+    return Finding("CPU", f"{text}, {_gib(memory.available)} of {_gib(memory.total)} memory free")
 
 
 def memory_limit(root: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Bytes that the control groups around this process, of either version, leave to it; None: no limit."""
+    """Return the bytes that the control groups around this process, of either version, leave to it; None: no limit."""
     limits = []
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # not Linux
         for line in mine.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
-                continue
             top, name = root / controllers, "memory.limit_in_bytes" if controllers else "memory.max"
             inside = top / path.lstrip("/")
-            for group in (inside, *inside.parents):
-                if group.is_relative_to(top):
-                    with contextlib.suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-                        limits.append(int((group / name).read_text()))
+            for group in (inside, *inside.parents) if controllers in ("", "memory") else ():
+                with contextlib.suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+                    limits.append(int((group / name).read_text()))
     return min(limits, default=None)
 
 
 def gpus(device: str) -> Iterator[Finding]:
-    """Each GPU, tried out; or why there is none. Says nothing where torch cannot be imported."""
+    """Try each GPU, or find out why there is none; yield nothing where torch cannot be imported."""
     if _failure("torch"):
         return
     import torch
@@ -180,7 +185,7 @@ def gpus(device: str) -> Iterator[Finding]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        yield _without_gpu(device.startswith("cuda"), _first_line(complaints[0].message) if complaints else "")
+        yield _without_gpu(device.startswith("cuda"), first_line(complaints[0].message) if complaints else "")
         return
     there = torch.cuda.device_count()
     for index in range(there):
@@ -192,31 +197,30 @@ def gpus(device: str) -> Iterator[Finding]:
 def _without_gpu(wanted: bool, complaint: str) -> Finding:
     import torch
 
-    level: Level = "problem" if wanted else "note"
     driver, seen = _driver(), preflight.gpu_count()
-    if seen and not torch.backends.cuda.is_built():
+    if seen and torch.version.cuda is None:
         text = f"the driver shows {seen}, but this torch ({torch.__version__}) is built for CPUs"
-        return Finding("GPU", text, level, "Install another: pip install --force-reinstall torch torchvision")
-    if seen:
+        fix = "Install another: pip install --force-reinstall torch torchvision"
+    elif seen:
         text = f"torch, built for CUDA {torch.version.cuda}, cannot use the driver, for CUDA {driver}. {complaint}"
         fix = "Update the driver, or install a torch for it: https://pytorch.org/get-started/previous-versions"
-        return Finding("GPU", text, level, fix)
-    if driver:
+    elif driver:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         text = f"the driver (CUDA {driver}) shows none"
         text += f"; CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else ""
         fix = "Check nvidia-smi and CUDA_VISIBLE_DEVICES; in a SLURM job, ask for a GPU (--gpus=1)."
-        return Finding("GPU", text, level, fix)
-    if NVIDIA_IN_KERNEL.exists():
+    elif NVIDIA_IN_KERNEL.exists():
+        text = "the kernel has NVIDIA's driver, but there is no libcuda.so.1"
         fix = "Install the driver's libraries; start a container with --gpus all (docker) or --nv (apptainer)."
-        return Finding("GPU", "the kernel has NVIDIA's driver, but there is no libcuda.so.1", level, fix)
-    if wanted:
-        return Finding("GPU", "no NVIDIA driver", level, "Use device=cpu, or a machine with a GPU.")
-    return Finding("GPU", "no NVIDIA driver: runs train on the CPU")
+    elif wanted:
+        text, fix = "no NVIDIA driver", "Use device=cpu, or a machine with a GPU."
+    else:
+        return Finding("GPU", "no NVIDIA driver: runs train on the CPU")
+    return Finding("GPU", text, "problem" if wanted else "note", fix)
 
 
 def _gpu(index: int, needed: bool) -> Finding:
-    """A GPU on which memory, cuDNN and a kernel of torch's own were tried."""
+    """Try a GPU's memory, cuDNN and a kernel of torch's own."""
     import torch
 
     subject, driver = f"GPU {index}", _driver()
@@ -230,7 +234,7 @@ def _gpu(index: int, needed: bool) -> Finding:
         built = f"{torch.__version__}, for CUDA {torch.version.cuda}, driver for {driver}"
         return Finding(
             subject,
-            f"cannot be used by torch {built}: {_first_line(error)}",
+            f"cannot be used by torch {built}: {first_line(error)}",
             "problem" if needed else "note",
             "See nvidia-smi for who uses it; a torch that is built for it: https://pytorch.org. Or use device=cpu.",
         )
@@ -240,7 +244,7 @@ def _gpu(index: int, needed: bool) -> Finding:
 
 
 def _driver() -> str | None:
-    """The newest CUDA version that the driver knows, or None without a driver."""
+    """Return the newest CUDA version that the driver knows, or None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -255,7 +259,7 @@ def _driver() -> str | None:
 
 
 def data_sets(config: RunConfig) -> Iterator[Finding]:
-    """The chosen one as a run would check it, and those that could be chosen without a path."""
+    """Check the chosen data set as a run would, and those that could be chosen without a path."""
     data_dir, kind = Path(config.data_dir), config.dataset.kind
     chosen = _chosen(config.dataset, data_dir)
     if kind not in inventory.CIFARS or chosen.level == "problem":
@@ -272,8 +276,7 @@ def _chosen(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Findin
     try:
         found = inventory.check(dataset, data_dir)
     except UserError as error:
-        text, _, fix = str(error).partition("\n")
-        return Finding(subject, text, "problem", fix)
+        return Finding.of_error(subject, error)
     if isinstance(dataset, RegressionDataset):
         return Finding(subject, "synthetic, made when it is needed")
     where = f" in {dataset.path}" if isinstance(dataset, FolderDataset) else ""
@@ -282,6 +285,7 @@ def _chosen(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Findin
 
 
 def cifar(kind: str, data_dir: Path) -> Finding:
+    """Check that CIFAR is in `data_dir` or can be downloaded. `kind`: cifar10 or cifar100."""
     facts = inventory.CIFARS[kind]
     subject = f"dataset={kind}"
     if all((data_dir / facts.folder / name).is_file() for name in facts.files):
@@ -299,24 +303,20 @@ def cifar(kind: str, data_dir: Path) -> Finding:
 
 
 def folder(setting: str, path: Path) -> Finding:
-    """A folder that a run would write to, tried out in the nearest part of it that exists."""
+    """Try the folder of a setting, which a run would write to, in the nearest part of it that exists."""
     try:
         there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
         locks = _try_to_write(there)
         free = shutil.disk_usage(there).free
     except OSError as error:
-        text, _, fix = str(files.storage_error(path, error)).partition("\n")
-        return Finding(setting, text, "problem", fix.replace("output_dir", setting))
+        finding = Finding.of_error(setting, storage_error(path, error))
+        return replace(finding, fix=finding.fix.replace("output_dir", setting))
     system = file_system(there)
     kind = f"{system} over the network" if system.startswith(NETWORK) else system
     text = f"{path}{'' if path.exists() else ' (made on first use)'}: writable, {_gib(free)} free, {kind}"
     if not locks:
-        return Finding(
-            setting,
-            f"{text}, no locks (flock)",
-            "note",
-            "Claims (run.claim) still keep processes apart, by their signs of life. Lustre has locks with -o flock.",
-        )
+        fix = "Claims (run.claim) still keep processes apart, by their signs of life. Lustre has locks with -o flock."
+        return Finding(setting, f"{text}, no locks (flock)", "note", fix)
     if free < LITTLE_DISK:
         return Finding(setting, text, "note", f"Free some space, or choose another folder: {setting}=...")
     if system == "tmpfs":
@@ -325,7 +325,7 @@ def folder(setting: str, path: Path) -> Finding:
 
 
 def _try_to_write(path: Path) -> bool:
-    """Write, replace and lock in a folder; returns whether a lock shuts another one out.
+    """Write, replace and lock in a folder; return whether a lock shuts another one out.
 
     Raises:
         OSError: if the folder cannot be written, or a file not be replaced in one step.
@@ -336,42 +336,39 @@ def _try_to_write(path: Path) -> bool:
         new.write_bytes(bytes(4096))
         new.replace(old)
         with old.open("a") as first, old.open("a") as second:
-            try:
-                fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return False
-            try:
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
-            return False
+            return _locked(first) and not _locked(second)
 
 
-def file_system(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The kind of file system that holds `path`: ext4, nfs4, lustre, ..."""
-    found, deepest = "unknown file system", -1
-    with contextlib.suppress(OSError):
-        for line in mounts.read_text(errors="replace").splitlines():
-            before, _, after = line.partition(" - ")
-            mounted = Path(before.split()[4].replace(r"\040", " "))
-            if path.resolve().is_relative_to(mounted) and len(mounted.parts) >= deepest:  # the later one hides others
-                found, deepest = after.split()[0], len(mounted.parts)
-    return found
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def file_system(path: Path) -> str:
+    """Return the kind of file system that holds `path`: ext4, nfs4, lustre, ..."""
+    around = {path.resolve(), *path.resolve().parents}
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if Path(mount.mountpoint) in around]
+    deepest = max((len(Path(mount.mountpoint).parts) for mount in mounts), default=0)
+    kinds = [str(mount.fstype) for mount in mounts if len(Path(mount.mountpoint).parts) == deepest]
+    return kinds[-1] if kinds else "unknown file system"  # the later of two at one place hides the other
 
 
 def temporary_folder() -> Finding:
-    """Processes that load data talk to each other through sockets in it."""
+    """Try the folder for temporary files: processes that load data talk to each other through sockets in it."""
     try:
         path = Path(tempfile.gettempdir())
         _try_to_write(path)
         return Finding("temporary", f"{path}: writable, {_gib(shutil.disk_usage(path).free)} free, {file_system(path)}")
     except OSError as error:
-        text = f"no writable folder for temporary files: {_first_line(error)}"
+        text = f"no writable folder for temporary files: {first_line(error)}"
         return Finding("temporary", text, "problem", "Name one: export TMPDIR=/path/to/folder")
 
 
 def shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """Where worker processes put the batches of a streamed data set; told only if it is scarce."""
+    """Check the memory in which worker processes put the batches of a streamed data set; yield only if it is scarce."""
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path).free
         if free < LITTLE_SHARED:
@@ -387,14 +384,14 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def slurm(launcher: str) -> Iterator[Finding]:
-    """Whether a cluster can be reached from here; a problem only for those who chose hydra/launcher=slurm."""
+    """Check that a cluster can be reached from here: a problem only for those who chose hydra/launcher=slurm."""
     level: Level = "problem" if launcher == "slurm" else "note"
     if not shutil.which("sbatch"):
-        if launcher == "slurm":
-            fix = "Run this on a node of the cluster, or use hydra/launcher=pool."
-            yield Finding("SLURM", "there is no sbatch on this machine", "problem", fix)
-        else:
+        if launcher != "slurm":
             yield Finding("SLURM", "none on this machine (no sbatch): sweeps run here")
+            return
+        fix = "Run this on a node of the cluster, or use hydra/launcher=pool."
+        yield Finding("SLURM", "there is no sbatch on this machine", "problem", fix)
         return
     try:
         partitions = _partitions()
@@ -412,19 +409,14 @@ def slurm(launcher: str) -> Iterator[Finding]:
 
 
 def _partitions() -> list[str]:
-    """Each partition with its state, time limit, nodes and devices.
+    """Return each partition with its state, time limit, nodes and devices.
 
     Raises:
         RuntimeError: with SLURM's own words, if it does not answer.
     """
     format = "%P|%a|%l|%D|%G"
-    answer = subprocess.run(
-        ["sinfo", "--noheader", f"--format={format}"],
-        capture_output=True,
-        text=True,
-        timeout=ANSWER_SECONDS,
-        check=False,
-    )
+    command = ["sinfo", "--noheader", f"--format={format}"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False)
     if answer.returncode:
         raise RuntimeError((answer.stderr.strip().splitlines() or [f"sinfo ended with status {answer.returncode}"])[-1])
     rows = [line.split("|") for line in answer.stdout.splitlines() if line.count("|") == format.count("|")]
@@ -435,16 +427,15 @@ def _partitions() -> list[str]:
 
 
 def logger(config: RunConfig) -> Iterator[Finding]:
-    """Told only if a run is to be told to a tool."""
+    """Check the packages of a run's logger, if it has one."""
     subject = f"logger={config.logger.name}"
     try:
         preflight.check_logger(config.logger)
     except UserError as error:
-        text, _, fix = str(error).partition("\n")
-        yield Finding(subject, text, "problem", fix)
-        return
-    if config.logger.name != "none":
-        yield Finding(subject, "its packages are installed")
+        yield Finding.of_error(subject, error)
+    else:
+        if config.logger.name != "none":
+            yield Finding(subject, "its packages are installed")
 
 
 def _gib(size: float) -> str:

@@ -1,7 +1,9 @@
 """Errors that are a sentence for the user, and the search for what they meant."""
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -21,6 +23,22 @@ class OutOfMemoryError(UserError):
 
 class InterruptedRunError(Exception):
     """The run was asked to stop, wrote a checkpoint, and can go on later."""
+
+
+def storage_error(path: Path, error: OSError) -> UserError:
+    """Return an operating system's refusal to write `path` as a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = "The disk is full. Free some space, or choose another folder with output_dir=..., then run again."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = "It is not writable. Change its permissions, or choose another folder with output_dir=..."
+    else:
+        fix = f"{error.strerror or error}. Choose another folder with output_dir=... if this one cannot be mended."
+    return UserError(f"Cannot write {path}.\n{fix}")
+
+
+def first_line(text: object) -> str:
+    """Return the first line of any text or error, empty for an empty one."""
+    return (str(text).strip().splitlines() or [""])[0]
 
 
 def nearest(word: object, choices: Iterable[object]) -> str | None:

@@ -1,6 +1,7 @@
-"""Where the configuration is and what the commands are called: in a checkout, and where a wheel is installed.
+"""The folder of the configuration and the names of the commands, in a checkout and where a wheel is installed.
 
-The wheel holds the repository's conf/ as normlab/conf (setup.py); a checkout, installed editable or not, has it once.
+The wheel holds the repository's conf/ as normlab/conf (pyproject.toml); a checkout, installed editable or not, has it
+beside src/.
 """
 
 import sys
@@ -10,7 +11,10 @@ _PACKAGED = Path(__file__).parents[1] / "conf"
 CONF = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[3] / "conf"
 
 
-def called(name: str) -> str:
-    """The command `name`, train or report, as the user types it: normlab-train, or python train.py in a checkout."""
+def command_name(name: str) -> str:
+    """Return the command `name`, train or report, as the user types it: normlab-train, or python train.py."""
     installed = CONF == _PACKAGED or Path(sys.argv[0]).name.startswith("normlab-")
     return f"normlab-{name}" if installed else f"python {name}.py"
+
+
+called = command_name  # the name that other modules still use

@@ -13,12 +13,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from normlab.common.errors import InterruptedRunError, UserError, nearest
-from normlab.common.installation import CONF, called
-from normlab.runs.files import storage_error
+from normlab.common.errors import InterruptedRunError, UserError, nearest, storage_error
+from normlab.common.installation import CONF, command_name
+from normlab.common.registry import declarations
 
 # What the texts of --help call the commands, and the folder of the configuration.
-OmegaConf.register_new_resolver("called", called, replace=True)
+OmegaConf.register_new_resolver("called", command_name, replace=True)
 OmegaConf.register_new_resolver("conf", lambda: str(CONF), replace=True)
 
 
@@ -89,10 +89,10 @@ def _no_choice() -> UserError:
     """For a group that was given null."""
     groups = re.findall(r"(?<!\S)(\w+)=\S*null\b", " ".join(sys.argv[1:]))
     group = next((g for g in groups if (CONF / g).is_dir()), "group")
-    none = "\nWithout normalisation: norm=none." if group == "norm" else ""
+    none = "\nWithout normalization: norm=none." if group == "norm" else ""
     return UserError(
         f"{group}=null: a group takes the name of one of its files.{none}\n"
-        f"`{called('train')} --help` shows the choices of every group."
+        f"`{command_name('train')} --help` shows the choices of every group."
     )
 
 
@@ -104,7 +104,7 @@ def explain(error: Exception) -> UserError:
         # For a group whose choice is a list Hydra knows no options.
         files = (CONF / group).glob("*.yaml")
         options = [str(option) for option in error.options or (file.stem for file in files)]
-        known = _NICKNAMES.get(re.sub(r"[^a-z0-9]", "", choice.lower())) if group == "norm" else None
+        known = _norm_called(choice) if group == "norm" else None
         return unknown(f"{group}={choice}", f"option of {group}", known or choice, options, prefix=f"{group}=")
     if isinstance(error, MissingMandatoryValue):
         key = getattr(error, "full_key", None) or text.rpartition(" ")[2]
@@ -129,58 +129,11 @@ def explain(error: Exception) -> UserError:
     return UserError(text)
 
 
-_NICKNAMES = {  # what else the normalisers are called, without punctuation
-    "adaptivegradientclipping": "nf",
-    "affinelayer": "affine",
-    "batch": "bn",
-    "batchnorm": "bn",
-    "batchnorm2d": "bn",
-    "batchnormalization": "bn",
-    "batchnormminus": "bnminus",
-    "batchnormpreconditioning": "bnp",
-    "batchrenorm": "renorm",
-    "batchrenormalization": "renorm",
-    "brn": "renorm",
-    "evonorm": "evonorm_s0",
-    "evonormb0": "evonorm_b0",
-    "evonorms0": "evonorm_s0",
-    "filterresponsenorm": "frn",
-    "filterresponsenormalization": "frn",
-    "group": "gn",
-    "groupnorm": "gn",
-    "groupnormalization": "gn",
-    "identity": "none",
-    "instance": "in",
-    "instancenorm": "in",
-    "instancenorm2d": "in",
-    "instancenormalization": "in",
-    "l1norm": "lp1",
-    "l2norm": "lp2",
-    "layer": "ln",
-    "layernorm": "ln",
-    "layernorm2d": "ln",
-    "layernormalization": "ln",
-    "linfnorm": "lpinf",
-    "meanonlybatchnorm": "wn_mean",
-    "movingaveragebatchnorm": "mabn",
-    "mimic": "mimicnorm",
-    "nfnet": "nf",
-    "nfresnet": "nf",
-    "noisybatchnorm": "noisy_bn",
-    "nonorm": "none",
-    "normalizationpropagation": "normprop",
-    "normalizerfree": "nf",
-    "power": "powernorm",
-    "scaledweightstandardization": "nf",
-    "syncbatchnorm": "bn",
-    "syncbn": "bn",
-    "tlu": "frn",
-    "trelu": "wn_trelu",
-    "weight": "wn",
-    "weightnorm": "wn",
-    "weightnormalization": "wn",
-    "weightstandardization": "nf",
-}
+def _norm_called(word: str) -> str | None:
+    """Return the norm that has `word` for an alias, without regard to case and punctuation."""
+    plain = re.sub(r"[^a-z0-9]", "", word.lower())
+    norms = declarations("norms").values()
+    return next((each.name for each in norms if plain in (*each.aliases, each.name.replace("_", ""))), None)
 
 
 def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = "") -> UserError:
@@ -192,7 +145,7 @@ def unknown(given: str, kind: str, word: str, options: list[str], prefix: str = 
     if len(options) <= 30:
         lines.append(f"Expected one of: {', '.join(sorted(options))}.")
     else:
-        lines.append(f"`{called('train')} --cfg job` shows all settings, {CONF / 'config.yaml'} explains them.")
+        lines.append(f"`{command_name('train')} --cfg job` shows all settings, {CONF / 'config.yaml'} explains them.")
     return UserError("\n".join(lines))
 
 

@@ -6,9 +6,10 @@ or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and wh
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
 
 from pydantic import (
     AfterValidator,
@@ -21,12 +22,15 @@ from pydantic import (
     StrictInt,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    create_model,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from normlab.common.errors import UserError, nearest
-from normlab.runs.identity import LATER
+from normlab.common.registry import Option, check_options, declarations
+from normlab.common.sentences import sentence, wrong
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
@@ -36,12 +40,28 @@ DEPTHS = {  # the sizes of each network that has several; None: any
     "deep_linear": None,
 }
 TITLES = {"resnet": "a ResNet of torchvision", "cifar_resnet": "a CIFAR ResNet", "vgg": "a VGG of torchvision"}
+IDLE_CALIBRATION_IMAGES, IDLE_PRECISE_BATCHES = 256, 200  # recorded where nothing uses them: conf/config.yaml's values
 SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
 
 
 def _not_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+def _dotted_path(value: str) -> str:
+    if not re.fullmatch(r"\w+(\.\w+)+", value):
+        raise wrong(
+            f"model.target={value} is not valid: expected a dotted path, e.g. model.target=my_package.my_module.MyNet."
+        )
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
+        raise wrong(f"device={value} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?")
     return value
 
 
@@ -63,53 +83,24 @@ Name = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
-def wrong(text: str) -> PydanticCustomError:
-    """A failed check whose text is already a sentence for the user."""
-    return PydanticCustomError("sentence", text)
+@dataclass(frozen=True)
+class Since:
+    """Marks a setting that records of an earlier format do not have: `x: Annotated[Whole, Since(2, neutral=0)]`.
+
+    With the value `neutral` the setting changes nothing and is no part of a run's identity, so that runs recorded
+    before it stay the runs they are (`runs.identity`). A mark stays for good, with its value.
+
+    Attributes:
+        format: the first format of records that has the setting.
+        neutral: the value that a record without the setting stands for.
+    """
+
+    format: int
+    neutral: Any
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-
-
-_OPTIONS: dict[str, Any] = {
-    "eps": Positive,
-    "momentum": UnitInterval,
-    "conv_bias": StrictBool,
-    "scale_init": Number,
-    "scale_lr_divisor": Positive,
-}
-
-
-def _lp(value: Any) -> Any:
-    """One spelling of each: p = .inf or 1.0 must not make another run of it."""
-    return "inf" if value == float("inf") else int(value) if value in (1.0, 2.0) else value
-
-
-_Unit = Literal["fraction", "steps"]
-_SHIPPED_OPTIONS: dict[str, Any] = {
-    "alpha": Positive,
-    "alpha_backward": NonNegative,
-    "dmax": NonNegative,
-    "dmax_end": NonNegative,
-    "groups": Count,
-    "init": Literal["weights", "data"],
-    "learn_scale": StrictBool,
-    "learned_eps": StrictBool,
-    "mu_range": NonNegative,
-    "p": Annotated[Literal[1, 2, "inf"], BeforeValidator(_lp)],
-    "r_from": NonNegative,
-    "ramp_start": NonNegative,
-    "ramp_unit": _Unit,
-    "rmax": Positive,
-    "rmax_end": NonNegative,
-    "sigma_high": NonNegative,
-    "sigma_low": NonNegative,
-    "spread": NonNegative,
-    "unit": _Unit,
-    "warmup": NonNegative,
-    "window": Annotated[StrictInt, Field(ge=1, le=10_000)],
-}
 
 
 class NormConfig(_Section):
@@ -120,15 +111,19 @@ class NormConfig(_Section):
     name: Name
     target: str = Field(alias="_target_")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _check_options(cls, data: Any) -> Any:
-        """The options that several variants share, and all of ours, checked as if they were declared fields."""
-        if not isinstance(data, Mapping):
-            return data
-        ours = str(data.get("_target_")).startswith("normlab.")
-        options = _OPTIONS | (_SHIPPED_OPTIONS if ours else {})
-        return {**data, **{key: _checked(kind, key, data[key]) for key, kind in options.items() if key in data}}
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        """Check the options that the variant's class declares; of other classes those that bn and none have."""
+        declared = declarations("norms")
+        options = {**declared["bn"].options, **declared["none"].options}
+        package, _, class_name = self.target.rpartition(".")
+        if package.startswith("normlab.norms"):
+            options |= next((each.options for each in declared.values() if each.class_name == class_name), {})
+        try:
+            checked = check_options("norm", options, self.options)
+        except UserError as error:
+            raise wrong(str(error)) from None
+        return self.model_copy(update=checked)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -150,7 +145,7 @@ class CustomModelConfig(_Section):
 
     kind: Literal["custom"]
     name: Name
-    target: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
+    target: Annotated[str, AfterValidator(_dotted_path)]
     kwargs: dict[str, Any]
 
 
@@ -162,7 +157,7 @@ class CifarResNetConfig(_Section):
 
 
 class VGGConfig(_Section):
-    """torchvision's VGG with batch normalisation, of the top-level `depth`."""
+    """torchvision's VGG with batch normalization, of the top-level `depth`."""
 
     kind: Literal["vgg"]
     name: Name
@@ -361,9 +356,10 @@ def _each_once(steps: list[int]) -> list[int]:
     return sorted(set(steps))
 
 
-class _Probe(_Section):
-    """What is measured while training, and when: `times` evenly over the run, or before `steps` (from 0)."""
+class ProbeConfig(_Section):
+    """When a probe measures: `times` evenly over the run, or before `steps` (from 0). `PROBES` has all with options."""
 
+    name: str
     times: Count | None
     steps: Annotated[list[Whole], Field(min_length=1), AfterValidator(_each_once)] | None
 
@@ -375,56 +371,49 @@ class _Probe(_Section):
     @model_validator(mode="after")
     def _check_when(self) -> Self:
         if self.times is None and self.steps is None:
-            name = self.name  # type: ignore[attr-defined]
-            raise wrong(f"probe={name} is told neither how often nor when to measure.\nUse probe.{name}.times=20.")
+            raise wrong(
+                f"probe={self.name} is told neither how often nor when to measure.\nUse probe.{self.name}.times=20."
+            )
         return self
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of the probe's class."""
+        return {key: value for key, value in self if key not in ProbeConfig.model_fields}
 
-def _layers(value: Any) -> Any:
+
+def _number_or_names(value: Any, field: ValidationInfo) -> Any:
     if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
         return value
+    path = f"probe.{field.data['name']}.{field.field_name}"
     raise wrong(
-        f"probe.ics.layers={value} is neither a number of layers, 1 or more, nor a list of their names.\n"
-        "Use e.g. probe.ics.layers=5 or probe.ics.layers=[conv1,fc].",
+        f"{path}={value} is neither a number of {field.field_name}, 1 or more, nor a list of their names.\n"
+        f"Use e.g. {path}=5 or {path}=[conv1,fc].",
     )
 
 
-class ICSProbe(_Probe):
-    name: Literal["ics"]
-    layers: Annotated[int | list[str], BeforeValidator(_layers)]
+def _type_of(option: Option) -> Any:
+    """Return the type of a declared option's values."""
+    if option.names:
+        return Annotated[int | list[str], BeforeValidator(_number_or_names)]
+    types: dict[type, Any] = {bool: StrictBool, int: StrictInt, float: Number, str: str, tuple: Number}
+    bounds = Field(gt=option.gt, ge=option.ge, lt=option.lt, le=option.le)
+    value: Any = Annotated[types[type(option.default)], bounds]
+    return Annotated[list[value], Field(min_length=1)] if isinstance(option.default, tuple) else value
 
 
-class LandscapeProbe(_Probe):
-    name: Literal["landscape"]
-    reach: Annotated[list[Positive], Field(min_length=1)]
+def _probe_model(name: str, options: Mapping[str, Option]) -> type[ProbeConfig]:
+    fields: dict[str, Any] = {key: (_type_of(option), ...) for key, option in options.items() if key != "times"}
+    return create_model(name, __base__=ProbeConfig, **{"name": (Literal[name], ...), **fields})
 
 
-class ActivationsProbe(_Probe):
-    name: Literal["activations"]
-    histograms: Whole
-    bins: Annotated[StrictInt, Field(ge=3)]
-
-
-class AffineProbe(_Probe):
-    name: Literal["affine"]
-
-
-class GradientsProbe(_Probe):
-    name: Literal["gradients"]
-
-
-class SharpnessProbe(_Probe):
-    name: Literal["sharpness"]
-    iterations: Annotated[StrictInt, Field(ge=2)]
-    tolerance: Annotated[Number, Field(gt=0, lt=1)]
-
-
-ProbeConfig = Annotated[
-    ICSProbe | LandscapeProbe | ActivationsProbe | AffineProbe | GradientsProbe | SharpnessProbe,
-    Field(discriminator="name"),
-]
+PROBES = {name: _probe_model(name, declared.options) for name, declared in sorted(declarations("probes").items())}
+if TYPE_CHECKING:
+    _AnyProbe = ProbeConfig
+else:
+    _AnyProbe = Annotated[Union[tuple(PROBES.values())], Field(discriminator="name")]  # noqa: UP007
 
 
 class NoLogger(_Section):
@@ -476,7 +465,7 @@ class RunConfig(_Section):
     init: InitConfig
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
-    probe: dict[str, ProbeConfig]
+    probe: dict[str, _AnyProbe]
 
     depth: StrictInt | None = Field(examples=[18])
     batch: Count = Field(examples=[128])
@@ -493,7 +482,7 @@ class RunConfig(_Section):
     eval_every: Count
     eval_batch: Count
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, AfterValidator(_device)]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
     deterministic: StrictBool
     engine: Literal["auto", "eager", "graph", "compile"]
@@ -508,8 +497,8 @@ class RunConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_means_nothing(cls, data: Any) -> Any:
-        """What means nothing to a network or a data set must not make two runs out of one."""
+    def _drop_idle_settings(cls, data: Any) -> Any:
+        """Give settings that mean nothing to a network or a data set one value: they must not make two runs of one."""
         if not isinstance(data, Mapping):
             return data
         changes: dict[str, Any] = {}
@@ -522,7 +511,7 @@ class RunConfig(_Section):
         return {**data, **changes}
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _check_depth(self) -> Self:
         depths = DEPTHS.get(self.model.kind)
         if depths and self.depth not in depths:
             raise wrong(
@@ -531,40 +520,58 @@ class RunConfig(_Section):
             )
         if self.model.kind == "deep_linear" and (self.depth is None or self.depth < 1):
             raise wrong(f"depth={self.depth} is no number of layers.\nExpected 1 or more; the paper has depth=25.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Self:
         if (self.model.kind == "deep_linear") != (self.dataset.kind == "linear_regression"):
             raise wrong(
                 f"model={self.model.name} cannot learn dataset={self.dataset.name}.\n"
                 "The deep linear network and the synthetic regression task belong together:"
                 " model=deep_linear dataset=linear_regression.",
             )
-        if self.dataset.kind == "linear_regression":
-            if self.input_norm == "bn":
-                raise wrong("input_norm=bn normalises images, and a regression has none.\nUse input_norm=none.")
-            if self.label_smoothing:
-                raise wrong(
-                    f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
-                    "Use label_smoothing=0."
-                )
+        if self.dataset.kind != "linear_regression":
+            return self
+        if self.input_norm == "bn":
+            raise wrong("input_norm=bn normalizes images, and a regression has none.\nUse input_norm=none.")
+        if self.label_smoothing:
+            raise wrong(
+                f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
+                "Use label_smoothing=0."
+            )
         if isinstance(self.sampler, Paired):
-            each = self.sampler.images_per_label
-            if self.dataset.kind == "linear_regression":
-                raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
-            if self.batch % each:
-                raise wrong(
-                    f"sampler=paired makes batches of labels x {each} images, and {each} does not divide"
-                    f" batch={self.batch}.\nNearest valid: batch={max(self.batch // each, 1) * each}.",
-                )
-            if self.eval_stats == "batch" and self.eval_batch % each:
-                raise wrong(
-                    f"eval_stats=batch with sampler=paired makes test batches of labels x {each} images, and {each}"
-                    f" does not divide eval_batch={self.eval_batch}.\n"
-                    f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
-                )
+            raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sampler(self) -> Self:
+        if not isinstance(self.sampler, Paired):
+            return self
+        each = self.sampler.images_per_label
+        if self.batch % each:
+            raise wrong(
+                f"sampler=paired makes batches of labels x {each} images, and {each} does not divide"
+                f" batch={self.batch}.\nNearest valid: batch={max(self.batch // each, 1) * each}.",
+            )
+        if self.eval_stats == "batch" and self.eval_batch % each:
+            raise wrong(
+                f"eval_stats=batch with sampler=paired makes test batches of labels x {each} images, and {each}"
+                f" does not divide eval_batch={self.eval_batch}.\n"
+                f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
         if self.budget and not self.experiment:
             raise wrong(
                 f"budget={self.budget} is the size of an experiment, and none is named.\n"
                 "Add experiment=..., or leave budget out.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
         if self.sync_stats and self.norm_batch is not None:
             raise wrong(
                 "sync_stats=true makes one group of all processes' images, norm_batch makes several of one"
@@ -573,9 +580,13 @@ class RunConfig(_Section):
         if self.norm_batch is not None and self.norm_batch > self.batch:
             raise wrong(
                 f"norm_batch={self.norm_batch} is larger than batch={self.batch}.\n"
-                "It is the number of images that share normalisation statistics inside a batch."
+                "It is the number of images that share normalization statistics inside a batch."
                 f" Nearest valid: norm_batch={self.batch}, or norm_batch=null.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
         if self.schedule.warmup_epochs >= self.epochs:
             raise wrong(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs="
@@ -584,13 +595,13 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _neutralise_what_means_nothing(self) -> Self:
-        """The same for settings that another one makes idle, once all are known to be valid."""
+    def _neutralize_idle_settings(self) -> Self:
+        """Give settings that another one makes idle one value, once all are known to be valid."""
         changes: dict[str, Any] = {}
         if not self.starts_from_data:
-            changes["calibration_images"] = LATER["calibration_images"]
+            changes["calibration_images"] = IDLE_CALIBRATION_IMAGES
         if self.eval_stats != "precise":
-            changes["precise_batches"] = LATER["precise_batches"]
+            changes["precise_batches"] = IDLE_PRECISE_BATCHES
         if self.norm_batch == self.batch and self.eval_stats != "batch" and not self.starts_from_data:
             changes["norm_batch"] = None  # the groups of batches of other sizes would differ
         return self.model_copy(update=changes)
@@ -619,7 +630,9 @@ def parse(composed: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(composed)
     except ValidationError as error:
-        raise UserError(sentence(error.errors()[0], composed)) from None
+        fields = RunConfig.model_fields
+        examples = {name: field.examples[0] for name, field in fields.items() if field.examples}
+        raise UserError(sentence(error.errors()[0], composed, fields, examples)) from None
 
 
 def _checked(kind: Any, option: str, value: Any) -> Any:
@@ -627,81 +640,3 @@ def _checked(kind: Any, option: str, value: Any) -> Any:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         raise wrong(sentence({**error.errors()[0], "loc": ("norm", option)}, {})) from None
-
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list, e.g. [0.5,0.75]",
-    "finite_number": "a finite number",
-}
-
-
-def sentence(error: ErrorDetails, composed: Mapping[str, Any], known: Iterable[str] | None = None) -> str:
-    """One pydantic error as a message for the user, at most five lines. `known`: what there is by dotted path."""
-    path = ".".join(str(p) for p in _dotted(error["loc"], composed))
-    value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    shown = f"{path}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
-    if kind == "sentence":
-        return error["msg"]
-    if kind == "missing":
-        return f"The setting {path} is missing.\nGive it a value: {path}=..."
-    if kind == "extra_forbidden":
-        close = nearest(path, known or RunConfig.model_fields)
-        return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
-    if kind == "union_tag_invalid":
-        key = context["discriminator"].strip("'")
-        return _not_one_of(f"{path}.{key}", context["tag"], context["expected_tags"])
-    if kind == "literal_error":
-        return _not_one_of(path, value, context["expected"])
-    if kind in _EXPECTED:
-        example = _example(path)
-        hint = f" Example: {path}={example}." if example is not None else ""
-        return f"{shown} is not valid: expected {_EXPECTED[kind]}.{hint}"
-    if kind == "string_pattern_mismatch":
-        if path == "device":
-            close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
-            return f"{shown} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?"
-        if path.endswith("target"):
-            return f"{shown} is not valid: expected a dotted path, e.g. {path}=my_package.my_module.MyNet."
-        return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
-    if kind not in _BOUNDS:
-        return f"{shown} is not valid: {error['msg']}."
-    bound = next(iter(context.values()))
-    nearest_valid = f" Nearest valid: {path}={bound}." if kind.endswith("equal") else ""
-    return f"{shown} is out of range: expected {_BOUNDS[kind].format(bound)}.{nearest_valid}"
-
-
-def _not_one_of(path: str, value: object, expected: str) -> str:
-    choices = [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
-    close = nearest(value, choices)
-    text = f"{path}={value} is not valid: expected one of {', '.join(choices)}."
-    return text + (f"\nDid you mean {path}={close}?" if close else "")
-
-
-_BOUNDS = {
-    "greater_than": "a number above {}",
-    "greater_than_equal": "{} or more",
-    "less_than": "a number below {}",
-    "less_than_equal": "{} or less",
-}
-
-
-def _dotted(location: tuple[int | str, ...], composed: Mapping[str, Any]) -> list[str | int]:
-    """A pydantic location without the tags of unions, which are no keys of the configuration."""
-    path: list[str | int] = []
-    node: Any = composed
-    for part in location:
-        if isinstance(node, Mapping) and part not in node and path and part in node.values():
-            continue
-        path.append(part)
-        node = node[part] if isinstance(node, Mapping) and part in node else None
-    return path
-
-
-def _example(path: str) -> Any:
-    field = RunConfig.model_fields.get(path)
-    return field.examples[0] if field and field.examples else None

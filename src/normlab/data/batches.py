@@ -1,8 +1,8 @@
-"""One split of a data set as batches: order, augmentation and normalisation, all keyed and in bulk."""
+"""One split of a data set as batches: order, augmentation and normalization, all keyed and in bulk."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,34 +13,35 @@ from normlab.data.resident import Resident
 from normlab.data.samplers import paired
 from normlab.data.streaming import Files
 
-READY_BYTES = 64 * 2**20  # normalised images that are kept ready up to this size
+READY_BYTES = 64 * 2**20  # up to this size, images that are not augmented are normalized once and kept
 SAMPLE = 2000  # streamed training images that mean and std are estimated from
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """(pixel - mean) / std per channel; both float32 (1, 3, 1, 1), in units of a pixel's 0 to 255."""
 
     mean: Tensor
     std: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 -> float32, (B, 3, H, W)."""
+        """Normalize uint8 (B, 3, H, W) to float32 of the same shape."""
         return torch.sub(images, self.mean).div_(self.std)
 
 
-def unit_interval(device: torch.device) -> Normalisation:
-    """Pixels / 255."""
-    return Normalisation(torch.zeros(1, 3, 1, 1, device=device), torch.full((1, 3, 1, 1), 255.0, device=device))
+def unit_interval(device: torch.device) -> Normalization:
+    """Return the division of pixels by 255."""
+    return Normalization(torch.zeros(1, 3, 1, 1, device=device), torch.full((1, 3, 1, 1), 255.0, device=device))
 
 
-def standardisation(source: Resident | Files, rows: Tensor, device: torch.device) -> Normalisation:
-    """To mean 0 and (population) std 1 of the images at `rows`, without augmentation.
+def standardization(source: Resident | Files, rows: Tensor, device: torch.device) -> Normalization:
+    """Measure mean and (population) std per channel of the images at `rows` (int64, (N,)), without augmentation.
 
     Exact for images in memory; for a stream an estimate from `SAMPLE` of them, always the same ones.
-    A channel that is constant is centred only.
+    A channel that is constant is only centered.
     """
     if isinstance(source, Files) and len(rows) > SAMPLE:
+        # The spelling of a key is part of its random stream.
         rows = rows[torch.randperm(len(rows), generator=stream("normalisation sample"))[:SAMPLE]]
     count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for images in source.read(rows, batch=256):  # sums of whole numbers: exact in float64 in any order
@@ -51,7 +52,7 @@ def standardisation(source: Resident | Files, rows: Tensor, device: torch.device
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(0).sqrt()
     std = torch.where(std > 1e-6, std, 1.0)
-    return Normalisation(*(v.float().view(1, 3, 1, 1).to(device) for v in (mean, std)))
+    return Normalization(*(v.float().view(1, 3, 1, 1).to(device) for v in (mean, std)))
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class Augmentation:
     cut: int = 0
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """For each of `count` images: row offset, column offset, flip; int64 (count, 3)."""
+        """Draw row offset, column offset and flip (0 or 1) of `count` images; int64 (count, 3)."""
         flips = torch.randint(0, 1 + self.flip, (count,), generator=generator)
         offsets = torch.randint(0, 2 * self.crop_padding + self.cut + 1, (count, 2), generator=generator)
         return torch.cat([offsets, flips[:, None]], dim=1)
 
     def __call__(self, images: Tensor, draws: Tensor) -> Tensor:
-        """(B, 3, H, W) of any dtype, and the draws of these images."""
+        """Crop and flip images (B, 3, H, W) of any dtype by their `draws` (int64, (B, 3))."""
         if self.crop_padding or self.cut:
             height, width = (side - self.cut for side in images.shape[2:])
             padded = F.pad(images, (self.crop_padding,) * 4)
@@ -84,8 +85,8 @@ class Augmentation:
         return images
 
 
-def centre(images: Tensor, cut: int) -> Tensor:
-    """The central crop that is `cut` pixels smaller in height and in width, offset floor(cut / 2); a view."""
+def center_crop(images: Tensor, cut: int) -> Tensor:
+    """Return the central crop that is `cut` pixels smaller in height and in width, offset floor(cut / 2); a view."""
     height, width = images.shape[-2:]
     first = cut // 2
     return images[..., first : first + height - cut, first : first + width - cut]
@@ -93,12 +94,12 @@ def centre(images: Tensor, cut: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch of images in memory goes through, image by image; on the device.
+    """The images of an epoch in memory, in their order; on the device.
 
     Attributes:
         positions: of the images in their split; int64 (images,).
         labels: of these images, (images,) or (images, features).
-        draws: of their augmentation, int64 (images, 3); None where they are left as they are.
+        draws: of their augmentation, int64 (images, 3); None without augmentation.
     """
 
     positions: Tensor
@@ -113,6 +114,7 @@ class Epoch:
             self.draws.copy_(other.draws)
 
 
+@dataclass(eq=False)
 class Split:
     """Some rows of a source, as batches of float32 (B, 3, H, W) images and int64 (B,) labels on the device.
 
@@ -123,10 +125,10 @@ class Split:
     r, r + processes, r + 2 processes, ... of each batch, B ~ batch / processes. (So norm_batch's group n mod G of the
     batch is one process's, if batch / processes is a multiple of it.)
 
-    Args:
+    Attributes:
         source: where the images are.
         rows: which of its images belong to the split; int64 (N,).
-        labels: of these images; int64 (N,).
+        labels: of these images; int64 (N,), or float32 (N, features) of a regression.
         batch: images per batch.
         images_per_label: None, or a divisor of `batch`.
         drop_last: leave out the last batch of an epoch if it is smaller.
@@ -137,146 +139,141 @@ class Split:
             a split that is trained on.
     """
 
-    def __init__(
-        self,
-        source: Resident | Files,
-        rows: Tensor,
-        labels: Tensor,
-        normalisation: Normalisation,
-        device: torch.device,
-        *,
-        batch: int,
-        images_per_label: int | None = None,
-        drop_last: bool = False,
-        augmentation: Augmentation | None = None,
-        cut: int = 0,
-        seed: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        self.batch, self.images_per_label, self.drop_last = batch, images_per_label, drop_last
-        self.rank, self.processes = rank, processes
-        self.seed, self.device = seed, device
-        self.rows, self.labels = rows, labels
-        self._source, self._normalise = source, normalisation
-        self._augment, self._cut = augmentation, cut
-        self._ready: Tensor | None = None
-        if isinstance(source, Resident):
-            self._places = rows.to(device)
-            images = centre(source.images, cut)
-            if not augmentation and 4 * len(rows) * images[0].numel() <= READY_BYTES:
-                self._ready = normalisation(images[self._places])
+    source: Resident | Files
+    rows: Tensor
+    labels: Tensor
+    normalization: Normalization
+    device: torch.device
+    _: KW_ONLY
+    batch: int
+    images_per_label: int | None = None
+    drop_last: bool = False
+    augmentation: Augmentation | None = None
+    cut: int = 0
+    seed: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self._normalized: Tensor | None = None
+        if isinstance(self.source, Resident):
+            self._device_rows = self.rows.to(self.device)
+            images = center_crop(self.source.images, self.cut)
+            if not self.augmentation and 4 * len(self.rows) * images[0].numel() <= READY_BYTES:
+                self._normalized = self.normalization(images[self._device_rows])
 
     def __len__(self) -> int:
-        """Images."""
+        """Return the number of images."""
         return len(self.rows)
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         whole, rest = divmod(len(self), self.batch)
         return whole if self.drop_last and not self.images_per_label else whole + bool(rest)
 
     @property
     def images(self) -> int:
-        """Images of an epoch, counted as often as they come. Only the last batch can have fewer than `batch`."""
+        """The number of images of an epoch, with repetitions. Only the last batch can have fewer than `batch`."""
         full = self.steps * self.batch
         return full if self.images_per_label else min(full, len(self))
 
     def images_of(self, batch: int) -> int:
-        """Images in batch number `batch` of an epoch, over all processes."""
+        """Return the number of images in batch number `batch` of an epoch, over all processes."""
         return min(self.batch, self.images - batch * self.batch)
 
     @property
-    def share(self) -> int:
-        """Images of a full batch that this process reads."""
+    def local_batch(self) -> int:
+        """The number of images of a full batch that this process reads."""
         return math.ceil(self.batch / self.processes)
 
     @property
     def shared_batches(self) -> int:
-        """Batches of all images that every process has; some have one more."""
-        return math.ceil(len(self) // self.processes / self.share)
+        """The number of batches of all images that every process has; some have one more."""
+        return math.ceil(len(self) // self.processes / self.local_batch)
 
     def batches(self, epoch: int | None = None, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from number `start` on: drawn and augmented by what (seed, epoch) says.
-        Without an epoch: all images in their order as they are. Of several processes, each gets its share.
+        """Yield this process's share of the batches of an epoch from number `start` on.
+
+        Order and augmentation are drawn from streams of (seed, epoch). Without an epoch: all images in their order,
+        not augmented.
         """
-        mine = slice(start * self.batch + self.rank, None, self.processes)
+        share = slice(start * self.batch + self.rank, None, self.processes)
         if epoch is None:
-            return self._read(torch.arange(len(self))[mine], self.share, None, None)
-        order, draws = self._drawn(epoch)
-        return self._read(order[mine], self.share, epoch, None if draws is None else draws[mine])
+            return self._read(torch.arange(len(self))[share], self.local_batch)
+        order, draws = self._draw(epoch)
+        return self._read(order[share], self.local_batch, epoch, None if draws is None else draws[share])
 
     @property
     def resident(self) -> bool:
-        """Whether its images are in memory, on the device."""
-        return isinstance(self._source, Resident)
+        """Whether the images are in memory, on the device."""
+        return isinstance(self.source, Resident)
 
     def epoch(self, number: int) -> Epoch:
-        """What `batches(number)` goes through; for images in memory and a single process."""
-        order, draws = self._drawn(number)
-        return self._epoch(order, draws)
+        """Return the images of `batches(number)`; for images in memory and a single process."""
+        return self._epoch(*self._draw(number))
 
     def gather(self, positions: Tensor, draws: Tensor | None) -> Tensor:
-        """The images at `positions` (int64, (B,), on the device), augmented by their `draws` and normalised.
+        """Return the images at `positions` (int64, (B,), on the device), augmented by their `draws` and normalized.
 
         For images in memory; nothing waits for the device.
         """
-        if self._ready is not None:
-            return self._ready.index_select(0, positions)
-        assert isinstance(self._source, Resident)
-        pixels = self._source.images.index_select(0, self._places.index_select(0, positions))
-        return self._normalise(self._augmented(pixels, draws))
+        if self._normalized is not None:
+            return self._normalized.index_select(0, positions)
+        assert isinstance(self.source, Resident)
+        pixels = self.source.images.index_select(0, self._device_rows.index_select(0, positions))
+        return self._transform(pixels, draws)
 
     def plain(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images at positions `order` (int64, (n,)) of the split, in batches, not augmented; for every process."""
-        return self._read(order, self.batch, None, None)
+        """Yield the images at positions `order` (int64, (n,)) in batches, not augmented; the same in every process."""
+        return self._read(order, self.batch)
 
     def plain_batches(self, count: int) -> Iterator[Tensor]:
-        """The images of the first `count` batches, or fewer if it has fewer, of an epoch of its own: drawn as in
-        training, the same ones whenever asked for, not augmented; for every process.
+        """Yield the images of the first `count` batches (or of all, if fewer) of an epoch apart, not augmented.
+
+        They are drawn as in training, and are the same in every call and in every process.
         """
         return (images for images, _ in self.plain(self._order("precise")[: count * self.batch]))
 
     def _order(self, *key: object) -> Tensor:
-        """The positions that an epoch goes through; int64 (images,)."""
+        """Draw the positions of an epoch; int64 (images,)."""
         generator = stream(self.seed, *key)
         if self.images_per_label:
             return paired(self.labels, self.images, self.images_per_label, generator)
         return torch.randperm(len(self), generator=generator)[: self.images]
 
-    def _drawn(self, epoch: int) -> tuple[Tensor, Tensor | None]:
-        """The positions that an epoch goes through, and the draws of augmentation there."""
+    def _draw(self, epoch: int) -> tuple[Tensor, Tensor | None]:
+        """Draw the positions of an epoch and the augmentation there."""
         order = self._order("order", epoch)
-        if not self._augment:
+        if not self.augmentation:
             return order, None
         # An image has its draw wherever it comes. If it can come twice, a place has, and the image looks new
         # (but for the random resized crop of a streamed one, which is the image's own throughout an epoch).
-        count, whose = (len(order), slice(None)) if self.images_per_label else (len(self), order)
-        return order, self._augment.draw(count, stream(self.seed, "augment", epoch))[whose]
-
-    def _augmented(self, pixels: Tensor, draws: Tensor | None) -> Tensor:
-        if self._augment and draws is not None:
-            return self._augment(pixels, draws)
-        return centre(pixels, self._cut)
+        count, of_place = (len(order), slice(None)) if self.images_per_label else (len(self), order)
+        return order, self.augmentation.draw(count, stream(self.seed, "augment", epoch))[of_place]
 
     def _epoch(self, order: Tensor, draws: Tensor | None) -> Epoch:
         labels = self.labels[order].to(self.device)
         return Epoch(order.to(self.device), labels, None if draws is None else draws.to(self.device))
 
+    def _transform(self, pixels: Tensor, draws: Tensor | None) -> Tensor:
+        if self.augmentation and draws is not None:
+            return self.normalization(self.augmentation(pixels, draws))
+        return self.normalization(center_crop(pixels, self.cut))
+
     def _read(
-        self, order: Tensor, batch: int, epoch: int | None, draws: Tensor | None
+        self, order: Tensor, batch: int, epoch: int | None = None, draws: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(order):
             return
-        # Whatever belongs to single images is put into order once, so that a batch is but a slice of it.
-        each = self._epoch(order, draws)
-        parts, labels = each.positions.split(batch), each.labels.split(batch)
-        drawn: Sequence[Tensor | None] = [None] * len(parts) if each.draws is None else each.draws.split(batch)
-        pixels: Iterator[Tensor]
-        if isinstance(self._source, Resident):
-            pixels = map(self.gather, parts, drawn)
+        # All that belongs to single images is put into order once, so that a batch is a slice of it.
+        images = self._epoch(order, draws)
+        positions, labels = torch.split(images.positions, batch), torch.split(images.labels, batch)
+        parts: Sequence[Tensor | None] = [None] * len(labels)
+        if images.draws is not None:
+            parts = torch.split(images.draws, batch)
+        if isinstance(self.source, Resident):
+            yield from zip(map(self.gather, positions, parts), labels, strict=True)
         else:
-            files = self._source.read(self.rows[order], batch, epoch)
-            pixels = (self._normalise(self._augmented(*pair)) for pair in zip(files, drawn, strict=True))
-        yield from zip(pixels, labels, strict=True)
+            decoded = self.source.read(self.rows[order], batch, epoch)
+            yield from zip(map(self._transform, decoded, parts), labels, strict=True)

@@ -3,10 +3,11 @@
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -16,19 +17,20 @@ from normlab.common.cpu import cores
 from normlab.common.errors import UserError
 from normlab.data.images import Decoder
 
+Log = Callable[[str], None]
+Chunk = TypeVar("Chunk", bound=Sized)
+
 FORMAT = 1  # raise it when the same files would decode to other pixels
 CHUNK = 512  # images that are decoded between two writes
-TELL_SECONDS = 5.0  # between two words about how far a preparation is
+PROGRESS_SECONDS = 5.0  # between two lines about the progress of a preparation
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
-def decoded(
-    decoder: Decoder, paths: list[str], data_dir: Path, log: Callable[[str], None]
-) -> tuple[NDArray[np.uint8], str]:
-    """The pixels of `paths`, decoded now or at an earlier time, and their checksum.
+def decoded(decoder: Decoder, paths: list[str], data_dir: Path, log: Log) -> tuple[NDArray[np.uint8], str]:
+    """Return the pixels of `paths`, decoded now or at an earlier time, and their checksum.
 
     The file is named by all that decides its content: the files' paths, sizes and times and the decoding.
-    A damaged file is decoded again. Processes that ask at once decode once.
+    A damaged file is decoded again. Of several processes at once, one decodes.
 
     Returns:
         uint8 (N, 3, S, S), mapped into memory: writing to it changes neither file nor other processes.
@@ -38,20 +40,20 @@ def decoded(
     """
     name = f"{decoder.root.resolve().name}-{decoder.size}px-{_key(decoder, paths)}.npy"
     file = data_dir / "cache" / name
-    if (found := _open(file)) is None:
+    if (content := _open(file)) is None:
         with locked(file.with_suffix(".lock"), log):
-            if (found := _open(file)) is None:
+            if (content := _open(file)) is None:
                 if file.exists():
                     log(f"{file} is damaged; the images are decoded again.")
                 _write(file, decoder, paths, log)
-                found = _open(file)
-    if found is None:
+                content = _open(file)
+    if content is None:
         raise UserError(f"{file} was written but does not read back the same.\nCheck the disk of data_dir={data_dir}.")
-    return found
+    return content
 
 
 @contextmanager
-def locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
+def locked(path: Path, log: Log) -> Iterator[None]:
     """Hold the lock file `path`, so that of several processes one prepares the data and the others wait."""
     lock = FileLock(path)
     try:
@@ -69,6 +71,7 @@ def locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 
 def cannot_write(folder: Path, error: OSError) -> UserError:
+    """Return the error for a data folder that cannot be written."""
     return UserError(
         f"The data cannot be written to {folder}: {error.strerror or error}.\n"
         "Make room there, or name a folder that can be written: data_dir=... (or the variable NORMLAB_DATA)."
@@ -84,7 +87,7 @@ def _key(decoder: Decoder, paths: list[str]) -> str:
 
 
 def _open(file: Path) -> tuple[NDArray[np.uint8], str] | None:
-    """The array of `file` and its checksum; None if there is no such file or it is damaged."""
+    """Map the array of `file` and return it with its checksum; None if there is no such file or it is damaged."""
     try:
         content = np.memmap(file, np.uint8, "r")
     except (OSError, ValueError):  # none, or an empty one
@@ -95,26 +98,25 @@ def _open(file: Path) -> tuple[NDArray[np.uint8], str] | None:
     return np.load(file, mmap_mode="c"), checksum.hex()
 
 
-def _write(file: Path, decoder: Decoder, paths: list[str], log: Callable[[str], None]) -> None:
+def _write(file: Path, decoder: Decoder, paths: list[str], log: Log) -> None:
     """Decode into a file of NumPy's format with a checksum of all its bytes at the end."""
     started = time.monotonic()
     temporary = file.with_suffix(".tmp")
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), 3, decoder.size, decoder.size)}
+    progress = f"Decoding {decoder.root.name}, once: {{:,}} of {len(paths):,} images".format
     try:
         with (
             temporary.open("w+b") as out,
             ThreadPoolExecutor(cores()) as pool,
             warnings.catch_warnings(action="ignore"),  # Pillow's remarks on odd files that it does read
-            progress(log, f"Decoding {decoder.root.name}, once: {{:,}} of {len(paths):,} images".format) as advance,
         ):
             np.lib.format.write_array_header_1_0(out, header)
             out.seek(0)
             checksum = hashlib.sha256(out.read())
-            for start in range(0, len(paths), CHUNK):
-                images = np.stack(list(pool.map(decoder, paths[start : start + CHUNK])))
+            chunks = (paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK))
+            for images in with_progress((np.stack(list(pool.map(decoder, chunk))) for chunk in chunks), progress, log):
                 checksum.update(images.data)
                 out.write(images.data)  # not through a memory map: there a full disk is a crash, not an error
-                advance(len(images))
             out.write(checksum.digest())
         temporary.replace(file)
     except OSError as error:
@@ -124,17 +126,13 @@ def _write(file: Path, decoder: Decoder, paths: list[str], log: Callable[[str], 
     log(f"Decoded {len(paths):,} images of {decoder.root} in {time.monotonic() - started:.0f} s, kept as {file}.")
 
 
-@contextmanager
-def progress(log: Callable[[str], None], tell: Callable[[int], str]) -> Iterator[Callable[[int], None]]:
-    """Log `tell(number)`, now and every few seconds while the function that it yields is told of more."""
-    number, last = 0, time.monotonic()
-    log(tell(number))
-
-    def advance(more: int) -> None:
-        nonlocal number, last
-        number += more
-        if time.monotonic() - last >= TELL_SECONDS:
+def with_progress(chunks: Iterable[Chunk], text: Callable[[int], str], log: Log) -> Iterator[Chunk]:
+    """Yield `chunks`, and log `text(total length of those that are done)`, at first and then every few seconds."""
+    done, last = 0, time.monotonic()
+    log(text(done))
+    for chunk in chunks:
+        yield chunk
+        done += len(chunk)
+        if time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            log(tell(number))
-
-    yield advance
+            log(text(done))

@@ -1,4 +1,4 @@
-"""From an image file of any mode to the RGB pixels that a network gets."""
+"""Decoding: from an image file of any mode to the RGB pixels that a network gets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tf
 
-from normlab.data.inventory import require_one_size, unreadable
+from normlab.data.inventory import open_image, require_one_size
 
 
 def read(path: Path) -> Image.Image:
@@ -19,17 +19,14 @@ def read(path: Path) -> Image.Image:
     Raises:
         UserError: naming the file, if it cannot be decoded whole.
     """
-    try:
-        with Image.open(path) as image:
-            return to_rgb(image)
-    except Exception as error:  # Pillow's plugins raise whatever their parsing meets
-        raise unreadable(path, error) from None
+    with open_image(path) as image:
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode. Transparency is laid on white; of several frames the first counts.
+    """Convert any mode to RGB. Transparency is laid on white; of several frames the first counts.
 
-    16-bit grey is divided by 257, so that 65535 becomes 255. Mode I is taken as 16 bit, too: it is how
+    16-bit gray is divided by 257, so that 65535 becomes 255. Mode I is taken as 16 bit, too: it is how
     Pillow holds 16-bit files of several formats. Mode F is a fraction if no value is above 1, else 0 to 255.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -49,26 +46,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int, short_side: int) -> Image.Image:
-    """Resize the short side to `short_side` (bilinear, antialiased), then crop the centre `size` square."""
-    resized = tf.resize(image, short_side, InterpolationMode.BILINEAR)
-    return tf.center_crop(resized, size)
+    """Resize the short side to `short_side` (bilinear, antialiased), then crop the central `size` square."""
+    resized: Image.Image = tf.resize(image, short_side, InterpolationMode.BILINEAR)
+    cropped: Image.Image = tf.center_crop(resized, size)
+    return cropped
 
 
 def random_crop(image: Image.Image, size: int, scale: tuple[float, float], seed: int) -> Image.Image:
-    """torchvision's RandomResizedCrop with the draws of `seed` alone; the global stream is left as it was."""
+    """Apply torchvision's RandomResizedCrop with the draws of `seed` alone; the global stream is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-    return tf.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
+    made: Image.Image = tf.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
+    return made
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Makes (3, size, size) uint8 pixels of the files below `root`, in memory and streamed alike."""
+    """The decoding of the files below `root` to uint8 pixels (3, size, size), in memory and streamed alike."""
 
     root: Path
     size: int
-    short_side: int  # of the resized image that the centre square is taken from
+    short_side: int  # of the resized image that the central square is cut from
     one_size: bool  # every file has to have `size` already, because nobody chose one
     crop_scale: tuple[float, float] | None
 

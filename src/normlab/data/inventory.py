@@ -1,28 +1,41 @@
-"""What a data set holds, known without torch and before a sweep starts.
+"""The inventory of a data set: its images and classes, read without torch and before a sweep starts.
 
-Every mistake in a data set's settings that can be seen without decoding all of it is found here.
+Here is every check of a data set's settings that can be made without decoding all of it.
 """
 
 import os
 import threading
-import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from normlab.common.errors import UserError, nearest
-from normlab.config.schema import BuiltinDataset, ImageDataset, RegressionDataset
+from normlab.config.schema import BuiltinDataset, FolderDataset, ImageDataset, RegressionDataset
+
+if TYPE_CHECKING:  # Pillow is imported where an image is opened
+    from PIL import Image
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-PROBE_SECONDS = 2.0  # a mistake is told within 3 s, so a download is given this long to answer
-PEEK = 64  # images whose size is looked at when all are expected to have the same
+ANSWER_SECONDS = 2.0  # a mistake is reported within 3 s, so the server of a download has this long to answer
+SIZE_SAMPLE = 64  # training images whose size is read when all are expected to have the same
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """`train_images`: those left to train on after the validation split and `train_size`; `test_images` likewise."""
+    """The size of a data set as a run uses it.
+
+    Attributes:
+        train_images: left to train on after the validation split and `train_size`.
+        test_images: after `test_size`.
+        classes: None for a regression.
+        image_size: side in pixels, before any crop; None if the settings do not fix it.
+    """
 
     train_images: int
     test_images: int
@@ -54,6 +67,7 @@ class Cifar:
 
     @property
     def url(self) -> str:
+        """The address of the archive."""
         return f"https://www.cs.toronto.edu/~kriz/{self.archive}"
 
 
@@ -64,13 +78,15 @@ CIFARS = {
     ),
     "cifar100": Cifar("CIFAR-100", 100, "cifar-100-python", ("train", "test", "meta"), "cifar-100-python.tar.gz"),
 }
-IMAGENET_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
-IMAGENET_TRAIN = "ILSVRC2012_img_train.tar"
-IMAGENET_VAL = "ILSVRC2012_img_val.tar"
+IMAGENET_ARCHIVES = {  # by what torchvision unpacks them to (a test compares the names)
+    "meta.bin": "ILSVRC2012_devkit_t12.tar.gz",
+    "train": "ILSVRC2012_img_train.tar",
+    "val": "ILSVRC2012_img_val.tar",
+}
 
 
 def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventory:
-    """Find the data set and check the settings that depend on it.
+    """Locate the data set and check the settings that depend on it.
 
     Raises:
         UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
@@ -80,15 +96,14 @@ def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventor
     if isinstance(dataset, BuiltinDataset):
         if dataset.kind == "digits":
             return _inventory(dataset, train=1438, test=359, classes=10, image_size=dataset.image_size or 8)
-        _find_cifar(dataset.kind, data_dir)
+        _require_cifar(dataset.kind, data_dir)
         classes, size = CIFARS[dataset.kind].classes, dataset.image_size or 32
         return _inventory(dataset, train=50_000, test=10_000, classes=classes, image_size=size)
-    root = Path(dataset.path).expanduser()
-    if dataset.kind == "imagenet" and not _imagenet_is_unpacked(root):
+    if dataset.kind == "imagenet" and not _imagenet_is_unpacked(Path(dataset.path).expanduser()):
         return _inventory(dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size)
-    found = scan(root, ("val",) if dataset.kind == "imagenet" else ("test", "val"))
-    image_size = dataset.image_size or common_size(found)
-    return _inventory(dataset, len(found.train), len(found.test), len(found.classes), image_size)
+    listing = list_images(dataset)
+    image_size = dataset.image_size or common_size(listing)
+    return _inventory(dataset, len(listing.train), len(listing.test), len(listing.classes), image_size)
 
 
 def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image_size: int | None) -> Inventory:
@@ -125,12 +140,18 @@ def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image
 # --- Folders ----------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=8)  # a sweep asks once per run
+def list_images(dataset: FolderDataset) -> Listing:
+    """Return the images below `dataset.path`, as `scan` lists them."""
+    test_names = ("val",) if dataset.kind == "imagenet" else ("test", "val")
+    return scan(Path(dataset.path).expanduser(), test_names)
+
+
+@lru_cache(maxsize=8)  # a sweep checks every run
 def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
     """List `root/train/<class>/*` and the first of `root/<test_names>/<class>/*` that exists.
 
     Classes are the folders' names in sorted order. Folders inside a class are entered, hidden files and
-    files without an extension of `IMAGE_EXTENSIONS` are passed over.
+    files without an extension of `IMAGE_EXTENSIONS` are left out.
 
     Raises:
         UserError: the layout is not that, or the classes of the two parts differ.
@@ -144,21 +165,18 @@ def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
             raise UserError(f"The folder {root} has no folders in it.\n{layout}")
         if "train" not in parts or test_name is None:
             missing = "train" if "train" not in parts else " or ".join(test_names)
-            raise UserError(f"The folder {root} has no folder {missing}; it has {_some(sorted(parts))}.\n{layout}")
+            raise UserError(f"The folder {root} has no folder {missing}; it has {_abridged(sorted(parts))}.\n{layout}")
         train, test = _classes(root, "train", layout), _classes(root, test_name, layout)
     except OSError as error:
         raise UserError(f"The folder {root} cannot be read: {error.strerror} ({error.filename}).") from None
     if train.keys() != test.keys():
         raise UserError(_class_difference(root, set(train), test_name, set(test)))
-    classes = tuple(sorted(train))
-    return Listing(
-        root,
-        classes,
-        tuple(path for name in classes for path in train[name]),
-        tuple(label for label, name in enumerate(classes) for _ in train[name]),
-        tuple(path for name in classes for path in test[name]),
-        tuple(label for label, name in enumerate(classes) for _ in test[name]),
-    )
+    return Listing(root, tuple(train), *_paths_and_labels(train), *_paths_and_labels(test))
+
+
+def _paths_and_labels(classes: dict[str, list[str]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    labels = (label for label, paths in enumerate(classes.values()) for _ in paths)
+    return tuple(chain.from_iterable(classes.values())), tuple(labels)
 
 
 def _require_folder(root: Path) -> None:
@@ -176,19 +194,19 @@ def _require_folder(root: Path) -> None:
 
 
 def _classes(root: Path, part: str, layout: str) -> dict[str, list[str]]:
-    """The sorted image paths of each class below `root/part`."""
+    """List the image paths of each class below `root/part`, both sorted."""
     names = [e.name for e in os.scandir(root / part) if e.is_dir() and not e.name.startswith(".")]
     if not names:
         raise UserError(f"The folder {root / part} has no class folders in it.\n{layout}")
-    found = {name: sorted(_images(root, f"{part}/{name}")) for name in sorted(names)}
-    empty = [name for name, paths in found.items() if not paths]
+    classes = {name: sorted(_images(root, f"{part}/{name}")) for name in sorted(names)}
+    empty = [name for name, paths in classes.items() if not paths]
     if empty:
         raise UserError(
-            f"{'Classes' if len(empty) > 1 else 'A class'} without images in {root / part}: {_some(empty)}.\n"
+            f"{'Classes' if len(empty) > 1 else 'A class'} without images in {root / part}: {_abridged(empty)}.\n"
             f"Files count as images by their extension: {' '.join(IMAGE_EXTENSIONS)}.\n"
             "Add images, or remove the folder from both parts."
         )
-    return found
+    return classes
 
 
 def _images(root: Path, folder: str) -> Iterator[str]:
@@ -204,33 +222,41 @@ def _images(root: Path, folder: str) -> Iterator[str]:
 
 def _class_difference(root: Path, train: set[str], test_name: str, test: set[str]) -> str:
     lines = [f"The classes in train and {test_name} of {root} differ."]
-    for only, here in ((sorted(train - test), "train"), (sorted(test - train), test_name)):
+    for only, part in ((train - test, "train"), (test - train, test_name)):
         if only:
-            lines.append(f"Only in {here}: {_some(only)}.")
+            lines.append(f"Only in {part}: {_abridged(sorted(only))}.")
     return "\n".join([*lines, "Give both the same class folders: rename or remove those."])
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def _abridged(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @lru_cache(maxsize=8)
-def common_size(found: Listing) -> int:
-    """The side in pixels that all images seem to have, from a look at `PEEK` of the training images.
+def common_size(listing: Listing) -> int:
+    """Return the side in pixels that all images seem to have, by the headers of `SIZE_SAMPLE` training images.
 
     Raises:
         UserError: sizes differ or are not square, so that `dataset.image_size` has to be chosen.
     """
-    step = max(1, len(found.train) // PEEK)
-    return require_one_size({path: peek_size(found.root / path) for path in found.train[::step]})
+    sizes = {}
+    with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd files that it does read
+        for path in listing.train[:: max(1, len(listing.train) // SIZE_SAMPLE)]:
+            with open_image(listing.root / path) as image:
+                sizes[path] = image.size
+    return require_one_size(sizes)
 
 
 def require_one_size(sizes: dict[str, tuple[int, int]]) -> int:
-    """The side of images whose (width, height) are all one square; else the error that proposes a side."""
-    if len(set(sizes.values())) == 1 and len(set(next(iter(sizes.values())))) == 1:
-        return next(iter(sizes.values()))[0]
-    short_sides = sorted(min(size) for size in sizes.values())
+    """Return the side of images whose (width, height) are all one square.
+
+    Raises:
+        UserError: they are not; it proposes a side.
+    """
     (first, a), (last, b) = (pick(sizes.items(), key=lambda item: item[1]) for pick in (min, max))
+    if a == b and a[0] == a[1]:
+        return a[0]
+    short_sides = sorted(min(size) for size in sizes.values())
     differ = f"{first} is {a[0]}x{a[1]} and {last} is {b[0]}x{b[1]}" if a != b else f"all are {a[0]}x{a[1]}"
     raise UserError(
         f"The images are not squares of one size: {differ} pixels.\n"
@@ -239,34 +265,29 @@ def require_one_size(sizes: dict[str, tuple[int, int]]) -> int:
     )
 
 
-def peek_size(path: Path) -> tuple[int, int]:
-    """Width and height from the image's header."""
-    import warnings
+@contextmanager
+def open_image(path: Path) -> Iterator["Image.Image"]:
+    """Open an image file, whose header alone is read at first.
 
+    Raises:
+        UserError: naming the file, if it cannot be opened, or not be decoded inside the context.
+    """
     from PIL import Image
 
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
-            return image.size
+        with Image.open(path) as image:
+            yield image
     except Exception as error:  # Pillow's plugins raise whatever their parsing meets
-        raise unreadable(path, error) from None
-
-
-def unreadable(path: Path, error: Exception) -> UserError:
-    reason = "it is not an image that Pillow knows" if "cannot identify" in str(error) else str(error)
-    return UserError(
-        f"The image {path} cannot be read: {reason or type(error).__name__}.\nReplace the file or remove it."
-    )
+        reason = "it is not an image that Pillow knows" if "cannot identify" in str(error) else str(error)
+        raise UserError(
+            f"The image {path} cannot be read: {reason or type(error).__name__}.\nReplace the file or remove it."
+        ) from None
 
 
 def _imagenet_is_unpacked(root: Path) -> bool:
-    """Whether torchvision has unpacked ImageNet into `root`; if not, require what it unpacks."""
-    parts = {
-        "meta.bin": IMAGENET_DEVKIT,
-        "train": IMAGENET_TRAIN,
-        "val": IMAGENET_VAL,
-    }
-    missing = [archive for name, archive in parts.items() if not ((root / name).exists() or (root / archive).is_file())]
+    """Return whether torchvision has unpacked ImageNet into `root`; if not, require what it unpacks."""
+    unpacked = {name: (root / name).exists() for name in IMAGENET_ARCHIVES}
+    missing = [file for name, file in IMAGENET_ARCHIVES.items() if not (unpacked[name] or (root / file).is_file())]
     if missing:
         raise UserError(
             f"ImageNet is not complete in dataset.path={root}: missing {', '.join(missing)}.\n"
@@ -274,14 +295,14 @@ def _imagenet_is_unpacked(root: Path) -> bool:
             "they are unpacked there on first use. Or name the folder that has them: dataset.path=...\n"
             "Another folder in this layout: dataset=image_folder. Without any download: dataset=digits."
         )
-    return all((root / name).exists() for name in parts)
+    return all(unpacked.values())
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------
 
 
-def _find_cifar(kind: str, data_dir: Path) -> None:
-    """Return if the files are below `data_dir` (their checksums are tested on loading) or can be fetched."""
+def _require_cifar(kind: str, data_dir: Path) -> None:
+    """Require the files below `data_dir` (their checksums are tested on loading), or a server to fetch them from."""
     cifar = CIFARS[kind]
     folder = data_dir / cifar.folder
     if all((folder / name).is_file() for name in cifar.files) or (data_dir / cifar.archive).is_file():
@@ -292,6 +313,7 @@ def _find_cifar(kind: str, data_dir: Path) -> None:
 
 
 def cifar_missing(kind: str, data_dir: Path, reason: str) -> UserError:
+    """Return the error for a CIFAR that is neither complete nor can be downloaded."""
     cifar = CIFARS[kind]
     return UserError(
         f"{cifar.title} is not complete in data_dir={data_dir} and cannot be downloaded: {reason}.\n"
@@ -303,18 +325,18 @@ def cifar_missing(kind: str, data_dir: Path, reason: str) -> UserError:
 
 @lru_cache(maxsize=8)
 def unreachable(url: str) -> str | None:
-    """Why `url` does not answer within `PROBE_SECONDS`, or None if it does. Proxies are honoured."""
+    """Return why `url` does not answer within `ANSWER_SECONDS`, or None if it does. Proxies are honored."""
     answer: list[str | None] = []
 
-    def ask() -> None:
+    def request() -> None:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS):
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_SECONDS):
                 answer.append(None)
         except (OSError, ValueError) as error:
             answer.append(str(getattr(error, "reason", error)))
 
     # A thread, because the timeout of a connection does not bound the look-up of the host's name.
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=request, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return answer[0] if answer else f"no answer within {PROBE_SECONDS:g} s"
+    thread.join(ANSWER_SECONDS)
+    return answer[0] if answer else f"no answer within {ANSWER_SECONDS:g} s"

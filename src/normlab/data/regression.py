@@ -10,7 +10,7 @@ from normlab.config.schema import RegressionDataset
 
 
 def samples(dataset: RegressionDataset) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(x, y) to train on and (x, y) to test on; x float32 (N, features, 1, 1), y float32 (N, features).
+    """Draw (x, y) to train on and (x, y) to test on; x float32 (N, features, 1, 1), y float32 (N, features).
 
     A (features, features) and x have independent N(0, 1) entries, from streams that `split_seed` chooses.
     """
@@ -25,6 +25,7 @@ def samples(dataset: RegressionDataset) -> tuple[tuple[Tensor, Tensor], tuple[Te
 
 
 def fingerprint(*parts: Tensor) -> str:
+    """Return the SHA-256 of the values of tensors on the CPU, in hexadecimal digits."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.numpy().tobytes())

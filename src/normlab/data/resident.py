@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Resident:
-    """`images`: uint8 (N, 3, H, W) on the device of the run."""
+    """Images in memory: uint8 (N, 3, H, W), or float32 (N, features, 1, 1) of a regression."""
 
     images: Tensor
 
-    def read(self, rows: Tensor, batch: int, epoch: int | None = None) -> Iterator[Tensor]:
-        """Batches of the images at `rows`; `epoch` means nothing here."""
-        for part in rows.to(self.images.device).split(batch):
+    def read(self, rows: Tensor, batch: int) -> Iterator[Tensor]:
+        """Yield batches of the images at `rows` (int64, (n,))."""
+        for part in torch.split(rows.to(self.images.device), batch):
             yield self.images.index_select(0, part)

@@ -1,4 +1,4 @@
-"""Which images go together: the batches of sampler=paired, and an evaluation by the statistics of its batches."""
+"""Orders of images that make batches: of sampler=paired, and of an evaluation by the statistics of its batches."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ from normlab.data.splits import shuffled_by_class
 
 
 def paired(labels: Tensor, count: int, each: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` images of `labels` (int64, (N,)): labels with replacement, uniformly over those that occur,
-    and `each` images of every drawn label, side by side (Ioffe 2017, section 4.3).
+    """Draw `each` images of every drawn label, `count` in all, side by side (Ioffe 2017, section 4.3).
 
+    Labels are drawn from `labels` (int64, (N,)) with replacement, uniformly over those that occur.
     [A] The images of one drawn label are distinct and in random order, unless the class has fewer than `each`:
     then they are drawn with replacement, too. A label that is drawn again draws its images anew.
 
     Returns:
         int64 (count,) positions, of which j·each ... j·each + each - 1 have one label; `each` divides `count`.
     """
-    classes, sizes = labels.unique(return_counts=True)
+    classes, sizes = torch.unique(labels, return_counts=True)
     drawn = torch.randint(len(classes), (count // each,), generator=generator)
     size = sizes[drawn]
     enough = size >= each
@@ -30,7 +30,7 @@ def paired(labels: Tensor, count: int, each: int, generator: torch.Generator) ->
 
 
 def evaluation_order(labels: Tensor, each: int | None, generator: torch.Generator) -> Tensor:
-    """Every position of `labels` (int64, (N,)) once, so that batches of them are like those of training.
+    """Return every position of `labels` (int64, (N,)) once, so that batches of them are like those of training.
 
     That is in random order; with `each`, in groups of so many images of one label, the groups shuffled, and
     what is left over of the classes at the end. (Files lie sorted by class: batches of one class each would

@@ -1,28 +1,31 @@
-"""Where the images come from. One function per kind of data set; all give the same `Source`."""
+"""The sources of images. One function per kind of data set; all return a `Source`."""
 
 import hashlib
 import importlib.util
+import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.imagenet import ImageNet, load_meta_file
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import functional
 
 from normlab.common.errors import UserError
 from normlab.config.schema import FolderDataset
 from normlab.data import cache, inventory
+from normlab.data.cache import Log
 from normlab.data.images import Decoder
 from normlab.data.resident import Resident
 from normlab.data.splits import stratified, without
 from normlab.data.streaming import Files
 
-Log = Callable[[str], None]
+DOWNLOAD_CHUNK = 2**20  # bytes between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -39,16 +42,16 @@ class Source:
 
 
 def digits() -> Source:
-    """scikit-learn's 1,797 digits; grey values 0 to 16 become 0 to 240 (times 15, so exactly linear).
+    """Read scikit-learn's 1,797 digits; gray values 0 to 16 become 0 to 240 (times 15, so exactly linear).
 
     The test set is one fixed stratified fifth, the same for every seed and every user.
     """
     table = _digits_table()
-    grey = torch.from_numpy((table[:, :64] * 15).astype(np.uint8)).view(-1, 1, 8, 8)
+    gray = torch.from_numpy((table[:, :64] * 15).astype(np.uint8)).view(-1, 1, 8, 8)
     labels = torch.from_numpy(table[:, 64].astype(np.int64))
     test = stratified(labels, len(labels) // 5, "digits", "test")
     train = without(len(labels), test)
-    images = grey.repeat(1, 3, 1, 1)
+    images = gray.repeat(1, 3, 1, 1)
     return Source(
         classes=tuple("0123456789"),
         image_size=8,
@@ -60,9 +63,11 @@ def digits() -> Source:
     )
 
 
-def _digits_table() -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(1797, 65): 64 pixels and the digit. Read from scikit-learn's own file where it is in its place,
-    because importing scikit-learn takes a second and 100 MB that nothing else in a run needs.
+def _digits_table() -> NDArray[np.float64]:
+    """Read 64 pixels and the digit of each image, (1797, 65).
+
+    From scikit-learn's own file where it is in its place, because importing scikit-learn takes a second and 100 MB
+    that nothing else in a run needs.
     """
     package = importlib.util.find_spec("sklearn")
     folders = (package.submodule_search_locations if package else None) or []
@@ -76,10 +81,12 @@ def _digits_table() -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def cifar(kind: str, data_dir: Path, log: Log) -> Source:
-    """CIFAR through torchvision, which compares every file's checksum; downloaded if need be."""
-    from torchvision import datasets
+    """Read CIFAR through torchvision, which compares every file's checksum; downloaded if need be.
 
-    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[kind]
+    Raises:
+        UserError: it is not complete and cannot be downloaded, or `data_dir` cannot be written.
+    """
+    reader = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
     with warnings.catch_warnings(action="ignore"):  # NumPy's remarks on arrays pickled so long ago
         try:
             train = reader(data_dir, train=True)
@@ -98,54 +105,51 @@ def cifar(kind: str, data_dir: Path, log: Log) -> Source:
     )
 
 
-def _download_cifar(reader: Any, kind: str, data_dir: Path, log: Log) -> Any:
-    """Fetch and unpack what another process has not fetched while this one waited for the lock."""
-    from torchvision.datasets import utils
-
-    title = inventory.CIFARS[kind].title
-
-    @contextmanager
-    def words(total: int | None = None, **options: Any) -> Iterator[SimpleNamespace]:
-        of = f" of {total / 1e6:.0f}" if total else ""
-        with cache.progress(log, lambda count: f"Downloading {title}: {count / 1e6:.0f}{of} MB") as advance:
-            yield SimpleNamespace(update=advance)
-
+def _download_cifar(reader: type[CIFAR10], kind: str, data_dir: Path, log: Log) -> CIFAR10:
+    """Download, unless another process did while this one waited for the lock, and let torchvision unpack."""
+    title, archive = inventory.CIFARS[kind].title, data_dir / reader.filename
     log(f"Preparing {title} in {data_dir}.")
-    bar, utils.tqdm = utils.tqdm, words  # a bar is nothing for a log, and would land amid the lines about runs
     try:
+        # Not by torchvision, whose bar would land amid the lines about runs.
+        if not check_integrity(archive, reader.tgz_md5):
+            with urllib.request.urlopen(reader.url) as response, archive.open("wb") as file:
+                text = f"Downloading {title}: {{:.0f}} of {(response.length or 0) / 1e6:.0f} MB".format
+                chunks = iter(lambda: response.read(DOWNLOAD_CHUNK), b"")
+                for chunk in cache.with_progress(chunks, lambda count: text(count / 1e6), log):
+                    file.write(chunk)
         return reader(data_dir, train=True, download=True)
     except Exception as error:  # of the network, the archive, the disk: whatever urllib and tarfile meet
-        reason = str(getattr(error, "reason", error))
-        raise inventory.cifar_missing(kind, data_dir, reason) from None
-    finally:
-        utils.tqdm = bar
+        raise inventory.cifar_missing(kind, data_dir, str(getattr(error, "reason", error))) from None
 
 
-def _planar(images: np.ndarray[Any, Any]) -> Tensor:
-    """(N, H, W, 3) as torchvision has it to (N, 3, H, W): a view back of what the files hold, no copy."""
+def _planar(images: NDArray[np.uint8]) -> Tensor:
+    """Turn (N, H, W, 3) as torchvision has it into (N, 3, H, W): the layout of the files, so without a copy."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def resized(source: Source, size: int | None) -> Source:
-    """Images in memory at another size, bilinear with antialiasing, as torchvision resizes tensors."""
+    """Resize images in memory, bilinear with antialiasing, as torchvision resizes tensors."""
     if size is None or size == source.image_size:
         return source
-    from torchvision.transforms import functional
 
     def resize(images: Resident | Files) -> Resident:
         assert isinstance(images, Resident)
-        parts = images.images.split(1000)  # in floating point on the way
+        parts = torch.split(images.images, 1000)  # in floating point on the way
         return Resident(torch.cat([functional.resize(part, [size, size], antialias=True) for part in parts]))
 
     return replace(source, image_size=size, train=resize(source.train), test=resize(source.test))
 
 
 def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.device, log: Log) -> Source:
-    """Images in ImageNet's layout, decoded into memory or streamed, with the same pixels either way."""
+    """Decode images in ImageNet's layout into memory, or prepare to stream them; the same pixels either way.
+
+    Raises:
+        UserError: the layout is another, a file cannot be read, or `data_dir` cannot be written.
+    """
     root = Path(dataset.path).expanduser()
     names = _unpack_imagenet(root, log) if dataset.kind == "imagenet" else {}
-    found = inventory.scan(root, ("val",) if dataset.kind == "imagenet" else ("test", "val"))
-    size = dataset.image_size or inventory.common_size(found)
+    listing = inventory.list_images(dataset)
+    size = dataset.image_size or inventory.common_size(listing)
     decoder = Decoder(
         root,
         size,
@@ -154,7 +158,7 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         one_size=dataset.image_size is None,
         crop_scale=(dataset.crop_scale[0], dataset.crop_scale[1]) if dataset.crop_scale else None,
     )
-    count, decoded_bytes = len(found.train), (len(found.train) + len(found.test)) * 3 * size**2
+    count, decoded_bytes = len(listing.train), (len(listing.train) + len(listing.test)) * 3 * size**2
     streams = dataset.storage == "stream" or (
         dataset.storage == "auto" and (dataset.crop_scale is not None or decoded_bytes > dataset.memory_limit_gb * 1e9)
     )
@@ -162,39 +166,38 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
     test: Resident | Files
     if streams:
         log(f"Streaming {count:,} training images from {root} with {dataset.workers} workers.")
-        train, test = (Files(decoder, paths, seed, dataset.workers, device) for paths in (found.train, found.test))
-        fingerprint = _fingerprint(found, with_sizes=dataset.kind != "imagenet")
+        train, test = (Files(decoder, paths, seed, dataset.workers, device) for paths in (listing.train, listing.test))
+        fingerprint = _fingerprint(listing, with_sizes=dataset.kind != "imagenet")
     else:
-        array, fingerprint = cache.decoded(decoder, [*found.train, *found.test], data_dir, log)
+        array, fingerprint = cache.decoded(decoder, [*listing.train, *listing.test], data_dir, log)
         images = torch.from_numpy(array)
         train, test = Resident(images[:count]), Resident(images[count:])
     return Source(
-        classes=tuple(names.get(name, name) for name in found.classes),
+        classes=tuple(names.get(name, name) for name in listing.classes),
         image_size=size,
         fingerprint=fingerprint,
         train=train,
-        train_labels=torch.tensor(found.train_labels),
+        train_labels=torch.tensor(listing.train_labels),
         test=test,
-        test_labels=torch.tensor(found.test_labels),
+        test_labels=torch.tensor(listing.test_labels),
     )
 
 
-def _fingerprint(found: inventory.Listing, with_sizes: bool) -> str:
-    """Of names and, if asked for, sizes: a set copied elsewhere stays itself. (A million sizes of ImageNet,
-    whose content is known, would take minutes on a network's file system.)
+def _fingerprint(listing: inventory.Listing, with_sizes: bool) -> str:
+    """Hash names and, with `with_sizes`, sizes: a copied set keeps its fingerprint.
+
+    (A million sizes of ImageNet, whose content is known, would take minutes on a network's file system.)
     """
     digest = hashlib.sha256()
-    for path in (*found.train, *found.test):
-        digest.update(repr((path, (found.root / path).stat().st_size if with_sizes else 0)).encode())
+    for path in (*listing.train, *listing.test):
+        digest.update(repr((path, (listing.root / path).stat().st_size if with_sizes else 0)).encode())
     return digest.hexdigest()
 
 
 def _unpack_imagenet(root: Path, log: Log) -> dict[str, str]:
-    """Let torchvision unpack the archives on first use; the classes' names by their folders'."""
-    from torchvision.datasets.imagenet import ImageNet, load_meta_file
-
+    """Let torchvision unpack the archives on first use, and return the classes' names by their folders'."""
     try:
-        if not all((root / name).exists() for name in ("meta.bin", "train", "val")):
+        if not all((root / name).exists() for name in inventory.IMAGENET_ARCHIVES):
             with cache.locked(root / "normlab.lock", log):
                 log(f"Unpacking ImageNet in {root}; this takes a while, once.")
                 for split in ("train", "val"):

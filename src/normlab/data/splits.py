@@ -27,21 +27,23 @@ def stratified(labels: Tensor, size: int | None, *key: object) -> Tensor:
 
 
 def shuffled_by_class(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """For each class 0, 1, ... its positions in `labels` (int64, (N,)), in random order."""
+    """Return, for each class 0, 1, ..., its positions in `labels` (int64, (N,)), in random order."""
     shuffled = torch.randperm(len(labels), generator=generator)
-    return shuffled[torch.argsort(labels[shuffled], stable=True)].split(torch.bincount(labels).tolist())
+    return torch.split(shuffled[torch.argsort(labels[shuffled], stable=True)], torch.bincount(labels).tolist())
 
 
 def without(count: int, chosen: Tensor) -> Tensor:
-    """The positions below `count` that are not in `chosen`, ascending."""
+    """Return the positions below `count` that are not in `chosen` (int64), ascending."""
     kept = torch.ones(count, dtype=torch.bool)
     kept[chosen] = False
     return kept.nonzero().flatten()
 
 
 def training_rows(labels: Tensor, train_size: int | None, val_size: int, split_seed: int) -> tuple[Tensor, Tensor]:
-    """Positions to train on and to validate on. The validation images are taken out first, so that they
-    do not depend on `train_size`, which counts the images that are left to train on.
+    """Choose the positions to train on and to validate on, ascending; int64.
+
+    The validation images are taken out first, so that they do not depend on `train_size`, which counts the images
+    that are left to train on.
     """
     val = stratified(labels, val_size, split_seed, "val")
     rest = without(len(labels), val)

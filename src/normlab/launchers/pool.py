@@ -23,7 +23,7 @@ from normlab.launchers.sweep import Job, Sweep
 from normlab.training.interrupt import StopRequest
 
 if TYPE_CHECKING:
-    from normlab.training.run import Share
+    from normlab.training.run import Resources
 
 POLL_SECONDS = 0.5
 PACK = 8  # runs that a process trains at a time on a GPU
@@ -107,27 +107,27 @@ def _work(settings: list[dict[str, Any]], device: str, threads: int, pack: int) 
     """In a worker: runs from settings that were checked. Torch is imported here, by the worker's first run."""
     from normlab.training import packing
     from normlab.training.device import choose
-    from normlab.training.run import Share
+    from normlab.training.run import Resources
 
     configs = [schema.parse(one) for one in settings]
     if len(configs) == 1:
-        return [_carry_out(configs[0], Share(device, threads))]
+        return [_carry_out(configs[0], Resources(device, threads))]
     loaded: dict[object, Any] = {}
-    return packing.carry_out(
+    return packing.train_packed(
         configs,
         pack,
         choose(configs[0].device, device),
-        lambda config, turn: _carry_out(config, Share(device, threads, turn, loaded)),
+        lambda config, interleaver: _carry_out(config, Resources(device, threads, interleaver, loaded)),
     )
 
 
-def _carry_out(config: schema.RunConfig, share: "Share") -> dict[str, Any]:
-    from normlab.training.run import carry_out
+def _carry_out(config: schema.RunConfig, resources: "Resources") -> dict[str, Any]:
+    from normlab.training.run import train_run
 
     if _stop.requested:
         return {"state": "interrupted", "error": f"by {_stop.requested}"}
     try:
-        return carry_out(config, stop=_stop, share=share)
+        return train_run(config, stop=_stop, resources=resources)
     except RunBusyError as error:
         return {"state": ELSEWHERE, "error": str(error)}
     except InterruptedRunError as error:

@@ -40,9 +40,8 @@ def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
 
 
 def check_logger(logger: LoggerConfig) -> None:
-    """
-    Raises:
-        UserError: if the logger's packages are not installed.
+    """Raises:
+    UserError: if the logger's packages are not installed.
     """
     needed = {"mlflow": ("mlflow", "sqlalchemy")}.get(logger.name, () if logger.name == "none" else (logger.name,))
     missing = [package for package in needed if not _installed(package)]

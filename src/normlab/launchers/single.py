@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from normlab import runs
 from normlab.common.errors import InterruptedRunError, UserError
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 from normlab.common.progress import Display, outcome
 from normlab.config import schema
 from normlab.config.hydra import settings_of, stop, stop_interrupted
@@ -74,7 +74,7 @@ def train(config: schema.RunConfig, processes: Processes | None = None) -> float
     if processes.rank == 0 and not config.quiet:
         if finished:
             print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
-        print(f"Its record is in {run.folder}; tables and figures: {called('report')} study={config.study}")
+        print(f"Its record is in {run.folder}; tables and figures: {command_name('report')} study={config.study}")
     value = status.get("test_accuracy", status.get("test_loss"))
     return None if value is None else float(value)
 
@@ -90,13 +90,14 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
             display.news({"name": run.name})
         from normlab.training.distributed import group  # torch takes seconds to import
-        from normlab.training.run import Share, carry_out
+        from normlab.training.run import Resources, train_run
 
-        with group.join(processes, config.device) as team:
+        with group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that what one machine lacks is known to all
             watch = display.news if display else lambda status: None
-            status = carry_out(config, stop=stop, share=Share(team.device), watch=watch, team=team)
+            resources = Resources(joined.device)
+            status = train_run(config, stop=stop, resources=resources, on_status=watch, group=joined)
         if display:
             display.ended(run.name, status)
     return status

@@ -26,9 +26,10 @@ from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_v
 
 from normlab import runs
 from normlab.common.errors import UserError
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 from normlab.common.progress import Display, one_line, span
-from normlab.config.schema import Count, Positive, Whole, sentence, wrong
+from normlab.common.sentences import sentence, wrong
+from normlab.config.schema import Count, Positive, Whole
 from normlab.launchers.sweep import Job, Sweep
 from normlab.runs import files
 
@@ -102,9 +103,8 @@ class Needs(_Section):
 
 
 def parse(settings: Mapping[str, Any]) -> Needs:
-    """
-    Raises:
-        UserError: naming the first wrong setting.
+    """Raises:
+    UserError: naming the first wrong setting.
     """
     try:
         return Needs.model_validate(settings)
@@ -258,7 +258,7 @@ def _submit(jobs: Sequence[Job], needs: Needs, say: Callable[[str], None]) -> st
     number = f"an array of {len(shares)} jobs" if len(shares) > 1 else "one job"
     say(
         f"Submitted: {len(jobs)} runs as job {array}, {number}. What they print: {folder}/{array}_*.out\n"
-        f"How far they are: {called('report')} status study={jobs[0].config.study}, squeue --array --jobs={array}."
+        f"How far they are: {command_name('report')} status study={jobs[0].config.study}, squeue --array --jobs={array}."
         f" To cancel: scancel {array}"
     )
     return array

@@ -18,9 +18,9 @@ from normlab.norms import (
     data_dependent_start,
     find_sites,
     rewrite,
-    synchronise,
+    synchronize,
 )
-from normlab.norms.plain import with_bias
+from normlab.norms.plain import set_bias
 
 
 def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
@@ -43,16 +43,16 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
                 f"norm={config.norm.name} cannot have {setting}={value}: {made.refused[setting][value]}.\n"
                 f"Use another {setting}, or another norm."
             )
-    sites = find_sites(network) if config.init.name == "bn_folded" and not made.normalises else []
+    sites = find_sites(network) if config.init.name == "bn_folded" and not made.normalizes else []
     network = rewrite(network, made)
     for site in sites:
         if site.convolution is not None and starts.is_free(network, site):
             convolution = network.get_submodule(site.convolution)
             assert isinstance(convolution, nn.Conv2d)
-            with_bias(convolution, True)
+            set_bias(convolution)
     if config.input_norm == "bn":
         network = nn.Sequential(OrderedDict(input_norm=_input_norm(config), network=network))
-    return synchronise(network) if config.sync_stats else network
+    return synchronize(network) if config.sync_stats else network
 
 
 def base(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -80,7 +80,7 @@ def start(config: RunConfig, network: nn.Module, images: Tensor, *, num_classes:
         torch.manual_seed(key(config.seed, "start"))  # of dropout that is called as a function
         if config.init.name == "lsuv":
             starts.lsuv(inner, images)
-        elif config.init.name == "bn_folded" and not variant(config).normalises:
+        elif config.init.name == "bn_folded" and not variant(config).normalizes:
             starts.fold(inner, base(config, num_classes, image_size), images)
         data_dependent_start(inner, images)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.common.rng import stream
 from normlab.norms import ChannelAffine, MimicConv2d, Noise, Site, find_sites, fixup_start, zero_gamma
-from normlab.norms.layer_statistics import look_at
+from normlab.norms.layer_statistics import run_hooks
 from normlab.norms.steps import WEIGHT_LAYERS
 
 RELU_GAIN = math.sqrt(2)
@@ -126,7 +126,7 @@ def is_free(network: nn.Module, site: Site) -> bool:
 def _watched(network: nn.Module, images: Tensor, layers: list[Any], hook: Callable[..., Any]) -> None:
     handles = [layer.register_forward_hook(hook) for layer in layers]
     try:
-        look_at(network, images)
+        run_hooks(network, images, ())
     finally:
         for handle in handles:
             handle.remove()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def he_fan_out(network: nn.Module) -> None:
-    """torchvision's start of a convolution: normal with variance 2 / (out · kh · kw), biases at 0."""
+    """Torchvision's start of a convolution: normal with variance 2 / (out · kh · kw), biases at 0."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Normalisation variants as rewrites of a network's sites, for any project: needs torch and `normlab.common.errors`.
+"""Normalization variants as rewrites of a network's sites, for any project: needs torch and `normlab.common`.
 
     from normlab import norms
     model = norms.rewrite(torchvision.models.resnet18(num_classes=10), "renorm", rmax=2.0)
@@ -15,11 +15,11 @@ from normlab.norms.layer_statistics import (
     batch_statistics,
     precise_statistics,
     statistics_layers,
-    synchronise,
+    synchronize,
 )
 from normlab.norms.lp import LpNorm, LpNorm2d
 from normlab.norms.mimic import LogitBatchNorm, MimicConv2d, MimicNorm
-from normlab.norms.moving_average import MABN, CentredConv2d, MovingAverageBatchNorm2d, PowerNorm, PowerNorm2d
+from normlab.norms.moving_average import MABN, CenteredConv2d, MovingAverageBatchNorm2d, PowerNorm, PowerNorm2d
 from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
 from normlab.norms.norm_activation import (
     EvoNorm2dB0,
@@ -40,7 +40,7 @@ from normlab.norms.normalizer_free import (
     activation_gain,
 )
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
-from normlab.norms.registry import NAMED, named, rewrite
+from normlab.norms.registry import named, rewrite, variants
 from normlab.norms.renorm import BatchRenorm, BatchRenorm2d
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
 from normlab.norms.sites import Site, Variant, find_sites, trace
@@ -50,7 +50,7 @@ from normlab.norms.weights import (
     MeanOnlyWeightNorm,
     NormProp,
     PropagatedReLU,
-    ReparametrisedConv2d,
+    ReparametrizedConv2d,
     TReLU,
     TReLUWeightNorm,
     UnitNormConv2d,
@@ -58,6 +58,8 @@ from normlab.norms.weights import (
     WeightNormConv2d,
     data_dependent_start,
 )
+
+NAMED = {name: cls for name, (cls, _) in variants().items()}
 
 __all__ = [
     "MABN",
@@ -69,7 +71,7 @@ __all__ = [
     "BatchRenorm2d",
     "BatchStatistics",
     "Branch",
-    "CentredConv2d",
+    "CenteredConv2d",
     "ChannelAffine",
     "Clock",
     "ConstantScale",
@@ -102,7 +104,7 @@ __all__ = [
     "PowerNorm",
     "PowerNorm2d",
     "PropagatedReLU",
-    "ReparametrisedConv2d",
+    "ReparametrizedConv2d",
     "ScalarAffine",
     "ScalarBias",
     "ScalarScale",
@@ -127,7 +129,8 @@ __all__ = [
     "precise_statistics",
     "rewrite",
     "statistics_layers",
-    "synchronise",
+    "synchronize",
     "trace",
+    "variants",
     "zero_gamma",
 ]

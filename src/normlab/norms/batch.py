@@ -1,4 +1,4 @@
-"""Batch normalisation: PyTorch's kernel, for the whole batch or for groups inside it."""
+"""Batch normalization: PyTorch's kernel, for the whole batch or for groups inside it."""
 
 from typing import Any, ClassVar
 
@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.common.registry import option, register
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.sites import NO_GAMMA, Variant
 
 
-class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):
+class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]  # its momentum is never None
     """BatchNorm2d, over groups of `norm_batch` images if that is given (see `BatchStatistics`).
 
     Per group and channel, with mean mu and biased variance v:
@@ -18,7 +19,7 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):
         y = gamma · (x - mu) / sqrt(v + eps) + beta
 
     The moving averages take the mean over groups of each group's mean and unbiased variance, weighted by its
-    images (Ioffe 2017, section 4.2, normalises groups of 4 inside batches of 32 in this way).
+    images (Ioffe 2017, section 4.2, normalizes groups of 4 inside batches of 32 in this way).
 
     Invariant: with k >= N it is nn.BatchNorm2d, and runs as that.
     """
@@ -26,58 +27,66 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):
     lr_divisors: dict[str, float]
 
     def __init__(self, channels: int, *, norm_batch: int | None = None, **options: Any) -> None:
-        super().__init__(channels, **options)
+        nn.BatchNorm2d.__init__(self, channels, **options)
         self.norm_batch = norm_batch
         self.lr_divisors = {}
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, H, W), by PyTorch's layer where that can do it."""
         whole = self.norm_batch is None or self.norm_batch >= len(input)
-        others = self.synchronised or self.shares_averages or self.evaluates_on_batch  # what PyTorch's layer cannot do
+        others = self.synchronized or self.shares_averages or self.evaluates_on_batch  # what PyTorch's layer cannot do
         if (whole and not others) or not (self.training or self.evaluates_on_batch):
             return self.evaluate(input)
         return super().forward(input)
 
-    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `BatchStatistics.normalize`."""
         gamma = None if self.weight is None else per_group(self.weight, groups)
         beta = None if self.bias is None else per_group(self.bias, groups)
-        if self.synchronised:
-            return self._normalise_together(input, gamma, beta)
+        if self.synchronized:
+            return self._normalize_together(input, gamma, beta)
         mean = torch.zeros(input.shape[1], device=input.device, dtype=full_precision(input[:0]).dtype)
         var = torch.zeros_like(mean)
         return F.batch_norm(input, mean, var, gamma, beta, True, 1.0, self.eps), (mean, var)
 
-    def _normalise_together(
+    def _normalize_together(
         self, input: Tensor, gamma: Tensor | None, beta: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The formula, with means over all processes."""
         x = full_precision(input)
         mu = self.batch_mean(x)
-        centred = x - broadcast(mu)
-        v = self.batch_mean(centred.square())
-        y = centred * broadcast(torch.rsqrt(v + self.eps))
+        centered = x - broadcast(mu)
+        v = self.batch_mean(centered.square())
+        y = centered * broadcast(torch.rsqrt(v + self.eps))
         if gamma is not None and beta is not None:
             y = y * broadcast(gamma) + broadcast(beta)
         count = self.batch_count(input)
         return y.to(input.dtype), (mu.detach(), v.detach() * count / (count - 1))
 
     def evaluate(self, input: Tensor) -> Tensor:
+        """Run PyTorch's layer."""
         return nn.BatchNorm2d.forward(self, input)
 
     def update(self, *statistics: Tensor) -> None:
-        mean, var = statistics
-        assert self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr]
-        self.running_var.lerp_(var, self.momentum)  # type: ignore[union-attr]
-        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        """See `BatchStatistics.update`."""
+        super().update(*statistics)
+        self.get_buffer("num_batches_tracked").add_(1)
 
-    def adopt(self, *means: Tensor) -> None:
-        mean, square = means
-        self.running_mean.copy_(mean)  # type: ignore[union-attr]
-        self.running_var.copy_((square - mean.square()).clamp_min(0))  # type: ignore[union-attr]
+    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
+        """Return mean and biased variance."""
+        mean, square = moments
+        return mean, (square - mean.square()).clamp_min(0)
 
 
+@register(
+    "bn",
+    aliases=("batch", "batchnorm", "batchnorm2d", "batchnormalization", "syncbatchnorm", "syncbn"),
+    family="BN and its parts",
+    order=0,
+)
+@register("bn_scaled", family="BN and its parts", order=4, defaults={"scale_init": 0.1, "scale_lr_divisor": 100.0})
 class BatchNorm(Variant):
-    """Batch normalisation (Ioffe & Szegedy 2015), by PyTorch's own layer.
+    """Batch normalization (Ioffe & Szegedy 2015), by PyTorch's own layer.
 
     For x of shape (N, C, H, W), per channel over m = N·H·W values, with mean mu and biased variance v:
 
@@ -90,22 +99,13 @@ class BatchNorm(Variant):
 
     affine = True
 
-    def __init__(
-        self,
-        *,
-        eps: float,
-        momentum: float,
-        scale_init: float = 1.0,
-        scale_lr_divisor: float = 1.0,
-        norm_batch: int | None = None,
-    ) -> None:
-        super().__init__(norm_batch=norm_batch)
-        self.eps = eps
-        self.momentum = momentum
-        self.scale_init = scale_init
-        self.scale_lr_divisor = scale_lr_divisor
+    eps: float = option(1e-5, gt=0)
+    momentum: float = option(0.1, gt=0, le=1)
+    scale_init: float = option(1.0)
+    scale_lr_divisor: float = option(1.0, gt=0)
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        """Return a `GroupedBatchNorm2d`."""
         layer = GroupedBatchNorm2d(
             norm.num_features, norm_batch=self.norm_batch, eps=self.eps, momentum=self.momentum, affine=self.affine
         )
@@ -116,8 +116,9 @@ class BatchNorm(Variant):
         return layer
 
 
+@register("bnminus", aliases=("batchnormminus",), family="BN and its parts", order=2)
 class BatchNormMinus(BatchNorm):
-    """Batch normalisation without its shift and scale (Peerthum & Stamp 2023, "BatchNorm-minus").
+    """Batch normalization without its shift and scale (Peerthum & Stamp 2023, "BatchNorm-minus").
 
         y = (x - mu) / sqrt(v + eps)
 
@@ -125,4 +126,6 @@ class BatchNormMinus(BatchNorm):
     """
 
     affine = False
+    scale_init = 1.0  # no option here, nor is the next
+    scale_lr_divisor = 1.0
     refused: ClassVar[dict[str, dict[str, str]]] = NO_GAMMA

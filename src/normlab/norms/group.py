@@ -1,4 +1,4 @@
-"""Normalisers of each image by itself: the same in training and evaluation, and at any batch size."""
+"""Normalizers of each image by itself: the same in training and evaluation, and at any batch size."""
 
 import math
 from collections.abc import Sequence
@@ -7,19 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError, nearest
+from normlab.common.registry import option, register
 from normlab.norms.layer_statistics import full_precision
-from normlab.norms.options import check_count
-from normlab.norms.sites import Variant, start_as
+from normlab.norms.sites import Variant, copy_affine
 
 
 class GroupNorm2d(nn.GroupNorm):
     """nn.GroupNorm with float32 statistics and the input's dtype.
 
     Raises:
-        ValueError: in training, if a group is a single value, of which normalisation leaves nothing.
+        ValueError: in training, if a group is a single value, of which normalization leaves nothing.
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, H, W)."""
         if self.training and input[0].numel() == self.num_groups:
             raise ValueError(f"Expected more than one value per group of channels, got maps of {tuple(input.shape)}")
         output = torch.group_norm(full_precision(input), self.num_groups, self.weight, self.bias, self.eps)
@@ -29,13 +30,10 @@ class GroupNorm2d(nn.GroupNorm):
 class GroupedVariant(Variant):
     """A variant with `groups` of neighbouring channels at each site."""
 
-    def __init__(self, *, groups: int, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        check_count("groups", groups)
-        self.groups = groups
-        self.eps = eps
+    groups: int = option(32, ge=1)
 
     def check(self, channels: Sequence[int]) -> None:
+        """Refuse a layer whose channels `groups` does not divide."""
         wrong = [count for count in channels if count % self.groups]
         if wrong:
             common = math.gcd(*channels)
@@ -46,8 +44,9 @@ class GroupedVariant(Variant):
             )
 
 
+@register("gn", aliases=("group", "groupnorm", "groupnormalization"), family="statistics of a sample", order=14)
 class GroupNorm(GroupedVariant):
-    """Group normalisation (Wu & He 2018, 1803.08494), by PyTorch's kernel.
+    """Group normalization (Wu & He 2018, 1803.08494), by PyTorch's kernel.
 
     For x of shape (N, C, H, W), with mean mu and biased variance v per image and group of C / `groups`
     neighbouring channels, over those channels and H and W:
@@ -57,30 +56,43 @@ class GroupNorm(GroupedVariant):
     Invariant: an image's output depends on no other image, so `norm_batch` changes nothing.
     """
 
+    eps: float = option(1e-5, gt=0)
+
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        return start_as(norm, GroupNorm2d(self.groups, norm.num_features, eps=self.eps))
+        """Return a `GroupNorm2d`."""
+        return copy_affine(norm, GroupNorm2d(self.groups, norm.num_features, eps=self.eps))
 
 
+@register(
+    "ln",
+    aliases=("layer", "layernorm", "layernorm2d", "layernormalization"),
+    family="statistics of a sample",
+    order=15,
+)
 class LayerNorm(GroupNorm):
-    """Layer normalisation of the maps: `GroupNorm` with one group, as in its paper.
+    """Layer normalization of the maps: `GroupNorm` with one group, as in its paper.
 
     Statistics per image over C, H and W; gamma and beta stay per channel (nn.LayerNorm's are per value).
     """
 
-    def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(groups=1, eps=eps, norm_batch=norm_batch)
+    groups = 1
 
 
+@register(
+    "in",
+    aliases=("instance", "instancenorm", "instancenorm2d", "instancenormalization"),
+    family="statistics of a sample",
+    order=16,
+)
 class InstanceNorm(Variant):
-    """Instance normalisation: `GroupNorm` with a group for each channel, without moving averages.
+    """Instance normalization: `GroupNorm` with a group for each channel, without moving averages.
 
     Statistics per image and channel over H and W. A network that ends in 1x1 maps is refused: of a single value
     nothing is left, and all images would be classified alike.
     """
 
-    def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        self.eps = eps
+    eps: float = option(1e-5, gt=0)
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        return start_as(norm, GroupNorm2d(norm.num_features, norm.num_features, eps=self.eps))
+        """Return a `GroupNorm2d` with a group for each channel."""
+        return copy_affine(norm, GroupNorm2d(norm.num_features, norm.num_features, eps=self.eps))

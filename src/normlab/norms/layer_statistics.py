@@ -1,12 +1,13 @@
-"""What layers with statistics of the batch share: groups inside the batch, moving averages, synchronisation."""
+"""Statistics of the batch: groups inside it, moving averages, several processes, statistics for evaluation."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, library, nn
+from torch.utils.hooks import RemovableHandle
 
 from normlab.common.errors import UserError
 
@@ -14,110 +15,128 @@ from normlab.common.errors import UserError
 class BatchStatistics(nn.Module):
     """A layer over x (N, C, H, W) with statistics per channel over the images of a group, and H and W.
 
-    A subclass says what happens to one group (`normalise`), in evaluation (`evaluate`), to the moving averages
-    (`update`), and which moments of its input make up its averages (`moments`, `adopt`).
+    It has `weight` (C,) from 1, `bias` (C,) from 0, a buffer (C,) for each of `averages`, and an attribute for each
+    further keyword. A subclass defines `normalize` for one group, `evaluate`, and `averages_of` for precise statistics.
 
     With `norm_batch` = k and N = G·k + r, image n < G·k belongs to group n mod G, so that the groups are a view
     (k, G·C, H, W) of x in which every group's channel is a channel; the last r images are a smaller group.
     """
 
+    averages: ClassVar[dict[str, float]] = {"running_mean": 0.0, "running_var": 1.0}  # name -> initial value
+    counter: ClassVar[str | None] = None  # a buffer that counts batches; with it averages begin as plain means
+    takes_single_values: ClassVar[bool] = False  # whether a group may have a single value per channel
     norm_batch: int | None = None  # images of a group; None: all of the batch
-    takes_single_values = False  # whether a group may have a single value per channel
-    synchronised = False  # one group over all processes of torch.distributed
+    synchronized = False  # one group over all processes of torch.distributed
     shares_averages = False  # groups of each process's own, and moving averages over all processes' groups
     evaluates_on_batch = False  # in evaluation, use the batch's statistics as in training
 
-    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(k, G·C, H, W) -> the output, and statistics (G·C,) without gradient for the moving averages.
+    weight: nn.Parameter
+    bias: nn.Parameter
+    momentum: float  # weight of the newest batch in the moving averages
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__()
+        for name, value in options.items():
+            setattr(self, name, value)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        for name, start in self.averages.items():
+            self.register_buffer(name, torch.full((channels,), start))
+        if self.counter is not None:
+            self.register_buffer(self.counter, torch.zeros((), dtype=torch.long))
+
+    def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the output for (k, G·C, H, W), and statistics (G·C,) without gradient, one for each of `averages`.
 
         Parameters and averages (C,) belong to channel c of every group: `per_group` repeats them.
         """
         raise NotImplementedError
 
     def evaluate(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) -> the output, by moving averages."""
+        """Return the output for (N, C, H, W) by moving averages."""
         raise NotImplementedError
 
-    def update(self, *statistics: Tensor) -> None:
-        """Take a step's statistics (C,), means over its groups weighted by images, into the moving averages."""
+    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
+        """Return the value (C,) for each of `averages` from means over many batches of what `moments` returns."""
         raise NotImplementedError
 
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Statistics (C,) of the whole input whose means over many batches `adopt` can use; by default the mean
-        and the mean square.
-        """
+        """Return statistics (C,) of the whole input for `averages_of`; by default the mean and the mean square."""
         return _mean(input.double()), _mean(input.double().square())
 
-    def adopt(self, *means: Tensor) -> None:
-        """Set the moving averages to what `moments` says of many batches."""
-        raise NotImplementedError
+    def update(self, *statistics: Tensor) -> None:
+        """Take a step's statistics (C,), means over its groups weighted by images, into the moving averages."""
+        newest: float | Tensor = self.momentum
+        if self.counter is not None:
+            count = self.get_buffer(self.counter).add_(1)
+            newest = count.to(statistics[0].dtype).reciprocal().clamp_min(self.momentum)
+        for name, statistic in zip(self.averages, statistics, strict=True):
+            self.get_buffer(name).lerp_(statistic, newest)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, H, W) group by group.
+
+        Raises:
+            ValueError: if a group has a single value per channel, of which normalization would leave nothing.
+        """
         if not (self.training or self.evaluates_on_batch):
             return self.evaluate(input)
         images = len(input)
         size = min(self.norm_batch or images, images)
         groups, rest = divmod(images, size)
-        values = (rest or size) * input[0, 0].numel() * (processes() if self.synchronised else 1)
+        values = (rest or size) * input[0, 0].numel() * (processes() if self.synchronized else 1)
         if values == 1 and not self.takes_single_values:
             raise ValueError(f"Expected more than one value per channel and group, got maps of {tuple(input.shape)}")
         if groups == 1 and rest == 0:
-            output, statistics = self.normalise(input, 1)
+            output, statistics = self.normalize(input, 1)
         else:
             whole, shape = groups * size, input.shape[1:]
             viewed = input[:whole].reshape(size, groups * shape[0], *shape[1:])
-            output, statistics = self.normalise(viewed, groups)
+            output, statistics = self.normalize(viewed, groups)
             output = output.reshape(whole, *shape)
             statistics = tuple(s.view(groups, -1).mean(0) for s in statistics)
             if rest:
-                last, others = self.normalise(input[whole:], 1)
+                last, others = self.normalize(input[whole:], 1)
                 output = torch.cat([output, last])
                 pairs = zip(statistics, others, strict=True)
                 statistics = tuple(torch.lerp(s, other, rest / images) for s, other in pairs)
         if self.training:
             with torch.no_grad():
-                self.update(*self._over_processes(statistics, images))
+                if self.shares_averages and processes() > 1:
+                    statistics = mean_over_processes(torch.cat(statistics), images).chunk(len(statistics))
+                self.update(*statistics)
         return output
 
-    def _over_processes(self, statistics: tuple[Tensor, ...], images: int) -> tuple[Tensor, ...]:
-        """Their means over all processes, weighted by images, if these share their averages."""
-        if not self.shares_averages or processes() == 1:
-            return statistics
-        total = torch.cat([*statistics, torch.ones_like(statistics[0][:1])]) * images
-        dist.all_reduce(total)
-        return (total[:-1] / total[-1]).chunk(len(statistics))
-
     def batch_mean(self, input: Tensor) -> Tensor:
-        """Mean over images, H and W of float32 or float64 (n, C, H, W), over all processes if synchronised; (C,).
+        """Return the mean (C,) over images, H and W of float32 or float64 (n, C, H, W).
 
-        Differentiable, also across processes.
+        Over all processes, if the layer is synchronized. Differentiable, also across processes.
         """
         mean = _mean(input)
-        if not self.synchronised or processes() == 1:
+        if not self.synchronized or processes() == 1:
             return mean
-        count = torch.full_like(mean[:1], input.numel() / mean.numel())
-        total = _AllReduce.apply(torch.cat([mean * count, count]))
-        return total[:-1] / total[-1]
+        return mean_over_processes(mean, input.numel() / mean.numel())
 
     def batch_count(self, input: Tensor) -> Tensor | float:
-        """Values per channel that `batch_mean` takes the mean of."""
+        """Return the number of values per channel that `batch_mean` takes the mean of."""
         count = input.numel() / input.shape[1]
-        if not self.synchronised or processes() == 1:
+        if not self.synchronized or processes() == 1:
             return count
         total = torch.tensor(count, device=input.device)
         dist.all_reduce(total)
         return total
 
     def batch_max(self, input: Tensor) -> Tensor:
-        """Maximum over images, H and W, over all processes if synchronised; (C,). Differentiable."""
+        """Return the maximum (C,) over images, H and W, as `batch_mean` does the mean."""
         highest = input.amax((0, 2, 3))
-        if not self.synchronised or processes() == 1:
+        if not self.synchronized or processes() == 1:
             return highest
-        return _AllReduceMax.apply(highest)
+        over_processes: Tensor = _AllReduceMax.apply(highest)
+        return over_processes
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over processes, and of its gradients."""
+    """The sum over processes; its gradients are summed likewise."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -147,25 +166,32 @@ class _AllReduceMax(torch.autograd.Function):
         (has_it,) = ctx.saved_tensors
         total = torch.stack([gradient, has_it.to(gradient.dtype)])
         dist.all_reduce(total)
-        return has_it * total[0] / total[1]
+        share: Tensor = has_it * total[0] / total[1]
+        return share
+
+
+def mean_over_processes(mean: Tensor, weight: float) -> Tensor:
+    """Return the mean (C,) of the processes' means, each weighted by its `weight`; differentiable."""
+    total: Tensor = _AllReduce.apply(torch.cat([mean, torch.ones_like(mean[:1])]) * weight)
+    return total[:-1] / total[-1]
 
 
 def per_group(per_channel: Tensor, groups: int) -> Tensor:
-    """(C,) -> (G·C,), the same for the channels of every group."""
+    """Return (C,) as (G·C,), the same for the channels of every group."""
     return per_channel if groups == 1 else per_channel.repeat(groups)
 
 
 def broadcast(per_channel: Tensor) -> Tensor:
-    """(C,) -> (1, C, 1, 1)."""
+    """Return (C,) as (1, C, 1, 1)."""
     return per_channel[None, :, None, None]
 
 
 def full_precision(input: Tensor) -> Tensor:
-    """Statistics are computed in float32 at least."""
+    """Return the input in float32, or float64 if it is that: the precision that statistics are computed in."""
     return input if input.dtype == torch.float64 else input.float()
 
 
-@library.custom_op("normlab::held", mutates_args=())
+@library.custom_op("normlab::keep", mutates_args=())
 def _copy(x: Tensor) -> Tensor:
     return x.clone()
 
@@ -175,8 +201,8 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def held(x: Tensor) -> Tensor:
-    """x, also to the backward pass of a compiled forward pass that goes on to change what x was computed from.
+def keep_for_backward(x: Tensor) -> Tensor:
+    """Return x, with the value that it has now also in a compiled backward pass.
 
     torch.compile recomputes cheap values in the backward pass, from buffers that `update` has changed by then; it does
     not recompute operations that it does not know.
@@ -192,12 +218,13 @@ _apart = False
 
 
 def processes() -> int:
+    """Return the number of processes that batch statistics and averages can be over."""
     return dist.get_world_size() if not _apart and dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """Inside, every process of a distributed run is on its own, for what each of them does with the same images."""
+    """Let every process of a distributed run be on its own inside, for work that each of them does on equal images."""
     global _apart
     before, _apart = _apart, True
     try:
@@ -206,17 +233,18 @@ def apart() -> Iterator[None]:
         _apart = before
 
 
-def synchronise(network: nn.Module) -> nn.Module:
+def synchronize(network: nn.Module) -> nn.Module:
     """Let every layer with batch statistics take them over all processes of a distributed run; in place."""
     for layer in statistics_layers(network):
-        layer.synchronised = True
+        layer.synchronized = True
     return network
 
 
 def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
-    """
+    """Return the layers of a network that have batch statistics.
+
     Raises:
-        UserError: if the network has a batch normalisation that does not know what the others know.
+        UserError: if the network has a batch normalization of PyTorch, which cannot do what they can.
     """
     layers = []
     for name, module in network.named_modules():
@@ -232,7 +260,7 @@ def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
 
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """Inside, a network in evaluation mode normalises each batch by its own statistics and keeps its averages.
+    """Let a network in evaluation mode normalize each batch by its own statistics inside, and keep its averages.
 
     Raises:
         UserError: see `statistics_layers`.
@@ -248,40 +276,60 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 
 
 def is_random(module: nn.Module) -> bool:
-    """Whether a layer draws random numbers in training."""
+    """Return whether a layer draws random numbers in training."""
     return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "Noise")
 
 
-@torch.no_grad()
-def look_at(network: nn.Module, images: Tensor) -> None:
-    """One forward pass for what hooks see of it: in training mode, but without what is random (dropout, stochastic
-    depth, noise), and with buffers and modes left as they were.
-    """
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    modes = {module: module.training for module in network.modules()}
-    network.train()
-    for module in network.modules():
-        if is_random(module):
-            module.eval()
+@contextmanager
+def _restored_buffers(network: nn.Module) -> Iterator[None]:
+    saved = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
-        network(images)
+        yield
     finally:
-        for module, mode in modes.items():
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _restored_modes(network: nn.Module) -> Iterator[None]:
+    saved = [(module, module.training) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in saved:
             module.training = mode
-        for name, buffer in network.named_buffers():
-            buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def run_hooks(network: nn.Module, images: Tensor, hooks: Iterable[RemovableHandle]) -> None:
+    """Run one forward pass for the sake of its hooks, and remove them.
+
+    In training mode, but without what is random (dropout, stochastic depth, noise). Buffers and modes stay as they are.
+    """
+    with ExitStack() as stack, _restored_buffers(network), _restored_modes(network):
+        for hook in hooks:
+            stack.enter_context(hook)
+        network.train()
+        for module in network.modules():
+            if is_random(module):
+                module.eval()
+        network(images)
 
 
 @contextmanager
 def precise_statistics(
     network: nn.Module, batches: Iterable[Tensor], within: AbstractContextManager[object] | None = None
 ) -> Iterator[None]:
-    """Inside, the moving averages of a network are what its layers see over all of `batches`, in place of what
-    training left; afterwards they are again what they were.
+    """Set the moving averages of a network to the statistics of all of `batches` inside; restore them afterwards.
 
-    Every layer's mean and variance (or what it has) are those of the pooled batches (Wu & Johnson 2021,
-    2105.07576, section 3), while the layers before it normalise as in training; dropout and noise are off.
-    `within` is a context for the forward passes, e.g. autocast.
+    Every layer's mean and variance (or other averages) are those of the pooled batches (Wu & Johnson 2021, 2105.07576,
+    section 3), while the layers before it normalize as in training; dropout and noise are off.
+
+    Args:
+        network: any; layers without batch statistics do not matter.
+        batches: images (N, 3, H, W).
+        within: a context for the forward passes, e.g. autocast.
 
     Raises:
         UserError: see `statistics_layers`.
@@ -289,13 +337,6 @@ def precise_statistics(
     layers = statistics_layers(network)
     sums: dict[nn.Module, list[Tensor]] = {}
     images: dict[nn.Module, int] = {}
-    training = network.training
-    before = {layer: {name: buffer.clone() for name, buffer in layer.named_buffers()} for layer in layers}
-
-    def restore() -> None:
-        for layer, saved in before.items():
-            for name, buffer in layer.named_buffers():
-                buffer.copy_(saved[name])
 
     def add(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, BatchStatistics)
@@ -304,25 +345,19 @@ def precise_statistics(
         sums[layer] = [a + b for a, b in zip(sums[layer], moments, strict=True)] if layer in sums else moments
         images[layer] = images.get(layer, 0) + count
 
-    hooks = [layer.register_forward_pre_hook(add) for layer in layers]
-    with torch.no_grad():
-        try:
-            network.eval()
-            for layer in layers:
-                layer.train()
-            with within or nullcontext():
+    with _restored_buffers(network):
+        with torch.no_grad():
+            with ExitStack() as stack, _restored_buffers(network), _restored_modes(network), within or nullcontext():
+                for layer in layers:
+                    stack.enter_context(layer.register_forward_pre_hook(add))
+                network.eval()
+                for layer in layers:
+                    layer.train()
                 for batch in batches if layers else ():
                     network(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            restore()
-            network.train(training)
-        for layer in layers:
-            if layer in sums:
-                layer.adopt(*(total / images[layer] for total in sums[layer]))
-    try:
+            for layer in layers:
+                if layer in sums:
+                    values = layer.averages_of(*(total / images[layer] for total in sums[layer]))
+                    for name, value in zip(layer.averages, values, strict=True):
+                        layer.get_buffer(name).copy_(value)
         yield
-    finally:
-        with torch.no_grad():
-            restore()

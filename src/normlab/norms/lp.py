@@ -1,18 +1,18 @@
-"""Lp normalisers: batch normalisation that divides by another average norm than the standard deviation."""
+"""Lp normalizers: batch normalization that divides by another average norm than the standard deviation."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError
+from normlab.common.registry import option, register
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
-from normlab.norms.sites import Variant, start_as
+from normlab.norms.sites import Variant, copy_affine
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """y = gamma · (a - mean) / N + beta, given the mean and the norm N (C,) of a itself, which has M = N·H·W values.
 
     With g = dL/dy:  dgamma = sum g·(a - mean)/N,  dbeta = sum g,
@@ -55,27 +55,23 @@ class _Normalise(torch.autograd.Function):
 class LpNorm2d(BatchStatistics):
     """See `LpNorm`. `running_moment` averages mean |a|^p, for p = inf the maximum of |a|."""
 
+    averages: ClassVar[dict[str, float]] = {"running_mean": 0.0, "running_moment": 1.0}
     running_mean: Tensor
     running_moment: Tensor
+    p: float
+    eps: float
 
-    def __init__(self, channels: int, *, p: float, eps: float, momentum: float, norm_batch: int | None = None) -> None:
-        super().__init__()
-        self.p, self.eps, self.momentum, self.norm_batch = p, eps, momentum, norm_batch
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_moment", torch.ones(channels))
-
-    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `BatchStatistics.normalize`."""
         gamma, beta = per_group(self.weight, groups), per_group(self.bias, groups)
-        with torch.set_grad_enabled(self.synchronised and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.synchronized and torch.is_grad_enabled()):
             a = full_precision(input)
             mean, power = self.batch_mean(a), self._power(a)
             moment = self.batch_max(power) if self.p == math.inf else self.batch_mean(power)
             norm = self._norm(moment)
         statistics = mean.detach(), moment.detach()
-        if not self.synchronised:
-            return _Normalise.apply(input, gamma, beta, mean, norm, self.p), statistics
+        if not self.synchronized:
+            return _Normalize.apply(input, gamma, beta, mean, norm, self.p), statistics
         y = torch.addcmul(broadcast(beta), a - broadcast(mean), broadcast(gamma / norm))
         return y.to(input.dtype), statistics
 
@@ -89,15 +85,12 @@ class LpNorm2d(BatchStatistics):
         return torch.sqrt(moment + self.eps) if self.p == 2 else moment.clamp_min(math.sqrt(self.eps))
 
     def evaluate(self, input: Tensor) -> Tensor:
+        """See `BatchStatistics.evaluate`."""
         var = self._norm(self.running_moment).square()
         return F.batch_norm(input, self.running_mean, var, self.weight, self.bias, False, 0.0, 0.0)
 
-    def update(self, *statistics: Tensor) -> None:
-        mean, moment = statistics
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_moment.lerp_(moment, self.momentum)
-
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:
+        """Return the mean and mean |a|^p, or the mean over groups of training of max |a|."""
         a = input.double()
         power = self._power(a)
         if self.p != math.inf:
@@ -109,13 +102,16 @@ class LpNorm2d(BatchStatistics):
         total = sum(part.amax((0, 2, 3)) * len(part) for part in parts if len(part))
         return a.mean((0, 2, 3)), total / len(a)  # type: ignore[return-value]
 
-    def adopt(self, *means: Tensor) -> None:
-        self.running_mean.copy_(means[0])
-        self.running_moment.copy_(means[1])
+    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
+        """Return the moments as they are."""
+        return moments
 
 
+@register("lp1", aliases=("l1norm",), family="statistics of the batch", order=8)
+@register("lp2", aliases=("l2norm",), family="statistics of the batch", order=9, defaults={"p": 2})
+@register("lpinf", aliases=("linfnorm",), family="statistics of the batch", order=10, defaults={"p": "inf"})
 class LpNorm(Variant):
-    """Normalisation by the average Lp norm, p = 1, 2, inf (Santurkar et al. 2018; the equation is our reading [A]).
+    """Normalization by the average Lp norm, p = 1, 2, inf (Santurkar et al. 2018; the equation is our reading [A]).
 
     For a of shape (N, C, H, W), per channel over the m = N·H·W values, with e = sqrt(eps):
 
@@ -123,17 +119,15 @@ class LpNorm(Variant):
         y = gamma · (a - mean a) / N_p + beta
 
     The norm is taken before the mean shift. eps is a floor of sqrt(eps) on the norm, as it is on the deviation in
-    batch normalisation [A]. Evaluation uses moving averages of mean a and of mean |a|^p, or of max |a| [A]; this
+    batch normalization [A]. Evaluation uses moving averages of mean a and of mean |a|^p, or of max |a| [A]; this
     maximum grows with the images that share it (`norm_batch`). Values that tie for the maximum share its gradient.
-    Invariant: for a channel without mean, p = 2 is batch normalisation; no p changes under a -> c·a but for eps.
+    Invariant: for a channel without mean, p = 2 is batch normalization; no p changes under a -> c·a but for eps.
     """
 
-    def __init__(self, *, p: int | float | str, eps: float, momentum: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        if isinstance(p, bool) or str(p) not in ("1", "2", "inf", "1.0", "2.0"):
-            raise UserError(f"norm.p={p} is not an Lp norm of the paper: expected 1, 2 or inf.")
-        self.p, self.eps, self.momentum = float(p), eps, momentum
+    p: int | str = option(1, choices=(1, 2, "inf"))
+    eps: float = option(1e-5, gt=0)
+    momentum: float = option(0.1, gt=0, le=1)
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        layer = LpNorm2d(norm.num_features, p=self.p, eps=self.eps, momentum=self.momentum, norm_batch=self.norm_batch)
-        return start_as(norm, layer)
+        """Return an `LpNorm2d`."""
+        return copy_affine(norm, LpNorm2d(norm.num_features, **self.options | {"p": float(self.p)}))

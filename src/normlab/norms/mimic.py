@@ -1,25 +1,28 @@
-"""MimicNorm: centred weights, and one batch normalisation before the loss."""
+"""MimicNorm: centered weights, and one batch normalization before the loss."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normlab.common.errors import UserError
+from normlab.common.registry import option, register
 from normlab.norms.batch import GroupedBatchNorm2d
 from normlab.norms.layer_statistics import BatchStatistics, processes
-from normlab.norms.plain import NoNorm
+from normlab.norms.plain import NoNorm, set_bias
 from normlab.norms.sites import Site
 
 
 class MimicConv2d(nn.Conv2d):
-    """A convolution whose weight (out, in, kh, kw) is centred over (in, kh, kw) at its start and after each step.
+    """A convolution whose weight (out, in, kh, kw) is centered over (in, kh, kw) at its start and after each step.
 
     Invariant: whenever a training loop calls it, the mean of every filter is 0 (to rounding).
     """
 
     @classmethod
     def of(cls, convolution: nn.Conv2d) -> "MimicConv2d":
-        """The same convolution, with the same parameters, as one of these."""
+        """Return the same convolution, with the same parameters, as one of these."""
         new = cls.__new__(cls)
         new.__dict__ = convolution.__dict__
         new.after_step()
@@ -27,73 +30,78 @@ class MimicConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def after_step(self) -> None:
+        """Center the weight."""
         self.weight.sub_(self.weight.mean((1, 2, 3), keepdim=True))
 
 
 class LogitBatchNorm(GroupedBatchNorm2d):
-    """Batch normalisation of logits (N, K): each class is a channel, with one value per image.
+    """Batch normalization of logits (N, K): each class is a channel, with one value per image.
 
-    One image has no variance: a batch, or last group, of one is normalised by the moving averages and leaves them
+    One image has no variance: a batch, or last group, of one is normalized by the moving averages and leaves them
     as they are [A].
     """
 
     takes_single_values = True
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize logits (N, K)."""
         x = input[:, :, None, None]
         y = BatchStatistics.forward(self, x) if len(x) == 1 else super().forward(x)
         return y[:, :, 0, 0]
 
-    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if len(input) > 1 or (self.synchronised and processes() > 1):
-            return super().normalise(input, groups)
-        mean, var = self.running_mean, self.running_var
-        assert mean is not None
-        assert var is not None
+    def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `BatchStatistics.normalize`."""
+        if len(input) > 1 or (self.synchronized and processes() > 1):
+            return super().normalize(input, groups)
         # Copies, as `update` writes into the averages before the backward pass reads these.
-        mean, var = mean.clone(), var.clone()
+        mean, var = self.get_buffer("running_mean").clone(), self.get_buffer("running_var").clone()
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps), (mean, var)
 
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:
+        """See `BatchStatistics.moments`."""
         return super().moments(input[:, :, None, None])
 
 
+@register("mimicnorm", aliases=("mimic",), family="statistics of the batch", order=13)
 class MimicNorm(NoNorm):
     """MimicNorm (2010.09278): no norm but one, over the logits, just before the loss.
 
-    Each convolution that had a norm has its weight W (out, in, kh, kw) centred, W <- W - mean(W) over (in, kh, kw), at
+    Each convolution that had a norm has its weight W (out, in, kh, kw) centered, W <- W - mean(W) over (in, kh, kw), at
     the start [A] and after each update; its gradient and the optimizer's moments are as they come. The logits (N, K)
     become, per class over the batch, gamma · (a - mean) / sqrt(var + eps) + beta.
 
-    Invariant: without gradient through the centring, the output is the one of `none` with centred weights and a batch
-    normalisation after it.
+    Invariant: without gradient through the centering, the output is the one of `none` with centered weights and a batch
+    normalization after it.
     """
 
     needs_convolution = True
 
-    def __init__(self, *, eps: float, momentum: float, conv_bias: bool, norm_batch: int | None = None) -> None:
-        super().__init__(conv_bias=conv_bias, norm_batch=norm_batch)
-        if norm_batch == 1:
+    eps: float = option(1e-5, gt=0)
+    momentum: float = option(0.1, gt=0, le=1)
+    conv_bias: bool = option(False)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.norm_batch == 1:
             raise UserError(
-                "norm=mimicnorm cannot normalise groups of one image: its batch normalisation is over logits,\n"
+                "norm=mimicnorm cannot normalize groups of one image: its batch normalization is over logits,\n"
                 "of which one image has one per class. Set norm_batch=2 or more."
             )
-        self.eps = eps
-        self.momentum = momentum
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        return MimicConv2d.of(super().convolution(convolution))  # type: ignore[arg-type]
+        """Return a `MimicConv2d`."""
+        return MimicConv2d.of(set_bias(convolution) if self.conv_bias else convolution)
 
     def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
+        """Put a `LogitBatchNorm` before the output."""
         output = network.graph.output_node()
         logits = output.args[0]
         classes = _channels(network, logits) if isinstance(logits, fx.Node) else None
-        if classes is None:
+        if not isinstance(logits, fx.Node) or classes is None:
             raise UserError(
-                "norm=mimicnorm normalises the logits, but this network does not return one tensor from its last\n"
+                "norm=mimicnorm normalizes the logits, but this network does not return one tensor from its last\n"
                 "linear layer or convolution. Use a network that returns logits (N, classes), or another norm."
             )
-        assert isinstance(logits, fx.Node)
         layer = LogitBatchNorm(classes, eps=self.eps, momentum=self.momentum, norm_batch=self.norm_batch)
         network.add_submodule("logit_norm", layer)
         with network.graph.inserting_before(output):
@@ -101,7 +109,7 @@ class MimicNorm(NoNorm):
 
 
 def _channels(network: fx.GraphModule, node: fx.Node | None) -> int | None:
-    """Channels of what `node` computes: those of the last linear layer or convolution on its way."""
+    """The channels of the value of `node`: those of the last linear layer or convolution on its way."""
     modules = dict(network.named_modules())
     while node is not None:
         module = modules.get(str(node.target)) if node.op == "call_module" else None

@@ -1,14 +1,13 @@
 """The noise of Santurkar et al. 2018, which makes the inputs of every layer unstable on purpose."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from normlab.common.registry import option, register
 from normlab.norms.batch import BatchNorm
 from normlab.norms.layer_statistics import full_precision
-from normlab.norms.options import check_range
 from normlab.norms.plain import NoNorm
+from normlab.norms.sites import Variant
 
 
 class Noise(nn.Module):
@@ -23,15 +22,12 @@ class Noise(nn.Module):
     Invariant: dy/da = s.
     """
 
-    def __init__(self, *, mu_range: float, sigma_low: float, sigma_high: float, spread: float) -> None:
+    def __init__(self, mu_range: float, sigma_low: float, sigma_high: float, spread: float) -> None:
         super().__init__()
-        check_range("mu_range", mu_range)
-        check_range("sigma_low", sigma_low)
-        check_range("sigma_high", sigma_high, sigma_low)
-        check_range("spread", spread)
         self.mu_range, self.sigma_low, self.sigma_high, self.spread = mu_range, sigma_low, sigma_high, spread
 
     def forward(self, input: Tensor) -> Tensor:
+        """Add noise in training."""
         if not self.training:
             return input
         a = full_precision(input)
@@ -42,39 +38,41 @@ class Noise(nn.Module):
         return m.addcmul_(s, a).to(input.dtype)
 
     def extra_repr(self) -> str:
+        """Return the options for `repr`."""
         return f"mu_range={self.mu_range}, sigma=[{self.sigma_low}, {self.sigma_high}], spread={self.spread}"
 
 
-class NoisyBatchNorm(BatchNorm):
-    """Batch normalisation, then `Noise` (Santurkar et al. 2018, "Noisy BN").
+class _NoisyVariant(Variant):
+    """A variant whose layer is followed by `Noise`."""
+
+    mu_range: float = option(0.5, ge=0)
+    sigma_low: float = option(1.0, ge=0)
+    sigma_high: float = option(1.25, ge="sigma_low")
+    spread: float = option(0.1, ge=0)
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        noise = Noise(self.mu_range, self.sigma_low, self.sigma_high, self.spread)
+        layer = super().norm(norm)
+        return noise if isinstance(layer, nn.Identity) else nn.Sequential(layer, noise)
+
+
+@register("noisy_bn", aliases=("noisybatchnorm",), family="BN and its parts", order=5)
+class NoisyBatchNorm(_NoisyVariant, BatchNorm):
+    """Batch normalization, then `Noise` (Santurkar et al. 2018, "Noisy BN").
 
     Evaluation is that of `BatchNorm`. Its moving averages have seen noisy inputs, whose scale is larger by the mean of
     sigma; eval_stats=precise measures them without noise.
     Invariant: with mu_range = spread = 0 and sigma_low = sigma_high = 1 it is `BatchNorm`.
     """
 
-    def __init__(
-        self, *, mu_range: float, sigma_low: float, sigma_high: float, spread: float, **batch_norm: Any
-    ) -> None:
-        super().__init__(**batch_norm)
-        self.noise = {"mu_range": mu_range, "sigma_low": sigma_low, "sigma_high": sigma_high, "spread": spread}
-        Noise(**self.noise)  # says what is wrong with them
-
-    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        return nn.Sequential(super().norm(norm), Noise(**self.noise))
+    scale_init = 1.0  # no option here, nor is the next
+    scale_lr_divisor = 1.0
 
 
-class NoisyNoNorm(NoNorm):
-    """The same `Noise` in a network without normalisation. Santurkar et al. 2018 find that it keeps their VGG from
-    training.
+@register("noisy_none", family="BN and its parts", order=6)
+class NoisyNoNorm(_NoisyVariant, NoNorm):
+    """The same `Noise` in a network without normalization.
 
+    Santurkar et al. 2018 find that it keeps their VGG from training.
     Invariant: with mu_range = spread = 0 and sigma_low = sigma_high = 1 it is `NoNorm`.
     """
-
-    def __init__(self, *, mu_range: float, sigma_low: float, sigma_high: float, spread: float, **no_norm: Any) -> None:
-        super().__init__(**no_norm)
-        self.noise = {"mu_range": mu_range, "sigma_low": sigma_low, "sigma_high": sigma_high, "spread": spread}
-        Noise(**self.noise)  # says what is wrong with them
-
-    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        return Noise(**self.noise)

@@ -1,4 +1,4 @@
-"""Normalisers that come with an activation of their own, and take the place of a site's norm and activation."""
+"""Normalizers that come with an activation of their own, and take the place of a site's norm and activation."""
 
 from typing import Any, ClassVar
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError
+from normlab.common.registry import option, register
 from normlab.norms.group import GroupedVariant
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.plain import ChannelAffine
-from normlab.norms.sites import Variant, start_as
+from normlab.norms.sites import Variant, copy_affine
 from normlab.norms.steps import Role
 
 
@@ -31,6 +31,7 @@ class FilterResponseNorm2d(nn.Module):
         self.learned_eps = nn.Parameter(torch.tensor(1e-4)) if learned_eps else None
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, H, W), and apply the threshold if there is one."""
         x = full_precision(input)
         nu2 = x.square().mean((2, 3), keepdim=True)
         eps = self.eps if self.learned_eps is None else self.eps + self.learned_eps.abs()
@@ -42,9 +43,16 @@ class FilterResponseNorm2d(nn.Module):
         return y.to(input.dtype)
 
     def extra_repr(self) -> str:
+        """Return channels and eps for `repr`."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
+@register(
+    "frn",
+    aliases=("filterresponsenorm", "filterresponsenormalization", "tlu"),
+    family="statistics of a sample",
+    order=17,
+)
 class FilterResponseNorm(Variant):
     """Filter Response Normalisation (Singh & Krishnan 2019, 1911.09737) with its thresholded linear unit.
 
@@ -58,19 +66,16 @@ class FilterResponseNorm(Variant):
     but a sign. Invariant: y does not change when x is scaled by a positive number, up to eps.
     """
 
-    def __init__(self, *, eps: float, learned_eps: bool, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        if type(learned_eps) is not bool:
-            raise UserError(f"norm.learned_eps={learned_eps} is neither true nor false.")
-        self.eps = eps
-        self.learned_eps = learned_eps
+    eps: float = option(1e-6, gt=0)
+    learned_eps: bool = option(False)
 
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
+        """Return a `FilterResponseNorm2d` in the place of both."""
         threshold = isinstance(activation, nn.ReLU)
         layer = FilterResponseNorm2d(norm.num_features, eps=self.eps, threshold=threshold, learned_eps=self.learned_eps)
-        return start_as(norm, layer), nn.Identity() if threshold else activation
+        return copy_affine(norm, layer), nn.Identity() if threshold else activation
 
 
 class _SpatialMoments(torch.autograd.Function):
@@ -90,12 +95,14 @@ class _SpatialMoments(torch.autograd.Function):
     def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         size = x.shape[2] * x.shape[3]
-        return ((x - mean) * (of_variance * (2 / size))).add_(of_mean / size)
+        dx: Tensor = (x - mean) * (of_variance * (2 / size))
+        return dx.add_(of_mean / size)
 
 
 def spatial_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, C, H, W) -> mean and biased variance over H and W, each (N, C, 1, 1); differentiable."""
-    return _SpatialMoments.apply(x)
+    """Return mean and biased variance of x (N, C, H, W) over H and W, each (N, C, 1, 1); differentiable."""
+    moments: tuple[Tensor, Tensor] = _SpatialMoments.apply(x)
+    return moments
 
 
 class EvoNorm2dS0(nn.Module):
@@ -110,22 +117,26 @@ class EvoNorm2dS0(nn.Module):
         self.v = nn.Parameter(torch.ones(channels))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalize and activate (N, C, H, W)."""
         x = full_precision(input)
         scale = broadcast(self.weight) * torch.rsqrt(self.group_variance(x) + self.eps)
         return (x * torch.sigmoid(broadcast(self.v) * x) * scale + broadcast(self.bias)).to(input.dtype)
 
     def group_variance(self, x: Tensor) -> Tensor:
-        """(N, C, 1, 1), equal within a group: variance within its channels plus variance between their means."""
-        mean, variance = (moment.unflatten(1, (self.groups, -1)) for moment in spatial_moments(x))
+        """Return (N, C, 1, 1), equal within a group: variance within its channels plus variance between their means."""
+        mean, variance = (moment.reshape(len(x), self.groups, -1, 1, 1) for moment in spatial_moments(x))
         between = (mean - mean.mean(2, keepdim=True)).square()
         return (variance + between).mean(2, keepdim=True).expand_as(mean).flatten(1, 2)
 
     def extra_repr(self) -> str:
+        """Return channels, groups and eps for `repr`."""
         return f"{self.weight.numel()}, groups={self.groups}, eps={self.eps}"
 
 
 class _EvoNorm(Variant):
     """A layer in the place of norm and activation; gamma · x + beta where there is no activation."""
+
+    eps: float = option(1e-5, gt=0)
 
     def layer(self, channels: int) -> nn.Module:
         raise NotImplementedError
@@ -134,15 +145,16 @@ class _EvoNorm(Variant):
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
         if activation is None:
-            return start_as(norm, ChannelAffine(norm.num_features)), None
-        return start_as(norm, self.layer(norm.num_features)), nn.Identity()
+            return copy_affine(norm, ChannelAffine(norm.num_features)), None
+        return copy_affine(norm, self.layer(norm.num_features)), nn.Identity()
 
 
+@register("evonorm_s0", aliases=("evonorm",), family="statistics of a sample", order=18)
 class EvoNormS0(_EvoNorm, GroupedVariant):
     """EvoNorm-S0 (Liu et al. 2020, 2004.02967): a norm and activation in one, of each image by itself.
 
     For x of shape (N, C, H, W), with Var_group the variance per image and group of C / `groups` neighbouring
-    channels, over those channels and H and W (biased [A], as in group normalisation):
+    channels, over those channels and H and W (biased [A], as in group normalization):
 
         y = gamma · x · sigmoid(v · x) / sqrt(Var_group + eps) + beta      gamma, beta, v (C,), v starting at 1
 
@@ -151,25 +163,23 @@ class EvoNormS0(_EvoNorm, GroupedVariant):
     """
 
     def layer(self, channels: int) -> nn.Module:
+        """Return an `EvoNorm2dS0`."""
         return EvoNorm2dS0(channels, groups=self.groups, eps=self.eps)
 
 
 class EvoNorm2dB0(BatchStatistics):
     """See `EvoNormB0`. weight, bias, v and running_var are (C,)."""
 
+    averages: ClassVar[dict[str, float]] = {"running_var": 1.0}
     running_var: Tensor
+    eps: float
 
-    def __init__(self, channels: int, *, norm_batch: int | None, eps: float, momentum: float) -> None:
-        super().__init__()
-        self.norm_batch = norm_batch
-        self.eps = eps
-        self.momentum = momentum
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, **options)
         self.v = nn.Parameter(torch.ones(channels))
-        self.register_buffer("running_var", torch.ones(channels))
 
-    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `BatchStatistics.normalize`."""
         x = full_precision(input)
         mean, instance = spatial_moments(x)
         between = (mean - broadcast(self.batch_mean(mean))).square()
@@ -177,6 +187,7 @@ class EvoNorm2dB0(BatchStatistics):
         return self._divide(x, batch, instance, groups).to(input.dtype), (batch.detach(),)
 
     def evaluate(self, input: Tensor) -> Tensor:
+        """See `BatchStatistics.evaluate`."""
         x = full_precision(input)
         return self._divide(x, self.running_var, spatial_moments(x)[1], 1).to(input.dtype)
 
@@ -187,17 +198,13 @@ class EvoNorm2dB0(BatchStatistics):
         divisor = std + F.relu(v * x + (torch.sqrt(instance + self.eps) - std))
         return x / divisor * gamma + beta
 
-    def update(self, *statistics: Tensor) -> None:
-        self.running_var.lerp_(statistics[0], self.momentum)
-
-    def adopt(self, *means: Tensor) -> None:
-        mean, square = means
-        self.running_var.copy_((square - mean.square()).clamp_min(0))
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}"
+    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
+        """Return the biased variance."""
+        mean, square = moments
+        return ((square - mean.square()).clamp_min(0),)
 
 
+@register("evonorm_b0", family="statistics of a sample", order=19)
 class EvoNormB0(_EvoNorm):
     """EvoNorm-B0 (Liu et al. 2020, 2004.02967): a norm and activation in one, with statistics of the batch.
 
@@ -212,10 +219,8 @@ class EvoNormB0(_EvoNorm):
     Invariant: scaling x by c > 0 changes nothing, up to eps.
     """
 
-    def __init__(self, *, eps: float, momentum: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        self.eps = eps
-        self.momentum = momentum
+    momentum: float = option(0.1, gt=0, le=1)
 
     def layer(self, channels: int) -> nn.Module:
-        return EvoNorm2dB0(channels, norm_batch=self.norm_batch, eps=self.eps, momentum=self.momentum)
+        """Return an `EvoNorm2dB0`."""
+        return EvoNorm2dB0(channels, **self.options)

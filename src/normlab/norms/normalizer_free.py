@@ -1,4 +1,4 @@
-"""Training residual networks without normalisation: Fixup, and normaliser-free (NF) networks."""
+"""Training residual networks without normalization: Fixup, and normalizer-free (NF) networks."""
 
 from typing import ClassVar
 
@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from normlab.common.errors import UserError
+from normlab.common.registry import option, register
 from normlab.norms.residual import Branch, find_branches, fixup_start
 from normlab.norms.sites import NO_GAMMA, Site, Variant, activation_of
 from normlab.norms.steps import WEIGHT_LAYERS, Role
-from normlab.norms.weights import ReparametrisedConv2d
+from normlab.norms.weights import ReparametrizedConv2d
 
 
 class ScalarBias(nn.Module):
@@ -21,6 +21,7 @@ class ScalarBias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return x + b."""
         # Under autocast the input is half precision: promotion computes in float32, the next layer wants half.
         return (input + self.bias).to(input.dtype)
 
@@ -33,6 +34,7 @@ class ScalarAffine(ScalarBias):
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return a · x + b."""
         return torch.addcmul(self.bias, input, self.weight).to(input.dtype)  # one pass, not two
 
 
@@ -45,9 +47,11 @@ class ScalarScale(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return alpha · s · x."""
         return (input * (self.alpha * self.weight)).to(input.dtype)
 
     def extra_repr(self) -> str:
+        """Return alpha for `repr`."""
         return f"alpha={self.alpha}"
 
 
@@ -59,14 +63,17 @@ class ConstantScale(nn.Module):
         self.factor = factor
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return factor · x."""
         return input * self.factor
 
     def extra_repr(self) -> str:
+        """Return the factor for `repr`."""
         return f"{self.factor:.6g}"
 
 
+@register("fixup", family="weights, starts and gradients", order=25)
 class Fixup(Variant):
-    """Fixup (Zhang, Dauphin & Ma 2019, section 3): no normalisation, but a start that keeps its updates small.
+    """Fixup (Zhang, Dauphin & Ma 2019, section 3): no normalization, but a start that keeps its updates small.
 
     Weights start as `fixup_start` says. With learned scalars a (from 1) and b (from 0), one each wherever they stand:
 
@@ -86,24 +93,26 @@ class Fixup(Variant):
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
+        """Return a `ScalarBias` before an activation."""
         return nn.Identity() if activation is None else ScalarBias(), activation
 
     def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
+        """Give branches and layers with weights their scalars, and weights their start."""
         fixup_start(network, "norm=fixup")
         for branch in find_branches(network):
-            affine = _after(network, branch.end, f"{branch.convolutions[-1]}_affine", ScalarAffine())
+            affine = _insert_after(network, branch.end, f"{branch.convolutions[-1]}_affine", ScalarAffine())
             branch.sum.replace_input_with(branch.end, affine)
         shifted: dict[fx.Node, fx.Node] = {}
         for node in list(network.graph.nodes):
             if node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), WEIGHT_LAYERS):
                 x = node.all_input_nodes[0]
                 if x not in shifted:
-                    shifted[x] = _after(network, x, f"{node.target}_shift", ScalarBias())
+                    shifted[x] = _insert_after(network, x, f"{node.target}_shift", ScalarBias())
                 node.replace_input_with(x, shifted[x])
 
 
-class ScaledStandardConv2d(ReparametrisedConv2d):
-    """Convolution with scaled weight standardisation (Brock, De & Smith 2021a, section 4.1).
+class ScaledStandardConv2d(ReparametrizedConv2d):
+    """Convolution with scaled weight standardization (Brock, De & Smith 2021a, section 4.1).
 
     Per filter of v (O, I, kh, kw), with mean mu and biased variance s² over its fan = I·kh·kw weights:
 
@@ -115,16 +124,16 @@ class ScaledStandardConv2d(ReparametrisedConv2d):
 
     roles: ClassVar[dict[str, Role]] = {"gain": "scale"}
 
-    def __init__(self, *sizes: int, eps: float, **options: object) -> None:
-        super().__init__(*sizes, **options)  # type: ignore[arg-type]
-        self.eps = eps
+    eps: float
 
-    def start(self) -> None:
+    def add_parameters(self) -> None:
+        """Make gain and bias."""
         self.gain = self.per_filter(1.0)
         if self.bias is None:
             self.bias = self.per_filter(0.0)
 
     def effective_weight(self) -> Tensor:
+        """Return w."""
         v = super().effective_weight()
         fan = v[0].numel()
         rows = v.reshape(1, self.out_channels, fan)  # PyTorch's kernel, filters for channels: one pass each way
@@ -132,10 +141,23 @@ class ScaledStandardConv2d(ReparametrisedConv2d):
         return F.batch_norm(rows, None, None, gain, None, True, 0.0, self.eps / fan).view_as(v)
 
 
+@register(
+    "nf",
+    aliases=(
+        "adaptivegradientclipping",
+        "nfnet",
+        "nfresnet",
+        "normalizerfree",
+        "scaledweightstandardization",
+        "weightstandardization",
+    ),
+    family="weights, starts and gradients",
+    order=24,
+)
 class NormaliserFree(Variant):
-    """Normaliser-free networks (Brock, De & Smith 2021a; Brock, De, Smith & Simonyan 2021b).
+    """Normalizer-free networks (Brock, De & Smith 2021a; Brock, De, Smith & Simonyan 2021b).
 
-    Convolutions have scaled weight standardisation, activations the gain that keeps the variance of a standard
+    Convolutions have scaled weight standardization, activations the gain that keeps the variance of a standard
     normal, and residual branches f are, with a learned s that starts at 0,
 
         h' = h + alpha · s · f(h / beta),   beta² = the expected variance of h at s = 1
@@ -144,7 +166,7 @@ class NormaliserFree(Variant):
     as well, and the variance starts again from 1.
 
     Their networks have the activation in the branch, torchvision's after the sum. Our adaptation [A]: it has the gain
-    where the shortcut has a convolution, for a sum of centred signals is centred. Where the shortcut is the identity
+    where the shortcut has a convolution, for a sum of centered signals is centered. Where the shortcut is the identity
     it has none, so that h, which is an activation's output, passes. Networks without residual branches get the
     rest.
 
@@ -157,45 +179,44 @@ class NormaliserFree(Variant):
         | {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
     }
 
-    def __init__(self, *, alpha: float, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        if not alpha > 0:
-            raise UserError(f"norm.alpha={alpha} is out of range: expected more than 0, e.g. 0.2.")
-        self.alpha = alpha
-        self.eps = eps
+    alpha: float = option(0.2, gt=0)
+    eps: float = option(1e-4, gt=0)
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        """Return the identity."""
         return nn.Identity()
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
+        """Return a `ScaledStandardConv2d`."""
         return ScaledStandardConv2d.of(convolution, eps=self.eps)
 
     def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
+        """Scale activations and branches."""
         calls = {node.target: node for node in network.graph.nodes if node.op == "call_module"}
-        centred = [calls[site.norm] for site in sites]
-        centred += [branch.sum for branch in find_branches(network) if branch.shortcut_convolutions]
-        for node in centred:
+        centered = [calls[site.norm] for site in sites]
+        centered += [branch.sum for branch in find_branches(network) if branch.shortcut_convolutions]
+        for node in centered:
             _gain(network, node)
         _downscale(network, branches := find_branches(network), self.alpha)
         for branch in branches:
-            scale = _after(network, branch.end, f"{branch.convolutions[-1]}_scale", ScalarScale(self.alpha))
+            scale = _insert_after(network, branch.end, f"{branch.convolutions[-1]}_scale", ScalarScale(self.alpha))
             branch.sum.replace_input_with(branch.end, scale)
 
 
 def _gain(network: fx.GraphModule, node: fx.Node) -> None:
-    """Put its gain after the activation that alone takes what `node` gives, if there is one."""
+    """Put its gain after the activation that alone uses the output of `node`, if there is one."""
     user, *others = node.users
     activation = activation_of(network, user)
     if activation is None or others:
         return
     users = list(user.users)
-    gained = _after(network, user, f"{node.name}_gain", ConstantScale(activation_gain(activation)))
+    gained = _insert_after(network, user, f"{node.name}_gain", ConstantScale(activation_gain(activation)))
     for after in users:
         after.replace_input_with(user, gained)
 
 
 def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) -> None:
-    """Divide what branches, and shortcuts with convolutions, take by its expected standard deviation.
+    """Divide the input of branches, and of shortcuts with convolutions, by its expected standard deviation.
 
     Convolutions, activations and pooling keep the variance of their input; a sum adds alpha² times the branch's.
     """
@@ -210,14 +231,14 @@ def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) ->
         else:
             variance[node] = next((variance[input] for input in node.all_input_nodes), 1.0)
         if node in takers and variance[node] != 1:
-            scaled = _after(network, node, f"{node.name}_downscale", ConstantScale(variance[node] ** -0.5))
+            scaled = _insert_after(network, node, f"{node.name}_downscale", ConstantScale(variance[node] ** -0.5))
             variance[scaled] = 1.0
             for taker in takers[node]:
                 taker.replace_input_with(node, scaled)
 
 
 def activation_gain(activation: nn.Module) -> float:
-    """1 / std of activation(z) for z ~ N(0, 1), by Simpson's rule; ReLU: sqrt(2 / (1 - 1/pi))."""
+    """Return 1 / std of activation(z) for z ~ N(0, 1), by Simpson's rule; ReLU: sqrt(2 / (1 - 1/pi))."""
     z = torch.linspace(-12, 12, 2**13 + 1, dtype=torch.float64)  # a knot at 0, where ReLU has its kink
     weight = torch.exp(-z.square() / 2)
     weight[1:-1:2] *= 4
@@ -228,8 +249,8 @@ def activation_gain(activation: nn.Module) -> float:
     return float((weight * (y - mean).square()).sum().rsqrt())
 
 
-def _after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
-    """A node that calls a new module on what `node` gives; nothing uses it yet."""
+def _insert_after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """Return a new node that calls a new module on the output of `node`; nothing uses it yet."""
     network.add_submodule(name, module)
     with network.graph.inserting_after(node):
         return network.graph.call_module(name, (node,))

@@ -1,4 +1,4 @@
-"""Arms without statistics."""
+"""Variants without statistics."""
 
 from typing import ClassVar
 
@@ -6,23 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.norms.sites import NO_GAMMA, Variant, start_as
+from normlab.common.registry import option, register
+from normlab.norms.sites import NO_GAMMA, Variant, copy_affine
 
 
 def scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """input (N, C, H, W) times scale (C,) plus shift (C,), of input's dtype; differentiable in all three.
+    """Return input (N, C, H, W) times scale (C,) plus shift (C,), of input's dtype; differentiable in all three.
 
-    By the kernel of batch normalisation for evaluation, with mean 0 and variance 1, which makes its result exact:
+    By the kernel of batch normalization for evaluation, with mean 0 and variance 1, which makes its result exact:
     one pass forward and one backward, where a product and a sum of their own take several.
     """
     return F.batch_norm(input, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
 
 
-def with_bias(convolution: nn.Conv2d, bias: bool) -> nn.Conv2d:
-    """Give it one that starts at 0, if it has none; or take it away."""
-    if not bias:
-        convolution.bias = None
-    elif convolution.bias is None:
+def set_bias(convolution: nn.Conv2d) -> nn.Conv2d:
+    """Give a convolution without a bias one that starts at 0; in place."""
+    if convolution.bias is None:
         convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
     return convolution
 
@@ -36,41 +35,54 @@ class ChannelAffine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return gamma · x + beta."""
         return scale_and_shift(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:
+        """Return the channels for `repr`."""
         return str(self.weight.numel())
 
 
+@register("affine", aliases=("affinelayer",), family="BN and its parts", order=1)
 class Affine(Variant):
-    """The AffineLayer of Peerthum & Stamp 2023: BatchNorm's shift and scale without its normalisation.
+    """The AffineLayer of Peerthum & Stamp 2023: BatchNorm's shift and scale without its normalization.
 
     Invariant: at gamma = 1 and beta = 0 it is the identity; it always folds into the convolution before it.
     """
 
-    normalises = False
+    normalizes = False
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        return start_as(norm, ChannelAffine(norm.num_features))
+        """Return a `ChannelAffine`."""
+        return copy_affine(norm, ChannelAffine(norm.num_features))
 
 
+@register("none", aliases=("identity", "nonorm"), family="BN and its parts", order=3)
+@register(
+    "bnp",
+    aliases=("batchnormpreconditioning",),
+    family="weights, starts and gradients",
+    order=26,
+    needs="optimizer.precondition=bnp",
+    defaults={"conv_bias": True},
+)
 class NoNorm(Variant):
-    """No normalisation: y = x.
+    """No normalization: y = x.
 
     With `conv_bias` the convolution has the bias that the norm's shift made superfluous, starting at 0 where the
     network has none; a network's own (VGG has them) stays either way.
     A convolution without one cannot express what `affine` can (a shift per channel): a choice to record.
     """
 
-    normalises = False
+    normalizes = False
     refused: ClassVar[dict[str, dict[str, str]]] = NO_GAMMA
 
-    def __init__(self, *, conv_bias: bool, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        self.conv_bias = conv_bias
+    conv_bias: bool = option(False)
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        """Return the identity."""
         return nn.Identity()
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        return with_bias(convolution, True) if self.conv_bias else convolution
+        """Return the convolution, with a bias if `conv_bias`."""
+        return set_bias(convolution) if self.conv_bias else convolution

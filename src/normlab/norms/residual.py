@@ -132,7 +132,7 @@ def zero_gamma(network: nn.Module) -> None:
         UserError: if the network has no residual branch, or one whose path has no BatchNorm2d with a scale.
     """
     traced = trace(network)
-    name = traced._get_name()
+    name = type(traced).__name__
     for branch in _needed(find_branches(traced), name, "init=zero_gamma"):
         norm = traced.get_submodule(branch.norm) if branch.norm else None
         scale = getattr(norm, "weight", None)
@@ -155,7 +155,7 @@ def fixup_start(network: nn.Module, what: str = "init=fixup") -> None:
         UserError: if the network has no residual branch.
     """
     traced = network if isinstance(network, fx.GraphModule) else trace(network)
-    branches = _needed(find_branches(traced), traced._get_name(), what)
+    branches = _needed(find_branches(traced), type(traced).__name__, what)
     for branch in branches:
         *inner, last = (traced.get_submodule(name) for name in branch.convolutions)
         for convolution in inner:

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, nearest
+from normlab.common.registry import check_options, options_of
 
 # The activations that networks for images have; what a call has besides its input is taken to be its default.
 _ACTIVATIONS = (
@@ -36,35 +37,51 @@ class Site:
 
 
 class Variant:
-    """One choice of `norm`: says what each part of a site becomes. The base changes nothing.
+    """One choice of `norm`: what each part of a site becomes. The base changes nothing.
 
-    A variant is made once per network with the options of its YAML file, and called per site. Most override
-    `norm` alone.
+    A variant is made once per network with the options of its YAML file, and called per site. A subclass declares its
+    options, ``eps: float = option(1e-5, gt=0)``, and most override `norm` alone. Each option is an attribute, checked;
+    `options` has all of them by name, and `norm_batch`, as a layer takes them.
+
+    Raises:
+        UserError: for an option that does not exist, or with a value that it cannot have.
     """
 
-    normalises = True  # False: init=bn_folded may fold statistics into its convolutions
+    normalizes = True  # False: init=bn_folded may fold statistics into its convolutions
     needs_convolution = False  # whether a site without one is refused
     refused: ClassVar[dict[str, dict[str, str]]] = {}  # setting -> value -> why a run cannot have it with this variant
-    name: str | None = None  # what the user calls it
+    name: str | None = None  # as the user calls it
 
-    def __init__(self, *, norm_batch: int | None = None) -> None:
+    def __init__(self, *, norm_batch: int | None = None, **options: Any) -> None:
         self.norm_batch = norm_batch  # images that share statistics; None: all of the batch
+        declared = options_of(type(self))
+        known = [*declared, "norm_batch"]
+        for unknown in options.keys() - known:
+            close = nearest(unknown, known)
+            raise UserError(
+                f"{type(self).__name__} has no option {unknown}.{f' Did you mean {close}?' if close else ''}\n"
+                f"Expected one of: {', '.join(known)}."
+            )
+        defaults = {name: option.default for name, option in declared.items()}
+        checked = check_options("norm", declared, defaults | options)
+        vars(self).update(checked)
+        self.options = checked | {"norm_batch": norm_batch}
 
     def check(self, channels: Sequence[int]) -> None:
         """Refuse, as a UserError, a network whose sites have so many channels."""
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
-        """What replaces the site's BatchNorm2d."""
+        """Return the layer that replaces the site's BatchNorm2d."""
         return norm
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        """What replaces the convolution before it."""
+        """Return the layer that replaces the convolution before it."""
         return convolution
 
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
-        """What replaces the BatchNorm2d and the activation after it, for variants that are about both.
+        """Return the layers that replace the BatchNorm2d and the activation after it, for variants about both.
 
         `activation` is None at a site without one, and must then be returned as None.
         """
@@ -74,9 +91,10 @@ class Variant:
         """Change what is between the sites, residual branches or the classifier, after all sites are rewritten."""
 
 
-def start_as(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
-    """`layer`, its weight and bias, if it has them, at the network's own start of gamma and beta, e.g. zero in the
-    last norm of a branch.
+def copy_affine(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
+    """Return `layer` with its weight and bias, if it has them, at the network's own start of gamma and beta.
+
+    Networks start them elsewhere than at 1 and 0 in places, e.g. at zero in the last norm of a branch.
     """
     if norm.affine:
         layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
@@ -97,8 +115,10 @@ class _Place:
 
 
 class Tracer(fx.Tracer):
+    """Traces a network down to the layers that sites are made of."""
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Also our own layers, and torchvision's that look at `self.training`, which a trace would freeze."""
+        """Return True also for our own layers, and torchvision's that a trace would freeze in one mode."""
         own = type(module).__module__.startswith("normlab.norms")
         return own or type(module).__name__ == "StochasticDepth" or super().is_leaf_module(module, qualified_name)
 
@@ -140,7 +160,7 @@ def _places(traced: fx.GraphModule) -> list[_Place]:
             continue
         if str(node.target) in places:
             raise UserError(
-                f"{node.target} of {traced._get_name()} is called at two places, which no norm can tell apart.\n"
+                f"{node.target} of {type(traced).__name__} is called at two places, which no norm can tell apart.\n"
                 "Give each place a BatchNorm2d of its own."
             )
         before, after = node.all_input_nodes[0], list(node.users)
@@ -151,7 +171,7 @@ def _places(traced: fx.GraphModule) -> list[_Place]:
             activation=after[0] if activates else None,
         )
     if not places:
-        name = traced._get_name()
+        name = type(traced).__name__
         raise UserError(
             f"{name} has no BatchNorm2d layer, so there is nothing for norm=... to rewrite.\n"
             "Build it with nn.BatchNorm2d where a normaliser belongs."

@@ -1,4 +1,4 @@
-"""What layers do around an optimisation step, and what their parameters are to an optimizer."""
+"""The work of layers around an optimization step, and the roles of their parameters for an optimizer."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -11,7 +11,7 @@ WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class Clock(nn.Module):
-    """How far a run is, for layers that change in its course. One is shared by all layers of a variant.
+    """The progress of a run, for layers that change in its course; all layers of a variant share one.
 
     Args:
         unit: "fraction": `now` is the fraction of the run that is done, in [0, 1); "steps": the number of steps.
@@ -28,6 +28,7 @@ class Clock(nn.Module):
         self.register_buffer("now", torch.zeros(()))
 
     def at_step(self, step: int, steps: int) -> None:
+        """Set the time to before `step` (0-based) of `steps`."""
         self.now.fill_(step if self.unit == "steps" else step / steps)
 
 
@@ -40,16 +41,18 @@ class Steps:
         self._after = [module.after_step for module in modules if hasattr(module, "after_step")]
 
     def begin(self, step: int, steps: int) -> None:
+        """Call before each training step."""
         for at_step in self._before:
             at_step(step, steps)
 
     def end(self) -> None:
+        """Call after each training step."""
         for after_step in self._after:
             after_step()
 
 
 def parameter_roles(network: nn.Module) -> Iterator[tuple[nn.Parameter, Role, float]]:
-    """Each trainable parameter once, with its role and the divisor of its learning rate.
+    """Yield each trainable parameter once, with its role and the divisor of its learning rate.
 
     By the type of the owning module: shapes and names misfile a 1-output Linear or a 1-channel norm. A module may
     name the roles of parameters of its own in `roles`, e.g. ``{"g": "scale"}``, and their divisors in

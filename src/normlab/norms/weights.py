@@ -7,57 +7,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError, nearest
-from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, look_at, per_group
-from normlab.norms.plain import with_bias
-from normlab.norms.sites import NO_GAMMA, Variant, start_as
+from normlab.common.errors import UserError
+from normlab.common.registry import option, register
+from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group, run_hooks
+from normlab.norms.plain import set_bias
+from normlab.norms.sites import NO_GAMMA, Variant, copy_affine
 from normlab.norms.steps import Role
 
 
-class ReparametrisedConv2d(nn.Conv2d):
+class ReparametrizedConv2d(nn.Conv2d):
     """A convolution with weights w (O, I / groups, kh, kw) that are computed from its parameter `weight`, v.
 
-    Made by `of` from a convolution, whose parameters it takes over. A subclass says what w is, and makes
-    parameters of its own in `start`. Invariant: it is a convolution to all that ask, so that v is a weight.
+    Made by `of` from a convolution, whose parameters it takes over. A subclass defines w, and makes parameters of its
+    own in `add_parameters`. Invariant: it is an nn.Conv2d, so that v is a weight to optimizers.
     """
 
     @classmethod
     def of(cls, convolution: nn.Conv2d, **options: Any) -> Self:
-        """One with the hyper-parameters and the very parameters of `convolution`, and its own `options`."""
-        layer = cls(
-            convolution.in_channels,
-            convolution.out_channels,
-            convolution.kernel_size,  # type: ignore[arg-type]
-            convolution.stride,  # type: ignore[arg-type]
-            convolution.padding,  # type: ignore[arg-type]
-            convolution.dilation,  # type: ignore[arg-type]
-            convolution.groups,
-            padding_mode=convolution.padding_mode,
-            bias=False,
-            device="meta",  # draws no random numbers: arms stay paired
-            **options,
-        )
-        layer.weight, layer.bias = convolution.weight, convolution.bias
-        layer.train(convolution.training)
-        layer.start()
+        """Return one with the hyper-parameters and parameters of `convolution`, and with `options` as attributes."""
+        layer = cls.__new__(cls)
+        layer.__dict__ = {**vars(convolution), **options}
+        layer._parameters = dict(convolution._parameters)
+        layer.add_parameters()
         return layer
 
-    def start(self) -> None:
+    def add_parameters(self) -> None:
         """Make the parameters of its own, from v."""
 
     def effective_weight(self) -> Tensor:
-        """w in float32 or float64, also under autocast."""
+        """Return w in float32 or float64, also under autocast."""
         return full_precision(self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.effective_weight().to(self.weight.dtype), self.bias)
+        """Convolve with w."""
+        output: Tensor = self._conv_forward(input, self.effective_weight().to(self.weight.dtype), self.bias)
+        return output
 
     def per_filter(self, value: float) -> nn.Parameter:
-        """A parameter (O,) with that value everywhere, float32, beside v."""
+        """Return a parameter (O,) with that value everywhere, float32, on the device of v."""
         return nn.Parameter(torch.full((self.out_channels,), value, device=self.weight.device))
 
 
-class _NormalisedFilters(torch.autograd.Function):
+class _NormalizedFilters(torch.autograd.Function):
     """w = g · v / n with n = sqrt(sum v² + eps) per filter of v (O, ...), for g (O,); all float32 or float64.
 
         dL/dg = <dL/dw, v> / n,   dL/dv = g/n · (dL/dw - dL/dg · v / n)
@@ -91,31 +82,31 @@ def _per_filter(values: Tensor, v: Tensor) -> Tensor:
     return values.view(-1, *[1] * (v.dim() - 1))
 
 
-class UnitNormConv2d(ReparametrisedConv2d):
+class UnitNormConv2d(ReparametrizedConv2d):
     """Convolution with filters of norm 1 and nothing learned beside v: w = v / sqrt(sum v² + eps).
 
     Invariant: multiplying v by a constant changes nothing, so that dL/dv is orthogonal to v (but for eps).
     """
 
-    def __init__(self, *sizes: Any, eps: float, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.eps = eps
+    eps: float
 
     def length(self) -> Tensor:
-        """sqrt(sum v² + eps) per filter (O,)."""
+        """Return sqrt(sum v² + eps) per filter (O,)."""
         return _length(full_precision(self.weight), self.eps)
 
     def gain(self) -> Tensor:
-        """g (O,)."""
+        """Return g (O,)."""
         return full_precision(self.weight).new_ones(self.out_channels)
 
     def effective_weight(self) -> Tensor:
+        """Return w."""
         v = full_precision(self.weight)
-        return _NormalisedFilters.apply(v, self.gain().to(v.dtype), self.eps)
+        w: Tensor = _NormalizedFilters.apply(v, self.gain().to(v.dtype), self.eps)
+        return w
 
 
 class WeightNormConv2d(UnitNormConv2d):
-    """Convolution with weight normalisation: w = g · v / sqrt(sum v² + eps) per filter of v, learned g (O,).
+    """Convolution with weight normalization: w = g · v / sqrt(sum v² + eps) per filter of v, learned g (O,).
 
     At an all-zero filter eps = 1e-24 keeps all gradients finite, and that of v the plain convolution's if g = ||v||.
     `gain_start` is what g starts at: "weights" (||v||, so that w = v), "data" (see `start_from_data`; until then as
@@ -124,20 +115,20 @@ class WeightNormConv2d(UnitNormConv2d):
 
     roles: ClassVar[dict[str, Role]] = {"g": "scale"}
 
-    def __init__(self, *sizes: Any, gain_start: str, **options: Any) -> None:
-        super().__init__(*sizes, **options)
-        self.gain_start = gain_start
+    gain_start: str
 
-    def start(self) -> None:
+    def add_parameters(self) -> None:
+        """Make g."""
         self.g = self.per_filter(1.0) if self.gain_start == "one" else nn.Parameter(self.length().detach())
         if self.starts_from_data and self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def gain(self) -> Tensor:
+        """Return g (O,)."""
         return self.g
 
-    def start_as(self, norm: nn.BatchNorm2d) -> None:
-        """Take over where gamma and beta of the norm start, e.g. at zero in the last layer of a branch."""
+    def apply_affine(self, norm: nn.BatchNorm2d) -> None:
+        """Multiply g by the norm's gamma, and add its beta to the bias, e.g. zero in the last layer of a branch."""
         with torch.no_grad():
             self.g.mul_(norm.weight)
             if self.bias is not None:
@@ -145,13 +136,16 @@ class WeightNormConv2d(UnitNormConv2d):
 
     @property
     def starts_from_data(self) -> bool:
+        """Whether `data_dependent_start` changes it."""
         return self.gain_start == "data"
 
     def start_from_data(self, input: Tensor) -> None:
-        """For the layer's first batch x, once: g = 1/std(t) and b = -mean(t)/std(t) with t = v·x / ||v||, biased std
-        over images, H and W, so that the output has mean 0 and std 1 (gamma, where that does not start at 1).
+        """Set g and b so that the output of the layer's first batch x has mean 0 and std 1.
 
-        A filter whose output is constant on the batch keeps its g: there is no scale to go by.
+        g = 1/std(t) and b = -mean(t)/std(t) with t = v·x / ||v||, biased std over images, H and W. Where gamma does not
+        start at 1, the std is gamma.
+
+        A filter whose output is constant on the batch keeps its g, as it has no scale.
         """
         with torch.no_grad():
             t = full_precision(self._conv_forward(input, _unit(self.weight, self.eps), None)).double()
@@ -169,20 +163,18 @@ def _unit(v: Tensor, eps: float) -> Tensor:
 
 
 def data_dependent_start(network: nn.Module, images: Tensor) -> None:
-    """Let the layers that want it start from what they see of `images` (N, 3, H, W), in order of execution; in place.
+    """Start the layers that want it from their input for `images` (N, 3, H, W), in order of execution; in place.
 
     One forward pass in training mode, without dropout; buffers and modes stay as they are. Nothing happens if there
     is no such layer. Once, before the first step: it changes a layer that it has changed before.
     """
+
+    def start(layer: WeightNormConv2d, inputs: tuple[Tensor]) -> None:
+        layer.start_from_data(*inputs)
+
     layers = [module for module in network.modules() if getattr(module, "starts_from_data", False)]
-    if not layers:
-        return
-    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.start_from_data(*inputs)) for layer in layers]
-    try:
-        look_at(network, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if layers:
+        run_hooks(network, images, [layer.register_forward_pre_hook(start) for layer in layers])
 
 
 class MeanOnlyBatchNorm2d(BatchStatistics):
@@ -191,34 +183,25 @@ class MeanOnlyBatchNorm2d(BatchStatistics):
     Invariant: dL/dx sums to 0 per channel, and the channel's scale passes.
     """
 
+    averages: ClassVar[dict[str, float]] = {"running_mean": 0.0}
     running_mean: Tensor
 
-    def __init__(self, channels: int, *, momentum: float, norm_batch: int | None = None) -> None:
-        super().__init__()
-        self.momentum, self.norm_batch = momentum, norm_batch
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, **options)
+        self.register_parameter("weight", None)
 
-    def normalise(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """See `BatchStatistics.normalize`."""
         mu = self.batch_mean(full_precision(input))
         return _shift(input, per_group(self.bias, groups) - mu), (mu.detach(),)
 
     def evaluate(self, input: Tensor) -> Tensor:
+        """See `BatchStatistics.evaluate`."""
         return _shift(input, self.bias - self.running_mean)
 
-    def update(self, *statistics: Tensor) -> None:
-        (mean,) = statistics
-        self.running_mean.lerp_(mean, self.momentum)
-
-    def moments(self, input: Tensor) -> tuple[Tensor, ...]:
-        return (input.double().mean((0, 2, 3)),)
-
-    def adopt(self, *means: Tensor) -> None:
-        (mean,) = means
-        self.running_mean.copy_(mean)
-
-    def extra_repr(self) -> str:
-        return f"{self.bias.numel()}, momentum={self.momentum}, norm_batch={self.norm_batch}"
+    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
+        """Return the mean."""
+        return moments[:1]
 
 
 def _shift(input: Tensor, shift: Tensor) -> Tensor:
@@ -234,10 +217,12 @@ class TReLU(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return y."""
         b = broadcast(self.bias)
         return (torch.relu_(input - b) + b).to(input.dtype)
 
     def extra_repr(self) -> str:
+        """Return the channels for `repr`."""
         return str(self.bias.numel())
 
 
@@ -251,18 +236,24 @@ class PropagatedReLU(nn.Module):
     STD = math.sqrt((1 - 1 / math.pi) / 2)
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return y."""
         return (F.relu(input) - self.MEAN) / self.STD
 
 
+@register(
+    "wn", aliases=("weight", "weightnorm", "weightnormalization"), family="weights, starts and gradients", order=20
+)
 class WeightNorm(Variant):
-    """Weight normalisation (Salimans & Kingma 2016). Per filter v of a convolution:
+    """Weight normalization (Salimans & Kingma 2016).
+
+    Per filter v of a convolution:
 
         y = w · x + b,   w = g · v / ||v||_2       learned g and b per filter
 
     No norm remains. v starts as the weights of the convolution, g by `init`:
 
     - weights: g = ||v||, b as the convolution's (0 if it has none): the function of the plain convolution
-      (PyTorch's parametrisation starts so);
+      (PyTorch's parametrization starts so);
     - data: for t = v · x / ||v|| on one batch, layer after layer, g = 1 / std(t), b = -mean(t) / std(t)
       (`data_dependent_start`). The paper draws v from N(0, 0.05²); only its direction matters, so that weights which
       are paired between arms lose nothing [A].
@@ -276,32 +267,35 @@ class WeightNorm(Variant):
     needs_convolution = True
     shifts = True  # whether the convolution has the bias
 
-    def __init__(self, *, init: str, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        if init not in ("weights", "data"):
-            close = nearest(init, ["weights", "data"]) or "weights"
-            raise UserError(f"norm.init={init} is no start of weight normalisation.\nNearest valid: norm.init={close}.")
-        self.gain_start = init
-        self.eps = eps
+    init: str = option("weights", choices=("weights", "data"))
+    eps: float = option(1e-24, gt=0)
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._latest: WeightNormConv2d | None = None
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        self._latest = WeightNormConv2d.of(
-            with_bias(convolution, self.shifts), gain_start=self.gain_start, eps=self.eps
-        )
+        """Return a `WeightNormConv2d`."""
+        if self.shifts:
+            set_bias(convolution)
+        else:
+            convolution.bias = None
+        self._latest = WeightNormConv2d.of(convolution, gain_start=self.init, eps=self.eps)
         return self._latest
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        """Return the identity, once the convolution has taken over gamma and beta."""
         if norm.affine and self._latest is not None:  # that of the same site: its convolution comes first
-            self._latest.start_as(norm)
+            self._latest.apply_affine(norm)
         return nn.Identity()
 
 
 _NO_ZERO_FILTERS = {"init": {"fixup": "filters that start at zero have no direction to normalise"}}
 
 
+@register("wn_mean", aliases=("meanonlybatchnorm",), family="weights, starts and gradients", order=21)
 class MeanOnlyWeightNorm(WeightNorm):
-    """Weight normalisation with mean-only batch normalisation (Salimans & Kingma 2016).
+    """Weight normalization with mean-only batch normalization (Salimans & Kingma 2016).
 
         t = w · x,   y = t - mu + b,   w = g · v / ||v||_2
 
@@ -312,18 +306,20 @@ class MeanOnlyWeightNorm(WeightNorm):
 
     shifts = False
 
-    def __init__(self, *, init: str, eps: float, momentum: float, norm_batch: int | None = None) -> None:
-        super().__init__(init=init, eps=eps, norm_batch=norm_batch)
-        self.momentum = momentum
+    momentum: float = option(0.1, gt=0, le=1)
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        """Return a `MeanOnlyBatchNorm2d`."""
         super().norm(norm)
         layer = MeanOnlyBatchNorm2d(norm.num_features, momentum=self.momentum, norm_batch=self.norm_batch)
-        return start_as(norm, layer)
+        return copy_affine(norm, layer)
 
 
+@register("wn_trelu", aliases=("trelu",), family="weights, starts and gradients", order=22)
 class TReLUWeightNorm(Variant):
-    """Weight normalisation with translated ReLU (Xiang & Li 2017). Per filter v, with one learned b per channel:
+    """Weight normalization with translated ReLU (Xiang & Li 2017).
+
+    Per filter v, with one learned b per channel:
 
         z = v · x / sqrt(sum v² + eps),   y = ReLU(z - b) + b
 
@@ -335,40 +331,45 @@ class TReLUWeightNorm(Variant):
     needs_convolution = True
     refused: ClassVar[dict[str, dict[str, str]]] = {"init": NO_GAMMA["init"] | _NO_ZERO_FILTERS["init"]}
 
-    def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(norm_batch=norm_batch)
-        self.eps = eps
+    eps: float = option(1e-6, gt=0)
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        return UnitNormConv2d.of(with_bias(convolution, False), eps=self.eps)
+        """Return a `UnitNormConv2d` without a bias."""
+        convolution.bias = None
+        return UnitNormConv2d.of(convolution, eps=self.eps)
 
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
+        """Return a `TReLU` in the place of an activation."""
         _check_relu("wn_trelu", activation)
         return (nn.Identity(), None) if activation is None else (TReLU(norm.num_features), nn.Identity())
 
 
+@register("normprop", aliases=("normalizationpropagation",), family="weights, starts and gradients", order=23)
 class NormProp(WeightNorm):
-    """Normalisation propagation (Arpit et al. 2016). Per filter v, with learned gain g (from 1) and bias b (from 0):
+    """Normalization propagation (Arpit et al. 2016).
+
+    Per filter v, with learned gain g (from 1) and bias b (from 0):
 
         z = g · v · x / ||v||_2 + b,   y = (ReLU(z) - sqrt(1 / 2pi)) / sqrt((1 - 1/pi) / 2)
 
     Before a residual sum there is no activation, and y = z; the sum is left as it is, and so is the ReLU after it:
     our adaptation [A]. g and b start where the network starts gamma and beta. The paper wants the input data
-    normalised over the whole data set, as images are here before they reach a network.
+    normalized over the whole data set, as images are here before they reach a network.
     Invariant: standard normal z gives y with mean 0 and variance 1.
     """
 
     refused: ClassVar[dict[str, dict[str, str]]] = _NO_ZERO_FILTERS
 
-    def __init__(self, *, eps: float, norm_batch: int | None = None) -> None:
-        super().__init__(init="weights", eps=eps, norm_batch=norm_batch)
-        self.gain_start = "one"
+    init = "one"  # no option here
+
+    eps: float = option(1e-12, gt=0)
 
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
     ) -> tuple[nn.Module, nn.Module | None]:
+        """Return the identity, and a `PropagatedReLU` in the place of an activation."""
         _check_relu("normprop", activation)
         return self.norm(norm), None if activation is None else PropagatedReLU()
 

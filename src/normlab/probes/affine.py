@@ -1,4 +1,4 @@
-"""How far scales and shifts have moved."""
+"""The drift of scales and shifts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normlab.config.schema import AffineProbe
+from normlab.common.registry import register
 from normlab.norms import parameter_roles
-from normlab.probes.base import Probe, Row, Subject
+from normlab.probes.base import Probe, ProbedNetwork, Row
 from normlab.probes.snapshot import StepSnapshot
 
 
-class Affine(Probe[AffineProbe]):
+@register("affine")
+class AffineDrift(Probe):
     """Scale (gamma) and shift (beta) of every layer that learns one, by the roles of `norms.parameter_roles`.
 
     Over the channels of a layer: scale_mean, scale_std (population), scale_start = mean |start|, and
@@ -23,41 +24,41 @@ class Affine(Probe[AffineProbe]):
     (EvoNorm's gamma and v), it is the first.
     """
 
-    def __init__(self, settings: AffineProbe, subject: Subject) -> None:
-        super().__init__(settings, subject)
-        names = {parameter: name for name, parameter in subject.network.named_parameters()}
+    def __init__(self, probed: ProbedNetwork, **options: Any) -> None:
+        super().__init__(probed, **options)
+        names = {parameter: name for name, parameter in probed.network.named_parameters()}
         self.names: dict[str, dict[str, str]] = {}  # layer -> role -> parameter
-        for parameter, role, _ in parameter_roles(subject.network):
-            if role in ("scale", "shift"):
-                name = names[parameter]
-                self.names.setdefault(name.rpartition(".")[0], {}).setdefault(role, name)
-        chosen = {name for roles in self.names.values() for name in roles.values()}
-        # Copies, for training goes on in place.
-        self.start = {name: p.detach().clone() for p, name in names.items() if name in chosen}
+        self.start: dict[str, Tensor] = {}
+        for parameter, role, _ in parameter_roles(probed.network):
+            layer = names[parameter].rpartition(".")[0]
+            if role in ("scale", "shift") and role not in self.names.setdefault(layer, {}):
+                self.names[layer][role] = names[parameter]
+                self.start[names[parameter]] = parameter.detach().clone()  # training goes on in place
 
-    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
-        now = moment.parameters
-        for position, layer in enumerate(name for name in moment.order if name in self.names):
-            roles = self.names[layer]
-            scale, shift = (self._moved(now, roles.get(role)) for role in ("scale", "shift"))
-            start = self.start[roles["scale"]].abs().mean().item() if "scale" in roles else None
+    def measure(self, snapshot: StepSnapshot) -> Iterator[Row]:
+        """Yield one row per layer."""
+        for position, layer in enumerate(snapshot.in_order(self.names)):
+            scale, shift = (self.names[layer].get(role) for role in ("scale", "shift"))
             yield {
                 "layer": layer,
                 "position": position,
-                **{f"scale_{key}": value for key, value in scale.items()},
-                "scale_start": start,
-                **{f"shift_{key}": value for key, value in shift.items()},
+                **self._drift("scale", scale, snapshot.parameters),
+                "scale_start": float(self.start[scale].abs().mean()) if scale else None,
+                **self._drift("shift", shift, snapshot.parameters),
             }
 
-    def _moved(self, now: dict[str, Tensor], name: str | None) -> dict[str, float | None]:
+    def _drift(self, role: str, name: str | None, parameters: dict[str, Tensor]) -> dict[str, float | None]:
         if name is None:
-            return {"mean": None, "std": None, "drift": None}
-        values, start = now[name].double(), self.start[name].to(now[name].device).double()
+            return {f"{role}_mean": None, f"{role}_std": None, f"{role}_drift": None}
+        values, start = parameters[name].double(), self.start[name].to(parameters[name].device).double()
         drift = torch.sqrt((values - start).square().mean())
-        return {"mean": float(values.mean()), "std": float(values.std(correction=0)), "drift": float(drift)}
+        mean, std = float(values.mean()), float(values.std(correction=0))
+        return {f"{role}_mean": mean, f"{role}_std": std, f"{role}_drift": float(drift)}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the scales and shifts at the start of the run."""
         return {"start": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the scales and shifts at the start of the run from a `state_dict`."""
         self.start = state["start"]

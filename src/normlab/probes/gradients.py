@@ -2,21 +2,22 @@
 
 from collections.abc import Iterator
 
-from normlab.config.schema import GradientsProbe
+from normlab.common.registry import register
 from normlab.probes.base import Probe, Row, norm
 from normlab.probes.snapshot import StepSnapshot
 
 
-class Gradients(Probe[GradientsProbe]):
+@register("gradients")
+class GradientNorms(Probe):
     """norm = ||dL/dW|| and weight_norm = ||W|| of every convolution and linear layer, for its weight W.
 
     Of the gradient as backpropagation has it, before clipping, preconditioning and weight decay.
     """
 
-    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
-        layers = self.subject.layers()
-        parameters, gradients = moment.parameters, moment.here[1]
-        for position, layer in enumerate(name for name in moment.order if name in layers):
+    def measure(self, snapshot: StepSnapshot) -> Iterator[Row]:
+        """Yield one row per layer."""
+        parameters, (_, gradients) = snapshot.parameters, snapshot.loss_and_gradient
+        for position, layer in enumerate(snapshot.in_order(self.probed.weight_layers())):
             weight = f"{layer}.weight"
             if weight in gradients:
                 yield {

@@ -1,14 +1,16 @@
 """Internal covariate shift by gradients."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from normlab.common.errors import UserError, nearest
-from normlab.config.schema import ICSProbe
-from normlab.probes.base import Probe, Row, Subject, dot, evenly, norm
+from normlab.common.registry import option, register
+from normlab.probes.base import Probe, ProbedNetwork, Row, dot, evenly_spaced, norm
 from normlab.probes.snapshot import StepSnapshot
 
 
-class ICS(Probe[ICSProbe]):
+@register("ics")
+class ICS(Probe):
     """Internal covariate shift of a layer (Santurkar et al. 2018, its definition by gradients).
 
     For layer i with weight W_i, on the batch of the step:
@@ -24,31 +26,31 @@ class ICS(Probe[ICSProbe]):
     Invariant: for the first layer l2 = 0.
     """
 
-    def __init__(self, settings: ICSProbe, subject: Subject) -> None:
-        super().__init__(settings, subject)
-        if isinstance(settings.layers, list):
-            known = [name.removeprefix(subject.prefix) for name in subject.layers()]
-            for name in settings.layers:
-                if name not in known:
-                    raise UserError(
-                        f"probe.ics.layers names {name}, which is no convolution or linear layer of this network.\n"
-                        f"Nearest: {nearest(name, known) or known[-1]}. A number chooses so many, evenly over depth."
-                    )
+    layers: int | list[str] = option(5, names=True)
 
-    def measure(self, moment: StepSnapshot) -> Iterator[Row]:
-        layers = self.subject.layers()
-        ordered = [name for name in moment.order if name in layers]
-        before = moment.parameters
-        gradients = moment.here[1]
-        after = moment.updated()
-        for position in self._positions(ordered):
-            layer = ordered[position]
+    def __init__(self, probed: ProbedNetwork, **options: Any) -> None:
+        super().__init__(probed, **options)
+        known = [name.removeprefix(probed.prefix) for name in probed.weight_layers()]
+        for name in self.layers if isinstance(self.layers, list) else ():
+            if name not in known:
+                raise UserError(
+                    f"probe.ics.layers names {name}, which is no convolution or linear layer of this network.\n"
+                    f"Nearest: {nearest(name, known) or known[-1]}. A number chooses so many, evenly over depth."
+                )
+
+    def measure(self, snapshot: StepSnapshot) -> Iterator[Row]:
+        """Yield one row per chosen layer."""
+        layers = snapshot.in_order(self.probed.weight_layers())
+        before, after = snapshot.parameters, snapshot.updated()
+        _, gradients = snapshot.loss_and_gradient
+        for position in self._positions(layers):
+            layer = layers[position]
             weight = f"{layer}.weight"
             if weight not in gradients:  # frozen, or shared with a layer of another name
                 continue
-            earlier = set(moment.order[: moment.order.index(layer)])
+            earlier = set(snapshot.execution_order[: snapshot.execution_order.index(layer)])
             mixed = {name: after[name] if name.rpartition(".")[0] in earlier else before[name] for name in before}
-            g, g_after = gradients[weight], moment.gradient(mixed, of=[weight])[1][weight]
+            g, g_after = gradients[weight], snapshot.gradient(mixed, of=[weight])[1][weight]
             yield {
                 "layer": layer,
                 "position": position,
@@ -57,12 +59,11 @@ class ICS(Probe[ICSProbe]):
                 "gradient_norm": float(norm(g)),
             }
 
-    def _positions(self, ordered: list[str]) -> list[int]:
-        """Evenly over the layers that have one before them, or the only one."""
-        chosen = self.settings.layers
-        if isinstance(chosen, list):
-            names = {self.subject.prefix + name for name in chosen}
-            return [position for position, name in enumerate(ordered) if name in names]
-        if len(ordered) == 1:
+    def _positions(self, layers: list[str]) -> list[int]:
+        """Choose evenly among the layers that have one before them, or the only one, or those of the chosen names."""
+        if isinstance(self.layers, list):
+            names = {self.probed.prefix + name for name in self.layers}
+            return [position for position, name in enumerate(layers) if name in names]
+        if len(layers) == 1:
             return [0]
-        return [1 + place for place in evenly(chosen, len(ordered) - 1)]
+        return [1 + place for place in evenly_spaced(self.layers, len(layers) - 1)]

@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.common.errors import UserError, nearest
-from normlab.common.installation import called
+from normlab.common.errors import UserError, first_line, nearest
+from normlab.common.installation import command_name
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.analysis.tables import build_tables, probe_tables
@@ -20,11 +20,12 @@ from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
 from normlab.report.study.find import find_studies, study_folder
-from normlab.report.study.load import Study, first_line, load
+from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Provenance, mixed_provenance, provenance_of
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status
-from normlab.runs import FINISHED, files
+from normlab.runs import files
+from normlab.runs.states import FINISHED
 
 if TYPE_CHECKING:
     from normlab.report.figures import Named
@@ -116,7 +117,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         measured = f" and {options.metric}" if options.metric else ""
         raise UserError(
             f"There is no study with a finished run{measured} in {folder}.\n"
-            f"To start one: {called('train')} -m norm=bn,none"
+            f"To start one: {command_name('train')} -m norm=bn,none"
         )
     files.make_folder(page.parent)
     return _write_claims_page(page, results_page(studies, judgements), judgements, warnings, options)
@@ -159,7 +160,7 @@ def _refuse_selection(command: str, options: Options) -> None:
     if options.selection:
         raise UserError(
             f"{options.selection}: `{command}` is about whole studies, so nothing can be left out of them.\n"
-            f"Leave it out, or report one study: {called('report')} study=... {options.selection}"
+            f"Leave it out, or report one study: {command_name('report')} study=... {options.selection}"
         )
 
 
@@ -174,8 +175,8 @@ def _check_finished(study: Study, options: Options) -> None:
         f" {counted or 'none at all'}."
         + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
         + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
-        f"\n  {called('train')} -m study={study.name} norm=bn,none"
-        f"\nHow far its runs are: {called('report')} status study={study.name}"
+        f"\n  {command_name('train')} -m study={study.name} norm=bn,none"
+        f"\nHow far its runs are: {command_name('report')} status study={study.name}"
     )
 
 

@@ -1,7 +1,6 @@
 """Files that are whole or absent: atomic writes, and reads that never execute anything."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -15,22 +14,12 @@ from typing import Any, BinaryIO
 import yaml
 
 from normlab.common.errors import UserError
+from normlab.common.errors import storage_error as storage_error
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NEXT_KEY = re.compile(r"(?<=\n)(?=[a-zA-Z_])")  # in the outermost mapping: the dumper indents what belongs to a key
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
-
-
-def storage_error(path: Path, error: OSError) -> UserError:
-    """An operating system's refusal as a sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = "The disk is full. Free some space, or choose another folder with output_dir=..., then run again."
-    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        fix = "It is not writable. Change its permissions, or choose another folder with output_dir=..."
-    else:
-        fix = f"{error.strerror or error}. Choose another folder with output_dir=... if this one cannot be mended."
-    return UserError(f"Cannot write {path}.\n{fix}")
 
 
 def make_folder(path: Path) -> None:
@@ -139,9 +128,8 @@ def _part(text: str) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: if the file cannot be read or holds no JSON object.
+    """Raises:
+    UserError: if the file cannot be read or holds no JSON object.
     """
     try:
         value = json.loads(path.read_bytes().decode())

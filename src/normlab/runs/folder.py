@@ -23,13 +23,17 @@ from typing import Any
 
 from normlab.common.errors import UserError
 from normlab.runs import files, lock
-from normlab.runs.identity import completed, run_id, run_name
+from normlab.runs.identity import FORMAT, completed, run_id, run_name
+from normlab.runs.states import FINISHED, State, recorded_state
 
 CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
 LOG = "run.log"
 PROBES = "probes"
 _SEED = re.compile(r"^seed: (0|[1-9]\d*)$", re.MULTILINE)  # of the outermost mapping: others are indented
-FINISHED = ("done", "diverged")  # states that a repeated command skips
+
+
+class FormatError(UserError):
+    """The record was written by a version of normlab that is newer than this one."""
 
 
 def now() -> str:
@@ -42,14 +46,23 @@ def find(study_folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The frozen configuration, completed by the settings that came after it was written.
+    """Return the frozen configuration, with the settings that records of its format did not have yet.
 
     Runs share the groups that they have in common: these are to be read only.
 
     Raises:
+        FormatError: if it is of a format that this version does not know.
         UserError: if the file is damaged.
     """
-    return files.read_yaml(folder / CONFIG, _config)
+    path = folder / CONFIG
+    config = files.read_yaml(path, _config)
+    found = config.get("format", FORMAT)
+    if found not in range(1, FORMAT + 1):
+        raise FormatError(
+            f"{path} is a record of format {found}, and this version of normlab reads up to format {FORMAT}.\n"
+            "Use the version that wrote it, or a newer one: pip install --upgrade normlab."
+        )
+    return {key: value for key, value in config.items() if key != "format"}
 
 
 def _config(text: str) -> Any:
@@ -164,13 +177,13 @@ class Run:
         self._claim: lock.Claim | None = None
 
     @property
-    def state(self) -> str:
-        """`new`, or the state of status.json; a damaged status counts as `failed`."""
+    def state(self) -> State:
+        """The state that status.json records: planned where there is none, failed where it is damaged."""
         try:
             status = read_status(self.folder)
         except UserError:
-            return "failed"
-        return str(status.get("state", "failed")) if status else "new"
+            return State.FAILED
+        return recorded_state(status) or State.FAILED if status is not None else State.PLANNED
 
     @property
     def over(self) -> bool:
@@ -181,14 +194,20 @@ class Run:
         """Write the configuration, so that later edits of YAML cannot leak into this run.
 
         One that is there and describes this run stays as it is; a damaged one is replaced.
+
+        Raises:
+            FormatError: if there is one of a format that this version does not know.
+            UserError: if the folder cannot be written.
         """
         files.make_folder(self.folder)
         try:
             written = run_id(read_config(self.folder))
+        except FormatError:
+            raise
         except (UserError, KeyError, AttributeError, TypeError, ValueError):  # not there, or not of a run
             written = ""
         if written != self.run_id:
-            files.write_yaml(self.folder / CONFIG, self.config)
+            files.write_yaml(self.folder / CONFIG, {"format": FORMAT, **self.config})
 
     @contextmanager
     def lock(self, wait_seconds: float = 0) -> Iterator[None]:

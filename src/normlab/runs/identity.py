@@ -1,100 +1,104 @@
-"""What makes a run the run it is: the part of its configuration that can change its result."""
+"""Identify a run by the part of its configuration that can change its result."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from normlab.config.schema import RunConfig, Since
+
+FORMAT = 1  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
 
 # Where and how a run is carried out; everything else is part of its identity.
 CARRIED_OUT = frozenset(
-    {
-        *("study", "experiment", "budget"),
-        *(
-            "device",
-            "engine",
-            "memory_format",
-            "threads",
-            "checkpoint_seconds",
-            "save_weights",
-            "quiet",
-            "output_dir",
-            "data_dir",
-            "logger",
-        ),
-    }
+    [
+        "study",
+        "experiment",
+        "budget",
+        "device",
+        "engine",
+        "memory_format",
+        "threads",
+        "checkpoint_seconds",
+        "save_weights",
+        "quiet",
+        "logger",
+        "output_dir",
+        "data_dir",
+    ]
 )
 DATASET_CARRIED_OUT = frozenset({"path", "workers"})
-# Settings that came later, each with the value at which they change nothing: with it they are no part of
-# the identity, so that runs recorded before stay the runs they are. Never remove one, never change a value.
-LATER: dict[str, Any] = {
-    "calibration_images": 256,
-    "dataset.crop_size": None,
-    "dataset.image_size": None,
-    "eval_stats": "running",
-    "model.dropout": 0.0,
-    "model.width": 1.0,
-    "norm.scale_init": 1.0,
-    "norm.scale_lr_divisor": 1.0,
-    "optimizer.agc": None,
-    "optimizer.precondition": None,
-    "precise_batches": 200,
-    "probe": {},
-    "sampler": {"name": "iid"},
-    "sync_stats": False,
-    "weight_average": None,
-}
-
-
-# Which groups some of them came to later: to others they never did, or they have always had them.
-CAME_TO: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "dataset.crop_size": lambda dataset: "flip" in dataset,
-    "dataset.image_size": lambda dataset: dataset.get("kind") in ("digits", "cifar10", "cifar100"),
-    "model.dropout": lambda model: model.get("kind") == "resnet",
-    "model.width": lambda model: model.get("kind") == "vgg",
-    "norm.scale_init": lambda norm: "scale_init" in norm,  # an option of some norms
-    "norm.scale_lr_divisor": lambda norm: "scale_lr_divisor" in norm,
-}
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested part of a run's configuration that can change its result."""
+    """Return the nested part of a run's configuration that can change its result."""
     kept = {key: value for key, value in config.items() if key not in CARRIED_OUT}
-    kept["dataset"] = {k: v for k, v in config["dataset"].items() if k not in DATASET_CARRIED_OUT}
-    for path, unchanged in LATER.items():
-        group, _, key = path.rpartition(".")
-        if group and _came(path, kept.get(group)) and kept[group].get(key, ...) == unchanged:
-            kept[group] = {k: v for k, v in kept[group].items() if k != key}
-        elif not group and key in kept and kept[key] == unchanged:
-            del kept[key]
+    kept["dataset"] = {key: value for key, value in config["dataset"].items() if key not in DATASET_CARRIED_OUT}
+    for group, key, neutral in _later_settings(config):
+        section = kept.get(group) if group else kept
+        if isinstance(section, Mapping) and key in section and section[key] == neutral:
+            rest = {name: value for name, value in section.items() if name != key}
+            kept = kept | {group: rest} if group else rest
     return kept
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it would be recorded today: with the settings that came after it was written."""
-    carried_out = {"experiment": None, "budget": None, "engine": "auto", "memory_format": "auto", "quiet": False}
-    full = {**carried_out, "logger": {"name": "none"}, **config}
-    for path, unchanged in LATER.items():
-        group, _, key = path.rpartition(".")
+    """Return a configuration with the settings that records of its format did not have yet."""
+    full = dict(config)
+    for group, key, neutral in _later_settings(config):
         if not group:
-            full.setdefault(key, unchanged)
-        elif _came(path, full.get(group)):
-            full[group] = {key: unchanged, **full[group]}
+            full.setdefault(key, neutral)
+        else:
+            full[group] = {key: neutral, **full[group]}
     return full
 
 
-def _came(path: str, group: Any) -> bool:
-    return isinstance(group, Mapping) and CAME_TO.get(path, lambda _: True)(group)
+def _later_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """Yield group ("" for none), name and neutral value of each setting that came after format 1."""
+    for key, neutral in _marked(RunConfig).items():
+        yield "", key, neutral
+    for group, values in config.items():
+        if isinstance(values, Mapping):
+            section = _section(RunConfig, group, str(values.get("kind")), str(values.get("name")))
+            for key, neutral in (_marked(section) if section else {}).items():
+                yield group, key, neutral
+
+
+@cache
+def _marked(section: type[BaseModel]) -> dict[str, Any]:
+    """Return the neutral value of each setting of a section that came after format 1."""
+    marks = ((name, mark) for name, field in section.model_fields.items() for mark in field.metadata)
+    return {name: mark.neutral for name, mark in marks if isinstance(mark, Since)}
+
+
+@cache
+def _section(model: type[BaseModel], group: str, kind: str, name: str) -> type[BaseModel] | None:
+    """Return the class of a group's settings: of several, the one that is made for this `kind` or `name`."""
+    field = model.model_fields.get(group)
+    if field is None:
+        return None
+    tag = field.discriminator
+    for section in get_args(field.annotation) or (field.annotation,):
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            if not isinstance(tag, str):
+                return section
+            if (kind if tag == "kind" else name) in get_args(section.model_fields[tag].annotation):
+                return section
+    return None
 
 
 def run_id(config: Mapping[str, Any]) -> str:
-    """Ten hexadecimal digits, equal for two configurations exactly if they describe the same run."""
+    """Return ten hexadecimal digits, equal for two configurations exactly if they describe the same run."""
     canonical = json.dumps(identity(config), sort_keys=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
 def run_name(config: Mapping[str, Any]) -> str:
-    """The name of a run's folder: readable settings, then the `run_id`. Names of any text make one folder's name."""
+    """Return the name of a run's folder: readable settings, made safe for a file's name, then the `run_id`."""
     groups = f"-g{config['norm_batch']}" if config["norm_batch"] else ""
     model, dataset, norm = (re.sub(r"[^A-Za-z0-9_.+-]+", "_", config[g]["name"]) for g in ("model", "dataset", "norm"))
     return (

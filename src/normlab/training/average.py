@@ -6,14 +6,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class Average(AveragedModel):
-    """PyTorch's, but that only its first update asks the device how many there have been."""
+    """PyTorch's average, of which only the first update reads on the host how many there have been."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # of PyTorch
         self.decay, self.begun = decay, False
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
+        """Take the parameters and buffers of `model` into the average."""
         if not self.begun:
             super().update_parameters(model)
             self.begun = True

@@ -18,7 +18,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class _Hashing:
-    """A file to write to that keeps the digest of what it was given, and the error that stopped it."""
+    """A file to write to that keeps the digest of what was written, and the error that stopped it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -37,7 +37,11 @@ class _Hashing:
 
 
 def save_tensors(value: object, file: BinaryIO) -> bytes:
-    """torch.save that raises the file's own OSError, a full disk say, and returns the SHA-256 of what it wrote."""
+    """Save with torch.save, and return the SHA-256 of the written bytes.
+
+    Raises:
+        OSError: the file's own, of a full disk for one.
+    """
     hashing = _Hashing(file)
     try:
         torch.save(value, hashing)  # type: ignore[arg-type]
@@ -64,9 +68,9 @@ def save(folder: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be trusted, or None. `warn` is told of each that cannot.
+    """Return the newest checkpoint whose digest is right, or None; `warn` is called for each other one.
 
-    For the process that holds the run: it also removes what a killed one left half-written.
+    For the process that holds the run: it also removes files that a killed one left half-written.
     """
     remove_temporaries(folder)
     for name in (INCOMING, NEWEST, PREVIOUS):  # INCOMING is whole: its process was killed before the renaming
@@ -88,7 +92,7 @@ def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, An
 
 
 def remove(folder: Path) -> None:
-    """Of a finished run: its folder then holds its record alone."""
+    """Remove the checkpoints of a finished run: its folder then holds its record alone."""
     remove_temporaries(folder)
     for name in (INCOMING, NEWEST, PREVIOUS):
         (folder / name).unlink(missing_ok=True)

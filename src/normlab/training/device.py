@@ -1,4 +1,4 @@
-"""The device of a run: choice, precision, memory, and what to write down about them."""
+"""The device of a run: choice, threads, precision, memory, and provenance."""
 
 import contextlib
 import ctypes
@@ -18,11 +18,12 @@ from normlab.common import git as checkout
 from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
 
+DEFAULT_THREADS = torch.get_num_threads()  # before an earlier run of this process chose another number
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose(device: str, share: str | None = None) -> torch.device:
-    """The device of a run; `share` is the one that a launcher offers to a run that does not care which.
+    """Return the device of a run; `share` is the one that a launcher offers to a run that leaves it open.
 
     Raises:
         UserError: for a CUDA device that is not there.
@@ -41,9 +42,8 @@ def choose(device: str, share: str | None = None) -> torch.device:
 
 
 def prepare(config: RunConfig, device: torch.device, threads: int | None) -> None:
-    """Process-wide settings of a run."""
-    if threads:
-        torch.set_num_threads(threads)
+    """Apply the settings of a run that are the process's; `threads`: None for all that PyTorch would use."""
+    torch.set_num_threads(threads or DEFAULT_THREADS)
     tf32 = config.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
@@ -52,14 +52,14 @@ def prepare(config: RunConfig, device: torch.device, threads: int | None) -> Non
     torch.use_deterministic_algorithms(config.deterministic, warn_only=False)
     torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # initialises CUDA, which memory statistics need
+        torch.cuda.set_device(device)  # initializes CUDA, which memory statistics need
     else:
         _keep_freed_memory()
     forget_peak_memory(device)
 
 
 def stream_for(config: RunConfig, share: str | None) -> AbstractContextManager[object]:
-    """Inside, a run on a GPU has a stream of its own: what a graph captures must not be on the default one.
+    """Return a context in which a run on a GPU has a stream of its own: a graph is not captured on the default one.
 
     Raises:
         UserError: for a CUDA device that is not there.
@@ -67,11 +67,16 @@ def stream_for(config: RunConfig, share: str | None) -> AbstractContextManager[o
     chosen = choose(config.device, share)
     if chosen.type == "cpu" or torch.cuda.current_stream(chosen) != torch.cuda.default_stream(chosen):
         return nullcontext()  # or it has one already, among several
-    return torch.cuda.stream(torch.cuda.Stream(chosen))
+    return new_stream(chosen)
+
+
+def new_stream(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context with a stream of its own on a GPU."""
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]  # of PyTorch
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """What this process has done so far, a worker's earlier runs say, does not count any more."""
+    """Start the measurement of peak memory anew, so that a process's earlier runs do not count."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -97,12 +102,13 @@ def _keep_freed_memory() -> None:
 
 
 def autocast(config: RunConfig, device: torch.device) -> AbstractContextManager[object]:
+    """Return the context of a forward pass in the run's precision."""
     half = HALF.get(config.precision)
     return torch.autocast(device.type, dtype=half) if half else nullcontext()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The run's highest memory use: allocated on a GPU, resident in this process on a CPU."""
+    """Return the highest memory use in bytes: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -114,7 +120,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
-    """What a reader needs to know about where a result was made."""
+    """Return where a result was made: versions, commit, command, machine, data."""
     packages = ("torchvision", "hydra-core", "numpy")
     return {
         "versions": {
@@ -134,7 +140,7 @@ def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
 
 
 def name_of(device: torch.device) -> str:
-    """Of the GPU's or the processor's model."""
+    """Return the name of the GPU's or the processor's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 

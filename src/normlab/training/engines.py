@@ -1,11 +1,10 @@
-"""How the steps of an epoch are carried out: each one said by Python, or one captured and then replayed.
+"""Engines: how the steps of an epoch are carried out, one by one from Python, or one captured and then replayed.
 
 All train on the same batches by the same formulas; `engine` chooses (conf/config.yaml).
 """
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -14,73 +13,84 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.config.schema import RMSprop, RunConfig
 from normlab.data.batches import Epoch, Split
-from normlab.training.graphs import Graph, graph_for
 from normlab.training.optimizers import learning_rate, set_learning_rate
-from normlab.training.step import Step
+from normlab.training.state import Position
+from normlab.training.step import TrainingStep
 
 WARM_UP = 3  # steps before the captured one: libraries choose their kernels, optimizers make their state
+COMPILING = 2  # steps of engine=compile that compile: in the second, an assumed constant may prove to be none
 
 
-@dataclass
-class Position:
-    """Where a run stands; with the states of network, optimizer and scaler, all that a resume needs."""
+class Graph(Protocol):
+    """Work that is captured once and then replayed."""
 
-    epoch: int  # epochs that are complete and evaluated
-    batch: int  # batches done of the one under way
-    losses: Tensor  # (steps,) float32 on the device: loss of each batch of the epoch
-    hits: Tensor  # (steps,) int64 on the device: images classified correctly
-    wall_seconds: float  # of the run so far, over all its processes
-    train_seconds: float  # spent on training since the last evaluation
-    train_images: int  # images trained on since the last evaluation
+    def capture(self, work: Callable[[], None]) -> None:
+        """Do `work` once, and record its operations and their tensors.
 
+        Raises:
+            RuntimeError: if `work` reads a value on the host, or does anything else that cannot be captured.
+        """
 
-class Engine(Protocol):
-    capture_seconds: float  # spent so far on capturing or compiling, which is no training
+    def replay(self) -> None:
+        """Repeat the operations on the values that their tensors have now.
 
-    def begin(self, epoch: int) -> None:
-        """Start the epoch, or go on with it, at the batch that the position names."""
-
-    def upcoming(self) -> tuple[Tensor, Tensor]:
-        """The batch that `step` will train on."""
-
-    def step(self) -> None:
-        """Train on the batch that the position names, and note its loss and hits there, without waiting for the
-        device.
+        What Python decided or computed stays as it was at the capture; random numbers come from the default generator.
         """
 
 
+class CudaGraph:
+    """A CUDA graph on the current stream, which must not be the default one."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, work: Callable[[], None]) -> None:
+        """Capture `work`, and do it once."""
+        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+            work()
+        self.replay()  # a capture executes nothing
+
+    def replay(self) -> None:
+        """Launch the graph."""
+        self._graph.replay()
+
+
+GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}  # by type of device; a test adds one for the CPU
+
+
 def build(
-    config: RunConfig, train: Split, step: Step, at: Position, processes: int, warn: Callable[[str], None]
-) -> Engine:
-    """The engine that a run asks for by `engine`; `warn` is told when engine=auto has to do without a graph.
+    config: RunConfig, train: Split, step: TrainingStep, position: Position, warn: Callable[[str], None]
+) -> "Engine":
+    """Return the engine that a run requests by `engine`; `warn` is called when engine=auto cannot capture.
 
     Raises:
         UserError: for engine=graph where a step cannot be captured.
     """
-    why_not = _why_no_graph(config, train, processes)
+    why_not = _why_no_graph(config, train, step.device)
     if config.engine == "graph" and why_not:
         raise UserError(f"engine=graph cannot capture the steps of this run: {why_not}.\nUse engine=auto or eager.")
     if may_capture(config, step.device) and not why_not:
-        return Graphed(config, train, step, at, graph_for(step.device), warn)
-    if config.engine == "compile":
-        return Compiled(config, train, step, at)
-    return Eager(config, train, step, at)
+        return Graphed(config, train, step, position, warn)
+    kind = Compiled if config.engine == "compile" else Engine
+    return kind(config, train, step, position)
 
 
 def may_capture(config: RunConfig, device: torch.device) -> bool:
-    """Whether the steps of a run may be captured, for all that is known before it is built."""
+    """Return whether the steps of a run may be captured, for all that is known before it is built."""
     return config.engine == "graph" or (config.engine == "auto" and device.type == "cuda")
 
 
 def compiled(config: RunConfig, network: nn.Module) -> nn.Module:
-    """`network` as engine=compile wants it; the parameters are shared."""
+    """Return `network`, compiled for engine=compile; the parameters are shared."""
     if config.engine != "compile":
         return network
     return cast(nn.Module, torch.compile(network, dynamic=False))  # the last batch of an epoch has a size of its own
 
 
-def _why_no_graph(config: RunConfig, train: Split, processes: int) -> str | None:
-    if processes > 1:
+def _why_no_graph(config: RunConfig, train: Split, device: torch.device) -> str | None:
+    if device.type not in GRAPHS:
+        return "only a GPU can replay one"
+    if train.processes > 1:
         return "several processes train it"
     if not train.resident:
         return "its images are read from files (dataset.storage=stream)"
@@ -89,101 +99,112 @@ def _why_no_graph(config: RunConfig, train: Split, processes: int) -> str | None
     return None
 
 
-class Eager:
-    """Every operation of every step is said by Python."""
+class Engine:
+    """Carries out the steps of an epoch, every operation launched from Python (engine=eager).
 
-    def __init__(self, config: RunConfig, train: Split, step: Step, at: Position) -> None:
-        self.config, self.train, self.make, self.at = config, train, step, at
+    Attributes:
+        capture_seconds: spent so far on capturing or compiling, which is not counted as training.
+    """
+
+    def __init__(self, config: RunConfig, train: Split, step: TrainingStep, position: Position) -> None:
+        self.config, self.train, self.train_on, self.position = config, train, step, position
         self.epoch, self.capture_seconds = 0, 0.0
         self._batches: Iterator[tuple[Tensor, Tensor]] = iter(())
-        self._upcoming: tuple[Tensor, Tensor] | None = None
+        self._next: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, epoch: int) -> None:
-        self.epoch, self._upcoming = epoch, None
-        self._batches = self.train.batches(epoch, start=self.at.batch)
+    def start_epoch(self, epoch: int) -> None:
+        """Start the epoch, or go on with it, at the batch of the position."""
+        self.epoch, self._next = epoch, None
+        self._batches = self.train.batches(epoch, start=self.position.batch)
 
-    def upcoming(self) -> tuple[Tensor, Tensor]:
-        if self._upcoming is None:
-            self._upcoming = next(self._batches)
-        return self._upcoming
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the batch that `step` will train on."""
+        if self._next is None:
+            self._next = next(self._batches)
+        return self._next
 
     def step(self) -> None:
-        images, labels = self.upcoming()
-        self._upcoming = None
-        set_learning_rate(self.make.optimizer, self._rate(self.at.batch))
-        loss, hits = self.make(images, labels, self.train.images_of(self.at.batch))
-        # Kept on the device: reading them here would make every step wait for the GPU (as fp16's scaler does).
-        self.at.losses[self.at.batch] = loss
-        self.at.hits[self.at.batch] = hits
+        """Train on the batch of the position and keep its loss and correct classifications there, on the device."""
+        (images, labels), batch = self.next_batch(), self.position.batch
+        self._next = None
+        set_learning_rate(self.train_on.optimizer, self._learning_rate(batch))
+        loss, correct = self.train_on(images, labels, self.train.images_of(batch))
+        # Reading them here would make every step wait for the GPU (as fp16's scaler does).
+        self.position.losses[batch] = loss
+        self.position.correct[batch] = correct
 
-    def _rate(self, batch: int) -> float:
+    def _learning_rate(self, batch: int) -> float:
         steps = self.train.steps
         return learning_rate(self.config, self.epoch * steps + batch, steps)
 
+    def _count_as_capture(self, seconds: float) -> None:
+        self.capture_seconds += seconds
+        self.position.train_seconds -= seconds  # the step as a whole is counted there
 
-class Compiled(Eager):
-    """The network compiled by torch.compile; its first steps, which compile it, count as preparation."""
 
-    FIRST = 2  # the second time, what was taken for a constant may prove to be none
+class Compiled(Engine):
+    """The network is compiled by torch.compile in its first steps, whose time counts as preparation."""
 
-    def __init__(self, config: RunConfig, train: Split, step: Step, at: Position) -> None:
-        super().__init__(config, train, step, at)
-        self.made = 0
+    _steps = 0
 
     def step(self) -> None:
+        """See `Engine`."""
         begun = time.monotonic()
         super().step()
-        self.made += 1
-        if self.made <= self.FIRST:
-            if self.at.losses.is_cuda:
+        self._steps += 1
+        if self._steps <= COMPILING:
+            if self.position.losses.is_cuda:
                 torch.cuda.synchronize()
-            self.capture_seconds += time.monotonic() - begun
+            self._count_as_capture(time.monotonic() - begun)
 
 
-class Graphed(Eager):
-    """The whole step of a full batch is one graph: images gathered and augmented, forward and backward pass, update,
-    loss and hits noted.
+class Graphed(Engine):
+    """The whole step of a full batch is one graph.
 
-    What differs from step to step is on the device: the epoch's images, labels, draws and learning rates, and the
-    number of the batch, which each replay counts up. The smaller last batch and the steps before the capture are eager.
+    Images gathered and augmented, forward and backward pass, update, loss and correct classifications kept. What
+    differs from step to step is on the device: the epoch's images, labels, draws and learning rates, and the number of
+    the batch, which each replay counts up. The smaller last batch and the steps before the capture are eager.
     """
 
     def __init__(
-        self, config: RunConfig, train: Split, step: Step, at: Position, graph: Graph, warn: Callable[[str], None]
+        self, config: RunConfig, train: Split, step: TrainingStep, position: Position, warn: Callable[[str], None]
     ) -> None:
-        super().__init__(config, train, step, at)
-        self.graph, self.warn = graph, warn
+        super().__init__(config, train, step, position)
+        self.graph, self.warn = GRAPHS[step.device.type](), warn
         self.state = "warming up"  # then "captured", or "eager" if it cannot be
-        self.made = 0
+        self.warm_steps = 0
         self.images: Epoch
         self.rates = torch.zeros(train.steps, device=step.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=step.device)  # of the batch
         self.places = torch.arange(train.batch, device=step.device)
 
-    def begin(self, epoch: int) -> None:
+    def start_epoch(self, epoch: int) -> None:
+        """See `Engine`."""
         self.epoch = epoch
         fresh = self.train.epoch(epoch)
         if self.state == "captured":  # a replay reads where the capture did
             self.images.copy_(fresh)
         else:
             self.images = fresh
-        self.rates.copy_(torch.tensor([self._rate(batch) for batch in range(self.train.steps)]))
-        self.number.fill_(self.at.batch)
+        self.rates.copy_(torch.tensor([self._learning_rate(batch) for batch in range(self.train.steps)]))
+        self.number.fill_(self.position.batch)
 
-    def upcoming(self) -> tuple[Tensor, Tensor]:
-        return self._batch(self.places[: self.train.images_of(self.at.batch)] + self.at.batch * self.train.batch)
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """See `Engine`."""
+        batch = self.position.batch
+        return self._batch(self.places[: self.train.images_of(batch)] + batch * self.train.batch)
 
     def step(self) -> None:
-        full = self.train.images_of(self.at.batch) == self.train.batch
+        """See `Engine`."""
+        full = self.train.images_of(self.position.batch) == self.train.batch
         if full and self.state == "captured":
             self.graph.replay()
-        elif full and self.state == "warming up" and self.made >= WARM_UP:
+        elif full and self.state == "warming up" and self.warm_steps >= WARM_UP:
             self._capture()
         else:
-            self._upcoming = self.upcoming()
             super().step()
             self.number.add_(1)
-            self.made += 1
+            self.warm_steps += 1
 
     def _capture(self) -> None:
         begun = time.monotonic()
@@ -203,19 +224,19 @@ class Graphed(Eager):
             self.step()
             return
         self.state = "captured"
-        self.capture_seconds += time.monotonic() - begun
+        self._count_as_capture(time.monotonic() - begun)
 
     def _whole_step(self) -> None:
         images, labels = self._batch(self.places + self.number * self.train.batch)
-        for group in self.make.optimizer.param_groups:
+        for group in self.train_on.optimizer.param_groups:
             group["lr"].copy_((self.rates.index_select(0, self.number) / group["lr_divisor"]).squeeze())
-        loss, hits = self.make(images, labels, self.train.batch)
-        self.at.losses.index_copy_(0, self.number, loss[None].to(self.at.losses.dtype))
-        self.at.hits.index_copy_(0, self.number, hits[None])
+        loss, correct = self.train_on(images, labels, self.train.batch)
+        self.position.losses.index_copy_(0, self.number, loss[None].to(self.position.losses.dtype))
+        self.position.correct.index_copy_(0, self.number, correct[None])
         self.number.add_(1)
 
     def _batch(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The images and labels at `places` of the epoch, int64 (B,)."""
+        """Return the images and labels at `places` of the epoch, int64 (B,)."""
         draws = self.images.draws
         images = self.train.gather(
             self.images.positions.index_select(0, places), None if draws is None else draws.index_select(0, places)

@@ -1,4 +1,4 @@
-"""What may happen to the gradients between the backward pass and the optimizer's step."""
+"""Changes of the gradients between the backward pass and the optimizer's step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ BNP_VARIES = 1e-4  # [A] a layer whose mean variance is a smaller share of its i
 
 
 def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[], None] | None:
-    """What `optimizer.precondition` and then `optimizer.agc` do to the gradients of `network`, or None.
+    """Return the changes of the gradients by `optimizer.precondition` and then `optimizer.agc`, or None.
 
     Raises:
         UserError: if the network has layers that the preconditioner cannot condition.
@@ -60,6 +60,7 @@ class AdaptiveClipping:
 
     @torch.no_grad()
     def __call__(self) -> None:
+        """Clip the gradients, in place."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 longest = _unit_norms(parameter).clamp_min(AGC_LEAST_NORM) * self.ratio
@@ -70,7 +71,8 @@ class AdaptiveClipping:
 
 def _unit_norms(tensor: Tensor) -> Tensor:
     """L2 norm per row of the first dimension, (O, 1, ...)."""
-    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)
+    return norms
 
 
 class Preconditioner:
@@ -81,7 +83,7 @@ class Preconditioner:
 
         dW = (g_W - g_b·mu^T) / s²  column by column,   db = g_b - dW·mu
 
-    which is a plain gradient step in the parameters of the same layer with normalised inputs (derived in
+    which is a plain gradient step in the parameters of the same layer with normalized inputs (derived in
     `papers.md`, section 6, and checked by a test). Ours [A]: statistics of the current batch only, and s² is at
     least `BNP_FLOOR` times its mean over the layer's inputs; a layer whose inputs do not vary (`BNP_VARIES`), as with a
     single image of one pixel, keeps its gradients. The paper's scaling, running averages and its convolution's form
@@ -116,6 +118,7 @@ class Preconditioner:
 
     @torch.no_grad()
     def __call__(self) -> None:
+        """Condition the gradients by the statistics of the last training batch, in place."""
         for module, (mean, variance) in self.statistics.items():
             if module.weight.grad is None or module.bias is None or module.bias.grad is None:
                 continue

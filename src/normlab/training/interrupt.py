@@ -9,7 +9,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 
 
 class StopRequest:
-    """While entered, the first signal only sets `requested`; a second Ctrl-C stops at once."""
+    """A request to stop: while entered, the first signal only sets `requested`; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested: str | None = None

@@ -1,290 +1,176 @@
-"""The course of a run: epochs of steps, with what happens between them."""
+"""The training loop: epochs of steps, each with an evaluation; measurements of probes in between."""
 
-import itertools
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normlab.common.errors import InterruptedRunError
 from normlab.common.rng import key
-from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
-from normlab.data.datasets import Data
 from normlab.norms import apart, batch_statistics, precise_statistics
 from normlab.probes import Probes, StepSnapshot
 from normlab.training.device import autocast
-from normlab.training.distributed.group import ALONE, Alone, Looks
-from normlab.training.engines import Engine, Position
-from normlab.training.interleaving import Turn
 from normlab.training.interrupt import StopRequest
 from normlab.training.optimizers import learning_rate, set_learning_rate
-from normlab.training.step import Step
-from normlab.training.tasks import Task
-
-T = TypeVar("T")
-BEAT_SECONDS = 1.0  # between looks at the clock's consequences: heartbeat, divergence, checkpoint
+from normlab.training.record import Recorder
+from normlab.training.state import TrainingState
+from normlab.training.supervision import DivergedError, Supervisor
 
 
-class DivergedError(Exception):
-    """The loss of `step` (1-based), or a parameter after it, was not a finite number."""
+def train(state: TrainingState, recorder: Recorder, stop: StopRequest) -> None:
+    """Train from the state's position to the end of the run.
 
-    def __init__(self, step: int, what: str = "the loss") -> None:
-        super().__init__(f"{what} of step {step} was not finite")
-        self.step = step
-
-
-def train(
-    config: RunConfig,
-    data: Data,
-    step: Step,
-    engine: Engine,
-    at: Position,
-    stop: StopRequest,
-    *,
-    probes: Probes | None = None,
-    team: Alone = ALONE,
-    turn: Turn = Turn(),  # noqa: B008  # it has no state
-    beat: Callable[[Position], None],
-    checkpoint: Callable[[Position], None],
-    record: Callable[[dict[str, Any]], None],
-) -> None:
-    """Train from `at` to the end. `beat`, `checkpoint` and `record` write down progress, state and metrics.
-
-    The processes of a `team` make every step together, each with its share of the batch. `engine` carries out `step`;
-    `probes` look on; between two steps it may be the `turn` of other runs of this process.
+    The processes of a group make every step together, each with its share of the batch.
 
     Raises:
-        DivergedError: at the first loss that is not finite (found within a second or two).
+        DivergedError: at the first loss that is not finite (noticed within a second or two).
         InterruptedRunError: after a checkpoint, when `stop` was requested.
     """
-    device = at.losses.device
-    # The global generator of this device alone: torch.manual_seed would seed every backend, at 0.1 ms a step.
+    config, position = state.config, state.position
+    supervisor = Supervisor(state, recorder, stop)
+    try:
+        while position.epoch < config.epochs:
+            train_epoch(state, supervisor)
+            done = position.epoch + 1
+            if done % config.eval_every == 0 or done == config.epochs:
+                recorder.metrics(evaluate_epoch(state, supervisor))
+            position.next_epoch()
+            recorder.heartbeat(state)
+    except InterruptedRunError:  # an interrupted evaluation or measurement of probes begins anew in a resume
+        recorder.checkpoint(state)
+        raise
+
+
+def train_epoch(state: TrainingState, supervisor: Supervisor) -> None:
+    """Train from the state's position to the end of its epoch.
+
+    Raises:
+        DivergedError: for a loss, or at the end a parameter, that is not finite.
+        InterruptedRunError: when a stop was requested.
+    """
+    step, engine, position = state.step, state.engine, state.position
+    step.network.train()
+    supervisor.start_epoch()
+    engine.start_epoch(position.epoch)
+    for number in range(state.step_number, state.steps_until(position.epoch + 1)):
+        seed_step(state, number)  # of dropout and the like: the same after a resume, and in a probe
+        step.layers.begin(number, state.total_steps)
+        if state.probes and state.probes.due(number):
+            measure(state, state.probes, supervisor)
+        engine.step()  # loss and correct classifications stay on the device: reading them would wait for it
+        position.train_images += state.data.train.images_of(position.batch)
+        position.batch += 1
+        state.interleaver.after_step()
+        supervisor.after_batch(training=True)
+    supervisor.gather_losses()
+    check_parameters(step.network, state.step_number)
+    supervisor.stopwatch.lap(training=True)
+
+
+def seed_step(state: TrainingState, number: int) -> None:
+    """Seed the global generator of the run's device for step `number`; processes draw numbers of their own."""
+    device, rank = state.device, state.group.rank
+    # The generator of this device alone: torch.manual_seed would seed every backend, at 0.1 ms a step.
     generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-    steps = data.train.steps
-    others = ("process", team.rank) if team.rank else ()
-    settled = at.batch  # up to here the losses and hits of the epoch are those of all processes
+    generator.manual_seed(key(state.config.seed, "step", number, *(("process", rank) if rank else ())))
 
-    def seed(number: int) -> None:  # for dropout and the like: the same after a resume, and in a probe
-        generator.manual_seed(key(config.seed, "step", number, *others))
 
-    moment = partial(
-        StepSnapshot,
+def measure(state: TrainingState, probes: Probes, supervisor: Supervisor) -> None:
+    """Let probes measure before the step that comes next."""
+    config, step = state.config, state.step
+    supervisor.gather_losses()
+    supervisor.stopwatch.lap(training=True)
+    lr = learning_rate(config, state.step_number, state.data.train.steps)
+    set_learning_rate(step.optimizer, lr)  # a probe may compute the update that the step will make
+    step.optimizer.zero_grad(set_to_none=True)
+    images, targets = state.engine.next_batch()
+    snapshot = StepSnapshot(
+        state.step_number,
+        lr,
+        images,
+        targets,
         network=step.network,
         optimizer=step.optimizer,
         scaler=step.scaler,
         transform=step.transform,
-        loss=step.task.loss,
-        within=partial(autocast, config, device),
-        seed=seed,
-        pulse=partial(next, _watched(itertools.repeat(None), Looks(), stop, lambda: beat(at))),
+        criterion=step.task.loss,
+        forward_context=partial(autocast, config, state.device),
+        seed=partial(seed_step, state),
+        on_evaluation=partial(supervisor.after_batch, training=False),
     )
-
-    def settle(before: int) -> None:
-        """Add up what each process has noted of its shares since last time, and look for what is not finite."""
-        nonlocal settled
-        turn.wait()
-        team.add_up(at.losses[settled : at.batch])
-        team.add_up(at.hits[settled : at.batch])
-        settled = at.batch
-        _check_losses(at, before)
-
-    lookout = _Lookout(device)
-    every = config.checkpoint_seconds
-    pause_seconds = BEAT_SECONDS if every is None else min(BEAT_SECONDS, every)
-    started = time.monotonic() - at.wall_seconds
-    last_beat, last_checkpoint = -math.inf, time.monotonic()
-
-    for epoch in range(at.epoch, config.epochs):
-        step.network.train()
-        looks = team.looks(pause_seconds)
-        clock = time.monotonic()
-        engine.begin(epoch)
-        for number in range(epoch * steps + at.batch, (epoch + 1) * steps):
-            seed(number)
-            step.layers.begin(number, config.epochs * steps)
-            if probes and probes.due(number):
-                settle(epoch * steps)
-                begun = time.monotonic()
-                lr = learning_rate(config, number, steps)
-                set_learning_rate(step.optimizer, lr)  # a probe may ask what the step will do
-                step.optimizer.zero_grad(set_to_none=True)
-                try:
-                    probes.measure(moment(number, lr, *engine.upcoming()))
-                except InterruptedRunError:  # a resume begins with this measurement
-                    at.wall_seconds, at.train_seconds = time.monotonic() - started, at.train_seconds + begun - clock
-                    checkpoint(at)
-                    raise
-                clock += time.monotonic() - begun  # no training
-
-            prepared = engine.capture_seconds
-            engine.step()
-            clock += engine.capture_seconds - prepared
-            at.train_images += data.train.images_of(at.batch)
-            at.batch += 1
-            turn.over()
-
-            now = time.monotonic()
-            due = every is not None and now - last_checkpoint >= every
-            beats, due, stopped = looks.agree(now - last_beat >= BEAT_SECONDS, due, stop.requested)
-            if beats or due or stopped:
-                if due or stopped or team.world > 1 or lookout.found(at.losses[: at.batch]):
-                    settle(epoch * steps)  # waits for the device
-                at.wall_seconds = time.monotonic() - started
-                beat(at)
-                if due or stopped:
-                    at.train_seconds += time.monotonic() - clock
-                    checkpoint(at)
-                    last_checkpoint = clock = time.monotonic()
-                if stopped:
-                    raise InterruptedRunError(stopped)
-                last_beat = time.monotonic()
-
-        settle(epoch * steps)
-        _check_parameters(step.network, (epoch + 1) * steps)
-        at.train_seconds += time.monotonic() - clock
-        at.wall_seconds = time.monotonic() - started
-        last = epoch + 1 == config.epochs
-        if last or (epoch + 1) % config.eval_every == 0:
-            evaluated = step.averaged.module if step.averaged else step.network
-            save, pulse = partial(checkpoint, at), partial(beat, at)
-            row = _row(config, step.task, evaluated, data, at, epoch, team, turn, stop, save, pulse)
-            at.wall_seconds = time.monotonic() - started
-            record({**row, "wall_seconds": at.wall_seconds})
-            at.train_seconds, at.train_images = 0.0, 0
-        at.epoch, at.batch, settled = epoch + 1, 0, 0
-        beat(at)
+    probes.measure(snapshot)
+    supervisor.stopwatch.lap(training=False)
 
 
-def _row(
-    config: RunConfig,
-    task: Task,
-    network: nn.Module,
-    data: Data,
-    at: Position,
-    epoch: int,
-    team: Alone,
-    turn: Turn,
-    stop: StopRequest,
-    save: Callable[[], None],
-    beat: Callable[[], None],
-) -> dict[str, Any]:
-    """Evaluate; one row of metrics. Training loss and accuracy are those seen while training this epoch."""
-    sizes = torch.full_like(at.losses, config.batch)
-    images = data.train.images
+def check_parameters(network: nn.Module, step: int) -> None:
+    """Check that the last step of an epoch left finite parameters: no later training loss would show it in time.
+
+    Raises:
+        DivergedError: if one is not finite after step number `step`, counted from 1.
+    """
+    sums = torch.stack([parameter.detach().sum() for parameter in network.parameters()])  # one pass, no copies
+    if not torch.isfinite(sums).all():
+        raise DivergedError(step, "a parameter after the update")
+
+
+def evaluate_epoch(state: TrainingState, supervisor: Supervisor) -> dict[str, Any]:
+    """Evaluate the network, or the average of its weights; return the epoch's row of metrics.
+
+    Training loss and accuracy are those seen while training this epoch.
+
+    Raises:
+        InterruptedRunError: when a stop was requested.
+    """
+    config, data, position, task = state.config, state.data, state.position, state.step.task
+    network = state.step.averaged.module if state.step.averaged else state.step.network
+    end = state.steps_until(position.epoch + 1)
+    sizes = torch.full_like(position.losses, config.batch)
     sizes[-1] = data.train.images_of(data.train.steps - 1)
-    end = (epoch + 1) * data.train.steps
-    row: dict[str, Any] = {"epoch": epoch + 1, "step": end}
-    row |= task.metrics("train", task.train_loss(at.losses, sizes), int(at.hits.sum()), images)
-    try:
-        with apart(), _statistics(config, network, data, at.losses.device, team, stop, beat):
-            for name, split in (("val", data.val), ("test", data.test)):
-                if split is not None:
-                    loss, hits = evaluate(config, task, network, split, at.losses.device, team, turn, stop, beat)
-                    row |= task.metrics(name, loss, hits, len(split))
-    except InterruptedRunError:
-        save()  # the epoch is complete: a resume begins with its evaluation
-        raise
-    lr = learning_rate(config, end - 1, data.train.steps)
-    return row | {"lr": lr, "images_per_second": at.train_images / at.train_seconds}
+    loss, correct = task.train_loss(position.losses, sizes), int(position.correct.sum())
+    row = {"epoch": position.epoch + 1, "step": end, **task.metrics("train", loss, correct, data.train.images)}
+    with apart(), _statistics(state, network, supervisor):
+        for name, split in (("val", data.val), ("test", data.test)):
+            if split is not None:
+                row |= task.metrics(name, *evaluate(state, network, split, supervisor), len(split))
+    supervisor.stopwatch.lap(training=False)
+    row["lr"] = learning_rate(config, end - 1, data.train.steps)
+    row["images_per_second"] = position.train_images / position.train_seconds
+    row["wall_seconds"] = position.wall_seconds
+    position.train_seconds, position.train_images = 0.0, 0
+    return row
 
 
-def _statistics(
-    config: RunConfig,
-    network: nn.Module,
-    data: Data,
-    device: torch.device,
-    team: Alone,
-    stop: StopRequest,
-    beat: Callable[[], None],
-) -> AbstractContextManager[None]:
-    """What an evaluation normalises by: `eval_stats`. Every process measures precise statistics by itself."""
+def _statistics(state: TrainingState, network: nn.Module, supervisor: Supervisor) -> AbstractContextManager[None]:
+    """Return a context in which `network` normalizes by the statistics of `eval_stats`.
+
+    Every process measures precise statistics by itself.
+    """
+    config = state.config
     if config.eval_stats == "batch":
         return batch_statistics(network)
     if config.eval_stats == "precise":
-        batches = _watched(data.train.plain_batches(config.precise_batches), team.looks(BEAT_SECONDS), stop, beat)
-        return precise_statistics(network, batches, within=autocast(config, device))
+        batches = supervisor.watch(state.data.train.plain_batches(config.precise_batches))
+        return precise_statistics(network, batches, within=autocast(config, state.device))
     return nullcontext()
 
 
 @torch.inference_mode()
-def evaluate(
-    config: RunConfig,
-    task: Task,
-    network: nn.Module,
-    split: Split,
-    device: torch.device,
-    team: Alone,
-    turn: Turn,
-    stop: StopRequest,
-    beat: Callable[[], None],
-) -> tuple[float, int]:
-    """The sums over `split` of the loss (without label smoothing) and of correct classifications."""
+def evaluate(state: TrainingState, network: nn.Module, split: Split, supervisor: Supervisor) -> tuple[float, int]:
+    """Return the sums over `split` of the loss (without label smoothing) and of correct classifications."""
     network.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    hits = torch.zeros((), dtype=torch.int64, device=device)
-    for images, labels in _watched(split.batches(), team.looks(BEAT_SECONDS, split.shared_batches), stop, beat):
-        with autocast(config, device):
+    loss = torch.zeros((), dtype=torch.float64, device=state.device)
+    correct = torch.zeros((), dtype=torch.int64, device=state.device)
+    for images, labels in supervisor.watch(split.batches(), split.shared_batches):
+        with autocast(state.config, state.device):
             outputs = network(images)
-        loss += task.test_loss(outputs, labels)
-        hits += task.hits(outputs, labels)
-        turn.over()
-    turn.wait()
+        loss += state.step.task.test_loss(outputs, labels)
+        correct += state.step.task.correct(outputs, labels)
+        state.interleaver.after_step()
+    state.interleaver.synchronize()
     if split.processes > 1:  # else every process has evaluated all of it
-        team.add_up(loss)
-        team.add_up(hits)
-    return float(loss), int(hits)
-
-
-def _watched(batches: Iterable[T], looks: Looks, stop: StopRequest, beat: Callable[[], None]) -> Iterator[T]:
-    """`batches`, with a heartbeat and an ear for `stop` after each."""
-    last_beat = time.monotonic()
-    for batch in batches:
-        yield batch
-        beats, _, stopped = looks.agree(time.monotonic() - last_beat >= BEAT_SECONDS, False, stop.requested)
-        if stopped:
-            raise InterruptedRunError(stopped)
-        if beats:
-            beat()
-            last_beat = time.monotonic()
-
-
-class _Lookout:
-    """Looks for losses that are not finite without waiting for a GPU, whose answer comes with a later look."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._answer = torch.zeros((), dtype=torch.bool, pin_memory=self._cuda)
-        self._asked: torch.cuda.Event | None = None
-
-    def found(self, losses: Tensor) -> bool:
-        """Whether the losses of the last look that was answered had one; a CPU answers at once."""
-        wrong = ~torch.isfinite(losses).all()
-        if not self._cuda:
-            return bool(wrong)
-        if self._asked and not self._asked.query():
-            return False
-        answer = self._asked is not None and bool(self._answer)
-        self._answer.copy_(wrong, non_blocking=True)
-        self._asked = torch.cuda.Event()
-        self._asked.record()
-        return answer
-
-
-def _check_losses(at: Position, before: int) -> None:
-    """Look for a loss that is not finite among those of the epoch that began after step `before`."""
-    wrong = (~torch.isfinite(at.losses[: at.batch])).nonzero()
-    if len(wrong):
-        raise DivergedError(before + int(wrong[0]) + 1)
-
-
-def _check_parameters(network: nn.Module, step: int) -> None:
-    """What the last step of an epoch broke, no later loss of training shows before the evaluation."""
-    sums = torch.stack([parameter.detach().sum() for parameter in network.parameters()])  # one pass, no copies
-    if not torch.isfinite(sums).all():
-        raise DivergedError(step, "a parameter after the update")
+        state.group.all_reduce(loss)
+        state.group.all_reduce(correct)
+    return float(loss), int(correct)

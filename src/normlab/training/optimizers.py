@@ -11,8 +11,9 @@ from normlab.norms import parameter_roles
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """One group per role of parameters ("weight", "bias", "scale", "shift"; by the type of the owning module)
-    and per divisor of the learning rate: `params`, `role`, `lr_divisor`.
+    """Return one group per role of parameters and per divisor of the learning rate: `params`, `role`, `lr_divisor`.
+
+    Roles are "weight", "bias", "scale" and "shift", by the type of the owning module.
     """
     groups: dict[tuple[str, float], list[nn.Parameter]] = {}
     for parameter, role, divisor in parameter_roles(network):
@@ -21,17 +22,19 @@ def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, *, for_graph: bool = False) -> torch.optim.Optimizer:
-    """The optimizer of a run. Weights decay; biases, shifts and scales only with `decay_norm_and_bias`.
+    """Return the optimizer of a run. Weights decay; biases, shifts and scales only with `decay_norm_and_bias`.
 
-    An update is one operation for all parameters where PyTorch has one (SGD and Adam). `for_graph`: learning rates
-    are scalars on the parameters' device, and no step needs the host.
+    An update is one operation for all parameters where PyTorch has one (SGD and Adam).
+
+    Args:
+        for_graph: learning rates are scalars on the parameters' device, and no step needs the host.
     """
     groups = parameter_groups(network)
     for group in groups:
         decays = group["role"] == "weight" or config.decay_norm_and_bias
         group["weight_decay"] = config.weight_decay if decays else 0.0
     device = next(network.parameters()).device
-    on_gpu = for_graph and device.type == "cuda"  # the only ones that may be told that they will be captured
+    on_gpu = for_graph and device.type == "cuda"  # the only ones that PyTorch lets be capturable
     if isinstance(config, SGD):
         optimizer: torch.optim.Optimizer = torch.optim.SGD(
             groups, config.lr, config.momentum, nesterov=config.nesterov, fused=True
@@ -52,8 +55,8 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, *, for_graph: b
     return optimizer
 
 
-def resume(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Give `optimizer` the state of another one, `saved` by state_dict, which may have been on another device.
+def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Give `optimizer` the state that another one, perhaps on another device, `saved` by state_dict.
 
     Raises:
         ValueError: if it had other parameters.
@@ -63,7 +66,7 @@ def resume(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
 
 
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of `step` (0-based) of a run.
+    """Return the learning rate of `step` (0-based) of a run.
 
     After a linear warm-up that reaches `base` at its end, the schedule runs over the rest, t in [0, 1):
     step: base · gamma^(milestones passed, as fractions of the whole run); cosine: from base to final_lr by
@@ -78,18 +81,18 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
         epoch = max(float(step // steps_per_epoch), warmup)
     t = (epoch - warmup) / (epochs - warmup)
     if isinstance(schedule, Step):
-        return base * schedule.gamma ** sum(epoch + 1e-9 >= milestone * epochs for milestone in schedule.milestones)
+        return base * math.pow(schedule.gamma, sum(epoch + 1e-9 >= one * epochs for one in schedule.milestones))
     if isinstance(schedule, Cosine):
         final = min(schedule.final_lr, base)
         return final + (base - final) * (1 + math.cos(math.pi * t)) / 2
     if isinstance(schedule, Polynomial):
         final = min(schedule.final_lr, base)
-        return final + (base - final) * (1 - t) ** schedule.power
+        return final + (base - final) * math.pow(1 - t, schedule.power)
     return base
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """To each group its share of `lr`."""
+    """Give each group its share of `lr`."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr / group["lr_divisor"])

@@ -1,4 +1,4 @@
-"""A list of runs trained by one process, several at a time (see turns.py)."""
+"""A list of runs trained by one process, several at a time (see interleaving.py)."""
 
 import gc
 import threading
@@ -10,39 +10,42 @@ from typing import Any
 import torch
 
 from normlab.config.schema import RunConfig
-from normlab.training.interleaving import PackedTurn, Turns
+from normlab.training.device import new_stream
+from normlab.training.interleaving import FairLock, Interleaver, PackedInterleaver
 
 SETTLED_STEPS = 8  # of a run: its graph is captured, its optimizer has its state
 MARGIN = 1.25  # of memory: evaluations come later, and fragments are lost
 Status = dict[str, Any]
-Work = Callable[[RunConfig, PackedTurn], Status]
+Work = Callable[[RunConfig, Interleaver], Status]
 
 
-def carry_out(configs: Sequence[RunConfig], at_a_time: int, device: torch.device, work: Work) -> list[Status]:
-    """What `work` returns for each of `configs`, `at_a_time` of them under way together.
+def train_packed(configs: Sequence[RunConfig], at_a_time: int, device: torch.device, work: Work) -> list[Status]:
+    """Return the status that `work` returns for each of `configs`, `at_a_time` of them under way together.
 
-    `work` must not raise. A run starts when the one that started before it has settled, and fits into the memory that
-    is left (`Room`).
+    A run starts when the one that started before it has settled, and fits into the memory that is left
+    (`MemoryBudget`).
+
+    Args:
+        work: trains one run; must not raise.
     """
     left = deque(enumerate(configs))
     results: dict[int, Status] = {}
-    turns, room = Turns(), Room(device)
+    lock, budget = FairLock(), MemoryBudget(device)
 
     def train() -> None:
         with ExitStack() as stack:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-                stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
-            turn = _Settling(turns, device, room)
-            stack.enter_context(turn)
+                stack.enter_context(new_stream(device))
+            interleaver = stack.enter_context(_MeasuringInterleaver(lock, device, budget))
             while left:
-                if not room.admits(left[0][1]):
-                    turn.rest()
+                if not budget.admits(left[0][1]):
+                    interleaver.wait_for_others()
                     continue
                 number, config = left.popleft()
-                turn.starts(config)
-                results[number] = work(config, turn)
-                turn.ends()
+                interleaver.start_run(config)
+                results[number] = work(config, interleaver)
+                interleaver.end_run()
 
     threads = [threading.Thread(target=train, name=f"run {n}") for n in range(min(at_a_time, len(configs)))]
     for thread in threads:
@@ -52,67 +55,68 @@ def carry_out(configs: Sequence[RunConfig], at_a_time: int, device: torch.device
     return [results[number] for number in range(len(configs))]
 
 
-class Room:
-    """Memory of a device, and what runs were seen to need of it.
+class MemoryBudget:
+    """Memory of a device, and how much of it runs took.
 
     A run is taken to need what the most demanding run so far needed, in proportion to its batch where that is larger.
     The memory of a CPU is left to its operating system.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.planned = device, device.type == "cuda"
+        self.device, self.limited = device, device.type == "cuda"
         self.under_way = 0
         self.starting = False
-        self.seen: list[tuple[int, int]] = []  # batch, bytes
+        self.measured: list[tuple[int, int]] = []  # batch, bytes
 
     def free(self) -> float:
+        """Return the bytes that are free on the device; infinite for a CPU."""
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
 
     def admits(self, config: RunConfig) -> bool:
-        """Whether a run may start now."""
-        if self.under_way == 0 or not self.planned:
+        """Return whether a run may start now."""
+        if self.under_way == 0 or not self.limited:
             return True  # nothing will make more room
         if self.starting:
             return False
-        need = max((size * max(1.0, config.batch / batch) for batch, size in self.seen), default=0.0)
+        need = max((size * max(1.0, config.batch / batch) for batch, size in self.measured), default=0.0)
         return need * MARGIN <= self.free()
 
 
-class _Settling(PackedTurn):
-    """A turn that notes what a run that has just settled takes of the memory."""
+class _MeasuringInterleaver(PackedInterleaver):
+    """An interleaver that measures how much memory each of its runs has taken once it has settled."""
 
-    def __init__(self, turns: Turns, device: torch.device, room: Room) -> None:
-        super().__init__(turns, device)
-        self.room = room
-        self.batch, self.before, self.settles_at = 0, 0.0, 0
+    def __init__(self, lock: FairLock, device: torch.device, budget: MemoryBudget) -> None:
+        super().__init__(lock, device)
+        self.budget = budget
+        self.batch, self.free_before, self.settles_at = 0, 0.0, 0
 
-    def starts(self, config: RunConfig) -> None:
-        self.room.under_way += 1
-        self.room.starting = True
-        self.batch, self.before = config.batch, self.room.free()
+    def start_run(self, config: RunConfig) -> None:
+        self.budget.under_way += 1
+        self.budget.starting = True
+        self.batch, self.free_before = config.batch, self.budget.free()
         self.settles_at = self.steps + SETTLED_STEPS
 
-    def over(self) -> None:
-        super().over()
+    def after_step(self) -> None:
+        super().after_step()
         if self.steps == self.settles_at:
-            self._settle()
+            self._measure()
 
-    def ends(self) -> None:
+    def end_run(self) -> None:
         if self.steps < self.settles_at:
-            self._settle()
-        self.room.under_way -= 1
-        if self.device.type == "cuda":  # what it had, its graph's memory above all, is for the next
+            self._measure()
+        self.budget.under_way -= 1
+        if self.device.type == "cuda":  # its memory, its graph's above all, is for the next
             gc.collect()
             torch.cuda.empty_cache()
 
-    def rest(self) -> None:
-        """Let the others go on until something has changed, perhaps."""
-        if not self.turns.hand_over():
+    def wait_for_others(self) -> None:
+        """Let the others go on until memory may have become free."""
+        if not self.lock.hand_over():
             raise AssertionError("a run waits for memory, and none is under way")
-        self._mine_again()
+        self._resume()
 
-    def _settle(self) -> None:
-        taken = self.before - self.room.free()
+    def _measure(self) -> None:
+        taken = self.free_before - self.budget.free()
         if 0 < taken < float("inf"):
-            self.room.seen.append((self.batch, int(taken)))
-        self.room.starting = False
+            self.budget.measured.append((self.batch, int(taken)))
+        self.budget.starting = False

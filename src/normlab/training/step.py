@@ -1,4 +1,4 @@
-"""One optimisation step on one screen: from a batch to the updated network."""
+"""One optimization step on one screen: from a batch to the updated network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +14,17 @@ from normlab.training.tasks import Task
 
 
 @dataclass(frozen=True)
-class Step:
-    """What a step changes, and how. No value of it is read by the host (but for the first update of an average), so
-    that an engine may capture a step once and replay it.
+class TrainingStep:
+    """A step, with all that it changes.
 
-    `parallel` is `network`, or what adds up its gradients over processes; `transform` changes gradients before each
-    update; `averaged` follows the network; `layers` are those that do something of their own after a step.
+    The host reads no value of it (but for the first update of an average), so that an engine may capture a step once
+    and replay it.
+
+    Attributes:
+        parallel: `network`, or a wrapper of it that adds up its gradients over processes.
+        layers: the layers that do something of their own before or after a step.
+        transform: changes gradients before each update, or None.
+        averaged: moving average of the network's weights, or None.
     """
 
     config: RunConfig
@@ -33,15 +38,16 @@ class Step:
     transform: Callable[[], None] | None = None
     averaged: Average | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor, of: int) -> tuple[Tensor, Tensor]:
-        """Train on a batch, or on a share of a batch `of` so many images; its loss and its number of hits, on the
-        device.
+    def __call__(self, images: Tensor, labels: Tensor, batch_images: int) -> tuple[Tensor, Tensor]:
+        """Train on a batch, or on a share of a batch of `batch_images` images.
+
+        Returns its loss and its number of correct classifications, scalars on the device.
         """
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.config, self.device):
             outputs = self.parallel(images)
-            loss = self.task.share(self.task.loss(outputs, labels), len(labels), of)
-        self.scaler.scale(loss).backward()
+            loss = self.task.share(self.task.loss(outputs, labels), len(labels), batch_images)
+        torch.autograd.backward(self.scaler.scale(loss))
         if self.transform:
             self.scaler.unscale_(self.optimizer)
             self.transform()
@@ -50,4 +56,4 @@ class Step:
         self.layers.end()
         if self.averaged:
             self.averaged.update_parameters(self.network)
-        return loss.detach(), self.task.hits(outputs, labels)
+        return loss.detach(), self.task.correct(outputs, labels)

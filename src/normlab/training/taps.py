@@ -1,6 +1,6 @@
 """Convolutions without the taps of their kernels that meet nothing but padding.
 
-On small maps most taps do: on a map of one pixel, all of a 3x3 kernel but its centre. Their products and gradients are
+On small maps most taps do: on a map of one pixel, all of a 3x3 kernel but its center. Their products and gradients are
 zeros, and so they are left out: outputs and gradients are the same up to the order of sums.
 """
 
@@ -10,55 +10,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Padding = tuple[int, int, int]
+
 
 def trim(network: nn.Module, images: Tensor) -> None:
     """Let every convolution of `network` leave such taps out; in place. Names and values of parameters stay.
 
+    A convolution that leaves taps out becomes one of a subclass of its class, with its weight laid out in memory tap by
+    tap, so that those it needs are in one piece.
+
     Args:
-        images: float (B, C, S, S) of the size that will be trained on; the network looks at them once, in evaluation
-            mode. A convolution that leaves taps out of these has its weight laid out in memory tap by tap, so that
-            those it needs are in one piece.
+        images: float (B, C, S, S) of the size that will be trained on, for a forward pass in evaluation mode.
     """
-    trimmed = []
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d) and module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            module._conv_forward = _Trimmed(module)  # type: ignore[method-assign]  # of this module alone
-            trimmed.append(module)
+    sizes: dict[nn.Conv2d, torch.Size] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module, nn.Conv2d)
+        sizes[module] = inputs[0].shape[-2:]
+
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    handles = [module.register_forward_pre_hook(note) for module in convolutions]
     training = network.training
     with torch.no_grad():
         network.eval()(images)
-        network.train(training)
-        for module in trimmed:
-            if module._conv_forward.cut:  # type: ignore[attr-defined]
-                module.weight.data = module.weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    network.train(training)
+    for handle in handles:
+        handle.remove()
+    for module, size in sizes.items():
+        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        if zeros and any(start or end for start, end, _ in _live_taps(module, size)):
+            module.__class__ = _trimmed(type(module))
+            module.weight.data = module.weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
-class _Trimmed:
-    """In place of a module's own `_conv_forward`; an object, so that it can be copied together with the module."""
+class _Trimmed(nn.Conv2d):
+    """Overrides the method by which nn.Conv2d and its subclasses convolve, whatever weight they do it with."""
 
-    def __init__(self, module: nn.Conv2d) -> None:
-        assert not isinstance(module.padding, str)
-        self.kernel_size, self.stride, self.padding = module.kernel_size, module.stride, module.padding
-        self.dilation, self.groups = module.dilation, module.groups
-        self.cut = False  # whether the last images left taps out
-
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows, columns = (
-            live(*numbers)
-            for numbers in zip(
-                input.shape[-2:], self.kernel_size, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows, columns = _live_taps(self, input.shape[-2:])
         cuts = (-columns[0], -columns[1], -rows[0], -rows[1])
-        self.cut = any(cuts)
-        if self.cut:  # by padding of a negative width, whose gradient is padded with zeros
+        if any(cuts):  # by padding of a negative width, whose gradient is padded with zeros
             weight = F.pad(weight.permute(2, 3, 0, 1), (0, 0, 0, 0, *cuts)).permute(2, 3, 0, 1)
         return F.conv2d(input, weight, bias, self.stride, (rows[2], columns[2]), self.dilation, self.groups)
 
 
+def _trimmed(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
+    return type(kind.__name__, (_Trimmed, kind), {})
+
+
+def _live_taps(module: nn.Conv2d, size: torch.Size) -> tuple[Padding, Padding]:
+    """Return `live` of rows and of columns for images of that size."""
+    assert not isinstance(module.padding, str)
+    numbers = zip(size, module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+    rows, columns = (live(*one) for one in numbers)
+    return rows, columns
+
+
 @lru_cache(maxsize=4096)
-def live(size: int, kernel: int, stride: int, padding: int, dilation: int) -> tuple[int, int, int]:
-    """In one dimension: the taps to leave out at the start and at the end, and the padding that is then needed."""
+def live(size: int, kernel: int, stride: int, padding: int, dilation: int) -> Padding:
+    """Return, for one dimension, the taps to leave out at the start and at the end, and the padding then needed."""
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     firsts = [place * stride - padding for place in range(outputs)]
     taps = [tap for tap in range(kernel) if any(0 <= first + tap * dilation < size for first in firsts)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 from normlab.report.analysis.metrics import METRICS, Metric
 
 # What a side's runs have where a claim does not say otherwise, so that a deliberate oddity of a study (batches that are
@@ -76,7 +76,7 @@ class Claim:
     @property
     def command(self) -> str:
         """What runs it."""
-        return f"{called('train')} -m experiment={self.experiments[0]} budget=laptop"
+        return f"{command_name('train')} -m experiment={self.experiments[0]} budget=laptop"
 
 
 @cache

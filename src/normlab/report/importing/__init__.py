@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from normlab.common.errors import UserError
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 from normlab.report.importing.folders import against_the_disk, complete, trained, write
 from normlab.report.importing.records import records_of
 from normlab.report.importing.settings import Import, some
@@ -50,4 +50,4 @@ def import_runs(study: str, output_dir: str | Path, wanted: Import, *, quiet: bo
         print(f"Left out: {some(left_out)}.")
     if not new and not changed:
         print("Nothing was changed.")
-    print(f"Tables and figures: {called('report')} study={study}")
+    print(f"Tables and figures: {command_name('report')} study={study}")

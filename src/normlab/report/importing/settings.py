@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normlab.common.errors import UserError, nearest
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 from normlab.config.schema import RunConfig
 from normlab.runs.identity import CARRIED_OUT
 
@@ -42,7 +42,7 @@ class Import:
         if not self.source or not isinstance(self.source, str):
             raise UserError(
                 "source= is missing: a CSV file, or a folder with TensorBoard's event files.\n"
-                f"Example: {called('report')} import source=results.csv study=my_study"
+                f"Example: {command_name('report')} import source=results.csv study=my_study"
             )
         for name in ("percent", "replace"):
             if not isinstance(getattr(self, name), bool):

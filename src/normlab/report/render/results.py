@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 from normlab.report.analysis.cells import Table
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.claims import claims
@@ -34,7 +34,7 @@ def results_page(
         judgements: of all studies.
     """
     details = re.sub(r"^(#+) ", r"#\1 ", verdict_texts.overview(judgements), flags=re.MULTILINE)
-    introduction = _INTRODUCTION.format(report=called("report"))
+    introduction = _INTRODUCTION.format(report=command_name("report"))
     lines = ["# Results", introduction, "## At a glance", markdown(_summary(judgements)).rstrip()]
     lines += [details.rstrip(), "## The studies"]
     for study, tables, drawn in studies:

@@ -12,15 +12,16 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from normlab import runs
+from normlab.common.registry import declarations
 
-FAMILIES = {  # the known arms in the order of tables, grouped for figures that cannot show all of them at once
-    "BN and its parts": ("bn", "affine", "bnminus", "none", "bn_scaled", "noisy_bn", "noisy_none"),
-    "statistics of the batch": ("renorm", "lp1", "lp2", "lpinf", "mabn", "powernorm", "mimicnorm"),
-    "statistics of a sample": ("gn", "ln", "in", "frn", "evonorm_s0", "evonorm_b0"),
-    "weights, starts and gradients": ("wn", "wn_mean", "wn_trelu", "normprop", "nf", "fixup", "bnp"),
+_NORMS = declarations("norms").values()  # in the order of tables
+FAMILIES = {  # grouped for figures that cannot show all of them at once
+    family: tuple(norm.name for norm in _NORMS if norm.family == family)
+    for family in dict.fromkeys(norm.family for norm in _NORMS)
 }
 KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
 OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
+_NEUTRAL = {"norm.scale_init": 1.0, "norm.scale_lr_divisor": 1.0}  # the plain norm: an arm's label leaves them out
 IMPORTED = "norm.imported"  # only the arms of imported runs have it: their options are not what ours are
 _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
 
@@ -123,7 +124,8 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     for row in flat:
         name, imported = row["norm.name"], IMPORTED in row
         words = ["imported"] if imported and (name, False) in by_name else []
-        words += [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in options[name, imported] if key in row]
+        own = [key for key in options[name, imported] if key in row and row[key] != _NEUTRAL.get(key, ...)]
+        words += [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in own]
         if several_norm_batches and row.get("norm_batch") is not None:
             words.append(f"norm_batch={row['norm_batch']}")
         labels.append(f"{name} ({', '.join(words)})" if words else str(name))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from normlab.common.errors import UserError, nearest
-from normlab.common.installation import called
+from normlab.common.installation import command_name
 
 LISTED = 5
 
@@ -36,5 +36,5 @@ def study_folder(study: str, output_dir: Path) -> Path:
         f"There is no study {study} in {output_dir}."
         + (f"\nStudies there: {', '.join(names[:LISTED])}{more}." if names else " It holds no study yet.")
         + (f"\nDid you mean study={close}?" if close else "")
-        + f"\nTo start it: {called('train')} -m study={study} norm=bn,none"
+        + f"\nTo start it: {command_name('train')} -m study={study} norm=bn,none"
     )

@@ -13,15 +13,16 @@ from typing import Any
 import pandas as pd
 
 from normlab import runs
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.report.study.arms import Place, cell_key, flat_cells, places, varying
 from normlab.report.study.columns import Columns, tidy
 from normlab.report.study.find import holds_runs, study_folder
 from normlab.report.study.index import Index
-from normlab.runs import FINISHED, lock
+from normlab.runs import lock
+from normlab.runs.states import FINISHED, State
 
-STATES = ("done", "running", "diverged", "failed", "interrupted", "missing")
-UNREADABLE = "unreadable"  # a run whose files are damaged: counted apart, part of no mean
+STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
+
 
 _PLACE = ["run", *Place._fields, "state"]
 _NUMBERS = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
@@ -64,8 +65,8 @@ class Study:
     def states(self) -> dict[str, int]:
         """Return the number of runs in each state, gaps of the grid among the missing."""
         counts = self.runs["state"].value_counts()
-        names = [*STATES, UNREADABLE] if UNREADABLE in counts else STATES
-        return {state: int(counts.get(state, 0)) for state in names}
+        names = [*STATES, State.UNREADABLE] if State.UNREADABLE in counts else STATES
+        return {str(state): int(counts.get(state, 0)) for state in names}
 
     def __repr__(self) -> str:
         counted = ", ".join(f"{number} {state}" for state, number in self.states().items() if number)
@@ -172,7 +173,7 @@ class _Records:
                 self._read(path, row, index)
             except UserError as error:
                 self.warnings.append(str(error))
-                row |= {"state": UNREADABLE, "note": first_line(error)}
+                row |= {"state": State.UNREADABLE, "note": first_line(error)}
             self.rows.append(row)
         index.write()
 
@@ -205,10 +206,10 @@ class _Records:
         measured = self.evaluations[path.name]
         if row["state"] not in STATES:
             row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
-            row["state"] = UNREADABLE
+            row["state"] = State.UNREADABLE
         if row["state"] == "done" and (not measured or measured["epoch"][-1] != row["epochs"]):
             # An earlier epoch's accuracy must not pass for the final one.
-            row["state"], row["note"] = UNREADABLE, "done, but its last evaluation cannot be read"
+            row["state"], row["note"] = State.UNREADABLE, "done, but its last evaluation cannot be read"
             self.warnings.append(
                 f"{path / 'metrics.jsonl'} lacks the evaluation after epoch {row['epochs']}, so the run is"
                 " left out of the tables. Delete the run's folder and start the run again."
@@ -238,7 +239,7 @@ def _note(path: Path, status: Mapping[str, Any], now: datetime) -> str:
         if by and by.gone:
             return "lost: its process is gone; the same command goes on from its checkpoint"
         silent = seconds_since(status.get("heartbeat") or status.get("started"), now)
-        return f"no sign of life for {silent / 60:.0f} min" if silent > lock.STALE_SECONDS else ""
+        return f"no sign of life for {silent / 60:.0f} min" if silent > STALE_SECONDS else ""
     return ""
 
 
@@ -251,16 +252,11 @@ def seconds_since(moment: object, now: datetime) -> float:
     return (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
 
 
-def first_line(error: object) -> str:
-    """Return a record of any kind as one line, empty for an empty one."""
-    return (str(error).strip().splitlines() or [""])[0]
-
-
 def _table(records: _Records, where: Mapping[str, Place]) -> pd.DataFrame:
     """Return one row per run and per gap of the grid."""
     rows = _without_copies(records, where)
     rows = [row | where[row["run"]]._asdict() if row["run"] in where else row for row in rows]
-    rows += [{**gap._asdict(), "run": "", "state": "missing", "note": ""} for gap in _gaps(where.values())]
+    rows += [{**gap._asdict(), "run": "", "state": State.MISSING, "note": ""} for gap in _gaps(where.values())]
     table = pd.DataFrame(rows, columns=[*_PLACE, "note", *_NUMBERS]).astype({"batch": "Int64", "seed": "Int64"})
     table[_NUMBERS] = table[_NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
     return table

@@ -15,7 +15,7 @@ import pandas as pd
 from normlab import __version__
 from normlab.common import git as checkout
 from normlab.report.study.load import Study
-from normlab.runs import FINISHED
+from normlab.runs.states import FINISHED
 
 UNKNOWN = "not recorded"
 

@@ -1,4 +1,4 @@
-"""What several processes need in order to train the run that one would, and the sentences where they cannot."""
+"""Checks that several processes train the same run that one process would."""
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,8 +9,9 @@ from normlab.data.datasets import Data
 from normlab.norms import BatchStatistics, Noise
 
 
-def check(config: RunConfig, world: int) -> None:
-    """
+def check_settings(config: RunConfig, world: int) -> None:
+    """Check the settings of a run that `world` processes train.
+
     Raises:
         UserError: for settings with which several processes would train another run than one.
     """
@@ -39,8 +40,8 @@ def check(config: RunConfig, world: int) -> None:
         )
 
 
-def prepare(config: RunConfig, network: nn.Module, data: Data, world: int) -> None:
-    """Let the layers of `network`, in each of `world` processes, be together what they are in one; in place.
+def prepare_layers(config: RunConfig, network: nn.Module, data: Data, world: int) -> None:
+    """Let the layers of `network`, in `world` processes together, compute what they do in one; in place.
 
     With `norm_batch` every group lies in one process, and is the one of a single process. Only the smaller last batch
     of an epoch (without drop_last) can fall into other groups: each process groups its own images of it.
@@ -75,7 +76,7 @@ def prepare(config: RunConfig, network: nn.Module, data: Data, world: int) -> No
         return
     if config.norm_batch is None:
         raise UserError(
-            f"norm={config.norm.name} normalises by statistics of the whole batch, and each of {world} processes has"
+            f"norm={config.norm.name} normalizes by statistics of the whole batch, and each of {world} processes has"
             f" {share} of its {config.batch} images.\n"
             "Use sync_stats=true: the same statistics, taken over all processes;\n"
             f"or norm_batch={share}: those of each process's own images."

@@ -1,8 +1,8 @@
 """Several processes that train one run, each on its share of every batch: a run's record does not show how many.
 
 Process r has the images r, r + world, r + 2 world, ... of a batch. Its loss is its share of the batch's, and gradients
-are added up, so that all processes hold the same network, and the same as a single process would. What is decided by
-the clock or by a signal is agreed upon (`Looks`). The first process alone reads and writes the run's folder.
+are added up, so that all processes hold the same network, and the same as a single process would. Decisions by the
+clock or by a signal are taken together (`Consensus`). The first process alone reads and writes the run's folder.
 """
 
 import contextlib
@@ -17,13 +17,15 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from normlab.common.errors import InterruptedRunError, UserError
@@ -31,80 +33,119 @@ from normlab.training.distributed.processes import Processes
 
 T = TypeVar("T")
 JOIN_SECONDS = 300.0  # for all processes to start: file servers are slow when many import torch at once
-LISTEN_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # from the news that another process failed until this one must have found out by itself
+LISTEN_SECONDS = 1.0  # between looks for the failure of another process
+GRACE_SECONDS = 10.0  # from the failure of another process until this one must have noticed by itself
 
 
-class Looks:
-    """When a process looks at its clock, its signals and its losses: here, whenever it wants to."""
+class Consensus:
+    """Decides what a process does after a batch; alone, what it wants to."""
 
-    def agree(self, beats: bool, saves: bool, stop: str | None) -> tuple[bool, bool, str | None]:
-        """What to do after this step, the same for all processes: a heartbeat, a checkpoint, a stop by that signal."""
-        return beats, saves, stop
+    def decide(self, heartbeat: bool, checkpoint: bool, stop: str | None) -> tuple[bool, bool, str | None]:
+        """Return what all processes do now: a heartbeat, a checkpoint, a stop by that signal."""
+        return heartbeat, checkpoint, stop
 
 
-class Alone:
-    """A run's only process: it has nobody to ask."""
+class ProcessGroup(Protocol):
+    """The processes that train a run together; its methods are called by all of them.
 
-    rank, world = 0, 1
-    device: str | None = None  # of this process, if the run may use GPUs
+    Attributes:
+        rank: number of this process, of `world`.
+        device: of this process, e.g. "cuda:1", if the run may use GPUs.
+    """
+
+    rank: int
+    world: int
+    device: str | None
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process reads and writes the run's folder."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
-        """The first process's value."""
-        return value
+        """Return the first process's value."""
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over processes."""
 
-    def largest(self, value: int) -> int:
-        return value
+    def all_reduce_max(self, value: int) -> int:
+        """Return the largest of all processes' values."""
 
-    def equalise(self, network: nn.Module) -> None:
+    def broadcast_network(self, network: nn.Module) -> None:
         """Give every process the first one's parameters and buffers."""
 
-    def parallel(self, network: nn.Module) -> nn.Module:
-        """`network` for training: its gradients will be sums over processes."""
-        return network
+    def data_parallel(self, network: nn.Module) -> nn.Module:
+        """Return `network` for training: its gradients will be sums over processes."""
 
-    def looks(self, pause_seconds: float, at_most: int | None = None) -> Looks:
-        """For a sequence of steps that all processes make, `at_most` of them together."""
-        return Looks()
+    def consensus(self, pause_seconds: float, at_most: int | None = None) -> Consensus:
+        """Return the consensus about a sequence of batches, `at_most` of which all processes have."""
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all processes."""
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Inside, what ends one process ends all, with the same error as far as it can be known."""
-        yield
+    def shared_errors(self) -> AbstractContextManager[None]:
+        """Return a context in which an error that ends one process ends all, with the same error if it is known."""
 
-    def if_stuck(self, last_words: Callable[[str], object]) -> None:
-        """What to do should this process hang because another one has failed: its last deed."""
+    def on_hang(self, report: Callable[[str], object]) -> None:
+        """Call `report` with the reason before this process is ended because it waits for one that failed."""
 
 
-ALONE = Alone()
+class SingleProcess(ProcessGroup):
+    """The only process of a run, with nothing to add up and nobody to wait for."""
+
+    rank, world, device = 0, 1, None
+
+    def broadcast(self, value: T) -> T:
+        """Return `value`."""
+        return value
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Leave `tensor` as it is."""
+
+    def all_reduce_max(self, value: int) -> int:
+        """Return `value`."""
+        return value
+
+    def broadcast_network(self, network: nn.Module) -> None:
+        """Leave `network` as it is."""
+
+    def data_parallel(self, network: nn.Module) -> nn.Module:
+        """Return `network`."""
+        return network
+
+    def consensus(self, pause_seconds: float, at_most: int | None = None) -> Consensus:
+        """Return one that grants every wish."""
+        return Consensus()
+
+    def barrier(self) -> None:
+        """Do nothing."""
+
+    def on_hang(self, report: Callable[[str], object]) -> None:
+        """Do nothing."""
+
+    def shared_errors(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return contextlib.nullcontext()
 
 
 _number = itertools.count()  # of the runs that the processes have met for: all count alike
 
 
 @contextmanager
-def join(processes: Processes, device: str) -> Iterator[Alone]:
-    """Meet the other processes of the run, stay together inside, and part. `device` is the run's setting.
+def join(processes: Processes, device: str) -> Iterator[ProcessGroup]:
+    """Join the other processes of the run, and leave them in the end.
+
+    Args:
+        device: the run's setting.
 
     Raises:
-        UserError: if they do not find each other; inside, for what ended another process.
+        UserError: if they do not find each other; inside, for an error that ended another process.
     """
     if processes.world == 1:
-        yield ALONE
+        yield SingleProcess()
         return
     try:
-        team = Team(processes, cuda=device != "cpu" and torch.cuda.is_available())
+        group = TorchProcessGroup(processes, cuda=device != "cpu" and torch.cuda.is_available())
     except RuntimeError as error:
         raise UserError(
             f"The {processes.world} processes of this run do not find each other at {processes.host}, port"
@@ -112,40 +153,41 @@ def join(processes: Processes, device: str) -> Iterator[Alone]:
             "Check that all were started, and that the port is free; MASTER_ADDR and MASTER_PORT name another place."
         ) from error
     try:
-        with team.together():
-            yield team
+        with group.shared_errors():
+            yield group
     finally:
-        team.part()
+        group.leave()
 
 
 @functools.cache
-def _store(purpose: str, processes: Processes) -> dist.Store:
-    """A connection, for good, to what torchrun or the first process keeps for all."""
+def _store(purpose: str, processes: Processes) -> Store:
+    """Return a connection, for good, to the store that torchrun or the first process keeps for all."""
     os.environ |= {"MASTER_ADDR": processes.host, "MASTER_PORT": str(processes.port)}
-    patience = timedelta(seconds=JOIN_SECONDS)
-    return next(dist.rendezvous("env://", processes.rank, processes.world, timeout=patience))[0]
+    timeout = timedelta(seconds=JOIN_SECONDS)
+    store: Store = next(rendezvous("env://", processes.rank, processes.world, timeout=timeout))[0]
+    return store
 
 
-class Team(Alone):
-    """This process among several. Tensors on a GPU go by NCCL, all else by gloo."""
+class TorchProcessGroup(ProcessGroup):
+    """This process among several, by torch.distributed. Tensors on a GPU go by NCCL, all else by gloo."""
 
     def __init__(self, processes: Processes, cuda: bool) -> None:
-        self.rank, self.world = processes.rank, processes.world
+        self.rank, self.world, self.device = processes.rank, processes.world, None
         number = str(next(_number))
-        # Of its own, so that it can be heard while the main thread waits for the other processes.
-        self._news = dist.PrefixStore(number, _store("news", processes))
-        self._news.set(f"here/{self.rank}", "")
-        self._news.wait([f"here/{rank}" for rank in range(self.world)], timedelta(seconds=JOIN_SECONDS))
+        # Of its own, so that it can be read while the main thread waits for the other processes.
+        self._failures = PrefixStore(number, _store("failures", processes))
+        self._failures.set(f"here/{self.rank}", "")
+        self._failures.wait([f"here/{rank}" for rank in range(self.world)], timedelta(seconds=JOIN_SECONDS))
         if cuda:
             self.device = f"cuda:{processes.local_rank % torch.cuda.device_count()}"  # srun may show each only its own
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        store = dist.PrefixStore(f"group/{number}", _store("group", processes))
+        store = PrefixStore(f"group/{number}", _store("group", processes))
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         self._failed, self._left = False, threading.Event()
-        self._last_words: Callable[[str], object] = lambda why: None
-        threading.Thread(target=self._listen, name="news", daemon=True).start()
+        self._report_hang: Callable[[str], object] = lambda why: None
+        threading.Thread(target=self._listen, name="failures", daemon=True).start()
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Leave the others, who find their connections broken if they are not leaving as well."""
         with contextlib.suppress(RuntimeError):
             if self._failed and self.device:  # NCCL would wait for those that have gone
@@ -154,43 +196,51 @@ class Team(Alone):
         self._left.set()
 
     def broadcast(self, value: T) -> T:
+        """Return the first process's value."""
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace `tensor` by its sum over processes, on any device."""
         if tensor.numel():
             total = tensor.cpu()  # itself, if it is there
             dist.all_reduce(total)
             tensor.copy_(total)
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
+        """Return the largest of all processes' values."""
         tensor = torch.tensor(value)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def equalise(self, network: nn.Module) -> None:
+    def broadcast_network(self, network: nn.Module) -> None:
+        """Give every process the first one's parameters and buffers."""
         for tensor in network.state_dict().values():
             if tensor.numel():
                 dist.broadcast(tensor, 0)
 
-    def parallel(self, network: nn.Module) -> nn.Module:
+    def data_parallel(self, network: nn.Module) -> nn.Module:
+        """Return `network` wrapped by DistributedDataParallel, with sums in place of means."""
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is unknown to PyTorch 2.9
             parallel = DistributedDataParallel(network, broadcast_buffers=False)  # equal as they are
         parallel.register_comm_hook(None, _sum)
         return parallel
 
-    def looks(self, pause_seconds: float, at_most: int | None = None) -> Looks:
-        return _AgreedLooks(pause_seconds, at_most)
+    def consensus(self, pause_seconds: float, at_most: int | None = None) -> Consensus:
+        """Return a consensus that is sought about every `pause_seconds`."""
+        return _Vote(pause_seconds, at_most)
 
-    def meet(self) -> None:
-        self.largest(0)
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self.all_reduce_max(0)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def shared_errors(self) -> Iterator[None]:
+        """Raise, in place of an error that another process caused, the other's; and publish an error of this one."""
         try:
             yield
-        except InterruptedRunError:  # agreed upon
+        except InterruptedRunError:  # decided together
             raise
         except (Exception, KeyboardInterrupt) as error:
             cause = self._cause(error)
@@ -198,74 +248,80 @@ class Team(Alone):
                 raise
             raise cause from cause.__cause__
 
-    def if_stuck(self, last_words: Callable[[str], object]) -> None:
-        self._last_words = last_words
+    def on_hang(self, report: Callable[[str], object]) -> None:
+        """See `ProcessGroup`."""
+        self._report_hang = report
 
     def _cause(self, error: BaseException) -> BaseException:
-        """What ended this process: `error`, or that of another process, of which this one is the consequence.
+        """Return the cause of the end of this process: `error`, or that of another one, of which it is a consequence.
 
-        The first process to fail says why before it goes; the others find their connections broken.
+        The first process to fail publishes why before it goes; the others find their connections broken.
         """
         self._failed = True
         mine = _sentence(error)
-        with contextlib.suppress(RuntimeError):  # where the process that keeps the news has gone
-            first = json.loads(self._news.compare_set("failure", "", _words(mine, self.rank)))
+        with contextlib.suppress(RuntimeError):  # where the process that keeps the store has gone
+            first = json.loads(self._failures.compare_set("failure", "", _as_json(mine, self.rank)))
             if isinstance(error, RuntimeError) and first["rank"] != self.rank:
-                return _error_of(first)
+                return _from_json(first)
         return mine
 
     def _listen(self) -> None:
-        """End this process should it wait for one that has failed, in a place that does not notice (as NCCL's)."""
+        """End this process if it waits for one that has failed, in a place that does not notice (as NCCL's)."""
         while not self._left.wait(LISTEN_SECONDS):
             why = "Another process of this run ended without a word."
             try:
-                if not self._news.check(["failure"]):
+                if not self._failures.check(["failure"]):
                     continue
-                why = str(_error_of(json.loads(self._news.get("failure"))))
-            except RuntimeError:  # the process that keeps the news has gone
+                why = str(_from_json(json.loads(self._failures.get("failure"))))
+            except RuntimeError:  # the process that keeps the store has gone
                 pass
             if not self._left.wait(GRACE_SECONDS):
-                self._last_words(why)
+                self._report_hang(why)
                 os._exit(1)
 
 
-class _AgreedLooks(Looks):
-    """At steps that all processes know beforehand, so that no other step waits for anyone: about every
-    `pause_seconds`, by the slowest process. What any process wants then, all do.
+class _Vote(Consensus):
+    """Takes decisions after batches that all processes know beforehand, so that no other batch waits for anyone.
+
+    That is about every `pause_seconds`, by the slowest process. A wish of any process is granted by all.
     """
 
     def __init__(self, pause_seconds: float, at_most: int | None) -> None:
         self.pause_seconds = pause_seconds
         self.left = math.inf if at_most is None else at_most
         self.every = self.to_go = 1
-        self.looked = time.monotonic()
+        self.last = time.monotonic()
 
-    def agree(self, beats: bool, saves: bool, stop: str | None) -> tuple[bool, bool, str | None]:
+    def decide(self, heartbeat: bool, checkpoint: bool, stop: str | None) -> tuple[bool, bool, str | None]:
         self.left -= 1
         self.to_go -= 1
         if self.to_go or self.left < 0:
             return False, False, None
-        now = time.monotonic()
         number = signal.Signals[stop].value if stop else 0
-        wishes = torch.tensor([beats, saves, number, (now - self.looked) / self.every], dtype=torch.float64)
+        batch_seconds = (time.monotonic() - self.last) / self.every
+        wishes = torch.tensor([heartbeat, checkpoint, number, batch_seconds], dtype=torch.float64)
         dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        beats, saves, number, step_seconds = bool(wishes[0]), bool(wishes[1]), int(wishes[2]), float(wishes[3])
+        any_heartbeat, any_checkpoint, any_number, slowest = wishes.tolist()
         # At most twice as many as last time: the first step of all is a slow one, and the next may be slower.
-        self.every = self.to_go = max(1, min(2 * self.every, int(self.pause_seconds / max(step_seconds, 1e-6))))
-        self.looked = time.monotonic()
-        return beats, saves, signal.Signals(number).name if number else None
+        self.every = self.to_go = max(1, min(2 * self.every, int(self.pause_seconds / max(slowest, 1e-6))))
+        self.last = time.monotonic()
+        return bool(any_heartbeat), bool(any_checkpoint), signal.Signals(any_number).name if any_number else None
 
 
-def _sum(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """In place of the mean over processes that DistributedDataParallel takes by itself: what a layer sees of the
-    gradient in its backward pass is then what it sees in a single process.
+def _sum(
+    _: object,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # PyTorch exports it conditionally
+) -> torch.futures.Future[Tensor]:
+    """Add up gradients, in place of the mean over processes that DistributedDataParallel takes by itself.
+
+    So what a layer sees of the gradient in its backward pass is what it sees in a single process.
     """
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 
 def _sentence(error: BaseException) -> BaseException:
-    """`error`, or what it means where it is one of torch.distributed."""
+    """Return `error`, or a sentence for the user where it is one of torch.distributed."""
     text = str(error)
     if not isinstance(error, RuntimeError):
         return error
@@ -287,20 +343,20 @@ def _sentence(error: BaseException) -> BaseException:
     return error
 
 
-def _words(error: BaseException, rank: int) -> str:
+def _as_json(error: BaseException, rank: int) -> str:
     kind = UserError if isinstance(error, UserError) else type(error)
     trace = "".join(traceback.format_exception(error))
     return json.dumps({"rank": rank, "kind": kind.__name__, "text": str(error), "trace": trace})
 
 
-def _error_of(words: dict[str, str]) -> BaseException:
-    kind, text = words["kind"], words["text"]
+def _from_json(failure: dict[str, str]) -> BaseException:
+    kind, text = failure["kind"], failure["text"]
     if kind == "UserError":
         return UserError(text)
     if kind == "KeyboardInterrupt":
         return InterruptedRunError("SIGINT")
     if kind in ("OutOfMemoryError", "MemoryError"):
         return MemoryError(text)
-    error = UserError(f"Process {words['rank']} of this run failed: {kind}: {text}")
-    error.__cause__ = RuntimeError(words["trace"])
+    error = UserError(f"Process {failure['rank']} of this run failed: {kind}: {text}")
+    error.__cause__ = RuntimeError(failure["trace"])
     return error

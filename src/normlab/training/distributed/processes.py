@@ -1,4 +1,4 @@
-"""Which process of its run this one is, as torchrun or SLURM say. No torch, which takes seconds to import.
+"""The process's place among those of its run, from the environment of torchrun or SLURM. No torch: slow to import.
 
 torchrun:  RANK, WORLD_SIZE, LOCAL_RANK, and MASTER_ADDR, MASTER_PORT where they meet
 srun:      SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID; they meet on the step's first host, at a port that the
@@ -28,12 +28,12 @@ class Processes:
 
 
 def find(environment: Mapping[str, str] = os.environ) -> Processes:
-    """One process, unless torchrun or `srun` started several.
+    """Return this process's place: the only one, unless torchrun or `srun` started several.
 
     A batch script's own process is not a task of a step (srun sets SLURM_STEP_NUM_TASKS, sbatch does not): it is alone.
 
     Raises:
-        UserError: if the host where the processes meet cannot be found out.
+        UserError: if the host where the processes meet is not known.
     """
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if all(name in environment for name in torchrun):

@@ -1,0 +1,97 @@
+"""Failed checks of pydantic as sentences for a user."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from normlab.common.errors import nearest
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, e.g. [0.5,0.75]",
+    "finite_number": "a finite number",
+}
+_BOUNDS = {
+    "greater_than": "a number above {}",
+    "greater_than_equal": "{} or more",
+    "less_than": "a number below {}",
+    "less_than_equal": "{} or less",
+}
+
+
+def wrong(text: str) -> PydanticCustomError:
+    """Return the error of a failed check whose text is already a sentence for the user."""
+    return PydanticCustomError("sentence", text)
+
+
+def sentence(
+    error: ErrorDetails,
+    values: Mapping[str, Any],
+    known: Iterable[str] = (),
+    examples: Mapping[str, Any] | None = None,
+) -> str:
+    """Return one pydantic error as a message for the user, of at most five lines.
+
+    Args:
+        error: one of `ValidationError.errors()`.
+        values: the values that were validated.
+        known: dotted paths of the settings that exist, from which the nearest is proposed.
+        examples: valid values by dotted path.
+    """
+    path = _dotted(error["loc"], values)
+    value, kind, context = error["input"], error["type"], error.get("ctx", {})
+    shown = f"{path}={_as_typed(value)}"
+    match kind:
+        case "sentence":
+            return error["msg"]
+        case "missing":
+            return f"The setting {path} is missing.\nGive it a value: {path}=..."
+        case "extra_forbidden":
+            close = nearest(path, known)
+            return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
+        case "union_tag_invalid":
+            return _not_one_of(f"{path}.{context['discriminator'].strip(chr(39))}", context["tag"], context)
+        case "literal_error":
+            return _not_one_of(path, value, context)
+        case "string_pattern_mismatch":
+            return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
+    if kind in _EXPECTED:
+        hint = f" Example: {path}={examples[path]}." if examples and path in examples else ""
+        return f"{shown} is not valid: expected {_EXPECTED[kind]}.{hint}"
+    if kind in _BOUNDS:
+        bound = next(iter(context.values()))
+        nearest_valid = f" Nearest valid: {path}={bound}." if kind.endswith("equal") else ""
+        return f"{shown} is out of range: expected {_BOUNDS[kind].format(bound)}.{nearest_valid}"
+    return f"{shown} is not valid: {error['msg']}."
+
+
+def _as_typed(value: object) -> object:
+    """Return a value as one writes it on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _not_one_of(path: str, value: object, context: Mapping[str, str]) -> str:
+    expected = context.get("expected_tags") or context["expected"]
+    choices = [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
+    close = nearest(value, choices)
+    text = f"{path}={value} is not valid: expected one of {', '.join(choices)}."
+    return text + (f"\nDid you mean {path}={close}?" if close else "")
+
+
+def _dotted(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:
+    """Return a pydantic location without the tags of unions, which are no keys of the values."""
+    path: list[str] = []
+    node: Any = values
+    for part in location:
+        if isinstance(node, Mapping) and part not in node and path and part in node.values():
+            continue
+        path.append(str(part))
+        node = node[part] if isinstance(node, Mapping) and part in node else None
+    return ".".join(path)

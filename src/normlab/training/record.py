@@ -1,0 +1,124 @@
+"""What a run writes down while it trains: status, metrics, checkpoints and its log."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from normlab import loggers, runs
+from normlab.runs import files
+from normlab.training import checkpoint, device
+from normlab.training.state import TrainingState
+
+OnStatus = Callable[[Mapping[str, Any]], None]
+
+
+class Recorder:
+    """Writes the record of a run, by the first of its processes.
+
+    Args:
+        on_status: called with the status whenever it has been written, about once a second.
+    """
+
+    def __init__(self, run: runs.Run, log: logging.Logger, logger: loggers.Logger, on_status: OnStatus) -> None:
+        self.run, self.log = run, log
+        self._logger, self._on_status = logger, on_status
+        self._latest: dict[str, Any] = {}
+
+    def preparing(self, text: str) -> None:
+        """Report work that takes a while before the first step."""
+        self.log.info("%s", text)
+        self._on_status(self.run.write_status("running", durable=False, doing=text))
+
+    def start(self, state: TrainingState) -> None:
+        """Begin to record a run that is set up, or go on; measurements that it will make again are dropped."""
+        evaluated = state.steps_until(state.position.epoch)
+        for warning in self.run.keep_rows_until(evaluated, state.step_number):
+            self.log.warning("%s", warning)
+        if state.group.is_main:
+            facts = {
+                **device.provenance(state.device, state.data.fingerprint),
+                "processes": state.group.world,
+                "memory_format": state.memory_format,
+                "packed": state.interleaver.packed,
+            }
+            files.write_json(self.run.folder / runs.PROVENANCE, facts)
+            self._logger.begin(runs.read_metrics(self.run.folder)[0])
+
+    def heartbeat(self, state: TrainingState) -> None:
+        """Write that the run is under way, and how far."""
+        self._on_status(self.run.write_status("running", durable=False, **self._facts(state)))
+
+    def checkpoint(self, state: TrainingState) -> None:
+        """Write a checkpoint; for all processes together."""
+        state.update_peak_memory()
+        if state.group.is_main:
+            checkpoint.save(self.run.folder, {"run_id": self.run.run_id, **state.state_dict()})
+
+    def metrics(self, row: Mapping[str, Any]) -> None:
+        """Write down an evaluation."""
+        self.run.append_metrics(row)
+        self._logger.record(row)
+        self._latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})
+        self.log.info("%s", files.to_json(row))
+
+    def end(self, state: TrainingState, outcome: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Write how the run ended, remove its checkpoints, and return its status; for all processes together."""
+        state.update_peak_memory()
+        status = self.run.write_status(outcome, ended=runs.now(), **self._facts(state), **facts)
+        if state.group.is_main:
+            with contextlib.suppress(OSError):  # the result is safe: what is left over only takes space
+                checkpoint.remove(self.run.folder)
+        self._on_status(status)
+        return state.group.broadcast(status)  # and so no process leaves before all is written
+
+    def _facts(self, state: TrainingState) -> dict[str, Any]:
+        return {
+            "epoch": state.position.epoch,
+            "epochs": state.config.epochs,
+            "step": state.step_number,
+            "steps": state.total_steps,
+            "wall_seconds": state.position.wall_seconds,
+            "parameters": sum(p.numel() for p in state.step.network.parameters() if p.requires_grad),
+            "classes": len(state.data.classes),
+            "processes": state.group.world,
+            "doing": None,
+            "capture_seconds": state.engine.capture_seconds,
+            # The memory of one of several runs in a process is not known.
+            "peak_memory_bytes": None if state.interleaver.packed else state.peak_memory(),
+            **self._latest,
+        }
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that ignores errors of its disk: they end the run where its record is written."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+def open_log(folder: Path, *, write: bool) -> logging.Logger:
+    """Return a logger of this run alone, into its run.log and for warnings to the terminal; or one that drops all."""
+    log = logging.Logger(folder.name, logging.INFO)
+    if not write:
+        log.addHandler(logging.NullHandler())
+        return log
+    file = _LogFile(folder / runs.LOG, encoding="utf-8", delay=True)
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
+    formatter.converter = time.gmtime
+    file.setFormatter(formatter)
+    terminal = logging.StreamHandler()
+    terminal.addFilter(lambda record: record.levelno == logging.WARNING)
+    log.addHandler(file)
+    log.addHandler(terminal)
+    return log

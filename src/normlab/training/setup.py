@@ -1,0 +1,225 @@
+"""From a configuration to all that a run trains with."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normlab import models
+from normlab.common.errors import UserError
+from normlab.config.schema import RunConfig
+from normlab.data.datasets import Data, Loaded, load
+from normlab.norms import Steps, apart, find_sites
+from normlab.norms.layer_statistics import is_random
+from normlab.probes import ProbedNetwork, Probes
+from normlab.training import device, engines, taps
+from normlab.training.average import Average
+from normlab.training.distributed import checks
+from normlab.training.distributed.group import ProcessGroup
+from normlab.training.gradient_transforms import build_transform
+from normlab.training.interleaving import Interleaver
+from normlab.training.optimizers import build_optimizer
+from normlab.training.record import Recorder
+from normlab.training.state import Position, TrainingState
+from normlab.training.step import TrainingStep
+from normlab.training.tasks import Task, task_of
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+CHANNELS_LAST_FROM = 16  # pixels, on a CPU: smaller maps gain nothing or lose (docs/performance.md)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a launcher offers a run of this machine; the run's own settings go first.
+
+    Attributes:
+        device: for a run whose settings leave it open, e.g. "cuda:1".
+        threads: share of the cores.
+        interleaver: makes way for other runs of this process.
+        loaded: images that runs of this process share.
+    """
+
+    device: str | None = None
+    threads: int | None = None
+    interleaver: Interleaver = field(default_factory=Interleaver)
+    loaded: Loaded | None = None
+
+
+def set_up(
+    config: RunConfig, recorder: Recorder, resources: Resources, group: ProcessGroup, saved: Mapping[str, Any] | None
+) -> TrainingState:
+    """Return the state of a run before its first step; a resumed one keeps its memory format and threads."""
+    where = device.choose(config.device, resources.device)
+    # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
+    kept = saved["threads"] if saved and saved["processes"] == group.world else resources.threads
+    device.prepare(config, where, config.threads or kept)
+    data = load(config, where, log=recorder.preparing, rank=group.rank, world=group.world, loaded=resources.loaded)
+    if group.broadcast(data.fingerprint) != data.fingerprint:
+        raise UserError(
+            f"The processes of this run see different images of dataset={config.dataset.name}.\n"
+            "Give all its machines the same files."
+        )
+    network = build_network(config, data, where, group, new=saved is None)
+    images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=where)
+    memory_format = saved["memory_format"] if saved else choose_memory_format(config, network, images)
+    step = build_step(config, network, task_of(data.task, config.label_smoothing), images, group, memory_format)
+    device.forget_peak_memory(where)
+    position = Position.start(data.train.steps, where)
+    probes = None
+    if config.probe:
+        subject = _probe_subject(config, network, data)
+        probes = Probes(config.probe, subject, config.epochs * data.train.steps, recorder.run.append_probe)
+    engine = engines.build(config, data.train, step, position, recorder.log.warning)
+    return TrainingState(
+        config, where, group, resources.interleaver, data, step, engine, probes, position, memory_format
+    )
+
+
+def build_network(config: RunConfig, data: Data, where: torch.device, group: ProcessGroup, *, new: bool) -> nn.Module:
+    """Return the network of a run on its device, the same in all processes, checked against the sizes of its batches.
+
+    Args:
+        new: whether it starts to train; a resumed one needs no start from data.
+
+    Raises:
+        UserError: if processes, images, batches, calibration images and network do not fit each other.
+    """
+    network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
+    checks.prepare_layers(config, network, data, group.world)
+    check_shapes(config, network, data)
+    network = network.to(where)
+    if new and config.starts_from_data:
+        images = data.calibration(config.calibration_images)
+        try:
+            with apart():
+                models.start(config, network, images, num_classes=len(data.classes), image_size=data.image_size)
+        except ValueError as error:
+            raise UserError(
+                f"The start that looks at {len(images)} calibration images does not fit {config.model.name} with"
+                f" norm={config.norm.name}:\n{str(error).splitlines()[0]}\n"
+                "Use another calibration_images (a norm over one value per channel is undefined), a multiple of"
+                " norm_batch."
+            ) from error
+    group.broadcast_network(network)
+    return network
+
+
+def choose_memory_format(config: RunConfig, network: nn.Module, images: Tensor) -> str:
+    """Return the memory format of a run, a key of `FORMATS`.
+
+    memory_format=auto is channels_last where it is faster as a rule, the same on every machine: for images of 16 pixels
+    and more on a CPU, and for reduced precision on a GPU.
+
+    Args:
+        network: on its device, before the format is applied.
+        images: of the run's size, float32 (1, C, S, S) on the device.
+    """
+    if images.shape[-1] == 1 or not any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        return "contiguous"
+    if config.memory_format != "auto":
+        return config.memory_format
+    if any(map(is_random, network.modules())):
+        return "contiguous"  # numbers are drawn in the order of memory: another format is another run
+    fast = images.shape[-1] >= CHANNELS_LAST_FROM if images.device.type == "cpu" else config.precision != "fp32"
+    return "channels_last" if fast and _works_in_channels_last(network, images) else "contiguous"
+
+
+def _works_in_channels_last(network: nn.Module, images: Tensor) -> bool:
+    """Return whether a forward pass does: a network of the user's own may view its maps as contiguous ones."""
+    converted = copy.deepcopy(network).to(memory_format=torch.channels_last).eval()
+    try:
+        with torch.no_grad():
+            converted(images)
+    except RuntimeError:
+        return False
+    return True
+
+
+def build_step(
+    config: RunConfig, network: nn.Module, task: Task, images: Tensor, group: ProcessGroup, memory_format: str
+) -> TrainingStep:
+    """Return the step that trains `network`, which is changed in place (memory format, trimmed convolutions).
+
+    Args:
+        images: of the run's size, float32 (1, C, S, S) on the device.
+    """
+    where = images.device
+    network = network.to(memory_format=FORMATS[memory_format])
+    transform = build_transform(config.optimizer, network)
+    if where.type == "cpu" and config.engine != "compile":
+        taps.trim(network, images)
+    return TrainingStep(
+        config,
+        where,
+        task,
+        network,
+        engines.compiled(config, group.data_parallel(network)),
+        Steps(network),
+        build_optimizer(config.optimizer, network, for_graph=engines.may_capture(config, where)),
+        torch.amp.GradScaler(where.type, enabled=config.precision == "fp16"),
+        transform,
+        None if config.weight_average is None else Average(network, config.weight_average),
+    )
+
+
+def _probe_subject(config: RunConfig, network: nn.Module, data: Data) -> ProbedNetwork:
+    """Return what probes look at, with the sites that the network had before its norms were rewritten."""
+    base = models.base(config, num_classes=len(data.classes), image_size=data.image_size)
+    prefix = "network." if config.input_norm == "bn" else ""
+    return ProbedNetwork(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)
+
+
+def check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
+    """Check each size of batch that will occur, on the meta device, where a forward pass costs nothing.
+
+    Raises:
+        UserError: if the images are too small for the network or too few for a layer's statistics, or the
+            network's output is not one number per image and class.
+    """
+    sizes = _batch_sizes(config, data)
+    shown = copy.deepcopy(network).to("meta").train()
+    for size in sorted(sizes, reverse=True):  # an error of the whole batch is one that no other size mends
+        try:
+            with apart():
+                output = shown(torch.empty(size, data.channels, data.image_size, data.image_size, device="meta"))
+        except NotImplementedError:  # some operation of the user's network has no meta form
+            return
+        except (ValueError, RuntimeError) as error:
+            if "device" in str(error):  # a tensor that the user's network keeps to itself
+                return
+            raise _does_not_fit(config, data, size, sizes[size], error) from error
+        expected = (size, len(data.classes))
+        if not isinstance(output, Tensor) or tuple(output.shape) != expected:
+            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(
+                f"{config.model.name} gives {given} for a batch of {size} images.\n"
+                f"Expected a tensor {expected}: one number per image and class of {config.dataset.name}."
+            )
+
+
+def _batch_sizes(config: RunConfig, data: Data) -> dict[int, str]:
+    """Return the sizes of batch that occur, each with the setting that changes it; those of training go first."""
+    sizes: dict[int, str] = {}
+    for split, setting in ((data.train, "batch"), (data.val, "eval_batch"), (data.test, "eval_batch")):
+        if split and (split is data.train or config.eval_stats == "batch"):
+            each = 1 if config.sync_stats else split.processes  # the smallest share, where statistics are of shares
+            last = " or drop_last=true" if split is data.train else ""
+            sizes.setdefault(min(split.batch, split.images) // each, f"another {setting}")
+            sizes.setdefault(split.images % split.batch // each, f"another {setting}{last}")
+    sizes.pop(0, None)
+    return sizes
+
+
+def _does_not_fit(config: RunConfig, data: Data, size: int, setting: str, error: Exception) -> UserError:
+    images, larger = f"images of {data.image_size}x{data.image_size} pixels", "larger images, "
+    if data.task == "regression":
+        images, larger = "samples", ""
+    last = "" if size in (config.batch, config.eval_batch) else ", the last of an epoch or evaluation,"
+    return UserError(
+        f"A batch of {size} {images}{last} does not fit {config.model.name} with norm={config.norm.name}:\n"
+        f"{str(error).splitlines()[0]}\n"
+        f"Use {larger}another norm (one over a single value is undefined) or {setting}."
+    )
