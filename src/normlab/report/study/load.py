@@ -19,10 +19,9 @@ from normlab.report.study.columns import Columns, tidy
 from normlab.report.study.find import holds_runs, study_folder
 from normlab.report.study.index import Index
 from normlab.runs import lock
-from normlab.runs.states import FINISHED, State
+from normlab.runs.states import FINISHED, STALE_SECONDS, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
-
 
 _PLACE = ["run", *Place._fields, "state"]
 _NUMBERS = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
