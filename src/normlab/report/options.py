@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -62,17 +62,32 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, (kind, expected) in _EXPECTED.items():
-            value = getattr(self, name)
             try:
-                TypeAdapter(kind).validate_python(value, strict=True)
+                TypeAdapter(kind).validate_python(getattr(self, name), strict=True)
             except ValidationError:
-                raise UserError(f"{name}={value} is not valid: expected {expected}") from None
+                self._refuse(name, expected)
         if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
             raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same, to six digits.")
         for name, choices in _CHOICES.items():
-            _check_choice(name, getattr(self, name), choices)
+            if getattr(self, name) not in choices:
+                names = ["null" if choice is None else choice for choice in choices]
+                self._refuse(name, f"one of {', '.join(names)}.", names)
         if self.figure_style is not None:
-            _check_style(self.figure_style)
+            self._check_style(self.figure_style)
+
+    def _check_style(self, style: object) -> None:
+        from matplotlib.style import available, library  # slow to import, and few reports name a style
+
+        if not isinstance(style, str) or not (style in library or Path(style).is_file()):
+            expected = "a style of matplotlib or the path of an .mplstyle file."
+            styles = f"\nStyles: {', '.join(available[:6])} and {len(available) - 6} more."
+            self._refuse("figure_style", expected + styles, available)
+
+    def _refuse(self, name: str, expected: str, choices: Sequence[str] = ()) -> NoReturn:
+        given = getattr(self, name)
+        close = nearest(given, choices)
+        hint = f"\nDid you mean {name}={close}?" if close else ""
+        raise UserError(f"{name}={given} is not valid: expected {expected}{hint}") from None
 
     @property
     def selection(self) -> str:
@@ -97,27 +112,3 @@ def options(**changes: Any) -> Options:
                 + (f"\nDid you mean {close}?" if close else f"\nExpected: {', '.join(names)}.")
             )
     return Options(**{name: menu[name] for name in names} | changes)
-
-
-def _check_choice(name: str, given: object, choices: Sequence[str | None]) -> None:
-    if given in choices:
-        return
-    names = ["null" if choice is None else choice for choice in choices]
-    close = nearest(given, names)
-    raise UserError(
-        f"{name}={given} is not valid: expected one of {', '.join(names)}."
-        + (f"\nDid you mean {name}={close}?" if close else "")
-    )
-
-
-def _check_style(style: object) -> None:
-    from matplotlib.style import available, library  # here: matplotlib is slow to import, and few reports name a style
-
-    if isinstance(style, str) and (style in library or Path(style).is_file()):
-        return
-    close = nearest(style, available)
-    raise UserError(
-        f"figure_style={style} is not valid: expected a style of matplotlib or the path of an .mplstyle file.\n"
-        f"Styles: {', '.join(available[:6])} and {len(available) - 6} more."
-        + (f"\nDid you mean figure_style={close}?" if close else "")
-    )

@@ -30,8 +30,8 @@ def table(*rows, caption="Accuracy, in %.", rule="", prose=()):
     return Table("accuracy", "Accuracy", caption, pd.DataFrame(), {"digits": rows}, rule, prose)
 
 
-def row(arm, *texts, standing=""):
-    return {"arm": Cell(arm)} | {f"batch {8 * 2**i}": Cell(t, 1.0, 8, standing) for i, t in enumerate(texts)}
+def row(arm, *texts, highlight=""):
+    return {"arm": Cell(arm)} | {f"batch {8 * 2**i}": Cell(t, 1.0, 8, highlight) for i, t in enumerate(texts)}
 
 
 def test_every_special_character_of_latex_is_escaped():
@@ -83,8 +83,8 @@ def test_latex_is_a_booktabs_table_with_the_first_column_left():
 
 
 def test_the_best_number_is_bold_and_a_close_one_underlined_without_their_notes():
-    best = row("bn", "91.2 ± 0.8 (n=3)", standing="best")
-    close = row("none", "91.0 ± 0.8 (n=2, 1 of 3 missing)", standing="close")
+    best = row("bn", "91.2 ± 0.8 (n=3)", highlight="best")
+    close = row("none", "91.0 ± 0.8 (n=2, 1 of 3 missing)", highlight="close")
     text = latex(table(best, close, rule=" Bold: best."), "digits", "tab:x")
     assert r"bn & \textbf{91.2 $\pm$ 0.8} (n=3) \\" in text
     assert r"none & \underline{91.0 $\pm$ 0.8} (n=2, 1 of 3 missing) \\" in text

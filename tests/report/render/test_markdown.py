@@ -22,8 +22,8 @@ def test_a_column_of_sentences_is_left_aligned():
 
 def test_in_markdown_the_best_number_is_bold_without_its_notes_and_a_close_one_is_plain():
     rows = [
-        {"arm": Cell("bn"), "batch 8": Cell("91.2 ± 0.8 (n=3)", standing="best")},
-        {"arm": Cell("none"), "batch 8": Cell("91.0 ± 0.8 (n=3)", standing="close")},
+        {"arm": Cell("bn"), "batch 8": Cell("91.2 ± 0.8 (n=3)", highlight="best")},
+        {"arm": Cell("none"), "batch 8": Cell("91.0 ± 0.8 (n=3)", highlight="close")},
     ]
     setting, pipes = markdown_table(Table("accuracy", "Accuracy", "", pd.DataFrame(), {"digits": rows}))
     assert setting == "**digits**"

@@ -28,7 +28,7 @@ def highlights(tidy: pd.DataFrame, higher_is_better: Mapping[str, bool]) -> list
 
     The best are all whose mean equals the best one; close are means within a best one's t-interval, which one seed
     does not have. Only rows compete whose finished runs are all part of the mean: that of an arm of which some
-    diverged, or did not get there, is the mean of survivors. Missing runs are no reason: they say nothing of the arm.
+    diverged, or did not get there, is the mean of survivors. Missing runs are no reason.
     Where fewer than two rows compete, none stands out.
 
     Args:

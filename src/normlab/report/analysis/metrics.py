@@ -270,7 +270,7 @@ _TABLE = [
            "activations", "change of variance", step_to_step, log=True),
     Metric("skewness", "skewness of the activations", "skewness", _mean, "activations", "skewness"),
     Metric("large", "activations beyond 3", "large", _mean, "activations", "beyond 3 (%)", unit="%"),
-    Metric("large_share", "normalised values beyond 3", "large_normalised", _mean,
+    Metric("large_share", "normalized values beyond 3", "large_normalised", _mean,
            "activations", "beyond 3 std (%)", unit="%"),
     Metric("output_growth", "growth of the outputs over the layers", "output_norm", _log_growth,
            "activations", "growth", _last_step_by_layer, log=True),

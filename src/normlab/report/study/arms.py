@@ -52,8 +52,8 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     following = [key for key in splitting if key not in fixed and _determines(by_batch, flat, key)]
     settings = _setting_titles(flat, [key for key in splitting if key not in following])
     of_cell = dict(zip(cells, zip(settings, _arm_labels(flat), strict=True), strict=True))
-    found = [Place(*of_cell[cell_key(config)], config["batch"], config["seed"]) for config in configs]
-    return found, _remarks(settings, flat, following)
+    in_tables = [Place(*of_cell[cell_key(config)], config["batch"], config["seed"]) for config in configs]
+    return in_tables, _remarks(settings, flat, following)
 
 
 def cell_key(config: Mapping[str, Any]) -> Hashable:
@@ -73,8 +73,8 @@ def flat_cells(configs: Iterable[Mapping[str, Any]]) -> dict[Hashable, dict[str,
 
 def in_order(arms: Iterable[str]) -> list[str]:
     """Return the known arms, each once, in their own order, then the others by name."""
-    found = arms.unique() if hasattr(arms, "unique") else set(arms)  # a column of millions of rows has few
-    return sorted(found, key=lambda arm: (_rank(arm.split(" (")[0]), natural(arm)))
+    names = arms.unique() if hasattr(arms, "unique") else set(arms)  # a column of millions of rows has few
+    return sorted(names, key=lambda arm: (_rank(arm.split(" (")[0]), natural(arm)))
 
 
 def natural(text: str) -> list[float | str]:

@@ -38,10 +38,10 @@ class Index:
         """Return the columns of a file of a run's folder, and a sentence about each line that cannot be read."""
         name, path = f"{run}/{file}", f"{self.path.parent}/{run}/{file}"
         try:
-            found = os.stat(path)  # noqa: PTH116  # before it is read: what is written meanwhile is seen the next time
+            stat = os.stat(path)  # noqa: PTH116  # before it is read: what is written meanwhile is seen the next time
         except FileNotFoundError:
             return {}, []
-        written = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        written = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         then, columns = self._before.get(name, (None, {}))
         if then != written:
             rows, warnings = runs.read_rows(Path(path))
@@ -61,10 +61,10 @@ class Index:
                 files.write_atomically(self.path, lambda file: np.savez(file, **arrays), durable=False)
 
 
-def _arrays(found: Mapping[str, tuple[list[int], Columns]]) -> dict[str, Any]:
+def _arrays(read: Mapping[str, tuple[list[int], Columns]]) -> dict[str, Any]:
     """Return the numbers of all files with the same columns as one array, columns by rows, and the rest as JSON."""
     alike: dict[tuple[tuple[str, bool], ...], list[str]] = defaultdict(list)
-    for name, (_, columns) in found.items():
+    for name, (_, columns) in read.items():
         alike[tuple((column, isinstance(values, list)) for column, values in columns.items())].append(name)
     arrays: dict[str, Any] = {}
     groups = []
@@ -72,7 +72,7 @@ def _arrays(found: Mapping[str, tuple[list[int], Columns]]) -> dict[str, Any]:
         numbers, lists = ([column for column, is_list in kinds if is_list == wanted] for wanted in (False, True))
         blocks, members = [], []
         for name in names:
-            written, columns = found[name]
+            written, columns = read[name]
             rows = length(columns)
             blocks.append(np.array([columns[column] for column in numbers], float).reshape(len(numbers), rows))
             members.append([name, written, rows, {column: columns[column] for column in lists}])
@@ -83,7 +83,8 @@ def _arrays(found: Mapping[str, tuple[list[int], Columns]]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, tuple[list[int], Columns]]:
-    found = {}
+    """Return by file the stamp that it had when it was read, and its columns; nothing if there is no such index."""
+    read = {}
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             head = json.loads(arrays["head"].tobytes())
@@ -92,8 +93,8 @@ def _read(path: Path) -> dict[str, tuple[list[int], Columns]]:
                 for name, written, rows, lists in group["files"]:
                     numbers = zip(group["numbers"], block[:, start : start + rows], strict=True)
                     columns = {**dict.fromkeys(group["columns"]), **dict(numbers), **lists}
-                    found[name] = written, columns
+                    read[name] = written, columns
                     start += rows
     except Exception:  # whatever is wrong with it, it is only a cache
         return {}
-    return found
+    return read

@@ -23,7 +23,6 @@ from normlab.runs.states import FINISHED, STALE_SECONDS, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
 
-
 _PLACE = ["run", *Place._fields, "state"]
 _NUMBERS = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
 _NOT_VARIED = ("batch", "seed", "epochs", "probe", "norm._target_")  # in columns of their own, or changing no result
@@ -130,8 +129,8 @@ def load(
     elif not holds_runs(folder):
         raise UserError(f"The folder {folder} holds no runs.\nGive a study's name, or the folder that its runs are in.")
     records = _Records(folder, now or datetime.now(UTC))
-    found, remarks = places(list(records.configs.values()))
-    table = _table(records, dict(zip(records.configs, found, strict=True)))
+    in_tables, remarks = places(list(records.configs.values()))
+    table = _table(records, dict(zip(records.configs, in_tables, strict=True)))
     provenance = {run: _provenance(folder / run) for run in records.configs}
     place = table[_PLACE]
     return Study(

@@ -1,6 +1,6 @@
 """Selection of some cells of a study by `arms`, `batches`, `seeds` and `settings`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,15 +32,15 @@ def select(
     """
     placed = study.runs.dropna(subset=["arm"])
     titles = sorted(set(placed["setting"]), key=natural)
-    chosen: dict[str, list[Any]] = {}
-    if arms is not None:
-        chosen["arm"] = _named("arms", arms, in_order(placed["arm"]), lambda arm: {arm.split(" (")[0]})
-    if settings is not None:
-        chosen["setting"] = _named("settings", settings, titles, _parts)
-    if batches is not None:
-        chosen["batch"] = _numbered("batches", batches, placed["batch"])
-    if seeds is not None:
-        chosen["seed"] = _numbered("seeds", seeds, placed["seed"])
+    sizes, numbers = (sorted({int(value) for value in placed[column]}) for column in ("batch", "seed"))
+    # By column: option, entries, the values that the study has, and the parts by which one may be meant.
+    options: dict[str, tuple[str, Any, list[Any], Callable[[Any], set[str]]]] = {
+        "arm": ("arms", arms, in_order(placed["arm"]), lambda arm: {arm.split(" (")[0]}),
+        "setting": ("settings", settings, titles, _parts),
+        "batch": ("batches", batches, sizes, lambda _: set()),
+        "seed": ("seeds", seeds, numbers, lambda _: set()),
+    }
+    chosen = {column: _meant(*option) for column, option in options.items() if option[1] is not None}
     if not chosen:
         return study
 
@@ -75,29 +75,17 @@ def _parts(setting: str) -> set[str]:
     return set(setting.split(", "))
 
 
-def _named(option: str, entries: Sequence[str], known: Sequence[str], parts: Callable[[str], set[str]]) -> list[str]:
-    """Return the names that are meant: the same one, else all that have every part of it."""
-    names = []
+def _meant(option: str, entries: Sequence[Any], known: Sequence[Any], parts: Callable[[Any], set[str]]) -> list[Any]:
+    """Return what the entries mean: the same one, else all that have every part of it."""
+    meant = []
     for entry in entries:
-        meant = [entry] if entry in known else [name for name in known if _parts(entry) <= parts(name)]
-        if not meant:
-            raise _unknown(option, entry, known, {part for name in known for part in parts(name)})
-        names += meant
-    return names
-
-
-def _numbered(option: str, entries: Sequence[int], column: Iterable[int]) -> list[int]:
-    known = sorted({int(value) for value in column})
-    for entry in entries:
-        if entry not in known:
-            raise _unknown(option, entry, known, ())
-    return list(entries)
-
-
-def _unknown(option: str, entry: object, known: Sequence[object], parts: Iterable[object]) -> UserError:
-    more = f" and {len(known) - 8} more" if len(known) > 8 else ""
-    close = nearest(entry, [*known, *parts])
-    return UserError(
-        f"{option}: this study has no {entry}.\nIt has: {'; '.join(map(str, known[:8]))}{more}."
-        + (f"\nDid you mean {close}?" if close else "")
-    )
+        names = [entry] if entry in known else [name for name in known if _parts(str(entry)) <= parts(name)]
+        if not names:
+            more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+            close = nearest(entry, [*known, *{part for name in known for part in parts(name)}])
+            raise UserError(
+                f"{option}: this study has no {entry}.\nIt has: {'; '.join(map(str, known[:8]))}{more}."
+                + (f"\nDid you mean {close}?" if close else "")
+            )
+        meant += names
+    return meant
