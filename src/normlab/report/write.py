@@ -49,7 +49,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     tables = _tables(found, measure, baseline, options)
     judgements = judge(found, options.confidence, options.alpha)
     if judgements:
-        tables.append(verdict_texts.table(judgements, options.confidence))
+        tables.append(verdict_texts.verdict_table(judgements, options.confidence))
     folder = found.folder / "report"
     files.make_folder(folder)
     made = [(table, sources(found, table.origin)) for table in tables]
@@ -106,7 +106,7 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
     studies = [load(folder / name, name=name) for name in find_studies(folder)]
     judgements = [judgement for study in studies for judgement in judge(study, options.confidence, options.alpha)]
     files.make_folder(folder)
-    _write(folder / "claims.md", verdict_texts.overview(judgements).encode())
+    _write(folder / "claims.md", verdict_texts.claims_page(judgements).encode())
     warnings = [warning for study in studies for warning in study.warnings]
     if options.quiet:
         show_path(folder / "claims.md", warnings)

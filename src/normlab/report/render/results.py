@@ -33,7 +33,7 @@ def results_page(
         studies: each with its tables, and with path (as seen from the page) and caption of its figures.
         judgements: of all studies.
     """
-    details = re.sub(r"^(#+) ", r"#\1 ", verdict_texts.overview(judgements), flags=re.MULTILINE)
+    details = re.sub(r"^(#+) ", r"#\1 ", verdict_texts.claims_page(judgements), flags=re.MULTILINE)
     introduction = _INTRODUCTION.format(report=called("report"))
     lines = ["# Results", introduction, "## At a glance", markdown(_summary(judgements)).rstrip()]
     lines += [details.rstrip(), "## The studies"]
@@ -73,6 +73,6 @@ def _summary(judgements: Sequence[Judgement]) -> pd.DataFrame:
 
 
 def _where(judgement: Judgement) -> str:
-    numbers = {finding.interval.n for finding in judgement.findings if finding.interval.n}
+    numbers = {finding.interval.n for finding in judgement.results if finding.interval.n}
     seeds = f", n = {'/'.join(map(str, sorted(numbers)))}" if numbers else ""
     return f"{judgement.study} ({judgement.dataset}, {judgement.model}{seeds})"

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from normlab.report.analysis.cells import Table
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
-from normlab.report.claims.texts import lines, not_run
+from normlab.report.claims.texts import judgements_by_claim, verdict_lines
 from normlab.report.study.load import Study
 
 _COLORS = {
@@ -65,7 +65,7 @@ def show_claims(
         _line(console, f"{study}: {place}", "bold")
         _verdicts(console, list(found))
         console.print()
-    missing = not_run(judgements)
+    missing = [claim for claim, judged in judgements_by_claim(judgements) if not judged]
     if missing:
         _line(console, "Not run", "bold")
     for command, claims in itertools.groupby(missing, key=lambda claim: claim.command):
@@ -85,7 +85,7 @@ def show_path(page: Path, warnings: Sequence[str]) -> None:
 def _verdicts(console: Console, judgements: Sequence[Judgement]) -> None:
     grid = RichTable.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
-    for verdict, sentence in lines(judgements):
+    for verdict, sentence in verdict_lines(judgements):
         grid.add_row(Text(f"  {verdict}", _VERDICTS[verdict]), Text(sentence))
     console.print(grid)
 

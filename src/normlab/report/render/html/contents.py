@@ -21,7 +21,7 @@ from normlab.report.analysis.highlight import CLOSE
 from normlab.report.analysis.metric import Measure
 from normlab.report.analysis.tables import outcomes
 from normlab.report.claims.judge import Judgement
-from normlab.report.claims.texts import effect, expected
+from normlab.report.claims.texts import format_effect, format_expectation
 from normlab.report.render.markdown import split_number
 from normlab.report.study.arms import flatten
 from normlab.report.study.load import Study
@@ -181,13 +181,13 @@ def _verdict(judgement: Judgement) -> dict[str, Any]:
         "findings": [
             {
                 "label": f"{finding.label}, {finding.comparison.measure.label}",
-                "expected": expected(finding.comparison),
-                "effect": effect(finding),
+                "expected": format_expectation(finding.comparison),
+                "effect": format_effect(finding),
                 "n": finding.interval.n,
                 "p": None if math.isnan(finding.p_holm) else f"{finding.p_holm:.3g}",
                 "remarks": "; ".join(finding.remarks),
             }
-            for finding in judgement.findings
+            for finding in judgement.results
         ],
     }
 
