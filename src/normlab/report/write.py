@@ -15,8 +15,7 @@ from normlab.report.claims.judge import judge
 from normlab.report.options import Options
 from normlab.report.render.html import Drawing, html_page
 from normlab.report.render.latex import latex
-from normlab.report.render.markdown import markdown_table
-from normlab.report.render.page import facts, page, question
+from normlab.report.render.markdown import markdown_table, page
 from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
@@ -64,7 +63,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     warnings = [*found.warnings, *remarks, *_left_out(options), *_unmeasured(found, measure), *mixtures(found)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(found, made, shown, warnings).encode())
-    html = html_page(found, question(found), made, judgements, drawings, measure, facts(found), warnings)
+    html = html_page(found, made, judgements, drawings, measure, warnings)
     _write(folder / "index.html", html.encode())
     _remove_what_is_left_of_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options)
     if options.quiet:
