@@ -219,7 +219,7 @@ def test_a_folded_start_closes_no_gap_where_there_is_none():
                 for (norm, init), mean in means.items()
                 for s in range(5)
             ),
-            "peerthum2023-initialisation",
+            "peerthum2023-initialization",
         )
 
     assert judged(0.0).verdict == INCONCLUSIVE
@@ -459,9 +459,9 @@ def test_no_run_is_left_out_without_a_word():
     assert result.remarks == ("3 runs that repeat another one are left out",)
 
 
-def test_weight_normalisation_is_judged_at_scale_and_beside_plain_bn():
+def test_weight_normalization_is_judged_at_scale_and_beside_plain_bn():
     runs = accuracies(bn=[60.0, 61.0, 62.5], wn=[50.0, 52.0, 51.0])
-    assert "gitman2017-generalisation" not in {judgement.claim.id for judgement in judge(planted(runs))}
+    assert "gitman2017-generalization" not in {judgement.claim.id for judgement in judge(planted(runs))}
     plain = {"model.stem": "imagenet", "model.dropout": 0.0, "optimizer.weight_decay": 1e-4}
     runs = [run._replace(settings={**run.settings, **plain}) for run in runs]
     for odd, value in (({"model.dropout": 0.5}, 45.0), ({"optimizer.weight_decay": 5e-4}, 70.0)):
@@ -469,8 +469,8 @@ def test_weight_normalisation_is_judged_at_scale_and_beside_plain_bn():
         runs += [
             run._replace(settings={**run.settings, **odd}, values={"test_accuracy": value + run.seed}) for run in more
         ]
-    assert list(verdict(planted(runs), "gitman2017-generalisation").results[0].contrasts.values()) == [-10, -9, -11.5]
-    both = verdict(planted(runs), "gitman2017-regularisation").results
+    assert list(verdict(planted(runs), "gitman2017-generalization").results[0].contrasts.values()) == [-10, -9, -11.5]
+    both = verdict(planted(runs), "gitman2017-regularization").results
     assert [list(result.contrasts.values()) for result in both] == [[-15.0, -15.0, -15.5], [10.0, 10.0, 9.5]]
 
 
