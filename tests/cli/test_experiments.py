@@ -114,7 +114,7 @@ def test_from_the_command_to_the_verdicts(name, tmp_path) -> None:
     judgements = {judgement.claim.id: judgement for judgement in judge(study)}
     for claim in claims():
         if name in claim.experiments:
-            assert NOT_RUN not in {finding.verdict for finding in judgements[claim.id].findings}, claim.id
+            assert NOT_RUN not in {result.verdict for result in judgements[claim.id].results}, claim.id
     wanted = {probe for config in study.configs.values() for probe in config["probe"]}
     assert {probe for probe, rows in study.probes.items() if len(rows)} == wanted
     assert list((tmp_path / f"{name}_smoke" / "report").glob("*.png"))

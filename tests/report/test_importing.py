@@ -394,7 +394,7 @@ def test_verdicts_use_no_imported_run(bring, add_run, study):
     assert judged
     bring("arm,seed,test_accuracy\n" + "".join(f"{arm},{seed},0.{seed}\n" for arm in ("bn", "none") for seed in (1, 9)))
     again = load(study)
-    assert [(j.verdict, j.findings) for j in judge(again)] == [(j.verdict, j.findings) for j in judged]
+    assert [(j.verdict, j.results) for j in judge(again)] == [(j.verdict, j.results) for j in judged]
     assert len([warning for warning in again.warnings if "no verdict uses them" in warning]) == 2
 
 

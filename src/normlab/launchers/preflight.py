@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, storage_error
 from normlab.config.schema import CustomModelConfig, LoggerConfig, RegressionDataset, RunConfig
 from normlab.data import inventory
 from normlab.runs import files
@@ -101,4 +101,4 @@ def _check_writable(folder: Path) -> None:
             file.write(bytes(4096))
             file.flush()
     except OSError as error:
-        raise files.storage_error(folder, error) from error
+        raise storage_error(folder, error) from error

@@ -14,8 +14,7 @@ from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
 from normlab.report.render.html import Drawing, html_page
 from normlab.report.render.latex import latex
-from normlab.report.render.markdown import markdown_table
-from normlab.report.render.page import facts, page, question
+from normlab.report.render.markdown import markdown_table, page
 from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
@@ -50,7 +49,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     tables = _tables(chosen, metric, options)
     judgements = judge(chosen, options.confidence, options.alpha)
     if judgements:
-        tables.append(verdict_texts.table(judgements, options.confidence))
+        tables.append(verdict_texts.verdict_table(judgements, options.confidence))
     folder = chosen.folder / "report"
     files.make_folder(folder)
     made = [(table, provenance_of(chosen, table.origin)) for table in tables]
@@ -61,7 +60,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options), *mixed_provenance(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(chosen, made, shown, warnings).encode())
-    html = html_page(chosen, question(chosen), made, judgements, drawings, metric, facts(chosen), warnings)
+    html = html_page(chosen, made, judgements, drawings, metric, warnings)
     _write(folder / "index.html", html.encode())
     _remove_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options.figures)
     if options.quiet:
@@ -85,7 +84,7 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
     judgements = [judgement for study in studies for judgement in judge(study, options.confidence, options.alpha)]
     warnings = [warning for study in studies for warning in study.warnings]
     files.make_folder(folder)
-    text = verdict_texts.overview(judgements)
+    text = verdict_texts.claims_page(judgements)
     return _write_claims_page(folder / "claims.md", text, judgements, warnings, options)
 
 

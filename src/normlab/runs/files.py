@@ -13,8 +13,7 @@ from typing import Any, BinaryIO
 
 import yaml
 
-from normlab.common.errors import UserError, first_line
-from normlab.common.errors import storage_error as storage_error
+from normlab.common.errors import UserError, first_line, storage_error
 
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

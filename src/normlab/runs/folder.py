@@ -21,7 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, storage_error
 from normlab.runs import files, lock
 from normlab.runs.identity import FORMAT, completed, run_id, run_name
 from normlab.runs.states import FINISHED, State, recorded_state
@@ -159,7 +159,7 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise files.storage_error(path, error) from error
+        raise storage_error(path, error) from error
 
 
 def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -32,8 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from normlab.common.errors import RunBusyError
-from normlab.runs.files import storage_error
+from normlab.common.errors import RunBusyError, storage_error
 from normlab.runs.states import STALE_SECONDS
 
 LOCK, CLAIM = "run.lock", "run.claim"

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from normlab.runs.files import remove_temporaries, storage_error, write_atomically
+from normlab.common.errors import storage_error
+from normlab.runs.files import remove_temporaries, write_atomically
 
 NEWEST, PREVIOUS, INCOMING = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.incoming.pt"
 DIGEST_BYTES = hashlib.sha256().digest_size

@@ -14,7 +14,7 @@ from statsmodels.stats.weightstats import ttost_paired
 from normlab.report.analysis.metrics import METRICS
 from normlab.report.claims.claims import claims, parse
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, judge
-from normlab.report.claims.texts import effect, expected, overview, table
+from normlab.report.claims.texts import claims_page, format_effect, format_expectation, verdict_table
 
 EXPERIMENTS = Path(__file__).parents[3] / "conf" / "experiment"
 CLAIMS = {claim.id: claim for claim in claims()}
@@ -81,8 +81,8 @@ def test_every_metric_is_used_by_a_claim_or_a_table():
 def test_a_study_that_speaks_for_a_claim_supports_it_and_the_opposite_contradicts_it(claim, speaks, expectation):
     found = verdict(study_for(claim, speaks), claim.id)
     assert found.verdict == expectation
-    assert {finding.verdict for finding in found.findings} == {expectation}
-    assert all(finding.interval.n == 5 for finding in found.findings)
+    assert {result.verdict for result in found.results} == {expectation}
+    assert all(result.interval.n == 5 for result in found.results)
 
 
 def test_the_share_beyond_3_is_that_of_a_normal_distribution():
@@ -135,40 +135,40 @@ def test_equal_arms_are_called_equal():
 
 def test_p_and_interval_are_those_of_scipys_paired_t_test():
     bn, none = [61.0, 63.0, 60.5, 62.0], [60.0, 60.5, 60.0, 58.0]
-    [finding] = verdict(planted(accuracies(bn=bn, none=none))).findings
+    [result] = verdict(planted(accuracies(bn=bn, none=none))).results
     expectation = stats.ttest_rel(bn, none)
-    assert finding.p == finding.p_holm == pytest.approx(expectation.pvalue)
-    assert finding.interval[1:3] == pytest.approx(expectation.confidence_interval())
-    assert finding.d_z == pytest.approx(expectation.statistic / 2)  # t / sqrt(n)
+    assert result.p == result.p_holm == pytest.approx(expectation.pvalue)
+    assert result.interval[1:3] == pytest.approx(expectation.confidence_interval())
+    assert result.d_z == pytest.approx(expectation.statistic / 2)  # t / sqrt(n)
 
 
 def test_p_of_an_equality_is_twice_that_of_statsmodels_two_one_sided_tests():
     bn, renorm = [60.0, 60.5, 61.0, 60.2], [60.3, 60.4, 61.5, 60.1]
-    [finding] = verdict(planted(accuracies(bn=bn, renorm=renorm)), "ioffe2017-equal-at-32").findings
-    assert finding.p == pytest.approx(2 * ttost_paired(np.array(renorm), np.array(bn), -1, 1)[0])
-    assert finding.favours
+    [result] = verdict(planted(accuracies(bn=bn, renorm=renorm)), "ioffe2017-equal-at-32").results
+    assert result.p == pytest.approx(2 * ttost_paired(np.array(renorm), np.array(bn), -1, 1)[0])
+    assert result.favors
 
 
 def test_holm_is_over_all_comparisons_of_the_study():
     generator = np.random.default_rng(3)
     arms = {arm: list(generator.normal(60 - 2 * i, 1, 5)) for i, arm in enumerate(("bn", "affine", "bnminus", "none"))}
     other = [run._replace(settings={**run.settings, "dataset.name": "mine"}) for run in accuracies(**arms)]
-    findings = [f for judgement in judge(planted(accuracies(**arms) + other)) for f in judgement.findings]
-    assert len(findings) == 6
-    assert [f.p_holm for f in findings] == pytest.approx(multipletests([f.p for f in findings], method="holm")[1])
+    results = [f for judgement in judge(planted(accuracies(**arms) + other)) for f in judgement.results]
+    assert len(results) == 6
+    assert [f.p_holm for f in results] == pytest.approx(multipletests([f.p for f in results], method="holm")[1])
 
 
 def test_two_seeds_are_inconclusive_in_words():
     found = verdict(planted(accuracies(bn=[90.0, 90.1], none=[10.0, 10.1])))
     assert found.verdict == INCONCLUSIVE
-    assert math.isnan(found.findings[0].p)
-    assert found.findings[0].remarks == ("n = 2: no interval worth the name; a difference cannot be told from chance",)
+    assert math.isnan(found.results[0].p)
+    assert found.results[0].remarks == ("n = 2: no interval worth the name; a difference cannot be told from chance",)
 
 
 def test_three_equal_differences_are_judged_by_the_sign_test_and_prove_nothing():
     found = verdict(planted(accuracies(bn=[61.0, 62.0, 63.0], none=[60.0, 61.0, 62.0])))
-    assert (found.verdict, found.findings[0].p) == (INCONCLUSIVE, 0.25)
-    assert "sign test: higher in 3 of 3 seeds" in found.findings[0].remarks
+    assert (found.verdict, found.results[0].p) == (INCONCLUSIVE, 0.25)
+    assert "sign test: higher in 3 of 3 seeds" in found.results[0].remarks
 
 
 def ends(accuracy):
@@ -185,7 +185,7 @@ def test_sides_that_are_the_same_computation_are_equal():
 
 def test_sides_that_are_not_are_not_proved_equal_by_differences_of_0():
     found = verdict(planted(accuracies(bn=[60.0, 61.0, 62.0], renorm=[60.0, 61.0, 62.0])), "ioffe2017-equal-at-32")
-    assert (found.verdict, found.findings[0].p) == (INCONCLUSIVE, 0.25)
+    assert (found.verdict, found.results[0].p) == (INCONCLUSIVE, 0.25)
 
 
 # ---- who has learned nothing shows nothing
@@ -193,7 +193,7 @@ def test_sides_that_are_not_are_not_proved_equal_by_differences_of_0():
 
 def test_arms_that_have_not_learned_are_not_as_good_as_each_other():
     found = verdict(ends(9.0), "wu2018-gn-flat")
-    assert (found.verdict, found.findings[0].remarks) == (INCONCLUSIVE, ("no arm learned",))
+    assert (found.verdict, found.results[0].remarks) == (INCONCLUSIVE, ("no arm learned",))
     guessing = [10.0, 10.2, 9.9, 10.1, 10.0]
 
     def judged(**changed):
@@ -201,7 +201,7 @@ def test_arms_that_have_not_learned_are_not_as_good_as_each_other():
         return verdict(planted(accuracies(**arms)), "santurkar2018-lp")
 
     assert judged().verdict == INCONCLUSIVE
-    assert {finding.remarks for finding in judged().findings} == {("no arm learned",)}
+    assert {result.remarks for result in judged().results} == {("no arm learned",)}
     assert judged(bn=[14.8 + 0.1 * x for x in guessing]).verdict == CONTRADICTED  # one has: the others are worse
     assert judged(bn=[14.1, 13.9, 14.2, 13.8, 14.0]).verdict == INCONCLUSIVE  # 4 points above guessing
 
@@ -220,13 +220,13 @@ def test_a_folded_start_closes_no_gap_where_there_is_none():
                 for (norm, init), mean in means.items()
                 for s in range(5)
             ),
-            "peerthum2023-initialisation",
+            "peerthum2023-initialization",
         )
 
     assert judged(0.0).verdict == INCONCLUSIVE
     assert judged(5.0).verdict == SUPPORTED
     assert judged(-5.0).verdict == CONTRADICTED
-    assert judged(5.0).findings[0].label == "bn (init=default) - none (init=default)"
+    assert judged(5.0).results[0].label == "bn (init=default) - none (init=default)"
 
 
 @pytest.mark.parametrize(
@@ -247,15 +247,15 @@ def test_to_survive_is_to_learn_where_the_other_does_not(bn, none, expectation):
 
 def test_a_diverged_runs_accuracy_is_chance():
     found = verdict(planted(accuracies(bn=[60.0, 61.0, 62.0, 63.0], none=[None, 10.0, None, 11.0])))
-    assert list(found.findings[0].contrasts.values()) == pytest.approx([50.0, 51.0, 52.0, 52.0])
+    assert list(found.results[0].contrasts.values()) == pytest.approx([50.0, 51.0, 52.0, 52.0])
     assert found.verdict == SUPPORTED
-    assert "2 of 4 runs of none diverged and count as 10 %" in found.findings[0].remarks
+    assert "2 of 4 runs of none diverged and count as 10 %" in found.results[0].remarks
 
 
 def test_chance_is_one_in_the_number_of_classes_that_a_run_recorded():
     study = planted(accuracies(bn=[60.0, 61.0, 62.0], none=[None, None, None]))
     study.runs["classes"] = 5.0
-    assert list(verdict(study).findings[0].contrasts.values()) == pytest.approx([40.0, 41.0, 42.0])
+    assert list(verdict(study).results[0].contrasts.values()) == pytest.approx([40.0, 41.0, 42.0])
 
 
 @pytest.mark.parametrize("claim", [BEATS, "ioffe2017-equal-at-32"])
@@ -264,7 +264,7 @@ def test_where_everything_diverged_there_is_nothing_to_compare(claim):
     elsewhere = Planted({"norm.name": "gn"}, 0, {"test_accuracy": 50.0})
     found = verdict(planted([*accuracies(**{"bn": [None] * 5, other: [None] * 5}), elsewhere]), claim)
     assert found.verdict == INCONCLUSIVE
-    assert "nothing to compare" in found.findings[0].remarks
+    assert "nothing to compare" in found.results[0].remarks
 
 
 def losses(**arms):
@@ -282,10 +282,10 @@ def test_infinite_losses_are_judged_by_the_sign_test_which_needs_seeds(seeds, ex
     found = verdict(
         planted(losses(lpinf=[None] * seeds, none=[5.0 + seed for seed in range(seeds)])), "santurkar2018-deep-linear"
     )
-    first = found.findings[0]
+    first = found.results[0]
     assert first.p == pytest.approx(stats.binomtest(0, seeds).pvalue)
     assert found.verdict == expectation
-    assert effect(first) == "infinite"
+    assert format_effect(first) == "infinite"
     assert f"sign test: higher in 0 of {seeds} seeds" in first.remarks
 
 
@@ -322,10 +322,10 @@ def test_diverged_runs_without_the_measurement_that_they_were_to_have_are_told()
 
     some, every = judged(2), judged(5)
     assert some.verdict == SUPPORTED
-    assert "2 runs of none diverged and have no such value" in some.findings[0].remarks
-    assert "seeds 0, 1 are not in all cells and are left out" in some.findings[0].remarks
+    assert "2 runs of none diverged and have no such value" in some.results[0].remarks
+    assert "seeds 0, 1 are not in all cells and are left out" in some.results[0].remarks
     assert every.verdict == INCONCLUSIVE
-    assert every.findings[0].remarks == (
+    assert every.results[0].remarks == (
         "5 runs of none diverged and have no such value",
         "no seed has all of its runs",
     )
@@ -353,7 +353,7 @@ def test_a_chain_needs_all_of_its_links():
 def test_a_chain_with_a_missing_link_is_inconclusive_and_says_so():
     found = verdict(planted(losses(none=[1700.0, 1701, 1702], lpinf=[10.0, 11, 12])), "santurkar2018-deep-linear")
     assert found.verdict == INCONCLUSIVE
-    assert [finding.verdict for finding in found.findings] == [SUPPORTED] + 3 * ["not run"]
+    assert [result.verdict for result in found.results] == [SUPPORTED] + 3 * ["not run"]
 
 
 def test_one_of_several_is_enough_where_a_claim_says_so():
@@ -380,10 +380,8 @@ def test_an_interaction_is_the_difference_of_differences():
         for seed in range(4)
     ]
     found = verdict(planted(runs), "wu2018-bn-falls")
-    assert list(found.findings[1].contrasts.values()) == pytest.approx([12.0] * 4)
-    assert found.findings[1].label == (
-        "bn (norm_batch=16) - bn (norm_batch=2) - gn (norm_batch=16) + gn (norm_batch=2)"
-    )
+    assert list(found.results[1].contrasts.values()) == pytest.approx([12.0] * 4)
+    assert found.results[1].label == ("bn (norm_batch=16) - bn (norm_batch=2) - gn (norm_batch=16) + gn (norm_batch=2)")
 
 
 def test_what_is_not_named_is_equal_on_both_sides_and_averaged_over():
@@ -395,17 +393,17 @@ def test_what_is_not_named_is_equal_on_both_sides_and_averaged_over():
         for depth, more in ((18, 0.0), (34, 2.0 if run.settings["norm.name"] == "bn" else 0.0))
     ]
     lonely = Planted({"norm.name": "bn", "depth": 50}, 0, {"test_accuracy": 0.0})
-    [finding] = verdict(planted([*runs, lonely])).findings
-    assert list(finding.contrasts.values()) == pytest.approx([11.0, 10.0, 12.0])
-    assert "mean over 2 cells" in finding.remarks
+    [result] = verdict(planted([*runs, lonely])).results
+    assert list(result.contrasts.values()) == pytest.approx([11.0, 10.0, 12.0])
+    assert "mean over 2 cells" in result.remarks
 
 
 def test_seeds_that_are_not_in_all_cells_are_left_out_and_told():
     runs = accuracies(bn=[60.0, 61.0, 62.0, 63.0], none=[50.0, 52.0, 51.0, 50.0])
     runs += [run._replace(settings={**run.settings, "depth": 34}) for run in runs if run.seed != 3]
-    [finding] = verdict(planted(runs)).findings
-    assert list(finding.contrasts) == [0, 1, 2]
-    assert "seeds 3 are not in all cells and are left out" in finding.remarks
+    [result] = verdict(planted(runs)).results
+    assert list(result.contrasts) == [0, 1, 2]
+    assert "seeds 3 are not in all cells and are left out" in result.remarks
 
 
 def test_data_sets_and_networks_have_verdicts_of_their_own():
@@ -428,9 +426,9 @@ def test_values_of_a_list_are_cells_and_not_one_pool():
         for i, arm in enumerate(("bn", "bn_scaled"))
         for seed in range(3)
     ]
-    [finding] = verdict(planted(runs), "davis2021-small-slow-gamma").findings
-    assert list(finding.contrasts.values()) == pytest.approx([9.0] * 3)
-    assert finding.remarks[:2] == ("mean over 3 cells", "cells from -3 to +30")
+    [result] = verdict(planted(runs), "davis2021-small-slow-gamma").results
+    assert list(result.contrasts.values()) == pytest.approx([9.0] * 3)
+    assert result.remarks[:2] == ("mean over 3 cells", "cells from -3 to +30")
 
 
 def test_a_list_that_is_not_on_every_side_is_refused():
@@ -449,7 +447,7 @@ def test_values_of_a_free_setting_are_cells_too():
         for stats_, size, accuracy in (("running", 1000, 60.0), ("batch", 10, 70.0), ("batch", 50, 76.0))
         for seed in range(3)
     ]
-    first = verdict(planted(runs), "ioffe2017-discrepancy").findings[0]
+    first = verdict(planted(runs), "ioffe2017-discrepancy").results[0]
     assert list(first.contrasts.values()) == pytest.approx([13.0, 13.05, 13.1])
 
 
@@ -458,13 +456,13 @@ def test_no_run_is_left_out_without_a_word():
     again = [
         run._replace(settings={**run.settings, "norm_batch": 32}) for run in runs if run.settings["norm.name"] == "bn"
     ]
-    [finding] = verdict(planted([*runs, *again])).findings
-    assert finding.remarks == ("3 runs that repeat another one are left out",)
+    [result] = verdict(planted([*runs, *again])).results
+    assert result.remarks == ("3 runs that repeat another one are left out",)
 
 
-def test_weight_normalisation_is_judged_at_scale_and_beside_plain_bn():
+def test_weight_normalization_is_judged_at_scale_and_beside_plain_bn():
     runs = accuracies(bn=[60.0, 61.0, 62.5], wn=[50.0, 52.0, 51.0])
-    assert "gitman2017-generalisation" not in {judgement.claim.id for judgement in judge(planted(runs))}
+    assert "gitman2017-generalization" not in {judgement.claim.id for judgement in judge(planted(runs))}
     plain = {"model.stem": "imagenet", "model.dropout": 0.0, "optimizer.weight_decay": 1e-4}
     runs = [run._replace(settings={**run.settings, **plain}) for run in runs]
     for odd, value in (({"model.dropout": 0.5}, 45.0), ({"optimizer.weight_decay": 5e-4}, 70.0)):
@@ -472,9 +470,9 @@ def test_weight_normalisation_is_judged_at_scale_and_beside_plain_bn():
         runs += [
             run._replace(settings={**run.settings, **odd}, values={"test_accuracy": value + run.seed}) for run in more
         ]
-    assert list(verdict(planted(runs), "gitman2017-generalisation").findings[0].contrasts.values()) == [-10, -9, -11.5]
-    both = verdict(planted(runs), "gitman2017-regularisation").findings
-    assert [list(finding.contrasts.values()) for finding in both] == [[-15.0, -15.0, -15.5], [10.0, 10.0, 9.5]]
+    assert list(verdict(planted(runs), "gitman2017-generalization").results[0].contrasts.values()) == [-10, -9, -11.5]
+    both = verdict(planted(runs), "gitman2017-regularization").results
+    assert [list(result.contrasts.values()) for result in both] == [[-15.0, -15.0, -15.5], [10.0, 10.0, 9.5]]
 
 
 @pytest.mark.parametrize(
@@ -495,7 +493,7 @@ def test_oddities_of_a_study_do_not_speak_to_a_claim_about_plain_bn(odd):
         for run in plain
         if run.settings["norm.name"] == "bn" or not next(iter(odd)).startswith("norm.")
     ]
-    assert judge(planted([*strange, *plain]))[0].findings[0].contrasts == {0: 10.0, 1: 9.0, 2: 11.0}
+    assert judge(planted([*strange, *plain]))[0].results[0].contrasts == {0: 10.0, 1: 9.0, 2: 11.0}
     assert not judge(planted(strange))
 
 
@@ -513,9 +511,9 @@ def test_settings_that_belong_to_an_arm_may_differ_between_norms_but_not_within_
         for groups, size, value in ((8, 2, 50.0), (8, 16, 51.0), (4, 2, 30.0), (4, 16, 33.0))
         for seed in range(3)
     ]
-    [finding] = verdict(planted(runs), "wu2018-gn-flat").findings
-    assert list(finding.contrasts.values()) == [-2.0] * 3  # the mean of -1 and -3
-    assert "mean over 2 cells" in finding.remarks  # and not of the four pairs
+    [result] = verdict(planted(runs), "wu2018-gn-flat").results
+    assert list(result.contrasts.values()) == [-2.0] * 3  # the mean of -1 and -3
+    assert "mean over 2 cells" in result.remarks  # and not of the four pairs
 
 
 def test_a_learning_rate_that_differs_between_arms_is_no_comparison():
@@ -543,7 +541,7 @@ def test_probes_do_not_keep_runs_apart():
 
 
 def test_the_table_has_a_row_per_comparison_and_its_texts_name_data_set_and_budget():
-    found = table(judge(study_for(CLAIMS["santurkar2018-ics"], "for")), 0.95)
+    found = verdict_table(judge(study_for(CLAIMS["santurkar2018-ics"], "for")), 0.95)
     rows = found.tidy[found.tidy["claim"] == "santurkar2018-ics"]
     assert list(rows["comparison"]) == ["bn / none", "bn - none"]
     assert list(rows["verdict"]) == [SUPPORTED] * 2
@@ -570,11 +568,11 @@ def test_expectations_in_words(entry, words):
     words_of = dict.fromkeys(("id", "sentence", "paper", "place", "number"), "x") | {"experiments": ["x"]}
     side = {"norm.name": "bn"}
     claim = parse({**words_of, "measure": "test_accuracy", "comparisons": [{"sides": [side, side], **entry}]})
-    assert expected(claim.comparisons[0]) == words
+    assert format_expectation(claim.comparisons[0]) == words
 
 
 def test_the_page_of_all_claims_has_each_claim_once_and_commands_of_those_not_run():
-    text = overview(judge(study_for(CLAIMS["santurkar2018-lp"], "for")))
+    text = claims_page(judge(study_for(CLAIMS["santurkar2018-lp"], "for")))
     for claim in claims():
         assert text.count(claim.sentence) == 1
     assert "`python train.py -m experiment=ioffe2017_small budget=laptop`" in text
@@ -584,14 +582,14 @@ def test_the_page_of_all_claims_has_each_claim_once_and_commands_of_those_not_ru
 def test_studies_that_may_share_runs_are_no_independent_evidence():
     one = judge(study_for(CLAIMS[BEATS], "for"))
     other = [dataclasses.replace(judgement, study="other") for judgement in one]
-    assert "independent evidence" not in overview(one)
-    assert overview([*one, *other]).count("independent evidence") == 1
+    assert "independent evidence" not in claims_page(one)
+    assert claims_page([*one, *other]).count("independent evidence") == 1
 
 
 def test_a_share_of_one_side_is_told_in_per_cent():
-    [finding] = verdict(study_for(CLAIMS["davis2021-large-values"], "for"), "davis2021-large-values").findings
-    assert re.fullmatch(r"\d+\.\d\d ± \d\.\d\d %", effect(finding))
+    [result] = verdict(study_for(CLAIMS["davis2021-large-values"], "for"), "davis2021-large-values").results
+    assert re.fullmatch(r"\d+\.\d\d ± \d\.\d\d %", format_effect(result))
 
 
 def test_without_a_study_every_claim_is_not_run():
-    assert f"{len(claims())} claims not run" in overview([])
+    assert f"{len(claims())} claims not run" in claims_page([])

@@ -39,7 +39,7 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
             folder = add_run(arm, 32, seed, (0.5, 0.55, accuracy)).parent
     (folder / "notes.md").write_text("We looked at the moving averages.\n")
     text = build_results(folder.parent, tmp_path / "page" / "all.md", OPTIONS).read_text()
-    start = "| Batch normalisation reaches a higher accuracy than no"
+    start = "| Batch normalization reaches a higher accuracy than no"
     [row] = [line for line in text.splitlines() if line.startswith(start)]
     _, _, _, supported, contradicted, inconclusive, _ = (cell.strip() for cell in row.split("|"))
     assert supported.startswith(folder.name)

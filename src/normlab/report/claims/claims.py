@@ -1,4 +1,4 @@
-"""The papers' claims, as data: claims.yaml read into objects. `verdicts` judges them against a study."""
+"""The papers' claims as objects, read from claims.yaml; `judge` tests them on the runs of a study."""
 
 import math
 from collections.abc import Mapping
@@ -12,9 +12,10 @@ import yaml
 from normlab.common.installation import command_name
 from normlab.report.analysis.metrics import METRICS, Metric
 
-# What a side's runs have where a claim does not say otherwise, so that a deliberate oddity of a study (batches that are
-# not independent, statistics of test batches, a folded start) does not speak to a claim about plain BN. Other values of
-# these, and all other settings, have to be named; else they only have to be equal between the sides.
+# Values that the runs of a side must have where a claim does not name the setting, so that a deliberate oddity of a
+# study (batches that are not independent, statistics of test batches, a folded initialization) does not count for a
+# claim about plain BN. Other values of these settings have to be named; all other settings only have to be equal
+# between the sides.
 ORDINARY: dict[str, Any] = {
     "init.name": ["default", "glorot", "he_fan_in", "orthogonal"],
     "sampler.name": "iid",
@@ -24,11 +25,17 @@ ORDINARY: dict[str, Any] = {
 }
 ORDINARY_OPTIONS: dict[str, dict[str, Any]] = {"bn": {"norm.scale_init": 1.0, "norm.scale_lr_divisor": 1.0}}
 LOWEST, HIGHEST = "lowest", "highest"
+_DEFAULT_WEIGHTS = (1.0, -1.0, None, None)
 
 
 @dataclass(frozen=True)
 class Side:
-    """A weighted selection of runs. `where` has dotted settings; a list means any of its values, equal on all sides."""
+    """A weighted selection of runs.
+
+    Attributes:
+        weight: the factor of the side's values in the contrast.
+        where: values by dotted setting; a list means any of its values, the same one on all sides.
+    """
 
     weight: float
     where: Mapping[str, Any]
@@ -36,11 +43,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A contrast of sides and what is expected of it.
+    """A contrast of sides and the claim's expectation of it.
 
     Attributes:
-        reference: in the measure's own terms (a logarithm for factors): what the contrast is compared with.
-        margin: of an equality; 0 for the others.
+        reference: the value that the contrast is compared with, on the scale of the measure (a logarithm for factors).
+        margin: the half width of an equality, on the same scale; 0 for the others.
         exact: whether the sides are one computation, so that differences of exactly 0 leave nothing to chance.
     """
 
@@ -52,10 +59,20 @@ class Comparison:
     exact: bool = False
 
     @property
-    def lenient(self) -> bool:
-        """Whether it is about sides that are alike, or one not much worse: so may be arms that have learned nothing."""
-        close = {"equal": True, "greater": self.reference < 0, "less": self.reference > 0}
-        return len(self.sides) > 1 and close[self.expect]
+    def in_points(self) -> bool:
+        """Return whether values are percentages, so that contrasts are percentage points."""
+        return self.measure.unit == "%"
+
+    @property
+    def in_factors(self) -> bool:
+        """Return whether values are natural logarithms, so that contrasts are factors."""
+        return self.measure.log
+
+    @property
+    def tolerates_equality(self) -> bool:
+        """Return whether sides that are alike can satisfy it, as arms that have learned nothing are."""
+        tolerant = {"equal": True, "greater": self.reference < 0, "less": self.reference > 0}
+        return len(self.sides) > 1 and tolerant[self.expect]
 
 
 @dataclass(frozen=True)
@@ -75,48 +92,58 @@ class Claim:
 
     @property
     def command(self) -> str:
-        """What runs it."""
+        """Return the command line that trains the runs of its first experiment."""
         return f"{command_name('train')} -m experiment={self.experiments[0]} budget=laptop"
+
+    @property
+    def citation(self) -> str:
+        """Return the paper and, if known, the place in it."""
+        return self.paper if self.place == "n/a" else f"{self.paper}, {self.place}"
 
 
 @cache
 def claims() -> tuple[Claim, ...]:
-    """Every claim, in the file's order."""
+    """Return every claim, in the order of claims.yaml."""
     text = Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8")
     return tuple(parse(entry) for entry in yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def parse(entry: Mapping[str, Any]) -> Claim:
-    """One entry of claims.yaml."""
-    rest = dict(entry)
-    where, measure = rest.pop("where", {}), rest.pop("measure")
-    read = {
-        "comparisons": tuple(_comparison({"measure": measure, **found}, where) for found in rest["comparisons"]),
-        "experiments": tuple(rest["experiments"]),
-        "free": frozenset(rest.get("free", ())),
-    }
-    return Claim(**{"notes": "", "any": False, **rest, **read})
+    """Return the claim of one entry of claims.yaml.
+
+    Raises:
+        ValueError: if a list of values is not on every side of a comparison.
+    """
+    fields = {"notes": "", "any": False, **entry}
+    where, measure = fields.pop("where", {}), fields.pop("measure")
+    fields["comparisons"] = tuple(_comparison({"measure": measure, **each}, where) for each in entry["comparisons"])
+    fields["experiments"] = tuple(entry["experiments"])
+    fields["free"] = frozenset(entry.get("free", ()))
+    return Claim(**fields)
 
 
 def _comparison(entry: Mapping[str, Any], where: Mapping[str, Any]) -> Comparison:
     measure, expect = METRICS[entry["measure"]], entry["expect"]
     sides = []
-    for weight, found in zip((1.0, -1.0, None, None), entry["sides"], strict=False):
-        side = {**where, **found}
-        sides.append(Side(float(side.pop("weight", weight)), side))
-    for key, values in ((key, value) for side in sides for key, value in side.where.items() if isinstance(value, list)):
-        if any(side.where.get(key) != values for side in sides):
-            raise ValueError(f"claims.yaml: {key}={values} pairs runs of equal values, so it has to be on every side")
+    for default, own in zip(_DEFAULT_WEIGHTS, entry["sides"], strict=False):
+        settings = {**where, **own}
+        sides.append(Side(float(settings.pop("weight", default)), settings))
+    for key in {key for side in sides for key, value in side.where.items() if isinstance(value, list)}:
+        if any(side.where.get(key) != sides[0].where.get(key) for side in sides):
+            raise ValueError(f"claims.yaml: the list of values of {key} pairs equal values: it must be on every side")
 
-    def own(name: str, default: float) -> float:
+    def bound(name: str) -> float:
+        """Return a bound of the entry on the scale of the measure; no difference by default."""
         value = entry.get(name)
-        return default if value is None else math.log(value) if measure.log else float(value)
+        if value is None:
+            return 0.0
+        return math.log(value) if measure.log else float(value)
 
     return Comparison(
         tuple(sides),
         measure,
         expect,
-        reference=own("to" if expect == "equal" else "than", 0.0),
-        margin=own("within", 0.0),
+        reference=bound("to" if expect == "equal" else "than"),
+        margin=bound("within"),
         exact=bool(entry.get("exact", False)),
     )

@@ -1,14 +1,14 @@
-"""Verdicts for a reader: the table of a study, its lines in the terminal, and the page of all claims."""
+"""Verdicts as texts: the table of a study, lines for the terminal, and the Markdown page of all claims."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
 from normlab.report.analysis.cells import NOTHING, Cell, Row, Table, p_text
 from normlab.report.claims.claims import Claim, Comparison, claims
-from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, NOT_RUN, SUPPORTED, Finding, Judgement
+from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, NOT_RUN, SUPPORTED, ComparisonResult, Judgement
 from normlab.report.render.markdown import markdown
 
 _CAPTION = (
@@ -22,74 +22,73 @@ _CAPTION = (
 )
 
 
-def table(judgements: Sequence[Judgement], confidence: float) -> Table:
-    """The verdicts of one study: tidy, one row per comparison; rows, by data set, network and budget."""
+def verdict_table(judgements: Sequence[Judgement], confidence: float) -> Table:
+    """Return the verdicts of one study: tidy, one row per comparison; for a reader, by data set, network and budget."""
     rows: dict[str, list[Row]] = defaultdict(list)
     for judgement in judgements:
         rows[judgement.place] += [{name: Cell(text) for name, text in row.items()} for row in _rows(judgement)]
+    results = [(judgement, result) for judgement in judgements for result in judgement.results]
     return Table(
         name="verdicts",
         title="Verdicts on the papers' claims",
-        caption=_CAPTION.format(percent=100 * confidence, alpha=judgements[0].findings[0].alpha),
-        tidy=pd.DataFrame([_tidy(judgement, finding) for judgement in judgements for finding in judgement.findings]),
+        caption=_CAPTION.format(percent=100 * confidence, alpha=results[0][1].alpha),
+        tidy=pd.DataFrame([_tidy_row(judgement, result) for judgement, result in results]),
         rows=rows,
         prose=("claim", "paper says", "remarks"),
-        runs=sorted({run for judgement in judgements for finding in judgement.findings for run in finding.runs}),
+        runs=sorted({run for _, result in results for run in result.runs}),
     )
 
 
-def lines(judgements: Sequence[Judgement]) -> Iterator[tuple[str, str]]:
-    """Per claim its verdict, and what it is about and from: for a terminal."""
+def verdict_lines(judgements: Sequence[Judgement]) -> Iterator[tuple[str, str]]:
+    """Yield each verdict with its claim, results and source on one line, for a terminal."""
     for judgement in judgements:
-        several = len({finding.comparison.measure for finding in judgement.findings}) > 1
-        found = "; ".join(_told(finding, several) for finding in judgement.findings)
-        yield judgement.verdict, f"{judgement.claim.sentence} [{found}; {_source(judgement.claim)}]"
+        several = len({result.comparison.measure for result in judgement.results}) > 1
+        results = "; ".join(_result_text(result, several) for result in judgement.results)
+        yield judgement.verdict, f"{judgement.claim.sentence} [{results}; {_source(judgement.claim)}]"
 
 
-def overview(judgements: Sequence[Judgement]) -> str:
-    """Every claim with its verdicts in every study, or with the command that runs it, as Markdown."""
-    tally = dict.fromkeys((SUPPORTED, CONTRADICTED, INCONCLUSIVE), 0)
-    sections, missing = [], []
-    for claim in claims():
-        found = [judgement for judgement in judgements if judgement.claim == claim]
-        if not found:
-            missing.append(claim)
-            continue
-        for judgement in found:
-            tally[judgement.verdict] += 1
-        rows = [
-            {"study": f"{judgement.study}: {judgement.place}" if first else "", **row}
-            for judgement in found
-            for first, row in zip((True, *[False] * len(judgement.findings)), _rows(judgement), strict=False)
-        ]
-        frame = pd.DataFrame(rows).drop(columns=["claim", "paper says"])
-        sections += [f"## {claim.sentence}", f"{_source(claim)}. {claim.notes}".strip(), markdown(frame).rstrip()]
-    counted = ", ".join(f"{number} {verdict}" for verdict, number in tally.items())
-    levels = sorted({finding.alpha for judgement in judgements for finding in judgement.findings})
+def claims_page(judgements: Sequence[Judgement]) -> str:
+    """Return every claim with its verdicts in every study, or with the command that runs it, as Markdown."""
+    by_claim = judgements_by_claim(judgements)
+    missing = [claim for claim, found in by_claim if not found]
+    tally = Counter(judgement.verdict for judgement in judgements)
+    counted = ", ".join(f"{tally[verdict]} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE))
+    levels = sorted({result.alpha for judgement in judgements for result in judgement.results})
     level = f" at p <= {' or '.join(f'{alpha:g}' for alpha in levels)}" if levels else ""
-    head = [
+    sections = [
         "# The papers' claims",
-        f"{len(claims())} claims; verdicts{level}: {counted}; {len(missing)} claims not run.",
+        f"{len(by_claim)} claims; verdicts{level}: {counted}; {len(missing)} claims not run.",
     ]
     if len({judgement.study for judgement in judgements}) > 1:
-        head.append(
+        sections.append(
             "Runs of equal settings and seed are the same in all studies that have them: such studies' verdicts are not"
             " independent evidence."
         )
+    for claim, found in by_claim:
+        if found:
+            sections += [f"## {claim.sentence}", f"{_source(claim)}. {claim.notes}".strip(), _markdown_rows(found)]
     if missing:
         sections.append("## Not run")
         sections.append("\n".join(f"- {claim.sentence} ({claim.paper})\n  `{claim.command}`" for claim in missing))
-    return "\n\n".join([*head, *sections]) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
-def not_run(judgements: Sequence[Judgement]) -> list[Claim]:
-    """The claims without a verdict."""
-    judged = {judgement.claim.id for judgement in judgements}
-    return [claim for claim in claims() if claim.id not in judged]
+def judgements_by_claim(judgements: Sequence[Judgement]) -> list[tuple[Claim, list[Judgement]]]:
+    """Return every claim, in the order of claims.yaml, with its judgements: none if it was not run."""
+    return [(claim, [each for each in judgements if each.claim.id == claim.id]) for claim in claims()]
 
 
-def _tidy(judgement: Judgement, finding: Finding) -> dict[str, object]:
-    comparison = finding.comparison
+def _markdown_rows(judgements: Sequence[Judgement]) -> str:
+    rows = [
+        {"study": "" if position else f"{judgement.study}: {judgement.place}", **row}
+        for judgement in judgements
+        for position, row in enumerate(_rows(judgement))
+    ]
+    return markdown(pd.DataFrame(rows).drop(columns=["claim", "paper says"])).rstrip()
+
+
+def _tidy_row(judgement: Judgement, result: ComparisonResult) -> dict[str, object]:
+    comparison = result.comparison
     return {
         "claim": judgement.claim.id,
         "paper": judgement.claim.paper,
@@ -98,87 +97,84 @@ def _tidy(judgement: Judgement, finding: Finding) -> dict[str, object]:
         "budget": judgement.budget,
         "verdict": judgement.verdict,
         "measure": comparison.measure.full_label,
-        "unit": "natural logarithm" if comparison.measure.log else "points" if comparison.measure.unit == "%" else "",
-        "comparison": finding.label,
+        "unit": "natural logarithm" if comparison.in_factors else "points" if comparison.measure.unit == "%" else "",
+        "comparison": result.label,
         "expected": comparison.expect,
         "reference": comparison.reference,
         "margin": comparison.margin,
-        "verdict_of_comparison": finding.verdict,
-        **finding.interval._asdict(),
-        "p": finding.p,
-        "p_holm": finding.p_holm,
-        "d_z": finding.d_z,
+        "verdict_of_comparison": result.verdict,
+        **result.interval._asdict(),
+        "p": result.p,
+        "p_holm": result.p_holm,
+        "d_z": result.d_z,
         "paper_number": judgement.claim.number,
-        "remarks": "; ".join(finding.remarks),
+        "remarks": "; ".join(result.remarks),
     }
 
 
 def _rows(judgement: Judgement) -> list[dict[str, str]]:
     rows = []
-    for position, finding in enumerate(judgement.findings):
+    for position, result in enumerate(judgement.results):
         rows.append(
             {
                 "claim": "" if position else judgement.claim.sentence,
                 "verdict": "" if position else judgement.verdict,
-                "comparison": f"{finding.label}, {finding.comparison.measure.full_label}",
-                "expected": expected(finding.comparison),
-                "effect": effect(finding),
-                "n": str(finding.interval.n),
-                "p (Holm)": p_text(finding.p_holm),
-                "d_z": NOTHING if math.isnan(finding.d_z) else f"{finding.d_z:.1f}",
+                "comparison": f"{result.label}, {result.comparison.measure.full_label}",
+                "expected": format_expectation(result.comparison),
+                "effect": format_effect(result),
+                "n": str(result.interval.n),
+                "p (Holm)": p_text(result.p_holm),
+                "d_z": NOTHING if math.isnan(result.d_z) else f"{result.d_z:.1f}",
                 "paper says": "" if position else judgement.claim.number,
-                "remarks": "; ".join(finding.remarks) or ("not run" if finding.verdict == NOT_RUN else ""),
+                "remarks": "; ".join(result.remarks) or ("not run" if result.verdict == NOT_RUN else ""),
             }
         )
     return rows
 
 
-def _told(finding: Finding, with_measure: bool) -> str:
-    label = f"{finding.label}, {finding.comparison.measure.full_label}" if with_measure else finding.label
-    if finding.verdict == NOT_RUN:
+def _result_text(result: ComparisonResult, with_measure: bool) -> str:
+    label = f"{result.label}, {result.comparison.measure.full_label}" if with_measure else result.label
+    if result.verdict == NOT_RUN:
         return f"{label}: not run"
-    tested = f", p {p_text(finding.p_holm, '= ')}" if not math.isnan(finding.p_holm) else ""
-    remarks = f" ({'; '.join(finding.remarks)})" if finding.remarks else ""
-    return f"{label}: {effect(finding)}, n = {finding.interval.n}{tested}{remarks}"
+    tested = f", p {p_text(result.p_holm, '= ')}" if not math.isnan(result.p_holm) else ""
+    remarks = f" ({'; '.join(result.remarks)})" if result.remarks else ""
+    return f"{label}: {format_effect(result)}, n = {result.interval.n}{tested}{remarks}"
 
 
 def _source(claim: Claim) -> str:
-    place = "" if claim.place == "n/a" else f", {claim.place}"
-    return f"{claim.paper}{place}; paper: {claim.number}"
+    return f"{claim.citation}; paper: {claim.number}"
 
 
-def expected(comparison: Comparison) -> str:
-    """What a claim expects of a contrast, e.g. "above 0", "within 2 of 6", "below a factor of 0.9"."""
-    if comparison.measure.log:
-        reference, margin = math.exp(comparison.reference), math.exp(comparison.margin)
-        if comparison.expect == "equal":
-            return f"within a factor of {margin:g} of {reference:g}"
-        return f"{'above' if comparison.expect == 'greater' else 'below'} a factor of {reference:g}"
+def format_expectation(comparison: Comparison) -> str:
+    """Return the expected value of a contrast, e.g. "above 0", "within 2 of 6", "below a factor of 0.9"."""
+    reference, margin, unit = comparison.reference, comparison.margin, ""
+    if comparison.in_factors:
+        reference, margin, unit = math.exp(reference), math.exp(margin), "a factor of "
     if comparison.expect == "equal":
-        return f"within {comparison.margin:g} of {comparison.reference:g}"
-    return f"{'above' if comparison.expect == 'greater' else 'below'} {comparison.reference:g}{_percent(comparison)}"
+        return f"within {unit}{margin:g} of {reference:g}"
+    return f"{'above' if comparison.expect == 'greater' else 'below'} {unit}{reference:g}{_percent(comparison)}"
 
 
-def effect(finding: Finding) -> str:
-    """A contrast's mean and interval in the measure's unit, e.g. "+3.25 ± 0.80", "factor 1.8 (1.5 to 2.2)"."""
-    mean, low, high, n = finding.interval
+def format_effect(result: ComparisonResult) -> str:
+    """Return the mean and interval of a contrast, e.g. "+3.25 ± 0.80", "factor 1.8 (1.5 to 2.2)"."""
+    mean, low, high, n = result.interval
     if not n:
         return NOTHING
     if not math.isfinite(mean):
         return "infinite"
     interval = not math.isnan(low)
-    if finding.comparison.measure.log:
+    if result.comparison.in_factors:
         return f"factor {_exp(mean)}" + (f" ({_exp(low)} to {_exp(high)})" if interval else "")
-    shown = ".2f" if finding.comparison.measure.unit == "%" else ".3g"
-    sign = "+" if len(finding.comparison.sides) > 1 else ""
-    return f"{mean:{sign}{shown}}" + (f" ± {high - mean:{shown}}" if interval else "") + _percent(finding.comparison)
+    shown = ".2f" if result.comparison.in_points else ".3g"
+    sign = "+" if len(result.comparison.sides) > 1 else ""
+    return f"{mean:{sign}{shown}}" + (f" ± {high - mean:{shown}}" if interval else "") + _percent(result.comparison)
 
 
 def _percent(comparison: Comparison) -> str:
-    """Differences are in points, a side's own share or accuracy in per cent."""
-    return " %" if comparison.measure.unit == "%" and len(comparison.sides) == 1 else ""
+    """Return the unit of a side's own share or accuracy; differences are in points."""
+    return " %" if comparison.in_points and len(comparison.sides) == 1 else ""
 
 
 def _exp(value: float) -> str:
-    """Of a logarithm, which a wide interval can push beyond what a float holds."""
+    """Return e to a power, which a wide interval can push beyond the largest float."""
     return f"{math.exp(value):.3g}" if value < 700 else "inf"

@@ -185,9 +185,8 @@ def _check_epochs(rows: Sequence[Row], first_epoch: int | None) -> None:
 
 
 def _check_shares(rows: Sequence[Row], percent: bool) -> None:
-    """
-    Raises:
-        UserError: for accuracies that look as if `percent` were the other way round.
+    """Raises:
+    UserError: for accuracies that look as if `percent` were the other way round.
     """
     for column in ACCURACIES:
         values = [(value, row) for row in rows if (value := _number(row, column)) is not None and math.isfinite(value)]

@@ -88,7 +88,7 @@ def _read_csv(name: str, content: bytes, wanted: Import) -> tuple[list[Row], lis
 
 
 def _names(name: str, header: Sequence[str], wanted: Import) -> list[str | None]:
-    """normlab's name of each column, None for those to leave out."""
+    """Normlab's name of each column, None for those to leave out."""
     theirs = {their: our for our, their in (wanted.columns or {}).items()}
     for their, our in theirs.items():
         if their not in header:

@@ -1,47 +1,82 @@
-"""Tables as Markdown."""
+"""Tables and the report of a study as Markdown."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
 from normlab.report.analysis.cells import Cell, Table
+from normlab.report.render.description import facts, question, run_counts
+from normlab.report.render.layout import split_number
+from normlab.report.study.load import Study
+from normlab.report.study.provenance import Provenance
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A pipe table, padded so that it can be read as plain text; the first column and sentences are left-aligned."""
+    """Return a pipe table, padded to be read as plain text; its first column and sentences are left-aligned."""
     lines = [[str(cell).replace("|", r"\|") for cell in row] for row in (frame.columns, *frame.to_numpy())]
-    left = {i for i in range(frame.shape[1]) if i == 0 or _sentences(frame, i)}
-    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(frame.shape[1])]
-
-    def line(cells: list[str]) -> str:
+    columns = list(zip(*lines, strict=True))
+    widths = [max(3, *map(len, column)) for column in columns]
+    left = [i == 0 or any(len(cell) > 50 for cell in column[1:]) for i, column in enumerate(columns)]
+    rule = ["-" * width if is_left else "-" * (width - 1) + ":" for width, is_left in zip(widths, left, strict=True)]
+    text = ""
+    for line in (lines[0], rule, *lines[1:]):
         padded = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(line, widths, left, strict=True)
         ]
-        return f"| {' | '.join(padded)} |"
-
-    rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(lines[0]), line(rule), *(line(cells) for cells in lines[1:])]) + "\n"
+        text += f"| {' | '.join(padded)} |\n"
+    return text
 
 
 def markdown_table(table: Table) -> Iterator[str]:
-    """The paragraphs of a table without its caption: each setting and its pipe table, the best numbers in bold."""
+    """Yield the paragraphs of a table without its caption: each setting and its rows, the best numbers in bold."""
     for setting, frame in table.frames(_bold).items():
         yield f"**{setting}**"
         yield markdown(frame).rstrip()
 
 
-def split_number(text: str) -> tuple[str, str]:
-    """A cell's text as its number with interval, and what stands behind it in brackets: only the first is marked."""
-    number, bracket, notes = text.partition(" (")
-    return number, bracket + notes
+def page(
+    study: Study,
+    tables: Sequence[tuple[Table, Provenance]],
+    figures: Sequence[tuple[str, str, Provenance]],
+    warnings: Sequence[str],
+) -> str:
+    """Return the report as one page, which links to the files of its tables and figures beside it.
+
+    Args:
+        study: the runs that are reported.
+        tables: each with its sources.
+        figures: name, caption and sources of each.
+        warnings: sentences about the study.
+    """
+    lines = [f"# Study {study.name}", question(study), run_counts(study, zeros=True)]
+    lines += [f"- {run.run}: {run.state} ({run.note})" for run in study.noted()]
+    lines += [f"- Warning: {warning}" for warning in warnings]
+    lines += ["## What was run", *(f"- {fact}" for fact in facts(study))]
+    for table, sources in tables:
+        links = ", ".join(f"[{suffix}]({table.name}.{suffix})" for suffix in ("csv", "tex", "md"))
+        lines += [f"## {table.title}", *markdown_table(table)]
+        lines += [f"{table.caption}{table.rule} ({links})", _sources(table.name, sources)]
+    if figures:
+        lines.append("## Figures")
+    for name, caption, sources in figures:
+        lines += [f"![{name}]({name}.png)", f"{caption} ([pdf]({name}.pdf))", _sources(name, sources)]
+    return paragraphs(lines)
+
+
+def paragraphs(lines: Sequence[str]) -> str:
+    """Join lines with an empty line between them, except inside a list."""
+    text = ""
+    for line, following in itertools.zip_longest(lines, lines[1:], fillvalue=""):
+        text += line + ("\n" if line.startswith("- ") and following.startswith("- ") else "\n\n")
+    return text.rstrip("\n") + "\n"
+
+
+def _sources(name: str, sources: Provenance) -> str:
+    return f"{sources.sentence()} ([runs]({name}.sources.json))"
 
 
 def _bold(cell: Cell) -> str:
     number, notes = split_number(cell.text)
     return f"**{number}**{notes}" if cell.highlight == "best" else cell.text
-
-
-def _sentences(frame: pd.DataFrame, column: int) -> bool:
-    """Whether a column is to be read rather than compared."""
-    return any(len(str(cell)) > 50 for cell in frame.iloc[:, column])

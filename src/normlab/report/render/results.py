@@ -1,4 +1,4 @@
-"""Every study of a folder on one page: verdicts first, then what each study measured."""
+"""Every study of a folder on one Markdown page: verdicts first, then the tables and figures of each study."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,14 +8,13 @@ import pandas as pd
 
 from normlab.common.installation import command_name
 from normlab.report.analysis.cells import Table
-from normlab.report.claims import texts as verdict_texts
-from normlab.report.claims.claims import claims
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
-from normlab.report.render.markdown import markdown, markdown_table
-from normlab.report.render.page import facts, paragraphs
+from normlab.report.claims.texts import claims_page, judgements_by_claim
+from normlab.report.render.description import facts, run_counts
+from normlab.report.render.markdown import markdown, markdown_table, paragraphs
 from normlab.report.study.load import Study
 
-NOTES = "notes.md"  # what a person has to say about a study, in its folder
+NOTES = "notes.md"  # in the folder of a study: remarks of a person
 _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "verdicts")
 _INTRODUCTION = """\
 This page is made by `{report} results` from the records of the studies below; nothing on it is typed but the
@@ -27,33 +26,28 @@ what "inconclusive" means. All margins are ours. "n/a": the paper's number is no
 def results_page(
     studies: Sequence[tuple[Study, Sequence[Table], Sequence[tuple[str, str]]]], judgements: Sequence[Judgement]
 ) -> str:
-    """The page as Markdown.
+    """Return the page.
 
     Args:
-        studies: each with its tables, and with path (as seen from the page) and caption of its figures.
+        studies: each with its tables, and with path (relative to the page) and caption of its figures.
         judgements: of all studies.
     """
-    details = re.sub(r"^(#+) ", r"#\1 ", verdict_texts.overview(judgements), flags=re.MULTILINE)
+    details = re.sub(r"^(#+) ", r"#\1 ", claims_page(judgements), flags=re.MULTILINE)
     introduction = _INTRODUCTION.format(report=command_name("report"))
     lines = ["# Results", introduction, "## At a glance", markdown(_summary(judgements)).rstrip()]
     lines += [details.rstrip(), "## The studies"]
-    for study, tables, drawn in studies:
-        lines += _section(study, tables, drawn)
+    for study, tables, figures in studies:
+        lines += _section(study, tables, figures)
     return paragraphs(lines)
 
 
-def _section(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, str]]) -> Iterator[str]:
-    states = ", ".join(f"{number} {state}" for state, number in study.states().items() if number)
-    yield f"### {study.name}"
-    yield f"{len(study.runs)} runs: {states}."
+def _section(study: Study, tables: Sequence[Table], figures: Sequence[tuple[str, str]]) -> Iterator[str]:
+    yield from (f"### {study.name}", run_counts(study))
     yield from (f"- {fact}" for fact in facts(study))
     for table in tables:
-        if table.name in _LEFT_OUT:
-            continue
-        yield f"#### {table.title}"
-        yield from markdown_table(table)
-        yield table.caption + table.rule
-    for path, caption in drawn:
+        if table.name not in _LEFT_OUT:
+            yield from (f"#### {table.title}", *markdown_table(table), table.caption + table.rule)
+    for path, caption in figures:
         yield from (f"![{Path(path).stem}]({path})", caption)
     notes = study.folder / NOTES
     if notes.exists():
@@ -61,18 +55,17 @@ def _section(study: Study, tables: Sequence[Table], drawn: Sequence[tuple[str, s
 
 
 def _summary(judgements: Sequence[Judgement]) -> pd.DataFrame:
-    """One row per claim: the studies by verdict."""
+    """Return one row per claim: the studies by verdict."""
     rows = []
-    for claim in claims():
-        found = [judgement for judgement in judgements if judgement.claim == claim]
+    for claim, found in judgements_by_claim(judgements):
         row = {"claim": claim.sentence, "paper": claim.paper}
         for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE):
-            row[verdict] = "; ".join(dict.fromkeys(_where(j) for j in found if j.verdict == verdict))
-        rows.append(row | ({} if found else {INCONCLUSIVE: "not run"}))
+            row[verdict] = "; ".join(dict.fromkeys(_place(each) for each in found if each.verdict == verdict))
+        rows.append(row if found else row | {INCONCLUSIVE: "not run"})
     return pd.DataFrame(rows)
 
 
-def _where(judgement: Judgement) -> str:
-    numbers = {finding.interval.n for finding in judgement.findings if finding.interval.n}
+def _place(judgement: Judgement) -> str:
+    numbers = {result.interval.n for result in judgement.results if result.interval.n}
     seeds = f", n = {'/'.join(map(str, sorted(numbers)))}" if numbers else ""
     return f"{judgement.study} ({judgement.dataset}, {judgement.model}{seeds})"

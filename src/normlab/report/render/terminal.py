@@ -1,19 +1,19 @@
-"""What a report says in the terminal."""
+"""The summary of a report in the terminal."""
 
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from normlab.report.analysis.cells import Table
+from normlab.report.analysis.cells import Row, Table
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
-from normlab.report.claims.texts import lines, not_run
+from normlab.report.claims.texts import judgements_by_claim, verdict_lines
+from normlab.report.render.layout import column_parts, filled
 from normlab.report.study.load import Study
 
 _COLORS = {
@@ -31,25 +31,22 @@ def show(
     accuracy: Table,
     judgements: Sequence[Judgement],
     page: Path,
-    warnings: list[str],
+    warnings: Sequence[str],
     console: Console | None = None,
 ) -> None:
-    """Print the study's state, what went wrong, the accuracy table, the verdicts, and where the report is."""
+    """Print the state of the study, notes and warnings, the accuracy table, the verdicts and the path of the report."""
     console = console or Console(highlight=False)
     console.print(_state(study))
     for run in study.noted():
         _line(console, f"  {run.run}: {run.state} ({run.note})")
-    for warning in warnings:
-        _line(console, f"Warning: {warning}", "yellow")
-    for setting, texts in accuracy.texts.items():
+    _warnings(console, warnings)
+    for setting, rows in accuracy.rows.items():
         _line(console, f"{accuracy.title}: {setting}", "bold")
-        for part in _parts(texts, console.width):
-            console.print(_table(part))
+        for part in _tables(filled(rows), console.width):
+            console.print(part)
             console.print()
     for place, found in itertools.groupby(judgements, key=lambda judgement: judgement.place):
-        _line(console, f"Verdicts: {place}", "bold")
-        _verdicts(console, list(found))
-        console.print()
+        _verdicts(console, f"Verdicts: {place}", found)
     _line(console, f"Report: {page}")
 
 
@@ -58,14 +55,11 @@ def show_claims(
 ) -> None:
     """Print every claim's verdicts over all studies, then those that are not run with their commands."""
     console = console or Console(highlight=False)
-    for warning in warnings:
-        _line(console, f"Warning: {warning}", "yellow")
+    _warnings(console, warnings)
     ordered = sorted(judgements, key=lambda judgement: (judgement.study, judgement.place))
-    for (study, place), found in itertools.groupby(ordered, key=lambda judgement: (judgement.study, judgement.place)):
-        _line(console, f"{study}: {place}", "bold")
-        _verdicts(console, list(found))
-        console.print()
-    missing = not_run(judgements)
+    for title, found in itertools.groupby(ordered, key=lambda judgement: f"{judgement.study}: {judgement.place}"):
+        _verdicts(console, title, found)
+    missing = [claim for claim, found in judgements_by_claim(judgements) if not found]
     if missing:
         _line(console, "Not run", "bold")
     for command, claims in itertools.groupby(missing, key=lambda claim: claim.command):
@@ -76,18 +70,25 @@ def show_claims(
 
 
 def show_path(page: Path, warnings: Sequence[str]) -> None:
-    """What is left if quiet: the page's path on stdout, warnings on stderr."""
+    """Print no more than a quiet command does: the path of the page on stdout, warnings on stderr."""
     for warning in warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     print(page)
 
 
-def _verdicts(console: Console, judgements: Sequence[Judgement]) -> None:
+def _warnings(console: Console, warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        _line(console, f"Warning: {warning}", "yellow")
+
+
+def _verdicts(console: Console, title: str, judgements: Iterator[Judgement]) -> None:
+    _line(console, title, "bold")
     grid = RichTable.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
-    for verdict, sentence in lines(judgements):
+    for verdict, sentence in verdict_lines(list(judgements)):
         grid.add_row(Text(f"  {verdict}", _VERDICTS[verdict]), Text(sentence))
     console.print(grid)
+    console.print()
 
 
 def _state(study: Study) -> Text:
@@ -98,26 +99,18 @@ def _state(study: Study) -> Text:
     return line
 
 
-def _parts(texts: pd.DataFrame, width: int) -> Iterator[pd.DataFrame]:
-    """A table cut between columns into parts that fit beside the column of arms."""
-    arms, *others = texts.columns
-    wide = {column: max(len(str(column)), *texts[column].str.len()) + 2 for column in texts}
-    while others:
-        room = width - wide[arms]
-        fitting = sum(total <= room for total in itertools.accumulate(wide[column] for column in others)) or 1
-        yield texts[[arms, *others[:fitting]]]
-        others = others[fitting:]
-
-
-def _table(texts: pd.DataFrame) -> RichTable:
-    table = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for position, column in enumerate(texts.columns):
-        table.add_column(Text(column), justify="right" if position else "left")
-    for row in texts.to_numpy():
-        table.add_row(*(Text(cell) for cell in row))
-    return table
+def _tables(rows: Sequence[Row], width: int) -> Iterator[RichTable]:
+    """Yield the columns in tables that fit the terminal, each with the column of arms."""
+    widths = {heading: max(len(heading), *(len(row[heading].text) for row in rows)) + 2 for heading in rows[0]}
+    for headings in column_parts(widths, list(widths)[:1], width):
+        table = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+        for position, heading in enumerate(headings):
+            table.add_column(Text(heading), justify="right" if position else "left")
+        for row in rows:
+            table.add_row(*(Text(row[heading].text) for heading in headings))
+        yield table
 
 
 def _line(console: Console, text: str, style: str = "") -> None:
-    """A line that is not cut, so that a path in it can be copied."""
+    """Print a line without cutting it, so that a path in it can be copied."""
     console.print(Text(text, style), soft_wrap=True)

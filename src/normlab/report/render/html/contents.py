@@ -1,12 +1,12 @@
-"""What the page shows, gathered from a study; `index.html.j2` says how it stands there."""
+"""The contents of the page, gathered from a study; `index.html.j2` lays them out."""
 
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from importlib.metadata import distribution
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -21,16 +21,20 @@ from normlab.report.analysis.frames import named_rows, outcomes
 from normlab.report.analysis.highlight import CLOSE
 from normlab.report.analysis.metrics import Metric
 from normlab.report.claims.judge import Judgement
-from normlab.report.claims.texts import effect, expected
-from normlab.report.render.markdown import split_number
+from normlab.report.claims.texts import format_effect, format_expectation
+from normlab.report.render.description import facts, question
+from normlab.report.render.layout import filled, split_number
 from normlab.report.study.arms import flatten
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
 
 POINTS = 60  # of a run's curve
+DIGITS = 5  # of a number on the page
 LOG_BYTES = {"done": 1_000}  # the end of its log that the page holds
 LOG_BYTES_OF_OTHERS = 4_000
 _OF_A_RUN = ("seed", "study", "output_dir", "data_dir")  # settings that runs of one cell may differ in
+
+CellKey = tuple[str, str, int | None]  # setting, arm and batch size; None: a cell of a table that is of no single one
 
 
 class Drawing(NamedTuple):
@@ -46,43 +50,40 @@ class Drawing(NamedTuple):
 
 def html_page(
     study: Study,
-    question: str,
     tables: Sequence[tuple[Table, Provenance]],
     judgements: Sequence[Judgement],
     drawings: Sequence[Drawing],
     metric: Metric,
-    facts: Sequence[str],
     warnings: Sequence[str],
 ) -> str:
-    """The page, all of it in one text. Texts from disk are escaped, numbers are as the tables have them."""
-    numbers = {cell: i for i, cell in enumerate(_cells(study))}
+    """Return the whole page as one text. Texts from disk are escaped; numbers are those of the tables."""
+    placed = study.runs.dropna(subset=["arm"])
+    keys = dict.fromkeys(zip(placed["setting"], placed["arm"], placed["batch"].astype(int), strict=True))
+    numbers: dict[CellKey, int] = {key: number for number, key in enumerate(keys)}
+    lost = _lost(study)
     data = {
         **_runs(study, numbers, metric),
         "measure": {"label": metric.label, "unit": metric.unit, "images": metric.images},
         "figures": [{"panels": drawing.panels, "legend": drawing.legend} for drawing in drawings],
     }
-    states = study.states()
+    parts = [(table, list(_parts(table, numbers, lost)), sources) for table, sources in tables]
     return (
         _environment()
         .get_template("index.html.j2")
         .render(
             study=study,
-            question=question,
-            states={state: number for state, number in states.items() if number or state == "done"},
+            question=question(study),
+            states={state: number for state, number in study.states().items() if number or state == "done"},
             noted=_noted(study),
-            verdicts=[_verdict(judgement) for judgement in judgements],
-            tables=[_table(table, made, numbers, study) for table, made in tables if table.name != "verdicts"],
-            judged=next((pair for pair in tables if pair[0].name == "verdicts"), None),
+            judgements=judgements,
+            tables=[part for part in parts if part[0].name != "verdicts"],
+            verdicts=next(((table, sources) for table, sources in tables if table.name == "verdicts"), None),
             drawings=[(drawing, base64.b64encode(drawing.png).decode()) for drawing in drawings],
-            close=CLOSE,
-            facts=facts,
+            facts=facts(study),
             warnings=warnings,
             data=data,
-            style=_text("page.css"),
-            script=_text("page.js"),
             plotly=_plotly() if drawings or data["runs"] else "",
-            reporter=tables[0][1].reporter,
-            command=tables[0][1].command,
+            made_by=tables[0][1],
         )
     )
 
@@ -94,6 +95,9 @@ def _environment() -> jinja2.Environment:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # a browser would read none of it
+    environment.filters |= {"split_number": split_number, "effect": format_effect, "expectation": format_expectation}
+    environment.tests["nan"] = math.isnan
+    environment.globals |= {"close": CLOSE, "style": _text("page.css"), "script": _text("page.js")}
     return environment
 
 
@@ -102,20 +106,13 @@ def _text(name: str) -> str:
 
 
 def _plotly() -> str:
-    """Plotly's script, which its Python package has with it; the package itself is slow to import."""
-    spec = find_spec("plotly")
-    assert spec
-    assert spec.origin
-    return (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
-
-
-def _cells(study: Study) -> list[tuple[str, str, int]]:
-    placed = study.runs.dropna(subset=["arm"])
-    return list(dict.fromkeys(zip(placed["setting"], placed["arm"], placed["batch"].astype(int), strict=True)))
+    """Return Plotly's script from the files of its Python package, which is slow to import."""
+    path = distribution("plotly").locate_file("plotly/package_data/plotly.min.js")
+    return Path(str(path)).read_text(encoding="utf-8")
 
 
 def _noted(study: Study) -> list[dict[str, Any]]:
-    """What is not as it should be: runs with a note, gaps of the grid, and whatever has not finished."""
+    """Return the runs that are not done and the gaps of the grid."""
     return [
         {
             "run": run.run or "(no folder)",
@@ -128,40 +125,9 @@ def _noted(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def _table(table: Table, made: Provenance, numbers: Mapping[Any, int], study: Study) -> dict[str, Any]:
-    parts = []
-    lost = _lost(study)
-    for setting, rows in table.rows.items():
-        headings = list(dict.fromkeys(heading for row in rows for heading in row))
-        shown = []
-        for row in rows:
-            arm = row["arm"].text if "arm" in row else ""
-            line = []
-            for heading in headings:
-                cell = row.get(heading)
-                key = (setting, arm, cell.batch) if cell and cell.batch is not None else None
-                number, notes = split_number(cell.text) if cell and cell.highlight else ("", "")
-                line.append(
-                    {
-                        "text": cell.text if cell else "--",
-                        "marked": number,
-                        "notes": notes,
-                        "value": "" if not cell or math.isnan(cell.value) else repr(float(cell.value)),
-                        "number": numbers.get(key, "") if key else "",
-                        "highlight": cell.highlight if cell else "",
-                        "lost": lost.get(key, "") if key else "",
-                    }
-                )
-            shown.append(line)
-        # A column of numbers sorts by these, and is aligned to the right.
-        numeric = [any(line[i]["value"] for line in shown) for i in range(len(headings))]
-        parts.append({"setting": setting, "headings": list(zip(headings, numeric, strict=True)), "rows": shown})
-    return {"table": table, "parts": parts, "sources": made}
-
-
-def _lost(study: Study) -> dict[tuple[str, str, int], str]:
-    """The worse of what a cell's runs came to, if not all are done."""
-    found: dict[tuple[str, str, int], str] = {}
+def _lost(study: Study) -> dict[CellKey, str]:
+    """Return the worst state of a cell's runs, if not all are done: diverged or missing."""
+    found: dict[CellKey, str] = {}
     for run in named_rows(study.runs.dropna(subset=["arm"])):
         if run.state != "done":
             key = (run.setting, run.arm, int(run.batch))
@@ -169,50 +135,50 @@ def _lost(study: Study) -> dict[tuple[str, str, int], str]:
     return found
 
 
-def _verdict(judgement: Judgement) -> dict[str, Any]:
-    claim = judgement.claim
-    return {
-        "verdict": judgement.verdict,
-        "sentence": claim.sentence,
-        "place": judgement.place,
-        "source": claim.paper + ("" if claim.place == "n/a" else f", {claim.place}"),
-        "paper_number": claim.number,
-        "notes": claim.notes,
-        "findings": [
-            {
-                "label": f"{finding.label}, {finding.comparison.measure.full_label}",
-                "expected": expected(finding.comparison),
-                "effect": effect(finding),
-                "n": finding.interval.n,
-                "p": None if math.isnan(finding.p_holm) else f"{finding.p_holm:.3g}",
-                "remarks": "; ".join(finding.remarks),
-            }
-            for finding in judgement.findings
-        ],
-    }
+def _parts(table: Table, numbers: Mapping[CellKey, int], lost: Mapping[CellKey, str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table per setting; a column of numbers is sorted by these and aligned to the right."""
+    for setting, unfilled in table.rows.items():
+        rows = filled(unfilled)
+        keys = [(setting, row["arm"].text if "arm" in row else "") for row in rows]
+        yield {
+            "setting": setting,
+            "numeric": {heading: any(not math.isnan(row[heading].value) for row in rows) for heading in rows[0]},
+            "rows": [
+                {
+                    heading: {
+                        "cell": cell,
+                        "value": "" if math.isnan(cell.value) else repr(float(cell.value)),
+                        "number": numbers.get((*key, cell.batch), ""),
+                        "lost": lost.get((*key, cell.batch), ""),
+                    }
+                    for heading, cell in row.items()
+                }
+                for key, row in zip(keys, rows, strict=True)
+            ],
+        }
 
 
-def _runs(study: Study, numbers: Mapping[tuple[str, str, int], int], metric: Metric) -> dict[str, Any]:
-    """The runs behind each cell: seed, state, result, curve, settings and the end of the log."""
+def _runs(study: Study, numbers: Mapping[CellKey, int], metric: Metric) -> dict[str, Any]:
+    """Return the runs behind each cell: seed, state, result, curve, settings and the end of the log."""
     of_runs = dict(iter(study.evaluations.groupby("run", sort=False)))
     ends = {run.run: {"final": run.final, "best": run.best} for run in named_rows(outcomes(study, metric))}
-    flat = {run: _settings(config) for run, config in study.configs.items()}
-    first = next(iter(flat.values()), {})
-    common = {key: value for key, value in first.items() if all(other.get(key) == value for other in flat.values())}
+    settings = {run: _settings(config) for run, config in study.configs.items()}
+    first = next(iter(settings.values()), {})
+    common = {key: value for key, value in first.items() if all(each.get(key) == value for each in settings.values())}
     cells: list[dict[str, Any]] = [
         {"setting": setting, "arm": arm, "batch": batch, "runs": [], "own": {}} for setting, arm, batch in numbers
     ]
     found: list[dict[str, Any]] = []
-    axes: dict[tuple[float, ...], int] = {}
+    axes: dict[tuple[int, ...], int] = {}
     for run in named_rows(study.runs.dropna(subset=["arm"])):
         cell = cells[numbers[run.setting, run.arm, int(run.batch)]]
         cell["runs"].append(len(found))
         row: dict[str, Any] = {"name": run.run, "seed": int(run.seed), "state": run.state, "note": run.note or ""}
         if run.run:
-            cell["own"] = {key: value for key, value in flat.get(run.run, {}).items() if key not in common}
+            cell["own"] = {key: value for key, value in settings.get(run.run, {}).items() if key not in common}
             row |= {"href": _href(run.run), "log": _end_of_log(study.folder / run.run, run.state)}
             row |= _curve(of_runs.get(run.run), metric, axes)
-            row |= {end: _rounded(value) for end, value in ends.get(run.run, {}).items() if math.isfinite(value)}
+            row |= {end: rounded(value) for end, value in ends.get(run.run, {}).items() if math.isfinite(value)}
         found.append(row)
     return {"cells": cells, "runs": found, "axes": [list(axis) for axis in axes], "common": common}
 
@@ -222,30 +188,29 @@ def _settings(config: Mapping[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 
-def _curve(rows: pd.DataFrame | None, metric: Metric, axes: dict[tuple[float, ...], int]) -> dict[str, Any]:
+def _curve(rows: pd.DataFrame | None, metric: Metric, axes: dict[tuple[int, ...], int]) -> dict[str, Any]:
+    """Return the evaluations of a run, at most `POINTS`; `axes` numbers the different sequences of epochs."""
     if rows is None or metric.name not in rows:
         return {}
     kept = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(POINTS, len(rows))).round().astype(int))]
     epochs = tuple(int(epoch) for epoch in kept["epoch"])
 
     def values(column: str) -> list[float | None]:
-        if column not in kept:
-            return []
-        scaled = metric.scale * kept[column].astype(float)
-        return [_rounded(value) if math.isfinite(value) else None for value in scaled]
+        return [rounded(metric.scale * value) for value in kept[column].astype(float)] if column in kept else []
 
-    found = {"axis": axes.setdefault(epochs, len(axes)), "values": values(metric.name)}
+    found: dict[str, Any] = {"axis": axes.setdefault(epochs, len(axes)), "values": values(metric.name)}
     found["train"] = values(metric.train_column) if metric.train_column != metric.name else []
     seconds = float(rows["wall_seconds"].iloc[-1]) if "wall_seconds" in rows else math.nan
     return found | ({"seconds": round(seconds, 1)} if math.isfinite(seconds) else {})
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+def rounded(value: float) -> float | None:
+    """Return a number with `DIGITS` digits; None where it is not finite, as JSON has no nan."""
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
 
 
 def _end_of_log(folder: Path, state: str) -> str:
-    """The last lines of run.log, as a text; nothing if there is none."""
+    """Return the last lines of run.log; "" if there is none."""
     length = LOG_BYTES.get(state, LOG_BYTES_OF_OTHERS)
     try:
         with (folder / runs.LOG).open("rb") as file:
@@ -258,5 +223,5 @@ def _end_of_log(folder: Path, state: str) -> str:
 
 
 def _href(run: str) -> str:
-    """From the page to the folder of a run."""
+    """Return the link from the page to the folder of a run."""
     return f"../{quote(run)}/"

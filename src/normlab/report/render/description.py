@@ -1,0 +1,103 @@
+"""A study in words, for all formats: its question, the runs that it has, their protocol and hardware."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from normlab.common.installation import CONF
+from normlab.report.study.arms import in_order, natural
+from normlab.report.study.load import Study
+
+_HARDWARE = {  # by path in a run's provenance
+    "device": "Device",
+    "cores": "Cores",
+    "threads": "Threads of a run",
+    "versions.torch": "torch",
+    "versions.torchvision": "torchvision",
+    "git.commit": "Commit",
+}
+
+
+def question(study: Study) -> str:
+    """Return the question of the study: the words of its experiment, else the arms that it compares."""
+    names = {config.get("experiment") for config in study.configs.values()}
+    experiment = names.pop() if len(names) == 1 else None
+    return _question_of_experiment(str(experiment)) or _question_of_arms(study)
+
+
+def _question_of_experiment(name: str) -> str:
+    """Return the first paragraph of comments in an experiment's file; "" if there is no such file."""
+    path = {path.stem: path for path in (CONF / "experiment").glob("*.yaml")}.get(name)
+    if path is None:
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is Hydra's
+    return " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+
+
+def _question_of_arms(study: Study) -> str:
+    placed = study.runs.dropna(subset=["arm"])
+    arms, batches = in_order(placed["arm"]), sorted(placed["batch"].unique())
+    settings = sorted(placed["setting"].unique(), key=natural)
+    shown = ", ".join(arms[:8]) + (f" and {len(arms) - 8} more" if len(arms) > 8 else "")
+    sizes = f" with batches of {', '.join(map(str, batches))}" if batches else ""
+    where = settings[0] if len(settings) == 1 else f"{len(settings)} settings, from {settings[0]} to {settings[-1]}"
+    return f"What does each of these arms buy{sizes}: {shown}? On {where}."
+
+
+def run_counts(study: Study, *, zeros: bool = False) -> str:
+    """Return the number of runs in each state, as a sentence."""
+    counts = ", ".join(f"{number} {state}" for state, number in study.states().items() if number or zeros)
+    return f"{len(study.runs)} runs: {counts}."
+
+
+def facts(study: Study) -> list[str]:
+    """Return a sentence per setting with its arms and seeds, then one for each part of the protocol and hardware."""
+    return [*_arms_and_seeds(study), *_protocol(study), *_hardware(study)]
+
+
+def _arms_and_seeds(study: Study) -> Iterator[str]:
+    by_setting = {str(setting): group for setting, group in study.runs.groupby("setting")}
+    for setting in sorted(by_setting, key=natural):
+        group = by_setting[setting]
+        seeds = ", ".join(str(seed) for seed in sorted(group["seed"].unique()))
+        remark = study.remarks.get(setting, "")
+        yield f"{setting}: arms {', '.join(in_order(group['arm']))}; seeds {seeds}. {remark}".rstrip()
+
+
+def _protocol(study: Study) -> Iterator[str]:
+    configs = [study.configs[run] for run in study.runs["run"] if run in study.configs]
+    parts: dict[str, list[object]] = {
+        "Epochs": [config.get("epochs") for config in configs],
+        "Training images": [config["dataset"].get("train_size") or "all" for config in configs],
+        "Test images": [config["dataset"].get("test_size") or "all" for config in configs],
+        "Optimizer": [_group(config.get("optimizer")) for config in configs],
+        "Schedule": [_group(config.get("schedule")) for config in configs],
+        "Precision": [config.get("precision") for config in configs],
+    }
+    for name, values in parts.items():
+        yield f"{name}: {_either(values)}"
+
+
+def _group(group: Mapping[str, Any] | None) -> str:
+    if not group:
+        return "n/a"
+    options = ", ".join(f"{key}={value}" for key, value in group.items() if key != "name")
+    return f"{group.get('name')} ({options})" if options else str(group.get("name"))
+
+
+def _hardware(study: Study) -> Iterator[str]:
+    for path, name in _HARDWARE.items():
+        values = [_at(path, provenance) for provenance in study.provenance.values()]
+        known = [value for value in values if value is not None]
+        if known:
+            yield f"{name}: {_either(known)}"
+
+
+def _at(path: str, nested: Any) -> Any:
+    for key in path.split("."):
+        nested = nested.get(key) if isinstance(nested, Mapping) else None
+    return nested
+
+
+def _either(values: Iterable[object]) -> str:
+    return " or ".join(dict.fromkeys(str(value) for value in values))
