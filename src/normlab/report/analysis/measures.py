@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, for runs that do not record it
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
 
 
 def chance(config: Mapping[str, Any], classes: float = math.nan) -> float:
@@ -20,7 +20,8 @@ def chance(config: Mapping[str, Any], classes: float = math.nan) -> float:
         config: a run's configuration.
         classes: as the run recorded them, nan if it did not.
     """
-    classes = classes if classes > 0 else CLASSES.get(config["dataset"].get("kind"), math.nan)
+    dataset = config["dataset"]
+    classes = classes if classes > 0 else CLASSES.get(dataset.get("kind", dataset.get("name")), math.nan)
     return 0.0 if math.isnan(classes) else 100.0 / classes
 
 

@@ -42,7 +42,7 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     """
     of_cell = [but_for_the_seed(config) for config in configs]
     cells = dict(zip(of_cell, configs, strict=True))  # each is looked at once: a study has far fewer of them than runs
-    flat = [flatten(runs.completed(runs.identity(config))) for config in cells.values()]
+    flat = _beside_trained([flatten(runs.completed(runs.identity(config))) for config in cells.values()])
     arms = _arm_labels(flat)
     # A probe changes nothing of a run: runs with and without it are of one cell.
     elsewhere = (*OF_THE_ARM, "norm_batch", "batch", "seed", "probe")
@@ -61,6 +61,30 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     }
     remarks = _remarks(list(found.values()), flat, following)
     return [found[cell]._replace(seed=config["seed"]) for cell, config in zip(of_cell, configs, strict=True)], remarks
+
+
+def _beside_trained(flat: Sequence[Mapping[str, Hashable]]) -> list[Mapping[str, Hashable]]:
+    """Complete imported runs, to place them only, by what all trained runs have that are most like them.
+
+    A setting that an imported run does not state then makes no table of its own.
+    """
+    trained = [row for row in flat if IMPORTED not in row]
+    return [{**_in_common(row, trained), **row} if IMPORTED in row else row for row in flat]
+
+
+def _in_common(row: Mapping[str, Hashable], trained: Sequence[Mapping[str, Hashable]]) -> dict[str, Hashable]:
+    network = ("dataset.name", "model.name", "depth")
+    alike = [other for other in trained if _values(other, network) == _values(row, network)]
+    of_the_arm = (*OF_THE_ARM, "norm_batch", "seed", "probe")
+    for key in row:
+        if not key.startswith(of_the_arm):
+            alike = [other for other in alike if other.get(key, "") == row[key]] or alike
+    varied = varying(alike)
+    return (
+        {key: alike[0][key] for key in alike[0] if key not in varied and not key.startswith(of_the_arm)}
+        if alike
+        else {}
+    )
 
 
 def but_for_the_seed(config: Mapping[str, Any]) -> Hashable:
