@@ -28,7 +28,7 @@ from normlab.report.study.status import show_status
 from normlab.runs import files
 
 if TYPE_CHECKING:
-    from normlab.report.figures import Named
+    from normlab.report.figures import NamedFigure
 
 SUFFIXES = ("csv", "md", "tex", "png", "pdf", "sources.json")  # of tables and figures
 
@@ -86,7 +86,7 @@ def _remove_what_is_left_of_earlier(folder: Path, made: Collection[str], options
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
-def _drawing(drawn: "Named", origin: Sources, folder: Path) -> Drawing:
+def _drawing(drawn: "NamedFigure", origin: Sources, folder: Path) -> Drawing:
     from normlab.report.render.html.charts import charts
 
     panels, legend = charts(drawn.figure)
@@ -178,7 +178,7 @@ def _tables(study: Study, measure: Measure, baseline: str | None, options: Optio
 
 def _figures(
     study: Study, accuracy: Table, measure: Measure, options: Options, folder: Path, suffixes: Sequence[str]
-) -> Iterator["Named"]:
+) -> Iterator["NamedFigure"]:
     """Draw into `folder`."""
     from normlab.report.figures import Canvas, draw, encode  # matplotlib is slow to import; tables can do without
 
