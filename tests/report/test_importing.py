@@ -12,12 +12,13 @@ import yaml
 from normlab import report, runs
 from normlab.common.errors import UserError
 from normlab.report.claims.judge import judge
-from normlab.report.importing import Import, import_runs
+from normlab.report.importing import import_runs
 from normlab.report.study.load import load
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = report.options()
 WHERE = {"dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}
+DIGITS = {"dataset.name": "digits", "model.name": "resnet", "depth": 18, "batch": 8, "epochs": 3}
 WITHOUT_BATCH = {key: value for key, value in WHERE.items() if key != "batch"}
 
 
@@ -28,7 +29,7 @@ def bring(tmp_path, capsys):
     def run(text: str | bytes, name: str = "results.csv", study: str = "study", **wanted) -> str:
         source = tmp_path / name
         source.write_bytes(text if isinstance(text, bytes) else text.encode())
-        import_runs(study, tmp_path / "outputs", Import(source=str(source), **wanted))
+        import_runs(study, tmp_path / "outputs", {"source": str(source), **wanted})
         return capsys.readouterr().out
 
     return run
@@ -92,18 +93,15 @@ def test_imported_arms_stand_in_one_table_with_the_study_s_own(bring, add_run, s
     for batch, lr in ((8, 0.1), (32, 0.4)):
         for seed in (0, 1):
             add_run("bn", batch, seed, optimizer__lr=lr)
-    told = bring("arm,seed,batch,test_accuracy\nmine,0,8,0.5\nmine,1,8,0.6\nmine,0,32,0.7\n")
+    where = {key: value for key, value in DIGITS.items() if key != "batch"}
+    bring("arm,seed,batch,test_accuracy\nmine,0,8,0.5\nmine,1,8,0.6\nmine,0,32,0.7\n", set=where)
     found = load(study)
     assert found.runs["setting"].unique().tolist() == ["digits, resnet18"]
     assert means(study) == pytest.approx({("bn", 8): 90.0, ("bn", 32): 90.0, ("mine", 8): 55.0, ("mine", 32): 70.0})
-    assert {run.config["optimizer"]["lr"] for run in of(found, "mine", 8)} == {0.1}
-    assert {run.config["optimizer"]["lr"] for run in of(found, "mine", 32)} == {0.4}  # it follows the batch size
-    (assumed,) = [line for line in told.splitlines() if line.startswith("Assumed: as the study's own runs have it: ")]
-    assert all(group in assumed for group in ("dataset", "model", "optimizer", "epochs", "depth"))
-    provenance = of(found, "mine", 8)[0].provenance["imported"]
-    assert provenance["source"] == "results.csv"
-    assert {"dataset.name", "epochs", "optimizer.lr"} <= set(provenance["taken_over"])
-    assert "Assumed: 10 steps per epoch" in told
+    assert all(
+        "optimizer" not in run.config for run in of(found, "mine", 8)
+    )  # what the source does not say is not known
+    assert of(found, "mine", 8)[0].provenance["imported"]["source"] == "results.csv"
     page = report.build("study", study.parent, OPTIONS)  # with its figures
     assert "Arm mine: 3 runs were made elsewhere and imported from results.csv" in page.read_text()
 
@@ -121,7 +119,7 @@ def of(study, arm: str, batch: int) -> list[Found]:
 def test_an_imported_arm_of_a_known_name_is_told_apart_from_the_trained_one(bring, add_run, study):
     trained = add_run("bn", 8, 0)
     before = files_of(trained)
-    bring("arm,test_accuracy\nbn,0.3\n")
+    bring("arm,test_accuracy\nbn,0.3\n", set=DIGITS)
     assert means(study) == pytest.approx({("bn", 8): 90.0, ("bn (imported)", 8): 30.0})
     assert files_of(trained) == before
 
@@ -242,11 +240,11 @@ def test_per_cent_are_shares_when_told(bring, study):
 @pytest.mark.parametrize(
     ("values", "percent", "message"),
     [
-        (("0.9", "93"), False, "line 3: test_accuracy=93 is above 1.\nIf the accuracies are in per cent, say percent"),
-        (("93", "0.9"), True, "line 3: test_accuracy=0.9 with percent=true is less than one per cent"),
-        (("1", "1"), True, "line 2: no test_accuracy is above 1, though percent=true"),
-        (("101", "90"), True, "line 2: test_accuracy=101 is no accuracy"),
-        (("-1", "90"), True, "line 2: test_accuracy=-1 is no accuracy"),
+        (("0.9", "93"), False, "line 3: test_accuracy=93 is not valid with percent=false.\nExpected percent=true for"),
+        (("93", "0.9"), True, "line 3: test_accuracy=0.9 is not valid with percent=true"),
+        (("1", "1"), True, "line 2: test_accuracy=1 is not valid with percent=true"),
+        (("101", "90"), True, "line 2: test_accuracy=101 is not valid with percent=true"),
+        (("-1", "90"), True, "line 2: test_accuracy=-1 is not valid: expected a number, 0 or more"),
     ],
 )
 def test_an_accuracy_that_does_not_look_as_percent_says_is_refused(values, percent, message, refused):
@@ -280,10 +278,10 @@ def test_rows_of_one_epoch_that_measure_different_things_are_one_evaluation(brin
 def test_a_loss_that_is_not_finite_at_the_end_is_a_diverged_run(bring, study):
     text = "arm,seed,epoch,test_accuracy,test_loss,state\n"
     rows = ["a,0,1,0.5,1.0,", "a,0,2,0.6,0.9,done", "a,1,1,0.1,nan,", "a,2,1,0.1,2.3,", "a,2,2,,,diverged"]
-    told = bring(text + "\n".join(rows), set={k: v for k, v in WHERE.items() if k != "epochs"})
+    told = bring(text + "\n".join(rows), set={**WHERE, "epochs": 2})
     found = load(study)
     assert found.runs.set_index("seed")["state"].to_dict() == {0: "done", 1: "diverged", 2: "diverged"}
-    assert "Assumed: epochs=2, the last of results.csv." in told
+    assert "Assumed: runs whose last loss is not finite have diverged." in told
     assert means(study) == pytest.approx({("a", 128): 60.0})
 
 
@@ -294,7 +292,7 @@ def test_a_run_that_ends_before_the_others_is_part_of_no_mean(bring, study):
 
 
 def test_runs_of_different_settings_may_have_different_numbers_of_epochs(bring, study):
-    text = "arm,dataset.name,epoch,test_accuracy\na,x,1,0.5\na,x,2,0.6\na,y,1,0.1\n"
+    text = "arm,dataset.name,epochs,epoch,test_accuracy\na,x,2,1,0.5\na,x,2,2,0.6\na,y,1,1,0.1\n"
     bring(text, set={"model.name": "net", "batch": 8})
     assert load(study).states()["done"] == 2
 
@@ -309,7 +307,7 @@ def test_steps_are_epochs_by_the_number_of_steps_in_one(bring, refused, study):
 def test_evaluations_between_epochs_are_of_the_epoch_that_they_are_in(bring, study):
     """Each arm's accuracy is its step / 1000; b stopped at half of its last epoch."""
     rows = [f"{arm},{step},{step / 1000}" for arm, end in (("a", 1000), ("b", 950)) for step in range(50, end + 1, 50)]
-    where = {key: value for key, value in WHERE.items() if key != "epochs"}
+    where = {**WHERE, "epochs": 10}
     told = bring("arm,step,test_accuracy\n" + "\n".join(rows), set=where, steps_per_epoch=100)
     found = load(study)
     course = found.evaluations[found.evaluations["arm"] == "a"]
@@ -326,8 +324,8 @@ def test_a_state_is_that_of_the_last_epoch_wherever_it_stands_in_the_file(bring,
 
 
 def test_a_source_that_has_grown_replaces_its_runs_only_when_told_to(bring, refused, study):
-    where = {key: value for key, value in WHERE.items() if key != "epochs"}
     rows = ["arm,epoch,test_accuracy", "mine,1,0.5", "mine,2,0.6", "mine,3,0.7"]
+    where = {**WHERE, "epochs": 3}
     bring("\n".join(rows[:-1]), set=where)
     before = files_of(study)
     assert "1 of 1 runs of results.csv are in" in refused("\n".join(rows), set=where)
@@ -341,7 +339,7 @@ def test_a_source_that_has_grown_replaces_its_runs_only_when_told_to(bring, refu
 
 def test_what_lightning_writes_after_a_test_is_no_evaluation(bring, study):
     text = "epoch,step,val_acc,test_acc\n0,9,0.5,\n1,19,0.6,\n2,20,,0.55\n"
-    where = {key: value for key, value in WHERE.items() if key != "epochs"} | {"arm": "mine"}
+    where = {**WHERE, "epochs": 2, "arm": "mine"}
     wanted = {"columns": {"test_accuracy": "val_acc"}, "ignore": ["test_acc"], "first_epoch": 0}
     assert "Left out: test_acc, 1 rows that measure nothing else." in bring(text, set=where, **wanted)
     assert means(study) == pytest.approx({("mine", 128): 60.0})
@@ -363,27 +361,37 @@ def test_epoch_0_is_asked_about(bring, refused, study):
     assert list(load(study.parent / "other").evaluations["epoch"]) == [0, 1]
 
 
-def test_what_the_study_s_runs_do_not_agree_on_is_asked_for(bring, add_run, study):
+def test_an_imported_run_stands_where_the_trained_ones_are_that_have_its_settings(bring, add_run, study):
     add_run("bn", 8, optimizer__lr=0.1)
     add_run("bn", 8, optimizer__lr=0.2)
-    with pytest.raises(UserError) as error:
-        bring("arm,test_accuracy\nmine,0.5\n")
-    assert str(error.value).startswith("results.csv does not say optimizer.lr (the study's own runs differ: 0.1, 0.2).")
-    assert "'set={optimizer.lr: ...}'" in str(error.value)
-    bring("arm,test_accuracy,optimizer.lr\nmine,0.5,0.20\n")
+    bring("arm,test_accuracy,optimizer.lr\nmine,0.5,0.20\n", set=DIGITS)
     assert means(study)[("mine", 8)] == 50.0
-    assert load(study).runs["setting"].nunique() == 2
+    found = load(study).runs
+    assert found["setting"].nunique() == 2
+    assert set(found[(found["arm"] == "mine") & (found["run"] != "")]["setting"]) == {
+        "digits, resnet18, optimizer.lr=0.2"
+    }
+    bring("arm,test_accuracy,optimizer.lr\nmine,0.4,0.3\n", name="other.csv", set=DIGITS)
+    assert {setting.rpartition("=")[2] for setting in load(study).runs["setting"]} == {"0.1", "0.2", "0.3"}
 
 
-def test_settings_of_another_network_or_data_set_are_not_taken_over(bring, add_run, study):
+def test_a_setting_that_is_not_given_is_named_with_an_example_even_if_the_study_s_runs_have_one(bring, add_run, study):
     add_run("bn", 8)
-    bring("arm,test_accuracy,dataset.name,model.name\nmine,0.5,cifar10,vit\n")
+    with pytest.raises(UserError) as error:
+        bring("arm,test_accuracy\nmine,0.5\n", set={"model.name": "resnet", "batch": 8})
+    assert str(error.value).splitlines() == [
+        "results.csv, line 2 does not say dataset.name, depth, epochs.",
+        "Give what holds for all rows: 'set={dataset.name: cifar10, depth: 18, epochs: 20}'; what differs: a column of"
+        " that name.",
+    ]
+
+
+def test_the_depth_of_a_network_that_has_one_size_need_not_be_given(bring, study):
+    bring("arm,test_accuracy,dataset.name,model.name,batch,epochs\nmine,0.5,cifar10,vit,8,3\n")
     (made,) = of(load(study), "mine", 8)
-    assert made.config["dataset"]["kind"] == "cifar10"  # by which the report knows its classes
-    assert "train_size" not in made.config["dataset"]
-    assert made.config["model"]["name"] == "vit"
+    assert made.config["dataset"] == {"name": "cifar10"}
+    assert made.config["model"] == {"name": "vit"}
     assert made.config["depth"] is None
-    assert made.config["optimizer"]["lr"] == 0.1
 
 
 def test_verdicts_use_no_imported_run(bring, add_run, study):
@@ -392,7 +400,10 @@ def test_verdicts_use_no_imported_run(bring, add_run, study):
             add_run(norm, 8, seed, (0.1, 0.2, accuracy + seed / 100))
     judged = judge(load(study))
     assert judged
-    bring("arm,seed,test_accuracy\n" + "".join(f"{arm},{seed},0.{seed}\n" for arm in ("bn", "none") for seed in (1, 9)))
+    bring(
+        "arm,seed,test_accuracy\n" + "".join(f"{arm},{seed},0.{seed}\n" for arm in ("bn", "none") for seed in (1, 9)),
+        set=DIGITS,
+    )
     again = load(study)
     assert [(j.verdict, j.results) for j in judge(again)] == [(j.verdict, j.results) for j in judged]
     assert len([warning for warning in again.warnings if "no verdict uses them" in warning]) == 2
@@ -418,48 +429,80 @@ ROW = "arm,seed,test_accuracy\nmine,0,0.5\n"
 REFUSED = {  # text, settings, and what the sentence has
     "no rows": ("arm,test_accuracy\n", {}, "results.csv has no rows"),
     "an empty file": ("", {}, "results.csv has no rows"),
-    "no text": (b"arm,test_accuracy\nmine,\xff\n", {}, "results.csv, line 2 is no text in UTF-8"),
+    "no text": (
+        b"arm,test_accuracy\nmine,\xff\n",
+        {},
+        "results.csv cannot be read: 'utf-8' codec can't decode byte 0xff",
+    ),
     "too few cells": ("arm,seed,test_accuracy\nmine,0\n", {}, "results.csv, line 2 has 2 cells, its header 3"),
     "an open quote": ('arm,test_accuracy\n"mine,0.5\n', {}, "results.csv, line 2 cannot be read"),
     "a nul byte": (b"arm,test_accuracy\nmi\0ne,0.5\n", {}, "results.csv, line 2"),
     "no arm": ("seed,test_accuracy\n0,0.5\n", {}, "'set={arm: mine}'"),
-    "an arm that lacks": ("arm,seed,test_accuracy\n,0,0.5\nmine,1,0.5\n", {}, "line 2 does not say which arm"),
+    "an arm that lacks": ("arm,seed,test_accuracy\n,0,0.5\nmine,1,0.5\n", {}, "line 2 does not say arm"),
     "a seed that lacks": ("arm,seed,test_accuracy\nmine,,0.5\nmine,1,0.5\n", {}, "line 2 has no seed"),
     "nothing measured": ("arm,seed\nmine,0\n", {}, "has no measured column"),
-    "no value": ("arm,seed,test_accuracy\nm,0,\nm,1,0.5\n", {}, "line 2: arm m, seed 0, dataset.name cifar10"),
+    "no value": ("arm,seed,test_accuracy\nm,0,\nm,1,0.5\n", {}, "line 2: arm m, seed 0, batch 128"),
     "no last value": ("arm,epoch,test_accuracy\nm,19,0.5\nm,20,\n", {}, "has no test_accuracy at its last epoch, 20"),
-    "no number": ("arm,test_accuracy\nmine,0.5%\n", {}, "line 2: test_accuracy=0.5% is not a number"),
+    "no number": ("arm,test_accuracy\nmine,0.5%\n", {}, "line 2: test_accuracy=0.5% is not valid: expected a number"),
     "half an epoch": ("arm,epoch,test_accuracy\nmine,1.5,0.5\n", {}, "line 2: epoch=1.5 is not valid"),
     "a negative seed": ("arm,seed,test_accuracy\nmine,-1,0.5\n", {}, "line 2: seed=-1 is not valid"),
     "a seed beyond all": (f"arm,seed,test_accuracy\nmine,{10**30},0.5\n", {}, "line 2: seed=1000"),
     "a batch of none": ("arm,test_accuracy,batch\nmine,0.5,0\n", {"set": {}}, "line 2: batch=0 is not valid"),
     "a state": ("arm,state,test_accuracy\nmine,broken,0.5\n", {}, "line 2: state=broken is not valid"),
-    "done with nan": ("arm,state,test_loss\nmine,done,nan\n", {}, "line 2: state is done, but the last loss"),
+    "done with nan": (
+        "arm,state,test_loss\nmine,done,nan\n",
+        {},
+        "is done by its state, but its last loss is not finite",
+    ),
     "too many epochs": ("arm,epoch,test_accuracy\nmine,21,0.5\n", {}, "has an epoch 21, and epochs=20"),
     "a setting of no number": ("arm,test_accuracy,optimizer.lr\nm,0.5,inf\n", {}, "line 2: optimizer.lr=inf"),
-    "two of a run": (f"{ROW}mine,0,0.5\n", {}, "line 3: test_accuracy of arm mine, seed 0, dataset.name cifar10"),
-    "two of an epoch": ("arm,epoch,test_loss\nm,1,3\nm,1,3\n", {}, "is in line 2, too"),
-    "an epoch that lacks": ("arm,epoch,test_loss\nm,1,3\nm,,2\n", {}, "some rows of arm m"),
-    "an unknown column": ("arm,test_acuracy\nmine,0.5\n", {}, "If it is test_accuracy, say columns={test_accuracy"),
+    "two of a run": (f"{ROW}mine,0,0.5\n", {}, "line 3: another row has test_accuracy of the same run"),
+    "two of an epoch": (
+        "arm,epoch,test_loss\nm,1,3\nm,1,3\n",
+        {},
+        "line 3: another row has test_loss of the same run and epoch",
+    ),
+    "an epoch that lacks": (
+        "arm,epoch,test_loss\nm,1,3\nm,,2\n",
+        {},
+        "line 3 has neither epoch nor step, and others have one",
+    ),
+    "an unknown column": ("arm,test_acuracy\nmine,0.5\n", {}, "Did you mean columns={test_accuracy: test_acuracy}?"),
     "a column without a name": ("arm,,test_accuracy\nmine,1,0.5\n", {}, """say 'ignore=[""]';"""),
     "done too early": (
         "arm,seed,epoch,test_loss,state\nm,0,2,1,done\nm,1,3,1,\n",
-        {"set": {key: value for key, value in WHERE.items() if key != "epochs"}},
-        "line 2: state is done, but its last epoch is 2 of 3",
+        {"set": {**WHERE, "epochs": 3}},
+        "is done by its state, but ends before epoch 3",
     ),
     "a negative time": ("arm,test_accuracy,wall_seconds\nmine,0.5,-1\n", {}, "line 2: wall_seconds=-1 is not valid"),
-    "a column twice": ("arm,norm,test_accuracy\nmine,a,0.5\n", {}, "two columns for arm"),
-    "a column and set": ("arm,batch,test_accuracy\nmine,8,0.5\n", {}, "batch is a column of results.csv and is in set"),
+    "a column twice": (
+        "arm,norm,test_accuracy\nmine,a,0.5\n",
+        {},
+        "the column norm is arm, and another column has it, too",
+    ),
+    "a column and set": (
+        "arm,batch,test_accuracy\nmine,8,0.5\n",
+        {},
+        "the column batch is batch, and set= has it, too",
+    ),
     "a renamed one": (
         ROW,
         {"columns": {"test_accuracy": "test_acuracy"}},
         "Did you mean columns={test_accuracy: test_",
     ),
     "the wrong order": (ROW, {"columns": {"acc": "test_accuracy"}}, "columns={test_accuracy: acc}"),
-    "an unknown name": (ROW, {"columns": {"acuracy": "acc"}}, "normlab has no column acuracy. Did you mean"),
-    "an unknown setting": (ROW, {"set": {"dataset": "x"}}, "set={dataset: ...}: there is no such setting"),
-    "the mark of imports": (ROW, {"set": {"norm.imported": False}}, "there is no such setting"),
-    "nothing set": (ROW, {"set": None}, "does not say dataset.name, model.name, batch, epochs.\nStudy study has no"),
+    "an unknown name": (ROW, {"columns": {"acuracy": "acc"}}, "normlab has no column acuracy.\nDid you mean"),
+    "an unknown setting": (
+        ROW,
+        {"set": {"dataset": "x"}},
+        "normlab has no column dataset.\nDid you mean dataset.name?",
+    ),
+    "the mark of imports": (ROW, {"set": {"norm.imported": False}}, "normlab has no column norm.imported"),
+    "nothing set": (
+        ROW,
+        {"set": None},
+        "does not say dataset.name, model.name, batch, epochs.\nGive what holds for all",
+    ),
     "a pattern": (ROW, {"pattern": "{arm}"}, "pattern= is about the folders of a source"),
 }
 
@@ -488,13 +531,13 @@ def test_what_cannot_be_imported_is_refused_in_a_sentence_and_nothing_is_written
 )
 def test_a_setting_of_the_wrong_kind_is_refused(wanted):
     with pytest.raises(UserError, match=next(iter(wanted))):
-        Import(**{"source": "results.csv", **wanted})
+        import_runs("study", "outputs", {"source": "results.csv", **wanted})
 
 
 def test_a_source_that_is_not_there_is_answered_with_the_nearest(tmp_path):
     (tmp_path / "results.csv").write_text(ROW)
     with pytest.raises(UserError, match=r"Did you mean source=.*/results\.csv\?"):
-        import_runs("study", tmp_path, Import(source=str(tmp_path / "result.csv")))
+        import_runs("study", tmp_path, {"source": str(tmp_path / "result.csv")})
 
 
 def test_the_command_imports_a_file(tmp_path):
@@ -512,8 +555,8 @@ def test_the_command_imports_a_file(tmp_path):
 def test_importing_needs_neither_torch_nor_hydra_nor_tensorboard(tmp_path):
     (tmp_path / "results.csv").write_text(ROW)
     code = (
-        "import sys; from normlab.report.importing import Import, import_runs\n"
-        f"import_runs('study', {str(tmp_path)!r}, Import(source={str(tmp_path / 'results.csv')!r}, set={WHERE!r}))\n"
+        "import sys; from normlab.report.importing import import_runs\n"
+        f"import_runs('study', {str(tmp_path)!r}, {{'source': {str(tmp_path / 'results.csv')!r}, 'set': {WHERE!r}}})\n"
         "print({'torch', 'hydra', 'omegaconf', 'tensorboard', 'matplotlib'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -544,7 +587,7 @@ def events(tmp_path):
 @pytest.fixture
 def bring_events(tmp_path, capsys):
     def run(**wanted) -> str:
-        import_runs("study", tmp_path / "outputs", Import(source=str(tmp_path / "tb"), **wanted))
+        import_runs("study", tmp_path / "outputs", {"source": str(tmp_path / "tb"), **wanted})
         return capsys.readouterr().out
 
     return run
@@ -559,7 +602,7 @@ def test_what_tensorboard_wrote_comes_back_equal(events, bring_events, study):
         columns={"test_accuracy": "val/acc", "test_loss": "val/loss"},
         pattern="{arm}/b{batch}_s{seed}",
         steps_per_epoch=10,
-        set={"dataset.name": "digits", "model.name": "resnet"},
+        set={key: value for key, value in DIGITS.items() if key != "batch"},
     )
     assert "Left out: lr." in told
     found = load(study)
@@ -578,7 +621,7 @@ def test_what_tensorboard_wrote_comes_back_equal(events, bring_events, study):
 def test_tags_that_are_normlab_s_columns_need_no_names(events, bring_events, study):
     scalars = {"epoch": [(30, 1), (60, 2)], "test_accuracy": [(30, 0.5), (60, 0.75)], "lr": [(30, 0.1), (60, 0.0)]}
     events("some run", scalars)
-    told = bring_events(set={"dataset.name": "digits", "model.name": "resnet", "batch": 8})
+    told = bring_events(set={**DIGITS, "epochs": 2})
     assert "Assumed: seed 0" in told
     found = load(study)
     assert found.evaluations[["epoch", "step", "test_accuracy"]].to_numpy().tolist() == [[1, 30, 0.5], [2, 60, 0.75]]
@@ -590,22 +633,28 @@ def test_what_torch_s_summary_writer_wrote_is_read(tmp_path, bring_events, study
 
     with SummaryWriter(str(tmp_path / "tb" / "mine")) as writer:
         writer.add_scalar("test_accuracy", 0.75, 40)
-    bring_events(set={"dataset.name": "digits", "model.name": "resnet", "batch": 8}, steps_per_epoch=20)
+    bring_events(set={**DIGITS, "epochs": 2}, steps_per_epoch=20)
     assert load(study).evaluations[["epoch", "step", "test_accuracy"]].to_numpy().tolist() == [[2, 40, 0.75]]
 
 
 EVENTS_REFUSED = {  # settings, and what the sentence has
-    "no tag of ours": ({}, ["Tags: lr, val/acc", "'columns={test_accuracy: \"val/acc\"}'"]),
+    "no tag of ours": ({}, ["has no measured tag.\nIts tags: lr, val/acc", "'columns={test_accuracy: \"val/acc\"}'"]),
     "no such tag": (
         {"columns": {"test_accuracy": "val/ac"}},
-        ["no run in", "Did you mean columns={test_accuracy: val/acc}"],
+        ["tb has no tag val/ac", "Did you mean columns={test_accuracy: val/acc}"],
     ),
     "another pattern": (
         {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}_s{seed}"},
         ["The folder mine/b8_s0 is not as the pattern {arm}_s{seed} says"],
     ),
-    "an unknown field": ({"pattern": "{arn}/{}"}, ["pattern={arn}/{}: there is no {arn}", "Did you mean arm?"]),
-    "a field twice": ({"pattern": "{arm}/{arm}"}, ["arm is given twice"]),
+    "an unknown field": (
+        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arn}/{}"},
+        ["normlab has no column arn.\nDid you mean arm?"],
+    ),
+    "a field twice": (
+        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}/{arm}"},
+        ["arm is given twice"],
+    ),
     "steps alone": (
         {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}/b{batch}_s{seed}"},
         ["steps_per_epoch="],
@@ -618,7 +667,7 @@ def test_events_that_cannot_be_imported_are_refused_in_a_sentence(case, events, 
     events("mine/b8_s0", {"val/acc": [(10, 0.5)], "lr": [(10, 0.5)]})
     wanted, messages = EVENTS_REFUSED[case]
     with pytest.raises(UserError) as error:
-        bring_events(set={"dataset.name": "digits", "model.name": "resnet"}, **wanted)
+        bring_events(set={key: value for key, value in DIGITS.items() if key != "batch"}, **wanted)
     assert all(message in str(error.value) for message in messages), str(error.value)
     assert not study.exists()
 
@@ -632,7 +681,7 @@ def test_a_folder_without_events_is_refused(tmp_path, bring_events):
 def test_a_file_that_only_looks_like_events_is_refused(tmp_path, bring_events):
     (tmp_path / "tb").mkdir()
     (tmp_path / "tb" / "events.out.tfevents.1").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR." * 40)
-    with pytest.raises(UserError, match=r"no scalars that can be read|cannot be read"):
+    with pytest.raises(UserError, match=r"none that can be read|cannot be read"):
         bring_events()
 
 

@@ -11,9 +11,6 @@ from normlab.common.installation import CONF
 from normlab.config.hydra import exit_with_error, run_main, settings_of, take_command
 
 REPORT_COMMANDS = ("status", "claims", "results", "import")
-IMPORT_SETTINGS = (
-    *("source", "columns", "ignore", "set", "percent", "pattern", "first_epoch", "steps_per_epoch", "replace"),
-)
 
 
 def train() -> NoReturn:
@@ -52,16 +49,15 @@ def _report() -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
     def main(composed: DictConfig) -> None:
         from normlab.report import Options, build, build_claims, build_results, study_status
+        from normlab.report.importing import Import, import_runs
 
         settings = settings_of(composed)
         study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
-        of_import = {name: settings.pop(name) for name in IMPORT_SETTINGS}
+        of_import = {name: settings.pop(name) for name in Import.model_fields}
         try:
             options = Options(**settings)
             if command == "import":
-                from normlab.report.importing import Import, import_runs
-
-                import_runs(study, output_dir, Import(**of_import), quiet=options.quiet)
+                import_runs(study, output_dir, of_import, quiet=options.quiet)
             elif command == "status":
                 study_status(study, output_dir, watch=watch, quiet=options.quiet)
             elif command == "claims":

@@ -27,7 +27,7 @@ from normlab.runs import files
 from normlab.runs.states import FINISHED
 
 if TYPE_CHECKING:
-    from normlab.report.figures import Named
+    from normlab.report.figures import NamedFigure
 
 SUFFIXES = ("csv", "md", "tex", "png", "pdf", "sources.json")  # of tables and figures
 
@@ -234,7 +234,7 @@ def _figures_of_page(
 
 def _figures(
     study: Study, first: Table, metric: Metric, options: Options, folder: Path, suffixes: Sequence[str]
-) -> Iterator["Named"]:
+) -> Iterator["NamedFigure"]:
     """Draw into `folder`."""
     from normlab.report.figures import Canvas, draw, encode  # matplotlib is slow to import; tables can do without
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from normlab.report import figures
 from normlab.report.analysis.metrics import ACCURACY, Metric
 from normlab.report.analysis.tables import build_tables
-from normlab.report.study import load
+from normlab.report.study.load import load
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from matplotlib.figure import Figure
 
 from normlab.report.figures import panels
 from normlab.report.figures.style import Style
-from normlab.report.study import load
 from normlab.report.study.arms import KNOWN_ARMS
+from normlab.report.study.load import load
 
 LOOK = Style("#0072B2", "o")
 

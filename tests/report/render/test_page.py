@@ -12,7 +12,7 @@ import yaml
 from recorded import adder
 
 from normlab import report
-from normlab.report.importing import Import, import_runs
+from normlab.report.importing import import_runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -232,7 +232,8 @@ def test_a_run_without_seconds_is_on_the_page_and_no_verdict_names_imported_ones
         for seed in (0, 1, 2):
             add(norm, 8, seed, (0.5, 0.8, 0.9 + 0.01 * seed))
     (tmp_path / "results.csv").write_text("arm,test_accuracy\ntheirs,0.7\n")
-    import_runs("study", tmp_path / "outputs", Import(source=str(tmp_path / "results.csv")))
+    settings = {"dataset.name": "digits", "model.name": "resnet", "depth": 18, "batch": 8, "epochs": 3}
+    import_runs("study", tmp_path / "outputs", {"source": str(tmp_path / "results.csv"), "set": settings})
     page = report.build("study", tmp_path / "outputs", report.options())
     data = data_of(page)
     done = [run for run in data["runs"] if run["state"] == "done"]

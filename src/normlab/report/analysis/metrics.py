@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from normlab.common.errors import UserError, nearest
 
 FINAL, BEST = "final", "best"
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, for runs that do not record it
+CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
 _IMAGES = {"test": "test", "val": "validation", "train": "training"}
 
 Values = NDArray[np.float64]
@@ -107,7 +107,8 @@ def chance(config: Mapping[str, Any], classes: float = math.nan) -> float:
         config: a run's configuration.
         classes: number of classes as the run recorded it, nan if it did not.
     """
-    classes = classes if classes > 0 else CLASSES.get(config["dataset"].get("kind"), math.nan)
+    dataset = config["dataset"]
+    classes = classes if classes > 0 else CLASSES.get(dataset.get("kind", dataset.get("name")), math.nan)
     return 0.0 if math.isnan(classes) else 100.0 / classes
 
 

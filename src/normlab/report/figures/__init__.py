@@ -1,47 +1,31 @@
 """The figures of a report: DataFrame in, Figure out. A figure is drawn for any study that has the data for it.
 
-`style` says how they look, `panels` what stands in which panel, `accuracy` and `probes` draw.
+`style` has colors and sizes, `panels` divides the rows into panels, `accuracy` and `probe_figures` draw.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import outcomes
 from normlab.report.analysis.metrics import Metric
-from normlab.report.figures import accuracy as accuracies
-from normlab.report.figures import probe_figures as probes
-from normlab.report.figures.panels import Drawn, arrange, common_setting, pages, rows_of, split
-from normlab.report.figures.style import CROWD, DOUBLE, PAPER, SINGLE, Canvas, Style, encode, styles
+from normlab.report.figures import accuracy, probe_figures
+from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, common_setting, pages, rows_of, split
+from normlab.report.figures.style import CROWD, DOUBLE, PAPER, SINGLE, Canvas, encode, styles
 from normlab.report.study.load import Study
-from normlab.runs.states import FINISHED
+from normlab.runs import FINISHED
 
-__all__ = ["DOUBLE", "SINGLE", "Canvas", "Named", "draw", "encode", "styles"]
+__all__ = ["DOUBLE", "SINGLE", "Canvas", "NamedFigure", "draw", "encode", "styles"]
 
-_CAPTIONS = {
-    "against_batch": "{compared} against batch size: mean over seeds; bars: {percent:g} % t-interval (where"
-    " n > 1); dots: single seeds; crosses at the foot: some runs diverged.",
-    "against_norm_batch": "{compared} against the number of images that are normalised together: mean over seeds;"
-    " bars: {percent:g} % t-interval (where n > 1); dots: single seeds; dash-dotted, interval as a band: arms that ran"
-    " at one value only; crosses at the foot: some runs diverged.",
-    "by_condition": "{compared} under each condition: mean over seeds; bars: {percent:g} % t-interval (where n > 1);"
-    " dots: single seeds; crosses at the foot: some runs diverged.",
-    "by_arm": "{compared} of each arm: mean over seeds; bars: {percent:g} % t-interval (where n > 1); dots: single"
-    " seeds; crosses at the left: some runs diverged.",
-    "against_option": "{compared} against what the options of a norm vary: mean over seeds; bars: {percent:g} %"
-    " t-interval (where n > 1); dots: single seeds; crosses at the foot: some runs diverged.",
-    "learning_curves": "The {label} along the training (solid), and that of the training images as recorded while"
-    " training (dashed): means over the done seeds; band: lowest to highest seed (where n > 1); dotted: diverged runs.",
-    "train_against_test": "{images} against training values (those seen while training) from epoch to epoch, the"
-    " second half of the training in view; lines: mean over the done seeds; markers: where each seed ends;"
-    " dashed: equal values.",
-}
+_CAPTIONS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text())
 
 
-class Named(NamedTuple):
+class NamedFigure(NamedTuple):
     """A figure with its name and caption, and the rows that it shows (setting, arm, batch and, of single runs, run)."""
 
     name: str
@@ -50,77 +34,79 @@ class Named(NamedTuple):
     rows: pd.DataFrame
 
 
-def draw(study: Study, accuracy: Table, metric: Metric, confidence: float, canvas: Canvas = PAPER) -> Iterator[Named]:
-    """Every figure that the study's measurements allow."""
-    drawn = _draw(study, accuracy, metric, confidence, canvas)
+def draw(
+    study: Study, table: Table, metric: Metric, confidence: float, canvas: Canvas = PAPER
+) -> Iterator[NamedFigure]:
+    """Yield every figure that the study's measurements allow."""
+    figures = _draw(study, table, metric, confidence, canvas)
     while True:
         with canvas.context():  # for our own work only, not for what is done with a figure
-            found = next(drawn, None)
-        if found is None:
+            named = next(figures, None)
+        if named is None:
             return
-        yield found._replace(figure=canvas.shape(found.figure))
+        yield named._replace(figure=canvas.shape(named.figure))
 
 
-def _draw(study: Study, accuracy: Table, metric: Metric, confidence: float, canvas: Canvas) -> Iterator[Named]:
+def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas: Canvas) -> Iterator[NamedFigure]:
     common = f"{common_setting(study)}. ".removeprefix(". ")
-    looks = styles(arrange(study, study.runs.dropna(subset=["arm"]))["variant"])
-    found = [*_ends(study, accuracy, metric, looks, canvas), *_courses(study, metric, looks, canvas)]
-    for kind, prefix, figures in found:
-        caption = _CAPTIONS[kind].format(
-            compared=metric.full_label.capitalize(),
-            label=metric.label,
-            images=metric.images.capitalize(),
-            percent=100 * confidence,
-        )
-        for i, drawn in enumerate(figures):
-            yield Named(f"{prefix}{kind}_{i + 1}" if i else f"{prefix}{kind}", common + caption, *drawn)
+    theme = Theme(styles(arrange(study, study.runs.dropna(subset=["arm"]))["variant"]), canvas)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
-    for name, caption, drawn in probes.figures(finished, looks, canvas):
-        yield Named(name, common + caption, *drawn)
+    words: dict[str, Any] = {"percent": 100 * confidence, "label": metric.label}
+    words |= {"compared": metric.full_label.capitalize(), "images": metric.images.capitalize()}
+    parts = {name: part.format(**words) for name, part in _CAPTIONS["parts"].items()}
+    for prefix, kinds in (
+        (f"{table.name}_", _of_ends(study, table, metric, theme)),
+        ("", _of_training(study, metric, theme)),
+        ("", probe_figures.figures(finished, theme)),
+    ):
+        for kind, drawings in kinds:
+            caption = common + _CAPTIONS["captions"][kind].format(**words, **parts)
+            for i, drawing in enumerate(drawings):
+                yield NamedFigure(f"{prefix}{kind}_{i + 1}" if i else f"{prefix}{kind}", caption, *drawing)
 
 
 def _finished(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["state"].isin(FINISHED)]
 
 
-Kinds = Iterator[tuple[str, str, Iterator[Drawn]]]  # kind, what comes before it in the name, pages
+Kinds = Iterator[tuple[str, Iterator[Drawing]]]  # each kind of figure with its pages
 
 
-def _ends(study: Study, accuracy: Table, metric: Metric, looks: dict[str, Style], canvas: Canvas) -> Kinds:
-    """The final values, against what the study varies."""
-    values, tidy = outcomes(study, metric).rename(columns={metric.epoch: "value"}), accuracy.tidy
-    tidy = arrange(study, tidy[tidy.groupby("setting")["n"].transform("sum") > 0])
+def _of_ends(study: Study, table: Table, metric: Metric, theme: Theme) -> Kinds:
+    """Yield the final values, against what the study varies."""
+    tidy = arrange(study, table.tidy[table.tidy.groupby("setting")["n"].transform("sum") > 0])
     if tidy.empty:
         return
-    prefix = f"{accuracy.name}_"
+    finals = accuracy.Finals(metric, outcomes(study, metric).rename(columns={metric.epoch: "value"}))
     several_batches = tidy["batch"].nunique() > 1
     tidy["images"] = tidy["norm_batch"].fillna(tidy["batch"].astype(float))
-    tidy["told_batch"] = [f"batch {batch}" if several_batches else "" for batch in tidy["batch"]]
-    tidy["place"] = [", ".join(filter(None, pair)) for pair in zip(tidy["short"], tidy["told_batch"], strict=True)]
+    tidy["batch_title"] = [f"batch {batch}" if several_batches else "" for batch in tidy["batch"]]
+    tidy["place"] = [", ".join(filter(None, pair)) for pair in zip(tidy["short"], tidy["batch_title"], strict=True)]
 
-    def paged(draw: Callable[..., Figure], by: str) -> Iterator[Drawn]:
-        for page in pages(split(tidy, by), canvas.panels):
-            yield draw(page, values, metric, looks, canvas), rows_of(page)
+    def paged(draw: Callable[[Sequence[Panel], accuracy.Finals, Theme], Figure], by: str) -> Iterator[Drawing]:
+        for page in pages(split(tidy, by), theme.canvas.panels):
+            yield draw(page, finals, theme), rows_of(page)
 
-    options = accuracies.option_panels(study, tidy)
+    options = accuracy.option_panels(study, tidy)
     if several_batches:
-        yield "against_batch", prefix, paged(accuracies.against_batch, "where")
+        yield "against_batch", paged(accuracy.against_batch, "where")
     if tidy["norm_batch"].notna().any() and tidy.groupby("place")["images"].nunique().max() > 2:
-        yield "against_norm_batch", prefix, paged(accuracies.against_norm_batch, "place")
-    elif len(tidy) == max(1, sum(len(rows) for _, rows in options)):
+        yield "against_norm_batch", paged(accuracy.against_norm_batch, "place")
+    elif len(tidy) == max(1, sum(len(panel.rows) for panel in options)):
         pass  # one cell, or cells that are all in the figure of options
     elif not several_batches and (tidy["where"].nunique() == 1 or tidy["variant"].nunique() > CROWD):
-        yield "by_arm", prefix, iter([(accuracies.by_arm(tidy, values, metric, canvas), tidy)])
+        yield "by_arm", iter([(accuracy.by_arm(tidy, finals, theme.canvas), tidy)])
     elif tidy["where"].nunique() > 1:
-        yield "by_condition", prefix, paged(accuracies.by_condition, "told_batch")
-    if options:
-        found = ((page, pd.concat([rows for _, rows in page])) for page in pages(options, canvas.panels))
-        drawn = ((accuracies.against_option(page, values, metric, canvas), rows) for page, rows in found)
-        yield "against_option", prefix, drawn
+        yield "by_condition", paged(accuracy.by_condition, "batch_title")
+    of_options = pages(options, theme.canvas.panels)
+    yield (
+        "against_option",
+        ((accuracy.against_option(page, finals, theme.canvas), rows_of(page)) for page in of_options),
+    )
 
 
-def _courses(study: Study, metric: Metric, looks: dict[str, Style], canvas: Canvas) -> Kinds:
-    """The measure along the training."""
+def _of_training(study: Study, metric: Metric, theme: Theme) -> Kinds:
+    """Yield the measure along the training."""
     curves = _finished(study.evaluations)
     if metric.name not in curves:
         return
@@ -129,14 +115,17 @@ def _courses(study: Study, metric: Metric, looks: dict[str, Style], canvas: Canv
         return
     # Batch sizes compare in epochs; the papers that have one count steps.
     x = "epoch" if curves["batch"].nunique() > 1 or "step" not in curves else "step"
-    found = pages(split(curves), canvas.panels)
-    drawn = ((accuracies.learning_curves(page, metric, looks, canvas, x), rows_of(page)) for page in found)
-    yield "learning_curves", "", drawn
+    curve_pages = pages(split(curves), theme.canvas.panels)
+    yield (
+        "learning_curves",
+        ((accuracy.learning_curves(page, metric, theme, x), rows_of(page)) for page in curve_pages),
+    )
     if metric.train_column in curves and metric.train_column != metric.name:
-        done = curves[curves["state"] == "done"].dropna(subset=[metric.name, metric.train_column])
-        panels = split(done)
+        panels = split(curves[curves["state"] == "done"].dropna(subset=[metric.name, metric.train_column]))
         if any(panel.crowded for panel in panels):  # so many ends lie on each other
             return
-        found = pages(panels, canvas.panels)
-        drawn = ((accuracies.train_against_test(page, metric, looks, canvas), rows_of(page)) for page in found)
-        yield "train_against_test", "", drawn
+        ends = pages(panels, theme.canvas.panels)
+        yield (
+            "train_against_test",
+            ((accuracy.train_against_test(page, metric, theme), rows_of(page)) for page in ends),
+        )

@@ -1,10 +1,11 @@
-"""Figures of what a study is compared by, its accuracy or its loss: along the training, and at its end.
+"""Figures of the measure that a study is compared by, its accuracy or its loss: along the training, and at its end.
 
 Frames are those of `panels.arrange`: variant, where, condition beside setting, arm, batch.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -14,288 +15,303 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normlab.report.analysis.metrics import Metric
-from normlab.report.figures.panels import Panel, grid, multiples, ordered, rows_of, ticks, trend, wrapped
-from normlab.report.figures.style import BLACK, BLUE, Canvas, Style, legend, limit, seeds, styles
+from normlab.report.figures.panels import (
+    Panel,
+    Theme,
+    by_variant,
+    grid,
+    multiples,
+    n_seeds,
+    ordered,
+    rows_of,
+    ticks,
+    trend,
+    wrapped,
+)  # fmt: skip
+from normlab.report.figures.style import BLACK, BLUE, Canvas, Style, legend, limit, styles
 from normlab.report.study.arms import in_order
 from normlab.report.study.load import Study
 
 NUMBER = r"\d[\d.]*(?:e[-+]?\d+)?"
 
 
-def learning_curves(
-    found: Sequence[Panel], metric: Metric, looks: Mapping[str, Style], canvas: Canvas, x: str
-) -> Figure:
-    """Test (solid) and training values (dashed) along the training: mean over seeds, band from lowest to highest seed.
+@dataclass(frozen=True)
+class Finals:
+    """The measure at the end of the done runs: `values` has the columns setting, arm, batch, value."""
+
+    metric: Metric
+    values: pd.DataFrame
+
+    def finish(self, figure: Figure, ax: Axes, rows: pd.DataFrame, label: str) -> Figure:
+        """Set the vertical limits by these rows of a tidy frame, and the labels of the axes."""
+        limit(ax, "y", pd.concat([rows["mean"], rows["low"], rows["high"]]), share=self.metric.unit == "%")
+        figure.supxlabel(label)
+        figure.supylabel(self.metric.axis_label)
+        return figure
+
+
+def learning_curves(panels: Sequence[Panel], metric: Metric, theme: Theme, x: str) -> Figure:
+    """Draw test (solid) and training values (dashed) along the training: mean and range over seeds.
 
     A diverged run is a dotted line that ends in a cross, part of no mean.
 
     Args:
-        found: rows are the evaluations of done and diverged runs (variant, seed, state, epoch, step, ...).
+        panels: rows are the evaluations of done and diverged runs (variant, seed, state, epoch, step, ...).
+        measure: the measure that is drawn.
+        theme: the styles and the canvas.
         x: `step`, as Ioffe 2017 and Santurkar et al. 2018 have it, or `epoch`, in which batch sizes compare.
     """
+    every = rows_of(panels)
     both = dict.fromkeys((metric.train_column, metric.name))
-    shown = [column for column in both if _known(found, column)]
+    shown = [column for column in both if column in every and every[column].notna().any()]
     more = [
         Line2D([], [], color="0.4", ls="-", label=metric.images),
         Line2D([], [], color="0.4", ls="--", lw=0.8, label="training"),
     ]
-    figure, drawn = multiples(found, looks, canvas, more if len(shown) > 1 else [], across=_across(found, canvas))
-    for ax, panel in drawn:
-        for arm in in_order(panel.rows["variant"]):
-            rows = panel.rows[panel.rows["variant"] == arm]
+    figure, axes = multiples(panels, theme, more if len(shown) > 1 else [], across=_across(panels, theme.canvas))
+    for ax, panel in axes:
+        for arm, rows in by_variant(panel.rows):
             if len(shown) > 1:
                 done = rows[rows["state"] == "done"]
-                trend(ax, done, x, metric.train_column, looks[arm], metric.scale, ls="--", lw=0.8, marker="")
-            trend(ax, rows, x, metric.name, looks[arm], metric.scale)
+                trend(ax, done, x, metric.train_column, theme.styles[arm], metric.scale, ls="--", lw=0.8, marker="")
+            trend(ax, rows, x, metric.name, theme.styles[arm], metric.scale)
         ticks(ax, panel.rows[x], 5)
-    every = rows_of(found)
-    limit(drawn[0][0], "y", every[shown].melt()["value"] * metric.scale, share=metric.unit == "%")
-    figure.supxlabel(_steps(every) if x == "step" else x)
+    limit(axes[0][0], "y", every[shown].melt()["value"] * metric.scale, share=metric.unit == "%")
+    per_epoch = (every["step"] / every["epoch"]).dropna().unique()
+    steps = f" ({per_epoch[0]:g} per epoch)" if len(per_epoch) == 1 and per_epoch[0] > 1 else ""
+    figure.supxlabel(f"training step{steps}" if x == "step" else x)
     figure.supylabel(metric.axis_label.removeprefix(f"{metric.images} ") if len(shown) > 1 else metric.axis_label)
     return figure
 
 
-def _across(found: Sequence[Panel], canvas: Canvas) -> int | None:
-    """Batch sizes beside each other where every condition has all of them."""
-    batches = len({batch for panel in found for batch in panel.rows["batch"]})
-    return batches if 1 < batches <= max(canvas.across) and len(found) % batches == 0 else None
+def _across(panels: Sequence[Panel], canvas: Canvas) -> int | None:
+    """Return the number of batch sizes, to stand beside each other where every condition has all of them."""
+    batches = rows_of(panels)["batch"].nunique()
+    return batches if 1 < batches <= max(canvas.across) and len(panels) % batches == 0 else None
 
 
-def _known(found: Sequence[Panel], column: str) -> bool:
-    return any(column in panel.rows and panel.rows[column].notna().any() for panel in found)
-
-
-def _steps(evaluations: pd.DataFrame) -> str:
-    per_epoch = (evaluations["step"] / evaluations["epoch"]).dropna().unique()
-    told = f" ({per_epoch[0]:g} per epoch)" if len(per_epoch) == 1 and per_epoch[0] > 1 else ""
-    return f"training step{told}"
-
-
-def train_against_test(found: Sequence[Panel], metric: Metric, looks: Mapping[str, Style], canvas: Canvas) -> Figure:
-    """Test against training values along the training.
+def train_against_test(panels: Sequence[Panel], metric: Metric, theme: Theme) -> Figure:
+    """Draw test against training values along the training.
 
     A line is the mean over seeds from epoch to epoch; a marker is where one seed ends. The distance from the diagonal
     is the train-test gap.
 
     Args:
-        found: rows are the evaluations of done runs.
+        panels: rows are the evaluations of done runs.
+        measure: the measure that is drawn.
+        theme: the styles and the canvas.
     """
     pair = [metric.train_column, metric.name]
-    across = _across(found, canvas) or canvas.columns(len(found))
-    height = 2.6 if across < 3 and canvas.width / across > 2 else 2.0
-    figure, drawn = multiples(found, looks, canvas, height=height, across=across)
-    for ax, panel in drawn:
+    across = _across(panels, theme.canvas) or theme.canvas.columns(len(panels))
+    height = 2.6 if across < 3 and theme.canvas.width / across > 2 else 2.0
+    figure, axes = multiples(panels, theme, height=height, across=across)
+    for ax, panel in axes:
         ax.axline((1, 1), (2, 2), color="0.6", lw=0.7, ls="--", zorder=1)
-        for arm in in_order(panel.rows["variant"]):
-            look, of_arm = looks[arm], panel.rows[panel.rows["variant"] == arm]
-            path = of_arm.groupby("epoch")[pair].mean() * metric.scale
-            ends = of_arm[of_arm["epoch"] == of_arm["epoch"].max()][pair] * metric.scale
-            ax.plot(*path.to_numpy().T, color=look.color, lw=0.9, alpha=0.8)
-            ax.plot(*ends.to_numpy().T, color=look.color, marker=look.marker, ls="none", zorder=3)
+        for arm, rows in by_variant(panel.rows):
+            style = theme.styles[arm]
+            path = rows.groupby("epoch")[pair].mean() * metric.scale
+            ends = rows[rows["epoch"] == rows["epoch"].max()][pair] * metric.scale
+            ax.plot(*path.to_numpy().T, color=style.color, lw=0.9, alpha=0.8)
+            ax.plot(*ends.to_numpy().T, color=style.color, marker=style.marker, ls="none", zorder=3)
         ax.set_box_aspect(1)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_major_locator(MaxNLocator(4))
     # The first epochs, far down the diagonal, would leave no room to see the ends apart.
-    every = rows_of(found)
-    late = every[every["epoch"] > every["epoch"].max() / 2]
-    shown = late[pair].melt()["value"] * metric.scale
-    for name in ("x", "y"):
-        limit(drawn[0][0], name, shown, share=metric.unit == "%")
+    every = rows_of(panels)
+    shown = every[every["epoch"] > every["epoch"].max() / 2][pair].melt()["value"] * metric.scale
+    limit(axes[0][0], "x", shown, share=metric.unit == "%")
+    limit(axes[0][0], "y", shown, share=metric.unit == "%")
     figure.supxlabel(metric.axis_label.replace(metric.images, "training"))
     figure.supylabel(metric.axis_label)
     return figure
 
 
-def against_batch(
-    found: Sequence[Panel], values: pd.DataFrame, metric: Metric, looks: Mapping[str, Style], canvas: Canvas
-) -> Figure:
-    """The final measure against the batch size.
+def against_batch(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figure:
+    """Draw the final measure against the batch size.
 
     Args:
-        found: rows of the accuracy table's tidy frame.
-        values: the done runs' outcomes (setting, arm, batch, value).
+        panels: rows of the accuracy table's tidy frame.
+        finals: the measure and the done runs' outcomes.
+        theme: the styles and the canvas.
     """
-    figure, drawn = multiples(found, looks, canvas, height=2.3)
-    every = rows_of(found)
+    figure, axes = multiples(panels, theme, height=2.3)
+    every = rows_of(panels)
     batches = sorted({int(batch) for batch in every["batch"]})
-    for ax, panel in drawn:
-        arms = in_order(panel.rows["variant"])
+    for ax, panel in axes:
         # Arms stand side by side at each batch size, so that their intervals do not hide each other.
-        apart = min(0.1, 0.4 / len(arms)) if (panel.rows["n"] > 1).any() else 0.0
-        for position, arm in enumerate(arms):
-            dodge = 2 ** (apart * (position - (len(arms) - 1) / 2))
-            rows = panel.rows[panel.rows["variant"] == arm].sort_values("batch")
-            estimates(ax, rows, values, looks[arm], {batch: batch * dodge for batch in batches}, "batch")
-    _powers_of_2(drawn[0][0], batches)
-    _finish(figure, drawn[0][0], every, metric, "images per batch")
-    return figure
+        apart = min(0.1, 0.4 / len(panel.arms)) if (panel.rows["n"] > 1).any() else 0.0
+        for arm, rows, offset in _side_by_side(panel.rows, apart):
+            places = {batch: batch * 2**offset for batch in batches}
+            estimates(Axis(ax, "batch", places), rows.sort_values("batch"), finals.values, theme.styles[arm])
+    _powers_of_2(axes[0][0], batches)
+    return finals.finish(figure, axes[0][0], every, "images per batch")
 
 
-def against_norm_batch(
-    found: Sequence[Panel], values: pd.DataFrame, metric: Metric, looks: Mapping[str, Style], canvas: Canvas
-) -> Figure:
-    """The final measure against the images that the statistics are of, as Wu & He 2018 (GroupNorm) do.
+def _side_by_side(rows: pd.DataFrame, apart: float) -> Iterator[tuple[str, pd.DataFrame, float]]:
+    """Yield each arm with its rows and its offset, which are `apart` from each other around 0."""
+    last = rows["variant"].nunique() - 1
+    for position, (arm, of_arm) in enumerate(by_variant(rows)):
+        yield arm, of_arm, apart * (position - last / 2)
+
+
+def against_norm_batch(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figure:
+    """Draw the final measure against the images that the statistics are of, as Wu & He 2018 (GroupNorm) do.
 
     An arm that ran with the whole batch only, as those whose statistics do not see the batch need to, is a horizontal
     line with its interval as a band. Panels of a family show BN as a thin line beside them.
 
     Args:
-        found: rows of the accuracy table's tidy frame, of one batch size each, with the column `images`.
-        values: the done runs' outcomes, likewise.
+        panels: rows of the accuracy table's tidy frame, of one batch size each, with the column `images`.
+        finals: the measure and the done runs' outcomes.
+        theme: the styles and the canvas.
     """
-    crowded = any(panel.crowded for panel in found)
+    crowded = any(panel.crowded for panel in panels)
     bn = [Line2D([], [], color=BLUE, lw=0.7, label="bn, for comparison")] if crowded else []
-    figure, drawn = multiples(found, looks, canvas, bn, height=2.3)
-    every = rows_of(found)
+    figure, axes = multiples(panels, theme, bn, height=2.3)
+    every = rows_of(panels)
     sizes = sorted({int(images) for images in every["images"]})
-    for ax, panel in drawn:
-        arms, lost = in_order(panel.rows["variant"]), 0
-        for position, arm in enumerate(arms):
-            look, rows = looks[arm], panel.rows[panel.rows["variant"] == arm].sort_values("images")
+    for ax, panel in axes:
+        lost = 0
+        for arm, rows, offset in _side_by_side(panel.rows, 0.06):
             if rows["norm_batch"].notna().any():
-                dodge = 2 ** (0.06 * (position - (len(arms) - 1) / 2))
-                estimates(ax, rows, values, look, {size: size * dodge for size in sizes}, "images")
-                continue
-            row: Any = next(rows.itertuples(index=False))
-            ax.axhline(row.mean, color=look.color, marker=look.marker, markevery=[0, 1], lw=0.9, ls="-.")
-            if row.n > 1:
-                ax.axhspan(row.low, row.high, color=look.color, alpha=0.1, lw=0)
-            if row.diverged:
-                lost += 1
-                ax.plot([1 - 0.04 * lost], [0.04], "x", color=look.color, transform=ax.transAxes)
+                places = {size: size * 2**offset for size in sizes}
+                estimates(Axis(ax, "images", places), rows.sort_values("images"), finals.values, theme.styles[arm])
+            else:
+                lost += bool(rows.sort_values("images").iloc[0]["diverged"])
+                _constant(ax, rows.sort_values("images").iloc[0], theme.styles[arm], lost)
         reference = every[(every["variant"] == "bn") & every["place"].isin(panel.rows["place"])]
         if panel.crowded and "bn" not in set(panel.rows["variant"]):
             reference = reference.sort_values("images")
             ax.plot(reference["images"], reference["mean"], color=BLUE, lw=0.7, zorder=1)
-    _powers_of_2(drawn[0][0], sizes)
-    _finish(figure, drawn[0][0], every, metric, "images per normalisation")
-    return figure
+    _powers_of_2(axes[0][0], sizes)
+    return finals.finish(figure, axes[0][0], every, "images per normalisation")
 
 
-def by_condition(
-    found: Sequence[Panel], values: pd.DataFrame, metric: Metric, looks: Mapping[str, Style], canvas: Canvas
-) -> Figure:
-    """The final measure of each arm under each of the study's conditions but the batch size, which has panels: depths,
-    starts, learning rates, samplers. Conditions that differ by a number only are joined by lines.
+def _constant(ax: Axes, row: pd.Series, style: Style, lost: int) -> None:
+    """Draw a horizontal line with its interval as a band, and a cross in place `lost` from the right for divergence."""
+    ax.axhline(row["mean"], color=style.color, marker=style.marker, markevery=[0, 1], lw=0.9, ls="-.")
+    if row["n"] > 1:
+        ax.axhspan(row["low"], row["high"], color=style.color, alpha=0.1, lw=0)
+    if row["diverged"]:
+        ax.plot([1 - 0.04 * lost], [0.04], "x", color=style.color, transform=ax.transAxes)
+
+
+def by_condition(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figure:
+    """Draw the final measure of each arm under each of the study's conditions, with a panel per batch size.
+
+    Conditions are depths, initializations, learning rates, samplers; those that differ by a number only are joined by
+    lines.
 
     Args:
-        found: rows of the accuracy table's tidy frame, of one batch size each.
-        values: the done runs' outcomes.
+        panels: rows of the accuracy table's tidy frame, of one batch size each.
+        finals: the measure and the done runs' outcomes.
+        theme: the styles and the canvas.
     """
-    every = rows_of(found)
+    every, canvas = rows_of(panels), theme.canvas
     conditions = ordered(every["where"])
-    lines = _differ_by_a_number(conditions)
-    across = max(1, min(len(found), canvas.across[0], int(12 * canvas.width / 7) // len(conditions)))
+    across = max(1, min(len(panels), canvas.across[0], int(12 * canvas.width / 7) // len(conditions)))
     longest = max(len(word) for condition in conditions for word in condition.split(", "))
     labels = 0.6 + 0.065 * longest * len(conditions) * across  # inches that they need beside each other
     wide = across > 1 or len(conditions) > 3 or labels > canvas.narrow
     width = canvas.width if wide else canvas.narrow
-    figure, drawn = multiples(found, looks, canvas, height=2.4, across=across, width=width)
-    for ax, panel in drawn:
-        arms = in_order(panel.rows["variant"])
-        for position, arm in enumerate(arms):
-            dodge = min(0.12, 0.7 / len(arms)) * (position - (len(arms) - 1) / 2)
-            places = {condition: i + dodge for i, condition in enumerate(conditions)}
-            rows = panel.rows[panel.rows["variant"] == arm]
-            rows = rows.sort_values("where", key=lambda column: column.map(places))
-            estimates(ax, rows, values, looks[arm], places, "where", ls="-" if lines else "")
-    ax = drawn[0][0]
-    ax.set_xticks(range(len(conditions)), labels=[condition.replace(", ", "\n") for condition in conditions])
-    if labels > width:
-        for other, _ in drawn:
-            other.tick_params(axis="x", rotation=90)
-    ax.set_xlim(-0.5, len(conditions) - 0.5)
-    for other, _ in drawn:
-        other.grid(visible=False, axis="x")
-    _finish(figure, ax, every, metric, "")
-    return figure
+    figure, axes = multiples(panels, theme, height=2.4, across=across, width=width)
+    line = "-" if _differ_by_a_number(conditions) else ""
+    for ax, panel in axes:
+        for arm, rows, offset in _side_by_side(panel.rows, min(0.12, 0.7 / len(panel.arms))):
+            places = {condition: i + offset for i, condition in enumerate(conditions)}
+            in_place = rows.iloc[rows["where"].map(places).argsort(kind="stable")]
+            estimates(Axis(ax, "where", places), in_place, finals.values, theme.styles[arm], ls=line)
+        ax.grid(visible=False, axis="x")
+        if labels > width:
+            ax.tick_params(axis="x", rotation=90)
+    first = axes[0][0]
+    first.set_xticks(range(len(conditions)), labels=[condition.replace(", ", "\n") for condition in conditions])
+    first.set_xlim(-0.5, len(conditions) - 0.5)
+    return finals.finish(figure, first, every, "")
 
 
 def _differ_by_a_number(conditions: Sequence[str]) -> bool:
-    """Whether one number is all that tells them apart, as the depths of a network."""
+    """Return whether one number is all that tells them apart, as the depths of a network."""
     alike = len({re.sub(NUMBER, "0", condition) for condition in conditions}) == 1
     numbers = zip(*(re.findall(NUMBER, condition) for condition in conditions), strict=False)
     return alike and sum(len(set(values)) > 1 for values in numbers) == 1
 
 
-def by_arm(tidy: pd.DataFrame, values: pd.DataFrame, metric: Metric, canvas: Canvas) -> Figure:
-    """The final measure of every arm, one row each, a block per condition: for more arms than colours.
+def by_arm(tidy: pd.DataFrame, finals: Finals, canvas: Canvas) -> Figure:
+    """Draw the final measure of every arm, one row each, a block per condition: for more arms than colors.
 
     Args:
         tidy: the accuracy table's tidy frame, of one batch size.
-        values: the done runs' outcomes.
+        finals: the measure and the done runs' outcomes.
+        canvas: the size of the figure.
     """
-    conditions = ordered(tidy["condition"])
-    blocks = [tidy[tidy["condition"] == condition] for condition in conditions]
-    titles = [
-        wrapped(f"{condition} ({seeds(block['n'][block['n'] > 0])})", 2.4)
-        for condition, block in zip(conditions, blocks, strict=True)
-    ]
+    blocks = [(condition, tidy[tidy["condition"] == condition]) for condition in ordered(tidy["condition"])]
+    titles = [wrapped(f"{condition} ({n_seeds(block)})", 2.4) for condition, block in blocks]
     width = canvas.narrow if max(map(len, tidy["variant"])) < 20 else canvas.width
     label = {arm: wrapped(arm, 0.4 * width) for arm in tidy["variant"].unique()}
     lines = max(text.count("\n") + 1 for text in label.values())
-    heights = [block["variant"].nunique() * (0.25 + 0.75 * lines) + 0.4 for block in blocks]
+    heights = [block["variant"].nunique() * (0.25 + 0.75 * lines) + 0.4 for _, block in blocks]
     room = sum(title.count("\n") + 2 for title in titles)  # lines of titles, and the space around
     figure = Figure(figsize=(width, 0.14 * (sum(heights) + room) + 0.4), layout="constrained")
     axes = figure.subplots(len(blocks), 1, sharex=True, squeeze=False, height_ratios=heights).ravel()
-    look = Style(BLACK, "o")
-    for ax, title, block in zip(axes, titles, blocks, strict=True):
+    for ax, title, (_, block) in zip(axes, titles, blocks, strict=True):
         arms = in_order(block["variant"])
-        for i, arm in enumerate(arms):
-            estimates(ax, block[block["variant"] == arm], values, look, {arm: i}, "variant", upright=False)
+        for i, (arm, rows) in enumerate(by_variant(block)):
+            estimates(Axis(ax, "variant", {arm: i}, upright=False), rows, finals.values, Style(BLACK, "o"))
         ax.set_yticks(range(len(arms)), labels=[label[arm] for arm in arms])
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_title(title, loc="left")
-    limit(axes[0], "x", pd.concat([tidy["mean"], tidy["low"], tidy["high"]]), share=metric.unit == "%")
-    axes[-1].set_xlabel(metric.axis_label)
+    shown = pd.concat([tidy["mean"], tidy["low"], tidy["high"]])
+    limit(axes[0], "x", shown, share=finals.metric.unit == "%")
+    axes[-1].set_xlabel(finals.metric.axis_label)
     return figure
 
 
-def against_option(
-    found: Sequence[tuple[str, pd.DataFrame]], values: pd.DataFrame, metric: Metric, canvas: Canvas
-) -> Figure:
-    """The final measure against a number that a norm's options vary, one line per value of a second one: gamma's start
-    and the divisor of its learning rate, as in Davis & Frank 2021.
+def against_option(panels: Sequence[Panel], finals: Finals, canvas: Canvas) -> Figure:
+    """Draw the final measure against a number that a norm's options vary, one line per value of a second one.
+
+    As gamma's start and the divisor of its learning rate in Davis & Frank 2021.
 
     Args:
-        found: per panel its title, and rows of the accuracy table's tidy frame with the columns x, line (texts, or
-            ""), x_name.
-        values: the done runs' outcomes.
+        panels: rows of the accuracy table's tidy frame with the columns x, line (texts, or ""), x_name.
+        finals: the measure and the done runs' outcomes.
+        canvas: the size of the figure.
     """
-    across = canvas.columns(len(found))
-    figure, axes = grid(len(found), across, canvas, height=2.3, sharex=False)
-    every = pd.concat([rows for _, rows in found])
+    across = canvas.columns(len(panels))
+    figure, axes = grid(len(panels), across, canvas, height=2.3, sharex=False)
+    every = rows_of(panels)
     names = ordered(every["line"])
-    looks = dict(zip(names, styles(f"{i}" for i in range(len(names))).values(), strict=True))
-    for ax, (title, rows) in zip(axes, found, strict=True):
+    of_lines = dict(zip(names, styles(f"{i}" for i in range(len(names))).values(), strict=True))
+    for ax, panel in zip(axes, panels, strict=True):
+        rows = panel.rows
         places = sorted(rows["x"].unique())
         logarithmic = places[0] > 0 and places[-1] >= 10 * places[0]
         for i, name in enumerate(names):
             offset = 0.03 * (i - (len(names) - 1) / 2)
             span = places[-1] - places[0]
             at = {x: x * 10**offset if logarithmic else x + offset * span for x in places}
-            estimates(ax, rows[rows["line"] == name].sort_values("x"), values, looks[name], at, "x")
+            of_line = rows[rows["line"] == name].sort_values("x")
+            estimates(Axis(ax, "x", at), of_line, finals.values, of_lines[name])
         ax.set_xscale("log" if logarithmic else "linear")
         ax.set_xticks(places, labels=[f"{x:g}" for x in places])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(rows["x_name"].iloc[0])
-        ax.set_title(wrapped(title, figure.get_figwidth() / across - 0.2))
+        ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
     if any(names):
-        told = [Line2D([], [], color=look.color, marker=look.marker, label=name) for name, look in looks.items()]
-        legend(figure, told, canvas)
-    _finish(figure, axes[0], every, metric, "")
-    return figure
+        lines = [Line2D([], [], color=style.color, marker=style.marker, label=name) for name, style in of_lines.items()]
+        legend(figure, lines, canvas)
+    return finals.finish(figure, axes[0], every, "")
 
 
-def option_panels(study: Study, tidy: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """The arms that differ in one or two numbers of their norm's options, at least three values of one of them."""
-    found = []
+def option_panels(study: Study, tidy: pd.DataFrame) -> list[Panel]:
+    """Return the arms that differ in one or two numbers of their norm's options, with three values of one or more."""
+    panels = []
     runs = study.runs[study.runs["run"].isin(study.configs)]
     of_arms = {arm: study.configs[run]["norm"] for arm, run in zip(runs["arm"], runs["run"], strict=True)}
-    norms = tidy["arm"].map(of_arms)
+    norms, names = tidy["arm"].map(of_arms), tidy["variant"].str.split(" ").str[0]
     for condition in ordered(tidy["condition"]):
-        for name in in_order(tidy["variant"].str.split(" ").str[0]):
-            chosen = (tidy["condition"] == condition) & (tidy["variant"].str.split(" ").str[0] == name)
+        for name in in_order(names):
+            chosen = (tidy["condition"] == condition) & (names == name)
             rows, options = tidy[chosen], norms[chosen].dropna()
             table = pd.DataFrame(list(options), index=options.index)
             counts = table.select_dtypes("number").nunique().sort_values(ascending=False, kind="stable")
@@ -304,52 +320,51 @@ def option_panels(study: Study, tidy: pd.DataFrame) -> list[tuple[str, pd.DataFr
                 continue
             table = table.dropna(subset=varied)
             line = [f"{varied[1]}={value:g}" for value in table[varied[1]]] if len(varied) > 1 else ""
-            told = seeds(rows["n"][rows["n"] > 0])
-            rows = rows.loc[table.index].assign(x=table[varied[0]], line=line, x_name=varied[0])
-            found.append((f"{name}, {condition} ({told})", rows))
-    return found
+            placed = rows.loc[table.index].assign(x=table[varied[0]], line=line, x_name=varied[0])
+            panels.append(Panel(f"{name}, {condition} ({n_seeds(rows)})", placed))
+    return panels
 
 
-def estimates(
-    ax: Axes,
-    rows: pd.DataFrame,
-    values: pd.DataFrame,
-    look: Style,
-    places: Mapping[Any, float],
-    by: str,
-    upright: bool = True,
-    **line: Any,
-) -> None:
-    """Means with t-intervals, single seeds as faint dots, and a cross at the foot where runs diverged.
+@dataclass(frozen=True)
+class Axis:
+    """The places of a column's values on an axis; `upright`: the measure is on the vertical one."""
+
+    ax: Axes
+    column: str
+    places: Mapping[Any, float]
+    upright: bool = True
+
+    def plot(self, places: Sequence[float], values: Sequence[float], *form: Any, **style: Any) -> None:
+        """Plot values of the measure at these places."""
+        self.ax.plot(*((places, values) if self.upright else (values, places)), *form, **style)
+
+
+def estimates(axis: Axis, rows: pd.DataFrame, values: pd.DataFrame, style: Style, **line: Any) -> None:
+    """Draw means with t-intervals, single seeds as faint dots, and a cross at the foot where runs diverged.
 
     Args:
+        axis: the places of the rows.
         rows: of the tidy frame, one arm's.
         values: the done runs' outcomes; those of the rows' cells are drawn.
-        places: where on the axis the rows' values of the column `by` stand.
-        upright: whether the measure is the vertical axis.
+        style: the arm's color and marker.
+        line: more properties of the line through the means.
     """
-
-    def plot(x: Sequence[float], y: Sequence[float], *form: Any, **style: Any) -> None:
-        ax.plot(*((x, y) if upright else (y, x)), *form, **style)
-
-    at = [places[value] for value in rows[by]]
-    plot(at, list(rows["mean"]), color=look.color, marker=look.marker, zorder=3, **line)
-    several = rows["n"] > 1
-    if several.any():
-        x = [place for place, shown in zip(at, several, strict=True) if shown]
-        half = (rows["high"] - rows["mean"])[several]
-        bars: dict[str, Any] = {"fmt": "none", "ecolor": look.color, "elinewidth": 0.9, "capsize": 2}
-        if upright:
-            ax.errorbar(x, rows["mean"][several], yerr=half, **bars)
+    at = [axis.places[value] for value in rows[axis.column]]
+    axis.plot(at, list(rows["mean"]), color=style.color, marker=style.marker, zorder=3, **line)
+    several = rows.assign(at=at)[rows["n"] > 1]
+    if len(several):
+        half, mean = several["high"] - several["mean"], several["mean"]
+        bars: dict[str, Any] = {"fmt": "none", "ecolor": style.color, "elinewidth": 0.9, "capsize": 2}
+        if axis.upright:
+            axis.ax.errorbar(several["at"], mean, yerr=half, **bars)
         else:
-            ax.errorbar(rows["mean"][several], x, xerr=half, **bars)
-        cells = rows[several].assign(at=x)[["setting", "arm", "batch", "at"]]
-        dots = values.merge(cells, on=["setting", "arm", "batch"])
-        plot(list(dots["at"]), list(dots["value"]), ".", color=look.color, alpha=0.45, ms=3)
+            axis.ax.errorbar(mean, several["at"], xerr=half, **bars)
+        dots = values.merge(several[["setting", "arm", "batch", "at"]], on=["setting", "arm", "batch"])
+        axis.plot(list(dots["at"]), list(dots["value"]), ".", color=style.color, alpha=0.45, ms=3)
     lost = [place for place, diverged in zip(at, rows["diverged"], strict=True) if diverged]
     if lost:
-        foot = ax.get_xaxis_transform() if upright else ax.get_yaxis_transform()
-        plot(lost, [0.04] * len(lost), "x", color=look.color, transform=foot)
+        foot = axis.ax.get_xaxis_transform() if axis.upright else axis.ax.get_yaxis_transform()
+        axis.plot(lost, [0.04] * len(lost), "x", color=style.color, transform=foot)
 
 
 def _powers_of_2(ax: Axes, sizes: Sequence[int]) -> None:
@@ -357,9 +372,3 @@ def _powers_of_2(ax: Axes, sizes: Sequence[int]) -> None:
     ax.set_xticks(sizes, labels=[str(size) for size in sizes])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlim(sizes[0] / 1.5, sizes[-1] * 1.5)
-
-
-def _finish(figure: Figure, ax: Axes, rows: pd.DataFrame, metric: Metric, label: str) -> None:
-    limit(ax, "y", pd.concat([rows["mean"], rows["low"], rows["high"]]), share=metric.unit == "%")
-    figure.supxlabel(label)
-    figure.supylabel(metric.axis_label)

@@ -13,22 +13,36 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normlab.report.analysis.frames import CELL
-from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend, seeds
+from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend
 from normlab.report.study.arms import FAMILIES, in_order, natural
 from normlab.report.study.load import Study
 
 T = TypeVar("T")
-Drawn = tuple[Figure, pd.DataFrame]  # with the rows that it shows: setting, arm, batch and, of single runs, run
+Drawing = tuple[Figure, pd.DataFrame]  # with the rows that it shows: setting, arm, batch and, of single runs, run
 
 
 class Panel(NamedTuple):
+    """The title and the rows of one panel; `crowded`: one family of too many arms."""
+
     title: str
     rows: pd.DataFrame
-    crowded: bool = False  # shows a family of the arms
+    crowded: bool = False
+
+    @property
+    def arms(self) -> list[str]:
+        """Its variants in the order of tables."""
+        return in_order(self.rows["variant"])
+
+
+class Theme(NamedTuple):
+    """The style of each arm, and the canvas."""
+
+    styles: Mapping[str, Style]
+    canvas: Canvas
 
 
 def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows (with setting, arm, batch) and where they go in figures, which show a study's conditions side by side:
+    """Return the rows (with setting, arm, batch) and their place in figures, which show conditions side by side.
 
     variant: the arm without its norm_batch; norm_batch: nan for the whole batch;
     short: what tells the setting from the study's others, `resnet18, optimizer.lr=0.5`; "" if nothing;
@@ -46,10 +60,10 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
         ", ".join(word.replace(".name=", "=") for word in words[setting] if word not in common)
         for setting in cells["setting"]
     ]
-    told = [f"norm_batch={group}" if several_groups and isinstance(group, str) else "" for group in groups]
+    sizes = [f"norm_batch={group}" if several_groups and isinstance(group, str) else "" for group in groups]
     whole = "whole batch" if several_groups else ""
-    where = [", ".join(filter(None, pair)) or whole for pair in zip(short, told, strict=True)]
-    found = pd.DataFrame(
+    where = [", ".join(filter(None, pair)) or whole for pair in zip(short, sizes, strict=True)]
+    places = pd.DataFrame(
         {
             "variant": [_without_groups(arm) for arm in cells["arm"]],
             "norm_batch": groups.astype(float).to_numpy(),
@@ -61,7 +75,7 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
             ],
         }
     )
-    return rows.assign(**found.iloc[groups_of_cells.ngroup()].set_axis(rows.index))
+    return rows.assign(**places.iloc[groups_of_cells.ngroup()].set_axis(rows.index))
 
 
 def _without_groups(arm: str) -> str:
@@ -69,88 +83,97 @@ def _without_groups(arm: str) -> str:
 
 
 def common_setting(study: Study) -> str:
-    """What all settings of the study have in common: `cifar10, resnet18`."""
+    """Return the words that all settings of the study have in common: `cifar10, resnet18`."""
     words = [str(setting).split(", ") for setting in study.runs["setting"].dropna().unique()]
     return ", ".join(word for word in words[0] if all(word in others for others in words)) if words else ""
 
 
 def ordered(values: pd.Series) -> list[Any]:
+    """Return the different values in natural order."""
     return sorted(values.dropna().unique(), key=lambda value: natural(str(value)))
 
 
 def split(rows: pd.DataFrame, by: str = "condition") -> list[Panel]:
-    """One panel per condition, or one per family of arms where they are too many for one panel.
+    """Return one panel per condition, or one per family of arms where they are too many for one panel.
 
     Args:
         rows: of finished runs (with seed and state), or of a tidy frame (with n).
     """
-    found = []
+    panels = []
     for value in ordered(rows[by]):
         of_value = rows[rows[by] == value]
         for family, arms in _crowds(of_value["variant"]):
             here = of_value[of_value["variant"].isin(arms)]
-            n = here["n"] if "n" in here else _runs(here)
-            title = f"{value} ({seeds(n[n > 0])})".strip()
-            found.append(Panel(f"{family}\n{title}" if family else title, here, bool(family)))
-    return found
+            title = f"{value} ({n_seeds(here)})".strip()
+            panels.append(Panel(f"{family}\n{title}" if family else title, here, bool(family)))
+    return panels
+
+
+def by_variant(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield the arms in the order of tables, each with its rows."""
+    for arm in in_order(rows["variant"]):
+        yield arm, rows[rows["variant"] == arm]
 
 
 def _crowds(variants: pd.Series) -> list[tuple[str, list[str]]]:
-    """Arms that can share a panel, with a title: all of them, or where they are too many those of a family."""
+    """Return the arms that can share a panel, with a title: all, or those of a family where they are too many."""
     arms = in_order(variants)
     if len(arms) <= CROWD:
         return [("", arms)]
     families = {arm: name for name, members in FAMILIES.items() for arm in members}
-    found = []
+    crowds = []
     for name, members in itertools.groupby(arms, key=lambda arm: families.get(arm.split(" (")[0], "others")):
         family = list(members)
-        found += [(name, family[i : i + CROWD]) for i in range(0, len(family), CROWD)]
-    return found
+        crowds += [(name, family[i : i + CROWD]) for i in range(0, len(family), CROWD)]
+    return crowds
 
 
-def _runs(rows: pd.DataFrame) -> pd.Series:
-    return rows[rows["state"] == "done"].groupby("variant")["seed"].nunique()
+def n_seeds(rows: pd.DataFrame) -> str:
+    """Return `n = 3` or `n = 2 to 3`, the numbers of done seeds per arm.
+
+    Args:
+        rows: of finished runs (with seed and state), or of a tidy frame (with n).
+    """
+    n = rows["n"] if "n" in rows else rows[rows["state"] == "done"].groupby("variant")["seed"].nunique()
+    numbers = [int(number) for number in n if number > 0] or [0]
+    low, high = min(numbers), max(numbers)
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-def pages(found: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Figures' worth of panels, of about equal length."""
-    number = math.ceil(len(found) / size)
+def pages(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield as many items as a figure has panels, of about equal length."""
+    number = math.ceil(len(items) / size)
     for i in range(number):
-        yield found[i * len(found) // number : (i + 1) * len(found) // number]
+        yield items[i * len(items) // number : (i + 1) * len(items) // number]
 
 
-def rows_of(found: Sequence[Panel]) -> pd.DataFrame:
-    """What these panels show."""
-    return pd.concat([panel.rows for panel in found])
+def rows_of(panels: Sequence[Panel]) -> pd.DataFrame:
+    """Return the rows that these panels show."""
+    return pd.concat([panel.rows for panel in panels])
 
 
 def multiples(
-    found: Sequence[Panel],
-    looks: Mapping[str, Style],
-    canvas: Canvas,
-    more: Sequence[Artist] = (),
-    across: int | None = None,
-    **options: Any,
+    panels: Sequence[Panel], theme: Theme, more: Sequence[Artist] = (), across: int | None = None, **options: Any
 ) -> tuple[Figure, list[tuple[Axes, Panel]]]:
-    """A figure of these panels and its legend: one for all, or of the arms beside each panel where some are crowded."""
-    crowded = any(panel.crowded for panel in found)
-    across = min(len(found), int(canvas.width / 3)) if crowded else across or canvas.columns(len(found))
-    figure, axes = grid(len(found), across, canvas, **options)
-    titles = [wrapped(panel.title, figure.get_figwidth() / across - (1.2 if crowded else 0.2)) for panel in found]
-    more_lines = max(title.count("\n") for title in titles) * math.ceil(len(found) / across)
+    """Return a figure of these panels with its legend: one for all, or one beside each panel where some are crowded."""
+    crowded, canvas = any(panel.crowded for panel in panels), theme.canvas
+    across = min(len(panels), int(canvas.width / 3)) if crowded else across or canvas.columns(len(panels))
+    figure, axes = grid(len(panels), across, canvas, **options)
+    titles = [wrapped(panel.title, figure.get_figwidth() / across - (1.2 if crowded else 0.2)) for panel in panels]
+    more_lines = max(title.count("\n") for title in titles) * math.ceil(len(panels) / across)
     figure.set_figheight(figure.get_figheight() + 0.13 * more_lines)
-    for ax, panel, title in zip(axes, found, titles, strict=True):
+    for ax, panel, title in zip(axes, panels, titles, strict=True):
         ax.set_title(title)
         if crowded:
-            ax.legend(handles=handles(panel.rows["variant"], looks), loc="center left", bbox_to_anchor=(1, 0.5))
-    own = [] if crowded else handles(rows_of(found)["variant"], looks)
+            ax.legend(handles=handles(panel.arms, theme.styles), loc="center left", bbox_to_anchor=(1, 0.5))
+    own = [] if crowded else handles(rows_of(panels)["variant"], theme.styles)
     if own or more:
         legend(figure, [*own, *more], canvas)
-    return figure, list(zip(axes, found, strict=True))
+    return figure, list(zip(axes, panels, strict=True))
 
 
 def wrapped(title: str, inches: float) -> str:
-    """Broken after commas and before brackets where a line would be longer than this."""
+    """Return the title broken after commas and before brackets where a line would be longer than this."""
     lines = []
     for paragraph in title.splitlines():
         lines.append("")
@@ -166,7 +189,7 @@ def wrapped(title: str, inches: float) -> str:
 def grid(
     number: int, across: int, canvas: Canvas, height: float = 1.9, width: float | None = None, **shared: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of small multiples, so many beside each other, each `height` inches high."""
+    """Return a figure of small multiples, `across` beside each other, each `height` inches high."""
     down = math.ceil(number / across)
     width = width or (canvas.narrow if across == 1 else canvas.width)
     figure = Figure(figsize=(width, height * down + 0.5), layout="constrained")
@@ -179,16 +202,18 @@ def grid(
 
 
 def ticks(ax: Axes, values: pd.Series, number: int = 4) -> None:
-    """Of an axis of steps, epochs or layers: whole numbers, and of a single one itself."""
+    """Tick an axis of steps, epochs or layers at whole numbers, and one of a single value there."""
     if values.nunique() == 1:
         ax.set_xticks([values.iloc[0]])
     else:
         ax.xaxis.set_major_locator(MaxNLocator(number, integer=True))
 
 
-def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, look: Style, scale: float = 1.0, **line: Any) -> None:
-    """One arm's course: the mean over the done seeds, a band from the lowest to the highest (where n > 1), and every
-    diverged run as a dotted line that ends in a cross, part of no mean. A run's value is its mean over layers.
+def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, scale: float = 1.0, **line: Any) -> None:
+    """Draw one arm along the training: the mean over the done seeds and a band from the lowest to the highest.
+
+    There is no band of one seed. Every diverged run is a dotted line that ends in a cross, part of no mean. A run's
+    value is its mean over layers.
 
     Args:
         rows: of one arm: seed, state, `x`, `y`.
@@ -199,13 +224,13 @@ def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, look: Style, scale: floa
     done = values[values["state"] == "done"]
     curve = done.groupby(x)[y].agg(["mean", "min", "max"])
     every = max(1, math.ceil(len(curve) / 6))
-    style = {"color": look.color, "marker": look.marker, "markevery": every, "ms": 3, **line}
+    form = {"color": style.color, "marker": style.marker, "markevery": every, "ms": 3, **line}
     if len(curve):
-        ax.plot(curve.index, curve["mean"], **style)
-    if done["seed"].nunique() > 1 and style["marker"]:
-        ax.fill_between(curve.index, curve["min"], curve["max"], color=look.color, alpha=0.18, lw=0)
+        ax.plot(curve.index, curve["mean"], **form)
+    if done["seed"].nunique() > 1 and form["marker"]:
+        ax.fill_between(curve.index, curve["min"], curve["max"], color=style.color, alpha=0.18, lw=0)
     for _, lost in values[values["state"] == "diverged"].groupby("seed"):
-        ax.plot(lost[x], lost[y], ":", color=look.color, lw=0.9)
-        if style["marker"]:
+        ax.plot(lost[x], lost[y], ":", color=style.color, lw=0.9)
+        if form["marker"]:
             last = lost.dropna(subset=[y])
-            ax.plot(last[x].iloc[-1:], last[y].iloc[-1:], "x", color=look.color)
+            ax.plot(last[x].iloc[-1:], last[y].iloc[-1:], "x", color=style.color)

@@ -1,6 +1,6 @@
-"""How figures look: their sizes, for papers and slides, and one colour and one marker per arm.
+"""The style of figures: their sizes, for papers and slides, and one color and one marker per arm.
 
-Colours are those of Okabe & Ito (2008), which colour-blind readers can tell apart, with a grey and a brown.
+Colors are those of Okabe & Ito (2008), which color-blind readers can tell apart, with a grey and a brown.
 """
 
 import io
@@ -52,7 +52,7 @@ RC: dict[Any, Any] = {
 
 
 class Canvas(NamedTuple):
-    """How large figures are, and what is laid over our style.
+    """The size of figures, and a style laid over ours.
 
     Attributes:
         size: `double` or `single`, as wide as two columns or one of a paper, or `slide`, 16:9 and small, so that a
@@ -75,22 +75,22 @@ class Canvas(NamedTuple):
 
     @property
     def across(self) -> Sequence[int]:
-        """How many panels may stand beside each other in several rows, the usual number first."""
+        """The numbers of panels that may stand beside each other in several rows, the usual one first."""
         return {"double": (4, 3, 5), "single": (2,), "slide": (3, 2)}[self.size]
 
     @property
     def panels(self) -> int:
-        """Of one figure, at most."""
+        """The most panels of one figure."""
         return {"double": 12, "single": 8, "slide": 6}[self.size]
 
     def columns(self, number: int) -> int:
-        """Panels beside each other, such that the last row is full if it can be."""
+        """Return the number of panels beside each other with which the last row is full, if there is one."""
         if number < 4 and number <= max(self.across):
             return number
         return next((across for across in self.across if number % across == 0), self.across[0])
 
     def context(self) -> AbstractContextManager[None]:
-        """In which its figures are to be drawn and written."""
+        """Return the context in which its figures are to be drawn and written."""
         dots = {"savefig.dpi": 300 if self.size == "slide" else RC["savefig.dpi"]}  # a size that is promised
         if self.style is None:
             return mpl.rc_context(RC | dots)
@@ -99,7 +99,7 @@ class Canvas(NamedTuple):
         return style.context([RC, self.style, dots])
 
     def shape(self, figure: Figure) -> Figure:
-        """The finished figure; for a slide as high and wide as that is, larger if its contents are."""
+        """Return the finished figure; for a slide in the slide's shape, and larger if its contents are."""
         if self.size == "slide":
             height = max(figure.get_figheight(), figure.get_figwidth() * 9 / 16)
             figure.set_size_inches(height * 16 / 9, height)
@@ -110,6 +110,8 @@ PAPER = Canvas()
 
 
 class Style(NamedTuple):
+    """The color and the marker of an arm."""
+
     color: str
     marker: str
 
@@ -119,40 +121,42 @@ PURPLE, SKY, ORANGE, GREY, BROWN = "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "
 _MARKERS = "os^DvPX*<"
 
 
-def _looks() -> dict[str, Style]:
-    """The look of each known arm: within a family no colour comes twice, and blue is BN's alone, black none's."""
-    found = {}
+def _known_styles() -> dict[str, Style]:
+    """Return the style of each known arm: within a family no color comes twice; blue is BN's alone, black none's."""
+    known = {}
     colors = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE)
     for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms look alike
         for i, arm in enumerate(family):
-            found[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
+            known[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
         colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN)
-    return found
+    return known
 
 
-_KNOWN = _looks()
+_KNOWN = _known_styles()
 _COLORS = (PURPLE, SKY, ORANGE, GREY, GREEN, VERMILION, BROWN)
 _OTHERS = [Style(color, marker) for marker in _MARKERS for color in _COLORS]
 
 
 def styles(arms: Iterable[str]) -> dict[str, Style]:
-    """Colour and marker of each arm: by its name, so that studies agree on them. Where two of a few arms fall on the
-    same colour, the later one in the order of tables gets another.
+    """Return the color and marker of each arm: by its name, so that studies agree on them.
+
+    Where two of a few arms fall on the same color, the later one in the order of tables gets another.
     """
-    found: dict[str, Style] = {}
+    chosen: dict[str, Style] = {}
     names = in_order(arms)
     for arm in names:
         first = zlib.crc32(arm.encode()) % len(_OTHERS)
         own = _KNOWN.get(arm) or _KNOWN.get(arm.split(" (")[0]) or _OTHERS[first]
-        free = [style for style in (own, *_OTHERS[first:], *_OTHERS[:first]) if style not in found.values()] or [own]
-        colors = {style.color for style in found.values()} if len(names) <= CROWD else set()
-        found[arm] = next((style for style in free if style.color not in colors), free[0])
-    return found
+        free = [style for style in (own, *_OTHERS[first:], *_OTHERS[:first]) if style not in chosen.values()] or [own]
+        colors = {style.color for style in chosen.values()} if len(names) <= CROWD else set()
+        chosen[arm] = next((style for style in free if style.color not in colors), free[0])
+    return chosen
 
 
 def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = False) -> None:
-    """Limits of one axis around what is shown: a share's (in %) end at 0 and 100, and the axis of positive values that
-    span a factor of ten is logarithmic.
+    """Set the limits of one axis around the values shown.
+
+    Those of a share (in %) end at 0 and 100, and the axis of positive values that span a factor of ten is logarithmic.
     """
     values = shown.replace([math.inf, -math.inf], math.nan).dropna()
     if values.empty:
@@ -171,8 +175,9 @@ def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = 
 
 
 def legend(figure: Figure, handles: Sequence[Artist], canvas: Canvas) -> None:
-    """Above the panels, in as many columns as fit; beside a narrow figure, which then is wide, where it would be high.
-    The figure grows with it.
+    """Add a legend above the panels, in as many columns as fit; the figure grows with it.
+
+    Where it would be high, it stands beside a narrow figure, which becomes wide.
     """
     lengths = [len(str(handle.get_label())) for handle in handles]
     for columns in range(len(handles), 0, -1):
@@ -188,23 +193,17 @@ def legend(figure: Figure, handles: Sequence[Artist], canvas: Canvas) -> None:
     figure.legend(handles=list(handles), loc="outside upper center", ncols=columns, columnspacing=1.2)
 
 
-def handles(arms: Iterable[str], looks: Mapping[str, Style]) -> list[Artist]:
-    return [Line2D([], [], color=looks[arm].color, marker=looks[arm].marker, label=arm) for arm in in_order(arms)]
-
-
-def seeds(numbers: Iterable[float]) -> str:
-    """`n = 3`, `n = 2 to 3`."""
-    found = [int(number) for number in numbers] or [0]
-    low, high = min(found), max(found)
-    return f"n = {low}" if low == high else f"n = {low} to {high}"
+def handles(arms: Iterable[str], styles: Mapping[str, Style]) -> list[Artist]:
+    """Return the entries of a legend, in the order of tables."""
+    return [Line2D([], [], color=styles[arm].color, marker=styles[arm].marker, label=arm) for arm in in_order(arms)]
 
 
 def encode(figure: Figure, suffix: str, canvas: Canvas = PAPER) -> bytes:
-    """The figure as a file's content, `png` or `pdf`; the same figure gives the same bytes."""
+    """Return the figure as a file's content, `png` or `pdf`; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with canvas.context():
         figure.savefig(buffer, format=suffix, metadata={"CreationDate": None} if suffix == "pdf" else None)
-    if suffix == "png":  # 256 colours are a fraction of the bytes; by coverage, so that a thin line keeps its own
+    if suffix == "png":  # 256 colors are a fraction of the bytes; by coverage, so that a thin line keeps its own
         drawn = Image.open(buffer)
         dpi = drawn.info["dpi"]
         image = drawn.convert("RGB")

@@ -42,7 +42,7 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     batch, say) does not split the table: its values are in the remark.
     """
     cells = flat_cells(configs)
-    flat = list(cells.values())
+    flat = _beside_trained(list(cells.values()))
     # A probe changes nothing of a run: runs with and without it are of one cell.
     elsewhere = (*OF_THE_ARM, "norm_batch", "batch", "seed", "probe")
     splitting = [key for key in varying(flat) if not key.startswith(elsewhere)]
@@ -69,6 +69,29 @@ def flat_cells(configs: Iterable[Mapping[str, Any]]) -> dict[Hashable, dict[str,
     """Return the flat settings that can change a result by `cell_key`: a study has far fewer cells than runs."""
     cells = {cell_key(config): config for config in configs}
     return {cell: flatten(runs.completed(runs.identity(config))) for cell, config in cells.items()}
+
+
+def _beside_trained(flat: Sequence[Mapping[str, Hashable]]) -> list[Mapping[str, Hashable]]:
+    """Complete imported runs, to place them only, by what all trained runs have that are most like them.
+
+    A setting that an imported run does not state then makes no table of its own.
+    """
+    trained = [row for row in flat if IMPORTED not in row]
+    return [{**_in_common(row, trained), **row} if IMPORTED in row else row for row in flat]
+
+
+def _in_common(row: Mapping[str, Hashable], trained: Sequence[Mapping[str, Hashable]]) -> dict[str, Hashable]:
+    """Return the settings that all trained runs of the same network and data set share that are most like `row`."""
+    network = ("dataset.name", "model.name", "depth")
+    alike = [other for other in trained if all(other.get(key) == row.get(key) for key in network)]
+    of_the_arm = (*OF_THE_ARM, "norm_batch", "seed", "probe")
+    for key in row:
+        if not key.startswith(of_the_arm):
+            alike = [other for other in alike if other.get(key, "") == row[key]] or alike
+    if not alike:
+        return {}
+    varied = varying(alike)
+    return {key: value for key, value in alike[0].items() if key not in varied and not key.startswith(of_the_arm)}
 
 
 def in_order(arms: Iterable[str]) -> list[str]:
