@@ -132,7 +132,7 @@ def test_a_damaged_configuration_is_written_again(run, damage) -> None:
 
 def test_a_planned_run_has_no_status(run) -> None:
     assert runs.read_status(run.folder) is None
-    assert run.state == "new"
+    assert run.state == "planned"
     assert runs.find(run.folder.parent) == [run.folder]
 
 

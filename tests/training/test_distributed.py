@@ -310,7 +310,7 @@ def test_a_busy_run_is_left_alone_by_all(tmp_path) -> None:
         status, _, error = ended(tasks(tmp_path, *COMMAND))
     assert status == 1
     assert "is already being trained by process" in error
-    assert run.state == "new"
+    assert run.state == "planned"
 
 
 def test_torchrun_is_interrupted_with_a_checkpoint_and_goes_on(tmp_path) -> None:

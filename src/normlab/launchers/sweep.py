@@ -99,7 +99,7 @@ def _state(run: runs.Run) -> tuple[str, dict[str, Any]]:
     if run.over:
         return DONE, runs.read_status(run.folder) or {}
     state = run.state
-    if state in ("running", *runs.FINISHED):
+    if state in (runs.State.RUNNING, *runs.FINISHED):
         trainer = holder(run.folder)
         return (RUNNING if trainer and not trainer.gone else TO_RESUME), {}
-    return {"new": NEW, "interrupted": TO_RESUME}.get(state, FAILED), {}
+    return {runs.State.PLANNED: NEW, runs.State.INTERRUPTED: TO_RESUME}.get(state, FAILED), {}

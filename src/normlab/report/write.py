@@ -21,11 +21,12 @@ from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
 from normlab.report.study.find import find_studies, study_folder
-from normlab.report.study.load import FINISHED, Study, first_line, load
+from normlab.report.study.load import Study, first_line, load
 from normlab.report.study.provenance import Sources, mixtures, sources
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status
 from normlab.runs import files
+from normlab.runs.states import FINISHED
 
 if TYPE_CHECKING:
     from normlab.report.figures import Named

@@ -1,7 +1,6 @@
 """A run on disk: identity, folder, status, metrics. No torch, no Hydra."""
 
 from normlab.runs.folder import (
-    FINISHED,
     LOG,
     METRICS,
     PROBES,
@@ -17,6 +16,7 @@ from normlab.runs.folder import (
     read_status,
 )
 from normlab.runs.identity import completed, identity, run_id, run_name
+from normlab.runs.states import FINISHED, State
 
 __all__ = [
     "FINISHED",
@@ -25,6 +25,7 @@ __all__ = [
     "PROBES",
     "PROVENANCE",
     "Run",
+    "State",
     "completed",
     "find",
     "identity",

@@ -24,12 +24,12 @@ from typing import Any
 from normlab.common.errors import UserError
 from normlab.runs import files, lock
 from normlab.runs.identity import completed, run_id, run_name
+from normlab.runs.states import FINISHED, State, recorded_state
 
 CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
 LOG = "run.log"
 PROBES = "probes"
 _SEED = re.compile(r"^seed: (0|[1-9]\d*)$", re.MULTILINE)  # of the outermost mapping: others are indented
-FINISHED = ("done", "diverged")  # states that a repeated command skips
 
 
 def now() -> str:
@@ -164,13 +164,13 @@ class Run:
         self._claim: lock.Claim | None = None
 
     @property
-    def state(self) -> str:
-        """`new`, or the state of status.json; a damaged status counts as `failed`."""
+    def state(self) -> State:
+        """The state that status.json records: planned where there is none, failed where it is damaged."""
         try:
             status = read_status(self.folder)
         except UserError:
-            return "failed"
-        return str(status.get("state", "failed")) if status else "new"
+            return State.FAILED
+        return recorded_state(status) or State.FAILED if status is not None else State.PLANNED
 
     @property
     def over(self) -> bool:

@@ -34,11 +34,11 @@ from typing import Self
 
 from normlab.common.errors import RunBusyError
 from normlab.runs.files import storage_error
+from normlab.runs.states import STALE_SECONDS
 
 LOCK, CLAIM = "run.lock", "run.claim"
 BEAT_SECONDS = 5.0  # between two signs of life of a holder
-SILENT_SECONDS = 20.0  # a holder on another host without a sign of life for so long may be dead: wait and see
-STALE_SECONDS = 120.0  # and for so long: is. More than an NFS client caches attributes (60 s by default)
+SILENT_SECONDS = 20.0  # a holder on another host without a sign of life for so long may be dead: wait until it is stale
 SETTLE_SECONDS = 1.0  # after a takeover from another host: whoever else took it over must have become visible
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without flock
 
@@ -121,10 +121,9 @@ class Claim:
     """A claim that this process holds, and keeps alive until `release`."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
-        """
-        Raises:
-            FileExistsError: if there is a claim already.
-            OSError: if it cannot be written.
+        """Raises:
+        FileExistsError: if there is a claim already.
+        OSError: if it cannot be written.
         """
         self.path, self._token = path, holder.token
         self._released = threading.Event()
@@ -154,9 +153,8 @@ class Claim:
             return False
 
     def verify(self) -> None:
-        """
-        Raises:
-            RunBusyError: if another process has taken the run over.
+        """Raises:
+        RunBusyError: if another process has taken the run over.
         """
         if not self.held:
             by = holder(self.path.parent)

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from normlab.common.errors import UserError
 from normlab.report import study_status
-from normlab.report.study import load, status
+from normlab.report.study import status
+from normlab.report.study.load import load
 from normlab.report.study.status import RunStatus, Survey, show_status, summary, time_left, view
 from normlab.runs import lock
 

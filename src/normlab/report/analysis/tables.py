@@ -43,7 +43,8 @@ from normlab.report.analysis.statistics import (
     tails,
 )
 from normlab.report.study.arms import in_order, natural
-from normlab.report.study.load import FINISHED, Study
+from normlab.report.study.load import Study
+from normlab.runs.states import FINISHED
 
 CELL = ["setting", "arm", "batch"]
 

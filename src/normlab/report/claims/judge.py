@@ -20,8 +20,9 @@ from normlab.report.analysis.measures import Measure, chance
 from normlab.report.analysis.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
 from normlab.report.claims.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Claim, Comparison, Side, claims
 from normlab.report.study.arms import OF_THE_ARM, but_for_the_seed, flatten, natural
-from normlab.report.study.load import FINISHED, Study
+from normlab.report.study.load import Study
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
+from normlab.runs.states import FINISHED
 
 LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
 SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "inconclusive", "not run"

@@ -16,7 +16,8 @@ from normlab.report.figures import accuracy as accuracies
 from normlab.report.figures import probe_figures as probes
 from normlab.report.figures.panels import Drawn, arrange, common_setting, pages, rows_of, split
 from normlab.report.figures.style import CROWD, DOUBLE, PAPER, SINGLE, Canvas, Style, encode, styles
-from normlab.report.study.load import FINISHED, Study
+from normlab.report.study.load import Study
+from normlab.runs.states import FINISHED
 
 __all__ = ["DOUBLE", "SINGLE", "Canvas", "Named", "draw", "encode", "styles"]
 

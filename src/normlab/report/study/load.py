@@ -19,11 +19,9 @@ from normlab.report.study.arms import Place, but_for_the_seed, flatten, places, 
 from normlab.report.study.find import holds_runs, study_folder
 from normlab.report.study.index import TEXTS, Columns, Index, length
 from normlab.runs import lock
+from normlab.runs.states import FINISHED, STALE_SECONDS, State
 
-STATES = ("done", "running", "diverged", "failed", "interrupted", "missing")
-UNREADABLE = "unreadable"  # a run whose files are damaged: counted apart, part of no mean
-FINISHED = ("done", "diverged")
-STALE_SECONDS = 120  # a running run writes a heartbeat more often than this
+STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
 
 _RUN_COLUMNS = [
     "run", "setting", "arm", "batch", "seed", "state", "note", "epochs",
@@ -72,8 +70,8 @@ class Study:
     def states(self) -> dict[str, int]:
         """Number of runs in each state, gaps of the grid among the missing."""
         counts = self.runs["state"].value_counts()
-        names = [*STATES, UNREADABLE] if UNREADABLE in counts else STATES
-        return {state: int(counts.get(state, 0)) for state in names}
+        names = [*STATES, State.UNREADABLE] if State.UNREADABLE in counts else STATES
+        return {str(state): int(counts.get(state, 0)) for state in names}
 
     def __repr__(self) -> str:
         told = ", ".join(f"{number} {state}" for state, number in self.states().items() if number)
@@ -153,7 +151,7 @@ def load(
             configs[path.name] = _config(path)
         except UserError as error:
             warnings.append(str(error))
-            rows.append({"run": path.name, "state": UNREADABLE, "note": first_line(error)})
+            rows.append({"run": path.name, "state": State.UNREADABLE, "note": first_line(error)})
             continue
         row, evaluations, complaints = _read(path, configs[path.name], now, index)
         rows.append(row)
@@ -215,7 +213,7 @@ def _read(
     try:
         status = runs.read_status(path)
     except UserError as error:
-        return row | {"state": UNREADABLE, "note": first_line(error)}, {}, [str(error)]
+        return row | {"state": State.UNREADABLE, "note": first_line(error)}, {}, [str(error)]
     if status is None:
         return row, {}, []
     measured, warnings = index.read(path.name, runs.METRICS)
@@ -223,10 +221,10 @@ def _read(
     row["state"], row["note"] = status.get("state"), _note(path, status, now)
     if row["state"] not in STATES:
         row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
-        row["state"] = UNREADABLE
+        row["state"] = State.UNREADABLE
     if row["state"] == "done" and (not measured or measured["epoch"][-1] != config.get("epochs")):
         # An earlier epoch's accuracy must not pass for the final one.
-        row["state"], row["note"] = UNREADABLE, "done, but its last evaluation cannot be read"
+        row["state"], row["note"] = State.UNREADABLE, "done, but its last evaluation cannot be read"
         warnings.append(
             f"{path / 'metrics.jsonl'} lacks the evaluation after epoch {config.get('epochs')}, so the run is"
             " left out of the tables. Delete the run's folder and start the run again."

@@ -14,7 +14,8 @@ import pandas as pd
 
 from normlab import __version__
 from normlab.common import git as checkout
-from normlab.report.study.load import FINISHED, Study
+from normlab.report.study.load import Study
+from normlab.runs.states import FINISHED
 
 UNKNOWN = "not recorded"
 

@@ -18,23 +18,22 @@ from rich.text import Text
 
 from normlab.common.errors import UserError
 from normlab.common.progress import one_line, redraws, span
-from normlab.report.study.load import UNREADABLE, first_line, seconds_since
+from normlab.report.study.load import first_line, seconds_since
 from normlab.runs import files
-from normlab.runs.folder import CONFIG, FINISHED, STATUS
+from normlab.runs.folder import CONFIG, STATUS
 from normlab.runs.lock import Holder, holder
+from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
 COLORS = {
-    "running": "cyan",
-    "lost": "red",
-    "failed": "red",
-    UNREADABLE: "red",
-    "interrupted": "yellow",
-    "planned": "",
-    "diverged": "magenta",
-    "done": "green",
+    State.RUNNING: "cyan",
+    State.LOST: "red",
+    State.FAILED: "red",
+    State.UNREADABLE: "red",
+    State.INTERRUPTED: "yellow",
+    State.PLANNED: "",
+    State.DIVERGED: "magenta",
+    State.DONE: "green",
 }
-RECORDED = ("running", "failed", "interrupted", *FINISHED)  # what status.json may say
-OPEN = ("running", "lost", "interrupted", "planned")  # states that a sweep still takes further
 ROWS = 20  # runs listed of a state; finished runs only in a study of no more than these
 REFRESH_SECONDS = 2.0
 
@@ -44,7 +43,7 @@ class RunStatus:
     """One run: its state, what status.json says, why it is in a bad state, and who holds it while it runs."""
 
     name: str
-    state: str
+    state: State
     facts: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     holder: Holder | None = None
@@ -62,7 +61,7 @@ class RunStatus:
     @property
     def total_seconds(self) -> float | None:
         """What the run takes in all, or None if nothing tells yet."""
-        if self.state not in ("running", "done") or not self.share:
+        if self.state not in (State.RUNNING, State.DONE) or not self.share:
             return None
         return (self.number("wall_seconds") or 0.0) / self.share
 
@@ -97,24 +96,24 @@ class Survey:
         try:
             written = os.stat(f"{folder}/{STATUS}").st_mtime_ns  # noqa: PTH116  # half the time of a Path's
         except FileNotFoundError:
-            return RunStatus(name, "planned") if os.path.exists(f"{folder}/{CONFIG}") else None  # noqa: PTH110
+            return RunStatus(name, State.PLANNED) if os.path.exists(f"{folder}/{CONFIG}") else None  # noqa: PTH110
         except OSError as error:
-            return RunStatus(name, UNREADABLE, note=f"{error.strerror}: {error.filename}")
+            return RunStatus(name, State.UNREADABLE, note=f"{error.strerror}: {error.filename}")
         seen, run = self._seen.get(name, (None, None))
         if run is None or seen != written:
             run = _read(Path(folder))
             self._seen[name] = (written, run)
-        return _held(run, Path(folder)) if run.state == "running" else run
+        return _held(run, Path(folder)) if run.state == State.RUNNING else run
 
 
 def _read(folder: Path) -> RunStatus:
     try:
         facts = files.read_json(folder / STATUS)
     except UserError as error:
-        return RunStatus(folder.name, UNREADABLE, note=first_line(error).removeprefix(f"{folder}/"))
-    state = facts.get("state")
-    if state not in RECORDED:
-        return RunStatus(folder.name, UNREADABLE, note=f"{STATUS} has the unknown state {state!r}")
+        return RunStatus(folder.name, State.UNREADABLE, note=first_line(error).removeprefix(f"{folder}/"))
+    state = recorded_state(facts)
+    if state is None:
+        return RunStatus(folder.name, State.UNREADABLE, note=f"{STATUS} has the unknown state {facts.get('state')!r}")
     return RunStatus(folder.name, state, facts, first_line(facts.get("error") or ""))
 
 
@@ -122,11 +121,11 @@ def _held(run: RunStatus, folder: Path) -> RunStatus:
     """A run that says it is running, as its claim shows it."""
     by = holder(folder)
     if by and not by.gone:
-        return RunStatus(run.name, "running", run.facts, holder=by)
+        return RunStatus(run.name, State.RUNNING, run.facts, holder=by)
     again = _read(folder)  # it may have ended in between, and a claim goes with its process
-    if again.state != "running":
+    if again.state != State.RUNNING:
         return again
-    return RunStatus(run.name, "lost", again.facts, "its process is gone", by)
+    return RunStatus(run.name, State.LOST, again.facts, "its process is gone", by)
 
 
 def time_left(runs: Sequence[RunStatus]) -> float | None:
@@ -138,7 +137,7 @@ def time_left(runs: Sequence[RunStatus]) -> float | None:
     for run in runs:
         if run.total_seconds:
             known[run.cell].append(run.total_seconds)
-    running = [run for run in runs if run.state == "running"]
+    running = [run for run in runs if run.state == State.RUNNING]
     if not running or not known:
         return None
     by_cell = {cell: fmean(seconds) for cell, seconds in known.items()}
@@ -147,7 +146,7 @@ def time_left(runs: Sequence[RunStatus]) -> float | None:
     def left(run: RunStatus) -> float:
         return (run.total_seconds or by_cell.get(run.cell, typical)) * (1 - run.share)
 
-    work = sum(left(run) for run in runs if run.state in OPEN)
+    work = sum(left(run) for run in runs if run.state in UNFINISHED)
     return max(work / len(running), *map(left, running))
 
 
@@ -166,22 +165,22 @@ def view(study: str, runs: Sequence[RunStatus], now: datetime | None = None) -> 
     """The summary, a table for each state, and what to do if nothing goes on."""
     now = now or datetime.now(UTC)
     parts: list[RenderableType] = [summary(study, runs)]
-    by_state: dict[str, list[RunStatus]] = defaultdict(list)
+    by_state: dict[State, list[RunStatus]] = defaultdict(list)
     for run in runs:
         by_state[run.state].append(run)
     for state, color in COLORS.items():
         if by_state[state] and (state not in FINISHED or len(runs) <= ROWS):
             parts += [Text(), *_section(state, color, by_state[state], now)]
-    if not by_state["running"] and any(by_state[state] for state in (*OPEN, "failed")):
+    if not by_state[State.RUNNING] and any(by_state[state] for state in (*UNFINISHED, State.FAILED)):
         told = "Nothing runs. The command that started the study goes on where it stopped, when given again."
         parts += [Text(), Text(told)]
-    elif by_state["lost"]:
+    elif by_state[State.LOST]:
         told = "The process of a lost run is gone: the same command, given again, goes on from its checkpoint."
         parts += [Text(), Text(told)]
     return Group(*parts)
 
 
-def _section(state: str, color: str, runs: Sequence[RunStatus], now: datetime) -> Iterator[RenderableType]:
+def _section(state: State, color: str, runs: Sequence[RunStatus], now: datetime) -> Iterator[RenderableType]:
     columns = _COLUMNS[state]
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="dim")
     table.add_column(Text(state, f"not dim {color}"), overflow="fold")  # a name that is whole can be copied
@@ -201,7 +200,7 @@ def _progress(run: RunStatus, now: datetime) -> str:
     epoch, epochs = run.number("epoch"), run.number("epochs")
     if epoch is None or not epochs:
         doing = run.facts.get("doing")
-        return (one_line(doing) if doing else "starting") if run.state == "running" else "not begun"
+        return (one_line(doing) if doing else "starting") if run.state == State.RUNNING else "not begun"
     return f"epoch {min(epoch + 1, epochs):.0f}/{epochs:.0f}, {run.share:.0%}"
 
 
@@ -246,14 +245,14 @@ _CELLS: dict[str, Callable[[RunStatus, datetime], str]] = {
     "why": _note,
 }
 _COLUMNS = {
-    "running": ("progress", "time left", "accuracy", "heartbeat", "where"),
-    "lost": ("progress", "accuracy", "heartbeat", "where"),
-    "interrupted": ("progress", "accuracy", "heartbeat", "where"),
-    "failed": ("where", "heartbeat", "error"),
-    UNREADABLE: ("why",),
-    "planned": (),
-    "diverged": ("progress", "wall time", "why"),
-    "done": ("accuracy", "wall time"),
+    State.RUNNING: ("progress", "time left", "accuracy", "heartbeat", "where"),
+    State.LOST: ("progress", "accuracy", "heartbeat", "where"),
+    State.INTERRUPTED: ("progress", "accuracy", "heartbeat", "where"),
+    State.FAILED: ("where", "heartbeat", "error"),
+    State.UNREADABLE: ("why",),
+    State.PLANNED: (),
+    State.DIVERGED: ("progress", "wall time", "why"),
+    State.DONE: ("accuracy", "wall time"),
 }
 
 
@@ -304,7 +303,7 @@ def _looks(survey: Survey) -> Iterator[list[RunStatus]]:
         begun = time.monotonic()
         runs = survey.look()
         yield runs
-        if not any(run.state in OPEN for run in runs):
+        if not any(run.state in UNFINISHED for run in runs):
             return
         time.sleep(max(REFRESH_SECONDS, time.monotonic() - begun))  # on a slow file system, not all of the time
 
