@@ -41,7 +41,7 @@ def _train() -> None:
             doctor.carry_out(composed)
         from normlab.launchers import single  # not for a report
 
-        return single.carry_out(composed)
+        return single.run(composed)
 
     main()
 
