@@ -6,12 +6,10 @@ import multiprocessing
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,11 +21,11 @@ from normlab.common.progress import span
 from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
-from normlab.launchers.pool import Worker, prepare_process, workers_for
-from normlab.launchers.sweep import Job, Sweep, image_cost
+from normlab.launchers.pool import Worker, workers_for
+from normlab.launchers.sweep import Job, Sweep, run_cost
 from normlab.runs import State
 
-SAMPLE = 200  # finished runs that are read, at most
+READ = 200  # finished runs that are read, at most
 WIDE = 160  # columns, where no terminal has fewer
 LISTED = 200  # runs that are listed one by one
 PLANS = {  # how a sweep will treat a run in each state, and the color of that
@@ -106,89 +104,94 @@ def _gigabytes(number: float) -> str:
 
 
 def _kind(config: schema.RunConfig) -> tuple[Hashable, Hashable]:
-    """Return the settings that decide the cost of an image: all of them, and those of the network."""
+    """Return the settings that decide the cost of a run, in detail and without the norm."""
     network = (config.model.name, config.depth, config.dataset.name, config.batch)
     detail = (config.norm.name, config.norm_batch, config.precision, config.eval_stats, tuple(config.probe))
     return (*network, *detail), network
 
 
-class _Timings:
-    """Seconds per image and epoch, and peak memory, of runs that were timed; by the settings that decide them."""
+@dataclass(frozen=True)
+class _Sample:
+    """A run that was timed: seconds per unit of `run_cost`, and peak memory in bytes."""
 
-    def __init__(self) -> None:
-        self.rates: dict[Hashable, list[float]] = defaultdict(list)
-        self.memory: dict[Hashable, list[float]] = defaultdict(list)
-        self.tried: set[Hashable] = set()
+    config: schema.RunConfig
+    rate: float
+    memory: float
+    tried: bool = False  # for a few steps only
 
-    def add(self, config: schema.RunConfig, rate: float, memory: float) -> None:
-        """Add a run of `rate` seconds per image and epoch, and `memory` bytes."""
-        for key, relative in (*((key, 1.0) for key in _kind(config)), (None, image_cost(config))):
-            self.rates[key].append(rate / relative)
-            self.memory[key].append(memory)
 
-    def estimate(self, job: Job) -> _Cost:
-        """Return the cost of what is left of a run, from the runs that are most like it."""
-        detail, network = _kind(job.config)
-        key = next(key for key in (detail, network, None) if key in self.rates)
-        rate = statistics.median(self.rates[key]) * (image_cost(job.config) if key is None else 1.0)
-        status = job.status() if job.state != State.FAILED else {}  # which begins anew
-        left = 1 - status.get("step", 0) / (status.get("steps") or 1)
-        number = len(self.rates[key])
-        source = "scaled from other runs" if key is None else "runs with another norm"
-        if key == detail:
-            source = "a few steps" if key in self.tried else f"{number} run{'s' * (number > 1)} like it"
-        return _Cost(rate * job.config.epochs * job.data.train_images * left, max(self.memory[key]), source)
+def _estimate(job: Job, samples: Mapping[Hashable, Sequence[_Sample]]) -> _Cost:
+    """Return the cost of what is left of a run, from the samples that are most like it."""
+    detail, network = _kind(job.config)
+    key = next(key for key in (detail, network, None) if key in samples)
+    alike = samples[key]
+    source = f"{len(alike)} run{'s' * (len(alike) > 1)} like it" if not alike[0].tried else "a few steps"
+    if key != detail:
+        source = "runs with another norm" if key else "scaled from other runs"
+    status = job.status() if job.state != State.FAILED else {}  # which begins anew
+    left = 1 - status.get("step", 0) / (status.get("steps") or 1)
+    seconds = statistics.median(sample.rate for sample in alike) * job.cost * left
+    return _Cost(seconds, max(sample.memory for sample in alike), source)
 
 
 def _costs(sweep: Sweep, workers: Sequence[Worker], calibrate_seconds: float, console: Console) -> dict[str, _Cost]:
     """Return the cost of each run that is left, by its name; nothing if no run is known."""
-    known = _Timings()
-    for config, data, status in _finished(sweep):
-        known.add(config, status["wall_seconds"] / config.epochs / data.train_images, status["peak_memory_bytes"])
+    samples: dict[Hashable, list[_Sample]] = defaultdict(list)
+
+    def add(sample: _Sample) -> None:
+        for key in (*_kind(sample.config), None):
+            samples[key].append(sample)
+
+    for sample in _finished(sweep):
+        add(sample)
     unknown: dict[Hashable, list[Job]] = defaultdict(list)
     for job in sweep.jobs:
-        if _kind(job.config)[0] not in known.rates:
+        if _kind(job.config)[0] not in samples:
             unknown[_kind(job.config)[0]].append(job)
     if unknown and calibrate_seconds > 0:
         examples = [jobs[0] for jobs in sorted(unknown.values(), key=len, reverse=True)]
         kinds = f"{len(examples)} kinds of runs" if len(examples) > 1 else "one kind of run"
         console.print(f"Trying a few steps of {kinds}, for {span(calibrate_seconds)} at most ...")
-        for job, seconds, memory in _try_each(examples, workers[0], calibrate_seconds):
-            known.add(job.config, seconds / job.data.train_images, memory)
-            known.tried.add(_kind(job.config)[0])
-    return {job.run.name: known.estimate(job) for job in sweep.jobs} if known.rates else {}
+        for sample in _try_each(examples, workers[0], calibrate_seconds):
+            add(sample)
+    return {job.run.name: _estimate(job, samples) for job in sweep.jobs} if samples else {}
 
 
-def _finished(sweep: Sweep) -> Iterator[tuple[schema.RunConfig, Inventory, dict[str, Any]]]:
-    """Yield finished runs with their data and status: of this sweep first, then of its study."""
+def _finished(sweep: Sweep) -> Iterator[_Sample]:
+    """Yield finished runs: of this sweep first, then of its study."""
     if not sweep.jobs:
         return
     study = sweep.jobs[0].run.folder.parent
     others = (folder for folder in runs.find(study) if folder.name not in sweep.finished)
-    for folder in itertools.islice(itertools.chain((study / name for name in sweep.finished), others), SAMPLE):
+    for folder in itertools.islice(itertools.chain((study / name for name in sweep.finished), others), READ):
         with contextlib.suppress(UserError):  # damaged, or its data is not here any more
             status = runs.read_status(folder) or {}
             if status.get("state") == State.DONE and status.get("wall_seconds") and status.get("peak_memory_bytes"):
                 config = schema.parse(runs.read_config(folder))
-                yield config, inventory.check(config.dataset, Path(config.data_dir)), status
+                cost = run_cost(config, inventory.check(config.dataset, Path(config.data_dir)))
+                yield _Sample(config, status["wall_seconds"] / cost, status["peak_memory_bytes"])
 
 
-def _try_each(jobs: Sequence[Job], worker: Worker, limit_seconds: float) -> Iterator[tuple[Job, float, float]]:
-    """Yield each job with the seconds of one epoch and its memory, for as many as fit into the time."""
+def _try_each(jobs: Sequence[Job], worker: Worker, limit_seconds: float) -> Iterator[_Sample]:
+    """Train a few steps of each job, of as many as fit into the time."""
     deadline = time.monotonic() + limit_seconds
-    spawn = multiprocessing.get_context("spawn")
-    given = (worker.threads,)
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=prepare_process, initargs=given) as executor:
+    try:
         for job in jobs:
             left = deadline - time.monotonic()
             if left <= 0:
-                break
+                return
             try:
-                yield job, *executor.submit(_try, job.config, job.data, worker.device, worker.threads, left).result()
+                future = worker.submit(_try, job.config, job.data, worker.device, worker.threads, left)
+                seconds, memory = future.result()
             except BrokenProcessPool:  # out of memory, say
                 return
             except (UserError, RuntimeError):
                 continue  # the run itself will report it
+            yield _Sample(job.config, seconds * job.config.epochs / job.cost, memory, tried=True)
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        worker.close()
 
 
 def _try(config: schema.RunConfig, data: Inventory, device: str, threads: int, limit: float) -> tuple[float, int]:

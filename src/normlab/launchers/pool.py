@@ -6,13 +6,13 @@ import os
 import signal
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import runs
 from normlab.common.cpu import cores
@@ -31,6 +31,7 @@ POLL_SECONDS = 0.5
 DYING_SECONDS = 10.0  # a process dies piece by piece, and lets go of its run last
 ELSEWHERE = "left alone"  # another process trains the run
 Status = dict[str, Any]
+T = TypeVar("T")
 
 
 def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[float | None]:
@@ -62,8 +63,8 @@ class Worker:
         self.device, self.threads, self.pack, self.output = device, threads, pack, output
         self._executor: ProcessPoolExecutor | None = None
 
-    def train(self, jobs: Sequence[Job]) -> "Future[list[Status]]":
-        """Train a pack of runs in the process, which is started if there is none."""
+    def submit(self, function: Callable[..., T], *arguments: object) -> "Future[T]":
+        """Call `function` in the process, which is started if there is none."""
         # A process inherits that signals are blocked, until it has handlers for them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         resource_tracker.ensure_running()  # of multiprocessing, and now: starting it unblocks TERM until Python 3.12
@@ -73,9 +74,7 @@ class Worker:
                 spawn = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP state does not work
                 given = (self.threads, self.output)
                 self._executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=given)
-            return self._executor.submit(
-                _train_pack, [job.config for job in jobs], self.device, self.threads, self.pack
-            )
+            return self._executor.submit(function, *arguments)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -86,10 +85,21 @@ class Worker:
         self._executor = None
 
 
-def prepare_process(threads: int) -> None:
-    """Prepare a process that trains for this one, before it imports torch."""
+_stop = StopRequest()  # of a worker: for its run under way and all that might follow
+
+
+def _start_worker(threads: int, output: Connection | None) -> None:
+    """Prepare a process, before it imports torch."""
+    if output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        output.close()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # also for libraries that take no argument
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
+    _stop.__enter__()  # SLURM sends signals to workers as well as to the launcher
+    for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal, to all: the launcher passes them on
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _exit_with_launcher() -> None:
@@ -98,21 +108,6 @@ def _exit_with_launcher() -> None:
     if launcher is not None:
         launcher.join()
         os._exit(1)
-
-
-_stop = StopRequest()  # of a worker: for its run under way and all that might follow
-
-
-def _start_worker(threads: int, output: Connection | None) -> None:
-    if output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-        output.close()
-    prepare_process(threads)
-    _stop.__enter__()  # SLURM sends signals to workers as well as to the launcher
-    for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal, to all: the launcher passes them on
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _train_pack(configs: list[schema.RunConfig], device: str, threads: int, pack: int) -> list[Status]:
@@ -262,7 +257,9 @@ class _Pool:
             while queue or self._active:
                 while queue and idle:
                     worker, pack = idle.pop(), queue.popleft()
-                    self._active[worker.train(pack)] = worker, pack
+                    configs = [job.config for job in pack]
+                    future = worker.submit(_train_pack, configs, worker.device, worker.threads, worker.pack)
+                    self._active[future] = worker, pack
                 done, _ = wait(self._active, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:
                     idle.append(self._collect(future))

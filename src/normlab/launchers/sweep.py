@@ -19,12 +19,12 @@ from normlab.runs import State
 from normlab.runs.lock import holder
 
 
-def image_cost(config: schema.RunConfig) -> float:
-    """Return the estimated cost of a trained image, in arbitrary units.
+def run_cost(config: schema.RunConfig, data: Inventory) -> float:
+    """Return the estimated cost of a run, in arbitrary units.
 
-    A part of each step is the same for any batch size, so that an image of a small batch costs more.
+    A part of each step is the same for any batch, so that an image of a small batch costs more.
     """
-    return (1 + 16 / config.batch) * (config.depth or 18)
+    return config.epochs * data.train_images * (1 + 16 / config.batch) * (config.depth or 18)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Job:
     @property
     def cost(self) -> float:
         """Estimated cost of the run, in arbitrary units."""
-        return self.config.epochs * self.data.train_images * image_cost(self.config)
+        return run_cost(self.config, self.data)
 
     def status(self) -> dict[str, Any]:
         """Return the status that the run's folder has now, empty if there is none that can be read."""

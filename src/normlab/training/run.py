@@ -86,7 +86,7 @@ def carry_out(
         log = _logger(run.folder) if team.leads else _silence()
         if team.leads:
             team.if_stuck(partial(_fail, run, log))
-        logger = loggers.follow(config.logger, run, log.warning) if team.leads else loggers.Logger()
+        logger = loggers.start_logger(config.logger, run, log.warning) if team.leads else loggers.Logger()
         try:
             started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
             status = run.write_status("running", started=started or runs.now(), ended=None, error=None)
