@@ -134,7 +134,7 @@ def test_every_failed_run_is_listed_with_its_error_and_log(tmp_path) -> None:
     """And no other run is harmed."""
     arguments = ("batch=1", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "seed=0,1,2,3")
     code, _, error = command(tmp_path, "train.py", "-m", "norm=bn,affine", "model=cifar_resnet", "depth=20", *arguments)
-    assert code == 0, error  # a batch of one on 2x2 maps can be normalised
+    assert code == 0, error  # a batch of one on 2x2 maps can be normalized
     code, _, error = command(tmp_path, "train.py", "-m", "norm=bn", *arguments)
     assert code == 1
     for run in runs.find(tmp_path / "outputs" / "default"):

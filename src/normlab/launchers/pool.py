@@ -189,8 +189,8 @@ def train(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack:
     Runs that run out of memory beside others are tried again with a device to themselves.
 
     Raises:
-        KeyboardInterrupt: when asked to stop (by any of `SIGNALS`), after the runs under way wrote their checkpoints;
-            at once when asked twice.
+        KeyboardInterrupt: after a request to stop (any of `SIGNALS`), once the runs under way wrote their checkpoints;
+            at once after a second one.
     """
     workers = workers_for(jobs, slots, per_gpu, pack)
     costs, quiet = {job.run.name: job.cost for job in jobs}, all(job.config.quiet for job in jobs)

@@ -30,7 +30,7 @@ def run(composed: DictConfig) -> float | None:
 
     Raises:
         UserError: for a mistake in the configuration, before the run starts; for a run that fails.
-        InterruptedRunError: when asked to stop.
+        InterruptedRunError: after a request to stop.
     """
     processes, mode = Processes(), HydraConfig.get().mode
     try:
@@ -66,7 +66,7 @@ def train(config: schema.RunConfig, processes: Processes | None = None) -> float
 
     Raises:
         UserError: for a run that fails.
-        InterruptedRunError: when asked to stop.
+        InterruptedRunError: after a request to stop.
     """
     processes = processes or find()
     run = runs.Run(config.as_dict())

@@ -20,7 +20,7 @@ from normlab.runs import State
 Row = Mapping[str, Any]
 BACKENDS = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "wandb": "WeightsAndBiases"}  # classes by their modules
 END_SECONDS = 30.0  # for which a run waits at its end until its backend has logged the rest
-STOP_SECONDS = 10.0  # and when asked to stop, perhaps by a scheduler that is about to kill
+STOP_SECONDS = 10.0  # and after a request to stop, perhaps of a scheduler that is about to kill
 AT_END = ("state", "error", "diverged_step", "weights_sha256", "parameters", "peak_memory_bytes")
 
 
@@ -117,7 +117,7 @@ class _ThreadedLogger(Logger):
 
     def _work(self, connect: Callable[[], Backend]) -> None:
         try:
-            call = self._calls.get()  # by then the run's folder says when it began
+            call = self._calls.get()  # by then the run's folder holds its start
             backend = connect()
             while call:
                 call(backend)
