@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "torture.md"
 HEAD = """# Torture
 
-What `scripts/torture` last found, command by command; `scripts/torture --help` says what each does. It writes this
+The last results of `scripts/torture`, command by command; `scripts/torture --help` explains each. It writes this
 page.
 """
 SMALL = (
@@ -57,7 +57,7 @@ Result = tuple[list[str], list[str]]  # lines for the page; what is wrong
 
 
 def start(folder: Path, script: str, *arguments: str) -> "subprocess.Popen[bytes]":
-    """A command in `folder`, in a process group of its own; what it says is added to `folder`/output."""
+    """A command in `folder`, in a process group of its own; its output is added to `folder`/output."""
     with (folder / "output").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments],
@@ -247,8 +247,8 @@ def scale(chosen: argparse.Namespace, folder: Path) -> Result:
                 wrong.append(f"{name} over {number} runs ended with status {status}")
             if wall > LIMIT_SECONDS or memory > LIMIT_BYTES:
                 wrong.append(f"{name} over {number} runs took {wall:.1f} s and {memory / 1e6:.0f} MB")
-    said = (folder / "output").read_text()
-    if f"{number} of {number} runs are finished and skipped" not in said:
+    output = (folder / "output").read_text()
+    if f"{number} of {number} runs are finished and skipped" not in output:
         wrong.append("the repeated sweep did not skip all of its runs")
     for name, (_, half, whole) in seconds.items():
         if whole > 2.5 * half:

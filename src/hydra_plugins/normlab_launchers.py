@@ -16,16 +16,22 @@ if TYPE_CHECKING:
     from normlab.launchers.sweep import Sweep
 
 
-class RunLauncher(Launcher):
-    """A launcher that is handed a whole sweep and reads all of it, every run checked, before any run starts."""
+class SweepLauncher(Launcher):
+    """A launcher that is given a whole sweep, and checks every run of it before any starts."""
 
     here = True  # whether the runs will be on this machine
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context = hydra_context
-        self.config = config
+        """Keep the sweep's configuration."""
+        self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Launch the runs of these overrides.
+
+        Raises:
+            HydraException: in one of several processes.
+            UserError: if a run is misconfigured or failed.
+        """
         from normlab.launchers import sweep
         from normlab.training.distributed.processes import find
 
@@ -34,43 +40,45 @@ class RunLauncher(Launcher):
                 "A sweep (-m) starts processes of its own, and torchrun or srun has started several already.\n"
                 "Start one run with torchrun, or the sweep without it; hydra/launcher=slurm can do both."
             )
-        values = self.carry_out(sweep.read(self.hydra_context, self.config, job_overrides, here=self.here))
+        results = self.run(sweep.read(self.hydra_context, self.config, job_overrides, here=self.here))
         return [
-            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value, task_name="normlab")
-            for overrides, value in zip(job_overrides, values, strict=True)
+            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=result, task_name="normlab")
+            for overrides, result in zip(job_overrides, results, strict=True)
         ]
 
-    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
-        """Do what the launcher is for; returns each run's result, in the order of `sweep.names`."""
+    def run(self, sweep: "Sweep") -> Sequence[float | None]:
+        """Launch a sweep; return each run's result, in the order of `sweep.names`."""
         raise NotImplementedError
 
 
-class PoolLauncher(RunLauncher):
+class PoolLauncher(SweepLauncher):
     """`hydra/launcher=pool`: see `normlab.launchers.pool`."""
 
-    def __init__(self, slots: int | None, per_gpu: int, pack: int | None = None) -> None:
+    def __init__(self, slots: int | None, per_gpu: int, pack: int) -> None:
         self.slots, self.per_gpu, self.pack = slots, per_gpu, pack
 
-    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
+    def run(self, sweep: "Sweep") -> Sequence[float | None]:
+        """Train the runs on this machine."""
         from normlab.launchers import pool
 
         return pool.launch(sweep, self.slots, self.per_gpu, self.pack)
 
 
-class PlanLauncher(RunLauncher):
+class PlanLauncher(SweepLauncher):
     """`hydra/launcher=plan`: see `normlab.launchers.plan`."""
 
     def __init__(self, slots: int | None, per_gpu: int, calibrate_seconds: float) -> None:
         self.slots, self.per_gpu, self.calibrate_seconds = slots, per_gpu, calibrate_seconds
 
-    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
+    def run(self, sweep: "Sweep") -> Sequence[float | None]:
+        """Print the runs with their estimated costs."""
         from normlab.launchers import plan
 
         plan.show(sweep, self.slots, self.per_gpu, self.calibrate_seconds)
         return sweep.results()
 
 
-class SlurmLauncher(RunLauncher):
+class SlurmLauncher(SweepLauncher):
     """`hydra/launcher=slurm`: see `normlab.launchers.slurm`."""
 
     here = False
@@ -78,7 +86,8 @@ class SlurmLauncher(RunLauncher):
     def __init__(self, cluster: DictConfig, **needs: Any) -> None:
         self.settings = {**needs, "cluster": OmegaConf.to_container(cluster, resolve=True)}
 
-    def carry_out(self, sweep: "Sweep") -> Sequence[float | None]:
+    def run(self, sweep: "Sweep") -> Sequence[float | None]:
+        """Submit the runs."""
         from normlab.launchers import slurm
 
         return slurm.launch(sweep, slurm.parse(self.settings))

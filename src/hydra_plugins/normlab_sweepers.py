@@ -1,11 +1,11 @@
 """Where Hydra looks for sweepers (see normlab_launchers.py)."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # Hydra's own; pinned to 1.3
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
@@ -14,29 +14,22 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from hydra_plugins.normlab_launchers import RunLauncher
+from hydra_plugins.normlab_launchers import SweepLauncher
 
-_WITH_OPTIONS = {
-    "norm",
-    "model",
-    "init",
-    "sampler",
-    "schedule",
-    "probe",
-}  # groups whose choices have options of their own
+_WITH_OPTIONS = {"norm", "model", "init", "sampler", "schedule", "probe"}  # groups whose choices have their own
 
 
 class GridSweeper(Sweeper):
     """`hydra/sweeper=grid`: the product of all lists on the command line, or the runs of an experiment at a budget.
 
     An experiment is a union of grids. A grid maps settings to a value, a list of values, or a mapping from budgets to
-    one of these; values are in the words of the command line, and its runs are the product of its lists. A budget's
-    size is such a mapping too, and takes the place of every grid's own values; what the user says on the command line
+    one of these; values are written as on the command line, and its runs are the product of its lists. A budget's
+    size is such a mapping too, and takes the place of every grid's own values; what the user gives on the command line
     takes the place of both. Whoever chooses another norm there (or model, init, ...) leaves behind its options, which
     the other may not have.
 
     Args:
-        grids: the question; none: the command line's.
+        grids: of the experiment; none: the command line is the grid.
         sizes: by budget.
         budget: one of `sizes`.
         experiment: its name, for messages.
@@ -55,6 +48,7 @@ class GridSweeper(Sweeper):
         self.params = params or {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Make the launcher that the configuration names."""
         self.hydra_context, self.config = hydra_context, config
         self.folder = Path(config.hydra.sweep.dir)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
@@ -62,14 +56,15 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
+        """Launch the runs of a command line; return their results in one batch."""
         runs = self.runs([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
-        if not isinstance(self.launcher, RunLauncher):  # which composes every run itself before any starts
+        if not isinstance(self.launcher, SweepLauncher):  # which composes every run itself before any starts
             self.validate_batch_is_legal(runs)
         self.folder.mkdir(parents=True, exist_ok=True)  # as Hydra's own sweeper does
         return [self.launcher.launch(runs, initial_job_idx=0)]
 
     def runs(self, arguments: Sequence[str]) -> list[list[str]]:
-        """The overrides of each run, each run once.
+        """Return the overrides of each run, each run once.
 
         Raises:
             HydraException: for a budget that is not there.
@@ -82,16 +77,15 @@ class GridSweeper(Sweeper):
             known = ", ".join(f"budget={name}" for name in self.sizes)
             raise HydraException(f"experiment={self.experiment} {given}. Expected one of: {known}.")
         chosen = {override.key_or_group for override in parser.parse_overrides(list(arguments))} & _WITH_OPTIONS
-        found: dict[tuple[str, ...], list[str]] = {}
-        for question in self.grids:
-            grid = {**question, **self.sizes[self.budget]}
+        runs: dict[tuple[str, ...], list[str]] = {}
+        for grid in self.grids:
             own = [
-                f"{key}={_in_words(self._at_budget(key, value))}"
-                for key, value in grid.items()
+                f"{key}={_as_word(self._at_budget(key, value))}"
+                for key, value in {**grid, **self.sizes[self.budget]}.items()
                 if key.partition(".")[0] not in chosen
             ]
-            found |= {tuple(sorted(run)): run for run in _product(parser, [*own, *arguments])}
-        return list(found.values())
+            runs |= {tuple(sorted(run)): run for run in _product(parser, [*own, *arguments])}
+        return list(runs.values())
 
     def _at_budget(self, key: str, value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -104,12 +98,18 @@ class GridSweeper(Sweeper):
 
 
 def _product(parser: OverridesParser, arguments: Sequence[str]) -> list[list[str]]:
-    [batch] = BasicSweeper.split_arguments(parser.parse_overrides(list(arguments)), None)
-    return batch
+    """Return the overrides of each run, as Hydra's own sweeper does: of a setting that is given twice the last."""
+    choices: dict[str, list[str]] = {}
+    for override in parser.parse_overrides(list(arguments)):
+        key = override.get_key_element()
+        sweeps = override.is_sweep_override()
+        values = override.sweep_string_iterator() if sweeps else [override.get_value_element_as_str()]
+        choices[key] = [f"{key}={value}" for value in values]
+    return [list(run) for run in itertools.product(*choices.values())]
 
 
-def _in_words(value: Any) -> str:
-    """As on the command line; a text is in its words already."""
+def _as_word(value: Any) -> str:
+    """Return a value as on the command line, where a text is already."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ",".join(map(_in_words, value))
+        return ",".join(map(_as_word, value))
     return value if isinstance(value, str) else json.dumps(value)

@@ -11,8 +11,8 @@ from launchers.commands import LONG, SMALL, command, start, wait_for, wait_for_p
 
 from normlab import runs
 from normlab.data.inventory import Inventory
-from normlab.launchers.pool import Slot, packs
-from normlab.launchers.sweep import NEW, Job
+from normlab.launchers.pool import Worker, packs_for
+from normlab.launchers.sweep import Job
 
 
 def statuses(folder: Path) -> list[dict]:
@@ -101,26 +101,26 @@ def test_what_is_packed_together(make, tmp_path) -> None:
     def job(*settings: str) -> Job:
         config = make(*settings)
         data = Inventory(train_images=1000, test_images=100, classes=10, image_size=8)
-        return Job(config, runs.Run(config.as_dict()), data, NEW)
+        return Job(config, runs.Run(config.as_dict()), data)
 
     common = [job(f"seed={seed}", f"norm={norm}") for seed in (0, 1) for norm in ("bn", "none")]
     half = job("precision=bf16")
     folder = ("dataset=image_folder", f"dataset.path={tmp_path}")
     stream, memory = job(*folder), job(*folder, "dataset.storage=memory")
     jobs = [*common, half, stream, memory, job("engine=compile")]
-    found = packs(jobs, [Slot("cuda:0", 1, 8)])
+    found = packs_for(jobs, [Worker("cuda:0", 1, 8)])
     sets = sorted(sorted(jobs.index(job) for job in pack) for pack in found)
     assert sets == [[0, 1, 2, 3, 6], [4], [5], [7]]
-    assert [len(pack) for pack in packs(jobs, [Slot("cpu", 1)])] == [1] * 8
-    two = packs(common, [Slot("cuda:0", 1, 8), Slot("cuda:1", 1, 8)])
+    assert [len(pack) for pack in packs_for(jobs, [Worker("cpu", 1)])] == [1] * 8
+    two = packs_for(common, [Worker("cuda:0", 1, 8), Worker("cuda:1", 1, 8)])
     assert [len(pack) for pack in two] == [2, 2]
 
 
 def test_the_longest_runs_come_first(make) -> None:
     data = Inventory(train_images=1000, test_images=100, classes=10, image_size=8)
     configs = [make(f"batch={batch}") for batch in (128, 8, 32)]
-    jobs = [Job(config, runs.Run(config.as_dict()), data, NEW) for config in configs]
-    assert [pack[0].config.batch for pack in packs(jobs, [Slot("cpu", 1)])] == [8, 32, 128]
+    jobs = [Job(config, runs.Run(config.as_dict()), data) for config in configs]
+    assert [pack[0].config.batch for pack in packs_for(jobs, [Worker("cpu", 1)])] == [8, 32, 128]
 
 
 @pytest.mark.parametrize("value", ["0", "many"])
@@ -134,7 +134,7 @@ def test_every_failed_run_is_listed_with_its_error_and_log(tmp_path) -> None:
     """And no other run is harmed."""
     arguments = ("batch=1", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "seed=0,1,2,3")
     code, _, error = command(tmp_path, "train.py", "-m", "norm=bn,affine", "model=cifar_resnet", "depth=20", *arguments)
-    assert code == 0, error  # a batch of one on 2x2 maps can be normalised
+    assert code == 0, error  # a batch of one on 2x2 maps can be normalized
     code, _, error = command(tmp_path, "train.py", "-m", "norm=bn", *arguments)
     assert code == 1
     for run in runs.find(tmp_path / "outputs" / "default"):

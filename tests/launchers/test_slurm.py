@@ -210,7 +210,7 @@ def wrapper(folder: Path, command: str, script: str) -> dict[str, str]:
 
 @pytest.mark.slurm
 def test_a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds(cluster, tmp_path) -> None:
-    sweep = (*SETTINGS, *SLURM, "seed=0,1")
+    sweep = (*SETTINGS, *SLURM, "hydra.launcher.memory_gb=0.7", "seed=0,1")
     deadly = wrapper(tmp_path, "sbatch", '$real "$@"; [ "$1" = --version ] || kill -KILL $PPID')
     inside_of_a_job = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "1", "SLURM_MEM_PER_NODE": "1"}  # srun refuses that
     killed = train(tmp_path, *sweep, **SLOW, **deadly, **inside_of_a_job)
@@ -327,6 +327,36 @@ NEEDS = {
 def test_a_wrong_setting_is_told_in_a_sentence(setting, value, message) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         slurm.parse({**NEEDS, setting: value})
+
+
+def test_a_job_s_script_has_the_needs_and_the_cluster_s_options_first() -> None:
+    needs = {"time": 90, "gpus": 2, "cpus": 3, "memory_gb": 1.5, "array_parallelism": 2, "tasks": 4}
+    options = {"exclusive": True, "requeue": False, "mail_type": "FAIL", "nodes": 7}
+    cluster = {**NEEDS["cluster"], "partition": "gpu", "setup": ["module load cuda"], "options": options}
+    parsed = slurm.parse({**NEEDS, **needs, "cluster": cluster})
+    script = slurm.job_script(parsed, "my study", Path("/a folder/order.json"), 5)
+    assert {line for line in script.splitlines() if line.startswith("#SBATCH")} == {
+        "#SBATCH --job-name='my study'",
+        "#SBATCH --comment='normlab /a folder/order.json'",
+        "#SBATCH --output='/a folder/%A_%a_0_log.out'",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --array=0-4%2",
+        "#SBATCH --signal=USR2@30",
+        "#SBATCH --time=90",
+        "#SBATCH --nodes=7",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --cpus-per-task=3",
+        "#SBATCH --gpus-per-node=2",
+        "#SBATCH --mem=1536M",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --exclusive",
+        "#SBATCH --mail-type=FAIL",
+    }
+    setup, command = re.search(r"\n\n(.*)\n(srun .*)\n", script).groups()
+    assert setup == "module load cuda"
+    assert "--output='/a folder/%A_%a_%t_log.out' --cpus-per-task=3" in command
+    assert command.endswith("-u -m normlab.launchers.slurm_task '/a folder/order.json'")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_options_of_sbatch_may_be_words_numbers_or_flags() -> None:

@@ -318,7 +318,9 @@ def test_a_tool_that_fails_costs_one_warning(tiny, method, error, monkeypatch, c
         raise error
 
     plain, told = tiny("study=plain"), tiny("logger=tensorboard")
-    monkeypatch.setattr(import_module("normlab.loggers.tensorboard"), "Tool", type("", (Broken,), {method: fails}))
+    monkeypatch.setattr(
+        import_module("normlab.loggers.tensorboard"), "TensorBoard", type("", (Broken,), {method: fails})
+    )
     expected, status = carry_out(plain), carry_out(told)
     assert (status["state"], status["weights_sha256"]) == ("done", expected["weights_sha256"])
     assert recorded(told, TIMES) == recorded(plain, TIMES)
@@ -339,7 +341,7 @@ def test_a_library_that_cannot_be_imported_costs_one_warning(tiny, monkeypatch) 
 def test_a_tool_that_hangs_is_left_behind(tiny, monkeypatch) -> None:
     released = threading.Event()
     hangs = type("", (Broken,), {"log": lambda *_: released.wait(60)})
-    monkeypatch.setattr(import_module("normlab.loggers.tensorboard"), "Tool", hangs)
+    monkeypatch.setattr(import_module("normlab.loggers.tensorboard"), "TensorBoard", hangs)
     monkeypatch.setattr(loggers, "END_SECONDS", 0.2)
     config = tiny("logger=tensorboard")
     assert carry_out(config)["state"] == "done"

@@ -38,7 +38,7 @@ def _train() -> None:
             doctor.run(composed)
         from normlab.launchers import single  # not for a report
 
-        return single.carry_out(composed)
+        return single.run(composed)
 
     main()
 

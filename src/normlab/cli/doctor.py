@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import fcntl
 import importlib
-import importlib.util
 import os
 import platform
 import shutil
@@ -404,8 +403,6 @@ def slurm(launcher: str) -> Iterator[Finding]:
     text = f"partitions {'; '.join(partitions[:4])}{more}" if partitions else "answers, but offers no partition"
     text += f"; this is job {job}" if job else ""
     yield Finding("SLURM", text, *(() if partitions else (level, "Ask the administrators for a partition.")))
-    if importlib.util.find_spec("submitit") is None:
-        yield Finding("SLURM", "submitit is not installed", level, 'pip install "normlab[slurm]"')
 
 
 def _partitions() -> list[str]:

@@ -15,6 +15,3 @@ def command_name(name: str) -> str:
     """Return the command `name`, train or report, as the user types it: normlab-train, or python train.py."""
     installed = CONF == _PACKAGED or Path(sys.argv[0]).name.startswith("normlab-")
     return f"normlab-{name}" if installed else f"python {name}.py"
-
-
-called = command_name  # the name that other modules still use

@@ -177,7 +177,7 @@ def declarations(package: str) -> dict[str, Declaration]:
     Raises:
         ValueError: if a declaration is made of anything but literals.
     """
-    files = (Path(__file__).parents[1] / package).glob("*.py")
+    files = sorted((Path(__file__).parents[1] / package).glob("*.py"))
     body = [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]
     nodes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
 

@@ -1,11 +1,13 @@
-"""Hydra's composition of every run of a sweep, quickly: what differs only in plain values is composed once.
+"""Compose every run of a sweep as Hydra does, quickly: runs that differ in plain values only are composed once.
 
 Hydra takes some 50 ms to compose a run. Runs with the same choices of groups differ in values such as seed=3, which
 Hydra writes over the composed configuration; here they are written over a copy of it.
 """
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, cached_property
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
@@ -19,9 +21,10 @@ _REFERENCE = re.compile(r"\$\{([^${}]+)\}")
 
 
 def compose(loader: ConfigLoader, config: DictConfig, runs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """The resolved settings of each run, equal to what Hydra composes from its overrides.
+    """Return the resolved settings of each run, equal to what Hydra composes from its overrides.
 
     Args:
+        loader: Hydra's.
         config: the sweep's own configuration, as a launcher gets it.
         runs: each run's overrides.
 
@@ -30,40 +33,36 @@ def compose(loader: ConfigLoader, config: DictConfig, runs: Sequence[Sequence[st
     """
     parser = OverridesParser.create(config_loader=loader)
     parsed = {text: parser.parse_override(text) for text in {text for run in runs for text in run}}
-    groups = {
-        override.key_or_group: bool(loader.get_group_options(override.key_or_group)) for override in parsed.values()
-    }
-    bases: dict[tuple[str, ...], _Base] = {}
-    composed = []
-    for run in runs:
-        choices, values = [], {}
-        for text in run:
-            override = parsed[text]
-            if _is_plain(override) and not groups[override.key_or_group]:
-                values[override.key_or_group] = override.value()
-            else:
-                choices.append(text)
-        if not all(_is_choice(parsed[text], groups) for text in choices):
-            choices, values = list(run), {}  # keys that come and go: Hydra's business
-        base = bases.get(tuple(choices)) or bases.setdefault(tuple(choices), _Base(loader, config, choices))
-        settings = base.with_values(values)
-        if settings is None:
-            settings = _Base(loader, config, run).with_values({})
-        assert settings is not None
-        composed.append(settings)
-    return composed
+    groups = {name for name in {each.key_or_group for each in parsed.values()} if loader.get_group_options(name)}
+    plain = {text for text, override in parsed.items() if _is_plain(override) and override.key_or_group not in groups}
+    choices = {text for text, override in parsed.items() if override.key_or_group in groups and _replaces(override)}
+
+    @cache
+    def base(overrides: tuple[str, ...]) -> _Base:
+        return _Base(loader, config, overrides)
+
+    def settings(run: Sequence[str]) -> dict[str, Any]:
+        if not plain.union(choices).issuperset(run):  # keys that come and go
+            return base(tuple(run)).with_values({})
+        values = [text for text in run if text in plain]
+        writable = base(tuple(text for text in run if text not in plain)).writable
+        bound = {text for text in values if parsed[text].key_or_group not in writable}
+        of_hydra = tuple(text for text in run if text not in plain or text in bound)
+        return base(of_hydra).with_values(
+            {parsed[text].key_or_group: parsed[text].value() for text in values if text not in bound}
+        )
+
+    return [settings(run) for run in runs]
+
+
+def _replaces(override: Override) -> bool:
+    return not (override.is_add() or override.is_force_add() or override.is_delete())
 
 
 def _is_plain(override: Override) -> bool:
-    """Whether it gives an existing key a number, a text or a list."""
-    simple = not (override.is_add() or override.is_force_add() or override.is_delete() or override.package)
+    """Return whether it gives an existing key a number, a text or a list."""
     value = override.value()
-    return simple and not isinstance(value, dict) and "${" not in str(value)
-
-
-def _is_choice(override: Override, groups: Mapping[str, bool]) -> bool:
-    structural = override.is_add() or override.is_force_add() or override.is_delete()
-    return groups[override.key_or_group] and not structural
+    return _replaces(override) and not override.package and not isinstance(value, dict) and "${" not in str(value)
 
 
 class _Base:
@@ -73,74 +72,40 @@ class _Base:
         self._composed = loader.load_sweep_config(config, list(overrides))
         with open_dict(self._composed):
             self._composed.pop("hydra", None)
-        plain = OmegaConf.to_container(self._composed, resolve=False)
-        assert isinstance(plain, dict)
-        self._plain: dict[str, Any] = {str(key): value for key, value in plain.items()}
-        # Interpolations and missing values depend on other settings; `resolved` keeps what they come to.
-        self._open = {path: text for path, text in _leaves(self._plain) if "${" in text or text == "???"}
-        self._references = {name.strip(".") for text in self._open.values() for name in _REFERENCE.findall(text)}
-        self._resolved: dict[str, dict[str, Any]] = {}
 
-    def with_values(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The settings with `values` by dotted path; None if one of these is not the path of a plain value."""
-        settings = dict(self._plain)
-        fresh: set[str] = set()  # groups that are copies already
+    @cached_property
+    def writable(self) -> frozenset[str]:
+        """Dotted paths of values that no other value depends on, and that are not interpolated or missing."""
+        leaves = dict(_leaves(OmegaConf.to_container(self._composed, resolve=False)))
+        names = [name.strip(".").replace("[", ".") for text in leaves.values() for name in _REFERENCE.findall(text)]
+
+        def is_open(path: str, text: str) -> bool:
+            """Relative references are taken for any path with their end, and a group's for all that is in it."""
+            referred = any(f".{name}." in f".{path}." or f".{path}." in f".{name}." for name in names)
+            return "${" in text or text == "???" or referred
+
+        return frozenset(path for path, text in leaves.items() if not is_open(path, text))
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return settings_of(self._composed)
+
+    def with_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a copy of the settings with `values`, given by dotted path."""
+        settings = copy.deepcopy(self._settings)
         for path, value in values.items():
-            if not _put(settings, path, value, fresh):
-                return None
-        if self._open.keys() - values.keys():
-            for path, value in self._resolve(values).items():
-                if path not in values:
-                    _put(settings, path, value, fresh)
+            *parents, key = path.split(".")
+            node = settings
+            for parent in parents:
+                node = node[parent]
+            node[key] = value
         return settings
 
-    def _resolve(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What the open leaves come to; asked of OmegaConf once for all runs that agree in what these refer to."""
-        used = {path: value for path, value in values.items() if path in self._open or self._refers(path)}
-        known = self._resolved.get(repr(used))
-        if known is None:
-            full = self._composed.copy()
-            for path, value in values.items():
-                OmegaConf.update(full, path, value)
-            resolved = settings_of(full)
-            known = {path: _get(resolved, path) for path in self._open}
-            self._resolved[repr(used)] = known
-        return known
 
-    def _refers(self, path: str) -> bool:
-        return any(f".{path}".endswith(f".{name}") or f".{name}".endswith(f".{path}") for name in self._references)
-
-
-def _leaves(node: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Every text of nested settings by its dotted path; lists count as one text."""
-    found = []
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every value of nested settings as text, by its dotted path; a list is one value."""
     for key, value in node.items():
         if isinstance(value, Mapping):
-            found += _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, str | list):
-            found.append((f"{prefix}{key}", str(value)))
-    return found
-
-
-def _put(settings: dict[str, Any], path: str, value: Any, fresh: set[str]) -> bool:
-    """Replace a leaf that is there, copying the groups on the way to it once."""
-    *groups, key = path.split(".")
-    node, way = settings, ""
-    for group in groups:
-        way += f"{group}."
-        if not isinstance(node.get(group), dict):
-            return False
-        if way not in fresh:
-            node[group] = dict(node[group])
-            fresh.add(way)
-        node = node[group]
-    if key not in node or isinstance(node[key], dict):
-        return False
-    node[key] = value
-    return True
-
-
-def _get(settings: Any, path: str) -> Any:
-    for key in path.split("."):
-        settings = settings[key]
-    return settings
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value)

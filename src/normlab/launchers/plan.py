@@ -1,18 +1,15 @@
-"""`hydra/launcher=plan`: what a sweep would do, and what that would cost. Trains nothing, leaves no run folder."""
+"""`hydra/launcher=plan`: list what a sweep would train, and estimate its cost. Trains nothing, leaves no run folder."""
 
 import contextlib
-import dataclasses
 import itertools
 import multiprocessing
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -24,18 +21,26 @@ from normlab.common.progress import span
 from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
-from normlab.launchers.pool import Slot, begin, slots_for
-from normlab.launchers.sweep import DONE, FAILED, RUNNING, STATES, TO_RESUME, Job, Sweep, weight
+from normlab.launchers.pool import Worker, workers_for
+from normlab.launchers.sweep import Job, Sweep, run_cost
+from normlab.runs import State
 
-SAMPLE = 200  # other finished runs of the study that are looked at
+READ = 200  # finished runs that are read, at most
 WIDE = 160  # columns, where no terminal has fewer
 LISTED = 200  # runs that are listed one by one
-STYLES = {DONE: "green", FAILED: "red", TO_RESUME: "yellow", RUNNING: "cyan"}
+PLANS = {  # how a sweep will treat a run in each state, and the color of that
+    State.PLANNED: ("new", "default"),
+    State.INTERRUPTED: ("to resume", "yellow"),
+    State.LOST: ("to resume", "yellow"),
+    State.FAILED: ("failed before", "red"),
+    State.RUNNING: ("running elsewhere", "cyan"),
+    State.DONE: ("done", "green"),
+}
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one run: `seconds` by itself, `memory` in bytes of its device at most, and where the two are known from."""
+class _Cost:
+    """Estimated seconds and peak memory (bytes) of a run, and where the estimate comes from."""
 
     seconds: float
     memory: float
@@ -46,30 +51,21 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
     """Print every run of a sweep with its state and estimated cost, and what all of it comes to.
 
     Args:
+        sweep: the runs.
+        slots: as of the pool.
+        per_gpu: as of the pool.
         calibrate_seconds: time for trying a few steps of runs that no finished run of the study is like; 0: none.
     """
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDE)
-    places = slots_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
-    number = len(places)
-    costs = _costs(sweep, places, calibrate_seconds, console)
-    states = {job.run.name: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, DONE)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for column in ("state", "time", "memory"):
-        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
-    table.add_column("estimated from", no_wrap=True)
-    names = list(dict.fromkeys(sweep.names))
-    for name in names[:LISTED]:
-        cost = costs.get(name)
-        told = (span(cost.seconds), _gigabytes(cost.memory), cost.source) if cost else ("", "", "")
-        table.add_row(name, f"[{STYLES.get(states[name], 'default')}]{states[name]}[/]", *told)
-    console.print(table)
-    if len(names) > LISTED:
-        console.print(f"and {len(names) - LISTED} more")
-    counts = Counter(states.values())
-    console.print(f"\n{sweep.number} runs: " + ", ".join(f"{counts[state]} {state}" for state in STATES))
+    workers = workers_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
+    costs = _costs(sweep, workers, calibrate_seconds, console)
+    states = {job.run.name: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, State.DONE)
+    _list(console, [(name, states[name], costs.get(name)) for name in dict.fromkeys(sweep.names)])
+    counts = Counter(PLANS[state][0] for state in states.values())
+    words = dict.fromkeys(word for word, _ in PLANS.values())
+    console.print(f"\n{len(sweep)} runs: " + ", ".join(f"{counts[word]} {word}" for word in words))
     if not sweep.jobs:
         console.print("Nothing is left to do.")
     elif len(costs) < len(sweep.jobs):
@@ -77,113 +73,129 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
             "Time and memory: no finished run of the study to go by. hydra.launcher.calibrate_seconds=60 tries some."
         )
     else:
-        total = sum(costs[job.run.name].seconds for job in sweep.jobs)
-        longest = max(costs[job.run.name].seconds for job in sweep.jobs)
-        most = sorted((costs[job.run.name].memory for job in sweep.jobs), reverse=True)[:number]
+        number = len(workers)
+        seconds = [cost.seconds for cost in costs.values()]
+        most = sorted((cost.memory for cost in costs.values()), reverse=True)[:number]
         console.print(
-            f"Left to do: about {span(total)} of training, about {span(max(total / number, longest))} with"
-            f" {number} at a time.\n"
+            f"Left to do: about {span(sum(seconds))} of training, about"
+            f" {span(max(sum(seconds) / number, *seconds))} with {number} at a time.\n"
             f"Memory: {_gigabytes(most[0])} for the largest run, {_gigabytes(sum(most))} for the largest {number}."
         )
+
+
+def _list(console: Console, plans: Sequence[tuple[str, State, _Cost | None]]) -> None:
+    """Print a table of runs with their states and estimated costs."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for column in ("state", "time", "memory"):
+        table.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
+    table.add_column("estimated from", no_wrap=True)
+    for name, state, cost in plans[:LISTED]:
+        word, color = PLANS[state]
+        estimate = (span(cost.seconds), _gigabytes(cost.memory), cost.source) if cost else ()
+        table.add_row(name, f"[{color}]{word}[/]", *estimate)
+    console.print(table)
+    if len(plans) > LISTED:
+        console.print(f"and {len(plans) - LISTED} more")
 
 
 def _gigabytes(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number else "n/a"
 
 
-def _like(config: schema.RunConfig) -> tuple[Hashable, Hashable]:
-    """What decides the cost of an image: in detail, and without the norm."""
+def _kind(config: schema.RunConfig) -> tuple[Hashable, Hashable]:
+    """Return the settings that decide the cost of a run, in detail and without the norm."""
     network = (config.model.name, config.depth, config.dataset.name, config.batch)
     detail = (config.norm.name, config.norm_batch, config.precision, config.eval_stats, tuple(config.probe))
     return (*network, *detail), network
 
 
-class _Seen:
-    """Seconds per image and epoch, and memory, of runs that were timed; by what decides them."""
+@dataclass(frozen=True)
+class _Sample:
+    """A run that was timed: seconds per unit of `run_cost`, and peak memory in bytes."""
 
-    def __init__(self) -> None:
-        self.rates: dict[Hashable, list[float]] = defaultdict(list)
-        self.memory: dict[Hashable, list[float]] = defaultdict(list)
-        self.tried: set[Hashable] = set()
-
-    def add(self, config: schema.RunConfig, rate: float, memory: float) -> None:
-        for key in _like(config):
-            self.rates[key].append(rate)
-            self.memory[key].append(memory)
-        self.rates[None].append(rate / weight(config))  # for runs that none of these is like
-        self.memory[None].append(memory)
-
-    def cost(self, job: Job) -> Cost:
-        detail, network = _like(job.config)
-        key = next(key for key in (detail, network, None) if key in self.rates)
-        rate = statistics.median(self.rates[key]) * (weight(job.config) if key is None else 1.0)
-        left = 1.0
-        with contextlib.suppress(UserError):
-            status = runs.read_status(job.run.folder) or {}
-            if job.state != FAILED and status.get("steps"):
-                left = 1 - status.get("step", 0) / status["steps"]
-        number = len(self.rates[key])
-        source = "scaled from other runs" if key is None else "runs with another norm"
-        if key == detail:
-            source = "a few steps" if key in self.tried else f"{number} run{'s' * (number > 1)} like it"
-        return Cost(rate * job.config.epochs * job.data.train_images * left, max(self.memory[key]), source)
+    config: schema.RunConfig
+    rate: float
+    memory: float
+    tried: bool = False  # for a few steps only
 
 
-def _costs(sweep: Sweep, places: Sequence[Slot], calibrate_seconds: float, console: Console) -> dict[str, Cost]:
-    """By name of each run that is left; empty if there is nothing to go by."""
-    seen = _Seen()
-    for config, data, status in _done(sweep):
-        seen.add(config, status["wall_seconds"] / config.epochs / data.train_images, status["peak_memory_bytes"])
+def _estimate(job: Job, samples: Mapping[Hashable, Sequence[_Sample]]) -> _Cost:
+    """Return the cost of what is left of a run, from the samples that are most like it."""
+    detail, network = _kind(job.config)
+    key = next(key for key in (detail, network, None) if key in samples)
+    alike = samples[key]
+    source = f"{len(alike)} run{'s' * (len(alike) > 1)} like it" if not alike[0].tried else "a few steps"
+    if key != detail:
+        source = "runs with another norm" if key else "scaled from other runs"
+    status = job.status() if job.state != State.FAILED else {}  # which begins anew
+    left = 1 - status.get("step", 0) / (status.get("steps") or 1)
+    seconds = statistics.median(sample.rate for sample in alike) * job.cost * left
+    return _Cost(seconds, max(sample.memory for sample in alike), source)
+
+
+def _costs(sweep: Sweep, workers: Sequence[Worker], calibrate_seconds: float, console: Console) -> dict[str, _Cost]:
+    """Return the cost of each run that is left, by its name; nothing if no run is known."""
+    samples: dict[Hashable, list[_Sample]] = defaultdict(list)
+
+    def add(sample: _Sample) -> None:
+        for key in (*_kind(sample.config), None):
+            samples[key].append(sample)
+
+    for sample in _finished(sweep):
+        add(sample)
     unknown: dict[Hashable, list[Job]] = defaultdict(list)
     for job in sweep.jobs:
-        if _like(job.config)[0] not in seen.rates:
-            unknown[_like(job.config)[0]].append(job)
+        if _kind(job.config)[0] not in samples:
+            unknown[_kind(job.config)[0]].append(job)
     if unknown and calibrate_seconds > 0:
         examples = [jobs[0] for jobs in sorted(unknown.values(), key=len, reverse=True)]
         kinds = f"{len(examples)} kinds of runs" if len(examples) > 1 else "one kind of run"
         console.print(f"Trying a few steps of {kinds}, for {span(calibrate_seconds)} at most ...")
-        for job, seconds, memory in _calibrate(examples, places[0], calibrate_seconds):
-            seen.add(job.config, seconds / job.data.train_images, memory)
-            seen.tried.add(_like(job.config)[0])
-    return {job.run.name: seen.cost(job) for job in sweep.jobs} if seen.rates else {}
+        for sample in _try_each(examples, workers[0], calibrate_seconds):
+            add(sample)
+    return {job.run.name: _estimate(job, samples) for job in sweep.jobs} if samples else {}
 
 
-def _done(sweep: Sweep) -> Iterator[tuple[schema.RunConfig, Inventory, dict[str, Any]]]:
-    """Finished runs to go by: of this sweep first, then of its study."""
+def _finished(sweep: Sweep) -> Iterator[_Sample]:
+    """Yield finished runs: of this sweep first, then of its study."""
     if not sweep.jobs:
         return
     study = sweep.jobs[0].run.folder.parent
-    found = (folder for folder in runs.find(study) if folder.name not in sweep.finished)
-    for folder in itertools.islice(itertools.chain((study / name for name in sweep.finished), found), SAMPLE):
+    others = (folder for folder in runs.find(study) if folder.name not in sweep.finished)
+    for folder in itertools.islice(itertools.chain((study / name for name in sweep.finished), others), READ):
         with contextlib.suppress(UserError):  # damaged, or its data is not here any more
             status = runs.read_status(folder) or {}
-            if status.get("state") == "done" and status.get("wall_seconds") and status.get("peak_memory_bytes"):
+            if status.get("state") == State.DONE and status.get("wall_seconds") and status.get("peak_memory_bytes"):
                 config = schema.parse(runs.read_config(folder))
-                yield config, inventory.check(config.dataset, Path(config.data_dir)), status
+                cost = run_cost(config, inventory.check(config.dataset, Path(config.data_dir)))
+                yield _Sample(config, status["wall_seconds"] / cost, status["peak_memory_bytes"])
 
 
-def _calibrate(jobs: Sequence[Job], slot: Slot, limit_seconds: float) -> Iterator[tuple[Job, float, float]]:
-    """Each job with the seconds of one epoch and its memory, for as many as fit into the time."""
-    begun = time.monotonic()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=begin, initargs=(slot.threads,)) as executor:
+def _try_each(jobs: Sequence[Job], worker: Worker, limit_seconds: float) -> Iterator[_Sample]:
+    """Train a few steps of each job, of as many as fit into the time."""
+    deadline = time.monotonic() + limit_seconds
+    try:
         for job in jobs:
-            left = limit_seconds - (time.monotonic() - begun)
+            left = deadline - time.monotonic()
             if left <= 0:
-                break
-            settings = dataclasses.asdict(job.data)
-            future = executor.submit(_try, job.config.as_dict(), settings, slot.device, slot.threads, left)
+                return
             try:
+                future = worker.submit(_try, job.config, job.data, worker.device, worker.threads, left)
                 seconds, memory = future.result()
             except BrokenProcessPool:  # out of memory, say
                 return
             except (UserError, RuntimeError):
-                continue  # the run itself will say why
-            yield job, seconds, memory
+                continue  # the run itself will report it
+            yield _Sample(job.config, seconds * job.config.epochs / job.cost, memory, tried=True)
+    finally:
+        for process in multiprocessing.active_children():
+            process.kill()
+        worker.close()
 
 
-def _try(settings: dict[str, Any], data: dict[str, Any], device: str, threads: int, limit: float) -> tuple[float, int]:
-    """In a worker: seconds of an epoch with its evaluation, and peak memory in bytes, from a few training steps."""
-    from normlab.training.calibration import calibrate
+def _try(config: schema.RunConfig, data: Inventory, device: str, threads: int, limit: float) -> tuple[float, int]:
+    """Return seconds of an epoch with its evaluation, and peak memory in bytes, from a few steps; in a worker."""
+    from normlab.training.calibration import calibrate  # imports torch
 
-    return calibrate(schema.parse(settings), Inventory(**data), device, threads, limit)
+    return calibrate(config, data, device, threads, limit)

@@ -1,4 +1,4 @@
-"""The default launcher: the runs of a sweep in worker processes of this machine."""
+"""The default launcher: train the runs of a sweep in worker processes of this machine."""
 
 import contextlib
 import multiprocessing
@@ -6,322 +6,332 @@ import os
 import signal
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import runs
 from normlab.common.cpu import cores
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
-from normlab.common.progress import Display, one_line, span
+from normlab.common.progress import Display, one_line
 from normlab.config import schema
 from normlab.launchers import preflight
-from normlab.launchers.sweep import Job, Sweep
-from normlab.training.interrupt import StopRequest
+from normlab.launchers.sweep import Job, Sweep, list_failures
+from normlab.runs import State
+from normlab.training.interrupt import SIGNALS, StopRequest
 
 if TYPE_CHECKING:
     from normlab.training.run import Resources
 
 POLL_SECONDS = 0.5
-PACK = 8  # runs that a process trains at a time on a GPU
 DYING_SECONDS = 10.0  # a process dies piece by piece, and lets go of its run last
 ELSEWHERE = "left alone"  # another process trains the run
-STOPS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # as Ctrl-C: workers must not outlive us
+Status = dict[str, Any]
+T = TypeVar("T")
 
 
-def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int | None = None) -> list[float | None]:
-    """Train what is left of a sweep, several runs at a time; returns every run's result.
+def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[float | None]:
+    """Train what is left of a sweep, several runs at a time; return every run's result.
 
     Raises:
-        UserError: at the end, if any run failed.
+        UserError: for a number out of range; at the end, if any run failed.
     """
-    sweep.say_what_is_skipped()
+    sweep.report_skipped()
     for job in sweep.jobs:
         job.run.freeze()
-    failed = carry_out(sweep.jobs, slots, per_gpu, pack) if sweep.jobs else []
+    failed = train(sweep.jobs, slots, per_gpu, pack) if sweep.jobs else []
     if failed:
-        raise UserError(f"{len(failed)} of {sweep.number} runs failed. The same command tries them again.")
+        raise UserError(f"{len(failed)} of {len(sweep)} runs failed. The same command tries them again.")
     return sweep.results()
 
 
-class Slot:
-    """A worker process with a device and a share of the cores, for one run after the other, `pack` at a time."""
+class Worker:
+    """A process with a device and a part of the cores, which trains one run (or pack of runs) after the other.
 
-    def __init__(self, device: str, threads: int, pack: int = 1) -> None:
-        self.device, self.threads, self.pack = device, threads, pack
-        self.voice: Connection | None = None  # for what the worker prints, where it must not print by itself
-        self.executor: ProcessPoolExecutor | None = None
+    Args:
+        device: cpu or cuda:N.
+        threads: CPU threads of each run.
+        pack: runs that it trains at a time.
+        output: where its stdout and stderr go; None: where those of this process go.
+    """
 
-    def submit(self, jobs: Sequence[Job]) -> "Future[list[dict[str, Any]]]":
-        if self.executor is None:
-            spawn = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP state does not work
-            given = (self.threads, self.voice)
-            self.executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=given)
-        # A worker inherits that requests to stop have to wait, until `_begin` is prepared for them.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, *STOPS))
+    def __init__(self, device: str, threads: int, pack: int = 1, output: Connection | None = None) -> None:
+        self.device, self.threads, self.pack, self.output = device, threads, pack, output
+        self._executor: ProcessPoolExecutor | None = None
+
+    def submit(self, function: Callable[..., T], *arguments: object) -> "Future[T]":
+        """Call `function` in the process, which is started if there is none."""
+        # A process inherits that signals are blocked, until it has handlers for them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        resource_tracker.ensure_running()  # of multiprocessing, and now: starting it unblocks TERM until Python 3.12
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
-            settings = [job.config.as_dict() for job in jobs]
-            return self.executor.submit(_work, settings, self.device, self.threads, self.pack)
+            if self._executor is None:
+                spawn = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP state does not work
+                given = (self.threads, self.output)
+                self._executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=given)
+            return self._executor.submit(function, *arguments)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def replace_worker(self) -> None:
-        if self.executor:
-            self.executor.shutdown(wait=False)
-        self.executor = None
+    def close(self, *, wait: bool = True) -> None:
+        """End the process when it has nothing left to do; another one is started when needed."""
+        if self._executor:
+            self._executor.shutdown(wait=wait, cancel_futures=wait)
+        self._executor = None
 
 
-def begin(threads: int) -> None:
-    """In a worker, before torch is imported: its share of the cores, also for libraries that ask nobody."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-
-    def wait() -> None:  # leave none behind a launcher that was killed: its run goes on from its last checkpoint
-        launcher = multiprocessing.parent_process()
-        if launcher is not None:
-            launcher.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+_stop = StopRequest()  # of a worker: for its run under way and all that might follow
 
 
-_stop = StopRequest()  # a worker's; of its run under way and of all that might follow
-
-
-def _begin(threads: int, voice: Connection | None) -> None:
-    """In a worker of the pool: ready for requests to stop, which SLURM sends to it as well as to the launcher."""
-    if voice:
+def _start_worker(threads: int, output: Connection | None) -> None:
+    """Prepare a process, before it imports torch."""
+    if output:
         for stream in (1, 2):
-            os.dup2(voice.fileno(), stream)
-        voice.close()
-    begin(threads)
-    _stop.__enter__()
+            os.dup2(output.fileno(), stream)
+        output.close()
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # also for libraries that take no argument
+    threading.Thread(target=_exit_with_launcher, daemon=True).start()
+    _stop.__enter__()  # SLURM sends signals to workers as well as to the launcher
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal, to all: the launcher passes them on
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, *STOPS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _work(settings: list[dict[str, Any]], device: str, threads: int, pack: int) -> list[dict[str, Any]]:
-    """In a worker: runs from settings that were checked. Torch is imported here, by the worker's first run."""
-    from normlab.training import packing
+def _exit_with_launcher() -> None:
+    """End this process when its launcher is killed: the run goes on from its last checkpoint."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        launcher.join()
+        os._exit(1)
+
+
+def _train_pack(configs: list[schema.RunConfig], device: str, threads: int, pack: int) -> list[Status]:
+    """Train runs, in a worker; return their statuses."""
+    from normlab.training import packing  # imports torch, here by the worker's first run
     from normlab.training.device import choose
     from normlab.training.run import Resources
 
-    configs = [schema.parse(one) for one in settings]
     if len(configs) == 1:
-        return [_carry_out(configs[0], Resources(device, threads))]
+        return [_train(configs[0], Resources(device, threads))]
     loaded: dict[object, Any] = {}
     return packing.train_packed(
         configs,
         pack,
         choose(configs[0].device, device),
-        lambda config, interleaver: _carry_out(config, Resources(device, threads, interleaver, loaded)),
+        lambda config, interleaver: _train(config, Resources(device, threads, interleaver, loaded)),
     )
 
 
-def _carry_out(config: schema.RunConfig, resources: "Resources") -> dict[str, Any]:
+def _train(config: schema.RunConfig, resources: "Resources") -> Status:
     from normlab.training.run import train_run
 
     if _stop.requested:
-        return {"state": "interrupted", "error": f"by {_stop.requested}"}
+        return {"state": State.INTERRUPTED, "error": f"by {_stop.requested}"}
     try:
         return train_run(config, stop=_stop, resources=resources)
     except RunBusyError as error:
         return {"state": ELSEWHERE, "error": str(error)}
     except InterruptedRunError as error:
-        return {"state": "interrupted", "error": f"by {error}"}
-    except OutOfMemoryError as error:
-        return {"state": "failed", "error": str(error), "out_of_memory": True}
+        return {"state": State.INTERRUPTED, "error": f"by {error}"}
     except UserError as error:
-        return {"state": "failed", "error": str(error)}
+        return {"state": State.FAILED, "error": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
     except Exception as error:  # with its traceback in run.log
-        return {"state": "failed", "error": f"{type(error).__name__}: {error}", "crashed": True}
+        return {"state": State.FAILED, "error": f"{type(error).__name__}: {error}", "crashed": True}
 
 
-def slots_for(jobs: Sequence[Job], wanted: int | None, per_gpu: int, pack: int | None = None) -> list[Slot]:
-    """`wanted` slots, or `per_gpu` for each GPU, or one per CPU core; no more than jobs, and the cores shared.
+def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int = 1) -> list[Worker]:
+    """Return `slots` workers, or `per_gpu` for each GPU, or one per CPU core; no more than jobs, and the cores shared.
 
     Raises:
         UserError: for a number out of range.
     """
-    for setting, value in (("slots", wanted), ("per_gpu", per_gpu), ("pack", pack)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+    numbers = {"slots": 1 if slots is None else slots, "per_gpu": per_gpu, "pack": pack}
+    for setting, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
             raise UserError(f"hydra.launcher.{setting}={value} is out of range: expected 1 or more.")
     gpus = 0 if all(job.config.device == "cpu" for job in jobs) else preflight.gpu_count()
-    number = min(wanted or gpus * per_gpu or cores(), len(jobs))
-    devices = [f"cuda:{slot % gpus}" if gpus else "cpu" for slot in range(number)]
-    return [Slot(device, max(1, cores() // number), pack or (PACK if gpus else 1)) for device in devices]
+    number = min(slots or gpus * per_gpu or cores(), len(jobs))
+    devices = [f"cuda:{index % gpus}" if gpus else "cpu" for index in range(number)]
+    return [Worker(device, max(1, cores() // number), pack) for device in devices]
 
 
-def packs(jobs: Sequence[Job], slots: Sequence[Slot]) -> list[list[Job]]:
-    """What the slots are given, one list after the other, the longest first: a short one at the end leaves fewer of
-    them idle. Runs of one list are trained by one process, and have the settings in common that are a process's.
+def packs_for(jobs: Sequence[Job], workers: Sequence[Worker]) -> list[list[Job]]:
+    """Divide jobs into packs, each for one process, the most expensive first.
+
+    A short one at the end leaves fewer workers idle. Runs of a pack have the settings in common that are a process's.
     """
-    jobs = sorted(jobs, key=lambda job: -job.work)
-    if not slots or slots[0].pack == 1:
+    jobs = sorted(jobs, key=lambda job: -job.cost)
+    if not workers or workers[0].pack == 1:
         return [[job] for job in jobs]
     alike: dict[Hashable, list[Job]] = defaultdict(list)
     for job in jobs:
         config = job.config
-        alike[_alone(job), config.device, config.precision, config.deterministic, config.threads].append(job)
-    dealt = [group[first :: len(slots)] for group in alike.values() for first in range(len(slots))]
-    return sorted(filter(None, dealt), key=lambda pack: -sum(job.work for job in pack))
+        alike[_unshared(job), config.device, config.precision, config.deterministic, config.threads].append(job)
+    dealt = [group[first :: len(workers)] for group in alike.values() for first in range(len(workers))]
+    return sorted(filter(None, dealt), key=lambda pack: -sum(job.cost for job in pack))
 
 
-def _alone(job: Job) -> str:
-    """The name of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
+def _unshared(job: Job) -> str:
+    """Return the name of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
     dataset = job.config.dataset
     streamed = isinstance(dataset, schema.FolderDataset) and dataset.storage != "memory"
     return job.run.name if streamed or job.config.engine == "compile" else ""
 
 
-def carry_out(
-    jobs: Sequence[Job], wanted: int | None = None, per_gpu: int = 1, pack: int | None = None
-) -> list[tuple[Job, str]]:
-    """Train all jobs, several at a time; returns those that were not finished, with the reason, once it has told them.
+def train(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1) -> list[tuple[Job, str]]:
+    """Train all jobs, several at a time; list those that were not finished, and return them with the reason.
 
-    What runs out of memory beside others is tried again with its device to itself.
+    Runs that run out of memory beside others are tried again with a device to themselves.
 
     Raises:
-        KeyboardInterrupt: when asked to stop (by Ctrl-C or one of `STOPS`), after the runs under way wrote their
-            checkpoints; at once when asked twice.
+        KeyboardInterrupt: after a request to stop (any of `SIGNALS`), once the runs under way wrote their checkpoints;
+            at once after a second one.
     """
-    slots = slots_for(jobs, wanted, per_gpu, pack)
-    work, quiet = {job.run.name: job.work for job in jobs}, all(job.config.quiet for job in jobs)
-    with Display(work, quiet=quiet) as display, display.hearing() as voice, _stops():
-        where = "GPU" if slots[0].device != "cpu" else "CPU"
-        threads = jobs[0].config.threads or slots[0].threads
-        number = min(len(jobs), sum(slot.pack for slot in slots))
+    workers = workers_for(jobs, slots, per_gpu, pack)
+    costs, quiet = {job.run.name: job.cost for job in jobs}, all(job.config.quiet for job in jobs)
+    with Display(costs, quiet=quiet) as display, display.hearing() as output, _signals_interrupt():
+        where = "GPU" if workers[0].device != "cpu" else "CPU"
+        threads = jobs[0].config.threads or workers[0].threads
+        number = min(len(jobs), sum(worker.pack for worker in workers))
         display.say(
             f"Runs to train: {len(jobs)}, {number} at a time ({where}, threads of each: {threads})."
             " Ctrl-C stops after a checkpoint."
         )
-        pool = _Pool(slots, display, voice)
-        failed, crowded = pool.carry_out(jobs)
-        if crowded:
-            alone = slots_for(crowded, len({slot.device for slot in slots}), 1, 1)
-            display.say(f"Tried again with a device of their own: {len(crowded)}")
-            more, _ = _Pool(alone, display, voice).carry_out(crowded)
-            failed += more
-        finished = sum(job.run.state in runs.FINISHED for job in jobs)
-        display.say(f"{finished} of {len(jobs)} runs finished in {span(display.elapsed)}.")
-        if failed:
-            display.warn("Failed:")
-        for job, why in failed:
-            display.warn(f"  {job.run.folder / runs.LOG}: {why}")
+        pool = _Pool(workers, display, output)
+        pool.train(jobs)
+        failed = pool.failed
+        if pool.crowded:
+            display.say(f"Tried again with a device of their own: {len(pool.crowded)}")
+            devices = len({worker.device for worker in workers})
+            alone = _Pool(workers_for(pool.crowded, devices, 1), display, output)
+            alone.train(pool.crowded)
+            failed += alone.failed
+        list_failures(display, jobs, "Failed:", failed)
     return failed
 
 
 @contextmanager
-def _stops() -> Iterator[None]:
-    """Inside, a request to stop from a scheduler or a closed terminal is as one from the keyboard."""
-    before = {number: signal.getsignal(number) for number in STOPS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup has its reasons
-            signal.signal(number, signal.default_int_handler)
+def _signals_interrupt() -> Iterator[None]:
+    """Treat a request to stop from a scheduler or a closed terminal as Ctrl-C: workers must not outlive this process.
+
+    Signals that are ignored (as with nohup) or handled already are left alone.
+    """
+    unhandled = [number for number in SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in unhandled:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in unhandled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Pool:
-    """Slots, and the jobs that they have under way."""
+    """Workers, and the runs that they train.
 
-    def __init__(self, slots: list[Slot], display: Display, voice: Connection | None) -> None:
-        self.slots, self.display = slots, display
-        for slot in slots:
-            slot.voice = voice
-        self.active: dict[Future[list[dict[str, Any]]], tuple[Slot, list[Job]]] = {}
-        several = Counter(slot.device for slot in slots for _ in range(slot.pack))
-        self.shared = {device for device, number in several.items() if number > 1}
+    Attributes:
+        failed: runs that were not finished, with the reason.
+        crowded: runs that failed beside others and may not fail alone: for want of memory, say.
+    """
 
-    def carry_out(self, jobs: Sequence[Job]) -> tuple[list[tuple[Job, str]], list[Job]]:
-        """Train all jobs; returns those that failed, with the reason, and those that might not fail alone: that ran out
-        of a shared memory, say.
-        """
-        queue, free = deque(packs(jobs, self.slots)), list(self.slots)
-        failed: list[tuple[Job, str]] = []
-        crowded: list[Job] = []
-        told: set[str] = set()
+    def __init__(self, workers: Sequence[Worker], display: Display, output: Connection | None) -> None:
+        self.failed: list[tuple[Job, str]] = []
+        self.crowded: list[Job] = []
+        self._workers, self._display = workers, display
+        for worker in workers:
+            worker.output = output
+        runs_of = Counter(worker.device for worker in workers for _ in range(worker.pack))
+        self._shared = {device for device, number in runs_of.items() if number > 1}
+        self._active: dict[Future[list[Status]], tuple[Worker, list[Job]]] = {}
+        self._ended: set[str] = set()  # names of runs
 
-        def end(job: Job, status: dict[str, Any], slot: Slot) -> None:
-            if job.run.name in told:
-                return
-            told.add(job.run.name)
-            beside_others = status.get("out_of_memory") or (status.get("crashed") and slot.pack > 1)
-            if status["state"] == "failed" and beside_others and slot.device in self.shared:
-                crowded.append(job)
-                self.display.put_off(job.run.name, f"{one_line(status['error'])} Tried again alone, later.")
-                return
-            self.display.ended(job.run.name, status)
-            if status["state"] not in (*runs.FINISHED, ELSEWHERE):
-                failed.append((job, one_line(status.get("error"))))
-
+    def train(self, jobs: Sequence[Job]) -> None:
+        """Train all jobs."""
+        queue, idle = deque(packs_for(jobs, self._workers)), list(self._workers)
         try:
-            while queue or self.active:
-                while queue and free:
-                    slot, pack = free.pop(), queue.popleft()
-                    self.active[slot.submit(pack)] = (slot, pack)
-                finished, _ = wait(self.active, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    slot, pack = self.active.pop(future)
-                    free.append(slot)
-                    statuses = self._statuses_of(future, slot, pack)
-                    if any(status.get("crashed") for status in statuses):  # a CUDA error, say, spoils its process
-                        slot.replace_worker()
-                    for job, status in zip(pack, statuses, strict=True):
-                        end(job, status, slot)
-                for slot, pack in self.active.values():
-                    for job in pack:
-                        with contextlib.suppress(UserError):
-                            latest = runs.read_status(job.run.folder) if job.run.name not in told else None
-                            if latest and latest["state"] == "running":
-                                self.display.news(latest)
-                            elif latest and latest["state"] in runs.FINISHED and len(pack) > 1:
-                                end(job, latest, slot)
+            while queue or self._active:
+                while queue and idle:
+                    worker, pack = idle.pop(), queue.popleft()
+                    configs = [job.config for job in pack]
+                    future = worker.submit(_train_pack, configs, worker.device, worker.threads, worker.pack)
+                    self._active[future] = worker, pack
+                done, _ = wait(self._active, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+                for future in done:
+                    idle.append(self._collect(future))
+                for worker, pack in self._active.values():
+                    self._refresh(worker, pack)
         except KeyboardInterrupt:
             self._stop()
             raise
         finally:
-            for slot in self.slots:
-                if slot.executor:
-                    slot.executor.shutdown(wait=True, cancel_futures=True)
-        return failed, crowded
+            for worker in self._workers:
+                worker.close()
+
+    def _collect(self, future: "Future[list[Status]]") -> Worker:
+        """Take the results of a pack; return its worker."""
+        worker, pack = self._active.pop(future)
+        try:
+            statuses = future.result()
+        except BrokenProcessPool:
+            worker.close(wait=False)
+            why = "its process was killed, perhaps for want of memory"
+            statuses = [record_end(job.run, State.FAILED, why) | {"out_of_memory": True} for job in pack]
+        if any(status.get("crashed") for status in statuses):  # a CUDA error, say, spoils its process
+            worker.close(wait=False)
+        for job, status in zip(pack, statuses, strict=True):
+            self._end(job, status, worker)
+        return worker
+
+    def _refresh(self, worker: Worker, pack: list[Job]) -> None:
+        """Show the progress of a pack, and runs of it that are over before the others."""
+        for job in pack:
+            if job.run.name in self._ended:
+                continue
+            status = job.status()
+            if status.get("state") == State.RUNNING:
+                self._display.news(status)
+            elif status.get("state") in runs.FINISHED and len(pack) > 1:
+                self._end(job, status, worker)
+
+    def _end(self, job: Job, status: Status, worker: Worker) -> None:
+        """Note the end of a run, once."""
+        if job.run.name in self._ended:
+            return
+        self._ended.add(job.run.name)
+        blame_others = status.get("out_of_memory") or (status.get("crashed") and worker.pack > 1)
+        if status["state"] == State.FAILED and blame_others and worker.device in self._shared:
+            self.crowded.append(job)
+            self._display.put_off(job.run.name, f"{one_line(status['error'])} Tried again alone, later.")
+            return
+        self._display.ended(job.run.name, status)
+        if status["state"] not in (*runs.FINISHED, ELSEWHERE):
+            self.failed.append((job, one_line(status.get("error"))))
 
     def _stop(self) -> None:
         """Let the runs under way write a checkpoint; a second request in the meantime ends them at once."""
-        self.display.say("Stopping: the runs under way write a checkpoint. Once more stops at once.")
+        self._display.say("Stopping: the runs under way write a checkpoint. Once more stops at once.")
         try:
-            for worker in multiprocessing.active_children():
-                worker.terminate()  # TERM: a run writes its checkpoint first
-            wait(self.active)
+            for process in multiprocessing.active_children():
+                process.terminate()  # TERM: a run writes its checkpoint first
+            wait(self._active)
         except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            for job in (job for _, pack in self.active.values() for job in pack):
-                with contextlib.suppress(UserError), job.run.lock(wait_seconds=DYING_SECONDS):
-                    if job.run.state == "running":
-                        job.run.write_status("interrupted", ended=runs.now(), error="stopped at once")
+            for process in multiprocessing.active_children():
+                process.kill()
+            for _, pack in self._active.values():
+                for job in pack:
+                    if job.run.state == State.RUNNING:
+                        record_end(job.run, State.INTERRUPTED, "stopped at once")
 
-    def _statuses_of(self, future: "Future[list[dict[str, Any]]]", slot: Slot, pack: list[Job]) -> list[dict[str, Any]]:
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            slot.replace_worker()
-            return [self._killed(job) for job in pack]
 
-    def _killed(self, job: Job) -> dict[str, Any]:
-        """The status of a run whose process is not there any more."""
-        failed: dict[str, Any] = {
-            "state": "failed",
-            "error": "its process was killed, perhaps for want of memory",
-        }
-        with contextlib.suppress(UserError), job.run.lock(wait_seconds=DYING_SECONDS):
-            if job.run.state in runs.FINISHED:  # and killed after that
-                return runs.read_status(job.run.folder) or failed
-            failed = job.run.write_status(ended=runs.now(), **failed)
-        return failed | {"out_of_memory": True}
+def record_end(run: runs.Run, state: State, error: str) -> Status:
+    """Record how a run ended whose process cannot do so any more, unless it is finished; return its status."""
+    with contextlib.suppress(UserError), run.lock(wait_seconds=DYING_SECONDS):
+        if run.state in runs.FINISHED:
+            return runs.read_status(run.folder) or {"state": run.state}
+        return run.write_status(state, ended=runs.now(), error=error)
+    return {"state": state, "error": error}

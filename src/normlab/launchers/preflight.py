@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a run before it starts: quick, and without importing torch."""
+"""Check a run before it starts: quick, and without importing torch."""
 
 import ctypes
 import functools
@@ -14,37 +14,41 @@ from normlab.runs import files
 
 
 def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
-    """Check data, device, imports and folders; returns what is known of the data.
+    """Check data, device, imports and folders; return the sizes of the data.
 
     Args:
-        here: whether the run will be on this machine; if not, its devices are left out.
+        config: the run's settings.
+        here: whether the run will be on this machine; if not, its devices are not checked.
 
     Raises:
         UserError: naming the first thing that would stop the run.
     """
     if here:
         _check_device(config)
-    found = inventory.check(config.dataset, Path(config.data_dir))
-    if config.batch > found.train_images:
+    data = inventory.check(config.dataset, Path(config.data_dir))
+    if config.batch > data.train_images:
         what = "samples" if isinstance(config.dataset, RegressionDataset) else "images"
         raise UserError(
             f"batch={config.batch} is larger than the data: dataset={config.dataset.name} has"
-            f" {found.train_images} {what} to train on.\nNearest valid: batch={found.train_images}."
+            f" {data.train_images} {what} to train on.\nNearest valid: batch={data.train_images}."
         )
     _check_importable(config.norm.target, "norm._target_")
     if isinstance(config.model, CustomModelConfig):
         _check_importable(config.model.target, "model.target")
     check_logger(config.logger)
     _check_writable(config.study_folder)
-    return found
+    return data
 
 
 def check_logger(logger: LoggerConfig) -> None:
-    """Raises:
-    UserError: if the logger's packages are not installed.
+    """Check that the logger's packages are installed.
+
+    Raises:
+        UserError: if they are not.
     """
-    needed = {"mlflow": ("mlflow", "sqlalchemy")}.get(logger.name, () if logger.name == "none" else (logger.name,))
-    missing = [package for package in needed if not _installed(package)]
+    packages = {"none": (), "mlflow": ("mlflow", "sqlalchemy")}.get(logger.name, (logger.name,))
+    # Of a mere folder, such as wandb makes, the origin is None.
+    missing = [name for name in packages if getattr(importlib.util.find_spec(name), "origin", None) is None]
     if missing:
         raise UserError(
             f"logger={logger.name} needs packages that are not installed: {', '.join(missing)}.\n"
@@ -52,28 +56,22 @@ def check_logger(logger: LoggerConfig) -> None:
         )
 
 
-def _installed(package: str) -> bool:
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # not just a folder of this name, such as wandb makes
-
-
 @functools.cache
 def gpu_count() -> int:
-    """CUDA devices as the driver counts them, CUDA_VISIBLE_DEVICES respected."""
+    """Return the number of CUDA devices as the driver counts them, CUDA_VISIBLE_DEVICES respected."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return 0
     count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return 0
-    return count.value
+    failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if failed else count.value
 
 
 def _check_device(config: RunConfig) -> None:
     if config.device.startswith("cuda"):
-        wanted = int(config.device.partition(":")[2] or 0)
-        if wanted >= gpu_count():
+        index = int(config.device.partition(":")[2] or 0)
+        if index >= gpu_count():
             raise UserError(
                 f"device={config.device}: this machine's driver shows {gpu_count()} CUDA devices.\n"
                 "Use device=cpu or device=auto, or check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES."

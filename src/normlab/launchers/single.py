@@ -1,6 +1,6 @@
-"""One run in this process: what `python train.py` without -m does, and Hydra's own launchers per run.
+"""Train one run in this process: `python train.py` without -m, and each run of Hydra's own launchers.
 
-Started several times by torchrun or srun, as the processes of one run: all do the same, and the first one speaks.
+Started several times by torchrun or srun, as the processes of one run: all do the same, and the first one prints.
 """
 
 import os
@@ -25,51 +25,55 @@ from normlab.training.distributed.processes import Processes, find
 from normlab.training.interrupt import StopRequest
 
 
-def carry_out(composed: DictConfig) -> float | None:
-    """Train a run, or say that it is finished; returns its final test accuracy (loss where there is none).
+def run(composed: DictConfig) -> float | None:
+    """Train the run that Hydra composed, unless it is finished; return its result, as `train` does.
 
     Raises:
         UserError: for a mistake in the configuration, before the run starts; for a run that fails.
+        InterruptedRunError: after a request to stop.
     """
-    processes = Processes()
+    processes, mode = Processes(), HydraConfig.get().mode
     try:
         processes = find()
         if processes.world > 1:
             # torchrun sends it to those that are left once a process has ended: each ends with a status of its own.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if processes.world > 1 and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise UserError(
-                f"A sweep (-m) under {processes.world} processes: torchrun and srun start the processes of one run.\n"
-                "Start the sweep with python: its launchers give every run a device. Or leave out -m."
-            )
+            if mode == RunMode.MULTIRUN:
+                raise UserError(
+                    f"A sweep (-m) under {processes.world} processes: torchrun and srun start the processes of one"
+                    " run.\nStart the sweep with python: its launchers give every run a device. Or leave out -m."
+                )
         return train(schema.parse(settings_of(composed)), processes)
     except (UserError, OmegaConfBaseException) as error:
         if processes.rank:
             sys.exit(1)
-        if HydraConfig.get().mode == RunMode.RUN or processes.world > 1:
-            exit_with_error(error)  # past Hydra, which would add a line of its own
+        if mode == RunMode.RUN or processes.world > 1:
+            exit_with_error(error)  # here and not in Hydra, which would add a line of its own
         raise
     except (InterruptedRunError, KeyboardInterrupt):
         if processes.rank:
             sys.exit(130)
-        if HydraConfig.get().mode == RunMode.RUN or processes.world > 1:
-            exit_interrupted()  # past Hydra as well
+        if mode == RunMode.RUN or processes.world > 1:
+            exit_interrupted()
         raise
 
 
 def train(config: schema.RunConfig, processes: Processes | None = None) -> float | None:
-    """Train a run in this process and the others of `processes`, or say that it is finished; returns its result.
+    """Train a run in this process and the others of `processes`, unless it is finished.
+
+    Returns:
+        Its final test accuracy; its test loss where there is none.
 
     Raises:
         UserError: for a run that fails.
-        InterruptedRunError: when asked to stop.
+        InterruptedRunError: after a request to stop.
     """
     processes = processes or find()
     run = runs.Run(config.as_dict())
     finished = run.over
     if finished and processes.world == 1:
         status = runs.read_status(run.folder) or {}
-    else:  # of several processes the first one says whether the run is finished: a file server's news travel slowly
+    else:  # the first process decides for all whether the run is finished: a file server may show it to others later
         status = _train(config, run, processes, finished)
     if processes.rank == 0 and not config.quiet:
         if finished:
@@ -83,9 +87,9 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
     if processes.world == 1:
         preflight.check(config)
     else:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that has gone is told of in a sentence
-    speaks = processes.rank == 0 and not finished
-    with StopRequest() as stop, Display({run.name: 1.0}, quiet=config.quiet) if speaks else nullcontext() as display:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that has gone is reported in a sentence
+    shown = processes.rank == 0 and not finished
+    with StopRequest() as stop, Display({run.name: 1.0}, quiet=config.quiet) if shown else nullcontext() as display:
         if display:
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
             display.news({"name": run.name})
@@ -94,10 +98,10 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
 
         with group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
-                preflight.check(config)  # together, so that what one machine lacks is known to all
-            watch = display.news if display else lambda status: None
+                preflight.check(config)  # together, so that all know of the error of one machine
+            on_status = display.news if display else lambda status: None
             resources = Resources(joined.device)
-            status = train_run(config, stop=stop, resources=resources, on_status=watch, group=joined)
+            status = train_run(config, stop=stop, resources=resources, on_status=on_status, group=joined)
         if display:
             display.ended(run.name, status)
     return status

@@ -1,14 +1,12 @@
-"""The SLURM launcher: what is left of a sweep becomes one array of jobs, submitted through submitit.
+"""The SLURM launcher: submit what is left of a sweep as one array of jobs.
 
 An order, outputs/<study>/slurm/<time>.json, holds the full settings of the runs of each task of the array, which
-`launchers.slurm_task` carries out. It is on disk before sbatch is called, and its jobs name it in their comment. So
-nothing is pickled; a submitter that is killed leaves a whole array or none; and SLURM's queue tells which runs its
+`launchers.slurm_task` trains. It is on disk before sbatch is called, and its jobs name it
+in their comment. So a submitter that is killed leaves a whole array or none, and SLURM's queue shows which runs its
 jobs hold, whoever submitted them from wherever.
 """
 
 import contextlib
-import importlib.util
-import io
 import os
 import re
 import secrets
@@ -17,49 +15,50 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, StrictBool, ValidationError, model_validator
 
 from normlab import runs
 from normlab.common.errors import UserError
 from normlab.common.installation import command_name
-from normlab.common.progress import Display, one_line, span
+from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
 from normlab.config.schema import Count, Positive, Whole
-from normlab.launchers.sweep import Job, Sweep
-from normlab.runs import files
+from normlab.launchers.sweep import Job, Sweep, list_failures
+from normlab.runs import State, files
 
-AGAIN = 75  # exit status of a task that was told to stop and wants its job to go on later
-MARK = "normlab "  # begins the comment of our jobs; the order's path follows
+REQUEUE_STATUS = 75  # exit status of a task that was stopped and wants its job to go on later
+COMMENT = "normlab "  # begins the comment of our jobs; the order's path follows
 POLL_SECONDS = 2.0  # between two looks at the runs' files
-QUEUE_SECONDS = 10.0  # between two questions to SLURM, which asks its users not to be asked too often
-GONE_SECONDS = 20.0  # a job that has left the queue may have written what a network file system does not show yet
+QUEUE_SECONDS = 10.0  # between two queries of SLURM's queue, which is to be queried rarely
+GONE_SECONDS = 20.0  # a job that has left the queue may have written files that a network file system does not show yet
 ANSWER_SECONDS = 60.0  # SLURM's commands wait long for a controller that is down
 
 
-# The end of a job's script. A task that a signal kills (128 + USR1, USR2 or TERM) was told to stop before it could
-# listen. A job that is cancelled, or that SLURM itself puts back, does not come here: its shell ends with it.
-_REQUEUE = [
-    "status=$?",
-    "case $status in",
-    f"{AGAIN} | 138 | 140 | 143)",
-    "    job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # SLURM_JOB_ID may mean the whole array",
-    '    echo "$(date) job $job goes back into the queue"  # said before: the shell may end with the next line',
-    '    for try in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 5; done ;;',
-    "esac",
-    "exit $status",
-]
+# At its end: a task that a signal kills (128 + USR1, USR2 or TERM) was to stop before it could handle signals. A job
+# that is cancelled, or that SLURM itself puts back, does not come there: its shell ends with it.
+_SCRIPT = """\
+#!/bin/bash
+{options}
+
+{setup}
+srun --unbuffered --output={output} --cpus-per-task={cpus} {python} -u -m normlab.launchers.slurm_task {order}
+
+status=$?
+case $status in
+{requeue} | 138 | 140 | 143)
+    job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID  # SLURM_JOB_ID may mean the whole array
+    echo "$(date) job $job goes back into the queue"  # first: the shell may end with the next line
+    for try in 1 2 3 4 5; do scontrol requeue "$job" && break; sleep 5; done ;;
+esac
+exit $status
+"""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
-
-
-class Cluster(_Section):
+class Cluster(BaseModel, extra="forbid", frozen=True, coerce_numbers_to_str=True):
     """Where jobs run: conf/cluster."""
 
     partition: str | None
@@ -71,8 +70,8 @@ class Cluster(_Section):
     python: str | None
 
 
-class Needs(_Section):
-    """What a job needs: conf/hydra/launcher/slurm.yaml."""
+class Needs(BaseModel, extra="forbid", frozen=True):
+    """The resources of a job: conf/hydra/launcher/slurm.yaml."""
 
     time: Count
     grace_seconds: Count
@@ -103,8 +102,10 @@ class Needs(_Section):
 
 
 def parse(settings: Mapping[str, Any]) -> Needs:
-    """Raises:
-    UserError: naming the first wrong setting.
+    """Check the launcher's settings.
+
+    Raises:
+        UserError: naming the first wrong setting.
     """
     try:
         return Needs.model_validate(settings)
@@ -120,32 +121,32 @@ def parse(settings: Mapping[str, Any]) -> Needs:
 
 
 def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
-    """Submit what is left of a sweep and is in no job yet; returns every run's result as far as there is one.
+    """Submit what is left of a sweep and is in no job yet; return every run's result as far as there is one.
 
     Raises:
         UserError: if it cannot be submitted; after waiting, if any run failed or lost its job.
     """
-    sweep.say_what_is_skipped()
+    sweep.report_skipped()
     if not sweep.jobs:
         return sweep.results()
-    _check_installed()
-    queue = queued()
-    waiting = [job for job in sweep.jobs if _folder(job) not in queue]
-    arrays = {queue[_folder(job)].partition("_")[0] for job in sweep.jobs if job not in waiting}
+    _query("sbatch", "--version")
+    queue = _queued()
+    unsubmitted = [job for job in sweep.jobs if _folder(job) not in queue]
+    arrays = {queue[_folder(job)].partition("_")[0] for job in sweep.jobs if job not in unsubmitted}
     if arrays:
-        sweep.say(
-            f"{len(sweep.jobs) - len(waiting)} of {sweep.number} runs are queued or running already"
+        sweep.report(
+            f"{len(sweep.jobs) - len(unsubmitted)} of {len(sweep)} runs are queued or running already"
             f" (job {', '.join(sorted(arrays))}) and not submitted again."
         )
-    if waiting:
-        arrays.add(_submit(waiting, needs, sweep.say))
+    if unsubmitted:
+        arrays.add(_submit(unsubmitted, needs, sweep.report))
     if needs.wait:
         _wait_for(sweep, arrays)
     return sweep.results()
 
 
-def ask(*command: str) -> str:
-    """What a command of SLURM prints.
+def _query(*command: str) -> str:
+    """Return the output of a command of SLURM.
 
     Raises:
         UserError: if there is no such command, or it fails.
@@ -163,119 +164,115 @@ def ask(*command: str) -> str:
         raise UserError(f"SLURM does not answer: {one_line(error.stderr)}\nTry `{shlex.join(command)}`.") from None
 
 
-def queued() -> dict[str, str]:
-    """Which runs are in a job of this user, pending or running: by the run's folder the task, e.g. 17_3.
+def _queued() -> dict[str, str]:
+    """Return the runs in pending or running jobs of this user: by the run's folder the task, e.g. 17_3.
 
     Raises:
         UserError: if SLURM does not answer.
     """
-    lines = ask("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F_%K %k").splitlines()
+    lines = _query("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F_%K %k").splitlines()
     orders: dict[str, list[list[dict[str, Any]]]] = {}
-    found: dict[str, str] = {}
+    queue: dict[str, str] = {}
     for line in lines:
         task, _, comment = line.partition(" ")
-        if not comment.startswith(MARK):
+        if not comment.startswith(COMMENT):
             continue
-        path = comment.removeprefix(MARK)
+        path = comment.removeprefix(COMMENT)
         if path not in orders:
             orders[path] = []
             with contextlib.suppress(UserError):  # whoever removed the study has not cancelled its jobs
                 orders[path] = files.read_json(Path(path))["tasks"]
         index = int(task.partition("_")[2])
-        found |= {run["folder"]: task for share in orders[path][index : index + 1] for run in share}
-    return found
+        queue |= {run["folder"]: task for job_runs in orders[path][index : index + 1] for run in job_runs}
+    return queue
 
 
 def _folder(job: Job) -> str:
     return str(job.run.folder.resolve())
 
 
-def _check_installed() -> None:
-    if importlib.util.find_spec("submitit") is None:
-        raise UserError(
-            "hydra/launcher=slurm needs submitit, which is not installed.\n"
-            'Install it into this environment: pip install "normlab[slurm]"'
-        )
-    for command in ("sbatch", "srun"):
-        ask(command, "--version")
+def _submit(jobs: Sequence[Job], needs: Needs, report: Callable[[str], None]) -> str:
+    """Submit one array; return its job id.
 
-
-def _submit(jobs: Sequence[Job], needs: Needs, say: Callable[[str], None]) -> str:
-    """Submit one array; returns its job id."""
-    from submitit.core.utils import FailedJobError
-    from submitit.slurm.slurm import SlurmExecutor
-
-    allowed = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"), re.MULTILINE)
+    Raises:
+        UserError: if SLURM refuses it.
+    """
+    allowed = re.search(r"^MaxArraySize\s*=\s*(\d+)", _query("scontrol", "show", "config"), re.MULTILINE)
     per_job = max(needs.runs_per_job, -(-len(jobs) // int(allowed[1]))) if allowed else needs.runs_per_job
-    if per_job > needs.runs_per_job:
-        say(f"An array may have {allowed[1] if allowed else '?'} tasks here: {per_job} runs go into each job.")
-    shares = [jobs[first : first + per_job] for first in range(0, len(jobs), per_job)]
-    folder = jobs[0].config.study_folder / "slurm"
+    if allowed and per_job > needs.runs_per_job:
+        report(f"An array may have {allowed[1]} tasks here: {per_job} runs go into each job.")
+    entries = [{"folder": _folder(job), "settings": job.config.as_dict()} for job in jobs]
+    tasks = [entries[first : first + per_job] for first in range(0, len(jobs), per_job)]
+    study, folder = jobs[0].config.study, jobs[0].config.study_folder / "slurm"
     files.make_folder(folder)
     order = (folder / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.json").resolve()
-    tasks = [[{"folder": _folder(job), "settings": job.config.as_dict()} for job in share] for share in shares]
     for job in jobs:
         job.run.freeze()
     files.write_json(order, {"command": sys.argv, "submitted": runs.now(), "slots": needs.slots, "tasks": tasks})
-
-    cluster = needs.cluster
-    executor = SlurmExecutor(folder, python=cluster.python)
-    executor.update_parameters(
-        job_name=jobs[0].config.study,
-        comment=f"{MARK}{order}",
-        time=needs.time,
-        signal_delay_s=needs.grace_seconds,
-        nodes=needs.nodes,
-        ntasks_per_node=needs.tasks,
-        cpus_per_task=needs.cpus,
-        gpus_per_node=needs.gpus or None,
-        **({"mem_gb": needs.memory_gb} if needs.memory_gb else {}),
-        array_parallelism=needs.array_parallelism or len(shares),
-        partition=cluster.partition,
-        account=cluster.account,
-        qos=cluster.qos,
-        constraint=cluster.constraint,
-        setup=cluster.setup or None,
-        # A step does not take over the job's cores by itself since SLURM 22.05.
-        srun_args=[f"--cpus-per-task={needs.cpus}"],
-        additional_parameters={"requeue": True, **{k: v for k, v in cluster.options.items() if v is not False}},
-        teardown=_REQUEUE,
-        stderr_to_stdout=True,
-        wckey=None,  # submitit's own, which a cluster that keeps such keys does not know
-    )
-    executor.parameters["map_count"] = len(shares)
-    command = f"{executor.python} -u -m normlab.launchers.slurm_task {shlex.quote(str(order))}"
-    try:
-        with _as_outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):  # told in a sentence instead
-            array = executor._submit_command(command).job_id
-    except FailedJobError as error:
+    script = job_script(needs, study, order, len(tasks))
+    command = ["sbatch", "--parsable"]
+    submitted = subprocess.run(command, input=script, capture_output=True, text=True, env=_environment(), check=False)
+    if submitted.returncode:
         order.unlink()
-        reason = one_line(str(error).replace("sbatch: error: ", ""))
         raise UserError(
-            f"SLURM refuses the jobs: {reason}\nCheck cluster=... (partition, account, qos, options) and"
+            f"SLURM refuses the jobs: {one_line(submitted.stderr.replace('sbatch: error: ', ''))}\n"
+            "Check cluster=... (partition, account, qos, options) and"
             " hydra.launcher (time, gpus, cpus, memory_gb); `sinfo` shows what there is."
-        ) from None
-    number = f"an array of {len(shares)} jobs" if len(shares) > 1 else "one job"
-    say(
+        )
+    array = submitted.stdout.strip().partition(";")[0]
+    files.write_atomically(folder / f"{array}_submission.sh", lambda file: file.write(script.encode()))
+    number = f"an array of {len(tasks)} jobs" if len(tasks) > 1 else "one job"
+    report(
         f"Submitted: {len(jobs)} runs as job {array}, {number}. What they print: {folder}/{array}_*.out\n"
-        f"How far they are: {command_name('report')} status study={jobs[0].config.study}, squeue --array --jobs={array}."
+        f"How far they are: {command_name('report')} status study={study}, squeue --array --jobs={array}."
         f" To cancel: scancel {array}"
     )
     return array
 
 
-@contextmanager
-def _as_outside_of_a_job() -> Iterator[None]:
-    """Without what a surrounding job left in the environment: its memory per core, say, contradicts ours."""
-    inside = {name: os.environ[name] for name in os.environ if re.match("SLURM_(?!CONF)|SLURMD_|SRUN_", name)}
-    if "SLURM_JOB_ID" not in inside:
-        inside = {}
-    for name in inside:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(inside)
+def job_script(needs: Needs, study: str, order: Path, tasks: int) -> str:
+    """Return the script of an array of `tasks` jobs; the cluster's own options go first, false leaves one out."""
+    cluster, output = needs.cluster, f"{order.parent}/%A_%a_{{}}_log.out"
+    options = {
+        "job-name": study,
+        "comment": f"{COMMENT}{order}",
+        "output": output.format(0),
+        "open-mode": "append",
+        "array": f"0-{tasks - 1}%{min(tasks, needs.array_parallelism or tasks)}",
+        "requeue": True,
+        "signal": f"USR2@{needs.grace_seconds}",
+        "time": needs.time,
+        "nodes": needs.nodes,
+        "ntasks-per-node": needs.tasks,
+        "cpus-per-task": needs.cpus,
+        "gpus-per-node": needs.gpus or None,
+        "mem": f"{round(1024 * needs.memory_gb)}M" if needs.memory_gb else None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+        **{name.replace("_", "-"): value for name, value in cluster.options.items()},
+    }
+    return _SCRIPT.format(
+        options="\n".join(
+            f"#SBATCH --{name}" + ("" if value is True else f"={shlex.quote(str(value))}")
+            for name, value in options.items()
+            if value is not None and value is not False
+        ),
+        setup="\n".join(cluster.setup),
+        output=shlex.quote(output.format("%t")),
+        cpus=needs.cpus,  # a step does not take over the job's cores by itself since SLURM 22.05
+        python=cluster.python or shlex.quote(sys.executable),
+        order=shlex.quote(str(order)),
+        requeue=REQUEUE_STATUS,
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment without the variables of a surrounding job: its memory per core, say, contradicts ours."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return dict(os.environ)
+    return {name: text for name, text in os.environ.items() if not re.match("SLURM_(?!CONF)|SLURMD_|SRUN_", name)}
 
 
 def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
@@ -284,57 +281,47 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
     Raises:
         UserError: at the end, if any run failed or has none.
     """
-    cancel = f"scancel {' '.join(sorted(arrays))}"
-    failed: dict[Path, str] = {}
-    with Display({job.run.name: job.work for job in sweep.jobs}, quiet=sweep.quiet) as display:
+    failed: list[tuple[Job, str]] = []
+    with Display({job.run.name: job.cost for job in sweep.jobs}, quiet=sweep.quiet) as display:
         display.say(f"Waiting for {len(sweep.jobs)} runs. Ctrl-C leaves their jobs alone.")
         try:
             for job, status in _ends(sweep.jobs, display):
                 display.ended(job.run.name, status)
                 if status["state"] not in runs.FINISHED:
-                    failed[job.run.folder / runs.LOG] = one_line(status["error"])
+                    failed.append((job, one_line(status["error"])))
         except KeyboardInterrupt:
+            cancel = f"scancel {' '.join(sorted(arrays))}"
             display.say(f"The jobs go on. The same command shows them again; to cancel them: {cancel}")
             sys.exit(130)
-        display.say(f"{len(sweep.jobs) - len(failed)} of {len(sweep.jobs)} runs finished in {span(display.elapsed)}.")
-        if failed:
-            display.warn("Not finished:")
-        for log, why in failed.items():
-            display.warn(f"  {log}: {why}")
+        list_failures(display, sweep.jobs, "Not finished:", failed)
     if failed:
-        raise UserError(f"{len(failed)} of {sweep.number} runs are not finished. The same command tries them again.")
+        raise UserError(f"{len(failed)} of {len(sweep)} runs are not finished. The same command tries them again.")
 
 
 def _ends(jobs: Sequence[Job], display: Display) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Each run when it is over, with its status; a run whose job has gone without it counts as failed."""
+    """Yield each run when it is over, with its status; a run whose job has gone without it counts as failed."""
     left = {_folder(job): job for job in jobs}
-    before = {folder: _status(job) for folder, job in left.items()}
+    before = {folder: job.status() for folder, job in left.items()}
     seen = dict.fromkeys(left, time.monotonic())  # when its job was last in the queue
-    asked, answer = -QUEUE_SECONDS, dict.fromkeys(left, "")
+    queried, queue = -QUEUE_SECONDS, dict.fromkeys(left, "")
     while left:
-        if time.monotonic() - asked >= QUEUE_SECONDS:
-            asked = time.monotonic()
+        if time.monotonic() - queried >= QUEUE_SECONDS:
+            queried = time.monotonic()
             with contextlib.suppress(UserError):  # SLURM may be restarted while jobs go on
-                answer = queued()
-                seen |= {folder: time.monotonic() for folder in answer}
+                queue = _queued()
+                seen |= dict.fromkeys(queue, time.monotonic())
         for folder, job in list(left.items()):
-            status = _status(job)
-            fresh = status if status != before[folder] else {}
-            gone = folder not in answer and time.monotonic() - seen[folder] > GONE_SECONDS
-            if job.run.over or fresh.get("state") in (*runs.FINISHED, "failed"):
+            status = job.status()
+            new = status if status != before[folder] else {}
+            gone = folder not in queue and time.monotonic() - seen[folder] > GONE_SECONDS
+            if job.run.over or new.get("state") in (*runs.FINISHED, State.FAILED):
                 yield job, status
             elif gone:
                 why = "its job has left SLURM's queue without finishing it: cancelled, killed or never started"
-                yield job, {**status, "state": "failed", "error": why}
+                yield job, {**status, "state": State.FAILED, "error": why}
             else:
-                if fresh.get("state") == "running":
+                if new.get("state") == State.RUNNING:
                     display.news(status)
                 continue
             del left[folder]
         time.sleep(POLL_SECONDS if left else 0)
-
-
-def _status(job: Job) -> dict[str, Any]:
-    with contextlib.suppress(UserError):
-        return runs.read_status(job.run.folder) or {}
-    return {}

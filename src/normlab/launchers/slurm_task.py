@@ -1,71 +1,65 @@
-"""One job of the SLURM launcher's array, started by SLURM: python -m normlab.launchers.slurm_task order.json
+"""Train the runs of one job of the SLURM launcher's array: `python -m normlab.launchers.slurm_task order.json`.
 
-It carries out the runs that the order has for it, but for those that are finished. When SLURM tells it to stop, because
-the time limit is near or another job goes first, the runs under way write their checkpoints, and it ends with `AGAIN`.
+Runs that are finished are left alone. When SLURM sends it a signal to stop,
+because the time limit is near or another job goes first, the runs under way write their checkpoints, and it ends with
+`REQUEUE_STATUS`.
 """
 
-import contextlib
 import os
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Sequence
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from normlab import runs
 from normlab.common.errors import InterruptedRunError, UserError
 from normlab.config import schema
 from normlab.launchers import pool, preflight, single
-from normlab.launchers.slurm import AGAIN
-from normlab.launchers.sweep import NEW, Job
-from normlab.runs import files
+from normlab.launchers.slurm import REQUEUE_STATUS
+from normlab.launchers.sweep import Job
+from normlab.runs import State, files
 from normlab.training.distributed.processes import find
+from normlab.training.interrupt import SIGNALS
 
 
 def main(order: Path) -> int:
-    """Returns the exit status: 1 if a run failed, `AGAIN` if it was told to stop."""
-    task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    """Train the runs of this task; return the exit status: 1 if a run failed, `REQUEUE_STATUS` if it was stopped."""
+    index = os.environ["SLURM_ARRAY_TASK_ID"]
+    task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
     print(f"{runs.now()} job {task} on {socket.gethostname()}, process {os.getpid()}", flush=True)
     try:
-        _hear_one_request_to_stop()
+        _handle_signals(_interrupt)
         todo = files.read_json(order)
-        failed = _carry_out(todo["tasks"][int(os.environ["SLURM_ARRAY_TASK_ID"])], todo["slots"])
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to stop
+        settings = [runs.completed(entry["settings"]) for entry in todo["tasks"][int(index)]]
+        train = _train_together if find().world > 1 else _train_with_pool
+        failed = train(settings, todo["slots"])
+        _handle_signals(signal.SIG_IGN)  # nothing is left to stop
         return 1 if failed else 0
     except (KeyboardInterrupt, InterruptedRunError):
-        return AGAIN if os.environ.get("SLURM_PROCID", "0") == "0" else 0  # the job's status is the highest of all
+        # The job's status is the highest of its processes.
+        return REQUEUE_STATUS if os.environ.get("SLURM_PROCID", "0") == "0" else 0
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         return 1
 
 
-def _hear_one_request_to_stop() -> None:
-    """Make the first of SLURM's signals a Ctrl-C to this process, and the others nothing: it sends several, and TERM
-    over and over. They are blocked in all threads, so that processes inherit that they wait until they are ready.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, pool.STOPS)
-    resource_tracker.ensure_running()  # of multiprocessing, and now: starting it unblocks TERM until Python 3.12
-    signal.pthread_sigmask(signal.SIG_BLOCK, pool.STOPS)
-
-    def wait() -> None:
-        number = signal.sigwait(pool.STOPS)
-        print(f"{runs.now()} SLURM sends {signal.Signals(number).name}", flush=True)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-        while True:
-            signal.sigwait(pool.STOPS)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _interrupt(number: int, _: object) -> NoReturn:
+    """Make the first of SLURM's signals a Ctrl-C to this process, and the others nothing: it repeats TERM."""
+    print(f"{runs.now()} SLURM sends {signal.Signals(number).name}", flush=True)
+    _handle_signals(signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
-def _carry_out(share: Sequence[dict[str, Any]], slots: int) -> bool:
-    """Train the runs of this job that are not finished; returns whether any failed."""
-    settings = [runs.completed(entry["settings"]) for entry in share]
-    if find().world > 1:
-        failures = [_fails(schema.parse(each)) for each in settings]
-        return any(failures)
+def _handle_signals(handler: Callable[[int, FrameType | None], Any] | signal.Handlers) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
+    """Train the runs that are not finished, `slots` at a time; return whether any failed."""
     jobs, failed = [], False
     for each in settings:
         run = runs.Run(each)
@@ -73,23 +67,24 @@ def _carry_out(share: Sequence[dict[str, Any]], slots: int) -> bool:
             continue
         try:
             config = schema.parse(each)
-            jobs.append(Job(config, run, preflight.check(config), NEW))
+            jobs.append(Job(config, run, preflight.check(config)))
         except UserError as error:  # of this node, as the launcher has checked the rest
             failed = True
             print(f"{run.name}: {error}", file=sys.stderr, flush=True)
-            with contextlib.suppress(UserError), run.lock():
-                run.write_status("failed", ended=runs.now(), error=str(error))
-    return bool(pool.carry_out(jobs, slots) if jobs else []) or failed
+            pool.record_end(run, State.FAILED, str(error))
+    return bool(jobs and pool.train(jobs, slots)) or failed
 
 
-def _fails(config: schema.RunConfig) -> bool:
-    """Train a run in all processes of this job together, if it is not finished; returns whether it failed."""
-    try:
-        single.train(config)
-    except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        return True
-    return False
+def _train_together(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
+    """Train the runs that are not finished, each in all processes of this job; return whether any failed."""
+    failed = False
+    for each in settings:
+        try:
+            single.train(schema.parse(each))
+        except UserError as error:
+            failed = True
+            print(error, file=sys.stderr, flush=True)
+    return failed
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The runs of a sweep before any of them starts: composed, checked, and what is left to do."""
+"""The runs of a sweep before any of them starts: composed, checked, and which of them are left to train."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,78 +9,102 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from normlab import runs
+from normlab.common.errors import UserError
+from normlab.common.progress import Display, span
 from normlab.config import schema
 from normlab.data.inventory import Inventory
 from normlab.launchers import preflight
 from normlab.launchers.composing import compose
+from normlab.runs import State
 from normlab.runs.lock import holder
 
-NEW, DONE, TO_RESUME, RUNNING, FAILED = "new", "done", "to resume", "running elsewhere", "failed before"
-STATES = (NEW, TO_RESUME, FAILED, RUNNING, DONE)
 
+def run_cost(config: schema.RunConfig, data: Inventory) -> float:
+    """Return the estimated cost of a run, in arbitrary units.
 
-def weight(config: schema.RunConfig) -> float:
-    """Estimated cost of a trained image, in arbitrary units: it has a part in each step that no batch size saves."""
-    return (1 + 16 / config.batch) * (config.depth or 18)
+    A part of each step is the same for any batch, so that an image of a small batch costs more.
+    """
+    return config.epochs * data.train_images * (1 + 16 / config.batch) * (config.depth or 18)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that is left to do. `state`: one of `STATES` but `DONE`, as it was when the sweep was read."""
+    """A run that is left to train.
+
+    Attributes:
+        config: its settings.
+        run: its folder.
+        data: the size of its data.
+        state: planned, failed, interrupted, running (elsewhere) or lost, when the sweep was read.
+    """
 
     config: schema.RunConfig
     run: runs.Run
     data: Inventory
-    state: str
+    state: State = State.PLANNED
 
     @property
-    def work(self) -> float:
+    def cost(self) -> float:
         """Estimated cost of the run, in arbitrary units."""
-        return self.config.epochs * self.data.train_images * weight(self.config)
+        return run_cost(self.config, self.data)
+
+    def status(self) -> dict[str, Any]:
+        """Return the status that the run's folder has now, empty if there is none that can be read."""
+        with contextlib.suppress(UserError):
+            return runs.read_status(self.run.folder) or {}
+        return {}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """`names`: of the runs as they were asked for, in order and perhaps repeated. `finished`: the status of each run
-    that is over; `jobs`: the others, each once. `quiet`: as the setting.
+    """The runs of one command with -m.
+
+    Attributes:
+        names: the runs in the order of the command, perhaps repeated.
+        finished: status of each finished run, by name.
+        jobs: the other runs, each once.
+        quiet: the setting.
     """
 
-    names: list[str]
+    names: list[str] = field(default_factory=list)
     finished: dict[str, dict[str, Any]] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     quiet: bool = False
 
-    @property
-    def number(self) -> int:
-        """Different runs."""
+    def __len__(self) -> int:
+        """Number of different runs."""
         return len(self.finished) + len(self.jobs)
 
     def results(self) -> list[float | None]:
-        """Each run's final test accuracy (test loss where there is none) as far as there is one, for Hydra."""
-        folders = {job.run.name: job.run.folder for job in self.jobs}
-        ended = self.finished | {name: runs.read_status(folder) or {} for name, folder in folders.items()}
+        """Return each run's final test accuracy (test loss where there is none) as far as there is one, for Hydra."""
+        ended = self.finished | {job.run.name: job.status() for job in self.jobs}
         return [ended[name].get("test_accuracy", ended[name].get("test_loss")) for name in self.names]
 
-    def say_what_is_skipped(self) -> None:
+    def report_skipped(self) -> None:
+        """Print how many runs are finished, if any."""
         if self.finished:
-            self.say(f"{len(self.finished)} of {self.number} runs are finished and skipped.")
+            self.report(f"{len(self.finished)} of {len(self)} runs are finished and skipped.")
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
+        """Print a line, unless `quiet`."""
         if not self.quiet:
             print(text, flush=True)
 
 
 def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence[str]], *, here: bool = True) -> Sweep:
-    """What a launcher is asked to carry out: `overrides` of each run, in a sweep whose configuration is `config`.
+    """Compose and check every run of a sweep.
 
     Args:
+        context: of Hydra.
+        config: the sweep's own configuration.
+        overrides: of each run.
         here: whether the runs will be on this machine.
 
     Raises:
         UserError: if a run is misconfigured, or cannot start on this machine.
     """
-    sweep = Sweep([], quiet=config.get("quiet") is True)
-    known = set()
+    sweep = Sweep(quiet=config.get("quiet") is True)
+    known: set[str] = set()
     for settings in compose(context.config_loader, config, overrides):
         parsed = schema.parse(settings)
         run = runs.Run(parsed.as_dict())
@@ -87,19 +112,24 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
         if run.name in known:
             continue
         known.add(run.name)
-        state, status = _state(run)
-        if state == DONE:
-            sweep.finished[run.name] = status
+        if run.over:
+            sweep.finished[run.name] = runs.read_status(run.folder) or {}
         else:
-            sweep.jobs.append(Job(parsed, run, preflight.check(parsed, here=here), state))
+            sweep.jobs.append(Job(parsed, run, preflight.check(parsed, here=here), _state(run)))
     return sweep
 
 
-def _state(run: runs.Run) -> tuple[str, dict[str, Any]]:
-    if run.over:
-        return DONE, runs.read_status(run.folder) or {}
-    state = run.state
-    if state in (runs.State.RUNNING, *runs.FINISHED):
-        trainer = holder(run.folder)
-        return (RUNNING if trainer and not trainer.gone else TO_RESUME), {}
-    return {runs.State.PLANNED: NEW, runs.State.INTERRUPTED: TO_RESUME}.get(state, FAILED), {}
+def list_failures(display: Display, jobs: Sequence[Job], heading: str, failed: Sequence[tuple[Job, str]]) -> None:
+    """Print how many of `jobs` are finished, and below `heading` those that failed, with their logs and reasons."""
+    finished = sum(job.run.state in runs.FINISHED for job in jobs)
+    display.say(f"{finished} of {len(jobs)} runs finished in {span(display.elapsed)}.")
+    for line in [heading, *(f"  {job.run.folder / runs.LOG}: {why}" for job, why in failed)] if failed else ():
+        display.warn(line)
+
+
+def _state(run: runs.Run) -> State:
+    """Return the state of a run that is not over."""
+    if run.state not in (State.RUNNING, *runs.FINISHED):
+        return run.state
+    trainer = holder(run.folder)
+    return State.RUNNING if trainer and not trainer.gone else State.LOST

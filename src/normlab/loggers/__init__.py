@@ -1,7 +1,7 @@
-"""A run told to TensorBoard, MLflow or Weights & Biases as it goes on, beside its own record.
+"""Log a run to TensorBoard, MLflow or Weights & Biases as it goes on, beside its own record.
 
-A tool is told what the run's folder holds; nothing is read back from it. It works in a thread of its own, so neither
-what goes wrong there nor how long it takes is of any consequence to the run.
+A backend gets what the run's folder holds, and nothing is read back from it. It works in a thread of its own, so that
+neither its errors nor the time that it takes are of any consequence to the run.
 """
 
 import importlib
@@ -15,50 +15,52 @@ from typing import Any, Protocol
 
 from normlab import runs
 from normlab.config.schema import LoggerConfig
+from normlab.runs import State
 
 Row = Mapping[str, Any]
-END_SECONDS = 30.0  # that a run waits at its end for what its tool still has to do
-STOP_SECONDS = 10.0  # and when asked to stop, perhaps by a scheduler that is about to kill
+BACKENDS = {"tensorboard": "TensorBoard", "mlflow": "MLflow", "wandb": "WeightsAndBiases"}  # classes by their modules
+END_SECONDS = 30.0  # for which a run waits at its end until its backend has logged the rest
+STOP_SECONDS = 10.0  # and after a request to stop, perhaps of a scheduler that is about to kill
 AT_END = ("state", "error", "diverged_step", "weights_sha256", "parameters", "peak_memory_bytes")
 
 
-class Tool(Protocol):
-    """A run in a tool, `normlab.loggers.<name>.Tool(run, settings)`: new there, or found again. All of it may raise."""
+class Backend(Protocol):
+    """A run in a library, made from the run and the logger's settings: new there, or resumed. All of it may raise."""
 
     def log(self, row: Row) -> None:
-        """Note an evaluation at its training step. A run that goes on gives those before once more."""
+        """Log an evaluation at its training step. A run that goes on logs the earlier ones once more."""
 
     def end(self, facts: Mapping[str, Any]) -> None:
-        """Note how the run ended (`AT_END`), and write down what is still to be written."""
+        """Log how the run ended (`AT_END`), and write what is buffered."""
 
 
-def numbers(row: Row) -> dict[str, float]:
-    """What a tool is told of an evaluation; a number that is not finite is left out, as metrics.jsonl has null."""
+def finite_values(row: Row) -> dict[str, float]:
+    """Return the values of an evaluation that a backend logs: without the step, and finite."""
     return {k: v for k, v in row.items() if k != "step" and v is not None and math.isfinite(v)}
 
 
-def started(run: runs.Run) -> float:
-    """When the run began, in seconds since 1970; with a row's `wall_seconds` the time of an evaluation."""
+def start_time(run: runs.Run) -> float:
+    """Return when the run began, in seconds since 1970; a row's `wall_seconds` are to be added for its time."""
     return datetime.fromisoformat((runs.read_status(run.folder) or {})["started"]).timestamp()
 
 
 class Logger:
-    """What a run talks to. This one tells nobody."""
+    """The logger of a run that has no backend: it does nothing."""
 
     def begin(self, rows: Iterable[Row]) -> None:
-        """The run trains from here on, and its record has the evaluations `rows`."""
+        """Begin with the evaluations that the run's record has already."""
 
     def record(self, row: Row) -> None:
-        """There is one more."""
+        """Log one more evaluation."""
 
     def end(self) -> None:
-        """The run has ended as its folder says. Waits for the tool, but not for long."""
+        """Log the end of the run as its folder has it. Waits for the backend, but not for long."""
 
 
-def follow(settings: LoggerConfig, run: runs.Run, warn: Callable[[str], None]) -> Logger:
-    """What passes on to the tool of `settings` all that it is told of `run`.
+def start_logger(settings: LoggerConfig, run: runs.Run, warn: Callable[[str], None]) -> Logger:
+    """Return a logger of `run` to the backend of `settings`.
 
-    None of its methods raises, and neither does this: the first error is given to `warn` and is the last.
+    None of its methods raises, and neither does this: `warn` is called with the first error, after which it is off.
     """
     if settings.name == "none":
         return Logger()
@@ -66,57 +68,60 @@ def follow(settings: LoggerConfig, run: runs.Run, warn: Callable[[str], None]) -
         with warnings.catch_warnings(action="ignore"):  # about other libraries
             module = importlib.import_module(f"normlab.loggers.{settings.name}")
     except Exception as error:
-        warn(_off(settings, error))
+        warn(_off_message(settings, error))
         return Logger()
-    return _Thread(lambda: module.Tool(run, settings), settings, run, warn)
+    backend = getattr(module, BACKENDS[settings.name])
+    return _ThreadedLogger(lambda: backend(run, settings), settings, run, warn)
 
 
-class _Thread(Logger):
+def _off_message(settings: LoggerConfig, error: BaseException) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"logger={settings.name} is off for the rest of this run: {type(error).__name__}: {reason}"
+
+
+class _ThreadedLogger(Logger):
+    """A logger to a backend that works in a thread."""
+
     def __init__(
-        self, connect: Callable[[], Tool], settings: LoggerConfig, run: runs.Run, warn: Callable[[str], None]
+        self, connect: Callable[[], Backend], settings: LoggerConfig, run: runs.Run, warn: Callable[[str], None]
     ) -> None:
         self._settings, self._run, self._warn = settings, run, warn
-        self._orders: SimpleQueue[Callable[[Tool], None] | None] = SimpleQueue()
-        self._given_up = False
-        # Not waited for when the process ends: a tool may hang.
+        self._calls: SimpleQueue[Callable[[Backend], None] | None] = SimpleQueue()
+        self._abandoned = False
+        # Not waited for when the process ends: a backend may hang.
         self._thread = threading.Thread(target=self._work, args=(connect,), name="logger", daemon=True)
         self._thread.start()
 
     def begin(self, rows: Iterable[Row]) -> None:
-        self._orders.put(lambda tool: None)  # the tool is to have the run from its start
+        self._calls.put(lambda backend: None)  # makes the backend, so that it has the run from its start
         for row in rows:
             self.record(row)
 
     def record(self, row: Row) -> None:
-        self._orders.put(lambda tool: tool.log(row))
+        self._calls.put(lambda backend: backend.log(row))
 
     def end(self) -> None:
         state = self._run.state
-        if state != "running":  # else another process has taken the run over, and speaks for it
-            self._orders.put(self._tell_end)
-        self._orders.put(None)
-        seconds = STOP_SECONDS if state == "interrupted" else END_SECONDS
+        if state != State.RUNNING:  # else another process has taken the run over, and logs it
+            self._calls.put(self._log_end)
+        self._calls.put(None)
+        seconds = STOP_SECONDS if state == State.INTERRUPTED else END_SECONDS
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._given_up = True
+            self._abandoned = True
             self._warn(f"logger={self._settings.name} did not finish within {seconds:.0f} s and was left behind.")
 
-    def _tell_end(self, tool: Tool) -> None:
+    def _log_end(self, backend: Backend) -> None:
         status = runs.read_status(self._run.folder) or {}
-        tool.end({key: status[key] for key in AT_END if status.get(key) is not None})
+        backend.end({key: status[key] for key in AT_END if status.get(key) is not None})
 
-    def _work(self, connect: Callable[[], Tool]) -> None:
+    def _work(self, connect: Callable[[], Backend]) -> None:
         try:
-            order = self._orders.get()  # by then the run's folder says when it began
-            tool = connect()
-            while order:
-                order(tool)
-                order = self._orders.get()
+            call = self._calls.get()  # by then the run's folder holds its start
+            backend = connect()
+            while call:
+                call(backend)
+                call = self._calls.get()
         except BaseException as error:  # wandb raises KeyboardInterrupt of its own, for one
-            if not self._given_up:
-                self._warn(_off(self._settings, error))
-
-
-def _off(settings: LoggerConfig, error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"logger={settings.name} is off for the rest of this run: {type(error).__name__}: {text}"
+            if not self._abandoned:
+                self._warn(_off_message(self._settings, error))

@@ -1,6 +1,6 @@
-"""A run of MLflow: in a database below output_dir, or wherever tracking_uri says.
+"""Log a run to MLflow: into a database in output_dir, or to the address tracking_uri.
 
-By the client, which is told which run is meant; MLflow's own functions have one run per process or thread in mind.
+Through the client, which takes the run as an argument; MLflow's own functions assume one run per process or thread.
 """
 
 import logging
@@ -18,49 +18,56 @@ from mlflow.entities import Metric, Param
 
 from normlab import runs
 from normlab.config.schema import MLflowLogger
-from normlab.loggers import Row, numbers, started
+from normlab.loggers import Row, finite_values, start_time
 
 STATUSES = {"done": "FINISHED", "diverged": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 LOCK_SECONDS = 120
-logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it would tell the terminal of its tables
+logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # it would report its tables on the terminal
 
 
-class Tool:
+class MLflow:
+    """A run in MLflow."""
+
     def __init__(self, run: runs.Run, settings: MLflowLogger) -> None:
-        self._started = started(run)
+        self._started = start_time(run)
         folder = Path(run.config["output_dir"]).absolute()
-        # MLflow makes the tables of a new database without a thought to other processes that do.
+        # MLflow makes the tables of a new database without regard to other processes that do.
         with FileLock(folder / "mlflow.lock", timeout=LOCK_SECONDS):
-            usual = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
-            self._client = MlflowClient(settings.tracking_uri or usual)
+            default = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+            self._client = MlflowClient(settings.tracking_uri or default)
             name = settings.experiment or run.config["study"]
-            found = self._client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else self._client.create_experiment(name)
-        # One that is finished there and not here is of a record that was deleted: let it be.
+            known = self._client.get_experiment_by_name(name)
+            experiment = known.experiment_id if known else self._client.create_experiment(name)
+        # A run that is finished there and not here is of a record that was deleted: it stays as it is.
         query = f"tags.`normlab.run_id` = '{run.run_id}' and tags.`normlab.study` = '{run.config['study']}'"
         query += " and attributes.status != 'FINISHED'"
-        before = self._client.search_runs([experiment], query, max_results=1)
+        earlier = self._client.search_runs([experiment], query, max_results=1)
         self._logged = 0  # the last step that MLflow has
-        if before:
-            self._id = before[0].info.run_id
+        if earlier:
+            self._id = earlier[0].info.run_id
             self._logged = max((m.step for m in self._client.get_metric_history(self._id, "epoch")), default=0)
             self._client.update_run(self._id, "RUNNING")
-            return
+        else:
+            self._id = self._create(run, experiment)
+
+    def _create(self, run: runs.Run, experiment: str) -> str:
         tags = {f"normlab.{key}": run.config[key] for key in ("study", "experiment", "budget") if run.config[key]}
         tags["normlab.run_id"] = run.run_id
         created = self._client.create_run(experiment, int(1000 * self._started), tags, run.name)
-        self._id = created.info.run_id
         params = [Param(key, str(value)) for key, value in _flat(run.config).items()]
         for first in range(0, len(params), 100):  # at most so many at a time
-            self._client.log_batch(self._id, params=params[first : first + 100])
+            self._client.log_batch(created.info.run_id, params=params[first : first + 100])
+        return str(created.info.run_id)
 
     def log(self, row: Row) -> None:
+        """Log an evaluation that MLflow has not."""
         if row["step"] <= self._logged:
             return
         time = int(1000 * (self._started + row["wall_seconds"]))
-        self._client.log_batch(self._id, [Metric(k, v, time, row["step"]) for k, v in numbers(row).items()])
+        self._client.log_batch(self._id, [Metric(k, v, time, row["step"]) for k, v in finite_values(row).items()])
 
     def end(self, facts: Mapping[str, Any]) -> None:
+        """Log the facts as tags and end the run."""
         for name, fact in facts.items():
             self._client.set_tag(self._id, f"normlab.{name}", fact)
         self._client.set_terminated(self._id, STATUSES[facts["state"]])

@@ -1,4 +1,4 @@
-"""A run of Weights & Biases: by default offline, in the run's folder, from where `wandb sync` uploads it."""
+"""Log a run to Weights & Biases: by default offline, in the run's folder, from where `wandb sync` uploads it."""
 
 import hashlib
 import os
@@ -14,13 +14,15 @@ import wandb
 
 from normlab import runs
 from normlab.config.schema import WandbLogger
-from normlab.loggers import Row, numbers
+from normlab.loggers import Row, finite_values
 
 SERVER_SECONDS = 20.0  # for a server to answer; the end of the process waits for it, too
 _starting = threading.Lock()
 
 
-class Tool:
+class WeightsAndBiases:
+    """A run in Weights & Biases."""
+
     def __init__(self, run: runs.Run, settings: WandbLogger) -> None:
         # Its id is all that W&B knows a run by, and another study may have this run, too.
         identity = f"{run.run_id}-{hashlib.sha256(run.config['study'].encode()).hexdigest()[:8]}"
@@ -53,13 +55,15 @@ class Tool:
                 )
             finally:
                 sys.exit, sys.excepthook = hooks  # each run would wrap them once more
-        for folder in before:  # a run that goes on tells all of it again, to a new folder
+        for folder in before:  # a run that goes on logs all of it again, to a new folder
             shutil.rmtree(folder, ignore_errors=True)
 
     def log(self, row: Row) -> None:
+        """Log an evaluation."""
         if row["step"] >= self._run.step:  # else a server has it
-            self._run.log(numbers(row), step=row["step"], commit=True)
+            self._run.log(finite_values(row), step=row["step"], commit=True)
 
     def end(self, facts: Mapping[str, Any]) -> None:
+        """Put the facts into the summary and finish the run."""
         self._run.summary.update(facts)
         self._run.finish(exit_code=0 if facts["state"] in runs.FINISHED else 1)

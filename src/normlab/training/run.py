@@ -62,7 +62,7 @@ def train_run(
             return status
         checks.check_settings(config, group.world)
         log = open_log(run.folder, write=group.is_main)
-        logger = loggers.follow(config.logger, run, log.warning) if group.is_main else loggers.Logger()
+        logger = loggers.start_logger(config.logger, run, log.warning) if group.is_main else loggers.Logger()
         try:
             if group.is_main:
                 group.on_hang(lambda why: print(_recorded(UserError(why), run, log), file=sys.stderr, flush=True))
