@@ -1,4 +1,4 @@
-"""Where Hydra looks for launchers. Thin: every Hydra program of this environment imports this module.
+"""The launchers, in the package that Hydra searches. Thin: every Hydra program of this environment imports this module.
 
 (No __init__.py beside it: hydra_plugins is a namespace package that several distributions share.)
 """

@@ -1,4 +1,4 @@
-"""Where Hydra looks for sweepers (see normlab_launchers.py)."""
+"""The sweeper, in the package that Hydra searches (see normlab_launchers.py)."""
 
 import itertools
 import json

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from normlab.common.errors import UserError
-from normlab.norms import Fixup, NormaliserFree, find_branches, parameter_roles, rewrite, trace
+from normlab.norms import Fixup, NormalizerFree, find_branches, parameter_roles, rewrite, trace
 from normlab.norms.normalizer_free import ScalarAffine, ScalarBias, ScalarScale, ScaledStandardConv2d, activation_gain
 
 # The oracle's relative_error takes the float of a tensor with a gradient.
@@ -26,7 +26,7 @@ Parameters = dict[str, Tensor]
 ALPHA, EPS = 0.2, 1e-4
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 LAYERS = (2, 1, 2, 1)  # stages with and without a second block, whose entry has another variance
-VARIANTS = {"fixup": Fixup(), "nf": NormaliserFree(alpha=ALPHA, eps=EPS)}
+VARIANTS = {"fixup": Fixup(), "nf": NormalizerFree(alpha=ALPHA, eps=EPS)}
 BLOCKS = [BasicBlock, Bottleneck]
 
 
@@ -324,7 +324,7 @@ def variances(network: nn.Module, x: Tensor) -> dict[str, float]:
 def test_the_variance_of_the_signal_stays_near_its_expectation(block: type[nn.Module], s: float) -> None:
     """One draw, 8 blocks deep. The bounds leave room for what the expectation ignores: filters see finitely many
     inputs, sums are not Gaussian, and h / beta divides by the variance at s = 1."""
-    network = rewrite(gaussian_resnet(block), NormaliserFree(alpha=ALPHA, eps=EPS))
+    network = rewrite(gaussian_resnet(block), NormalizerFree(alpha=ALPHA, eps=EPS))
     for module in network.modules():
         if isinstance(module, ScalarScale):
             nn.init.constant_(module.weight, s)
@@ -341,7 +341,7 @@ def test_the_variance_of_the_signal_stays_near_its_expectation(block: type[nn.Mo
 
 
 def test_the_variance_that_a_second_block_divides_by_follows_the_recursion() -> None:
-    network = rewrite(gaussian_resnet(BasicBlock), NormaliserFree(alpha=0.5, eps=EPS))
+    network = rewrite(gaussian_resnet(BasicBlock), NormalizerFree(alpha=0.5, eps=EPS))
     factors = [node for node in network.graph.nodes if node.name.endswith("_downscale")]
     values = [network.get_submodule(str(node.target)).factor for node in factors]  # type: ignore[union-attr]
     # Blocks 0 | 1, 2 (a projection, after two sums) | 3, 4 (after a projection's sum and one more) | ...
@@ -418,7 +418,7 @@ def test_fixup_of_a_network_without_branches_is_refused() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values())
-def test_norms_before_convolutions_are_refused(variant: Fixup | NormaliserFree) -> None:
+def test_norms_before_convolutions_are_refused(variant: Fixup | NormalizerFree) -> None:
     with pytest.raises(UserError, match="rewrites the convolution before each norm"):
         rewrite(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), variant)
 
@@ -426,4 +426,4 @@ def test_norms_before_convolutions_are_refused(variant: Fixup | NormaliserFree) 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
 def test_alpha_is_checked(alpha: float) -> None:
     with pytest.raises(UserError, match=r"norm\.alpha=.* is out of range"):
-        NormaliserFree(alpha=alpha, eps=EPS)
+        NormalizerFree(alpha=alpha, eps=EPS)

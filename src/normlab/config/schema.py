@@ -265,7 +265,7 @@ DatasetConfig = Annotated[BuiltinDataset | FolderDataset | RegressionDataset, Fi
 
 
 class InitConfig(_Section):
-    """How the weights start."""
+    """The initialization of the weights."""
 
     name: Literal["default", "he_fan_in", "glorot", "orthogonal", "zero_gamma", "lsuv", "bn_folded", "fixup"]
 
@@ -626,7 +626,7 @@ class RunConfig(_Section):
 
     @property
     def starts_from_data(self) -> bool:
-        """Whether the initialization reads the calibration images."""
+        """Return whether the initialization reads the calibration images."""
         return self.init.name in ("lsuv", "bn_folded") or self.norm.options.get("init") == "data"
 
     @property

@@ -206,7 +206,7 @@ class Split:
 
     @property
     def resident(self) -> bool:
-        """Whether the images are in memory, on the device."""
+        """Return whether the images are in memory, on the device."""
         return isinstance(self.source, Resident)
 
     def epoch(self, number: int) -> Epoch:

@@ -1,1 +1,1 @@
-"""How the runs of a sweep are carried out. Hydra finds a launcher through `hydra_plugins.normlab_launchers`."""
+"""The launchers: one run, and the runs of a sweep. Hydra finds a launcher through `hydra_plugins.normlab_launchers`."""

@@ -59,7 +59,7 @@ exit $status
 
 
 class Cluster(BaseModel, extra="forbid", frozen=True, coerce_numbers_to_str=True):
-    """Where jobs run: conf/cluster."""
+    """The site that jobs run at: conf/cluster."""
 
     partition: str | None
     account: str | None

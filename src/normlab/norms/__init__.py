@@ -23,7 +23,7 @@ from normlab.norms.mimic import MimicConv2d, MimicNorm
 from normlab.norms.moving_average import MABN, PowerNorm
 from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
 from normlab.norms.norm_activation import EvoNormB0, EvoNormS0, FilterResponseNorm
-from normlab.norms.normalizer_free import Fixup, NormaliserFree
+from normlab.norms.normalizer_free import Fixup, NormalizerFree
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
 from normlab.norms.registry import named, rewrite, variants
 from normlab.norms.renorm import BatchRenorm
@@ -62,7 +62,7 @@ __all__ = [
     "NoisyBatchNorm",
     "NoisyNoNorm",
     "NormProp",
-    "NormaliserFree",
+    "NormalizerFree",
     "PowerNorm",
     "Site",
     "Steps",

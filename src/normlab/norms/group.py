@@ -28,7 +28,7 @@ class GroupNorm2d(nn.GroupNorm):
 
 
 class GroupedVariant(Variant):
-    """A variant with `groups` of neighbouring channels at each site."""
+    """A variant with `groups` of neighboring channels at each site."""
 
     groups: int = option(32, ge=1)
 
@@ -49,7 +49,7 @@ class GroupNorm(GroupedVariant):
     """Group normalization (Wu & He 2018, 1803.08494), by PyTorch's kernel.
 
     For x of shape (N, C, H, W), with mean mu and biased variance v per image and group of C / `groups`
-    neighbouring channels, over those channels and H and W:
+    neighboring channels, over those channels and H and W:
 
         y = gamma · (x - mu) / sqrt(v + eps) + beta      gamma, beta (C,) per channel
 

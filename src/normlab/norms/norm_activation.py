@@ -153,7 +153,7 @@ class _EvoNorm(Variant):
 class EvoNormS0(_EvoNorm, GroupedVariant):
     """EvoNorm-S0 (Liu et al. 2020, 2004.02967): a norm and activation in one, of each image by itself.
 
-    For x of shape (N, C, H, W), with Var_group the variance per image and group of C / `groups` neighbouring
+    For x of shape (N, C, H, W), with Var_group the variance per image and group of C / `groups` neighboring
     channels, over those channels and H and W (biased [A], as in group normalization):
 
         y = gamma · x · sigmoid(v · x) / sqrt(Var_group + eps) + beta      gamma, beta, v (C,), v starting at 1

@@ -154,7 +154,7 @@ class ScaledStandardConv2d(ReparametrizedConv2d):
     family="weights, starts and gradients",
     order=24,
 )
-class NormaliserFree(Variant):
+class NormalizerFree(Variant):
     """Normalizer-free networks (Brock, De & Smith 2021a; Brock, De, Smith & Simonyan 2021b).
 
     Convolutions have scaled weight standardization, activations the gain that keeps the variance of a standard

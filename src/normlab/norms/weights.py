@@ -136,7 +136,7 @@ class WeightNormConv2d(UnitNormConv2d):
 
     @property
     def starts_from_data(self) -> bool:
-        """Whether `data_dependent_start` changes it."""
+        """Return whether `data_dependent_start` changes it."""
         return self.gain_start == "data"
 
     def start_from_data(self, input: Tensor) -> None:

@@ -188,7 +188,7 @@ class Run:
 
     @property
     def over(self) -> bool:
-        """Whether nothing is left to do, not even to remove the claim of a process that was killed at its end."""
+        """Return whether nothing is left to do, not even the removal of a killed process's claim."""
         return self.state in FINISHED and not (self.folder / lock.CLAIM).exists()
 
     def freeze(self) -> None:

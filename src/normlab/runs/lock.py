@@ -80,12 +80,12 @@ class Holder:
 
     @property
     def here(self) -> bool:
-        """Whether its process would be visible to this one."""
+        """Return whether its process would be visible to this one."""
         return self.machine == _machine()
 
     @property
     def gone(self) -> bool:
-        """Whether its process is dead, or has to count as dead."""
+        """Return whether its process is dead, or has to count as dead."""
         if self.here:
             left_over = self.pid == os.getpid() and self.token not in _held  # its disk was read-only at the end
             return left_over or not _exists(self.pid, self.started)
@@ -150,7 +150,7 @@ class Claim:
 
     @property
     def held(self) -> bool:
-        """Whether the file is still the one that this process wrote."""
+        """Return whether the file is still the one that this process wrote."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
         except (OSError, ValueError):

@@ -6,7 +6,7 @@ STALE_SECONDS = 120.0  # without a sign of life for so long, a run counts as aba
 
 
 class State(StrEnum):
-    """How far a run is. The values are the words in status.json, in tables and in messages.
+    """The progress of a run. The values are the words in status.json, in tables and in messages.
 
     Attributes:
         PLANNED: its folder holds a configuration and no status: it has not started.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Position:
-    """How far a run is; with the states of network, optimizer, scaler and probes, all that a resume needs.
+    """The progress of a run; with the states of network, optimizer, scaler and probes, all that a resume needs.
 
     Attributes:
         epoch: epochs that are complete and evaluated.

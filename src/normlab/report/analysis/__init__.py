@@ -1,1 +1,1 @@
-"""What runs are compared by: metrics, statistics, tables."""
+"""The comparison of runs: metrics, statistics, tables."""

@@ -1,4 +1,4 @@
-"""Which cells of a table stand out: the best mean of a batch size, and those that its interval does not exclude."""
+"""Highlight cells of a table: the best mean of a batch size, and those that its interval does not exclude."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What stands in which panel: a study's conditions, and its arms where they are too many for one panel."""
+"""The panels of a figure: a study's conditions, and its arms where they are too many for one panel."""
 
 import itertools
 import math

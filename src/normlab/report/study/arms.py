@@ -27,7 +27,7 @@ _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following t
 
 
 class Place(NamedTuple):
-    """Where a run belongs in the tables."""
+    """The place of a run in the tables."""
 
     setting: str  # e.g. "cifar10, resnet18, optimizer.lr=0.1"
     arm: str  # e.g. "bn", or "bn (eps=0.001)" where a study has several

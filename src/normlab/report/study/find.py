@@ -1,4 +1,4 @@
-"""Where studies are: every folder that holds runs, and the one that a name means."""
+"""Find studies: every folder that holds runs, and the one that a name means."""
 
 from pathlib import Path
 

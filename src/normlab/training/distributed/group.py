@@ -59,7 +59,7 @@ class ProcessGroup(Protocol):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process reads and writes the run's folder."""
+        """Return whether this process reads and writes the run's folder."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
