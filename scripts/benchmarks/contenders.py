@@ -353,13 +353,13 @@ def tuned(config: RunConfig, images: Images, workers: int, after_step: AfterStep
     device = device_of(config)
     mean, std = (value.view(1, 3, 1, 1).to(device) * 255 for value in (images.mean, images.std))
 
-    def normalised(pixels: Tensor) -> Tensor:
+    def normalized(pixels: Tensor) -> Tensor:
         return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
     pixels, labels = images.train.to(device, memory_format=torch.channels_last), images.train_labels.to(device)
     augments = images.crop_padding or images.flip  # with black borders: before the normalization
-    pixels = pixels if augments else normalised(pixels)
-    test, test_labels = normalised(images.test.to(device)), images.test_labels.to(device)
+    pixels = pixels if augments else normalized(pixels)
+    test, test_labels = normalized(images.test.to(device)), images.test_labels.to(device)
     augmentation: dict[str, Any] = {"crop_padding": images.crop_padding, "flip": images.flip}
     epoch = partial(shuffled, pixels, labels, config.batch, drop_last=config.drop_last, **augmentation)
 
@@ -373,7 +373,7 @@ def tuned(config: RunConfig, images: Images, workers: int, after_step: AfterStep
         losses, hits = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
         begun = time.perf_counter()
         for batch, targets in epoch():
-            batch = normalised(batch) if augments else batch
+            batch = normalized(batch) if augments else batch
             with autocast(config, device):
                 outputs = network(batch)
                 loss = F.cross_entropy(outputs, targets)

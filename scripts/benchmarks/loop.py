@@ -1,7 +1,7 @@
 """`scripts/bench loop`: the training loop against a bare PyTorch loop, in one process, turn by turn.
 
 Both train the same ResNet-18 of torchvision (3x3 stem) on the digits with the same SGD and batch size. The bare
-loop has its normalised float32 images in memory and does nothing but index, forward, backward, step. Ours
+loop has its normalized float32 images in memory and does nothing but index, forward, backward, step. Ours
 is what a run does: seeds, schedule, metrics, heartbeat, divergence checks. Evaluation is in neither.
 `scripts/bench loop memory` compares the peak memory of two processes instead, each training two epochs.
 """

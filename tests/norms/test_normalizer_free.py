@@ -78,7 +78,7 @@ def fixup_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
     return F.linear(x.mean((2, 3)) + p["fc_shift.bias"], p["fc.weight"], p["fc.bias"])
 
 
-def standardised(v: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
+def standardized(v: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
     rows = v.flatten(1)
     centered = rows - rows.sum(1, keepdim=True) / rows.shape[1]
     filters = gain[:, None] * centered / torch.sqrt((centered * centered).sum(1, keepdim=True) + eps)
@@ -87,7 +87,7 @@ def standardised(v: Tensor, gain: Tensor, eps: float = EPS) -> Tensor:
 
 def nf_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
     def conv(name: str, x: Tensor, stride: int, padding: int) -> Tensor:
-        weight = standardised(p[f"{name}.weight"], p[f"{name}.gain"])
+        weight = standardized(p[f"{name}.weight"], p[f"{name}.gain"])
         return F.conv2d(x, weight, p[f"{name}.bias"], stride, padding)
 
     x = F.max_pool2d(RELU_GAIN * F.relu(conv("conv1", x, 2, 3)), 3, 2, 1)
@@ -205,7 +205,7 @@ def test_layers_equal_their_formulas(case: str) -> None:
     for groups in (1, 2):
 
         def convolved(x: Tensor, p: Parameters, groups: int = groups) -> Tensor:
-            return F.conv2d(x, standardised(p["weight"], p["gain"]), p["bias"], padding=1, groups=groups)
+            return F.conv2d(x, standardized(p["weight"], p["gain"]), p["bias"], padding=1, groups=groups)
 
         compare(standard_conv(groups), Formula(convolved), CASES[case])
 
@@ -406,8 +406,8 @@ def test_nf_of_a_network_without_branches_is_the_convolutions_and_gains() -> Non
     network = rewrite(plain_network(), copy.deepcopy(VARIANTS["nf"])).double()
     p = dict(network.named_parameters())
     x = images(2, 3, 6, 6)
-    y = F.conv2d(x, standardised(p["0.weight"], p["0.gain"]), p["0.bias"])
-    y = F.conv2d(activation_gain(nn.SiLU()) * F.silu(y), standardised(p["3.weight"], p["3.gain"]), p["3.bias"])
+    y = F.conv2d(x, standardized(p["0.weight"], p["0.gain"]), p["0.bias"])
+    y = F.conv2d(activation_gain(nn.SiLU()) * F.silu(y), standardized(p["3.weight"], p["3.gain"]), p["3.bias"])
     expected = F.linear((RELU_GAIN * F.relu(y)).flatten(1), p["7.weight"], p["7.bias"])
     torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=1e-12)
 

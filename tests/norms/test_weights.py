@@ -278,7 +278,7 @@ def test_a_filter_of_zeros_gets_the_plain_convolutions_gradient() -> None:
     torch.testing.assert_close(layer.weight.grad, convolution.weight.grad, rtol=1e-12, atol=0)
 
 
-def test_propagated_relu_of_a_standard_normal_is_standardised() -> None:
+def test_propagated_relu_of_a_standard_normal_is_standardized() -> None:
     z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
     _, activation = MAKE["normprop"]().norm_and_activation(nn.BatchNorm2d(1), nn.ReLU())

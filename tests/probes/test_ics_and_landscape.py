@@ -134,7 +134,7 @@ def test_landscape_by_copies_of_a_network() -> None:
 
 
 def test_gradients_are_those_of_finite_differences_of_the_loss() -> None:
-    """Every number of ||g(W - eta g) - g(W)|| from losses alone, for a network with batch normalisation."""
+    """Every number of ||g(W - eta g) - g(W)|| from losses alone, for a network with batch normalization."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(72, 4)).double()
     images, targets = batch()

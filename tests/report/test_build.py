@@ -178,13 +178,13 @@ def better(add_run):
         add_run("none", seed=seed, accuracies=(0.5, 0.6, 0.7 + 0.012 * seed), study="mine/strong", budget="laptop")
 
 
-SENTENCE = "Batch normalisation reaches a higher accuracy than no normalisation."
+SENTENCE = "Batch normalization reaches a higher accuracy than no normalization."
 
 
 def test_verdicts_are_in_terminal_page_and_files(better, tmp_path, capsys):
     page = build("mine/strong", tmp_path / "outputs", figures=False)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Verdicts: digits, resnet, budget laptop supported Batch normalisation reaches" in shown
+    assert "Verdicts: digits, resnet, budget laptop supported Batch normalization reaches" in shown
     assert "paper: n/a" in shown
     assert f"| {SENTENCE} |" in " ".join((page.parent / "report.md").read_text().split())
     with (page.parent / "verdicts.csv").open() as file:

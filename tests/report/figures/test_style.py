@@ -22,12 +22,12 @@ def test_no_two_arms_look_alike():
 
 
 @pytest.mark.parametrize("family", FAMILIES.values())
-def test_the_arms_of_a_family_differ_in_colour_whatever_else_the_study_has(family):
+def test_the_arms_of_a_family_differ_in_color_whatever_else_the_study_has(family):
     looks = figures.styles(KNOWN_ARMS)
     assert len({looks[arm].color for arm in family}) == len(family)
 
 
-def test_a_few_arms_differ_in_colour():
+def test_a_few_arms_differ_in_color():
     for arms in itertools.combinations(("bn", "none", "renorm", "gn", "wn", "lp1", "nf", "an_arm_of_mine"), 5):
         assert len({look.color for look in figures.styles(arms).values()}) == 5
 
@@ -44,7 +44,7 @@ def test_the_same_figure_is_the_same_to_the_byte(add_run, drawn, suffix):
     assert figures.encode(one, suffix) == figures.encode(other, suffix)
 
 
-def test_a_png_shows_the_colours_it_was_drawn_in():
+def test_a_png_shows_the_colors_it_was_drawn_in():
     figure = Figure(figsize=(1, 1), facecolor="#0072B2")
     image = Image.open(io.BytesIO(figures.encode(figure, "png")))
     assert image.size == (160, 160)
@@ -65,7 +65,7 @@ def test_labels_lie_inside_the_figure(add_run, drawn):
         assert inside.y1 <= figure.get_figheight() + 0.01
 
 
-def test_a_thin_line_keeps_its_colour_among_many_shades():
+def test_a_thin_line_keeps_its_color_among_many_shades():
     figure = Figure(figsize=(4, 3))
     ax = figure.add_subplot()
     arms = figures.styles(KNOWN_ARMS)

@@ -184,7 +184,7 @@ def against_norm_batch(panels: Sequence[Panel], finals: Finals, theme: Theme) ->
             reference = reference.sort_values("images")
             ax.plot(reference["images"], reference["mean"], color=BLUE, lw=0.7, zorder=1)
     _powers_of_2(axes[0][0], sizes)
-    return finals.finish(figure, axes[0][0], every, "images per normalisation")
+    return finals.finish(figure, axes[0][0], every, "images per normalization")
 
 
 def _constant(ax: Axes, row: pd.Series, style: Style, lost: int) -> None:
