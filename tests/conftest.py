@@ -47,6 +47,6 @@ def tiny(make: Make) -> Make:
         "epochs=2",
         "threads=1",
         "device=cpu",
-        "memory_format=contiguous",  # what a trial prefers is chance, for a network so small
+        "memory_format=contiguous",
     )
     return lambda *overrides: make(*small, *overrides)

@@ -1,5 +1,6 @@
 """Every shipped file of the menu composes, is valid, and builds."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -58,3 +59,10 @@ def test_a_deep_linear_network_descends_as_its_papers(make) -> None:
 @pytest.mark.parametrize("norm", [file.removeprefix("norm=") for file in FILES if file.startswith("norm=")])
 def test_an_arm_is_named_as_its_file(make, norm) -> None:
     assert make(f"norm={norm}").norm.name == norm
+
+
+def test_a_run_with_every_probe_can_be_sent_to_a_worker(make) -> None:
+    config = make("probe=[ics,landscape,activations,affine,gradients,sharpness]")
+    sent = pickle.loads(pickle.dumps(config))
+    assert sent == config
+    assert sent.as_dict() == config.as_dict()

@@ -620,6 +620,10 @@ class RunConfig(_Section):
             changes["norm_batch"] = None  # the groups of batches of other sizes would differ
         return self.model_copy(update=changes)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle plain values: the classes of probes, which are made at run time, cannot be looked up by a worker."""
+        return parse, (self.as_dict(),)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values only, as they are kept in a run's `config.yaml`."""
         return self.model_dump(mode="json", by_alias=True)
