@@ -259,7 +259,7 @@ def test_columns_have_names_of_the_user_and_some_do_not_matter(bring, study):
     assert "Left out: notes." in told
     found = load(study)
     assert list(found.evaluations["test_accuracy"]) == [0.93]
-    assert next(iter(found.configs.values()))["optimizer"] == {"lr": 0.1, "precondition": None, "agc": None}
+    assert next(iter(found.configs.values()))["optimizer"] == {"lr": 0.1}
 
 
 def test_rows_of_one_epoch_that_measure_different_things_are_one_evaluation(bring, study):

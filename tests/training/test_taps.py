@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab import models
-from normlab.norms import WeightNormConv2d
+from normlab.norms.weights import WeightNormConv2d
 from normlab.training.taps import live, trim
 
 KINDS = [

@@ -93,7 +93,9 @@ def _end_with_the_run(worker: int) -> None:
     torch watches for the death of a worker's parent, but that is the process it was forked from, which in turn waits
     for its workers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches workers, too; the run decides
+    # A terminal's Ctrl-C and SLURM's signals reach workers, too; the run decides. TERM is how a DataLoader ends them.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     run = multiprocessing.parent_process()
     if run is None:
         return

@@ -232,11 +232,11 @@ def _submit(jobs: Sequence[Job], needs: Needs, report: Callable[[str], None]) ->
 
 def job_script(needs: Needs, study: str, order: Path, tasks: int) -> str:
     """Return the script of an array of `tasks` jobs; the cluster's own options go first, false leaves one out."""
-    cluster, output = needs.cluster, f"{order.parent}/%A_%a_{{}}_log.out"
+    cluster, output = needs.cluster, f"{order.parent}/%A_%a"
     options = {
         "job-name": study,
         "comment": f"{COMMENT}{order}",
-        "output": output.format(0),
+        "output": f"{output}_0_log.out",
         "open-mode": "append",
         "array": f"0-{tasks - 1}%{min(tasks, needs.array_parallelism or tasks)}",
         "requeue": True,
@@ -260,7 +260,7 @@ def job_script(needs: Needs, study: str, order: Path, tasks: int) -> str:
             if value is not None and value is not False
         ),
         setup="\n".join(cluster.setup),
-        output=shlex.quote(output.format("%t")),
+        output=shlex.quote(f"{output}_%t_log.out"),
         cpus=needs.cpus,  # a step does not take over the job's cores by itself since SLURM 22.05
         python=cluster.python or shlex.quote(sys.executable),
         order=shlex.quote(str(order)),

@@ -1,8 +1,7 @@
 """Train the runs of one job of the SLURM launcher's array: `python -m normlab.launchers.slurm_task order.json`.
 
-Runs that are finished are left alone. When SLURM sends it a signal to stop,
-because the time limit is near or another job goes first, the runs under way write their checkpoints, and it ends with
-`REQUEUE_STATUS`.
+Runs that are finished are left alone. When SLURM sends it a signal to stop, because the time limit is near or another
+job goes first, the runs under way write their checkpoints, and it ends with `REQUEUE_STATUS`.
 """
 
 import os
@@ -39,16 +38,19 @@ def main(order: Path) -> int:
         _handle_signals(signal.SIG_IGN)  # nothing is left to stop
         return 1 if failed else 0
     except (KeyboardInterrupt, InterruptedRunError):
+        _handle_signals(signal.SIG_IGN)  # SLURM repeats TERM, and a run that ended has brought the handlers back
         # The job's status is the highest of its processes.
         return REQUEUE_STATUS if os.environ.get("SLURM_PROCID", "0") == "0" else 0
     except UserError as error:
+        _handle_signals(signal.SIG_IGN)
         print(error, file=sys.stderr, flush=True)
         return 1
 
 
 def _interrupt(number: int, _: object) -> NoReturn:
     """Make the first of SLURM's signals a Ctrl-C to this process, and the others nothing: it repeats TERM."""
-    print(f"{runs.now()} SLURM sends {signal.Signals(number).name}", flush=True)
+    # Not by print, which may be at work in the code that the signal interrupts.
+    os.write(1, f"{runs.now()} SLURM sends {signal.Signals(number).name}\n".encode())
     _handle_signals(signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -79,7 +79,10 @@ def train_run(
             group.barrier()  # torchrun ends the others when the first has ended: only once all is written
             raise
         except (Exception, KeyboardInterrupt) as error:
-            raise _recorded(error, run, log) from error.__cause__
+            recorded = _recorded(error, run, log)
+            if recorded is error:
+                raise
+            raise recorded from error
         finally:
             group.on_hang(lambda why: None)
             logger.end()

@@ -131,9 +131,9 @@ def _works_in_channels_last(network: nn.Module, images: Tensor) -> bool:
     """Return whether a forward pass does: a network of the user's own may view its maps as contiguous ones."""
     converted = copy.deepcopy(network).to(memory_format=torch.channels_last).eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), independent_processes():
             converted(images)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return False
     return True
 
