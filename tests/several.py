@@ -21,8 +21,8 @@ from normlab import models
 from normlab.common.errors import InterruptedRunError
 from normlab.config.schema import RunConfig
 from normlab.training import engines
-from normlab.training.distributed import group as distributed
-from normlab.training.distributed.group import ProcessGroup, SingleProcess
+from normlab.training.distributed import process_group as distributed
+from normlab.training.distributed.process_group import ProcessGroup, SingleProcess
 from normlab.training.distributed.processes import find
 from normlab.training.run import train_run
 
@@ -57,7 +57,7 @@ def fail() -> None:
     raise TypeError("a bug")
 
 
-def carry_out_here(
+def train_here(
     settings: dict[str, Any], group: ProcessGroup | None = None, stop_at: int | None = None, fail_at: int | None = None
 ) -> None:
     """Carry out one run. The last process is requested to stop at step `stop_at`, or fails at step `fail_at`."""
@@ -75,4 +75,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with distributed.join(find(), "cpu") as group:
         for plan in json.loads(Path(sys.argv[1]).read_text()):
-            carry_out_here(**plan, group=group)
+            train_here(**plan, group=group)

@@ -25,7 +25,7 @@ from normlab.config import schema as config
 from normlab.data.datasets import Data, load
 from normlab.norms import Steps
 from normlab.training import device
-from normlab.training.distributed.group import SingleProcess
+from normlab.training.distributed.process_group import SingleProcess
 from normlab.training.engines import Engine
 from normlab.training.interleaving import Interleaver
 from normlab.training.interrupt import StopRequest

@@ -12,7 +12,7 @@ import yaml
 
 from hydra_plugins.normlab_sweepers import GridSweeper
 from normlab import report
-from normlab.config.schema import PROBES
+from normlab.config.schema import PROBE_SECTIONS
 from normlab.report.claims.claims import claims
 from normlab.report.claims.judge import NOT_RUN, judge
 
@@ -65,7 +65,7 @@ def test_every_experiment_and_probe_and_claim_is_covered() -> None:
         if isinstance(default, dict)
         for probe in default.get("override /probe", [])
     }
-    assert used == set(PROBES)
+    assert used == set(PROBE_SECTIONS)
 
 
 def test_what_the_user_says_takes_the_place_of_the_grids_and_the_budget() -> None:

@@ -25,7 +25,7 @@ from normlab.config.schema import RunConfig
 from normlab.launchers import preflight
 from normlab.runs import files
 from normlab.training import engines
-from normlab.training.run import train_run as carry_out
+from normlab.training.run import train_run
 
 Numbers = list[tuple[str, int, float]]  # name, step, value: a list, so that what is there twice is seen
 TIMES = ("wall_seconds", "images_per_second")
@@ -130,7 +130,7 @@ every_tool = pytest.mark.parametrize("tool", READ)
 @every_tool
 def test_a_tool_has_every_number_of_the_record_and_the_run_is_as_without_it(tiny, tool, capfd) -> None:
     plain, told = tiny("study=plain", "weight_average=0.9"), tiny(f"logger={tool}", "weight_average=0.9")
-    expected, status = carry_out(plain), carry_out(told)
+    expected, status = train_run(plain), train_run(told)
     numbers, settings, end = READ[tool](told)
     assert numbers == near(recorded(told))
     assert {"epoch", "train_loss", "test_accuracy", "lr", *TIMES} <= {name for name, _, _ in numbers}
@@ -139,7 +139,7 @@ def test_a_tool_has_every_number_of_the_record_and_the_run_is_as_without_it(tiny
     assert status["weights_sha256"] == expected["weights_sha256"]
     assert recorded(told, TIMES) == recorded(plain, TIMES)
     assert "WARNING" not in (folder(told) / "run.log").read_text()
-    assert carry_out(told) == status  # skipped, and nothing more is told
+    assert train_run(told) == status  # skipped, and nothing more is told
     assert READ[tool](told)[0] == numbers
     assert capfd.readouterr() == ("", "")
 
@@ -175,11 +175,11 @@ def test_an_interrupted_run_goes_on_in_the_same_place(tiny, tool, before_step) -
     config = tiny(f"logger={tool}", "epochs=3")
     before_step(5, stop)  # of nine, three an epoch
     with pytest.raises(InterruptedRunError):
-        carry_out(config)
+        train_run(config)
     numbers, _, end = READ[tool](config)
     assert {step for _, step, _ in numbers} == {3}
     assert "state: interrupted" in end
-    assert carry_out(config)["state"] == "done"
+    assert train_run(config)["state"] == "done"
     numbers, _, end = READ[tool](config)
     assert numbers == near(recorded(config))
     assert "state: done" in end
@@ -191,11 +191,11 @@ def test_what_is_measured_twice_is_there_once(tiny, tool, before_step) -> None:
     config = tiny(f"logger={tool}", "checkpoint_seconds=null")
     before_step(5, fail)
     with pytest.raises(TypeError):
-        carry_out(config)
+        train_run(config)
     numbers, _, end = READ[tool](config)
     assert {step for _, step, _ in numbers} == {3}
     assert "state: failed" in end
-    carry_out(config)
+    train_run(config)
     numbers = [row for row in READ[tool](config)[0] if row[0] not in TIMES or tool != "mlflow"]
     assert numbers == near(recorded(config, TIMES if tool == "mlflow" else ()))  # it keeps the times of the first
 
@@ -213,7 +213,7 @@ def test_mlflow_knows_how_a_run_ended(tiny, before_step, state, status, settings
     config = tiny("logger=mlflow", *settings)
     before_step(5, act)
     with contextlib.suppress(InterruptedRunError, TypeError):
-        carry_out(config)
+        train_run(config)
     assert of_mlflow(config)[2] == f"state: {state} {status}"
 
 
@@ -221,8 +221,8 @@ def test_the_same_run_of_two_studies_is_two_runs_of_mlflow(tiny, before_step) ->
     first, second = (tiny("logger=mlflow", "logger.experiment=shared", f"study={name}") for name in ("first", "second"))
     before_step(5, stop)
     with pytest.raises(InterruptedRunError):
-        carry_out(first)
-    carry_out(second)
+        train_run(first)
+    train_run(second)
     found = mlflow_runs(second, "shared")
     assert {run.data.tags["normlab.study"]: run.data.tags["normlab.state"] for run in found} == {
         "first": "interrupted",
@@ -234,7 +234,7 @@ def test_the_same_run_of_two_studies_has_two_names_in_wandb(tiny) -> None:
     folders = []
     for name in ("first", "second"):
         config = tiny("logger=wandb", f"study={name}")
-        carry_out(config)
+        train_run(config)
         folders += [path.name.rpartition("-run-")[2].partition("-")[2] for path in folder(config).glob("wandb/*-run-*")]
     assert len(folders) == len(set(folders)) == 2
 
@@ -243,7 +243,7 @@ def test_mlflow_s_own_address_counts_where_the_settings_have_none(tiny, tmp_path
     shutil.copy(empty_database, tmp_path / "elsewhere.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/elsewhere.db")
     config = tiny("logger=mlflow")
-    carry_out(config)
+    train_run(config)
     assert len(mlflow_runs(config, config.study, "../elsewhere.db")) == 1
     assert mlflow_runs(config, config.study) == []
 
@@ -251,7 +251,7 @@ def test_mlflow_s_own_address_counts_where_the_settings_have_none(tiny, tmp_path
 def test_a_run_that_fails_before_it_trains_is_told_as_well(tiny) -> None:
     config = tiny("logger=mlflow", "batch=1", "model.target=normlab.nowhere")
     with pytest.raises(UserError):
-        carry_out(config)
+        train_run(config)
     assert of_mlflow(config)[2] == "state: failed FAILED"
 
 
@@ -259,9 +259,9 @@ def test_a_record_that_was_deleted_is_another_run_of_mlflow(tiny) -> None:
     from mlflow import MlflowClient
 
     config = tiny("logger=mlflow")
-    carry_out(config)
+    train_run(config)
     shutil.rmtree(folder(config))
-    carry_out(config)
+    train_run(config)
     client = MlflowClient(f"sqlite:///{config.output_dir}/mlflow.db")
     experiment = client.get_experiment_by_name(config.study)
     assert experiment is not None
@@ -321,7 +321,7 @@ def test_a_tool_that_fails_costs_one_warning(tiny, method, error, monkeypatch, c
     monkeypatch.setattr(
         import_module("normlab.loggers.tensorboard"), "TensorBoard", type("", (Broken,), {method: fails})
     )
-    expected, status = carry_out(plain), carry_out(told)
+    expected, status = train_run(plain), train_run(told)
     assert (status["state"], status["weights_sha256"]) == ("done", expected["weights_sha256"])
     assert recorded(told, TIMES) == recorded(plain, TIMES)
     words = f"logger=tensorboard is off for the rest of this run: {type(error).__name__}: "
@@ -334,7 +334,7 @@ def test_a_tool_that_fails_costs_one_warning(tiny, method, error, monkeypatch, c
 def test_a_library_that_cannot_be_imported_costs_one_warning(tiny, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "normlab.loggers.tensorboard", None)
     config = tiny("logger=tensorboard")
-    assert carry_out(config)["state"] == "done"
+    assert train_run(config)["state"] == "done"
     assert (folder(config) / "run.log").read_text().count("WARNING logger=tensorboard is off") == 1
 
 
@@ -344,7 +344,7 @@ def test_a_tool_that_hangs_is_left_behind(tiny, monkeypatch) -> None:
     monkeypatch.setattr(import_module("normlab.loggers.tensorboard"), "TensorBoard", hangs)
     monkeypatch.setattr(loggers, "END_SECONDS", 0.2)
     config = tiny("logger=tensorboard")
-    assert carry_out(config)["state"] == "done"
+    assert train_run(config)["state"] == "done"
     released.set()
     assert "WARNING logger=tensorboard did not finish" in (folder(config) / "run.log").read_text()
 
@@ -356,7 +356,7 @@ def test_wandb_without_network_or_login_is_a_warning_and_no_question(tiny, monke
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     config = tiny("logger=wandb", "logger.mode=online")
-    assert carry_out(config)["state"] == "done"
+    assert train_run(config)["state"] == "done"
     assert (folder(config) / "run.log").read_text().count("WARNING logger=wandb is off for the rest of this run") == 1
     out, error = capfd.readouterr()
     assert out == ""

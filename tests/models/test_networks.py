@@ -9,7 +9,7 @@ from normlab import models
 from normlab.common.errors import UserError
 from normlab.models.networks import CifarBlock
 from normlab.norms import find_sites
-from normlab.training.run import train_run as carry_out
+from normlab.training.run import train_run
 
 
 def parameters(network: nn.Module) -> int:
@@ -261,7 +261,7 @@ def test_a_seed_is_a_start_that_arms_share(make, model) -> None:
 @pytest.mark.parametrize("model", ["vgg", "gitman_cifar", "inception_v3"])
 def test_images_that_are_too_small_are_a_sentence(make, model) -> None:
     with pytest.raises(UserError) as error:
-        carry_out(make(f"model={model}", "dataset=digits", "device=cpu", "threads=1"))
+        train_run(make(f"model={model}", "dataset=digits", "device=cpu", "threads=1"))
     assert f"A batch of 128 images of 8x8 pixels does not fit {model} with norm=bn" in str(error.value)
     assert "Use larger images" in str(error.value)
 

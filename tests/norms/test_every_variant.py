@@ -18,7 +18,7 @@ from normlab.norms import BatchStatistics, Steps, rewrite, trace
 from normlab.training import engines, loop
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import train_run as carry_out
+from normlab.training.run import train_run
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
@@ -184,7 +184,7 @@ def test_an_interrupted_run_ends_bit_identical(make, norm, monkeypatch) -> None:
         *SMALL, f"norm={norm}", "norm_batch=4", "dataset.train_size=40", "dataset.test_size=20", "epochs=2",
         "threads=1", "weight_average=0.9", "eval_stats=precise", "precise_batches=2",
     )  # fmt: skip
-    whole = carry_out(make(*settings, "study=whole"))
+    whole = train_run(make(*settings, "study=whole"))
     config = make(*settings, "study=parts")
     taken = []
 
@@ -200,8 +200,8 @@ def test_an_interrupted_run_ends_bit_identical(make, norm, monkeypatch) -> None:
     set_learning_rate = engines.set_learning_rate
     monkeypatch.setattr(engines, "set_learning_rate", counted)
     with pytest.raises(InterruptedRunError):
-        carry_out(config)
-    parts = carry_out(config)
+        train_run(config)
+    parts = train_run(config)
     assert parts["state"] == whole["state"]
     assert parts.get("weights_sha256") == whole.get("weights_sha256")
     assert runs.Run(config.as_dict()).state in runs.FINISHED
@@ -215,7 +215,7 @@ def test_an_interrupted_evaluation_is_repeated_with_the_layers_where_they_were(m
         *SMALL, f"norm={norm}", "dataset.train_size=64", "dataset.test_size=20", "epochs=1", "threads=1",
         "eval_stats=precise", "precise_batches=2",
     )  # fmt: skip
-    whole = carry_out(make(*settings, "study=whole"))
+    whole = train_run(make(*settings, "study=whole"))
     config = make(*settings, "study=parts")
 
     def interrupted(*arguments: object) -> None:
@@ -224,8 +224,8 @@ def test_an_interrupted_evaluation_is_repeated_with_the_layers_where_they_were(m
 
     monkeypatch.setattr(loop, "evaluate", interrupted)
     with pytest.raises(InterruptedRunError):
-        carry_out(config)
-    assert carry_out(config)["test_loss"] == whole["test_loss"]
+        train_run(config)
+    assert train_run(config)["test_loss"] == whole["test_loss"]
 
 
 @pytest.mark.parametrize(
@@ -300,6 +300,6 @@ SETTINGS = {  # what a norm needs that the others do not; docs/variants.md says 
 def test_every_norm_trains(make, norm) -> None:
     """ResNet-18, 700 of the digits, three epochs: chance is 10 % of 359 test images, three sigma 15 %."""
     short = ("dataset.train_size=700", "batch=32", "epochs=3", "schedule.warmup_epochs=1", "eval_every=9")
-    status = carry_out(make("device=cpu", f"norm={norm}", *short, *SETTINGS.get(norm, ())))
+    status = train_run(make("device=cpu", f"norm={norm}", *short, *SETTINGS.get(norm, ())))
     assert status["state"] == "done"
     assert status["test_accuracy"] > 0.3

@@ -23,10 +23,10 @@ from normlab.probes.registry import probe_classes
 from normlab.training import engines
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
-from normlab.training.run import train_run as carry_out
+from normlab.training.run import train_run
 
 CONF = Path(__file__).parents[2] / "conf" / "probe"
-PROBES = sorted(path.stem for path in CONF.glob("*.yaml"))
+PROBE_SECTIONS = sorted(path.stem for path in CONF.glob("*.yaml"))
 RESIDUAL = ("model.target=small.SmallResNet", "model.name=small_resnet")
 TIMING = ("wall_seconds", "images_per_second")
 
@@ -44,7 +44,7 @@ def measured(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
 
 def outcome(config: RunConfig) -> tuple[Any, ...]:
     """What a run leaves that its probes must not change: weights and metrics, but for times."""
-    status = carry_out(config)
+    status = train_run(config)
     rows, warnings = runs.read_metrics(runs.Run(config.as_dict()).folder)
     assert not warnings
     return status["state"], status["weights_sha256"], [{k: r[k] for k in r if k not in TIMING} for r in rows]
@@ -79,7 +79,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("probe", PROBE_SECTIONS)
 def test_a_probe_alone_changes_nothing(tiny, probe) -> None:
     plain, probed = tiny("norm=noisy_bn", "norm_batch=5"), tiny("norm=noisy_bn", "norm_batch=5", *probing([probe]))
     assert outcome(probed) == outcome(plain)
@@ -89,7 +89,7 @@ def test_a_probe_alone_changes_nothing(tiny, probe) -> None:
 
 @pytest.mark.parametrize("norm", VARIANTS)
 def test_all_probes_together_change_nothing_of_any_variant(tiny, norm) -> None:
-    probes = [probe for probe in PROBES if norm not in ("mabn", "powernorm") or probe != "sharpness"]
+    probes = [probe for probe in PROBE_SECTIONS if norm not in ("mabn", "powernorm") or probe != "sharpness"]
     settings = (f"norm={norm}", *VARIANTS[norm])
     probed = tiny(*settings, *probing(probes))
     assert outcome(probed) == outcome(tiny(*settings))
@@ -105,7 +105,7 @@ def test_all_probes_together_change_nothing_of_any_variant(tiny, norm) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_all_probes_together_change_nothing_whatever_the_settings(tiny, setting) -> None:
-    probed = tiny(*SETTINGS[setting], *probing(PROBES))
+    probed = tiny(*SETTINGS[setting], *probing(PROBE_SECTIONS))
     assert outcome(probed) == outcome(tiny(*SETTINGS[setting]))
     assert {row["layer"] for row in measured(probed)["gradients"]} == {"body.0", "body.3", "head"}  # also in a wrapper
     assert {row["layer"] for row in measured(probed)["activations"]} == {"body.1", "body.4"}
@@ -126,13 +126,13 @@ def interrupted(monkeypatch, config: RunConfig, target: object, original: Any, c
     with monkeypatch.context() as patch:
         patch.setattr(target, original.__name__, counted)
         with pytest.raises(InterruptedRunError):
-            carry_out(config)
+            train_run(config)
 
 
 @pytest.mark.parametrize("norm", ["bn", "mimicnorm"])
 @pytest.mark.parametrize("step", range(6))
 def test_a_resumed_run_has_the_rows_of_an_undisturbed_one(tiny, monkeypatch, norm, step) -> None:
-    whole, parts = (tiny(f"norm={norm}", *probing(PROBES), f"study={study}") for study in ("whole", "parts"))
+    whole, parts = (tiny(f"norm={norm}", *probing(PROBE_SECTIONS), f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
     interrupted(monkeypatch, parts, engines, set_learning_rate, step)
     assert outcome(parts) == expected
@@ -141,7 +141,7 @@ def test_a_resumed_run_has_the_rows_of_an_undisturbed_one(tiny, monkeypatch, nor
 
 @pytest.mark.parametrize("call", [0, 1, 10, 19, 28])
 def test_a_run_can_be_interrupted_amid_a_measurement(tiny, monkeypatch, call) -> None:
-    whole, parts = (tiny(*probing(PROBES), f"study={study}") for study in ("whole", "parts"))
+    whole, parts = (tiny(*probing(PROBE_SECTIONS), f"study={study}") for study in ("whole", "parts"))
     expected = outcome(whole)
     interrupted(monkeypatch, parts, StepSnapshot, evaluate, call)
     assert measured(parts) != measured(whole)
@@ -151,11 +151,13 @@ def test_a_run_can_be_interrupted_amid_a_measurement(tiny, monkeypatch, call) ->
 
 def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeypatch) -> None:
     """Rows after the checkpoint are dropped and measured again; a torn line is told of."""
-    whole, parts = (tiny(*probing(PROBES), "checkpoint_seconds=0", f"study={study}") for study in ("whole", "parts"))
+    whole, parts = (
+        tiny(*probing(PROBE_SECTIONS), "checkpoint_seconds=0", f"study={study}") for study in ("whole", "parts")
+    )
     expected = outcome(whole)
     run = runs.Run(parts.as_dict())
     interrupted(monkeypatch, parts, engines, set_learning_rate, 2)
-    for probe in PROBES:
+    for probe in PROBE_SECTIONS:
         run.append_probe(probe, [{"step": 3, "layer": "never"}, {"step": 4, "layer": "never"}])
     path = run.folder / "probes" / "ics.jsonl"
     path.write_text(path.read_text() + '{"step": 5, "la')
@@ -165,8 +167,8 @@ def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeyp
 
 
 def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:
-    config = tiny("norm=none", "optimizer.lr=1e30", "schedule=constant", *probing(PROBES))
-    status = carry_out(config)
+    config = tiny("norm=none", "optimizer.lr=1e30", "schedule=constant", *probing(PROBE_SECTIONS))
+    status = train_run(config)
     assert (status["state"], status["diverged_step"]) == ("diverged", 2)
     found = measured(config)
     assert {row["step"] for rows in found.values() for row in rows} <= {0, 1}
@@ -177,7 +179,7 @@ def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:
         assert "Infinity" not in path.read_text()
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("probe", PROBE_SECTIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, 0.0])
 def test_no_weight_makes_a_probe_fail(make, probe, value) -> None:
     config = make(*probing([probe]))
@@ -191,7 +193,7 @@ def test_no_weight_makes_a_probe_fail(make, probe, value) -> None:
     runs.files.to_json({"rows": recorded})
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("probe", PROBE_SECTIONS)
 def test_a_measurement_leaves_no_hook_no_gradient_and_no_random_number(make, probe) -> None:
     config = make(*probing([probe]))
     network = SmallNet(num_classes=10)
@@ -217,7 +219,7 @@ class Counted(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("probe", PROBE_SECTIONS)
 def test_a_measurement_leaves_what_layers_keep_for_themselves(make, probe) -> None:
     config = make(*probing([probe]))
     network = SmallNet(num_classes=10)
@@ -321,7 +323,7 @@ def test_wrong_settings_are_answered_in_a_sentence(make, settings, message) -> N
 
 def test_the_files_of_the_menu_have_the_declared_options_and_defaults() -> None:
     declared = declarations("probes")
-    assert set(PROBES) == set(declared) == set(probe_classes())
+    assert set(PROBE_SECTIONS) == set(declared) == set(probe_classes())
     for name, declaration in declared.items():
         defaults = {
             key: list(option.default) if isinstance(option.default, tuple) else option.default
@@ -344,5 +346,5 @@ def test_a_probe_has_the_options_of_its_settings_or_the_defaults(make) -> None:
 
 def test_every_probe_has_a_row_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "probes.md").read_text()
-    for probe in PROBES:
+    for probe in PROBE_SECTIONS:
         assert f"`{probe}`" in page

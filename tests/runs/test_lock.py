@@ -153,7 +153,7 @@ def test_a_holder_that_was_taken_over_notices(tmp_path) -> None:
 
 
 def test_a_holder_keeps_its_claim_fresh(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "CLAIM_SECONDS", 0.05)
     with lock.held(tmp_path):
         then = time.time() - 1000
         os.utime(tmp_path / lock.CLAIM, (then, then))

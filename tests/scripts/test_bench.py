@@ -17,7 +17,7 @@ from benchmarks import contenders, speed
 from normlab import models, runs
 from normlab.config.schema import RunConfig
 from normlab.training.optimizers import build_optimizer, learning_rate, set_learning_rate
-from normlab.training.run import train_run as carry_out
+from normlab.training.run import train_run
 
 ROOT = Path(__file__).parents[2]
 HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
@@ -76,7 +76,7 @@ def test_an_opponent_makes_the_steps_of_gradient_descent(
 
 
 def test_so_does_normlab(whole: RunConfig, expected: list[float]) -> None:
-    carry_out(whole)
+    train_run(whole)
     rows, _ = runs.read_metrics(runs.Run(whole.as_dict()).folder)
     assert [row["train_loss"] for row in rows] == pytest.approx(expected, abs=1e-4)
 

@@ -93,8 +93,8 @@ def carried_out(config_of, tmp_path_factory):
     """Every arm by one process and by two; what was interrupted by one and went on by the others."""
     threads = torch.get_num_threads()
     for arm in (*ARMS, *RESUMED):
-        several.carry_out_here(config_of(arm, "one").as_dict())
-    several.carry_out_here(config_of("by_two", "two").as_dict(), stop_at=RESUMED["by_two"])
+        several.train_here(config_of(arm, "one").as_dict())
+    several.train_here(config_of("by_two", "two").as_dict(), stop_at=RESUMED["by_two"])
     plans: list[dict[str, Any]] = [{"settings": config_of(arm, "two").as_dict()} for arm in (*ARMS, "by_two")]
     plans.append({"settings": config_of("by_one", "two").as_dict(), "stop_at": RESUMED["by_one"]})
     plans.append({"settings": config_of("affine", "failing").as_dict(), "fail_at": 5})
@@ -109,7 +109,7 @@ def carried_out(config_of, tmp_path_factory):
     status = runs.read_status(by_one.folder)
     assert status is not None
     assert (status["step"], status["error"]) == (RESUMED["by_one"], "interrupted by SIGUSR2")
-    several.carry_out_here(config_of("by_one", "two").as_dict())
+    several.train_here(config_of("by_one", "two").as_dict())
     torch.set_num_threads(threads)
     return lambda arm, who: runs.Run(config_of(arm, who).as_dict()).folder
 

@@ -111,7 +111,7 @@ def test_the_regression_task_is_captured(make, replays) -> None:
     assert replays
 
 
-def carry_out_in_two_parts(config: RunConfig, after: int, monkeypatch) -> None:
+def train_in_two_parts(config: RunConfig, after: int, monkeypatch) -> None:
     """The first part ends after so many steps, by a request to stop."""
     stop, made = StopRequest(), []
     step = engines.Graphed.step
@@ -134,7 +134,7 @@ def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, m
     config = tiny(*SMALL, "engine=graph", "checkpoint_seconds=null")
     undisturbed = tiny(*SMALL, "engine=graph", "study=undisturbed")
     train_run(undisturbed)
-    carry_out_in_two_parts(config, after, monkeypatch)
+    train_in_two_parts(config, after, monkeypatch)
     assert record(config) == record(undisturbed)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from training.test_engines import NORMS, carry_out_in_two_parts
+from training.test_engines import NORMS, train_in_two_parts
 
 from normlab import runs
 from normlab.config.schema import RunConfig
@@ -103,7 +103,7 @@ def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, m
         tiny(*SMALL, "engine=graph", one) for one in ("study=undisturbed", "checkpoint_seconds=null")
     )
     train_run(undisturbed)
-    carry_out_in_two_parts(config, after, monkeypatch)
+    train_in_two_parts(config, after, monkeypatch)
     for one, other in zip(measured(config), measured(undisturbed), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
 

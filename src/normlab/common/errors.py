@@ -22,7 +22,7 @@ class OutOfMemoryError(UserError):
 
 
 class InterruptedRunError(Exception):
-    """The run was asked to stop, wrote a checkpoint, and can go on later."""
+    """The run was stopped on request, wrote a checkpoint, and can go on later."""
 
 
 def storage_error(path: Path, error: OSError) -> UserError:

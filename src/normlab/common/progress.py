@@ -121,7 +121,7 @@ class Display:
         self.quiet = quiet
         self.done: dict[str, float] = {}  # share of each run that is over
         self.first: dict[str, float] = {}  # share that was over when a run began here
-        self.under_way: dict[str, str] = {}  # what there is to say of each
+        self.under_way: dict[str, str] = {}  # the text shown for each
         self.noted: dict[str, tuple[float, object]] = {}  # in a log: when a run had its last line, and its epoch then
         self.begun = time.monotonic()
         self.finished = 0

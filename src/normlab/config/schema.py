@@ -371,7 +371,7 @@ def _each_once(steps: list[int]) -> list[int]:
 
 
 class ProbeConfig(_Section):
-    """When a probe measures: `times` evenly over the run, or before `steps` (from 0). `PROBES` has all with options."""
+    """The steps that a probe measures at: `times` of them, evenly over the run, or before `steps`, counted from 0."""
 
     name: str
     times: Count | None
@@ -386,7 +386,7 @@ class ProbeConfig(_Section):
     def _check_when(self) -> Self:
         if self.times is None and self.steps is None:
             raise wrong(
-                f"probe={self.name} is told neither how often nor when to measure.\nUse probe.{self.name}.times=20."
+                f"probe={self.name} has neither times nor steps to measure at.\nUse probe.{self.name}.times=20."
             )
         return self
 
@@ -423,11 +423,13 @@ def _probe_model(name: str, options: Mapping[str, Option]) -> type[ProbeConfig]:
     return create_model(name, __base__=ProbeConfig, **{"name": (Literal[name], ...), **fields})
 
 
-PROBES = {name: _probe_model(name, declared.options) for name, declared in sorted(declarations("probes").items())}
+PROBE_SECTIONS = {
+    name: _probe_model(name, declared.options) for name, declared in sorted(declarations("probes").items())
+}
 if TYPE_CHECKING:
     _AnyProbe = ProbeConfig
 else:
-    _AnyProbe = Annotated[Union[tuple(PROBES.values())], Field(discriminator="name")]  # noqa: UP007
+    _AnyProbe = Annotated[Union[tuple(PROBE_SECTIONS.values())], Field(discriminator="name")]  # noqa: UP007
 
 
 class NoLogger(_Section):

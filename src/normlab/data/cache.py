@@ -20,7 +20,7 @@ from normlab.data.images import Decoder
 Log = Callable[[str], None]
 Chunk = TypeVar("Chunk", bound=Sized)
 
-FORMAT = 1  # raise it when the same files would decode to other pixels
+CACHE_FORMAT = 1  # raise it when the same files would decode to other pixels
 CHUNK = 512  # images that are decoded between two writes
 PROGRESS_SECONDS = 5.0  # between two lines about the progress of a preparation
 CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -79,7 +79,7 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
 
 
 def _key(decoder: Decoder, paths: list[str]) -> str:
-    digest = hashlib.sha256(repr((FORMAT, decoder.size, decoder.short_side)).encode())
+    digest = hashlib.sha256(repr((CACHE_FORMAT, decoder.size, decoder.short_side)).encode())
     for path in paths:
         status = (decoder.root / path).stat()
         digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())

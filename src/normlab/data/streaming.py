@@ -17,7 +17,7 @@ from normlab.common.errors import UserError
 from normlab.common.rng import key
 from normlab.data.images import Decoder
 
-Job = tuple[str, int | None]  # a file, and the seed of its random crop
+Decoding = tuple[str, int | None]  # a file, and the seed of its random crop
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Files:
                 raise UserError(images)
             yield images.to(self.device, non_blocking=True)
 
-    def _jobs(self, parts: tuple[Tensor, ...], epoch: int | None) -> Iterator[list[Job]]:
+    def _jobs(self, parts: tuple[Tensor, ...], epoch: int | None) -> Iterator[list[Decoding]]:
         """Yield the files and seeds of each batch, which travel to the workers in place of all paths of a large set."""
         crops = epoch is not None and self.decoder.crop_scale is not None
         for part in parts:
@@ -70,7 +70,7 @@ class _DecodedBatches(Dataset[Tensor | str]):
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
-    def __getitem__(self, jobs: list[Job]) -> Tensor | str:
+    def __getitem__(self, jobs: list[Decoding]) -> Tensor | str:
         with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd files that it does read
             try:
                 return torch.stack([torch.from_numpy(self.decoder(*job)) for job in jobs])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from normlab.training.run import Resources
 
 POLL_SECONDS = 0.5
-DYING_SECONDS = 10.0  # a process dies piece by piece, and lets go of its run last
+DYING_SECONDS = 10.0  # until a killed process has released the lock of its run
 ELSEWHERE = "left alone"  # another process trains the run
 Status = dict[str, Any]
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[flo
     sweep.report_skipped()
     for job in sweep.jobs:
         job.run.freeze()
-    failed = train(sweep.jobs, slots, per_gpu, pack) if sweep.jobs else []
+    failed = train_jobs(sweep.jobs, slots, per_gpu, pack) if sweep.jobs else []
     if failed:
         raise UserError(f"{len(failed)} of {len(sweep)} runs failed. The same command tries them again.")
     return sweep.results()
@@ -183,7 +183,7 @@ def _unshared(job: Job) -> str:
     return job.run.name if streamed or job.config.engine == "compile" else ""
 
 
-def train(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1) -> list[tuple[Job, str]]:
+def train_jobs(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1) -> list[tuple[Job, str]]:
     """Train all jobs, several at a time; list those that were not finished, and return them with the reason.
 
     Runs that run out of memory beside others are tried again with a device to themselves.

@@ -26,7 +26,7 @@ from normlab.training.interrupt import StopRequest
 
 
 def run(composed: DictConfig) -> float | None:
-    """Train the run that Hydra composed, unless it is finished; return its result, as `train` does.
+    """Train the run that Hydra composed, unless it is finished; return its result, as `train_config` does.
 
     Raises:
         UserError: for a mistake in the configuration, before the run starts; for a run that fails.
@@ -43,7 +43,7 @@ def run(composed: DictConfig) -> float | None:
                     f"A sweep (-m) under {processes.world} processes: torchrun and srun start the processes of one"
                     " run.\nStart the sweep with python: its launchers give every run a device. Or leave out -m."
                 )
-        return train(schema.parse(settings_of(composed)), processes)
+        return train_config(schema.parse(settings_of(composed)), processes)
     except (UserError, OmegaConfBaseException) as error:
         if processes.rank:
             sys.exit(1)
@@ -58,7 +58,7 @@ def run(composed: DictConfig) -> float | None:
         raise
 
 
-def train(config: schema.RunConfig, processes: Processes | None = None) -> float | None:
+def train_config(config: schema.RunConfig, processes: Processes | None = None) -> float | None:
     """Train a run in this process and the others of `processes`, unless it is finished.
 
     Returns:
@@ -93,10 +93,10 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
         if display:
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
             display.news({"name": run.name})
-        from normlab.training.distributed import group  # torch takes seconds to import
+        from normlab.training.distributed import process_group  # torch takes seconds to import
         from normlab.training.run import Resources, train_run
 
-        with group.join(processes, config.device) as joined:
+        with process_group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that all know of the error of one machine
             on_status = display.news if display else lambda status: None

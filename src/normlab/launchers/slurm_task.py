@@ -74,7 +74,7 @@ def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
             failed = True
             print(f"{run.name}: {error}", file=sys.stderr, flush=True)
             pool.record_end(run, State.FAILED, str(error))
-    return bool(jobs and pool.train(jobs, slots)) or failed
+    return bool(jobs and pool.train_jobs(jobs, slots)) or failed
 
 
 def _train_together(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
@@ -82,7 +82,7 @@ def _train_together(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
     failed = False
     for each in settings:
         try:
-            single.train(schema.parse(each))
+            single.train_config(schema.parse(each))
         except UserError as error:
             failed = True
             print(error, file=sys.stderr, flush=True)

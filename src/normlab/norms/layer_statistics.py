@@ -27,7 +27,7 @@ class BatchStatistics(nn.Module):
     takes_single_values: ClassVar[bool] = False  # whether a group may have a single value per channel
     norm_batch: int | None = None  # images of a group; None: all of the batch
     synchronized = False  # one group over all processes of torch.distributed
-    shares_averages = False  # groups of each process's own, and moving averages over all processes' groups
+    averages_over_processes = False  # groups of each process's own, and moving averages over all processes' groups
     evaluates_on_batch = False  # in evaluation, use the batch's statistics as in training
 
     weight: nn.Parameter
@@ -102,7 +102,7 @@ class BatchStatistics(nn.Module):
                 statistics = tuple(torch.lerp(s, other, rest / images) for s, other in pairs)
         if self.training:
             with torch.no_grad():
-                if self.shares_averages and processes() > 1:
+                if self.averages_over_processes and processes() > 1:
                     statistics = mean_over_processes(torch.cat(statistics), images).chunk(len(statistics))
                 self.update(*statistics)
         return output

@@ -142,7 +142,7 @@ class MovingSquare(BatchStatistics):
     @torch.no_grad()
     def after_step(self) -> None:
         """Take what backward passes have noted into the averages."""
-        if (self.synchronized or self.shares_averages) and processes() > 1:
+        if (self.synchronized or self.averages_over_processes) and processes() > 1:
             dist.all_reduce(self.noted)
         total, images = self.noted[:-1], self.noted[-1]
         self.take_gradient(total / images.clamp_min(1), (images > 0) & total.isfinite())

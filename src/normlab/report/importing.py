@@ -43,8 +43,8 @@ LONGEST = 60  # characters of a name: three of them, and what else names a folde
 LABELS = ("arm", "dataset.name", "model.name")
 COUNTS = ("batch", "norm_batch", "depth", "epochs")
 ACCURACIES, LOSSES = ("test_accuracy", "train_accuracy"), ("test_loss", "train_loss")
-METRICS = (*ACCURACIES, *LOSSES, "wall_seconds", "images_per_second")
-OF_EVALUATIONS = ("epoch", "step", "state", *METRICS)  # every other column is a setting of its run
+MEASURED = (*ACCURACIES, *LOSSES, "wall_seconds", "images_per_second")
+OF_EVALUATIONS = ("epoch", "step", "state", *MEASURED)  # every other column is a setting of its run
 UNNAMED = "(one without a name)"
 EXAMPLES = {"arm": "mine", "dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}
 _GROUPS = ("norm", "model", "dataset", "sampler", "init", "optimizer", "schedule")
@@ -97,7 +97,7 @@ _KINDS = {
     **dict.fromkeys(LABELS, _Kind(Annotated[str, BeforeValidator(_label)], _TEXT)),
     **dict.fromkeys(("seed", "epoch", "step"), _WHOLE),
     **dict.fromkeys(COUNTS, _Kind(Annotated[int, Field(ge=1, le=LARGEST)], "a whole number, 1 or more")),
-    **dict.fromkeys(METRICS, _Kind(Annotated[FiniteFloat, Field(ge=0)], "a number, 0 or more, or an empty cell")),
+    **dict.fromkeys(MEASURED, _Kind(Annotated[FiniteFloat, Field(ge=0)], "a number, 0 or more, or an empty cell")),
     **dict.fromkeys(LOSSES, _Kind(Annotated[float, BeforeValidator(_loss)], "a number, or an empty cell")),
     "state": _Kind(Literal["done", "diverged"], "done or diverged"),
 }
@@ -261,7 +261,7 @@ def _read_csv(path: Path, options: Import) -> _Source:
     texts = pd.DataFrame([cells for _, cells in table[1:]], [place for place, _ in table[1:]])
     known = [i for i, ours in enumerate(names) if ours]
     # Rows about what is left out, as Lightning writes one after a test.
-    measured = [i for i in known if names[i] in (*METRICS, "state")]
+    measured = [i for i in known if names[i] in (*MEASURED, "state")]
     others = (texts.drop(columns=known) != "").any(axis=1) & (texts[measured] == "").all(axis=1)
     left_out = [column or UNNAMED for column, ours in zip(header, names, strict=True) if not ours]
     left_out += [f"{others.sum()} rows that measure nothing else"] if others.any() else []
@@ -282,7 +282,7 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
     names: list[str] = []
     for column in header:
         plain = "arm" if column in ("norm", "norm.name") else column
-        known = plain in (*METRICS, "epoch") if tags else _is_column(plain)
+        known = plain in (*MEASURED, "epoch") if tags else _is_column(plain)
         ours = theirs.get(column, plain if known and plain not in theirs.values() else "")
         if column not in theirs and options.ignore != "all" and column in options.ignore:
             ours = ""
@@ -299,7 +299,7 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
                 f"{name}: the column {column} is {ours}, and {other} has it, too.\nLeave one out: ignore=[{column}]."
             )
         names.append(ours)
-    if not set(names) & set(METRICS):
+    if not set(names) & set(MEASURED):
         raise UserError(
             f"{name} has no measured {kind}.\nIts {kind}s: {_some(header) or 'none that can be read'}.\n"
             "Say which one is which: 'columns={test_accuracy: \"val/acc\"}'"
@@ -414,7 +414,7 @@ def _runs(source: _Source, name: str, study: str, options: Import) -> tuple[list
     if "seed" in table and table["seed"].isna().any():
         raise UserError(f"{table.index[table['seed'].isna()][0]} has no seed, and others have one.\nGive it one.")
     assumed = [] if "seed" in {*table, *given} else [f"seed 0, as {name} has none."]
-    rows = table.reindex(columns=OF_EVALUATIONS).astype(dict.fromkeys(("epoch", "step", *METRICS), float))
+    rows = table.reindex(columns=OF_EVALUATIONS).astype(dict.fromkeys(("epoch", "step", *MEASURED), float))
     of_rows = _present(table.drop(columns=[*OF_EVALUATIONS], errors="ignore"))
     settings = [{"seed": 0, **given, **row} for row in of_rows]
     for place, row in zip(table.index, settings, strict=True):
@@ -487,7 +487,7 @@ def _time(rows: pd.DataFrame, options: Import) -> None:
     if untimed.any() and not untimed.all():
         raise UserError(f"{rows.index[untimed][0]} has neither epoch nor step, and others have one.\nGive all one.")
     rows["epoch"] = rows["epoch"].fillna(rows["epochs"])
-    values = rows.melt(["run", "epoch", "step"], METRICS, "column", ignore_index=False).dropna(subset="value")
+    values = rows.melt(["run", "epoch", "step"], MEASURED, "column", ignore_index=False).dropna(subset="value")
     twice = values[values.duplicated(["run", "epoch", "step", "column"])]
     if not twice.empty:
         raise UserError(
@@ -502,7 +502,7 @@ def _evaluations(rows: pd.DataFrame, per_epoch: int | None, assumed: list[str]) 
     if last["step"].isna().any() and not per_epoch:
         assumed.append("one step per epoch, as nothing says how many; it matters to axes of figures only.")
     last["step"] = last["step"].fillna(pd.Series(last.index * (per_epoch or 1), last.index))
-    whole = zip(last.index.astype(int), last["step"].astype(int), _present(last[[*METRICS]]), strict=True)
+    whole = zip(last.index.astype(int), last["step"].astype(int), _present(last[[*MEASURED]]), strict=True)
     return [{"epoch": int(epoch), "step": int(step), **values} for epoch, step, values in whole]
 
 
@@ -523,7 +523,7 @@ def _state(rows: pd.DataFrame, evaluations: Sequence[Mapping[str, Any]], title: 
         wrong = f"has an epoch {end['epoch']}, and epochs={epochs}"
     elif stated == "done" and (lost or cut):
         wrong = f"is done by its state, but {'its last loss is not finite' if lost else f'ends before {cut}'}"
-    elif stated != "diverged" and not lost and not cut and (missing or end.keys().isdisjoint(METRICS)):
+    elif stated != "diverged" and not lost and not cut and (missing or end.keys().isdisjoint(MEASURED)):
         wrong = f"has no {missing[0] if missing else 'measured value'} at its last epoch, {end['epoch']}"
     if wrong:
         raise UserError(
@@ -575,7 +575,7 @@ def _differs(run: _Made, there: Path, source: str) -> bool:
         raise UserError(f"{there} is no imported run, and is left alone.\nMove it away to import {source}.")
     try:
         state = (runs.read_status(there) or {}).get("state")
-        return state != run.status["state"] or (there / runs.METRICS).read_bytes() != run.metrics
+        return state != run.status["state"] or (there / runs.METRICS_FILE).read_bytes() != run.metrics
     except (UserError, OSError):
         return True  # damaged
 
@@ -611,5 +611,5 @@ def _write_run(run: _Made, folder: Path, provenance: Mapping[str, Any]) -> None:
     files.make_folder(folder)
     files.write_yaml(folder / CONFIG, {"format": FORMAT, **run.config})
     files.write_json(folder / runs.PROVENANCE, provenance)
-    files.write_atomically(folder / runs.METRICS, lambda file: file.write(run.metrics))
+    files.write_atomically(folder / runs.METRICS_FILE, lambda file: file.write(run.metrics))
     files.write_json(folder / STATUS, run.status)

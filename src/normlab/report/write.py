@@ -12,7 +12,7 @@ from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
-from normlab.report.render.html import Drawing, html_page
+from normlab.report.render.html import PageFigure, html_page
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import markdown_table, page
 from normlab.report.render.results import results_page
@@ -146,7 +146,7 @@ def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, s
     }
 
 
-# ---- what is refused, and what a reader has to know
+# ---- refusals and remarks
 
 
 def _folder(setting: str, value: object) -> Path:
@@ -210,14 +210,14 @@ def _tables(study: Study, metric: Metric, options: Options) -> list[Table]:
     return [*tables, *probe_tables(study, options.confidence)]
 
 
-def _drawings(study: Study, first: Table, metric: Metric, options: Options, folder: Path) -> Iterator[Drawing]:
+def _drawings(study: Study, first: Table, metric: Metric, options: Options, folder: Path) -> Iterator[PageFigure]:
     from normlab.report.render.html.charts import charts
 
     for drawn in _figures(study, first, metric, options, folder, ("pdf", "png")):
         provenance = provenance_of(study, drawn.rows)
         _write(folder / f"{drawn.name}.sources.json", provenance.as_json().encode())
         png = (folder / f"{drawn.name}.png").read_bytes()
-        yield Drawing(drawn.name, drawn.caption, *charts(drawn.figure), png, provenance)
+        yield PageFigure(drawn.name, drawn.caption, *charts(drawn.figure), png, provenance)
 
 
 def _figures_of_page(

@@ -2,8 +2,8 @@
 
 from normlab.runs.folder import (
     LOG,
-    METRICS,
-    PROBES,
+    METRICS_FILE,
+    PROBES_FOLDER,
     PROVENANCE,
     Run,
     find,
@@ -21,8 +21,8 @@ from normlab.runs.states import FINISHED, State
 __all__ = [
     "FINISHED",
     "LOG",
-    "METRICS",
-    "PROBES",
+    "METRICS_FILE",
+    "PROBES_FOLDER",
     "PROVENANCE",
     "Run",
     "State",

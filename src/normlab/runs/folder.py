@@ -26,9 +26,9 @@ from normlab.runs import files, lock
 from normlab.runs.identity import FORMAT, completed, run_id, run_name
 from normlab.runs.states import FINISHED, State, recorded_state
 
-CONFIG, STATUS, METRICS, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
+CONFIG, STATUS, METRICS_FILE, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
 LOG = "run.log"
-PROBES = "probes"
+PROBES_FOLDER = "probes"
 _SEED = re.compile(r"^seed: (0|[1-9]\d*)$", re.MULTILINE)  # of the outermost mapping: others are indented
 
 
@@ -97,7 +97,7 @@ def read_status(folder: Path) -> dict[str, Any] | None:
 
 def read_metrics(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the evaluations that can be read, and a sentence about each line that cannot."""
-    return read_rows(folder / METRICS)
+    return read_rows(folder / METRICS_FILE)
 
 
 def read_probes(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
@@ -111,7 +111,7 @@ def read_probes(folder: Path) -> tuple[dict[str, list[dict[str, Any]]], list[str
 
 def probe_files(folder: Path) -> list[Path]:
     """Return the files of rows of a run's probes, by name."""
-    probes = folder / PROBES
+    probes = folder / PROBES_FOLDER
     try:
         names = os.listdir(probes)  # noqa: PTH208  # of ten thousand runs: a glob takes five times as long
     except OSError:
@@ -125,7 +125,7 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return [], []
-    needed = ("epoch", "step") if path.name == METRICS else ("step",)
+    needed = ("epoch", "step") if path.name == METRICS_FILE else ("step",)
     lines = text.removesuffix("\n")
     try:  # all lines at once, which takes half the time
         rows = json.loads(f"[{lines.replace(chr(10), ',')}]")
@@ -175,7 +175,7 @@ class Run:
         self.run_id = run_id(config)
         self.name = run_name(config)
         self.folder = Path(config["output_dir"]) / config["study"] / self.name
-        self._claim: lock.Claim | None = None
+        self._claim: lock.RunClaim | None = None
 
     @property
     def state(self) -> State:
@@ -255,13 +255,13 @@ class Run:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation to metrics.jsonl."""
         self._verify()
-        _append(self.folder / METRICS, [row])
+        _append(self.folder / METRICS_FILE, [row])
 
     def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append the rows of one measurement to a probe's file."""
         self._verify()
-        files.make_folder(self.folder / PROBES)
-        _append(self.folder / PROBES / f"{probe}.jsonl", rows)
+        files.make_folder(self.folder / PROBES_FOLDER)
+        _append(self.folder / PROBES_FOLDER / f"{probe}.jsonl", rows)
 
     def keep_rows_until(self, evaluated: int, step: int) -> list[str]:
         """Drop the rows that a resumed run measures again, and lines that cannot be read.
@@ -276,9 +276,9 @@ class Run:
         rows, warnings = read_metrics(self.folder)
         kept = [row for row in rows if row["step"] <= evaluated]
         if warnings or rows:  # if all are kept, too: the last may lack the end of its line
-            _rewrite(self.folder / METRICS, kept)
+            _rewrite(self.folder / METRICS_FILE, kept)
         probes, complaints = read_probes(self.folder)
         for probe, rows in probes.items():
             kept = [row for row in rows if row["step"] < step]
-            _rewrite(self.folder / PROBES / f"{probe}.jsonl", kept)
+            _rewrite(self.folder / PROBES_FOLDER / f"{probe}.jsonl", kept)
         return warnings + complaints

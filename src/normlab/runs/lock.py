@@ -6,12 +6,12 @@ run.lock   a lock of the operating system (flock). The kernel lets go of it when
            holds between all processes of a host, and between hosts where the file system passes locks on (NFS with its
            lock manager, Lustre mounted with -o flock); elsewhere it may silently hold within a host only.
 run.claim  a file that only one process can create (O_EXCL, which is atomic on NFS, too), with the holder's host and
-           process. A thread of the holder touches it every `BEAT_SECONDS`.
+           process. A thread of the holder touches it every `CLAIM_SECONDS`.
 
 A claim that a dead process left is taken over: on the holder's own host as soon as its process is gone; from another
 host, whose processes cannot be seen, when the claim has not been touched for `STALE_SECONDS` by the clock of the file
 system, so that the hosts' clocks do not matter. A holder that was silent for so long (a suspended machine, a network
-that was cut) finds its claim gone at its next write, and stops without writing: `Claim.verify`.
+that was cut) finds its claim gone at its next write, and stops without writing: `RunClaim.verify`.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from normlab.common.errors import RunBusyError, storage_error
 from normlab.runs.states import STALE_SECONDS
 
 LOCK, CLAIM = "run.lock", "run.claim"
-BEAT_SECONDS = 5.0  # between two signs of life of a holder
+CLAIM_SECONDS = 5.0  # between two signs of life of a holder
 SILENT_SECONDS = 20.0  # a holder on another host without a sign of life for so long may be dead: wait until it is stale
 SETTLE_SECONDS = 1.0  # after a takeover from another host: whoever else took it over must have become visible
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without flock
@@ -118,7 +118,7 @@ def holder(folder: Path) -> Holder | None:
     return replace(found, sign_of_life=max(0.0, (time.time() if found.here else _now(folder)) - touched))
 
 
-class Claim:
+class RunClaim:
     """A claim that this process holds, and keeps alive until `release`."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
@@ -144,7 +144,7 @@ class Claim:
         threading.Thread(target=self._beat, name="claim", daemon=True).start()
 
     def _beat(self) -> None:
-        while not self._released.wait(BEAT_SECONDS):
+        while not self._released.wait(CLAIM_SECONDS):
             with contextlib.suppress(OSError, ValueError):  # a file server that is away comes back; a released claim
                 os.utime(self._file.fileno())
 
@@ -181,7 +181,7 @@ class Claim:
 
 
 @contextmanager
-def held(folder: Path, wait_seconds: float = 0.0) -> Iterator[Claim]:
+def held(folder: Path, wait_seconds: float = 0.0) -> Iterator[RunClaim]:
     """Hold the run in `folder` for this process.
 
     It waits `wait_seconds` for another process of this host to let go, and for one of another host that has been
@@ -210,12 +210,12 @@ class _Unwritable(Exception):
         self.reason = reason
 
 
-def _take(folder: Path) -> Claim:
+def _take(folder: Path) -> RunClaim:
     """Take the claim, from a dead holder if need be."""
     path, myself, elsewhere = folder / CLAIM, Holder.myself(), False
     while True:
         try:
-            claim = Claim(path, myself)
+            claim = RunClaim(path, myself)
         except FileExistsError:
             other = holder(folder)
             if other is None:

@@ -8,7 +8,7 @@ from normlab import models
 from normlab.config.schema import RegressionDataset, RunConfig
 from normlab.data.inventory import Inventory
 from normlab.training import device
-from normlab.training.distributed.group import SingleProcess
+from normlab.training.distributed.process_group import SingleProcess
 from normlab.training.setup import build_step, choose_memory_format
 from normlab.training.tasks import task_of
 

@@ -152,7 +152,7 @@ def _statistics(state: TrainingState, network: nn.Module, supervisor: Supervisor
     if config.eval_stats == "batch":
         return batch_statistics(network)
     if config.eval_stats == "precise":
-        batches = supervisor.watch(state.data.train.plain_batches(config.precise_batches))
+        batches = supervisor.supervise(state.data.train.plain_batches(config.precise_batches))
         return precise_statistics(network, batches, within=autocast(config, state.device))
     return nullcontext()
 
@@ -163,7 +163,7 @@ def evaluate(state: TrainingState, network: nn.Module, split: Split, supervisor:
     network.eval()
     loss = torch.zeros((), dtype=torch.float64, device=state.device)
     correct = torch.zeros((), dtype=torch.int64, device=state.device)
-    for images, labels in supervisor.watch(split.batches(), split.shared_batches):
+    for images, labels in supervisor.supervise(split.batches(), split.shared_batches):
         with autocast(state.config, state.device):
             outputs = network(images)
         loss += state.step.task.test_loss(outputs, labels)

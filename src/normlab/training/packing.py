@@ -58,7 +58,7 @@ def train_packed(configs: Sequence[RunConfig], at_a_time: int, device: torch.dev
 class MemoryBudget:
     """Memory of a device, and how much of it runs took.
 
-    A run is taken to need what the most demanding run so far needed, in proportion to its batch where that is larger.
+    A run is expected to need as much as the most demanding run so far, in proportion to its batch where that is larger.
     The memory of a CPU is left to its operating system.
     """
 

@@ -16,7 +16,7 @@ from normlab.config.schema import RunConfig
 from normlab.runs import files
 from normlab.training import checkpoint, device, resume
 from normlab.training.distributed import checks
-from normlab.training.distributed.group import ProcessGroup, SingleProcess
+from normlab.training.distributed.process_group import ProcessGroup, SingleProcess
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import train
 from normlab.training.record import OnStatus, Recorder, open_log

@@ -18,7 +18,7 @@ from normlab.probes import ProbedNetwork, Probes
 from normlab.training import device, engines, taps
 from normlab.training.average import Average
 from normlab.training.distributed import checks
-from normlab.training.distributed.group import ProcessGroup
+from normlab.training.distributed.process_group import ProcessGroup
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.interleaving import Interleaver
 from normlab.training.optimizers import build_optimizer

@@ -12,7 +12,7 @@ from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data
 from normlab.probes import Probes
 from normlab.training import device
-from normlab.training.distributed.group import ProcessGroup
+from normlab.training.distributed.process_group import ProcessGroup
 from normlab.training.interleaving import Interleaver
 from normlab.training.step import TrainingStep
 

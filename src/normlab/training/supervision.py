@@ -43,7 +43,7 @@ class Supervisor:
         every = self._state.config.checkpoint_seconds
         self._consensus = self._state.group.consensus(min(HEARTBEAT_SECONDS, math.inf if every is None else every))
 
-    def watch(self, batches: Iterable[T], at_most: int | None = None) -> Iterator[T]:
+    def supervise(self, batches: Iterable[T], at_most: int | None = None) -> Iterator[T]:
         """Yield `batches` of an evaluation, with heartbeats; all processes have `at_most` of them together.
 
         Raises:

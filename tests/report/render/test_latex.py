@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from normlab import report
-from normlab.report.analysis.cells import Cell, Table
+from normlab.report.analysis.cells import Table, TableCell
 from normlab.report.render.latex import latex, latex_escape
 
 OPTIONS = report.options()
@@ -31,7 +31,7 @@ def table(*rows, caption="Accuracy, in %.", rule="", prose=()):
 
 
 def row(arm, *texts, highlight=""):
-    return {"arm": Cell(arm)} | {f"batch {8 * 2**i}": Cell(t, 1.0, 8, highlight) for i, t in enumerate(texts)}
+    return {"arm": TableCell(arm)} | {f"batch {8 * 2**i}": TableCell(t, 1.0, 8, highlight) for i, t in enumerate(texts)}
 
 
 def test_every_special_character_of_latex_is_escaped():

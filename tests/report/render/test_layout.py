@@ -1,6 +1,6 @@
 import math
 
-from normlab.report.analysis.cells import Cell
+from normlab.report.analysis.cells import TableCell
 from normlab.report.render.layout import column_parts, filled
 
 WIDTHS = {"arm": 10.0, "a": 20.0, "b": 20.0, "c": 50.0}
@@ -16,7 +16,7 @@ def test_a_column_that_is_wider_than_the_room_stands_alone():
 
 
 def test_a_row_that_lacks_a_column_has_dashes_there():
-    assert filled([{"arm": Cell("bn"), "a": Cell("1")}, {"arm": Cell("none")}])[1] == {
-        "arm": Cell("none"),
-        "a": Cell("--"),
+    assert filled([{"arm": TableCell("bn"), "a": TableCell("1")}, {"arm": TableCell("none")}])[1] == {
+        "arm": TableCell("none"),
+        "a": TableCell("--"),
     }

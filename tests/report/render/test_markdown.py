@@ -1,6 +1,6 @@
 import pandas as pd
 
-from normlab.report.analysis.cells import Cell, Table
+from normlab.report.analysis.cells import Table, TableCell
 from normlab.report.render.markdown import markdown, markdown_table
 
 
@@ -22,8 +22,8 @@ def test_a_column_of_sentences_is_left_aligned():
 
 def test_in_markdown_the_best_number_is_bold_without_its_notes_and_a_close_one_is_plain():
     rows = [
-        {"arm": Cell("bn"), "batch 8": Cell("91.2 ± 0.8 (n=3)", highlight="best")},
-        {"arm": Cell("none"), "batch 8": Cell("91.0 ± 0.8 (n=3)", highlight="close")},
+        {"arm": TableCell("bn"), "batch 8": TableCell("91.2 ± 0.8 (n=3)", highlight="best")},
+        {"arm": TableCell("none"), "batch 8": TableCell("91.0 ± 0.8 (n=3)", highlight="close")},
     ]
     setting, pipes = markdown_table(Table("accuracy", "Accuracy", "", pd.DataFrame(), {"digits": rows}))
     assert setting == "**digits**"

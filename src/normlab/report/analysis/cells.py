@@ -18,7 +18,7 @@ from normlab.report.analysis.highlight import highlights
 NOTHING = "--"
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """One cell of a table.
 
     Attributes:
@@ -34,7 +34,7 @@ class Cell(NamedTuple):
     highlight: str = ""
 
 
-Row = dict[str, Cell]  # by heading
+Row = dict[str, TableCell]  # by heading
 Text = Callable[[Any], str]  # from a row of a tidy frame
 
 
@@ -69,7 +69,7 @@ class Table:
         """Return the rows as one frame of texts per setting; a cell that a row lacks is dashes."""
         return self.frames(lambda cell: cell.text)
 
-    def frames(self, text: Callable[[Cell], str]) -> dict[str, pd.DataFrame]:
+    def frames(self, text: Callable[[TableCell], str]) -> dict[str, pd.DataFrame]:
         """Return the same with each cell's text as `text` has it."""
         return {
             setting: pd.DataFrame([{heading: text(cell) for heading, cell in row.items()} for row in rows]).fillna(
@@ -132,14 +132,15 @@ def with_counts(row: Any, decimals: int | None, sign: str = "") -> str:
 
 def grids(tidy: pd.DataFrame, text: Text, higher_is_better: Mapping[str, bool] | None = None) -> dict[str, list[Row]]:
     """Return per setting arms as rows and batch sizes as columns; `higher_is_better` of quantities that have a best."""
-    cells: dict[str, dict[str, dict[int, Cell]]] = defaultdict(lambda: defaultdict(dict))
+    cells: dict[str, dict[str, dict[int, TableCell]]] = defaultdict(lambda: defaultdict(dict))
     for row, mark in zip(named_rows(tidy), highlights(tidy, higher_is_better or {}), strict=True):
-        cells[row.setting][row.arm][row.batch] = Cell(text(row), row.mean, row.batch, mark)
+        cells[row.setting][row.arm][row.batch] = TableCell(text(row), row.mean, row.batch, mark)
     grids = {}
     for setting, arms in cells.items():
         batches = sorted({batch for row in arms.values() for batch in row})
         grids[setting] = [
-            {"arm": Cell(arm)} | {f"batch {b}": row.get(b, Cell(NOTHING)) for b in batches} for arm, row in arms.items()
+            {"arm": TableCell(arm)} | {f"batch {b}": row.get(b, TableCell(NOTHING)) for b in batches}
+            for arm, row in arms.items()
         ]
     return grids
 
@@ -153,10 +154,10 @@ def lists(
     for row, mark in zip(named_rows(tidy), highlights(tidy, higher_is_better or {}), strict=True):
         key = (row.setting, row.arm, row.batch)
         if key not in lines:
-            batch, runs = Cell(str(row.batch), row.batch, row.batch), Cell(_runs(row), row.done, row.batch)
-            lines[key] = {"arm": Cell(row.arm), "batch": batch, "runs": runs}
+            batch, runs = TableCell(str(row.batch), row.batch, row.batch), TableCell(_runs(row), row.done, row.batch)
+            lines[key] = {"arm": TableCell(row.arm), "batch": batch, "runs": runs}
             lists[row.setting].append(lines[key])
-        lines[key][headings[row.quantity]] = Cell(text(row), row.mean, row.batch, mark)
+        lines[key][headings[row.quantity]] = TableCell(text(row), row.mean, row.batch, mark)
     return dict(lists)
 
 

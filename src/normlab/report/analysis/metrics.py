@@ -188,7 +188,7 @@ def _converged_eigenvalue(rows: pd.DataFrame) -> Values:
     return _column(rows, "eigenvalue")[_column(rows, "converged") > 0]
 
 
-# ---- what they come to
+# ---- values
 
 
 def _last(values: Values) -> float:

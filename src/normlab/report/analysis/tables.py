@@ -13,7 +13,7 @@ import pandas as pd
 import yaml
 
 from normlab.report.analysis import cells, frames
-from normlab.report.analysis.cells import NOTHING, Cell, Row, Table, grids, lists
+from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, grids, lists
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
 from normlab.report.analysis.highlight import highlight_rule
 from normlab.report.analysis.metrics import BEST, METRICS, Metric
@@ -148,11 +148,13 @@ def _overall_rows(tidy: pd.DataFrame, baseline: str | None) -> dict[str, list[Ro
         heading, shown = headings[row.quantity]
         ends = "" if math.isnan(row.low) else f" ({row.low:{shown}} to {row.high:{shown}})"
         if row.quantity == "mean":  # an arm's first
-            number = Cell(f"{row.cells} of {row.of_cells}", row.cells)
-            rows[row.setting].append({"arm": Cell(row.arm), "cells": number, "seeds": Cell(str(row.n), row.n)})
+            number = TableCell(f"{row.cells} of {row.of_cells}", row.cells)
+            rows[row.setting].append(
+                {"arm": TableCell(row.arm), "cells": number, "seeds": TableCell(str(row.n), row.n)}
+            )
         line = rows[row.setting][-1]
         partly = f", over {row.cells} cells" if row.cells < line["cells"].value else ""
-        line[heading] = Cell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
+        line[heading] = TableCell(f"{row.mean:{shown}}{ends}{partly}", row.mean)
     return dict(rows)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from normlab.report.analysis.cells import NOTHING, Cell, Row, Table, p_text
+from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, p_text
 from normlab.report.claims.claims import Claim, Comparison, claims
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, NOT_RUN, SUPPORTED, ComparisonResult, Judgement
 from normlab.report.render.markdown import markdown
@@ -26,7 +26,7 @@ def verdict_table(judgements: Sequence[Judgement], confidence: float) -> Table:
     """Return the verdicts of one study: tidy, one row per comparison; for a reader, by data set, network and budget."""
     rows: dict[str, list[Row]] = defaultdict(list)
     for judgement in judgements:
-        rows[judgement.place] += [{name: Cell(text) for name, text in row.items()} for row in _rows(judgement)]
+        rows[judgement.place] += [{name: TableCell(text) for name, text in row.items()} for row in _rows(judgement)]
     results = [(judgement, result) for judgement in judgements for result in judgement.results]
     return Table(
         name="verdicts",

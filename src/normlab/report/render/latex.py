@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from normlab.report.analysis.cells import Cell, Row, Table
+from normlab.report.analysis.cells import Row, Table, TableCell
 from normlab.report.analysis.highlight import CLOSE
 from normlab.report.render.layout import column_parts, filled, split_number
 
@@ -138,7 +138,7 @@ def _without_common_n(rows: Sequence[Row]) -> tuple[Sequence[Row], str]:
     if not n.isdigit():
         return rows, ""
 
-    def without_n(cell: Cell) -> Cell:
+    def without_n(cell: TableCell) -> TableCell:
         return cell._replace(text=cell.text.replace(f" (n={n})", "").replace(f"(n={n}, ", "("))
 
     bare = [
@@ -176,7 +176,7 @@ def _tabular(headings: Sequence[str], widths: Mapping[str, float], rows: Sequenc
         [
             rf"\begin{{tabular}}{{@{{}}{columns}@{{}}}}",
             r"\toprule",
-            line({heading: Cell(heading) for heading in headings}),
+            line({heading: TableCell(heading) for heading in headings}),
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -211,7 +211,7 @@ def _breakable(text: str) -> str:
     return r"\raggedright\hspace{0pt}" + re.sub(r"(\\_|(?<!\\)=|[,/\]])(?=\S)", r"\1\\allowbreak{}", text)
 
 
-def _latex_cell(cell: Cell) -> str:
+def _latex_cell(cell: TableCell) -> str:
     if not cell.highlight:
         return latex_escape(cell.text)
     number, notes = split_number(cell.text)

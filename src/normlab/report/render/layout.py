@@ -3,13 +3,13 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from normlab.report.analysis.cells import NOTHING, Cell, Row
+from normlab.report.analysis.cells import NOTHING, Row, TableCell
 
 
 def filled(rows: Sequence[Row]) -> list[Row]:
     """Return the rows with a cell under every heading, dashes where they have none."""
     headings = dict.fromkeys(heading for row in rows for heading in row)
-    return [{heading: row.get(heading, Cell(NOTHING)) for heading in headings} for row in rows]
+    return [{heading: row.get(heading, TableCell(NOTHING)) for heading in headings} for row in rows]
 
 
 def split_number(text: str) -> tuple[str, str]:

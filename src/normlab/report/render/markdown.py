@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from normlab.report.analysis.cells import Cell, Table
+from normlab.report.analysis.cells import Table, TableCell
 from normlab.report.render.description import facts, question, run_counts
 from normlab.report.render.layout import split_number
 from normlab.report.study.load import Study
@@ -77,6 +77,6 @@ def _sources(name: str, sources: Provenance) -> str:
     return f"{sources.sentence()} ([runs]({name}.sources.json))"
 
 
-def _bold(cell: Cell) -> str:
+def _bold(cell: TableCell) -> str:
     number, notes = split_number(cell.text)
     return f"**{number}**{notes}" if cell.highlight == "best" else cell.text

@@ -62,8 +62,8 @@ def _ascend(order: pd.DataFrame) -> bool:
     """Return whether the rows are in order as they are, none of them twice: the usual case, and quick to see."""
     if len(order.columns) > 2:
         return False
-    run, moment = order.to_numpy().T
-    return bool(((np.diff(run) > 0) | (np.diff(run) == 0) & (np.diff(moment) > 0)).all())
+    run, time = order.to_numpy().T
+    return bool(((np.diff(run) > 0) | (np.diff(run) == 0) & (np.diff(time) > 0)).all())
 
 
 def _joined(name: str, files: Sequence[Columns]) -> Any:

@@ -186,11 +186,11 @@ class _Records:
         self.configs[run] = _config(path)
         row["epochs"] = self.configs[run].get("epochs")
         for file in runs.probe_files(path):
-            self.probes[file.stem][run] = self._columns(index, run, f"{runs.PROBES}/{file.name}")
+            self.probes[file.stem][run] = self._columns(index, run, f"{runs.PROBES_FOLDER}/{file.name}")
         self.evaluations[run] = {}
         status = runs.read_status(path)
         if status is not None:
-            self.evaluations[run] = self._columns(index, run, runs.METRICS)
+            self.evaluations[run] = self._columns(index, run, runs.METRICS_FILE)
             row |= {key: status.get(key) for key in ("state", *_NUMBERS[1:])}
             row["note"] = _note(path, status, self._now)
             self._check(path, row)
@@ -242,10 +242,10 @@ def _note(path: Path, status: Mapping[str, Any], now: datetime) -> str:
     return ""
 
 
-def seconds_since(moment: object, now: datetime) -> float:
+def seconds_since(time: object, now: datetime) -> float:
     """Return the seconds from an ISO 8601 time (UTC where it has no zone) to `now`; 0 for what is no time."""
     try:
-        then = datetime.fromisoformat(str(moment))
+        then = datetime.fromisoformat(str(time))
     except ValueError:
         return 0.0
     return (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()

@@ -91,7 +91,7 @@ class Survey:
         self.folder = folder
         self._seen: dict[str, tuple[int, RunStatus]] = {}
 
-    def look(self) -> list[RunStatus]:
+    def read(self) -> list[RunStatus]:
         """Return every run as it is now, by name.
 
         Raises:
@@ -102,9 +102,9 @@ class Survey:
                 names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
         except OSError as error:
             raise UserError(f"The folder {self.folder} cannot be read: {error.strerror}.") from None
-        return [run for run in map(self._look_at, names) if run]
+        return [run for run in map(self._read_run, names) if run]
 
-    def _look_at(self, name: str) -> RunStatus | None:
+    def _read_run(self, name: str) -> RunStatus | None:
         folder = f"{self.folder}/{name}"
         try:
             written = os.stat(f"{folder}/{STATUS}").st_mtime_ns  # noqa: PTH116  # half the time of a Path's
@@ -236,12 +236,12 @@ def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, c
     console = console or _console()
     survey = Survey(folder)
     if not watch:
-        runs = survey.look()
+        runs = survey.read()
         console.print(summary(study, runs) if quiet else view(study, runs), soft_wrap=quiet)
         return
     try:
         if quiet:
-            *_, runs = _looks(survey)
+            *_, runs = _poll(survey)
             console.print(summary(study, runs), soft_wrap=True)
         else:
             _watch(study, survey, console)
@@ -256,7 +256,7 @@ def _watch(study: str, survey: Survey, console: Console) -> None:
         _log(study, survey, console)
         return
     with live:
-        for latest in _looks(survey):
+        for latest in _poll(survey):
             runs[:] = latest
             live.refresh()
 
@@ -264,7 +264,7 @@ def _watch(study: str, survey: Survey, console: Console) -> None:
 def _log(study: str, survey: Survey, console: Console) -> None:
     """Print a line whenever a state has changed; at the end, the tables."""
     before: list[str] = []
-    for runs in _looks(survey):
+    for runs in _poll(survey):
         states = [f"{run.name} {run.state}" for run in runs]
         if states != before:
             console.print(Text(f"{datetime.now():%H:%M:%S} ").append_text(summary(study, runs)), soft_wrap=True)
@@ -272,10 +272,10 @@ def _log(study: str, survey: Survey, console: Console) -> None:
     console.print(view(study, runs))
 
 
-def _looks(survey: Survey) -> Iterator[list[RunStatus]]:
+def _poll(survey: Survey) -> Iterator[list[RunStatus]]:
     while True:
         begun = time.monotonic()
-        runs = survey.look()
+        runs = survey.read()
         yield runs
         if not any(run.state in UNFINISHED for run in runs):
             return

@@ -89,4 +89,4 @@ def prepare_layers(config: RunConfig, network: nn.Module, data: Data, world: int
             f" batch={config.batch}.\nNearest valid: norm_batch={nearest}, a divisor of {share}."
         )
     for layer in layers:
-        layer.shares_averages = True
+        layer.averages_over_processes = True

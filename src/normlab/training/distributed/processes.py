@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from normlab.common.errors import UserError
 
-PORTS = range(20_000, 30_000)  # below those that the system gives to whoever asks
+PORTS = range(20_000, 30_000)  # below the ephemeral ports
 
 
 @dataclass(frozen=True)

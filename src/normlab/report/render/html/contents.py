@@ -37,7 +37,7 @@ _OF_A_RUN = ("seed", "study", "output_dir", "data_dir")  # settings that runs of
 CellKey = tuple[str, str, int | None]  # setting, arm and batch size; None: a cell of a table that is of no single one
 
 
-class Drawing(NamedTuple):
+class PageFigure(NamedTuple):
     """A figure for the page: its panels as Plotly has them, its legend, and as an image for paper."""
 
     name: str
@@ -52,7 +52,7 @@ def html_page(
     study: Study,
     tables: Sequence[tuple[Table, Provenance]],
     judgements: Sequence[Judgement],
-    drawings: Sequence[Drawing],
+    drawings: Sequence[PageFigure],
     metric: Metric,
     warnings: Sequence[str],
 ) -> str:

@@ -38,7 +38,7 @@ GRACE_SECONDS = 10.0  # from the failure of another process until this one must 
 
 
 class Consensus:
-    """Decides what a process does after a batch; alone, what it wants to."""
+    """Decides what a process does after a batch; alone, its own decision."""
 
     def decide(self, heartbeat: bool, checkpoint: bool, stop: str | None) -> tuple[bool, bool, str | None]:
         """Return what all processes do now: a heartbeat, a checkpoint, a stop by that signal."""
@@ -114,7 +114,7 @@ class SingleProcess(ProcessGroup):
         return network
 
     def consensus(self, pause_seconds: float, at_most: int | None = None) -> Consensus:
-        """Return one that grants every wish."""
+        """Return one for a process alone."""
         return Consensus()
 
     def barrier(self) -> None:
@@ -268,7 +268,7 @@ class TorchProcessGroup(ProcessGroup):
     def _listen(self) -> None:
         """End this process if it waits for one that has failed, in a place that does not notice (as NCCL's)."""
         while not self._left.wait(LISTEN_SECONDS):
-            why = "Another process of this run ended without a word."
+            why = "Another process of this run ended without reporting an error."
             try:
                 if not self._failures.check(["failure"]):
                     continue
@@ -283,7 +283,7 @@ class TorchProcessGroup(ProcessGroup):
 class _Vote(Consensus):
     """Takes decisions after batches that all processes know beforehand, so that no other batch waits for anyone.
 
-    That is about every `pause_seconds`, by the slowest process. A wish of any process is granted by all.
+    That is about every `pause_seconds`, by the slowest process. Any process's request applies to all.
     """
 
     def __init__(self, pause_seconds: float, at_most: int | None) -> None:
@@ -299,9 +299,9 @@ class _Vote(Consensus):
             return False, False, None
         number = signal.Signals[stop].value if stop else 0
         batch_seconds = (time.monotonic() - self.last) / self.every
-        wishes = torch.tensor([heartbeat, checkpoint, number, batch_seconds], dtype=torch.float64)
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        any_heartbeat, any_checkpoint, any_number, slowest = wishes.tolist()
+        requests = torch.tensor([heartbeat, checkpoint, number, batch_seconds], dtype=torch.float64)
+        dist.all_reduce(requests, dist.ReduceOp.MAX)
+        any_heartbeat, any_checkpoint, any_number, slowest = requests.tolist()
         # At most twice as many as last time: the first step of all is a slow one, and the next may be slower.
         self.every = self.to_go = max(1, min(2 * self.every, int(self.pause_seconds / max(slowest, 1e-6))))
         self.last = time.monotonic()
@@ -337,7 +337,7 @@ def _sentence(error: BaseException) -> BaseException:
         )
     if isinstance(error, dist.DistError) or "/gloo/" in text:
         return UserError(
-            "Another process of this run ended without a word: killed, or its machine is lost.\n"
+            "Another process of this run ended without reporting an error: killed, or its machine is lost.\n"
             "The output of torchrun or srun may say more. The same command goes on from the last checkpoint."
         )
     return error
