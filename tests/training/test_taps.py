@@ -92,8 +92,7 @@ def test_other_padding_is_left_alone(settings: dict) -> None:
 
 def test_a_trimmed_layer_is_still_one_of_its_class() -> None:
     """Its convolution is replaced by the method that nn.Conv2d of PyTorch 2.9 to 2.15 convolves with."""
-    module = WeightNormConv2d(2, 3, 3, padding=1, eps=1e-24, gain_start="one")
-    module.start()
+    module = WeightNormConv2d.of(nn.Conv2d(2, 3, 3, padding=1), eps=1e-24, gain_start="one")
     calls = []
     trim(module, torch.zeros(1, 2, 1, 1))
     assert type(module) is not WeightNormConv2d
