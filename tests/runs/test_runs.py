@@ -119,7 +119,9 @@ LATER = {"optimizer": {"clip": 0.0}, "warm_start": None, "pruning": {"name": "no
 @pytest.fixture
 def later(monkeypatch) -> None:
     """Settings that came with later formats of records."""
-    monkeypatch.setattr(sys.modules[runs.identity.__module__], "RunConfig", _Config)
+    identity = sys.modules[runs.identity.__module__]
+    monkeypatch.setattr(identity, "_schema", lambda: _Config)
+    monkeypatch.setattr(identity, "FORMAT", 3)
 
 
 def _with(config: dict[str, Any], group: str, values: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The two commands: normlab-train, which is train.py of a checkout, and normlab-report, which is report.py."""
 
 import sys
+from dataclasses import fields
 from typing import NoReturn
 
 import hydra
@@ -49,15 +50,16 @@ def _report() -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
     def main(composed: DictConfig) -> None:
         from normlab.report import Options, build, build_claims, build_results, study_status
-        from normlab.report.importing import Import, import_runs
 
         settings = settings_of(composed)
         study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
-        of_import = {name: settings.pop(name) for name in Import.model_fields}
+        names = [field.name for field in fields(Options)]
         try:
-            options = Options(**settings)
+            options = Options(**{name: settings.pop(name) for name in names})
             if command == "import":
-                import_runs(study, output_dir, of_import, quiet=options.quiet)
+                from normlab.report.importing import import_runs  # slow to import, and no other command needs it
+
+                import_runs(study, output_dir, settings, quiet=options.quiet)
             elif command == "status":
                 study_status(study, output_dir, watch=watch, quiet=options.quiet)
             elif command == "claims":

@@ -1,11 +1,9 @@
 """The settings that every report is made with, which conf/report.yaml explains, checked."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
-
-from pydantic import Field, TypeAdapter, ValidationError
+from typing import Any, NoReturn
 
 from normlab.common.errors import UserError, nearest
 from normlab.common.installation import CONF
@@ -13,22 +11,46 @@ from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
 from normlab.runs import files
 
 _SELECTIONS = ("arms", "batches", "seeds", "settings")
-_Level = Annotated[float, Field(gt=0, lt=1)]
-_Names = Annotated[Sequence[str], Field(min_length=1)] | None
-_Numbers = Annotated[Sequence[int], Field(min_length=1)] | None
-_EXPECTED: dict[str, tuple[Any, str]] = {
-    "thresholds": (
-        Sequence[Annotated[float, Field(gt=0, le=1)]],
-        "a list of accuracies between 0 and 1.\nExample: thresholds=[0.5,0.8,0.95]",
-    ),
-    "figures": (bool, "true or false."),
-    "quiet": (bool, "true or false."),
-    "confidence": (_Level, "a number between 0 and 1.\nExample: confidence=0.95"),
-    "alpha": (_Level, "a number between 0 and 1.\nExample: alpha=0.05"),
-    "arms": (_Names, "null or a list of names.\nExample: arms=[bn,none]"),
-    "batches": (_Numbers, "null or a list of whole numbers.\nExample: batches=[0,1]"),
-    "seeds": (_Numbers, "null or a list of whole numbers.\nExample: seeds=[0,1]"),
-    "settings": (_Names, "null or a list of names.\nExample: settings=[resnet18]"),
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_level(value: Any) -> bool:
+    return _is_number(value) and 0 < value < 1
+
+
+def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(map(holds, value))
+
+
+def _are_shares(value: object) -> bool:
+    return _is_list(value, lambda each: _is_number(each) and 0 < each <= 1)
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or (_is_list(value, lambda each: isinstance(each, str)) and len(value) > 0)
+
+
+def _are_whole(value: Any) -> bool:
+    return value is None or (_is_list(value, lambda each: type(each) is int) and len(value) > 0)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "thresholds": (_are_shares, "a list of accuracies between 0 and 1.\nExample: thresholds=[0.5,0.8,0.95]"),
+    "figures": (_is_bool, "true or false."),
+    "quiet": (_is_bool, "true or false."),
+    "confidence": (_is_level, "a number between 0 and 1.\nExample: confidence=0.95"),
+    "alpha": (_is_level, "a number between 0 and 1.\nExample: alpha=0.05"),
+    "arms": (_are_names, "null or a list of names.\nExample: arms=[bn,none]"),
+    "batches": (_are_whole, "null or a list of whole numbers.\nExample: batches=[0,1]"),
+    "seeds": (_are_whole, "null or a list of whole numbers.\nExample: seeds=[0,1]"),
+    "settings": (_are_names, "null or a list of names.\nExample: settings=[resnet18]"),
 }
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "metric": (None, *EVALUATED),
@@ -61,10 +83,8 @@ class Options:
     quiet: bool
 
     def __post_init__(self) -> None:
-        for name, (kind, expected) in _EXPECTED.items():
-            try:
-                TypeAdapter(kind).validate_python(getattr(self, name), strict=True)
-            except ValidationError:
+        for name, (is_valid, expected) in _EXPECTED.items():
+            if not is_valid(getattr(self, name)):
                 self._refuse(name, expected)
         if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
             raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same, to six digits.")

@@ -5,11 +5,10 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import BaseModel
-
-from normlab.config.schema import RunConfig, Since
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 FORMAT = 1  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
 
@@ -48,25 +47,37 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _later_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yield group ("" for none), name and neutral value of each setting that came after format 1."""
-    for key, neutral in _marked(RunConfig).items():
+    if FORMAT == 1:  # there is none, and a report does not wait for the schema's import
+        return
+    for key, neutral in _marked(_schema()).items():
         yield "", key, neutral
     for group, values in config.items():
         if isinstance(values, Mapping):
-            section = _section(RunConfig, group, str(values.get("kind")), str(values.get("name")))
+            section = _section(_schema(), group, str(values.get("kind")), str(values.get("name")))
             for key, neutral in (_marked(section) if section else {}).items():
                 yield group, key, neutral
 
 
+def _schema() -> "type[BaseModel]":
+    from normlab.config.schema import RunConfig
+
+    return RunConfig
+
+
 @cache
-def _marked(section: type[BaseModel]) -> dict[str, Any]:
+def _marked(section: "type[BaseModel]") -> dict[str, Any]:
     """Return the neutral value of each setting of a section that came after format 1."""
+    from normlab.config.schema import Since
+
     marks = ((name, mark) for name, field in section.model_fields.items() for mark in field.metadata)
     return {name: mark.neutral for name, mark in marks if isinstance(mark, Since)}
 
 
 @cache
-def _section(model: type[BaseModel], group: str, kind: str, name: str) -> type[BaseModel] | None:
+def _section(model: "type[BaseModel]", group: str, kind: str, name: str) -> "type[BaseModel] | None":
     """Return the class of a group's settings: of several, the one that is made for this `kind` or `name`."""
+    from pydantic import BaseModel
+
     field = model.model_fields.get(group)
     if field is None:
         return None
