@@ -53,12 +53,12 @@ def run(add_run, now):
 
 
 def states(study: Path) -> list[str]:
-    return [run.state for run in Survey(study).look()]
+    return [run.state for run in Survey(study).read()]
 
 
 def shown(study: Path, now=None) -> str:
     console = Console(file=io.StringIO(), width=200)
-    console.print(view("study", Survey(study).look(), now))
+    console.print(view("study", Survey(study).read(), now))
     return console.file.getvalue()
 
 
@@ -194,13 +194,13 @@ def test_a_finished_run_is_read_once(run, claim, study, monkeypatch) -> None:
     real = status.files.read_json
     monkeypatch.setattr(status.files, "read_json", lambda path: read.append(path.parent.name) or real(path))
     survey = Survey(study)
-    survey.look()
-    survey.look()
+    survey.read()
+    survey.read()
     assert len(read) == 2
     facts = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps({**facts, "step": 80}))
     os.utime(folder / "status.json", ns=(0, 1))
-    assert max(run.progress.share for run in survey.look()) == 0.8
+    assert max(run.progress.share for run in survey.read()) == 0.8
     assert read[2:] == [folder.name]
 
 
