@@ -102,3 +102,10 @@ def test_the_registry_needs_no_torch() -> None:
     code = "import sys, normlab.common.registry as r; r.declarations('norms'); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"
+
+
+def test_a_text_without_choices_can_be_any_text() -> None:
+    mode = {"mode": option("mean")}
+    assert check_options("norm", mode, {"mode": "median"}) == {"mode": "median"}
+    with pytest.raises(UserError, match=r"norm\.mode=1 is not valid: expected text"):
+        check_options("norm", mode, {"mode": 1})

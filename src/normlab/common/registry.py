@@ -55,6 +55,10 @@ class Option:
         """
         if self.choices or isinstance(self.default, bool):
             return self._check_choice(path, value)
+        if isinstance(self.default, str):
+            if not isinstance(value, str):
+                raise UserError(f"{path}={_shown(value)} is not valid: expected text.")
+            return value
         kind, words = (int, "a whole number of ") if isinstance(self.default, int) else (float, "")
         valid = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
         low = others[self.ge] if isinstance(self.ge, str) else self.ge
@@ -67,7 +71,9 @@ class Option:
         )
         for holds, bound, text in bounds:
             if bound is not None and not (valid and holds(value, bound)):
-                expected = f"{low:g} to 1, a fraction of the run" if high and self.unit else words + text.format(bound)
+                expected = (
+                    f"{low or 0:g} to 1, a fraction of the run" if high and self.unit else words + text.format(bound)
+                )
                 closest = f" Nearest valid: {path}={bound:g}." if holds in (operator.ge, operator.le) else ""
                 raise UserError(f"{path}={_shown(value)} is out of range: expected {expected}.{closest}")
         if not valid:
