@@ -444,27 +444,3 @@ def test_the_networks_own_start_is_kept(variant: Any, options: Any, oracle: Any)
 def test_mabn_refuses_norms_without_a_convolution() -> None:
     with pytest.raises(UserError, match="has none of its own before it"):
         rewrite(torchvision.models.densenet121(weights=None), MABN(**MABN_OPTIONS))
-
-
-@pytest.mark.parametrize(
-    ("variant", "options", "wrong"),
-    [
-        (MABN, MABN_OPTIONS, {"window": 0}),
-        (MABN, MABN_OPTIONS, {"window": 2.5}),
-        (MABN, MABN_OPTIONS, {"rmax": 0.5}),
-        (MABN, MABN_OPTIONS, {"r_from": 0.1}),
-        (MABN, MABN_OPTIONS, {"warmup": 100}),
-        (PowerNorm, POWER_OPTIONS, {"warmup": -1}),
-        (PowerNorm, POWER_OPTIONS, {"alpha": 1.0}),
-        (PowerNorm, POWER_OPTIONS, {"alpha_backward": 1.5}),
-    ],
-)
-def test_options_out_of_range_are_refused_in_a_sentence(variant: Any, options: Any, wrong: dict[str, Any]) -> None:
-    ((name, value),) = wrong.items()
-    with pytest.raises(UserError, match=f"norm.{name}={value} is out of range: expected"):
-        variant(**options | wrong)
-
-
-def test_an_unknown_unit_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(UserError, match=r"norm\.unit=epochs is not valid: expected one of fraction, steps"):
-        MABN(**MABN_OPTIONS | {"unit": "epochs"})

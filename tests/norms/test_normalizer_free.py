@@ -421,9 +421,3 @@ def test_fixup_of_a_network_without_branches_is_refused() -> None:
 def test_norms_before_convolutions_are_refused(variant: Fixup | NormalizerFree) -> None:
     with pytest.raises(UserError, match="rewrites the convolution before each norm"):
         rewrite(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), variant)
-
-
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
-def test_alpha_is_checked(alpha: float) -> None:
-    with pytest.raises(UserError, match=r"norm\.alpha=.* is out of range"):
-        NormalizerFree(alpha=alpha, eps=EPS)

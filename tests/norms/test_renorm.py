@@ -9,7 +9,6 @@ import torch
 from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError
 from normlab.norms import (
     BatchRenorm,
     Clock,
@@ -308,28 +307,6 @@ def test_lower_precision_stays_close_to_the_formula(dtype: torch.dtype, norm_bat
         assert relative_error(ours.grad.double(), theirs.grad) < bound  # type: ignore[union-attr]
         assert layer.running_mean.dtype == layer.running_std.dtype == torch.float32
         assert relative_error(layer.running_std.double(), oracle.s) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("rmax", 0.5, "norm.rmax=0.5 is out of range: expected 1 or more"),
-        ("dmax", -1, "norm.dmax=-1 is out of range: expected 0 or more"),
-        ("dmax", "five", "norm.dmax=five is out of range"),
-        ("rmax", float("inf"), "norm.rmax=inf is out of range"),
-        ("dmax_end", 0.5, "norm.dmax_end=0.5 is out of range: expected 1 or more"),
-        ("ramp_unit", "epochs", "norm.ramp_unit=epochs is not valid: expected one of fraction, steps"),
-        ("learn_scale", 1, "norm.learn_scale=1 is not valid: expected true or false"),
-    ],
-)
-def test_options_out_of_range_are_refused_in_a_sentence(option: str, value: object, expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        make(**{option: value})
-
-
-def test_a_ramp_in_steps_is_refused_as_fractions() -> None:
-    with pytest.raises(UserError, match=r"norm\.ramp_start=5000 is out of range: expected 0 to 1, a"):
-        make(ramp_unit="fraction", ramp_start=5000, dmax_end=25000, rmax_end=40000)
 
 
 def test_a_jump_in_place_of_a_ramp_comes_after_its_step() -> None:

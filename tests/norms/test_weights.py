@@ -548,12 +548,6 @@ def test_activations_other_than_relu_are_refused(name: str) -> None:
     rewrite(network, MAKE["wn"]())
 
 
-@pytest.mark.parametrize("name", ["wn", "wn_mean"])
-def test_an_unknown_start_is_refused_with_the_nearest(name: str) -> None:
-    with pytest.raises(UserError, match=r"norm\.init=wieghts .*\nDid you mean norm\.init=weights"):
-        MAKE[name](init="wieghts")
-
-
 def test_a_subclass_says_only_what_its_weights_are() -> None:
     class Doubled(ReparametrizedConv2d):
         def effective_weight(self) -> Tensor:

@@ -299,7 +299,7 @@ def test_probes_are_of_a_run_s_identity_and_none_of_them_is_as_it_was(make) -> N
     ("settings", "message"),
     [
         (["probe=ics", "probe.ics.times=0"], "probe.ics.times=0 is out of range: expected 1 or more"),
-        (["probe=ics", "probe.ics.times=null"], "probe=ics is told neither how often nor when"),
+        (["probe=ics", "probe.ics.times=null"], "probe=ics has neither times nor steps to measure at"),
         (["probe=ics", "probe.ics.steps=[]"], "probe.ics.steps"),
         (["probe=ics", "probe.ics.layers=0"], "layers=0 is neither a number of layers"),
         (["probe=ics", "probe.ics.layers=conv1"], "layers=conv1 is neither a number of layers"),

@@ -55,12 +55,11 @@ class Variant:
     def __init__(self, *, norm_batch: int | None = None, **options: Any) -> None:
         self.norm_batch = norm_batch  # images that share statistics; None: all of the batch
         declared = options_of(type(self))
-        known = [*declared, "norm_batch"]
-        for unknown in options.keys() - known:
-            close = nearest(unknown, known)
+        for unknown in (name for name in options if name not in declared):
+            close = nearest(unknown, declared)
             raise UserError(
                 f"{type(self).__name__} has no option {unknown}.{f' Did you mean {close}?' if close else ''}\n"
-                f"Expected one of: {', '.join(known)}."
+                f"Expected {'one of: ' + ', '.join(declared) if declared else 'none'}."
             )
         defaults = {name: option.default for name, option in declared.items()}
         checked = check_options("norm", declared, defaults | options)
