@@ -67,8 +67,10 @@ class Option:
 
     def _check_number(self, path: str, value: Any, others: Mapping[str, Any]) -> float:
         convert, kind = (operator.index, "a whole number") if isinstance(self.default, int) else (float, "a number")
+        if isinstance(value, bool):
+            _refuse(path, value, kind)
         try:
-            number = _refuse(path, value, kind) if isinstance(value, bool) else convert(value)
+            number = convert(value)
         except (TypeError, ValueError, OverflowError):
             _refuse(path, value, kind)
         if not abs(number) < math.inf:
