@@ -7,13 +7,13 @@ schema of a run and the report know it without importing them.
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from normlab.common.errors import UserError, as_typed, not_one_of
+from normlab.common.errors import UserError, as_typed, nearest, not_one_of
 
 _Class = TypeVar("_Class", bound=type)
 _Kind = TypeVar("_Kind")
@@ -135,6 +135,21 @@ def options_of(owner: type) -> dict[str, Option]:
     """Return the options of a class by name, those of its base classes first."""
     names = dict.fromkeys(name for base in reversed(owner.__mro__) for name in vars(base))
     return {name: value for name in names if isinstance(value := getattr(owner, name, None), Option)}
+
+
+def refuse_unknown(owner: str, options: Mapping[str, Option], given: Iterable[str]) -> None:
+    """Refuse a name in `given` that is none of the options of `owner`.
+
+    Raises:
+        UserError: for the first of them, with the nearest option that there is.
+    """
+    for name in given:
+        if name not in options:
+            close = nearest(name, options)
+            raise UserError(
+                f"{owner} has no option {name}.{f' Did you mean {close}?' if close else ''}\n"
+                f"Expected {'one of: ' + ', '.join(options) if options else 'none'}."
+            )
 
 
 def check_options(section: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:

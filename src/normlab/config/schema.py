@@ -6,7 +6,8 @@ or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and wh
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
@@ -27,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from normlab.common.errors import UserError, nearest
-from normlab.common.registry import Option, check_options, declarations
+from normlab.common.registry import check_options, declarations, refuse_unknown
 from normlab.common.sentences import sentence, wrong
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
@@ -101,9 +102,11 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
-def _checked(section: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Let a check of pydantic raise a UserError."""
     try:
-        return check_options(section, options, given)
+        yield
     except UserError as error:
         raise wrong(str(error)) from None
 
@@ -117,6 +120,7 @@ class NormConfig(_Section):
     target: str = Field(alias="_target_")
 
     @model_validator(mode="after")
+    @_sentences()
     def _check_options(self) -> Self:
         """Check the options that a variant of normlab declares, with its defaults for those that are not given.
 
@@ -129,8 +133,9 @@ class NormConfig(_Section):
             of_class = {name: each for name, each in declared.items() if each.class_name == class_name}
             own = of_class.get(self.name) or next(iter(of_class.values()), None)
             if own:
-                options, given = {**options, **own.options}, own.defaults() | given
-        return self.model_copy(update=_checked("norm", options, given))
+                refuse_unknown(f"norm={self.name}", own.options, given)
+                options, given = dict(own.options), own.defaults() | given
+        return self.model_copy(update=check_options("norm", options, given))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -386,13 +391,14 @@ class ProbeConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
+    @_sentences()
     def _check_options(cls, data: Any) -> Any:
         """Check the options that the probe's class declares; `times` is a field of this one."""
         declared = declarations("probes").get(cls.__name__)
         if not isinstance(data, Mapping) or not declared:
             return data
         options = {key: option for key, option in declared.options.items() if key not in ProbeConfig.model_fields}
-        return _checked(f"probe.{declared.name}", options, data)
+        return check_options(f"probe.{declared.name}", options, data)
 
     @model_validator(mode="before")
     @classmethod
