@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from normlab import models
+from normlab.norms import LpNorm
+from normlab.runs import run_name
 from normlab.training.optimizers import build_optimizer, learning_rate
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -56,9 +58,31 @@ def test_a_deep_linear_network_descends_as_its_papers(make) -> None:
     assert other.optimizer == make("optimizer=adam").optimizer
 
 
-@pytest.mark.parametrize("norm", [file.removeprefix("norm=") for file in FILES if file.startswith("norm=")])
+NORMS = [file.removeprefix("norm=") for file in FILES if file.startswith("norm=")]
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_an_arm_is_named_as_its_file(make, norm) -> None:
     assert make(f"norm={norm}").norm.name == norm
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norms_option_that_is_left_out_is_recorded_as_in_its_file(make, norm) -> None:
+    whole = make(f"norm={norm}")
+    rest = make(f"norm={norm}", *(f"~norm.{option}" for option in whole.norm.options))
+    assert rest.as_dict() == whole.as_dict()
+    assert run_name(rest.as_dict()) == run_name(whole.as_dict())
+
+
+def test_an_option_that_is_left_out_under_a_name_of_ones_own_is_recorded_as_the_class_has_it(make) -> None:
+    options = make("norm=lp2", "norm.name=own", "~norm.p", "norm.eps=0.1").norm.options
+    assert options == {"p": LpNorm().p, "eps": 0.1, "momentum": 0.1}  # type: ignore[attr-defined]
+
+
+def test_a_number_can_come_as_a_text(make, monkeypatch) -> None:
+    monkeypatch.setenv("EPS", "1e-1")
+    options = make("norm.eps=${oc.env:EPS}", "norm.momentum='1'", "norm.scale_init=${oc.env:EPS}").norm.options
+    assert repr(options) == repr({"eps": 0.1, "momentum": 1.0, "scale_init": 0.1, "scale_lr_divisor": 1.0})
 
 
 def test_a_run_with_every_probe_can_be_sent_to_a_worker(make) -> None:

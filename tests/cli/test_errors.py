@@ -81,6 +81,8 @@ MISTAKES = {
     "optimizer.lr=nan": ["optimizer.lr=nan", "finite"],
     "optimizer.lr=-0.1": ["optimizer.lr=-0.1", "above 0"],
     "norm.eps=0": ["norm.eps=0", "above 0"],
+    "norm=gn +norm.gruops=4": ["norm=gn has no option gruops. Did you mean groups?", "Expected one of: groups, eps."],
+    "norm=affine +norm.norm_batch=4": ["norm=affine has no option norm_batch.", "Expected none."],
     "norm=none norm.conv_bias=flase": ["norm.conv_bias=flase", "true or false"],
     "+bacth=8": ["bacth", "Did you mean batch"],
     "optimizer.name=adamw": ["optimizer.name=adamw", "Did you mean optimizer.name=adam?"],

@@ -1,14 +1,14 @@
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from data.equality import equal
 
 from normlab.common.errors import UserError
 from normlab.data.datasets import Data
@@ -17,11 +17,6 @@ from normlab.data.streaming import Files, worker_context
 Folder = Callable[..., Path]
 Load = Callable[..., Data]
 MIXED = ((20, 16), (14, 14), (9, 30))
-
-
-def equal(one: Iterator[tuple[Tensor, Tensor]], other: Iterator[tuple[Tensor, Tensor]]) -> bool:
-    pairs = list(zip(one, other, strict=True))
-    return bool(pairs) and all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
 
 
 def streams(data: Data) -> bool:

@@ -210,12 +210,6 @@ def test_every_norm_of_torchvisions_networks_is_a_site(make, name) -> None:
     assert network(images).shape == (2, 7)
 
 
-def test_inception_has_a_file_of_its_own(make) -> None:
-    with torch.device("meta"):
-        network = models.build(make("model=inception_v3"), num_classes=10, image_size=75)
-    assert network(torch.empty(2, 3, 75, 75, device="meta")).shape == (2, 10)
-
-
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -247,15 +241,19 @@ def test_arguments_reach_torchvisions_builder(make) -> None:
 # --- All ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["cifar_resnet", "gitman_cifar", "deep_linear", "vgg"])
+@pytest.mark.parametrize("model", ["resnet", "cifar_resnet", "gitman_cifar", "deep_linear", "vgg"])
 def test_a_seed_is_a_start_that_arms_share(make, model) -> None:
-    def weights(*settings):
+    def weights(*settings: str) -> dict[str, torch.Tensor]:
         network = models.build(make(f"model={model}", *settings), num_classes=10, image_size=32)
-        return [module.weight for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        layers = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+        biases = {f"{name}.bias": m.bias for name, m in layers.items() if isinstance(m, nn.Linear)}
+        return biases | {f"{name}.weight": m.weight for name, m in layers.items()}
 
     reference = weights("seed=1", "norm=bn")
-    assert all(map(torch.equal, reference, weights("seed=1", "norm=affine")))
-    assert not any(map(torch.equal, reference, weights("seed=2", "norm=bn")))
+    for arm in ("affine", "bnminus", "none"):
+        torch.testing.assert_close(weights("seed=1", f"norm={arm}"), reference, rtol=0, atol=0)
+    other = weights("seed=2", "norm=bn")
+    assert not any(torch.equal(weight, other[name]) for name, weight in reference.items() if name.endswith("weight"))
 
 
 @pytest.mark.parametrize("model", ["vgg", "gitman_cifar", "inception_v3"])

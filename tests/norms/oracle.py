@@ -97,3 +97,34 @@ def compare(
         errors["evaluation"] = relative_error(evaluated, oracle.evaluate(theirs.detach(), parameters).detach())
         wrong = {name: error for name, error in errors.items() if not error <= bound}
         assert not wrong, f"step {step}: {wrong}"
+
+
+def compare_rounded(
+    layer: nn.Module,
+    oracle: Oracle,
+    dtype: torch.dtype,
+    case: Callable[[int], Tensor],
+    *,
+    bound: float,
+    steps: int = 1,
+    before_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Training steps of a float32 layer on inputs of `dtype`, under autocast if it is half precision.
+
+    Output and gradient of the input have that dtype and are the oracle's for the same input, up to `bound`; buffers
+    stay float32.
+    """
+    for step in range(steps):
+        before_step(step)
+        ours = case(step).to(dtype).requires_grad_()
+        theirs = ours.detach().double().requires_grad_()
+        with torch.autocast("cpu", dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32):
+            output = layer(ours)
+        expected = oracle.train(theirs, {name: p.detach().double() for name, p in layer.named_parameters()})
+        cotangent = images(*expected.shape, seed=step + 50).to(dtype)
+        output.backward(cotangent)
+        expected.backward(cotangent.double())
+        assert output.dtype == dtype
+        assert relative_error(output.double(), expected) < bound
+        assert relative_error(ours.grad.double(), theirs.grad) < bound
+    assert all(buffer.dtype == torch.float32 for buffer in layer.buffers() if buffer.is_floating_point())

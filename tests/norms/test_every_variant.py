@@ -76,10 +76,11 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_copies_and_saved_states_go_on_like_the_original(make, norm) -> None:
-    config, network = build(make, norm)
+@pytest.mark.parametrize("norm_batch", ["null", "4"])
+def test_copies_and_saved_states_go_on_like_the_original(make, norm, norm_batch) -> None:
+    config, network = build(make, norm, f"norm_batch={norm_batch}")
     train(config, network)
-    _, loaded = build(make, norm)
+    _, loaded = build(make, norm, f"norm_batch={norm_batch}")
     loaded.load_state_dict(copy.deepcopy(network.state_dict()))
     others = [copy.deepcopy(network), pickle.loads(pickle.dumps(network)), loaded]
     for other in [*others, network]:
@@ -149,7 +150,7 @@ def test_compiled_it_is_the_same_network(make, norm) -> None:
     config, network = build(make, norm)
     train(config, network)
     network = network.double()
-    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager")
+    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager", fullgraph=True)
     assert_same(forward(compiled, batch().double()), forward(network, batch().double()), 1e-8)
 
 

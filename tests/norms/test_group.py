@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from norms.oracle import CASES, compare, images, relative_error
+from norms.oracle import CASES, compare, compare_rounded, images, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
@@ -95,21 +95,10 @@ def test_lower_precision_is_close_to_the_formula(name: str) -> None:
     variant, groups = VARIANTS[name]
     layer = variant.norm(nn.BatchNorm2d(6))
     nn.init.normal_(layer.weight, 1.0, 0.5)
-    parameters = {name: parameter.detach().double() for name, parameter in layer.named_parameters()}
-    x = images(4, 6, 8, 8).float()
-    assert relative_error(layer(x).double(), GroupOracle(groups).train(x.double(), parameters)) < 2e-6
+    compare_rounded(layer, GroupOracle(groups), torch.float32, lambda step: images(4, 6, 8, 8), bound=2e-6)
     for half in (torch.bfloat16, torch.float16):
-        x = (images(4, 6, 8, 8) + 20).to(half).requires_grad_()
-        with torch.autocast("cpu", dtype=half):
-            output = layer(x)
-        exact = x.detach().double().requires_grad_()
-        expected = GroupOracle(groups).train(exact, parameters)
-        assert output.dtype == half
-        assert relative_error(output.double(), expected) < torch.finfo(half).eps
-        cotangent = images(4, 6, 8, 8, seed=1).to(half)
-        output.backward(cotangent)
-        expected.backward(cotangent.double())
-        assert relative_error(x.grad.double(), exact.grad) < torch.finfo(half).eps
+        bound = torch.finfo(half).eps
+        compare_rounded(layer, GroupOracle(groups), half, lambda step: images(4, 6, 8, 8) + 20, bound=bound)
 
 
 @pytest.mark.parametrize(("groups", "channels", "valid"), [(32, 48, 24), (5, 6, 6), (4, 3, 3), (64, 10, 10)])
@@ -124,12 +113,6 @@ def test_the_groups_proposed_divide_the_channels_of_every_layer() -> None:
     with pytest.raises(UserError, match=r"divides those of all layers is norm\.groups=8"):
         rewrite(torchvision.models.mobilenet_v2(weights=None), GroupNorm(groups=32, eps=EPS))
     rewrite(torchvision.models.mobilenet_v2(weights=None), GroupNorm(groups=8, eps=EPS))
-
-
-@pytest.mark.parametrize("groups", [0, -1, 2.5, True])
-def test_groups_out_of_range_are_refused_in_a_sentence(groups: int) -> None:
-    with pytest.raises(UserError, match=r"norm\.groups=.* is out of range: expected a whole number of 1 or more"):
-        GroupNorm(groups=groups, eps=EPS)
 
 
 @pytest.mark.parametrize("variant", [GroupNorm(groups=32, eps=EPS), LayerNorm(eps=EPS), InstanceNorm(eps=EPS)])

@@ -1,7 +1,6 @@
 """MABN and PowerNorm against step-by-step transcriptions of both passes, in NumPy, with windows as lists."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from norms.oracle import CASES, compare, images, relative_error
+from norms.oracle import CASES, compare, compare_rounded, images, relative_error
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError
 from normlab.norms import MABN, PowerNorm, Steps, Variant, batch_statistics, rewrite
 from normlab.norms.layer_statistics import keep_for_backward
 from normlab.norms.moving_average import CenteredConv2d
@@ -167,14 +165,18 @@ def layer_of(variant: Variant, channels: int = 6) -> Any:
     return variant.norm(nn.BatchNorm2d(channels)).double().train()
 
 
-def compare_with(layer: Any, oracle: Transcription, case: Callable[[int], Tensor], bound: float = 1e-10) -> None:
+def stepping(layer: Any, oracle: Transcription) -> Callable[[int], None]:
     def before_step(step: int) -> None:
         if step:
             layer.after_step()
         oracle.step = step
         layer.clock.at_step(step, STEPS)
 
-    compare(layer, oracle, case, steps=STEPS, before_step=before_step, bound=bound)
+    return before_step
+
+
+def compare_with(layer: Any, oracle: Transcription, case: Callable[[int], Tensor], bound: float = 1e-10) -> None:
+    compare(layer, oracle, case, steps=STEPS, before_step=stepping(layer, oracle), bound=bound)
 
 
 @BOTH
@@ -312,46 +314,19 @@ def test_batch_statistics_in_evaluation_are_the_groups_own_and_change_nothing(
 
 
 @BOTH
-def test_goes_on_from_its_saved_state(variant: Any, options: Any, oracle: Any) -> None:
-    first = warm(variant, options, norm_batch=4)
-    loaded = layer_of(variant(**options, norm_batch=4))
-    loaded.load_state_dict(first.state_dict())
-    loaded.clock.at_step(STEPS - 1, STEPS)
-    for layer in (copy.deepcopy(first), pickle.loads(pickle.dumps(first)), loaded):
-        expected = copy.deepcopy(first)
-        for step in range(3):
-            ours, theirs = (images(6, 6, 4, 4, seed=step).requires_grad_() for _ in range(2))
-            a, b = layer(ours), expected(theirs)
-            a.square().sum().backward()
-            b.square().sum().backward()
-            layer.after_step()
-            expected.after_step()
-            torch.testing.assert_close((a, ours.grad), (b, theirs.grad), rtol=0, atol=0)
-
-
-@BOTH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_is_close_to_the_transcription(variant: Any, options: Any, oracle: Any, dtype: Any) -> None:
     layer, reference = layer_of(variant(**options, norm_batch=4)).float(), oracle(k=4)
     # bfloat16 rounds the output and the input's gradient once or twice, each to 2^-8 of its size.
-    bound = 1e-5 if dtype == torch.float32 else 2**-7
-    for step in range(STEPS):
-        reference.step = step
-        layer.clock.at_step(step, STEPS)
-        x = images(6, 6, 8, 8, seed=step, scale=2.0, shift=3.0).to(dtype)
-        cotangent = images(6, 6, 8, 8, seed=step + 50).to(dtype)
-        ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
-        parameters = {name: p.detach().double() for name, p in layer.named_parameters()}
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = layer(ours)
-        output.backward(cotangent)
-        expected = reference.train(theirs, parameters)
-        expected.backward(cotangent.double())
-        assert output.dtype == dtype
-        assert relative_error(output.double(), expected) < bound
-        assert relative_error(ours.grad.double(), theirs.grad) < bound  # type: ignore[union-attr,arg-type]
-        layer.after_step()
-    assert layer.running_square.dtype == torch.float32
+    compare_rounded(
+        layer,
+        reference,
+        dtype,
+        lambda step: images(6, 6, 8, 8, seed=step, scale=2.0, shift=3.0),
+        bound=1e-5 if dtype == torch.float32 else 2**-7,
+        steps=STEPS,
+        before_step=stepping(layer, reference),
+    )
     assert relative_error(layer.running_square.double(), torch.from_numpy(reference.running)) < 1e-5
 
 
@@ -430,41 +405,3 @@ def test_a_network_trains_through_all_phases(variant: Any, options: Any, oracle:
     assert losses[-1] < losses[0]
     clocks = {id(module.clock) for module in network.modules() if hasattr(module, "clock")}
     assert len(clocks) == 1
-
-
-@BOTH
-def test_the_networks_own_start_is_kept(variant: Any, options: Any, oracle: Any) -> None:
-    norm = nn.BatchNorm2d(4)
-    nn.init.constant_(norm.weight, 0)
-    nn.init.constant_(norm.bias, 0.5)
-    layer = variant(**options).norm(norm)
-    assert (layer.weight.tolist(), layer.bias.tolist()) == ([0] * 4, [0.5] * 4)
-
-
-def test_mabn_refuses_norms_without_a_convolution() -> None:
-    with pytest.raises(UserError, match="has none of its own before it"):
-        rewrite(torchvision.models.densenet121(weights=None), MABN(**MABN_OPTIONS))
-
-
-@pytest.mark.parametrize(
-    ("variant", "options", "wrong"),
-    [
-        (MABN, MABN_OPTIONS, {"window": 0}),
-        (MABN, MABN_OPTIONS, {"window": 2.5}),
-        (MABN, MABN_OPTIONS, {"rmax": 0.5}),
-        (MABN, MABN_OPTIONS, {"r_from": 0.1}),
-        (MABN, MABN_OPTIONS, {"warmup": 100}),
-        (PowerNorm, POWER_OPTIONS, {"warmup": -1}),
-        (PowerNorm, POWER_OPTIONS, {"alpha": 1.0}),
-        (PowerNorm, POWER_OPTIONS, {"alpha_backward": 1.5}),
-    ],
-)
-def test_options_out_of_range_are_refused_in_a_sentence(variant: Any, options: Any, wrong: dict[str, Any]) -> None:
-    ((name, value),) = wrong.items()
-    with pytest.raises(UserError, match=f"norm.{name}={value} is out of range: expected"):
-        variant(**options | wrong)
-
-
-def test_an_unknown_unit_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(UserError, match=r"norm\.unit=epochs is not valid: expected one of fraction, steps"):
-        MABN(**MABN_OPTIONS | {"unit": "epochs"})

@@ -2,9 +2,7 @@
 
 import copy
 import math
-import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from normlab.common.errors import UserError
-from normlab.norms import Fixup, NormalizerFree, find_branches, parameter_roles, rewrite, trace
+from normlab.norms import Fixup, NormalizerFree, find_branches, parameter_roles, rewrite
 from normlab.norms.normalizer_free import ScalarAffine, ScalarBias, ScalarScale, ScaledStandardConv2d, activation_gain
 
 # The oracle's relative_error takes the float of a tensor with a gradient.
@@ -352,34 +350,6 @@ def test_the_variance_that_a_second_block_divides_by_follows_the_recursion() -> 
 # What else a variant must stand.
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_copies_states_pickles_and_traces_give_the_same_network(name: str) -> None:
-    network = trained(name)
-    x = images(2, 3, 33, 33)
-    expected = network(x)
-    loaded = started(name)
-    loaded.load_state_dict(network.state_dict())
-    others = [copy.deepcopy(network), loaded, pickle.loads(pickle.dumps(network)), trace(network)]
-    for other in others:
-        torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
-    torch.testing.assert_close(network(x.contiguous(memory_format=torch.channels_last)), expected)
-
-
-@contextmanager
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("layer", [ScalarAffine(), ScalarScale(0.2), standard_conv()])
-def test_layers_compile(layer: nn.Module) -> None:
-    x = images(2, 6, 5, 5).float()
-    with fresh_compiler():
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(compiled(x), layer(x))
-
-
 @pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b0", "regnet_y_400mf"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_residual_networks_start_with_their_shortcuts(name: str, variant: str) -> None:
@@ -415,15 +385,3 @@ def test_nf_of_a_network_without_branches_is_the_convolutions_and_gains() -> Non
 def test_fixup_of_a_network_without_branches_is_refused() -> None:
     with pytest.raises(UserError, match="norm=fixup is about residual branches, and Sequential has none"):
         rewrite(plain_network(), Fixup())
-
-
-@pytest.mark.parametrize("variant", VARIANTS.values())
-def test_norms_before_convolutions_are_refused(variant: Fixup | NormalizerFree) -> None:
-    with pytest.raises(UserError, match="rewrites the convolution before each norm"):
-        rewrite(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), variant)
-
-
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan")])
-def test_alpha_is_checked(alpha: float) -> None:
-    with pytest.raises(UserError, match=r"norm\.alpha=.* is out of range"):
-        NormalizerFree(alpha=alpha, eps=EPS)

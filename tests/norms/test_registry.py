@@ -1,5 +1,6 @@
 """Variants by name, as someone has them who imports nothing but `normlab.norms`."""
 
+import math
 import re
 import subprocess
 import sys
@@ -68,27 +69,73 @@ def test_a_network_of_torchvision_gets_what_the_variants_class_gives_it() -> Non
     torch.testing.assert_close(ours(images), theirs(images))
 
 
+REFUSED = [  # a value beyond each bound, and of another type
+    ("noisy_bn", {"mu_range": -0.5}, "mu_range=-0.5 is out of range: expected 0 or more"),
+    ("noisy_none", {"sigma_high": 0.9}, "sigma_high=0.9 is out of range: expected 1 or more"),
+    ("noisy_none", {"spread": "a"}, "spread=a is not valid: expected a number"),
+    ("noisy_bn", {"spread": math.nan}, "spread=nan is not valid: expected a finite number"),
+    ("noisy_bn", {"sigma_low": True}, "sigma_low=true is not valid: expected a number"),
+    ("renorm", {"rmax": 0.5}, "rmax=0.5 is out of range: expected 1 or more"),
+    ("renorm", {"rmax": math.inf}, "rmax=inf is not valid: expected a finite number"),
+    ("renorm", {"dmax": -1}, "dmax=-1 is out of range: expected 0 or more"),
+    ("renorm", {"dmax": "five"}, "dmax=five is not valid: expected a number"),
+    ("renorm", {"dmax_end": 0.01}, "dmax_end=0.01 is out of range: expected 0.0384615 to 1, a fraction of the run"),
+    ("renorm", {"ramp_start": 5000}, "ramp_start=5000 is out of range: expected 0 to 1, a fraction of the run"),
+    ("renorm", {"ramp_unit": "epochs"}, "ramp_unit=epochs is not valid: expected one of fraction, steps"),
+    ("renorm", {"ramp_unit": "steps", "ramp_start": 1}, "dmax_end=0.1923077 is out of range: expected 1 or more"),
+    ("renorm", {"learn_scale": 1}, "learn_scale=1 is not valid: expected true or false"),
+    ("mabn", {"window": 0}, "window=0 is out of range: expected 1 or more"),
+    ("mabn", {"window": 2.5}, "window=2.5 is not valid: expected a whole number"),
+    ("mabn", {"rmax": 0.5}, "rmax=0.5 is out of range: expected 1 or more"),
+    ("mabn", {"r_from": 0.01}, "r_from=0.01 is out of range: expected 0.05 to 1"),
+    ("mabn", {"warmup": 100}, "warmup=100 is out of range: expected 0 to 1"),
+    ("mabn", {"unit": "epochs"}, "unit=epochs is not valid: expected one of fraction, steps"),
+    ("powernorm", {"warmup": -1}, "warmup=-1 is out of range: expected 0 to 1"),
+    ("powernorm", {"alpha": 1.0}, "alpha=1.0 is out of range: expected a number below 1"),
+    ("powernorm", {"alpha_backward": 1.5}, "alpha_backward=1.5 is out of range: expected a number below 1"),
+    *(("gn", {"groups": groups}, f"groups={groups} is out of range: expected 1 or more") for groups in (0, -1)),
+    ("gn", {"groups": 2.5}, "groups=2.5 is not valid: expected a whole number"),
+    ("gn", {"groups": True}, "groups=true is not valid: expected a whole number"),
+    ("evonorm_s0", {"groups": 0}, "groups=0 is out of range: expected 1 or more"),
+    ("frn", {"learned_eps": 1}, "learned_eps=1 is not valid: expected true or false"),
+    *(("nf", {"alpha": alpha}, f"alpha={alpha} is out of range: expected a number above 0") for alpha in (0.0, -1.0)),
+    ("nf", {"alpha": math.nan}, "alpha=nan is not valid: expected a finite number"),
+    *(
+        ("lp1", {"p": p}, f"p={str(p).lower()} is not valid: expected one of 1, 2, inf")
+        for p in (3, 0, True, "infinity", 1.5, -1)
+    ),
+    (
+        "wn",
+        {"init": "wieghts"},
+        "init=wieghts is not valid: expected one of weights, data.\nDid you mean norm.init=weights",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "sentence"), REFUSED)
+def test_a_value_that_an_option_cannot_have_is_refused(name: str, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as error:
+        norms.named(name, **options)
+    assert str(error.value).startswith(f"norm.{sentence}")
+
+
 @pytest.mark.parametrize(
-    ("name", "options", "told"),
+    ("name", "options", "expected"),
     [
         ("bnmnus", {}, "Did you mean bnminus?"),
         ("renorm", {"r_max": 3.0}, "Did you mean rmax?"),
         ("gn", {"groups": 5}, "groups=5 does not divide"),
-        ("mabn", {"window": 0}, "window=0 is out of range"),
+        ("bn", {"norm": 4}, "Expected one of: eps, momentum, scale_init, scale_lr_divisor."),
+        ("affine", {"eps": 1e-3}, "Expected none."),
         ("bnp", {}, "There is no variant bnp."),
         (norms.Affine(), {"eps": 1e-3}, "Affine has its options already"),
     ],
 )
-def test_a_mistake_is_a_sentence_with_what_would_be_right(name: Any, options: dict[str, Any], told: str) -> None:
+def test_a_mistake_is_a_sentence_with_what_would_be_right(name: Any, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError) as error:
         norms.rewrite(SmallNet(10), name, **options)
-    assert told in str(error.value)
+    assert expected in str(error.value)
     assert len(str(error.value).splitlines()) <= 5
-
-
-def test_a_network_without_batch_norm_is_told_so() -> None:
-    with pytest.raises(UserError, match="has no BatchNorm2d layer"):
-        norms.rewrite(nn.Sequential(nn.Linear(2, 2)), "gn")
 
 
 def test_norms_alone_need_neither_hydra_nor_configuration() -> None:

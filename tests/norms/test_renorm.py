@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from norms.oracle import CASES, compare, images, relative_error
+from norms.oracle import CASES, compare, compare_rounded, images, relative_error
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError
 from normlab.norms import (
     BatchRenorm,
     Clock,
@@ -98,14 +97,23 @@ class Formula:
         return channels(gamma) * (x - channels(self.mu)) / channels(self.s) + channels(parameters["bias"])
 
 
-def check(layer: BatchRenorm2d, oracle: Formula, case: Callable[[int], Tensor] = CASES["plain"]) -> None:
+def check(
+    layer: BatchRenorm2d,
+    oracle: Formula,
+    case: Callable[[int], Tensor] = CASES["plain"],
+    dtype: torch.dtype = torch.float64,
+) -> None:
     steps = 7
 
     def before_step(step: int) -> None:
         Steps(layer).begin(step, steps)
         oracle.now = step if layer.clock.unit == "steps" else step / steps
 
-    compare(layer, oracle, case, steps=steps, before_step=before_step)
+    if dtype == torch.float64:
+        compare(layer, oracle, case, steps=steps, before_step=before_step)
+    else:
+        bound = 2e-5 if dtype == torch.float32 else 2e-2
+        compare_rounded(layer, oracle, dtype, case, bound=bound, steps=steps, before_step=before_step)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -262,15 +270,6 @@ def test_a_scale_fixed_at_one_is_no_parameter() -> None:
     check(layer, Formula())
 
 
-def test_the_networks_own_start_is_kept() -> None:
-    norm = nn.BatchNorm2d(3)
-    nn.init.zeros_(norm.weight)
-    nn.init.constant_(norm.bias, 0.5)
-    layer = BatchRenorm(**OPTIONS).norm(norm)
-    assert layer.weight.abs().max() == 0  # type: ignore[union-attr,operator]
-    assert layer.bias.min() == 0.5  # type: ignore[union-attr,operator]
-
-
 def test_layers_of_one_variant_share_a_clock_also_in_copies() -> None:
     variant = BatchRenorm(**OPTIONS)
     network = copy.deepcopy(nn.Sequential(variant.norm(nn.BatchNorm2d(2)), variant.norm(nn.BatchNorm2d(3))))
@@ -292,44 +291,8 @@ def test_synchronized_statistics_of_one_process_are_its_own(norm_batch: int | No
 def test_lower_precision_stays_close_to_the_formula(dtype: torch.dtype, norm_batch: int | None) -> None:
     """With a mean of 20 deviations, which statistics in half precision would lose."""
     layer, oracle = make(norm_batch=norm_batch), Formula(k=norm_batch)
-    bound = 2e-5 if dtype == torch.float32 else 2e-2
-    for step in range(6):
-        Steps(layer).begin(step, 6)
-        oracle.now = step
-        ours = images(8, 6, 4, 4, seed=step, shift=20.0).to(dtype).requires_grad_()
-        theirs = ours.detach().double().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            output = layer(ours)
-        assert output.dtype == dtype
-        expected = oracle.train(theirs, {name: p.detach().double() for name, p in layer.named_parameters()})
-        output.backward(images(8, 6, 4, 4, seed=9).to(dtype))
-        expected.backward(images(8, 6, 4, 4, seed=9).to(dtype).double())
-        assert relative_error(output.double(), expected) < bound
-        assert relative_error(ours.grad.double(), theirs.grad) < bound  # type: ignore[union-attr]
-        assert layer.running_mean.dtype == layer.running_std.dtype == torch.float32
-        assert relative_error(layer.running_std.double(), oracle.s) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "expected"),
-    [
-        ("rmax", 0.5, "norm.rmax=0.5 is out of range: expected 1 or more"),
-        ("dmax", -1, "norm.dmax=-1 is out of range: expected 0 or more"),
-        ("dmax", "five", "norm.dmax=five is out of range"),
-        ("rmax", float("inf"), "norm.rmax=inf is out of range"),
-        ("dmax_end", 0.5, "norm.dmax_end=0.5 is out of range: expected 1 or more"),
-        ("ramp_unit", "epochs", "norm.ramp_unit=epochs is not valid: expected one of fraction, steps"),
-        ("learn_scale", 1, "norm.learn_scale=1 is not valid: expected true or false"),
-    ],
-)
-def test_options_out_of_range_are_refused_in_a_sentence(option: str, value: object, expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        make(**{option: value})
-
-
-def test_a_ramp_in_steps_is_refused_as_fractions() -> None:
-    with pytest.raises(UserError, match=r"norm\.ramp_start=5000 is out of range: expected 0 to 1, a"):
-        make(ramp_unit="fraction", ramp_start=5000, dmax_end=25000, rmax_end=40000)
+    check(layer, oracle, lambda step: images(8, 6, 4, 4, seed=step, shift=20.0), dtype)
+    assert relative_error(layer.running_std.double(), oracle.s) < 1e-4
 
 
 def test_a_jump_in_place_of_a_ramp_comes_after_its_step() -> None:

@@ -2,15 +2,18 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from norms.oracle import CASES, compare, has_single_values
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
 from normlab.norms import (
+    NAMED,
     Affine,
     BatchNorm,
     BatchNormMinus,
@@ -18,6 +21,8 @@ from normlab.norms import (
     GroupedBatchNorm2d,
     NoNorm,
     find_sites,
+    named,
+    parameter_roles,
     rewrite,
 )
 
@@ -91,67 +96,45 @@ def test_batch_norm_minus_output_has_the_promised_moments() -> None:
     torch.testing.assert_close(output.var((0, 2, 3), correction=0), variance / (variance + EPS), rtol=1e-10, atol=0)
 
 
-def grouped_by_the_formula(x: Tensor, k: int, gamma: Tensor, beta: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Group after group with plain autograd: image n below G·k in group n mod G, the rest apart."""
-    groups = len(x) // k
-    members = [torch.arange(g, groups * k, groups) for g in range(groups)]
-    if len(x) % k:
-        members.append(torch.arange(groups * k, len(x)))
-    output = torch.empty_like(x)
-    for index in members:
-        part = x[index]
-        mean = part.mean((0, 2, 3), keepdim=True)
-        variance = ((part - mean) ** 2).mean((0, 2, 3), keepdim=True)
-        xhat = (part - mean) / torch.sqrt(variance + EPS)
-        output = output.index_put((index,), xhat * gamma[:, None, None] + beta[:, None, None])
-    return output, members
+class GroupOracle:
+    """Group after group: image n below G·k in group n mod G, the rest apart; averages of the unbiased variance."""
+
+    def __init__(self, k: int | None) -> None:
+        self.k = k
+        self.mean, self.var = torch.zeros(6).double(), torch.ones(6).double()
+
+    def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        k = min(self.k or len(x), len(x))
+        groups = len(x) // k
+        members = [torch.arange(g, groups * k, groups) for g in range(groups)]
+        members += [torch.arange(groups * k, len(x))] if len(x) % k else []
+        output, mean, var = torch.empty_like(x), torch.zeros(6).double(), torch.zeros(6).double()
+        for index in members:
+            part = x[index]
+            biased = ((part - part.mean((0, 2, 3), keepdim=True)) ** 2).mean((0, 2, 3))
+            output = output.index_put((index,), self.normalized(part, part.mean((0, 2, 3)), biased, parameters))
+            mean += part.mean((0, 2, 3)).detach() * len(index) / len(x)
+            var += part.var((0, 2, 3), correction=1).detach() * len(index) / len(x)
+        self.mean, self.var = 0.9 * self.mean + 0.1 * mean, 0.9 * self.var + 0.1 * var
+        return output
+
+    def evaluate(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        return self.normalized(x, self.mean, self.var, parameters)
+
+    @staticmethod
+    def normalized(x: Tensor, mean: Tensor, var: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        xhat = (x - mean[:, None, None]) / torch.sqrt(var + EPS)[:, None, None]
+        return xhat * parameters["weight"][:, None, None] + parameters["bias"][:, None, None]
 
 
-@pytest.mark.parametrize(("images", "k"), [(12, 4), (12, 1), (13, 4), (5, 4), (3, 4), (8, 8), (7, 2)])
-def test_grouped_batch_norm_equals_the_formula_per_group(images: int, k: int) -> None:
-    layer = GroupedBatchNorm2d(3, norm_batch=k, eps=EPS, momentum=0.1).double()
-    nn.init.normal_(layer.weight)
-    nn.init.normal_(layer.bias)
-    layer.running_mean.normal_()
-    before_mean, before_var = layer.running_mean.clone(), layer.running_var.clone()
-    ours = batch(images, 5).requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
-    gamma, beta = layer.weight.detach().clone().requires_grad_(), layer.bias.detach().clone().requires_grad_()
-
-    output = layer(ours)
-    expected, members = grouped_by_the_formula(theirs, k, gamma, beta)
-    cotangent = torch.randn_like(output)
-    output.backward(cotangent)
-    expected.backward(cotangent)
-    for a, b in [
-        (output, expected),
-        (ours.grad, theirs.grad),
-        (layer.weight.grad, gamma.grad),
-        (layer.bias.grad, beta.grad),
-    ]:
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-    shares = torch.tensor([len(index) / images for index in members]).double()
-    means = torch.stack([theirs[index].mean((0, 2, 3)) for index in members])
-    variances = torch.stack([theirs[index].var((0, 2, 3), correction=1) for index in members])
-    torch.testing.assert_close(layer.running_mean, 0.9 * before_mean + 0.1 * (shares @ means))
-    torch.testing.assert_close(layer.running_var, 0.9 * before_var + 0.1 * (shares @ variances))
-    assert layer.num_batches_tracked == 1
-
-
-def test_grouped_batch_norm_evaluates_like_batch_norm() -> None:
-    layer = GroupedBatchNorm2d(3, norm_batch=2).double()
-    plain = nn.BatchNorm2d(3).double()
-    layer(batch())
-    plain.load_state_dict(layer.state_dict())
-    torch.testing.assert_close(layer.eval()(batch()), plain.eval()(batch()), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_grouped_batch_norm_does_not_depend_on_the_memory_format(layout: torch.memory_format) -> None:
-    layer = GroupedBatchNorm2d(3, norm_batch=4).double()
-    other = copy.deepcopy(layer)
-    torch.testing.assert_close(layer(batch().contiguous(memory_format=layout)), other(batch()))
+@pytest.mark.parametrize("k", [None, 1, 2, 3, 4, 8])
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_batch_norm_equals_the_formula_per_group(case: str, k: int | None) -> None:
+    layer = GroupedBatchNorm2d(6, norm_batch=k, eps=EPS, momentum=0.1)
+    refused = pytest.raises(ValueError, match=r"more than (1|one) value")
+    with refused if k and has_single_values(case, k) else nullcontext():
+        compare(layer, GroupOracle(k), CASES[case])
+        assert layer.num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
@@ -202,12 +185,32 @@ def test_a_network_that_branches_on_values_is_refused_in_a_sentence() -> None:
         find_sites(Branching())
 
 
-def test_networks_own_start_of_gamma_is_kept() -> None:
-    network = torchvision.models.resnet18(weights=None, zero_init_residual=True)
-    for variant in (BatchNorm(**BN), BatchNorm(**BN, norm_batch=4), Affine()):
-        rewritten = rewrite(copy.deepcopy(network), variant)
-        assert rewritten.get_submodule("layer1.0.bn2").weight.abs().max() == 0  # type: ignore[union-attr,operator]
-        assert rewritten.get_submodule("layer1.0.bn1").weight.min() == 1  # type: ignore[union-attr,operator]
+SCALED = [
+    *("affine", "bn", "gn", "ln", "in", "renorm", "lp1", "lp2", "lpinf", "mabn", "powernorm"),
+    *("frn", "evonorm_s0", "evonorm_b0"),
+]
+
+
+@pytest.mark.parametrize("norm_batch", [None, 4])
+@pytest.mark.parametrize("name", SCALED)
+def test_a_scale_and_a_shift_start_as_the_networks_own(name: str, norm_batch: int | None) -> None:
+    bn = nn.BatchNorm2d(32)
+    nn.init.zeros_(bn.weight)
+    nn.init.constant_(bn.bias, 0.5)
+    layer, _ = named(name, norm_batch=norm_batch).norm_and_activation(bn, nn.ReLU())
+    parameters = dict(layer.named_parameters())
+    assert parameters["weight"].abs().max() == 0
+    assert parameters["bias"].eq(0.5).all()
+    roles = {id(parameter): role for parameter, role, _ in parameter_roles(layer)}
+    assert (roles[id(parameters["weight"])], roles[id(parameters["bias"])]) == ("scale", "shift")
+
+
+@pytest.mark.parametrize("name", sorted(name for name, cls in NAMED.items() if cls.needs_convolution))
+def test_a_norm_before_its_convolution_is_refused_where_that_is_rewritten(name: str) -> None:
+    with pytest.raises(
+        UserError, match=f"norm={name} rewrites the convolution before each norm, and features.denseblock1"
+    ):
+        rewrite(torchvision.models.densenet121(weights=None), named(name))
 
 
 def test_batch_norm_gradient_equals_the_closed_form() -> None:

@@ -193,22 +193,6 @@ def test_no_weight_makes_a_probe_fail(make, probe, value) -> None:
     runs.files.to_json({"rows": recorded})
 
 
-@pytest.mark.parametrize("probe", PROBE_SECTIONS)
-def test_a_measurement_leaves_no_hook_no_gradient_and_no_random_number(make, probe) -> None:
-    config = make(*probing([probe]))
-    network = SmallNet(num_classes=10)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    sites = tuple(site.norm for site in find_sites(network))
-    probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: None)
-    at = snapshot(network, torch.randn(8, 3, 8, 8), torch.arange(8))
-    random = torch.random.get_rng_state()
-    probes.measure(at)
-    assert torch.equal(torch.random.get_rng_state(), random)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert all(parameter.grad is None for parameter in network.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
-
-
 class Counted(nn.Module):
     """A layer with a state that is no tensor."""
 
@@ -220,14 +204,21 @@ class Counted(nn.Module):
 
 
 @pytest.mark.parametrize("probe", PROBE_SECTIONS)
-def test_a_measurement_leaves_what_layers_keep_for_themselves(make, probe) -> None:
+def test_a_measurement_leaves_no_hook_no_gradient_no_random_number_and_what_layers_keep(make, probe) -> None:
     config = make(*probing([probe]))
     network = SmallNet(num_classes=10)
     network.body.append(Counted())
+    before = {name: value.clone() for name, value in network.state_dict().items()}
     sites = tuple(site.norm for site in find_sites(network))
-    calls = network.body[-1].calls
     probes = Probes(config.probe, ProbedNetwork(network, sites), 4, lambda name, rows: None)
-    probes.measure(snapshot(network, torch.randn(8, 3, 8, 8), torch.arange(8)))
+    at = snapshot(network, torch.randn(8, 3, 8, 8), torch.arange(8))
+    calls = network.body[-1].calls
+    random = torch.random.get_rng_state()
+    probes.measure(at)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     assert network.body[-1].calls == calls
 
 
@@ -299,7 +290,7 @@ def test_probes_are_of_a_run_s_identity_and_none_of_them_is_as_it_was(make) -> N
     ("settings", "message"),
     [
         (["probe=ics", "probe.ics.times=0"], "probe.ics.times=0 is out of range: expected 1 or more"),
-        (["probe=ics", "probe.ics.times=null"], "probe=ics is told neither how often nor when"),
+        (["probe=ics", "probe.ics.times=null"], "probe=ics has neither times nor steps to measure at"),
         (["probe=ics", "probe.ics.steps=[]"], "probe.ics.steps"),
         (["probe=ics", "probe.ics.layers=0"], "layers=0 is neither a number of layers"),
         (["probe=ics", "probe.ics.layers=conv1"], "layers=conv1 is neither a number of layers"),

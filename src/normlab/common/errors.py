@@ -50,3 +50,18 @@ def nearest(word: object, choices: Iterable[object]) -> str | None:
     by_name = {str(option).lower(): str(option) for option in options}
     found = difflib.get_close_matches(str(word).lower(), by_name, n=1, cutoff=0.5)
     return by_name[found[0]] if found else None
+
+
+def as_typed(value: object) -> object:
+    """Return a value as one writes it on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def not_one_of(path: str, value: object, choices: Iterable[str]) -> str:
+    """Return the sentence for a setting whose value is none of its `choices`."""
+    options = list(choices)
+    close = nearest(value, options)
+    text = f"{path}={as_typed(value)} is not valid: expected one of {', '.join(options)}."
+    return text + (f"\nDid you mean {path}={close}?" if close else "")

@@ -222,7 +222,7 @@ class Display:
         over = sum(self.work[name] * share for name, share in list(self.done.items()))
         left = self.time_left()
         text = f"{self.finished} finished" + (f", about {span(left)} left" if left else "")
-        room = max(0, self.console.height - 3)  # a line each for all runs, for those without one, for what is said
+        room = max(0, self.console.height - 3)  # a line each for all runs, for those without one, for a new line
         hidden = len(lines) - room
         if hidden > 0:
             text += f"; {hidden} under way not shown"

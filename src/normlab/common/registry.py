@@ -7,13 +7,13 @@ schema of a run and the report know it without importing them.
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, as_typed, nearest, not_one_of
 
 _Class = TypeVar("_Class", bound=type)
 _Kind = TypeVar("_Kind")
@@ -43,7 +43,7 @@ class Option:
     names: bool = False
 
     def check(self, path: str, value: Any, others: Mapping[str, Any]) -> Any:
-        """Return `value` in its one spelling, e.g. 1.0 for 1 if the default is a float.
+        """Return `value` in its one spelling, e.g. 1.0 for 1 and for the text "1" if the default is a float.
 
         Args:
             path: the option's name in messages, e.g. "norm.eps".
@@ -55,30 +55,54 @@ class Option:
         """
         if self.choices or isinstance(self.default, bool):
             return self._check_choice(path, value)
+        if self.names:
+            return self._check_number_or_names(path, value)
         if isinstance(self.default, str):
-            if not isinstance(value, str):
-                raise UserError(f"{path}={_shown(value)} is not valid: expected text.")
-            return value
-        kind, words = (int, "a whole number of ") if isinstance(self.default, int) else (float, "")
-        valid = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
+            return value if isinstance(value, str) else _refuse(path, value, "text")
+        if isinstance(self.default, tuple):
+            if not isinstance(value, list | tuple) or not value:
+                _refuse(path, value, "a list, e.g. [0.5,0.75]")
+            return [self._check_number(f"{path}.{i}", one, others) for i, one in enumerate(value)]
+        return self._check_number(path, value, others)
+
+    def _check_number(self, path: str, value: Any, others: Mapping[str, Any]) -> float:
+        convert, kind = (operator.index, "a whole number") if isinstance(self.default, int) else (float, "a number")
+        if isinstance(value, bool):
+            _refuse(path, value, kind)
+        try:
+            number = convert(value)
+        except (TypeError, ValueError, OverflowError):
+            _refuse(path, value, kind)
+        if not abs(number) < math.inf:
+            _refuse(path, value, "a finite number")
         low = others[self.ge] if isinstance(self.ge, str) else self.ge
         high = 1 if self.unit and others[self.unit] == "fraction" else self.le
         bounds = (
-            (operator.ge, low, "{:g} or more"),
-            (operator.gt, self.gt, "a number above {:g}"),
-            (operator.le, high, "{:g} or less"),
-            (operator.lt, self.lt, "a number below {:g}"),
+            (operator.ge, low, "{} or more"),
+            (operator.gt, self.gt, "a number above {}"),
+            (operator.le, high, "{} or less"),
+            (operator.lt, self.lt, "a number below {}"),
         )
         for holds, bound, text in bounds:
-            if bound is not None and not (valid and holds(value, bound)):
-                expected = (
-                    f"{low or 0:g} to 1, a fraction of the run" if high and self.unit else words + text.format(bound)
-                )
-                closest = f" Nearest valid: {path}={bound:g}." if holds in (operator.ge, operator.le) else ""
-                raise UserError(f"{path}={_shown(value)} is out of range: expected {expected}.{closest}")
-        if not valid:
-            raise UserError(f"{path}={_shown(value)} is not valid: expected a number.")
-        return kind(value)
+            if bound is None or holds(number, bound):
+                continue
+            shown = _without_zero(bound)
+            expected = text.format(shown)
+            if high and self.unit:
+                expected = f"{_without_zero(low or 0)} to 1, a fraction of the run"
+            closest = f" Nearest valid: {path}={shown}." if holds in (operator.ge, operator.le) else ""
+            raise UserError(f"{path}={as_typed(value)} is out of range: expected {expected}.{closest}")
+        return number
+
+    def _check_number_or_names(self, path: str, value: Any) -> Any:
+        if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        raise UserError(
+            f"{path}={value} is neither a number of {path.rpartition('.')[2]}, 1 or more, nor a list of their names.\n"
+            f"Use e.g. {path}=5 or {path}=[conv1,fc]."
+        )
 
     def _check_choice(self, path: str, value: Any) -> Any:
         choices = self.choices or (True, False)
@@ -86,17 +110,17 @@ class Option:
             if isinstance(value, bool) == isinstance(choice, bool) and (value == choice or str(value) == str(choice)):
                 return choice
         if not self.choices:
-            raise UserError(f"{path}={_shown(value)} is not valid: expected true or false.")
-        close = nearest(value, choices)
-        raise UserError(
-            f"{path}={_shown(value)} is not valid: expected one of {', '.join(map(str, choices))}."
-            + (f"\nDid you mean {path}={close}?" if close else "")
-        )
+            _refuse(path, value, "true or false")
+        raise UserError(not_one_of(path, value, map(str, self.choices)))
 
 
-def _shown(value: Any) -> str:
-    """A value as it is written on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _refuse(path: str, value: Any, expected: str) -> NoReturn:
+    raise UserError(f"{path}={as_typed(value)} is not valid: expected {expected}.")
+
+
+def _without_zero(number: float) -> str:
+    """All digits of a number, but 1 for 1.0."""
+    return str(number).removesuffix(".0")
 
 
 def option(default: Any, **values: Any) -> Any:
@@ -111,6 +135,21 @@ def options_of(owner: type) -> dict[str, Option]:
     """Return the options of a class by name, those of its base classes first."""
     names = dict.fromkeys(name for base in reversed(owner.__mro__) for name in vars(base))
     return {name: value for name in names if isinstance(value := getattr(owner, name, None), Option)}
+
+
+def refuse_unknown(owner: str, options: Mapping[str, Option], given: Iterable[str]) -> None:
+    """Refuse a name in `given` that is none of the options of `owner`.
+
+    Raises:
+        UserError: for the first of them, with the nearest option that there is.
+    """
+    for name in given:
+        if name not in options:
+            close = nearest(name, options)
+            raise UserError(
+                f"{owner} has no option {name}.{f' Did you mean {close}?' if close else ''}\n"
+                f"Expected {'one of: ' + ', '.join(options) if options else 'none'}."
+            )
 
 
 def check_options(section: str, options: Mapping[str, Option], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from normlab.common.errors import nearest
+from normlab.common.errors import as_typed, nearest, not_one_of
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -45,7 +45,7 @@ def sentence(
     """
     path = _dotted(error["loc"], values)
     value, kind, context = error["input"], error["type"], error.get("ctx", {})
-    shown = f"{path}={_as_typed(value)}"
+    shown = f"{path}={as_typed(value)}"
     match kind:
         case "sentence":
             return error["msg"]
@@ -55,9 +55,9 @@ def sentence(
             close = nearest(path, known)
             return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
         case "union_tag_invalid":
-            return _not_one_of(f"{path}.{context['discriminator'].strip(chr(39))}", context["tag"], context)
+            return not_one_of(f"{path}.{context['discriminator'].strip(chr(39))}", context["tag"], _choices(context))
         case "literal_error":
-            return _not_one_of(path, value, context)
+            return not_one_of(path, value, _choices(context))
         case "string_pattern_mismatch":
             return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
     if kind in _EXPECTED:
@@ -70,19 +70,9 @@ def sentence(
     return f"{shown} is not valid: {error['msg']}."
 
 
-def _as_typed(value: object) -> object:
-    """Return a value as one writes it on the command line."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-def _not_one_of(path: str, value: object, context: Mapping[str, str]) -> str:
+def _choices(context: Mapping[str, str]) -> list[str]:
     expected = context.get("expected_tags") or context["expected"]
-    choices = [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
-    close = nearest(value, choices)
-    text = f"{path}={value} is not valid: expected one of {', '.join(choices)}."
-    return text + (f"\nDid you mean {path}={close}?" if close else "")
+    return [choice.strip("' ") for choice in expected.replace(" or ", ",").split(",")]
 
 
 def _dotted(location: tuple[int | str, ...], values: Mapping[str, Any]) -> str:

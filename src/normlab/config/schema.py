@@ -6,7 +6,8 @@ or raises a `UserError`; `RunConfig.as_dict` is what a run's folder keeps and wh
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union
@@ -20,16 +21,14 @@ from pydantic import (
     FiniteFloat,
     StrictBool,
     StrictInt,
-    TypeAdapter,
     ValidationError,
-    ValidationInfo,
     create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from normlab.common.errors import UserError, nearest
-from normlab.common.registry import Option, check_options, declarations
+from normlab.common.registry import check_options, declarations, refuse_unknown
 from normlab.common.sentences import sentence, wrong
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
@@ -103,6 +102,15 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Let a check of pydantic raise a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise wrong(str(error)) from None
+
+
 class NormConfig(_Section):
     """One choice of `norm`. Keys beyond these belong to the variant's own class."""
 
@@ -112,18 +120,22 @@ class NormConfig(_Section):
     target: str = Field(alias="_target_")
 
     @model_validator(mode="after")
+    @_sentences()
     def _check_options(self) -> Self:
-        """Check the options that the variant's class declares; of other classes those that bn and none have."""
+        """Check the options that a variant of normlab declares, with its defaults for those that are not given.
+
+        Of another class, the options that bn and none have are checked.
+        """
         declared = declarations("norms")
-        options = {**declared["bn"].options, **declared["none"].options}
+        options, given = {**declared["bn"].options, **declared["none"].options}, self.options
         package, _, class_name = self.target.rpartition(".")
         if package.startswith("normlab.norms"):
-            options |= next((each.options for each in declared.values() if each.class_name == class_name), {})
-        try:
-            checked = check_options("norm", options, self.options)
-        except UserError as error:
-            raise wrong(str(error)) from None
-        return self.model_copy(update=checked)
+            of_class = {name: each for name, each in declared.items() if each.class_name == class_name}
+            own = of_class.get(self.name) or next(iter(of_class.values()), None)
+            if own:
+                refuse_unknown(f"norm={self.name}", own.options, given)
+                options, given = dict(own.options), own.defaults() | given
+        return self.model_copy(update=check_options("norm", options, given))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -379,6 +391,17 @@ class ProbeConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
+    @_sentences()
+    def _check_options(cls, data: Any) -> Any:
+        """Check the options that the probe's class declares; `times` is a field of this one."""
+        declared = declarations("probes").get(cls.__name__)
+        if not isinstance(data, Mapping) or not declared:
+            return data
+        options = {key: option for key, option in declared.options.items() if key not in ProbeConfig.model_fields}
+        return check_options(f"probe.{declared.name}", options, data)
+
+    @model_validator(mode="before")
+    @classmethod
     def _steps_go_first(cls, data: Any) -> Any:
         return {**data, "times": None} if isinstance(data, Mapping) and data.get("steps") is not None else data
 
@@ -396,30 +419,8 @@ class ProbeConfig(_Section):
         return {key: value for key, value in self if key not in ProbeConfig.model_fields}
 
 
-def _number_or_names(value: Any, field: ValidationInfo) -> Any:
-    if isinstance(value, list) and value and all(isinstance(name, str) for name in value):
-        return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return value
-    path = f"probe.{field.data['name']}.{field.field_name}"
-    raise wrong(
-        f"{path}={value} is neither a number of {field.field_name}, 1 or more, nor a list of their names.\n"
-        f"Use e.g. {path}=5 or {path}=[conv1,fc].",
-    )
-
-
-def _type_of(option: Option) -> Any:
-    """Return the type of a declared option's values."""
-    if option.names:
-        return Annotated[int | list[str], BeforeValidator(_number_or_names)]
-    types: dict[type, Any] = {bool: StrictBool, int: StrictInt, float: Number, str: str, tuple: Number}
-    bounds = Field(gt=option.gt, ge=option.ge, lt=option.lt, le=option.le)
-    value: Any = Annotated[types[type(option.default)], bounds]
-    return Annotated[list[value], Field(min_length=1)] if isinstance(option.default, tuple) else value
-
-
-def _probe_model(name: str, options: Mapping[str, Option]) -> type[ProbeConfig]:
-    fields: dict[str, Any] = {key: (_type_of(option), ...) for key, option in options.items() if key != "times"}
+def _probe_model(name: str, options: Iterable[str]) -> type[ProbeConfig]:
+    fields: dict[str, Any] = {key: (Any, ...) for key in options if key not in ProbeConfig.model_fields}
     return create_model(name, __base__=ProbeConfig, **{"name": (Literal[name], ...), **fields})
 
 
@@ -654,10 +655,3 @@ def parse(composed: Mapping[str, Any]) -> RunConfig:
         fields = RunConfig.model_fields
         examples = {name: field.examples[0] for name, field in fields.items() if field.examples}
         raise UserError(sentence(error.errors()[0], composed, fields, examples)) from None
-
-
-def _checked(kind: Any, option: str, value: Any) -> Any:
-    try:
-        return TypeAdapter(kind).validate_python(value)
-    except ValidationError as error:
-        raise wrong(sentence({**error.errors()[0], "loc": ("norm", option)}, {})) from None

@@ -88,10 +88,8 @@ def _torchvision(model: schema.TorchvisionConfig, num_classes: int) -> nn.Module
             + (f"\nDid you mean model.name={close}?" if close else f"\nExpected one of {', '.join(names)}.")
         )
     own: dict[str, Any] = {"weights": None, "num_classes": num_classes}
-    if model.name in (
-        "googlenet",
-        "inception_v3",
-    ):  # one output; and both warn about their default initialization otherwise
+    if model.name in ("googlenet", "inception_v3"):
+        # One output; and both warn about their default initialization otherwise.
         own |= {"aux_logits": False, "init_weights": True}
     for key in own.keys() & model.kwargs.keys():
         raise UserError(

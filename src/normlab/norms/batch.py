@@ -34,9 +34,8 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W), by PyTorch's layer where that can do it."""
         whole = self.norm_batch is None or self.norm_batch >= len(input)
-        others = (
-            self.synchronized or self.averages_over_processes or self.evaluates_on_batch
-        )  # what PyTorch's layer cannot do
+        # What PyTorch's layer cannot do.
+        others = self.synchronized or self.averages_over_processes or self.evaluates_on_batch
         if (whole and not others) or not (self.training or self.evaluates_on_batch):
             return self.evaluate(input)
         return super().forward(input)

@@ -197,7 +197,8 @@ class NormalizerFree(Variant):
         centered += [branch.sum for branch in find_branches(network) if branch.shortcut_convolutions]
         for node in centered:
             _gain(network, node)
-        _downscale(network, branches := find_branches(network), self.alpha)
+        branches = find_branches(network)  # again, as gains are among their nodes now
+        _downscale(network, branches, self.alpha)
         for branch in branches:
             scale = _insert_after(network, branch.end, f"{branch.convolutions[-1]}_scale", ScalarScale(self.alpha))
             branch.sum.replace_input_with(branch.end, scale)

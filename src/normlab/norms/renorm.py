@@ -86,9 +86,8 @@ class BatchRenorm2d(BatchStatistics):
         mu, s = per_group(self.running_mean, groups), per_group(self.running_std, groups)
         rmax = 1 + (self.rmax - 1) * self._ramp(self.rmax_end)
         dmax = self.dmax * self._ramp(self.dmax_end)
-        return keep_for_backward((std_b / s).clamp(1 / rmax, rmax)), keep_for_backward(
-            ((mean_b - mu) / s).clamp(-dmax, dmax)
-        )
+        r, d = (std_b / s).clamp(1 / rmax, rmax), ((mean_b - mu) / s).clamp(-dmax, dmax)
+        return keep_for_backward(r), keep_for_backward(d)
 
     def _ramp(self, end: float) -> Tensor:
         """0 up to and at `ramp_start`, 1 from `end` on, linear between (and a jump if they are one)."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normlab.common.errors import UserError, nearest
-from normlab.common.registry import check_options, options_of
+from normlab.common.errors import UserError
+from normlab.common.registry import check_options, options_of, refuse_unknown
 
 # The activations that networks for images have; further arguments of a call are taken to be its defaults.
 _ACTIVATIONS = (
@@ -55,13 +55,7 @@ class Variant:
     def __init__(self, *, norm_batch: int | None = None, **options: Any) -> None:
         self.norm_batch = norm_batch  # images that share statistics; None: all of the batch
         declared = options_of(type(self))
-        known = [*declared, "norm_batch"]
-        for unknown in options.keys() - known:
-            close = nearest(unknown, known)
-            raise UserError(
-                f"{type(self).__name__} has no option {unknown}.{f' Did you mean {close}?' if close else ''}\n"
-                f"Expected one of: {', '.join(known)}."
-            )
+        refuse_unknown(type(self).__name__, declared, options)
         defaults = {name: option.default for name, option in declared.items()}
         checked = check_options("norm", declared, defaults | options)
         vars(self).update(checked)
