@@ -1,22 +1,33 @@
 """The pool when things go wrong, with the real commands."""
 
 import json
+import operator
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import Make
 from launchers.commands import LONG, SMALL, command, start, wait_for, wait_for_progress
 
 from normlab import runs
 from normlab.data.inventory import Inventory
+from normlab.launchers import pool
 from normlab.launchers.pool import Worker, packs_for
 from normlab.launchers.sweep import Job
 
 
 def statuses(folder: Path) -> list[dict]:
     return [runs.read_status(run) or {} for run in runs.find(folder / "outputs" / "default")]
+
+
+def planned(make: Make, *settings: str) -> Job:
+    config = make(*settings)
+    run = runs.Run(config.as_dict())
+    run.freeze()
+    return Job(config, run, Inventory(train_images=1000, test_images=100, classes=10, image_size=8))
 
 
 def test_one_worker_does_one_run_after_the_other(tmp_path) -> None:
@@ -53,6 +64,35 @@ def test_a_run_that_was_killed_beside_others_is_tried_again_alone(tmp_path) -> N
     assert code == 0, error
     assert "its process was killed" in error
     assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
+
+
+class SpoiledFunction:
+    """A function that no other process can unpickle."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return int, ("spoiled",)
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda *_: [], "Can't pickle"),
+        (operator.index, "TypeError: "),
+        (SpoiledFunction(), "its process was killed"),
+    ],
+    ids=["not pickled", "raises", "not unpickled"],
+)
+def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypatch, capsys, function, why) -> None:
+    jobs = planned(make, "device=cpu", "seed=0"), planned(make, "device=cpu", "seed=1")
+    functions = iter([function, pool._train_pack])  # the second worker's run is busy, which is no failure
+    submit = Worker.submit
+    monkeypatch.setattr(Worker, "submit", lambda worker, _, *rest: submit(worker, next(functions), *rest))
+    with jobs[1].run.lock():
+        ((job, error),) = pool.train_jobs(jobs, slots=1)
+    assert job is jobs[0]
+    assert why in error
+    assert job.status()["state"] == "failed"
+    assert f"{job.run.folder / runs.LOG}: {error}" in capsys.readouterr().err
 
 
 def test_runs_packed_into_one_process_end_as_those_of_their_own(tmp_path) -> None:
@@ -98,11 +138,7 @@ def test_a_packed_sweep_that_is_stopped_goes_on(tmp_path) -> None:
 def test_what_is_packed_together(make, tmp_path) -> None:
     """Runs of one process have its settings in common; streamed images and compiling keep to themselves."""
 
-    def job(*settings: str) -> Job:
-        config = make(*settings)
-        data = Inventory(train_images=1000, test_images=100, classes=10, image_size=8)
-        return Job(config, runs.Run(config.as_dict()), data)
-
+    job = partial(planned, make)
     common = [job(f"seed={seed}", f"norm={norm}") for seed in (0, 1) for norm in ("bn", "none")]
     half = job("precision=bf16")
     folder = ("dataset=image_folder", f"dataset.path={tmp_path}")
@@ -117,9 +153,7 @@ def test_what_is_packed_together(make, tmp_path) -> None:
 
 
 def test_the_longest_runs_come_first(make) -> None:
-    data = Inventory(train_images=1000, test_images=100, classes=10, image_size=8)
-    configs = [make(f"batch={batch}") for batch in (128, 8, 32)]
-    jobs = [Job(config, runs.Run(config.as_dict()), data) for config in configs]
+    jobs = [planned(make, f"batch={batch}") for batch in (128, 8, 32)]
     assert [pack[0].config.batch for pack in packs_for(jobs, [Worker("cpu", 1)])] == [8, 32, 128]
 
 
