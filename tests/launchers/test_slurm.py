@@ -332,13 +332,13 @@ def test_a_wrong_setting_is_told_in_a_sentence(setting, value, message) -> None:
 def test_a_job_s_script_has_the_needs_and_the_cluster_s_options_first() -> None:
     needs = {"time": 90, "gpus": 2, "cpus": 3, "memory_gb": 1.5, "array_parallelism": 2, "tasks": 4}
     options = {"exclusive": True, "requeue": False, "mail_type": "FAIL", "nodes": 7}
-    cluster = {**NEEDS["cluster"], "partition": "gpu", "setup": ["module load cuda"], "options": options}
+    cluster = {**NEEDS["cluster"], "partition": "gpu", "setup": ["module load ${CUDA}"], "options": options}
     parsed = slurm.parse({**NEEDS, **needs, "cluster": cluster})
-    script = slurm.job_script(parsed, "my study", Path("/a folder/order.json"), 5)
+    script = slurm.job_script(parsed, "my study", Path("/a {folder}/order.json"), 5)
     assert {line for line in script.splitlines() if line.startswith("#SBATCH")} == {
         "#SBATCH --job-name='my study'",
-        "#SBATCH --comment='normlab /a folder/order.json'",
-        "#SBATCH --output='/a folder/%A_%a_0_log.out'",
+        "#SBATCH --comment='normlab /a {folder}/order.json'",
+        "#SBATCH --output='/a {folder}/%A_%a_0_log.out'",
         "#SBATCH --open-mode=append",
         "#SBATCH --array=0-4%2",
         "#SBATCH --signal=USR2@30",
@@ -353,9 +353,9 @@ def test_a_job_s_script_has_the_needs_and_the_cluster_s_options_first() -> None:
         "#SBATCH --mail-type=FAIL",
     }
     setup, command = re.search(r"\n\n(.*)\n(srun .*)\n", script).groups()
-    assert setup == "module load cuda"
-    assert "--output='/a folder/%A_%a_%t_log.out' --cpus-per-task=3" in command
-    assert command.endswith("-u -m normlab.launchers.slurm_task '/a folder/order.json'")
+    assert setup == "module load ${CUDA}"
+    assert "--output='/a {folder}/%A_%a_%t_log.out' --cpus-per-task=3" in command
+    assert command.endswith("-u -m normlab.launchers.slurm_task '/a {folder}/order.json'")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
