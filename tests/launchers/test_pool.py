@@ -225,7 +225,7 @@ def test_a_sweep_started_three_times_trains_each_run_once(tmp_path) -> None:
         assert not (run / "run.claim").exists()
 
 
-def test_a_worker_that_died_with_its_launcher_is_told_from_one_at_work(tmp_path) -> None:
+def test_a_worker_that_died_with_its_launcher_is_distinguished_from_one_at_work(tmp_path) -> None:
     """What was under way goes on when the same command is run again."""
     with start(tmp_path, "train.py", "-m", *LONG, "checkpoint_seconds=0") as process:
         run = wait_for_progress(tmp_path)

@@ -172,7 +172,7 @@ def test_of_two_commands_started_together_one_trains(tmp_path) -> None:
     assert len(runs.find(tmp_path / "outputs" / "default")) == 1
 
 
-def test_of_two_commands_on_one_run_one_trains_and_the_other_says_so(tmp_path) -> None:
+def test_of_two_commands_on_one_run_one_trains_and_the_other_reports_it(tmp_path) -> None:
     with start(tmp_path, "train.py", *LONG) as one:
         wait_for_progress(tmp_path)
         status, _, error = command(tmp_path, "train.py", *LONG)

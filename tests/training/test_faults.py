@@ -220,7 +220,7 @@ TRAINED = ("model=custom", "model.target=small.SmallNet", "model.name=small", "d
 
 
 @pytest.mark.parametrize("mode", ["", "-m"])
-def test_the_command_on_a_full_disk_says_so_and_goes_on_when_there_is_space(disk, mode) -> None:
+def test_the_command_on_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_space(disk, mode) -> None:
     settings = (*TRAINED, "batch=8", "epochs=2", "threads=1", "checkpoint_seconds=0", f"output_dir={disk.folder}/out")
 
     def train() -> "subprocess.CompletedProcess[str]":
@@ -452,7 +452,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_start(interr
     assert result(interrupted) == undisturbed
 
 
-def test_what_a_process_left_that_was_killed_after_its_last_word_goes_with_the_next_look(small, undisturbed) -> None:
+def test_files_of_a_process_killed_after_its_last_record_go_with_the_next_start(small, undisturbed) -> None:
     folder = folder_of(small("study=undisturbed"))
     for name in (checkpoint.NEWEST, checkpoint.PREVIOUS, ".status.json.abcd1234.tmp"):
         (folder / name).write_bytes(b"left")

@@ -119,7 +119,7 @@ def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, m
         assert one == pytest.approx(other, rel=1e-3)
 
 
-def test_divergence_is_found_at_its_step(tiny) -> None:
+def test_divergence_is_noticed_at_its_step(tiny) -> None:
     """At least at the end of the epoch, by the losses that the replays noted."""
     status = train_run(tiny(*SMALL, "engine=graph", "optimizer.lr=1e30"))
     assert status["state"] == "diverged"

@@ -117,7 +117,7 @@ def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypat
     assert rows(config)[0]["train_accuracy"] == pytest.approx(sum(hits for *_, hits in seen) / 40)
 
 
-def test_test_accuracy_is_that_of_the_final_weights(tiny) -> None:
+def test_accuracy_is_that_of_the_final_weights(tiny) -> None:
     from normlab import models
     from normlab.data.datasets import load
 
@@ -186,7 +186,7 @@ def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch,
     assert rows(tiny("study=parts")) == rows(tiny("study=whole"))
 
 
-def test_measuring_statistics_anew_is_interrupted_between_batches_and_beats(tiny, monkeypatch) -> None:
+def test_measuring_statistics_anew_is_interrupted_between_batches_and_has_heartbeats(tiny, monkeypatch) -> None:
     """eval_stats=precise: three batches a time; the signal comes in the second one of the first evaluation."""
     settings = ("eval_stats=precise", "epochs=1")
     expected = train_run(tiny("study=whole", *settings))
@@ -380,7 +380,7 @@ def test_the_step_of_a_divergence_does_not_depend_on_when_it_is_noticed(tiny, mo
     assert soon["diverged_step"] == late["diverged_step"]
 
 
-def test_of_two_processes_on_one_run_the_second_says_so(tiny) -> None:
+def test_of_two_processes_on_one_run_the_second_ends_in_a_sentence(tiny) -> None:
     config = tiny()
     run = record(config)
     run.freeze()
@@ -442,7 +442,7 @@ def test_statistics_over_a_single_value_are_refused_before_training(make, batch)
         (("model=deep_linear", "dataset.train_size=40", "batch=10", "norm=in"), "Use another norm"),
     ],
 )
-def test_what_mends_a_batch_that_does_not_fit_is_said(make, settings, advice) -> None:
+def test_a_batch_that_does_not_fit_is_refused_with_advice(make, settings, advice) -> None:
     small = ("dataset.train_size=40", "dataset.test_size=20", "epochs=1")
     with pytest.raises(UserError, match="does not fit") as error:
         train_run(make(*small, *settings))
