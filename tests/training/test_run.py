@@ -251,59 +251,6 @@ def interrupted(tiny, stop_after) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "pickle"])
-def test_a_damaged_checkpoint_gives_way_to_its_predecessor(
-    tiny, interrupted, steps_taken, damage, tmp_path, capfd
-) -> None:
-    expected = train_run(tiny("study=whole"))
-    steps_taken.taken = 0
-    newest = record(interrupted).folder / checkpoint.NEWEST
-    content = newest.read_bytes()
-    if damage == "pickle":
-        torch.save({"run_id": _Malicious(tmp_path / "executed")}, newest)
-    else:
-        middle = len(content) // 2
-        newest.write_bytes(
-            {
-                "truncated": content[:middle],
-                "flipped": content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :],
-                "empty": b"",
-            }[damage]
-        )
-    assert train_run(interrupted)["weights_sha256"] == expected["weights_sha256"]
-    assert steps_taken.taken == 6 - 3, "the predecessor was written after the third step"
-    assert rows(interrupted) == rows(tiny("study=whole"))
-    assert "cannot be used and is left out" in (newest.parent / "run.log").read_text()
-    assert "cannot be used and is left out" in capfd.readouterr().err
-    assert not (tmp_path / "executed").exists()
-
-
-class _Malicious:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_without_a_usable_checkpoint_the_run_starts_again(tiny, interrupted) -> None:
-    for name in (checkpoint.NEWEST, checkpoint.PREVIOUS):
-        (record(interrupted).folder / name).write_bytes(b"not a checkpoint")
-    expected = train_run(tiny("study=whole"))
-    assert train_run(interrupted)["weights_sha256"] == expected["weights_sha256"]
-    assert rows(interrupted) == rows(tiny("study=whole"))
-
-
-def test_damaged_metrics_and_status_do_not_stop_a_resume(tiny, interrupted) -> None:
-    folder = record(interrupted).folder
-    (folder / "status.json").write_text('{"state": "runn')
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 2, "st')
-    assert train_run(interrupted)["state"] == "done"
-    assert [row["epoch"] for row in rows(interrupted)] == [1, 2]
-    assert "metrics.jsonl, line 2 cannot be read" in (folder / "run.log").read_text()
-
-
 def test_a_resumed_run_keeps_its_number_of_threads(make, stop_after) -> None:
     settings = ("model=custom", "model.target=small.SmallNet", "dataset.train_size=40", "batch=16", "epochs=1")
     config = make(*settings, "dataset.test_size=20", "device=cpu")
