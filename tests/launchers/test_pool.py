@@ -1,6 +1,5 @@
 """The pool when things go wrong, with the real commands."""
 
-import json
 import operator
 import os
 import signal
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Make
-from launchers.commands import LONG, SMALL, command, start, wait_for, wait_for_progress
+from launchers.commands import LONG, SMALL, command, start, status_of, wait_for, wait_for_progress
 
 from normlab import runs
 from normlab.data.inventory import Inventory
@@ -20,7 +19,7 @@ from normlab.launchers.sweep import Job
 
 
 def statuses(folder: Path) -> list[dict]:
-    return [runs.read_status(run) or {} for run in runs.find(folder / "outputs" / "default")]
+    return [status_of(run) for run in runs.find(folder / "outputs" / "default")]
 
 
 def planned(make: Make, *settings: str) -> Job:
@@ -101,7 +100,7 @@ def test_runs_packed_into_one_process_end_as_those_of_their_own(tmp_path) -> Non
         code, _, error = command(tmp_path, "train.py", *sweep, *words)
         assert code == 0, error
     packed, solo = (
-        {run.name: (runs.read_status(run) or {})["weights_sha256"] for run in runs.find(tmp_path / "outputs" / study)}
+        {run.name: status_of(run)["weights_sha256"] for run in runs.find(tmp_path / "outputs" / study)}
         for study in ("default", "solo")
     )
     assert len(packed) == 6
@@ -164,22 +163,10 @@ def test_a_wrong_number_of_runs_in_a_pack_is_a_sentence(tmp_path, value: str) ->
     assert f"hydra.launcher.pack={value} is out of range: expected 1 or more." in error
 
 
-def test_every_failed_run_is_listed_with_its_error_and_log(tmp_path) -> None:
-    """And no other run is harmed."""
-    arguments = ("batch=1", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "seed=0,1,2,3")
-    code, _, error = command(tmp_path, "train.py", "-m", "norm=bn,affine", "model=cifar_resnet", "depth=20", *arguments)
-    assert code == 0, error  # a batch of one on 2x2 maps can be normalized
-    code, _, error = command(tmp_path, "train.py", "-m", "norm=bn", *arguments)
-    assert code == 1
-    for run in runs.find(tmp_path / "outputs" / "default"):
-        if run.name.startswith("resnet18"):
-            assert f"  outputs/default/{run.name}/run.log: A batch of 1 images" in error
-
-
 def test_a_second_interrupt_stops_at_once(tmp_path) -> None:
     with start(tmp_path, "train.py", "-m", *LONG, "seed=0,1", "hydra.launcher.slots=1") as process:
         run = wait_for_progress(tmp_path)
-        worker = json.loads((run / "status.json").read_text())["pid"]
+        worker = status_of(run)["pid"]
         os.kill(worker, signal.SIGSTOP)  # it will not get round to its checkpoint
         process.send_signal(signal.SIGINT)
         time.sleep(1.0)
@@ -203,7 +190,7 @@ def test_a_closed_terminal_is_a_request_to_stop(tmp_path, mode) -> None:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Error executing job" not in error  # Hydra's line, of what is no error
-    assert (runs.read_status(run) or {})["state"] == "interrupted"
+    assert status_of(run)["state"] == "interrupted"
     assert (run / "checkpoint.pt").exists()
 
 
@@ -219,7 +206,7 @@ def test_a_sweep_started_three_times_trains_each_run_once(tmp_path) -> None:
     found = runs.find(tmp_path / "outputs" / "default")
     assert len(found) == 6
     for run in found:
-        assert (runs.read_status(run) or {})["state"] == "done"
+        assert status_of(run)["state"] == "done"
         assert [row["epoch"] for row in runs.read_metrics(run)[0]] == [1, 2]
         assert (run / "run.log").read_text().count('"epoch": 2') == 1
         assert not (run / "run.claim").exists()
@@ -230,7 +217,7 @@ def test_a_worker_that_died_with_its_launcher_is_distinguished_from_one_at_work(
     with start(tmp_path, "train.py", "-m", *LONG, "checkpoint_seconds=0") as process:
         run = wait_for_progress(tmp_path)
         process.kill()
-    worker = json.loads((run / "status.json").read_text())["pid"]
+    worker = status_of(run)["pid"]
     wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the end of its worker")
     code, out, error = command(tmp_path, "train.py", "-m", *LONG, "hydra/launcher=plan")
     assert code == 0, error
