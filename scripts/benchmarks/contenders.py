@@ -436,7 +436,7 @@ def normlab(config: RunConfig, overrides: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [str(TRAIN), *overrides, f"output_dir={folder}"]
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # what is told there is the measurement's
+            with contextlib.redirect_stdout(sys.stderr):  # what is printed there is the measurement's
                 runpy.run_path(str(TRAIN), run_name="__main__")
         except SystemExit as end:
             if end.code:

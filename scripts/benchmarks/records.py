@@ -155,8 +155,8 @@ MEASURED = {work.__name__: work for work in (naive, ours, tables)}
 def measure(work: str, folder: Path) -> tuple[float, float]:
     """Seconds, and the peak memory of a process that does nothing else in MB."""
     command = [sys.executable, __file__, "--measure", work, "--folder", str(folder)]
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-    seconds, peak = json.loads(told)
+    last = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+    seconds, peak = json.loads(last)
     return seconds, peak
 
 
@@ -185,8 +185,8 @@ def measure_all(runs: int, epochs: int, rounds: int, folder: Path | None, file: 
     """Print the measurements as a Markdown table, and write them as JSON."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         found = bench(Path(temporary), runs, epochs, rounds)
-    told = f"{machine()}; {runs} runs of {epochs} evaluations; files in the cache of the operating system"
-    print(f"{told}\n\n| what | seconds: median (min to max) | peak memory, MB |\n|---|---|---|")
+    heading = f"{machine()}; {runs} runs of {epochs} evaluations; files in the cache of the operating system"
+    print(f"{heading}\n\n| what | seconds: median (min to max) | peak memory, MB |\n|---|---|---|")
     for what, rows in found.items():
         seconds, peaks = zip(*rows, strict=True)
         spread = f" ({min(seconds):.2f} to {max(seconds):.2f})" if len(seconds) > 1 else ""

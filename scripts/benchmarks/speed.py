@@ -2,7 +2,7 @@
 schedule and precision. scripts/benchmarks/contenders.py has what each is.
 
 speed   images per second while training, after an epoch that warms up and does not count; without evaluation, and
-        without compiling and capturing, which are told apart. And the peak memory of the process.
+        without compiling and capturing, which are reported apart. And the peak memory of the process.
 sweep   seconds of a whole sweep, norm=bn,affine,bnminus,none batch=8,32,128 on the digits: of normlab's command, and of
         one process that trains the same networks one after the other
 start   seconds from the command to the end of its first training step

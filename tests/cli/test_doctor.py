@@ -54,7 +54,7 @@ def programs(tmp_path, monkeypatch):
     return make
 
 
-def test_the_doctor_tells_in_one_screen_that_a_machine_is_well_and_trains_nothing(command, tmp_path) -> None:
+def test_the_doctor_shows_in_one_screen_that_a_machine_is_well_and_trains_nothing(command, tmp_path) -> None:
     finished = command("doctor", "hydra/launcher=basic")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for word in ("versions", "torchvision", "CPU", "dataset=digits", "output_dir", "data_dir", "SLURM", "0 problems"):
@@ -64,7 +64,7 @@ def test_the_doctor_tells_in_one_screen_that_a_machine_is_well_and_trains_nothin
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
-def test_an_experiment_is_looked_at_and_not_started(command, tmp_path) -> None:
+def test_an_experiment_is_checked_and_not_started(command, tmp_path) -> None:
     finished = command("doctor", "experiment=ioffe2017_small", "budget=smoke")
     assert "dataset=" in finished.stdout
     assert finished.stderr == ""
@@ -135,7 +135,7 @@ def test_a_torchvision_that_does_not_fit_is_a_problem(monkeypatch) -> None:
     assert "torch torchvision" in problem.fix
 
 
-def test_without_torch_that_alone_is_told(monkeypatch) -> None:
+def test_without_torch_that_alone_is_reported(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     versions, problem = doctor.versions()
     assert versions.level == "ok"
@@ -146,7 +146,7 @@ def test_without_torch_that_alone_is_told(monkeypatch) -> None:
 # --- Devices ----------------------------------------------------------------------------------------
 
 
-def test_a_limit_of_a_container_or_a_job_is_found(tmp_path) -> None:
+def test_a_limit_of_a_container_or_a_job_is_respected(tmp_path) -> None:
     def limit(lines: str, **files: str) -> int | None:
         shutil.rmtree(tmp_path / "groups", ignore_errors=True)
         for name, text in files.items():
@@ -202,7 +202,7 @@ def test_a_gpu_that_torch_cannot_use_is_a_problem_for_whoever_would_use_it(monke
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_told_with_its_memory() -> None:
+def test_a_gpu_is_listed_with_its_memory() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     found = next(doctor.gpus("auto"))
@@ -339,7 +339,7 @@ def test_a_machine_without_slurm_is_well_unless_slurm_is_chosen(programs, launch
         ("exit 3", "status 3"),
     ],
 )
-def test_a_controller_that_does_not_answer_is_told(programs, monkeypatch, launcher, level, sinfo, words) -> None:
+def test_a_controller_that_does_not_answer_is_reported(programs, monkeypatch, launcher, level, sinfo, words) -> None:
     monkeypatch.setattr(doctor, "ANSWER_SECONDS", 0.5)
     programs(sbatch="exit 0", sinfo=sinfo)
     [found] = doctor.slurm(launcher)

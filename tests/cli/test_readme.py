@@ -152,7 +152,7 @@ def test_the_line_for_slurm(checkout: Path) -> None:
     assert states == ["done"] * 6
 
 
-def test_the_readme_says_what_has_to_be_in_it() -> None:
+def test_the_readme_has_what_it_must_have() -> None:
     assert len(sections()) >= 8
     every = " ".join(line for lines in sections().values() for line in lines)
     for word in ("./scripts/quickstart", "./scripts/test", "launcher=slurm", "report.py", "--config-dir", "reproduce"):

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -88,6 +89,18 @@ def test_no_worker_outlives_its_iterator(image_folder: Folder, load_it: Load) ->
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert multiprocessing.active_children() == []
+
+
+def test_a_signal_that_stops_a_run_leaves_its_workers(image_folder: Folder, load_it: Load) -> None:
+    """A terminal and SLURM send it to them as well; the run still needs their batches."""
+    train = load_it("image_folder", path=str(image_folder()), storage="stream", workers=1).train
+    undisturbed, batches = list(train.batches(0)), train.batches(0)
+    disturbed = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(worker.pid or 0, number)
+    disturbed += batches
+    assert equal(iter(disturbed), iter(undisturbed))
 
 
 def alive(pid: int) -> bool:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from normlab import runs
 
@@ -48,13 +48,18 @@ def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
+def status_of(run: Path) -> dict[str, Any]:
+    """The status of a run's folder, empty before it has one."""
+    return runs.read_status(run) or {}
+
+
 def wait_for_progress(folder: Path, study: str = "default") -> Path:
     """The first run of the study that has made a step."""
 
     def progress() -> Path | None:
         for run in runs.find(folder / "outputs" / study):
-            status = runs.read_status(run)
-            if status and status["state"] == "running" and status.get("step", 0) > 0:
+            status = status_of(run)
+            if status.get("state") == "running" and status.get("step", 0) > 0:
                 return run
         return None
 

@@ -1,22 +1,32 @@
 """The pool when things go wrong, with the real commands."""
 
-import json
+import operator
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from launchers.commands import LONG, SMALL, command, start, wait_for, wait_for_progress
+from conftest import Make
+from launchers.commands import LONG, SMALL, command, start, status_of, wait_for, wait_for_progress
 
 from normlab import runs
 from normlab.data.inventory import Inventory
+from normlab.launchers import pool
 from normlab.launchers.pool import Worker, packs_for
 from normlab.launchers.sweep import Job
 
 
 def statuses(folder: Path) -> list[dict]:
-    return [runs.read_status(run) or {} for run in runs.find(folder / "outputs" / "default")]
+    return [status_of(run) for run in runs.find(folder / "outputs" / "default")]
+
+
+def planned(make: Make, *settings: str) -> Job:
+    config = make(*settings)
+    run = runs.Run(config.as_dict())
+    run.freeze()
+    return Job(config, run, Inventory(train_images=1000, test_images=100, classes=10, image_size=8))
 
 
 def test_one_worker_does_one_run_after_the_other(tmp_path) -> None:
@@ -55,13 +65,42 @@ def test_a_run_that_was_killed_beside_others_is_tried_again_alone(tmp_path) -> N
     assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
 
 
+class SpoiledFunction:
+    """A function that no other process can unpickle."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return int, ("spoiled",)
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda *_: [], "Can't pickle"),
+        (operator.index, "TypeError: "),
+        (SpoiledFunction(), "its process was killed"),
+    ],
+    ids=["not pickled", "raises", "not unpickled"],
+)
+def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypatch, capsys, function, why) -> None:
+    jobs = planned(make, "device=cpu", "seed=0"), planned(make, "device=cpu", "seed=1")
+    functions = iter([function, pool._train_pack])  # the second worker's run is busy, which is no failure
+    submit = Worker.submit
+    monkeypatch.setattr(Worker, "submit", lambda worker, _, *rest: submit(worker, next(functions), *rest))
+    with jobs[1].run.lock():
+        ((job, error),) = pool.train_jobs(jobs, slots=1)
+    assert job is jobs[0]
+    assert why in error
+    assert job.status()["state"] == "failed"
+    assert f"{job.run.folder / runs.LOG}: {error}" in capsys.readouterr().err
+
+
 def test_runs_packed_into_one_process_end_as_those_of_their_own(tmp_path) -> None:
     sweep = ("-m", *SMALL, "norm=bn,none,noisy_bn", "batch=8,16")
     for words in (("hydra.launcher.slots=1", "hydra.launcher.pack=4"), ("study=solo",)):
         code, _, error = command(tmp_path, "train.py", *sweep, *words)
         assert code == 0, error
     packed, solo = (
-        {run.name: (runs.read_status(run) or {})["weights_sha256"] for run in runs.find(tmp_path / "outputs" / study)}
+        {run.name: status_of(run)["weights_sha256"] for run in runs.find(tmp_path / "outputs" / study)}
         for study in ("default", "solo")
     )
     assert len(packed) == 6
@@ -98,11 +137,7 @@ def test_a_packed_sweep_that_is_stopped_goes_on(tmp_path) -> None:
 def test_what_is_packed_together(make, tmp_path) -> None:
     """Runs of one process have its settings in common; streamed images and compiling keep to themselves."""
 
-    def job(*settings: str) -> Job:
-        config = make(*settings)
-        data = Inventory(train_images=1000, test_images=100, classes=10, image_size=8)
-        return Job(config, runs.Run(config.as_dict()), data)
-
+    job = partial(planned, make)
     common = [job(f"seed={seed}", f"norm={norm}") for seed in (0, 1) for norm in ("bn", "none")]
     half = job("precision=bf16")
     folder = ("dataset=image_folder", f"dataset.path={tmp_path}")
@@ -117,9 +152,7 @@ def test_what_is_packed_together(make, tmp_path) -> None:
 
 
 def test_the_longest_runs_come_first(make) -> None:
-    data = Inventory(train_images=1000, test_images=100, classes=10, image_size=8)
-    configs = [make(f"batch={batch}") for batch in (128, 8, 32)]
-    jobs = [Job(config, runs.Run(config.as_dict()), data) for config in configs]
+    jobs = [planned(make, f"batch={batch}") for batch in (128, 8, 32)]
     assert [pack[0].config.batch for pack in packs_for(jobs, [Worker("cpu", 1)])] == [8, 32, 128]
 
 
@@ -130,22 +163,10 @@ def test_a_wrong_number_of_runs_in_a_pack_is_a_sentence(tmp_path, value: str) ->
     assert f"hydra.launcher.pack={value} is out of range: expected 1 or more." in error
 
 
-def test_every_failed_run_is_listed_with_its_error_and_log(tmp_path) -> None:
-    """And no other run is harmed."""
-    arguments = ("batch=1", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "seed=0,1,2,3")
-    code, _, error = command(tmp_path, "train.py", "-m", "norm=bn,affine", "model=cifar_resnet", "depth=20", *arguments)
-    assert code == 0, error  # a batch of one on 2x2 maps can be normalized
-    code, _, error = command(tmp_path, "train.py", "-m", "norm=bn", *arguments)
-    assert code == 1
-    for run in runs.find(tmp_path / "outputs" / "default"):
-        if run.name.startswith("resnet18"):
-            assert f"  outputs/default/{run.name}/run.log: A batch of 1 images" in error
-
-
 def test_a_second_interrupt_stops_at_once(tmp_path) -> None:
     with start(tmp_path, "train.py", "-m", *LONG, "seed=0,1", "hydra.launcher.slots=1") as process:
         run = wait_for_progress(tmp_path)
-        worker = json.loads((run / "status.json").read_text())["pid"]
+        worker = status_of(run)["pid"]
         os.kill(worker, signal.SIGSTOP)  # it will not get round to its checkpoint
         process.send_signal(signal.SIGINT)
         time.sleep(1.0)
@@ -169,7 +190,7 @@ def test_a_closed_terminal_is_a_request_to_stop(tmp_path, mode) -> None:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Error executing job" not in error  # Hydra's line, of what is no error
-    assert (runs.read_status(run) or {})["state"] == "interrupted"
+    assert status_of(run)["state"] == "interrupted"
     assert (run / "checkpoint.pt").exists()
 
 
@@ -185,18 +206,18 @@ def test_a_sweep_started_three_times_trains_each_run_once(tmp_path) -> None:
     found = runs.find(tmp_path / "outputs" / "default")
     assert len(found) == 6
     for run in found:
-        assert (runs.read_status(run) or {})["state"] == "done"
+        assert status_of(run)["state"] == "done"
         assert [row["epoch"] for row in runs.read_metrics(run)[0]] == [1, 2]
         assert (run / "run.log").read_text().count('"epoch": 2') == 1
         assert not (run / "run.claim").exists()
 
 
-def test_a_worker_that_died_with_its_launcher_is_told_from_one_at_work(tmp_path) -> None:
+def test_a_worker_that_died_with_its_launcher_is_distinguished_from_one_at_work(tmp_path) -> None:
     """What was under way goes on when the same command is run again."""
     with start(tmp_path, "train.py", "-m", *LONG, "checkpoint_seconds=0") as process:
         run = wait_for_progress(tmp_path)
         process.kill()
-    worker = json.loads((run / "status.json").read_text())["pid"]
+    worker = status_of(run)["pid"]
     wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the end of its worker")
     code, out, error = command(tmp_path, "train.py", "-m", *LONG, "hydra/launcher=plan")
     assert code == 0, error

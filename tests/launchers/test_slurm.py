@@ -59,13 +59,13 @@ def train(folder: Path, *arguments: str, **more: str) -> "subprocess.CompletedPr
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
 
 
-def ask(*words: str) -> str:
+def call(*words: str) -> str:
     return subprocess.run(words, env=environment(), capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def queue() -> dict[str, str]:
     """The state of each task that SLURM has: {"3_0": "RUNNING"}."""
-    lines = ask("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
+    lines = call("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
     return dict(line.split() for line in lines)
 
 
@@ -111,7 +111,7 @@ def cluster() -> Iterator[None]:
     with FileLock(Path(tempfile.gettempdir()) / "normlab-test-slurm.lock"):
         yield
         for job in {task.partition("_")[0] for task in queue()}:
-            ask("scancel", job)
+            call("scancel", job)
         until("the last job's end", lambda: not queue())
 
 
@@ -145,9 +145,9 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
         return all(queue().get(f"{job}_{task}", "RUNNING") == "RUNNING" for task in tasks)
 
     until("the start", lambda: len(steps(study)) == 4 and all(steps(study).values()))
-    ask("scancel", "--signal=USR2", f"{job}_0")
-    ask("scontrol", "requeue", f"{job}_1")
-    ask("scancel", f"{job}_2")
+    call("scancel", "--signal=USR2", f"{job}_0")
+    call("scontrol", "requeue", f"{job}_1")
+    call("scancel", f"{job}_2")
     until("the cancelled job's end", lambda: f"{job}_2" not in queue())
     (cancelled,) = study.glob("*-s2-*")
     assert state(cancelled)["state"] == "interrupted"
@@ -159,7 +159,7 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
 
     # Pre-emption: a job that goes first needs all of the node's cores.
     first_of_all = ("--partition=urgent", "--ntasks=8", "--time=1", "--output=/dev/null", "--wrap=sleep 1")
-    urgent = ask("sbatch", "--parsable", *first_of_all).strip()
+    urgent = call("sbatch", "--parsable", *first_of_all).strip()
     until("pre-emption", lambda: f"{urgent}_N/A" not in queue())
     until("all jobs' return", lambda: back(0, 1, 3))
     assert "SLURM sends SIGTERM" in log(f"{job}_3")
@@ -168,7 +168,7 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
     until("going on", lambda: sum(steps(study).values()) > before + 20)
     assert queue()[f"{job}_0"] == "RUNNING"
     subprocess.run([ROOT / "scripts" / "local_slurm", "crash"], check=True)
-    until("SLURM's notice", lambda: "down" in ask("sinfo", "--noheader", "--format=%T"))
+    until("SLURM's notice", lambda: "down" in call("sinfo", "--noheader", "--format=%T"))
     subprocess.run([ROOT / "scripts" / "local_slurm", "start"], check=True, capture_output=True)
 
     # SLURM looks for limits that are near twice a minute, and tells of them up to 30 s early.
@@ -186,13 +186,13 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
 
 
 @pytest.mark.slurm
-def test_a_run_in_several_tasks_is_told_to_stop_goes_on_and_finishes(cluster, tmp_path) -> None:
+def test_a_run_in_several_tasks_stops_on_request_goes_on_and_finishes(cluster, tmp_path) -> None:
     study = tmp_path / "outputs" / "default"
     several = ("epochs=8", "sync_stats=true", "hydra.launcher.tasks=2")
     with start(tmp_path, *SETTINGS, *several, *SLURM, **SLOW) as waiting:
         until("the start", lambda: any(steps(study).values()))
         (task,) = queue()
-        ask("scancel", "--signal=USR2", task)
+        call("scancel", "--signal=USR2", task)
         _, error = waiting.communicate(timeout=200)
     log = (study / "slurm" / f"{task}_0_log.out").read_text()
     assert waiting.returncode == 0, error + log
@@ -242,7 +242,7 @@ def test_jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(cluster, tm
 
 
 @pytest.mark.slurm
-def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_told(cluster, tmp_path) -> None:
+def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported(cluster, tmp_path) -> None:
     study = tmp_path / "outputs" / "default"
     with start(tmp_path, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
         until("the start", lambda: any(steps(study).values()))
@@ -255,7 +255,7 @@ def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_
     with start(tmp_path, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
         before = steps(study)
         until("going on", lambda: steps(study) != before)
-        ask("scancel", "--signal=KILL", found[1])
+        call("scancel", "--signal=KILL", found[1])
         out, error = waiting.communicate(timeout=120)
     assert waiting.returncode == 1
     assert f"1 of 1 runs are queued or running already (job {found[1]})" in out
@@ -264,7 +264,7 @@ def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_
 
 
 @pytest.mark.slurm
-def test_what_slurm_refuses_is_told_in_its_words(cluster, tmp_path) -> None:
+def test_a_refusal_of_slurm_is_reported_in_its_words(cluster, tmp_path) -> None:
     done = train(tmp_path, *SETTINGS, *SLURM, "cluster.partition=nowhere")
     assert done.returncode == 1
     assert "SLURM refuses the jobs: " in done.stderr
@@ -273,7 +273,7 @@ def test_what_slurm_refuses_is_told_in_its_words(cluster, tmp_path) -> None:
     assert not list(tmp_path.glob("outputs/default/slurm/*.json"))
 
 
-def test_without_slurm_a_sentence_says_so(tmp_path) -> None:
+def test_without_slurm_the_command_ends_in_a_sentence(tmp_path) -> None:
     done = train(tmp_path, *SETTINGS, *SLURM, PATH=str(tmp_path))
     assert done.returncode == 1
     assert "there is no sbatch here" in done.stderr
@@ -296,7 +296,7 @@ def test_hydras_launcher_by_submitit_carries_out_a_sweep(cluster, tmp_path) -> N
     assert [entry[0] for entry in results(tmp_path / "outputs" / "default").values()] == ["done", "done"]
 
 
-def test_a_device_is_looked_for_where_the_run_will_be(make) -> None:
+def test_a_device_is_checked_where_the_run_will_be(make) -> None:
     config = make("device=cuda:99")
     preflight.check(config, here=False)
     with pytest.raises(UserError, match="cuda:99"):
@@ -324,7 +324,7 @@ NEEDS = {
         ("cluster", {**NEEDS["cluster"], "setup": "module load cuda"}, "cluster.setup=module load cuda is not valid"),
     ],
 )
-def test_a_wrong_setting_is_told_in_a_sentence(setting, value, message) -> None:
+def test_a_wrong_setting_is_refused_in_a_sentence(setting, value, message) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         slurm.parse({**NEEDS, setting: value})
 
@@ -332,13 +332,13 @@ def test_a_wrong_setting_is_told_in_a_sentence(setting, value, message) -> None:
 def test_a_job_s_script_has_the_needs_and_the_cluster_s_options_first() -> None:
     needs = {"time": 90, "gpus": 2, "cpus": 3, "memory_gb": 1.5, "array_parallelism": 2, "tasks": 4}
     options = {"exclusive": True, "requeue": False, "mail_type": "FAIL", "nodes": 7}
-    cluster = {**NEEDS["cluster"], "partition": "gpu", "setup": ["module load cuda"], "options": options}
+    cluster = {**NEEDS["cluster"], "partition": "gpu", "setup": ["module load ${CUDA}"], "options": options}
     parsed = slurm.parse({**NEEDS, **needs, "cluster": cluster})
-    script = slurm.job_script(parsed, "my study", Path("/a folder/order.json"), 5)
+    script = slurm.job_script(parsed, "my study", Path("/a {folder}/order.json"), 5)
     assert {line for line in script.splitlines() if line.startswith("#SBATCH")} == {
         "#SBATCH --job-name='my study'",
-        "#SBATCH --comment='normlab /a folder/order.json'",
-        "#SBATCH --output='/a folder/%A_%a_0_log.out'",
+        "#SBATCH --comment='normlab /a {folder}/order.json'",
+        "#SBATCH --output='/a {folder}/%A_%a_0_log.out'",
         "#SBATCH --open-mode=append",
         "#SBATCH --array=0-4%2",
         "#SBATCH --signal=USR2@30",
@@ -353,9 +353,9 @@ def test_a_job_s_script_has_the_needs_and_the_cluster_s_options_first() -> None:
         "#SBATCH --mail-type=FAIL",
     }
     setup, command = re.search(r"\n\n(.*)\n(srun .*)\n", script).groups()
-    assert setup == "module load cuda"
-    assert "--output='/a folder/%A_%a_%t_log.out' --cpus-per-task=3" in command
-    assert command.endswith("-u -m normlab.launchers.slurm_task '/a folder/order.json'")
+    assert setup == "module load ${CUDA}"
+    assert "--output='/a {folder}/%A_%a_%t_log.out' --cpus-per-task=3" in command
+    assert command.endswith("-u -m normlab.launchers.slurm_task '/a {folder}/order.json'")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 

@@ -248,7 +248,7 @@ def test_mlflow_s_own_address_counts_where_the_settings_have_none(tiny, tmp_path
     assert mlflow_runs(config, config.study) == []
 
 
-def test_a_run_that_fails_before_it_trains_is_told_as_well(tiny) -> None:
+def test_a_run_that_fails_before_it_trains_is_logged_as_well(tiny) -> None:
     config = tiny("logger=mlflow", "batch=1", "model.target=normlab.nowhere")
     with pytest.raises(UserError):
         train_run(config)
@@ -367,12 +367,12 @@ def test_wandb_without_network_or_login_is_a_warning_and_no_question(tiny, monke
 
 
 @every_tool
-def test_who_is_told_makes_no_other_run(tiny, tool) -> None:
+def test_a_logger_makes_no_other_run(tiny, tool) -> None:
     assert runs.run_id(tiny(f"logger={tool}").as_dict()) == runs.run_id(tiny().as_dict())
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_a_missing_package_is_told_before_the_run(tiny, tmp_path, monkeypatch, there) -> None:
+def test_a_missing_package_is_reported_before_the_run(tiny, tmp_path, monkeypatch, there) -> None:
     """And a folder that happens to have its name, such as wandb makes, is none."""
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     sys.path_importer_cache.clear()

@@ -47,7 +47,7 @@ def test_while_held_the_claim_names_this_process_and_afterwards_nothing_is_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_process_is_told_who_holds_the_run(tmp_path) -> None:
+def test_a_second_process_is_refused_and_learns_who_holds_the_run(tmp_path) -> None:
     with hold(tmp_path) as other:
         sentence = f"already being trained by process {other.pid} on "
         with pytest.raises(RunBusyError, match=sentence), lock.held(tmp_path):

@@ -61,7 +61,7 @@ def test_the_path_of_a_folder_is_not_part_of_a_run_but_its_name_is(make) -> None
     assert folder("dataset.path=/a/x") != folder("dataset.path=/a/x", "dataset.name=b")
 
 
-def test_folders_are_told_apart_by_their_names_by_default(make) -> None:
+def test_folders_differ_by_their_names_by_default(make) -> None:
     names = [make("dataset=image_folder", f"dataset.path={path}").dataset.name for path in ("/a/cats", "/a/dogs 2/")]
     assert names == ["cats", "dogs_2"]
 
@@ -86,7 +86,7 @@ def test_what_means_nothing_makes_no_other_run(make, idle, at_work) -> None:
 
 
 @pytest.mark.parametrize("folder", RECORDED, ids=lambda folder: folder.name)
-def test_recorded_runs_are_what_their_configuration_says(folder) -> None:
+def test_recorded_runs_match_their_configuration(folder) -> None:
     config = runs.read_config(folder)
     status = runs.read_status(folder)
     assert RunConfig.model_validate(config).as_dict() == config
@@ -161,7 +161,7 @@ def test_a_record_of_a_newer_format_is_a_sentence_and_stays(run) -> None:
     assert path.read_text() == before
 
 
-def test_a_name_tells_the_main_settings(make) -> None:
+def test_a_name_shows_the_main_settings(make) -> None:
     name = runs.run_name(make("norm=none", "batch=8", "norm_batch=4", "seed=2", "depth=50").as_dict())
     assert name.startswith("resnet50-digits-none-b8-g4-s2-")
 
@@ -184,7 +184,7 @@ def test_a_planned_run_has_no_status(run) -> None:
     assert runs.find(run.folder.parent) == [run.folder]
 
 
-def test_status_keeps_what_is_not_said_again(run) -> None:
+def test_status_keeps_facts_that_are_not_given_again(run) -> None:
     run.write_status("running", started="then", step=3)
     status = run.write_status("done", ended="now")
     assert (status["state"], status["started"], status["step"], status["ended"]) == ("done", "then", 3, "now")
@@ -258,7 +258,7 @@ def test_a_damaged_status_is_a_sentence_and_counts_as_failed(run, content) -> No
     assert run.state == "failed"
 
 
-def test_recorded_configurations_are_what_yaml_says() -> None:
+def test_recorded_configurations_equal_those_of_yaml() -> None:
     for folder in RECORDED:
         plain = yaml.safe_load((folder / "config.yaml").read_text())
         assert plain.pop("format") == 1
@@ -288,7 +288,7 @@ def test_recorded_configurations_are_what_yaml_says() -> None:
         "a: 1\r\nseed: 7\r\n",
     ],
 )
-def test_a_configuration_of_any_form_is_what_yaml_says(tmp_path, text) -> None:
+def test_a_configuration_of_any_form_equals_that_of_yaml(tmp_path, text) -> None:
     (tmp_path / "config.yaml").write_text(text, newline="")
     for _ in range(2):  # the second time, its parts are known
         try:

@@ -163,7 +163,9 @@ def test_ratios_are_of_one_round_and_above_one_where_normlab_is_faster() -> None
     }
 
 
-def test_the_command_measures_all_and_says_who_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_measures_all_and_names_those_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"), prepend=":")
     tiny = ["--batch", "8", "--images", "24", "--rounds", "1", "--dataset", "digits", "--workers", "0"]
     files = ["--json", str(tmp_path / "all.json"), "--markdown", str(tmp_path / "tables.md")]

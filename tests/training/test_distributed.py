@@ -232,7 +232,7 @@ TASK = {
 }
 
 
-def test_processes_are_found_as_torchrun_or_slurm_say() -> None:
+def test_processes_are_those_of_torchrun_or_slurm() -> None:
     assert find({}) == Processes(0, 1, 0)
     assert find(TORCHRUN) == Processes(3, 4, 1, "a", 29500)
     assert find({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}) == Processes()
@@ -243,7 +243,7 @@ def test_processes_are_found_as_torchrun_or_slurm_say() -> None:
     assert find({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711"}) == Processes()  # a batch script
 
 
-def test_nodes_are_asked_of_scontrol(tmp_path, monkeypatch) -> None:
+def test_nodes_are_queried_from_scontrol(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="export MASTER_ADDR="):
         find({**TASK, "SLURM_STEP_NODELIST": "node[07-08]"})

@@ -187,7 +187,7 @@ def test_a_step_that_reads_a_value_on_the_host_is_refused_with_the_reason(tiny) 
 
 
 @pytest.mark.parametrize("engine", ["auto", "compile", "eager"])
-def test_a_cpu_is_eager_unless_asked(tiny, engine: str, replays) -> None:
+def test_a_cpu_is_eager_unless_requested(tiny, engine: str, replays) -> None:
     config = tiny(f"engine={engine}")
     assert not engines.may_capture(config, torch.device("cpu"))
 
@@ -201,7 +201,7 @@ def test_without_a_tape_a_cpu_has_no_graphs(tiny) -> None:
         engines.GRAPHS["cuda"] = engines.CudaGraph
 
 
-def test_a_wrong_engine_is_told_with_the_nearest(tiny) -> None:
+def test_a_wrong_engine_is_refused_with_the_nearest(tiny) -> None:
     with pytest.raises(UserError, match="engine=grahp is not valid: expected one of auto, eager, graph, compile"):
         tiny("engine=grahp")
 

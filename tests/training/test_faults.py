@@ -220,7 +220,7 @@ TRAINED = ("model=custom", "model.target=small.SmallNet", "model.name=small", "d
 
 
 @pytest.mark.parametrize("mode", ["", "-m"])
-def test_the_command_on_a_full_disk_says_so_and_goes_on_when_there_is_space(disk, mode) -> None:
+def test_the_command_on_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_space(disk, mode) -> None:
     settings = (*TRAINED, "batch=8", "epochs=2", "threads=1", "checkpoint_seconds=0", f"output_dir={disk.folder}/out")
 
     def train() -> "subprocess.CompletedProcess[str]":
@@ -319,9 +319,9 @@ def interrupted(small, at_step) -> RunConfig:
 
 
 def damaged(content: bytes, how: str, chance: random.Random) -> bytes:
-    """Cut off at a random length, or with a byte of it changed at a random position."""
-    position = chance.randrange(len(content))
-    if how == "truncated":
+    """Empty, cut off at a random length, or with a byte of it changed at a random position."""
+    position = chance.randrange(len(content)) if how != "empty" else 0
+    if how in ("empty", "truncated"):
         return content[:position]
     return content[:position] + bytes([content[position] ^ chance.randrange(1, 256)]) + content[position + 1 :]
 
@@ -346,18 +346,20 @@ def test_of_a_hundred_damaged_checkpoints_none_is_used(interrupted, how) -> None
 
 
 @pytest.mark.parametrize("which", [(checkpoint.NEWEST,), (checkpoint.NEWEST, checkpoint.PREVIOUS)])
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize(
+    ("how", "case"), [*((how, case) for how in ("truncated", "flipped") for case in range(3)), ("empty", 0)]
+)
 def test_a_run_with_damaged_checkpoints_ends_as_if_undisturbed(
     interrupted, undisturbed, capfd, which, how, case
 ) -> None:
-    chance = random.Random(case)
+    chance, unused = random.Random(case), "cannot be used and is left out"
     for name in which:
         path = folder_of(interrupted) / name
         path.write_bytes(damaged(path.read_bytes(), how, chance))
     train_run(interrupted)
     assert result(interrupted) == undisturbed
-    assert capfd.readouterr().err.count("cannot be used and is left out") == len(which)
+    log = (folder_of(interrupted) / "run.log").read_text()
+    assert capfd.readouterr().err.count(unused) == log.count(unused) == len(which)
 
 
 class _Malicious:
@@ -425,6 +427,8 @@ def test_a_torn_last_line_is_measured_again(interrupted, undisturbed, name, tail
         file.write(tail)
     train_run(interrupted)
     assert result(interrupted) == undisturbed
+    is_row = tail.endswith("}")
+    assert ("cannot be read and is left out" in (folder_of(interrupted) / "run.log").read_text()) is not is_row
 
 
 @pytest.mark.parametrize("lost", [1, 10, None], ids=["the line's end", "the row's end", "everything"])
@@ -452,7 +456,7 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_start(interr
     assert result(interrupted) == undisturbed
 
 
-def test_what_a_process_left_that_was_killed_after_its_last_word_goes_with_the_next_look(small, undisturbed) -> None:
+def test_files_of_a_process_killed_after_its_last_record_go_with_the_next_start(small, undisturbed) -> None:
     folder = folder_of(small("study=undisturbed"))
     for name in (checkpoint.NEWEST, checkpoint.PREVIOUS, ".status.json.abcd1234.tmp"):
         (folder / name).write_bytes(b"left")

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
+from torch import Tensor
 from training.test_engines import NORMS, train_in_two_parts
 
 from normlab import runs
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Loaded
-from normlab.training import engines, packing
+from normlab.training import engines, packing, supervision
 from normlab.training.interleaving import Interleaver
 from normlab.training.interrupt import StopRequest
 from normlab.training.run import Resources, train_run
+from normlab.training.supervision import LossCheck
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,10 +84,10 @@ def test_engine_auto_is_a_graph_on_a_gpu_and_its_capture_is_timed(tiny) -> None:
     assert status["capture_seconds"] > 0
 
 
-def test_replays_wait_for_nothing(tiny, monkeypatch) -> None:
-    step = engines.Graphed.step
+def test_replays_and_checks_of_losses_wait_for_nothing(tiny, monkeypatch) -> None:
+    step, failed = engines.Graphed.step, LossCheck.failed
 
-    def strict(engine: engines.Graphed) -> None:
+    def strict_step(engine: engines.Graphed) -> None:
         captured = engine.state == "captured"
         torch.cuda.set_sync_debug_mode("error" if captured else "default")
         try:
@@ -93,7 +95,16 @@ def test_replays_wait_for_nothing(tiny, monkeypatch) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(engines.Graphed, "step", strict)
+    def strict_failed(check: LossCheck, losses: Tensor) -> bool:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return failed(check, losses)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(engines.Graphed, "step", strict_step)
+    monkeypatch.setattr(LossCheck, "failed", strict_failed)
     assert train_run(tiny(*SMALL, "engine=graph"))["state"] == "done"
 
 
@@ -108,7 +119,7 @@ def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, m
         assert one == pytest.approx(other, rel=1e-3)
 
 
-def test_divergence_is_found_at_its_step(tiny) -> None:
+def test_divergence_is_noticed_at_its_step(tiny) -> None:
     """At least at the end of the epoch, by the losses that the replays noted."""
     status = train_run(tiny(*SMALL, "engine=graph", "optimizer.lr=1e30"))
     assert status["state"] == "diverged"

@@ -103,7 +103,7 @@ def test_scales_learn_slowly_where_the_paper_says_so_and_shifts_do_not(make) -> 
     assert {g["role"]: g["lr"] for g in optimizer.param_groups}["scale"] == pytest.approx(0.0005)
 
 
-def test_one_output_linear_and_one_channel_norm_are_told_apart() -> None:
+def test_one_output_linear_and_one_channel_norm_are_distinguished() -> None:
     network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(1, 1))
     assert scalars(network) == {"weight": 4, "bias": 2, "scale": 1, "shift": 1}
 

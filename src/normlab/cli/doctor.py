@@ -1,4 +1,4 @@
-"""`python train.py doctor`: check whether a run can train on this machine, and tell how to mend what it lacks."""
+"""`python train.py doctor`: check whether a run can train on this machine, and show how to mend what it lacks."""
 
 import contextlib
 import ctypes

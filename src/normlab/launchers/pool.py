@@ -277,10 +277,11 @@ class _Pool:
         worker, pack = self._active.pop(future)
         try:
             statuses = future.result()
-        except BrokenProcessPool:
-            worker.close(wait=False)
-            why = "its process was killed, perhaps for want of memory"
-            statuses = [record_end(job.run, State.FAILED, why) | {"out_of_memory": True} for job in pack]
+        except Exception as error:  # of the process: it was killed, or ended before a run began
+            killed = isinstance(error, BrokenProcessPool)
+            why = "its process was killed, perhaps for want of memory" if killed else f"{type(error).__name__}: {error}"
+            facts = {"out_of_memory": killed, "crashed": True}
+            statuses = [record_end(job.run, State.FAILED, why) | facts for job in pack]
         if any(status.get("crashed") for status in statuses):  # a CUDA error, say, spoils its process
             worker.close(wait=False)
         for job, status in zip(pack, statuses, strict=True):

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from normlab import runs
+from normlab.common.errors import first_line
 from normlab.config.schema import LoggerConfig
 from normlab.runs import State
 
@@ -75,8 +76,7 @@ def start_logger(settings: LoggerConfig, run: runs.Run, warn: Callable[[str], No
 
 
 def _off_message(settings: LoggerConfig, error: BaseException) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return f"logger={settings.name} is off for the rest of this run: {type(error).__name__}: {reason}"
+    return f"logger={settings.name} is off for the rest of this run: {type(error).__name__}: {first_line(error)}"
 
 
 class _ThreadedLogger(Logger):

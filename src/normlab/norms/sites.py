@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.common.registry import check_options, options_of, refuse_unknown
 
 # The activations that networks for images have; further arguments of a call are taken to be its defaults.
@@ -128,7 +128,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
     except Exception as error:
         raise UserError(
             f"{type(network).__name__} cannot be traced by torch.fx, so its normalization layers cannot be found:\n"
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}.\n"
+            f"{first_line(error) or type(error).__name__}.\n"
             "Its forward pass must not branch on the values of tensors."
         ) from error
 

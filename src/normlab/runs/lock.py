@@ -50,7 +50,7 @@ class Holder:
     """The process that a claim names.
 
     Attributes:
-        machine: tells apart machines, their reboots, and containers that do not see each other's processes.
+        machine: distinguishes machines, their reboots, and containers that do not see each other's processes.
         started: the process's start in clock ticks since boot, because process numbers are used again; "" if unknown.
         job: the SLURM job that it belongs to, "" if none; `restarts`: how often that had been requeued.
         sign_of_life: seconds since the claim was touched, by the file system's clock.
@@ -107,7 +107,7 @@ def holder(folder: Path) -> Holder | None:
     """Return the process, dead or alive, whose claim is in a run's folder; None without a claim."""
     path = folder / CLAIM
     try:
-        with path.open(encoding="utf-8") as file:  # opening makes an NFS client ask the server
+        with path.open(encoding="utf-8") as file:  # opening makes an NFS client query the server
             text, touched = file.read(), os.fstat(file.fileno()).st_mtime
     except OSError:
         return None

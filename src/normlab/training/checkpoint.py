@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from normlab.common.errors import storage_error
+from normlab.common.errors import first_line, storage_error
 from normlab.runs.files import remove_temporaries, write_atomically
 
 NEWEST, PREVIOUS, INCOMING = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.incoming.pt"
@@ -87,7 +87,7 @@ def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> dict[str, An
                 raise ValueError("it belongs to another run")
             return dict(checkpoint)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error) or type(error).__name__
             warn(f"{path} cannot be used and is left out ({reason}). The run goes on from an earlier state.")
     return None
 

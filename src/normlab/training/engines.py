@@ -10,7 +10,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.config.schema import RMSprop, RunConfig
 from normlab.data.batches import Epoch, Split
 from normlab.training.optimizers import learning_rate, set_learning_rate
@@ -214,7 +214,7 @@ class Graphed(Engine):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             if self.config.engine == "graph":
                 raise UserError(
                     f"engine=graph cannot capture a step of {self.config.model.name} with norm={self.config.norm.name}:"

@@ -12,7 +12,8 @@ from typing import Self
 
 import torch
 
-SLICE = 8  # steps that a run launches on a GPU before it makes way until they are done
+SLICE = 8  # steps that a run launches on a GPU before it makes way
+AHEAD = 2  # slices that the GPU may not have done yet: enough to keep it busy while others launch theirs
 
 
 class Interleaver:
@@ -75,6 +76,7 @@ class PackedInterleaver(Interleaver):
     def __init__(self, lock: FairLock, device: torch.device) -> None:
         self.lock, self.device = lock, device
         self.steps = 0
+        self._slices: deque[torch.Event] = deque()  # the ends of those that the device may not have done yet
         if device.type == "cuda":
             self._generator = torch.cuda.default_generators[device.index]
             self._generator_state = self._generator.clone_state()
@@ -88,20 +90,25 @@ class PackedInterleaver(Interleaver):
         self.lock.release()
 
     def after_step(self) -> None:
-        """Make way for another run: after each step on a CPU, after a slice on a GPU."""
+        """Make way for another run: after each step on a CPU, after a slice on a GPU, until few are left to do."""
         self.steps += 1
         if self.device.type != "cuda":
             self._make_way()
         elif self.steps % SLICE == 0:
-            self.synchronize()
+            self._slices.append(torch.cuda.current_stream().record_event())
+            self._make_way()
+            if len(self._slices) > AHEAD:
+                self._wait_for(self._slices.popleft())
 
     def synchronize(self) -> None:
         """Wait for the run's stream; meanwhile others go on."""
         if self.device.type == "cuda":
-            event = torch.cuda.current_stream().record_event()
+            self._slices.clear()
+            self._wait_for(torch.cuda.current_stream().record_event())
+
+    def _wait_for(self, event: torch.Event) -> None:
+        while not event.query():
             self._make_way()
-            while not event.query():
-                self._make_way()
 
     def _make_way(self) -> None:
         if self.lock.hand_over():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from normlab import runs
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.config.schema import RunConfig
 from normlab.training import checkpoint
 from normlab.training.optimizers import restore_optimizer
@@ -43,7 +43,7 @@ def restore(state: TrainingState, saved: Mapping[str, Any], run: runs.Run) -> No
         restore_optimizer(step.optimizer, saved["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"The network has changed since {run.name} was interrupted: {str(error).splitlines()[0]}\n"
+            f"The network has changed since {run.name} was interrupted: {first_line(error)}\n"
             f"Bring the old one back, or delete {run.folder} to start it anew."
         ) from error
     if state.probes:

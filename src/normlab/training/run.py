@@ -61,33 +61,40 @@ def train_run(
                 checkpoint.remove(run.folder)  # the process that finished it may have been killed before it did
             return status
         checks.check_settings(config, group.world)
-        log = open_log(run.folder, write=group.is_main)
-        logger = loggers.start_logger(config.logger, run, log.warning) if group.is_main else loggers.Logger()
-        try:
-            if group.is_main:
-                group.on_hang(lambda why: print(_recorded(UserError(why), run, log), file=sys.stderr, flush=True))
+        with _open_record(config, run, group, on_status) as recorder:
             started = (runs.read_status(run.folder) or {}).get("started") if run.state != "failed" else None
             on_status(run.write_status("running", started=started or runs.now(), ended=None, error=None))
             with group.shared_errors(), device.stream_for(config, resources.device):
-                return _train(config, Recorder(run, log, logger, on_status), stop, resources, group)
-        except RunBusyError as error:  # taken over: the record is another process's now
-            log.warning("%s", error)
+                return _train(config, recorder, stop, resources, group)
+
+
+@contextlib.contextmanager
+def _open_record(config: RunConfig, run: runs.Run, group: ProcessGroup, on_status: OnStatus) -> Iterator[Recorder]:
+    """Open the record of a run; an error that ends the run is recorded before the record is closed."""
+    log = open_log(run.folder, write=group.is_main)
+    logger = loggers.start_logger(config.logger, run, log.warning) if group.is_main else loggers.Logger()
+    try:
+        if group.is_main:
+            group.on_hang(lambda why: print(_recorded(UserError(why), run, log), file=sys.stderr, flush=True))
+        yield Recorder(run, log, logger, on_status)
+    except RunBusyError as error:  # taken over: the record is another process's now
+        log.warning("%s", error)
+        raise
+    except InterruptedRunError as error:
+        log.info("interrupted by %s", error)
+        run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
+        group.barrier()  # torchrun ends the others when the first has ended: only once all is written
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        recorded = _recorded(error, run, log)
+        if recorded is error:
             raise
-        except InterruptedRunError as error:
-            log.info("interrupted by %s", error)
-            run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
-            group.barrier()  # torchrun ends the others when the first has ended: only once all is written
-            raise
-        except (Exception, KeyboardInterrupt) as error:
-            recorded = _recorded(error, run, log)
-            if recorded is error:
-                raise
-            raise recorded from error
-        finally:
-            group.on_hang(lambda why: None)
-            logger.end()
-            for handler in log.handlers:
-                handler.close()
+        raise recorded from error
+    finally:
+        group.on_hang(lambda why: None)
+        logger.end()
+        for handler in log.handlers:
+            handler.close()
 
 
 def _train(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab import models
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, first_line
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data, Loaded, load
 from normlab.norms import Steps, find_sites, independent_processes
@@ -99,7 +99,7 @@ def build_network(config: RunConfig, data: Data, where: torch.device, group: Pro
         except ValueError as error:
             raise UserError(
                 f"The start that looks at {len(images)} calibration images does not fit {config.model.name} with"
-                f" norm={config.norm.name}:\n{str(error).splitlines()[0]}\n"
+                f" norm={config.norm.name}:\n{first_line(error)}\n"
                 "Use another calibration_images (a norm over one value per channel is undefined), a multiple of"
                 " norm_batch."
             ) from error
@@ -220,6 +220,6 @@ def _does_not_fit(config: RunConfig, data: Data, size: int, setting: str, error:
     last = "" if size in (config.batch, config.eval_batch) else ", the last of an epoch or evaluation,"
     return UserError(
         f"A batch of {size} {images}{last} does not fit {config.model.name} with norm={config.norm.name}:\n"
-        f"{str(error).splitlines()[0]}\n"
+        f"{first_line(error)}\n"
         f"Use {larger}another norm (one over a single value is undefined) or {setting}."
     )

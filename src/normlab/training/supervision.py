@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from normlab.common.errors import InterruptedRunError
 from normlab.training.interrupt import StopRequest
@@ -13,7 +14,7 @@ from normlab.training.record import Recorder
 from normlab.training.state import Stopwatch, TrainingState
 
 T = TypeVar("T")
-HEARTBEAT_SECONDS = 1.0  # between heartbeats, and between checks of the losses, which wait for the device
+HEARTBEAT_SECONDS = 1.0  # between heartbeats, and between checks of the losses
 
 
 class DivergedError(Exception):
@@ -22,6 +23,26 @@ class DivergedError(Exception):
     def __init__(self, step: int, what: str = "the loss") -> None:
         super().__init__(f"{what} of step {step} was not finite")
         self.step = step
+
+
+class LossCheck:
+    """Checks losses without waiting for a GPU, whose result comes with a later check."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._result = torch.zeros((), dtype=torch.bool, pin_memory=self._on_gpu)
+        self._copied: torch.Event | None = None  # the result of the latest check
+
+    def failed(self, losses: Tensor) -> bool:
+        """Return whether the latest check that is over met a loss that is not finite; on a CPU, this check."""
+        if self._copied and not self._copied.query():
+            return False
+        earlier = bool(self._result)
+        self._result.copy_(~torch.isfinite(losses).all(), non_blocking=True)
+        if not self._on_gpu:
+            return bool(self._result)
+        self._copied = torch.cuda.current_stream().record_event()
+        return earlier
 
 
 class Supervisor:
@@ -34,6 +55,7 @@ class Supervisor:
         self.stopwatch = Stopwatch(state.position)
         self._state, self._recorder, self._stop = state, recorder, stop
         self._consensus = state.group.consensus(HEARTBEAT_SECONDS)
+        self._loss_check = LossCheck(state.device)
         self._gathered = 0  # batches of the epoch whose losses are those of all processes
         self._last_heartbeat, self._last_checkpoint = -math.inf, time.monotonic()
 
@@ -69,7 +91,7 @@ class Supervisor:
         )
         if not (heartbeat or checkpoint or stop):
             return
-        if training:
+        if training and (checkpoint or stop or self._diverged()):
             self.gather_losses()
         self.stopwatch.lap(training=training)
         self._recorder.heartbeat(self._state)
@@ -80,6 +102,11 @@ class Supervisor:
             self.stopwatch.lap(training=False)
             self._last_checkpoint = time.monotonic()
         self._last_heartbeat = time.monotonic()
+
+    def _diverged(self) -> bool:
+        """Return whether a loss may not be finite; always, where it takes the other processes to know."""
+        position = self._state.position
+        return self._state.group.world > 1 or self._loss_check.failed(position.losses[: position.batch])
 
     def gather_losses(self) -> None:
         """Sum up over processes what each noted of its shares of batches since last time; waits for the device.

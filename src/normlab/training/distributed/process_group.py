@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from normlab.common.errors import InterruptedRunError, UserError
+from normlab.common.errors import InterruptedRunError, UserError, first_line
 from normlab.training.distributed.processes import Processes
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def join(processes: Processes, device: str) -> Iterator[ProcessGroup]:
     except RuntimeError as error:
         raise UserError(
             f"The {processes.world} processes of this run do not find each other at {processes.host}, port"
-            f" {processes.port}:\n{str(error).splitlines()[0]}\n"
+            f" {processes.port}:\n{first_line(error)}\n"
             "Check that all were started, and that the port is free; MASTER_ADDR and MASTER_PORT name another place."
         ) from error
     try:
