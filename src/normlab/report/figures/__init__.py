@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from normlab.report.analysis.cells import Table
@@ -18,11 +17,11 @@ from normlab.report.figures import accuracy, probe_figures
 from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, common_setting, pages, rows_of, split
 from normlab.report.figures.style import CROWD, DOUBLE, PAPER, SINGLE, Canvas, encode, styles
 from normlab.report.study.load import Study
-from normlab.runs import FINISHED
+from normlab.runs import FINISHED, files
 
 __all__ = ["DOUBLE", "SINGLE", "Canvas", "NamedFigure", "draw", "encode", "styles"]
 
-_CAPTIONS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text())
+_CAPTIONS = files.read_yaml(Path(__file__).with_name("captions.yaml"), files.parse_yaml)
 
 
 class NamedFigure(NamedTuple):
