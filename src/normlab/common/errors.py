@@ -1,8 +1,8 @@
-"""Errors that are a sentence for the user, and the search for the nearest valid word."""
+"""Errors that are a sentence for the user, and the parts that many of them share."""
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -50,3 +50,15 @@ def nearest(word: object, choices: Iterable[object]) -> str | None:
     by_name = {str(option).lower(): str(option) for option in options}
     found = difflib.get_close_matches(str(word).lower(), by_name, n=1, cutoff=0.5)
     return by_name[found[0]] if found else None
+
+
+def did_you_mean(word: object, choices: Iterable[object], before: str = "", after: str = "") -> str:
+    """Return a line that proposes the nearest choice, between `before` and `after`; "" if none is near."""
+    close = nearest(word, choices)
+    return f"\nDid you mean {before}{close}{after}?" if close else ""
+
+
+def listed(words: Sequence[object], most: int, separator: str = ", ") -> str:
+    """Return the first words, and the number of the others: `a, b and 3 more`."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return separator.join(map(str, words[:most])) + more

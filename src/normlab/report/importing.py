@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from normlab import runs
-from normlab.common.errors import UserError, nearest, storage_error
+from normlab.common.errors import UserError, did_you_mean, listed, storage_error
 from normlab.common.installation import command_name
 from normlab.config.schema import DEPTHS, RunConfig
 from normlab.runs import files
@@ -109,7 +109,9 @@ def _is_column(name: str) -> bool:
 
 def _column(name: str) -> str:
     if not _is_column(name):
-        raise UserError(f"normlab has no column {name}.{_meant(name, COLUMNS)}\nExpected one of {', '.join(COLUMNS)}.")
+        raise UserError(
+            f"normlab has no column {name}.{did_you_mean(name, COLUMNS)}\nExpected one of {', '.join(COLUMNS)}."
+        )
     return name
 
 
@@ -117,15 +119,6 @@ def _setting_name(name: str) -> str:
     if name in OF_EVALUATIONS:
         raise UserError(f"{name} is no setting of a run.\nIt is measured at each evaluation: give it a column.")
     return _column(name)
-
-
-def _meant(name: object, choices: Iterable[object], before: str = "", after: str = "") -> str:
-    close = nearest(name, choices)
-    return f"\nDid you mean {before}{close}{after}?" if close else ""
-
-
-def _some(words: Sequence[str], most: int = 12) -> str:
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def _in_order(columns: Any) -> Any:
@@ -218,7 +211,7 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
     for sentence in assumed:
         print(f"Assumed: {sentence}")
     if source.left_out:
-        print(f"Left out: {_some(source.left_out)}.")
+        print(f"Left out: {listed(source.left_out, 12)}.")
     if not new and not changed:
         print("Nothing was changed.")
     print(f"Tables and figures: {command_name('report')} study={study}")
@@ -234,7 +227,7 @@ def _read_csv(path: Path, options: Import) -> _Source:
     try:
         content = path.read_bytes()
     except OSError as error:
-        close = _meant(path, path.parent.glob("*"), "source=")
+        close = did_you_mean(path, path.parent.glob("*"), "source=")
         raise UserError(f"source={path} cannot be read: {error.strerror}.{close}\nExpected {expected}.") from None
     # Not by pandas, to which a row with too few cells is one with empty cells, and which does not number lines.
     table: list[tuple[str, list[str]]] = []
@@ -275,9 +268,9 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
     theirs = {their: our for our, their in (options.columns or {}).items()}
     for their, our in theirs.items():
         if their not in header:
-            close = _meant(their, header, f"columns={{{our}: ", "}")
+            close = did_you_mean(their, header, f"columns={{{our}: ", "}")
             raise UserError(
-                f"columns={{{our}: {their}}}: {name} has no {kind} {their}.{close}\nIts {kind}s: {_some(header)}."
+                f"columns={{{our}: {their}}}: {name} has no {kind} {their}.{close}\nIts {kind}s: {listed(header, 12)}."
             )
     names: list[str] = []
     for column in header:
@@ -289,7 +282,7 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
         elif not ours and not tags and options.ignore != "all":
             raise UserError(
                 f"{name}: normlab has no column {column or UNNAMED}."
-                f"{_meant(column, COLUMNS, 'columns={', f': {column}}}') if column else ''}"
+                f"{did_you_mean(column, COLUMNS, 'columns={', f': {column}}}') if column else ''}"
                 f"\nIf it does not matter, say 'ignore=[\"{column}\"]'; ignore=all leaves out all that have no meaning."
                 f"\nColumns: {', '.join(COLUMNS)}; optimizer.lr, ..."
             )
@@ -301,7 +294,7 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
         names.append(ours)
     if not set(names) & set(MEASURED):
         raise UserError(
-            f"{name} has no measured {kind}.\nIts {kind}s: {_some(header) or 'none that can be read'}.\n"
+            f"{name} has no measured {kind}.\nIts {kind}s: {listed(header, 12) or 'none that can be read'}.\n"
             "Say which one is which: 'columns={test_accuracy: \"val/acc\"}'"
         )
     return names

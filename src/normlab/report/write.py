@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.common.errors import UserError, first_line, nearest
+from normlab.common.errors import UserError, did_you_mean, first_line
 from normlab.common.installation import command_name
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
@@ -185,10 +185,10 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
     if baseline is not None and baseline in set(whole.runs["arm"]) - set(arms):
         yield f"baseline={baseline} is left out of this report, so there is no table of differences."
     elif baseline is not None and baseline not in arms:
-        close = nearest(baseline, arms)
+        hint = did_you_mean(baseline, arms, "baseline=").replace("\n", " ")
         yield (
             f"baseline={baseline} is not an arm of this study, so there is no table of differences. Arms:"
-            f" {', '.join(arms)}." + (f" Did you mean baseline={close}?" if close else "")
+            f" {', '.join(arms)}.{hint}"
         )
     if options.selection:
         yield f"Only {options.selection} is reported; p-values are corrected over what is reported."
