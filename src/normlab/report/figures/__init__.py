@@ -48,7 +48,7 @@ def draw(
 
 def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas: Canvas) -> Iterator[NamedFigure]:
     common = f"{common_setting(study)}. ".removeprefix(". ")
-    theme = Theme(styles(arrange(study, study.runs.dropna(subset=["arm"]))["variant"]), canvas)
+    theme = Theme(styles(arrange(study, study.placed)["variant"]), canvas)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
     words: dict[str, Any] = {"percent": 100 * confidence, "label": metric.label}
     words |= {"compared": metric.full_label.capitalize(), "images": metric.images.capitalize()}

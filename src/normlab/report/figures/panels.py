@@ -48,7 +48,7 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     short: what tells the setting from the study's others, `resnet18, optimizer.lr=0.5`; "" if nothing;
     where: short and norm_batch, where the study varies it; condition: where and batch, likewise.
     """
-    runs = study.runs.dropna(subset=["arm"])
+    runs = study.placed
     words = {setting: setting.split(", ") for setting in runs["setting"].unique()}
     common = common_setting(study).split(", ")
     several_groups = runs["arm"].str.contains("norm_batch=").any()

@@ -36,7 +36,7 @@ def _question_of_experiment(name: str) -> str:
 
 
 def _question_of_arms(study: Study) -> str:
-    placed = study.runs.dropna(subset=["arm"])
+    placed = study.placed
     arms, batches = in_order(placed["arm"]), sorted(placed["batch"].unique())
     settings = sorted(placed["setting"].unique(), key=natural)
     sizes = f" with batches of {', '.join(map(str, batches))}" if batches else ""
@@ -46,8 +46,7 @@ def _question_of_arms(study: Study) -> str:
 
 def run_counts(study: Study, *, zeros: bool = False) -> str:
     """Return the number of runs in each state, as a sentence."""
-    counts = ", ".join(f"{number} {state}" for state, number in study.states().items() if number or zeros)
-    return f"{len(study.runs)} runs: {counts}."
+    return f"{len(study.runs)} runs: {study.counted(zeros=zeros)}."
 
 
 def facts(study: Study) -> list[str]:

@@ -30,7 +30,7 @@ def select(
     Raises:
         UserError: for an entry that the study does not have, with the nearest.
     """
-    placed = study.runs.dropna(subset=["arm"])
+    placed = study.placed
     titles = sorted(set(placed["setting"]), key=natural)
     sizes, numbers = (sorted({int(value) for value in placed[column]}) for column in ("batch", "seed"))
     # By column: option, entries, the values that the study has, and the parts by which one may be meant.
