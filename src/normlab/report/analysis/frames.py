@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from normlab.report.analysis import statistics
 from normlab.report.analysis.metrics import Metric, chance
@@ -66,6 +67,11 @@ def quantities(thresholds: Sequence[float]) -> list[str]:
     """Return the names of what `outcomes` gives of each run."""
     reached = [f"{kind}_to_{threshold:g}" for kind in ("epochs", "seconds") for threshold in thresholds]
     return ["final", "best", "train", "gap", *COST, *reached]
+
+
+def evenly(number: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many of the positions 0 to `number` - 1, evenly from the first to the last."""
+    return np.unique(np.linspace(0, number - 1, min(most, number)).round().astype(int))
 
 
 def column_of(rows: pd.DataFrame, name: str) -> pd.Series:

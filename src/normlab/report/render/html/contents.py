@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jinja2
-import numpy as np
 import pandas as pd
 
 from normlab import runs
 from normlab.report.analysis.cells import Table
-from normlab.report.analysis.frames import CELL, named_rows, outcomes
+from normlab.report.analysis.frames import CELL, evenly, named_rows, outcomes
 from normlab.report.analysis.highlight import CLOSE
 from normlab.report.analysis.metrics import Metric
 from normlab.report.claims.judge import Judgement
@@ -192,7 +191,7 @@ def _curve(rows: pd.DataFrame | None, metric: Metric, axes: dict[tuple[int, ...]
     """Return the evaluations of a run, at most `POINTS`; `axes` numbers the different sequences of epochs."""
     if rows is None or metric.name not in rows:
         return {}
-    kept = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(POINTS, len(rows))).round().astype(int))]
+    kept = rows.iloc[evenly(len(rows), POINTS)]
     epochs = tuple(int(epoch) for epoch in kept["epoch"])
 
     def values(column: str) -> list[float | None]:
