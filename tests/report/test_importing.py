@@ -380,7 +380,7 @@ def test_a_setting_that_is_not_given_is_named_with_an_example_even_if_the_study_
     with pytest.raises(UserError) as error:
         bring("arm,test_accuracy\nmine,0.5\n", set={"model.name": "resnet", "batch": 8})
     assert str(error.value).splitlines() == [
-        "results.csv, line 2 does not say dataset.name, depth, epochs.",
+        "results.csv, line 2 lacks dataset.name, depth, epochs.",
         "Give what holds for all rows: 'set={dataset.name: cifar10, depth: 18, epochs: 20}'; what differs: a column of"
         " that name.",
     ]
@@ -438,7 +438,7 @@ REFUSED = {  # text, settings, and what the sentence has
     "an open quote": ('arm,test_accuracy\n"mine,0.5\n', {}, "results.csv, line 2 cannot be read"),
     "a nul byte": (b"arm,test_accuracy\nmi\0ne,0.5\n", {}, "results.csv, line 2"),
     "no arm": ("seed,test_accuracy\n0,0.5\n", {}, "'set={arm: mine}'"),
-    "an arm that lacks": ("arm,seed,test_accuracy\n,0,0.5\nmine,1,0.5\n", {}, "line 2 does not say arm"),
+    "an arm that lacks": ("arm,seed,test_accuracy\n,0,0.5\nmine,1,0.5\n", {}, "line 2 lacks arm"),
     "a seed that lacks": ("arm,seed,test_accuracy\nmine,,0.5\nmine,1,0.5\n", {}, "line 2 has no seed"),
     "nothing measured": ("arm,seed\nmine,0\n", {}, "has no measured column"),
     "no value": ("arm,seed,test_accuracy\nm,0,\nm,1,0.5\n", {}, "line 2: arm m, seed 0, batch 128"),
@@ -468,7 +468,7 @@ REFUSED = {  # text, settings, and what the sentence has
         "line 3 has neither epoch nor step, and others have one",
     ),
     "an unknown column": ("arm,test_acuracy\nmine,0.5\n", {}, "Did you mean columns={test_accuracy: test_acuracy}?"),
-    "a column without a name": ("arm,,test_accuracy\nmine,1,0.5\n", {}, """say 'ignore=[""]';"""),
+    "a column without a name": ("arm,,test_accuracy\nmine,1,0.5\n", {}, """give 'ignore=[""]';"""),
     "done too early": (
         "arm,seed,epoch,test_loss,state\nm,0,2,1,done\nm,1,3,1,\n",
         {"set": {**WHERE, "epochs": 3}},
@@ -501,7 +501,7 @@ REFUSED = {  # text, settings, and what the sentence has
     "nothing set": (
         ROW,
         {"set": None},
-        "does not say dataset.name, model.name, batch, epochs.\nGive what holds for all",
+        "lacks dataset.name, model.name, batch, epochs.\nGive what holds for all",
     ),
     "a pattern": (ROW, {"pattern": "{arm}"}, "pattern= is about the folders of a source"),
 }
@@ -645,7 +645,7 @@ EVENTS_REFUSED = {  # settings, and what the sentence has
     ),
     "another pattern": (
         {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}_s{seed}"},
-        ["The folder mine/b8_s0 is not as the pattern {arm}_s{seed} says"],
+        ["The folder mine/b8_s0 does not match the pattern {arm}_s{seed}"],
     ),
     "an unknown field": (
         {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arn}/{}"},

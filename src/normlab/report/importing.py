@@ -283,7 +283,7 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
             raise UserError(
                 f"{name}: normlab has no column {column or UNNAMED}."
                 f"{did_you_mean(column, COLUMNS, 'columns={', f': {column}}}') if column else ''}"
-                f"\nIf it does not matter, say 'ignore=[\"{column}\"]'; ignore=all leaves out all that have no meaning."
+                f"\nIf it does not matter, give 'ignore=[\"{column}\"]'; ignore=all leaves out all of them."
                 f"\nColumns: {', '.join(COLUMNS)}; optimizer.lr, ..."
             )
         if ours and (ours in names or ours in (options.set or {})):
@@ -295,7 +295,7 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
     if not set(names) & set(MEASURED):
         raise UserError(
             f"{name} has no measured {kind}.\nIts {kind}s: {listed(header, 12) or 'none that can be read'}.\n"
-            "Say which one is which: 'columns={test_accuracy: \"val/acc\"}'"
+            "Name at least one: 'columns={test_accuracy: \"val/acc\"}'"
         )
     return names
 
@@ -366,7 +366,7 @@ def _of_name(name: str, options: Import) -> dict[str, object]:
     match = re.fullmatch(expression, name)
     if not match:
         raise UserError(
-            f"The folder {name} is not as the pattern {pattern} says.\n"
+            f"The folder {name} does not match the pattern {pattern}.\n"
             "Each {field} stands for a part of its name: arm, seed, a setting such as batch; {} for what means nothing."
         )
     return {field: text for field, text in zip(parts[1::2], match.groups(), strict=True) if field}
@@ -437,13 +437,13 @@ def _need_settings(settings: Mapping[str, Any], place: str) -> None:
     if missing:
         example = ", ".join(f"{key}: {EXAMPLES[key]}" for key in missing)
         raise UserError(
-            f"{place} does not say {', '.join(missing)}.\n"
+            f"{place} lacks {', '.join(missing)}.\n"
             f"Give what holds for all rows: 'set={{{example}}}'; what differs: a column of that name."
         )
 
 
 def _scale(rows: pd.DataFrame, *, percent: bool) -> None:
-    """Make accuracies shares of 1; refuse those that look as if `percent` were the other way round."""
+    """Make accuracies shares of 1; refuse those that fit the other `percent`."""
     for column in ACCURACIES:
         values = rows[column].dropna()
         wrong = values[(values > 100) | ((values > 0) & (values < 1) if percent else values > 1)]
@@ -463,15 +463,15 @@ def _time(rows: pd.DataFrame, options: Import) -> None:
     if rows["epoch"].eq(0).any() and options.first_epoch is None:
         raise UserError(
             f"{rows.index[rows['epoch'].eq(0)][0]} is of epoch 0.\n"
-            "If the first epoch is called 0, say first_epoch=0: every epoch then counts one more.\n"
-            "If epoch 0 is before training and the first is called 1, say first_epoch=1."
+            "If the first epoch is called 0, give first_epoch=0: every epoch then counts one more.\n"
+            "If epoch 0 is before training and the first is called 1, give first_epoch=1."
         )
     rows["epoch"] += options.first_epoch == 0
     in_steps = rows["epoch"].isna() & rows["step"].notna()
     if in_steps.any() and not per_epoch:
         raise UserError(
-            f"{rows.index[in_steps][0]} says its step, and not its epoch.\n"
-            "Say how many steps an epoch has, steps_per_epoch=..., or give it a column epoch."
+            f"{rows.index[in_steps][0]} has a step, and no epoch.\n"
+            "Give the number of steps of an epoch, steps_per_epoch=..., or a column epoch."
         )
     alone = in_steps.groupby(rows["run"]).transform("all")
     rows["last_step"] = rows["step"].where(alone).groupby(rows["alike"]).transform("max")
@@ -493,7 +493,7 @@ def _evaluations(rows: pd.DataFrame, per_epoch: int | None, assumed: list[str]) 
     """Return the rows of metrics.jsonl, one per epoch: the last measured values of each column."""
     last = rows.sort_values("step", kind="stable", na_position="first").groupby("epoch").last()
     if last["step"].isna().any() and not per_epoch:
-        assumed.append("one step per epoch, as nothing says how many; it matters to axes of figures only.")
+        assumed.append("one step per epoch, as their number is not given; it matters to axes of figures only.")
     last["step"] = last["step"].fillna(pd.Series(last.index * (per_epoch or 1), last.index))
     whole = zip(last.index.astype(int), last["step"].astype(int), _present(last[[*MEASURED]]), strict=True)
     return [{"epoch": int(epoch), "step": int(step), **values} for epoch, step, values in whole]
@@ -520,8 +520,8 @@ def _state(rows: pd.DataFrame, evaluations: Sequence[Mapping[str, Any]], title: 
         wrong = f"has no {missing[0] if missing else 'measured value'} at its last epoch, {end['epoch']}"
     if wrong:
         raise UserError(
-            f"{title} {wrong}.\nRuns are compared by their last evaluation, at epoch epochs. If a run diverged, say so:"
-            " a column state with diverged; if it was cut short, leave its state empty."
+            f"{title} {wrong}.\nRuns are compared by their last evaluation, at epoch epochs. If a run diverged, give"
+            " it the state diverged; if it was cut short, leave its state empty."
         )
     if stated == "diverged":
         return "diverged"

@@ -1,7 +1,7 @@
 """The cells of a table: the text for a reader, the number to sort by, and the runs that they are of.
 
-The texts are made from the rows of a tidy frame, whose columns `frames` describes. How a cell looks in Markdown, LaTeX,
-HTML or a terminal is the business of `report.render`.
+The texts are made from the rows of a tidy frame, whose columns `frames` describes. `report.render` formats a cell as
+Markdown, LaTeX, HTML or terminal text.
 """
 
 import math

@@ -232,7 +232,7 @@ def by_condition(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figur
 
 
 def _differ_by_a_number(conditions: Sequence[str]) -> bool:
-    """Return whether one number is all that tells them apart, as the depths of a network."""
+    """Return whether they differ in one number only, as the depths of a network do."""
     alike = len({re.sub(NUMBER, "0", condition) for condition in conditions}) == 1
     numbers = zip(*(re.findall(NUMBER, condition) for condition in conditions), strict=False)
     return alike and sum(len(set(values)) > 1 for values in numbers) == 1

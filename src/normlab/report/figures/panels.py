@@ -44,7 +44,7 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows (with setting, arm, batch) and their place in figures, which show conditions side by side.
 
     variant: the arm without its norm_batch; norm_batch: nan for the whole batch;
-    short: what tells the setting from the study's others, `resnet18, optimizer.lr=0.5`; "" if nothing;
+    short: the words of the setting that the study's others lack, `resnet18, optimizer.lr=0.5`; "" if nothing;
     where: short and norm_batch, where the study varies it; condition: where and batch, likewise.
     """
     runs = study.placed
