@@ -98,22 +98,17 @@ def test_imported_arms_stand_in_one_table_with_the_study_s_own(bring, add_run, s
     found = load(study)
     assert found.runs["setting"].unique().tolist() == ["digits, resnet18"]
     assert means(study) == pytest.approx({("bn", 8): 90.0, ("bn", 32): 90.0, ("mine", 8): 55.0, ("mine", 32): 70.0})
-    assert all(
-        "optimizer" not in run.config for run in of(found, "mine", 8)
-    )  # what the source does not say is not known
-    assert of(found, "mine", 8)[0].provenance["imported"]["source"] == "results.csv"
+    made = of(found, "mine", 8)
+    assert len(made) == 2
+    assert all("optimizer" not in found.configs[run] for run in made)  # what the source lacks stays unknown
+    assert found.provenance[made[0]]["imported"]["source"] == "results.csv"
     page = report.build("study", study.parent, OPTIONS)  # with its figures
     assert "Arm mine: 3 runs were made elsewhere and imported from results.csv" in page.read_text()
 
 
-class Found:
-    def __init__(self, study, run):
-        self.config, self.provenance = study.configs[run], study.provenance[run]
-
-
-def of(study, arm: str, batch: int) -> list[Found]:
-    chosen = study.runs[(study.runs["arm"] == arm) & (study.runs["batch"] == batch) & (study.runs["run"] != "")]
-    return [Found(study, run) for run in chosen["run"]]
+def of(study, arm: str, batch: int) -> list[str]:
+    """The names of the runs of a cell."""
+    return list(study.finished.query("arm == @arm and batch == @batch")["run"])
 
 
 def test_an_imported_arm_of_a_known_name_is_told_apart_from_the_trained_one(bring, add_run, study):
@@ -375,6 +370,22 @@ def test_an_imported_run_stands_where_the_trained_ones_are_that_have_its_setting
     assert {setting.rpartition("=")[2] for setting in load(study).runs["setting"]} == {"0.1", "0.2", "0.3"}
 
 
+def test_imported_runs_that_differ_in_a_given_setting_are_never_in_one_cell(bring, add_run, study):
+    """Whether the trained runs have that setting, lack it, or differ in one that the import does not give."""
+    add_run("bn", 8, optimizer__weight_decay=0.1)
+    rows = "mine,0.5,0.1,9\nmine,0.6,0.2,9\nmine,0.7,0.1,8\n"
+    bring(f"arm,test_accuracy,optimizer.weight_decay,schedule.power\n{rows}", set=DIGITS)
+    found = load(study).finished
+    assert len(found) == 4
+    assert found["setting"].nunique() == 4
+    bring("arm,test_accuracy\nother,0.5\n", name="other.csv", set=DIGITS)
+    found = load(study).finished.set_index("arm")["setting"]
+    assert found["other"] == found["bn"]  # all that it does not give is that of the only trained run
+    add_run("bn", 8, optimizer__weight_decay=0.3)
+    found = load(study).finished.set_index("arm")["setting"]
+    assert found["other"] not in {*found["bn"], *found["mine"]}  # trained runs differ in what it does not give
+
+
 def test_a_setting_that_is_not_given_is_named_with_an_example_even_if_the_study_s_runs_have_one(bring, add_run, study):
     add_run("bn", 8)
     with pytest.raises(UserError) as error:
@@ -388,10 +399,10 @@ def test_a_setting_that_is_not_given_is_named_with_an_example_even_if_the_study_
 
 def test_the_depth_of_a_network_that_has_one_size_need_not_be_given(bring, study):
     bring("arm,test_accuracy,dataset.name,model.name,batch,epochs\nmine,0.5,cifar10,vit,8,3\n")
-    (made,) = of(load(study), "mine", 8)
-    assert made.config["dataset"] == {"name": "cifar10"}
-    assert made.config["model"] == {"name": "vit"}
-    assert made.config["depth"] is None
+    found = load(study)
+    (made,) = of(found, "mine", 8)
+    settings = {key: found.configs[made][key] for key in ("dataset", "model", "depth")}
+    assert settings == {"dataset": {"name": "cifar10"}, "model": {"name": "vit"}, "depth": None}
 
 
 def test_verdicts_use_no_imported_run(bring, add_run, study):
