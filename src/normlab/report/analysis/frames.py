@@ -104,7 +104,7 @@ def counts(runs: pd.DataFrame) -> pd.DataFrame:
     ranked = [*sorted(placed["setting"].unique(), key=natural), *in_order(placed["arm"])]
     rank = {name: position for position, name in enumerate(ranked)}
     state = placed["state"].where(placed["state"].isin(FINISHED), "missing")
-    table = pd.crosstab([placed[key] for key in CELL], state).reindex(columns=COUNTS, fill_value=0)
+    table = placed.groupby([*CELL, state]).size().unstack(fill_value=0).reindex(columns=COUNTS, fill_value=0)
     table = table.sort_index(key=lambda level: level if level.name == "batch" else level.map(rank))
     return table.rename_axis(columns=None).reset_index()
 
