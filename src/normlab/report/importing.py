@@ -33,7 +33,8 @@ from pydantic import (
 from normlab import runs
 from normlab.common.errors import UserError, did_you_mean, listed, storage_error
 from normlab.common.installation import command_name
-from normlab.config.schema import DEPTHS, RunConfig
+from normlab.common.sentences import sentence
+from normlab.config.schema import DEPTHS, RunConfig, StudyName
 from normlab.runs import files
 from normlab.runs.folder import CONFIG, STATUS
 from normlab.runs.identity import CARRIED_OUT, FORMAT
@@ -53,7 +54,6 @@ _RESERVED = ("norm.name", "norm.imported", "dataset.path", "dataset.workers")
 _OTHERS = RunConfig.model_fields.keys() - {"probe", "seed", *COUNTS, *_GROUPS, *CARRIED_OUT}
 COLUMNS = ("arm", "seed", *OF_EVALUATIONS, *COUNTS, *sorted(_OTHERS), "dataset.name", "model.name")
 _BLANKS = ("", "na", "n/a", "none", "null", "-", "--")  # of a column of numbers: not measured
-_STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*")
 
 
 def _label(value: object) -> str:
@@ -137,6 +137,7 @@ class Import(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    study: StudyName
     source: str = Field(description="a CSV file, or a folder with TensorBoard's event files: source=results.csv")
     columns: Annotated[dict[_Column, str] | None, BeforeValidator(_in_order)] = Field(
         None, description="pairs: 'columns={test_accuracy: val_acc}'"
@@ -179,21 +180,20 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
     Raises:
         UserError: for a source that cannot be read or lacks something, and for runs that are there with other values.
     """
-    if not _STUDY.fullmatch(str(study)):
-        raise UserError(
-            f"study={study} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
-        )
     try:
-        options = Import.model_validate(settings)
+        options = Import.model_validate({**settings, "study": study})
     except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if name == "study":
+            raise UserError(sentence(first, {})) from None
         value = "null" if settings[name] is None else settings[name]
         raise UserError(f"{name}={value} is not valid: expected {Import.model_fields[name].description}.") from None
-    folder = Path(output_dir) / str(study)
+    folder = Path(output_dir) / options.study
     path = Path(options.source)
     path = path if path.name else path.absolute()  # "." has no name to print
     source = _read_events(path, options) if path.is_dir() else _read_csv(path, options)
-    made, assumed = _runs(source, path.name, str(study), options)
+    made, assumed = _runs(source, path.name, options)
     new = [run for run in made if not (folder / run.name).exists()]
     changed = [run for run in made if run not in new and _differs(run, folder / run.name, path.name)]
     if changed and not options.replace:
@@ -207,14 +207,14 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
         print(folder)
         return
     counts = f"{len(new)} new, {len(changed)} replaced, {len(made) - len(new) - len(changed)} there already"
-    print(f"{path.name}: {len(made)} run{'s' * (len(made) != 1)} for study {study}: {counts}.")
-    for sentence in assumed:
-        print(f"Assumed: {sentence}")
+    print(f"{path.name}: {len(made)} run{'s' * (len(made) != 1)} for study {options.study}: {counts}.")
+    for assumption in assumed:
+        print(f"Assumed: {assumption}")
     if source.left_out:
         print(f"Left out: {listed(source.left_out, 12)}.")
     if not new and not changed:
         print("Nothing was changed.")
-    print(f"Tables and figures: {command_name('report')} study={study}")
+    print(f"Tables and figures: {command_name('report')} study={options.study}")
 
 
 # ---- reading
@@ -400,7 +400,7 @@ def _present(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items() if value == value} for row in rows]  # nan is not itself
 
 
-def _runs(source: _Source, name: str, study: str, options: Import) -> tuple[list[_Made], list[str]]:
+def _runs(source: _Source, name: str, options: Import) -> tuple[list[_Made], list[str]]:
     """Return the runs of a source, and sentences about what was assumed."""
     table = _checked(source.table)
     given = _present(_checked(pd.DataFrame([options.set or {}], ["set="], dtype=object)))[0]
@@ -423,7 +423,7 @@ def _runs(source: _Source, name: str, study: str, options: Import) -> tuple[list
         title = ", ".join(f"{key} {value}" for key, value in {"arm": row["arm"], "seed": row["seed"], **row}.items())
         evaluations = _evaluations(of_run, options.steps_per_epoch, assumed)
         state = _state(of_run, evaluations, f"{of_run.index[-1]}: {title}", assumed)
-        run = _make(row, evaluations, state, study)
+        run = _make(row, evaluations, state, options.study)
         if run.name in made:
             raise UserError(f"{of_run.index[-1]}: {title} is the same run as another one of {name}.\nRemove one.")
         made[run.name] = run
