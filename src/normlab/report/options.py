@@ -105,7 +105,7 @@ class Options:
     def _refuse(self, name: str, expected: str, choices: Sequence[str] = ()) -> NoReturn:
         given = getattr(self, name)
         hint = did_you_mean(given, choices, f"{name}=")
-        raise UserError(f"{name}={given} is not valid: expected {expected}{hint}") from None
+        raise UserError(f"{name}={given} is not valid: expected {expected}{hint}")
 
     @property
     def selection(self) -> str:

@@ -64,20 +64,6 @@ class Table:
         """Return rows that name the runs that it is of, as `provenance.provenance_of` takes them."""
         return self.tidy if self.runs is None else pd.DataFrame({"run": self.runs}, dtype=object)
 
-    @property
-    def texts(self) -> dict[str, pd.DataFrame]:
-        """Return the rows as one frame of texts per setting; a cell that a row lacks is dashes."""
-        return self.frames(lambda cell: cell.text)
-
-    def frames(self, text: Callable[[TableCell], str]) -> dict[str, pd.DataFrame]:
-        """Return the same with each cell's text as `text` has it."""
-        return {
-            setting: pd.DataFrame([{heading: text(cell) for heading, cell in row.items()} for row in rows]).fillna(
-                NOTHING
-            )
-            for setting, rows in self.rows.items()
-        }
-
 
 def p_text(p: float, equals: str = "") -> str:
     """Return `0.012`, `< 0.001`, or dashes; `equals` stands before a number."""

@@ -16,11 +16,11 @@ from normlab.report.analysis.frames import outcomes
 from normlab.report.analysis.metrics import Metric
 from normlab.report.figures import accuracy, probe_figures
 from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, common_setting, paged, split
-from normlab.report.figures.style import CROWD, DOUBLE, PAPER, SINGLE, Canvas, encode, styles
+from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, styles
 from normlab.report.study.load import Study
 from normlab.runs import FINISHED, files
 
-__all__ = ["DOUBLE", "SINGLE", "Canvas", "NamedFigure", "draw", "encode", "styles"]
+__all__ = ["Canvas", "NamedFigure", "draw", "encode", "styles"]
 
 _CAPTIONS = files.read_yaml(Path(__file__).with_name("captions.yaml"), files.parse_yaml)
 

@@ -19,7 +19,7 @@ from normlab.report.study.columns import Columns, tidy
 from normlab.report.study.find import holds_runs, study_folder
 from normlab.report.study.index import Index
 from normlab.runs import lock
-from normlab.runs.states import FINISHED, STALE_SECONDS, State
+from normlab.runs.states import FINISHED, RECORDED, STALE_SECONDS, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
 
@@ -216,7 +216,7 @@ class _Records:
     def _check(self, path: Path, row: dict[str, Any]) -> None:
         """Mark a run of an unknown state, and one whose last evaluation is missing."""
         measured = self.evaluations[path.name]
-        if row["state"] not in STATES:
+        if row["state"] not in RECORDED:
             row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
             row["state"] = State.UNREADABLE
         if row["state"] == "done" and (not measured or measured["epoch"][-1] != row["epochs"]):
