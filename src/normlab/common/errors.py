@@ -1,8 +1,8 @@
-"""Errors that are a sentence for the user, and the search for the nearest valid word."""
+"""Errors that are a sentence for the user, and the parts that many of them share."""
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -52,6 +52,18 @@ def nearest(word: object, choices: Iterable[object]) -> str | None:
     return by_name[found[0]] if found else None
 
 
+def did_you_mean(word: object, choices: Iterable[object], before: str = "", after: str = "") -> str:
+    """Return a line that proposes the nearest choice, between `before` and `after`; "" if none is near."""
+    close = nearest(word, choices)
+    return f"\nDid you mean {before}{close}{after}?" if close else ""
+
+
+def listed(words: Sequence[object], most: int, separator: str = ", ") -> str:
+    """Return the first words, and the number of the others: `a, b and 3 more`."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return separator.join(map(str, words[:most])) + more
+
+
 def as_typed(value: object) -> object:
     """Return a value as one writes it on the command line."""
     if value is None:
@@ -62,6 +74,5 @@ def as_typed(value: object) -> object:
 def not_one_of(path: str, value: object, choices: Iterable[str]) -> str:
     """Return the sentence for a setting whose value is none of its `choices`."""
     options = list(choices)
-    close = nearest(value, options)
-    text = f"{path}={as_typed(value)} is not valid: expected one of {', '.join(options)}."
-    return text + (f"\nDid you mean {path}={close}?" if close else "")
+    expected = f"{path}={as_typed(value)} is not valid: expected one of {', '.join(options)}."
+    return expected + did_you_mean(value, options, f"{path}=")

@@ -77,6 +77,9 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 UnitInterval = Annotated[Number, Field(gt=0, le=1)]
 Name = Annotated[str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+StudyName = Annotated[
+    str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$")
+]
 
 
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -468,9 +471,7 @@ LoggerConfig = Annotated[NoLogger | TensorBoardLogger | MLflowLogger | WandbLogg
 class RunConfig(_Section):
     """Everything about one run: one training, one seed."""
 
-    study: Annotated[
-        str, BeforeValidator(_text), Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*$")
-    ]
+    study: StudyName
     experiment: Name | None
     budget: Literal["smoke", "laptop", "paper"] | None
     seed: Whole = Field(examples=[0])

@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,9 +31,10 @@ from pydantic import (
 )
 
 from normlab import runs
-from normlab.common.errors import UserError, nearest, storage_error
+from normlab.common.errors import UserError, did_you_mean, listed, storage_error
 from normlab.common.installation import command_name
-from normlab.config.schema import DEPTHS, RunConfig
+from normlab.common.sentences import sentence
+from normlab.config.schema import DEPTHS, RunConfig, StudyName
 from normlab.runs import files
 from normlab.runs.folder import CONFIG, STATUS
 from normlab.runs.identity import CARRIED_OUT, FORMAT
@@ -53,7 +54,6 @@ _RESERVED = ("norm.name", "norm.imported", "dataset.path", "dataset.workers")
 _OTHERS = RunConfig.model_fields.keys() - {"probe", "seed", *COUNTS, *_GROUPS, *CARRIED_OUT}
 COLUMNS = ("arm", "seed", *OF_EVALUATIONS, *COUNTS, *sorted(_OTHERS), "dataset.name", "model.name")
 _BLANKS = ("", "na", "n/a", "none", "null", "-", "--")  # of a column of numbers: not measured
-_STUDY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9][A-Za-z0-9_.+-]*)*")
 
 
 def _label(value: object) -> str:
@@ -109,7 +109,9 @@ def _is_column(name: str) -> bool:
 
 def _column(name: str) -> str:
     if not _is_column(name):
-        raise UserError(f"normlab has no column {name}.{_meant(name, COLUMNS)}\nExpected one of {', '.join(COLUMNS)}.")
+        raise UserError(
+            f"normlab has no column {name}.{did_you_mean(name, COLUMNS)}\nExpected one of {', '.join(COLUMNS)}."
+        )
     return name
 
 
@@ -117,15 +119,6 @@ def _setting_name(name: str) -> str:
     if name in OF_EVALUATIONS:
         raise UserError(f"{name} is no setting of a run.\nIt is measured at each evaluation: give it a column.")
     return _column(name)
-
-
-def _meant(name: object, choices: Iterable[object], before: str = "", after: str = "") -> str:
-    close = nearest(name, choices)
-    return f"\nDid you mean {before}{close}{after}?" if close else ""
-
-
-def _some(words: Sequence[str], most: int = 12) -> str:
-    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def _in_order(columns: Any) -> Any:
@@ -144,6 +137,7 @@ class Import(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    study: StudyName
     source: str = Field(description="a CSV file, or a folder with TensorBoard's event files: source=results.csv")
     columns: Annotated[dict[_Column, str] | None, BeforeValidator(_in_order)] = Field(
         None, description="pairs: 'columns={test_accuracy: val_acc}'"
@@ -186,21 +180,20 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
     Raises:
         UserError: for a source that cannot be read or lacks something, and for runs that are there with other values.
     """
-    if not _STUDY.fullmatch(str(study)):
-        raise UserError(
-            f"study={study} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
-        )
     try:
-        options = Import.model_validate(settings)
+        options = Import.model_validate({**settings, "study": study})
     except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        if name == "study":
+            raise UserError(sentence(first, {})) from None
         value = "null" if settings[name] is None else settings[name]
         raise UserError(f"{name}={value} is not valid: expected {Import.model_fields[name].description}.") from None
-    folder = Path(output_dir) / str(study)
+    folder = Path(output_dir) / options.study
     path = Path(options.source)
     path = path if path.name else path.absolute()  # "." has no name to print
     source = _read_events(path, options) if path.is_dir() else _read_csv(path, options)
-    made, assumed = _runs(source, path.name, str(study), options)
+    made, assumed = _runs(source, path.name, options)
     new = [run for run in made if not (folder / run.name).exists()]
     changed = [run for run in made if run not in new and _differs(run, folder / run.name, path.name)]
     if changed and not options.replace:
@@ -214,14 +207,14 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
         print(folder)
         return
     counts = f"{len(new)} new, {len(changed)} replaced, {len(made) - len(new) - len(changed)} there already"
-    print(f"{path.name}: {len(made)} run{'s' * (len(made) != 1)} for study {study}: {counts}.")
-    for sentence in assumed:
-        print(f"Assumed: {sentence}")
+    print(f"{path.name}: {len(made)} run{'s' * (len(made) != 1)} for study {options.study}: {counts}.")
+    for assumption in assumed:
+        print(f"Assumed: {assumption}")
     if source.left_out:
-        print(f"Left out: {_some(source.left_out)}.")
+        print(f"Left out: {listed(source.left_out, 12)}.")
     if not new and not changed:
         print("Nothing was changed.")
-    print(f"Tables and figures: {command_name('report')} study={study}")
+    print(f"Tables and figures: {command_name('report')} study={options.study}")
 
 
 # ---- reading
@@ -234,7 +227,7 @@ def _read_csv(path: Path, options: Import) -> _Source:
     try:
         content = path.read_bytes()
     except OSError as error:
-        close = _meant(path, path.parent.glob("*"), "source=")
+        close = did_you_mean(path, path.parent.glob("*"), "source=")
         raise UserError(f"source={path} cannot be read: {error.strerror}.{close}\nExpected {expected}.") from None
     # Not by pandas, to which a row with too few cells is one with empty cells, and which does not number lines.
     table: list[tuple[str, list[str]]] = []
@@ -275,9 +268,9 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
     theirs = {their: our for our, their in (options.columns or {}).items()}
     for their, our in theirs.items():
         if their not in header:
-            close = _meant(their, header, f"columns={{{our}: ", "}")
+            close = did_you_mean(their, header, f"columns={{{our}: ", "}")
             raise UserError(
-                f"columns={{{our}: {their}}}: {name} has no {kind} {their}.{close}\nIts {kind}s: {_some(header)}."
+                f"columns={{{our}: {their}}}: {name} has no {kind} {their}.{close}\nIts {kind}s: {listed(header, 12)}."
             )
     names: list[str] = []
     for column in header:
@@ -289,8 +282,8 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
         elif not ours and not tags and options.ignore != "all":
             raise UserError(
                 f"{name}: normlab has no column {column or UNNAMED}."
-                f"{_meant(column, COLUMNS, 'columns={', f': {column}}}') if column else ''}"
-                f"\nIf it does not matter, say 'ignore=[\"{column}\"]'; ignore=all leaves out all that have no meaning."
+                f"{did_you_mean(column, COLUMNS, 'columns={', f': {column}}}') if column else ''}"
+                f"\nIf it does not matter, give 'ignore=[\"{column}\"]'; ignore=all leaves out all of them."
                 f"\nColumns: {', '.join(COLUMNS)}; optimizer.lr, ..."
             )
         if ours and (ours in names or ours in (options.set or {})):
@@ -301,8 +294,8 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
         names.append(ours)
     if not set(names) & set(MEASURED):
         raise UserError(
-            f"{name} has no measured {kind}.\nIts {kind}s: {_some(header) or 'none that can be read'}.\n"
-            "Say which one is which: 'columns={test_accuracy: \"val/acc\"}'"
+            f"{name} has no measured {kind}.\nIts {kind}s: {listed(header, 12) or 'none that can be read'}.\n"
+            "Name at least one: 'columns={test_accuracy: \"val/acc\"}'"
         )
     return names
 
@@ -373,7 +366,7 @@ def _of_name(name: str, options: Import) -> dict[str, object]:
     match = re.fullmatch(expression, name)
     if not match:
         raise UserError(
-            f"The folder {name} is not as the pattern {pattern} says.\n"
+            f"The folder {name} does not match the pattern {pattern}.\n"
             "Each {field} stands for a part of its name: arm, seed, a setting such as batch; {} for what means nothing."
         )
     return {field: text for field, text in zip(parts[1::2], match.groups(), strict=True) if field}
@@ -407,7 +400,7 @@ def _present(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items() if value == value} for row in rows]  # nan is not itself
 
 
-def _runs(source: _Source, name: str, study: str, options: Import) -> tuple[list[_Made], list[str]]:
+def _runs(source: _Source, name: str, options: Import) -> tuple[list[_Made], list[str]]:
     """Return the runs of a source, and sentences about what was assumed."""
     table = _checked(source.table)
     given = _present(_checked(pd.DataFrame([options.set or {}], ["set="], dtype=object)))[0]
@@ -430,7 +423,7 @@ def _runs(source: _Source, name: str, study: str, options: Import) -> tuple[list
         title = ", ".join(f"{key} {value}" for key, value in {"arm": row["arm"], "seed": row["seed"], **row}.items())
         evaluations = _evaluations(of_run, options.steps_per_epoch, assumed)
         state = _state(of_run, evaluations, f"{of_run.index[-1]}: {title}", assumed)
-        run = _make(row, evaluations, state, study)
+        run = _make(row, evaluations, state, options.study)
         if run.name in made:
             raise UserError(f"{of_run.index[-1]}: {title} is the same run as another one of {name}.\nRemove one.")
         made[run.name] = run
@@ -444,13 +437,13 @@ def _need_settings(settings: Mapping[str, Any], place: str) -> None:
     if missing:
         example = ", ".join(f"{key}: {EXAMPLES[key]}" for key in missing)
         raise UserError(
-            f"{place} does not say {', '.join(missing)}.\n"
+            f"{place} lacks {', '.join(missing)}.\n"
             f"Give what holds for all rows: 'set={{{example}}}'; what differs: a column of that name."
         )
 
 
 def _scale(rows: pd.DataFrame, *, percent: bool) -> None:
-    """Make accuracies shares of 1; refuse those that look as if `percent` were the other way round."""
+    """Make accuracies shares of 1; refuse those that fit the other `percent`."""
     for column in ACCURACIES:
         values = rows[column].dropna()
         wrong = values[(values > 100) | ((values > 0) & (values < 1) if percent else values > 1)]
@@ -470,15 +463,15 @@ def _time(rows: pd.DataFrame, options: Import) -> None:
     if rows["epoch"].eq(0).any() and options.first_epoch is None:
         raise UserError(
             f"{rows.index[rows['epoch'].eq(0)][0]} is of epoch 0.\n"
-            "If the first epoch is called 0, say first_epoch=0: every epoch then counts one more.\n"
-            "If epoch 0 is before training and the first is called 1, say first_epoch=1."
+            "If the first epoch is called 0, give first_epoch=0: every epoch then counts one more.\n"
+            "If epoch 0 is before training and the first is called 1, give first_epoch=1."
         )
     rows["epoch"] += options.first_epoch == 0
     in_steps = rows["epoch"].isna() & rows["step"].notna()
     if in_steps.any() and not per_epoch:
         raise UserError(
-            f"{rows.index[in_steps][0]} says its step, and not its epoch.\n"
-            "Say how many steps an epoch has, steps_per_epoch=..., or give it a column epoch."
+            f"{rows.index[in_steps][0]} has a step, and no epoch.\n"
+            "Give the number of steps of an epoch, steps_per_epoch=..., or a column epoch."
         )
     alone = in_steps.groupby(rows["run"]).transform("all")
     rows["last_step"] = rows["step"].where(alone).groupby(rows["alike"]).transform("max")
@@ -500,7 +493,7 @@ def _evaluations(rows: pd.DataFrame, per_epoch: int | None, assumed: list[str]) 
     """Return the rows of metrics.jsonl, one per epoch: the last measured values of each column."""
     last = rows.sort_values("step", kind="stable", na_position="first").groupby("epoch").last()
     if last["step"].isna().any() and not per_epoch:
-        assumed.append("one step per epoch, as nothing says how many; it matters to axes of figures only.")
+        assumed.append("one step per epoch, as their number is not given; it matters to axes of figures only.")
     last["step"] = last["step"].fillna(pd.Series(last.index * (per_epoch or 1), last.index))
     whole = zip(last.index.astype(int), last["step"].astype(int), _present(last[[*MEASURED]]), strict=True)
     return [{"epoch": int(epoch), "step": int(step), **values} for epoch, step, values in whole]
@@ -527,8 +520,8 @@ def _state(rows: pd.DataFrame, evaluations: Sequence[Mapping[str, Any]], title: 
         wrong = f"has no {missing[0] if missing else 'measured value'} at its last epoch, {end['epoch']}"
     if wrong:
         raise UserError(
-            f"{title} {wrong}.\nRuns are compared by their last evaluation, at epoch epochs. If a run diverged, say so:"
-            " a column state with diverged; if it was cut short, leave its state empty."
+            f"{title} {wrong}.\nRuns are compared by their last evaluation, at epoch epochs. If a run diverged, give"
+            " it the state diverged; if it was cut short, leave its state empty."
         )
     if stated == "diverged":
         return "diverged"

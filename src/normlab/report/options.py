@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, did_you_mean, listed
 from normlab.common.installation import CONF
 from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
 from normlab.runs import files
@@ -100,14 +100,12 @@ class Options:
 
         if not isinstance(style, str) or not (style in library or Path(style).is_file()):
             expected = "a style of matplotlib or the path of an .mplstyle file."
-            styles = f"\nStyles: {', '.join(available[:6])} and {len(available) - 6} more."
-            self._refuse("figure_style", expected + styles, available)
+            self._refuse("figure_style", f"{expected}\nStyles: {listed(available, 6)}.", available)
 
     def _refuse(self, name: str, expected: str, choices: Sequence[str] = ()) -> NoReturn:
         given = getattr(self, name)
-        close = nearest(given, choices)
-        hint = f"\nDid you mean {name}={close}?" if close else ""
-        raise UserError(f"{name}={given} is not valid: expected {expected}{hint}") from None
+        hint = did_you_mean(given, choices, f"{name}=")
+        raise UserError(f"{name}={given} is not valid: expected {expected}{hint}")
 
     @property
     def selection(self) -> str:
@@ -126,9 +124,6 @@ def options(**changes: Any) -> Options:
     names = [field.name for field in fields(Options)]
     for name in changes:
         if name not in names:
-            close = nearest(name, names)
-            raise UserError(
-                f"{name}: there is no such option of a report."
-                + (f"\nDid you mean {close}?" if close else f"\nExpected: {', '.join(names)}.")
-            )
+            hint = did_you_mean(name, names) or f"\nExpected: {', '.join(names)}."
+            raise UserError(f"{name}: there is no such option of a report.{hint}")
     return Options(**{name: menu[name] for name in names} | changes)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.common.errors import UserError, first_line, nearest
+from normlab.common.errors import UserError, did_you_mean, first_line
 from normlab.common.installation import command_name
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
@@ -24,7 +24,6 @@ from normlab.report.study.provenance import Provenance, mixed_provenance, proven
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status
 from normlab.runs import files
-from normlab.runs.states import FINISHED
 
 if TYPE_CHECKING:
     from normlab.report.figures import NamedFigure
@@ -100,7 +99,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     for name in find_studies(folder):
         study = load(folder / name, name=name)
         warnings += study.warnings
-        if not study.runs["state"].isin(FINISHED).any():
+        if study.finished.empty:
             warnings.append(f"{name} has no finished run yet and is left out.")
             continue
         try:
@@ -164,14 +163,12 @@ def _refuse_selection(command: str, options: Options) -> None:
 
 
 def _check_finished(study: Study, options: Options) -> None:
-    states = study.states()
-    if any(states[state] for state in FINISHED):
+    if not study.finished.empty:
         return
-    counted = ", ".join(f"{number} {state}" for state, number in states.items() if number)
     failed = study.runs[study.runs["state"] == "failed"]
     raise UserError(
         f"Study {study.name} has no finished run {f'of {options.selection} ' if options.selection else ''}yet:"
-        f" {counted or 'none at all'}."
+        f" {study.counted() or 'none at all'}."
         + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
         + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
         f"\n  {command_name('train')} -m study={study.name} norm=bn,none"
@@ -185,10 +182,10 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
     if baseline is not None and baseline in set(whole.runs["arm"]) - set(arms):
         yield f"baseline={baseline} is left out of this report, so there is no table of differences."
     elif baseline is not None and baseline not in arms:
-        close = nearest(baseline, arms)
+        hint = did_you_mean(baseline, arms, "baseline=").replace("\n", " ")
         yield (
             f"baseline={baseline} is not an arm of this study, so there is no table of differences. Arms:"
-            f" {', '.join(arms)}." + (f" Did you mean baseline={close}?" if close else "")
+            f" {', '.join(arms)}.{hint}"
         )
     if options.selection:
         yield f"Only {options.selection} is reported; p-values are corrected over what is reported."

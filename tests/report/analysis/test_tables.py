@@ -1,11 +1,13 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from normlab.report.analysis.metrics import ACCURACY, LOSS, metric_of
 from normlab.report.analysis.tables import build_tables, probe_tables
+from normlab.report.render.layout import filled
 from normlab.report.study import load
 from normlab.report.study.provenance import provenance_of
 
@@ -33,8 +35,16 @@ def row(table, **where):
     return found
 
 
+def texts_of(table):
+    """The rows for a reader, one frame per setting; dashes where a row lacks a cell."""
+    return {
+        setting: pd.DataFrame([{heading: cell.text for heading, cell in row.items()} for row in filled(rows)])
+        for setting, rows in table.rows.items()
+    }
+
+
 def cell(table, arm, batch, setting="digits, resnet18"):
-    return table.texts[setting].set_index("arm").loc[arm, f"batch {batch}"]
+    return texts_of(table)[setting].set_index("arm").loc[arm, f"batch {batch}"]
 
 
 def test_accuracy_is_the_mean_of_the_last_epoch_with_scipys_interval(add_run, tables):
@@ -102,7 +112,7 @@ def test_settings_are_never_mixed_in_a_cell(add_run, tables):
     add_run(depth=101, accuracies=(0.1, 0.1, 0.5))
     add_run(depth=34, accuracies=(0.1, 0.1, 0.7))
     texts = tables()["accuracy"]
-    assert list(texts.texts) == ["digits, resnet18", "digits, resnet34", "digits, resnet101"]
+    assert list(texts_of(texts)) == ["digits, resnet18", "digits, resnet34", "digits, resnet101"]
     assert cell(texts, "bn", 8, "digits, resnet101") == "50.0 (n=1)"
 
 
@@ -110,7 +120,7 @@ def test_known_arms_come_first_and_batches_by_number(add_run, tables):
     for norm in ("zeta", "none", "bn", "alpha"):
         for batch in (128, 8, 32):
             add_run(norm, batch)
-    texts = tables()["accuracy"].texts["digits, resnet18"]
+    texts = texts_of(tables()["accuracy"])["digits, resnet18"]
     assert list(texts["arm"]) == ["bn", "none", "alpha", "zeta"]
     assert list(texts.columns) == ["arm", "batch 8", "batch 32", "batch 128"]
 
@@ -145,7 +155,7 @@ def test_there_is_no_difference_without_a_baseline(add_run, tables):
 
 def test_convergence_tells_final_best_and_gap(add_run, tables):
     add_run(accuracies=(0.5, 0.9, 0.8))
-    [texts] = tables()["convergence"].texts["digits, resnet18"].to_dict("records")
+    [texts] = texts_of(tables()["convergence"])["digits, resnet18"].to_dict("records")
     assert texts == {
         "arm": "bn",
         "batch": "8",
@@ -163,20 +173,20 @@ def test_an_accuracy_is_reached_at_the_first_evaluation_that_shows_it(add_run, t
     built = tables()
     assert row(built["epochs_to_accuracy"], quantity="epochs_to_0.8")["mean"] == 1.5
     assert row(built["seconds_to_accuracy"], quantity="seconds_to_0.8")["mean"] == 3.0
-    [texts] = built["epochs_to_accuracy"].texts["digits, resnet18"].to_dict("records")
+    [texts] = texts_of(built["epochs_to_accuracy"])["digits, resnet18"].to_dict("records")
     assert texts["95 %"] == "3.0 (1 of 2)"
 
 
 def test_an_accuracy_that_no_run_reaches_is_said(add_run, tables):
     add_run(accuracies=(0.1, 0.2, 0.3))
-    [texts] = tables()["epochs_to_accuracy"].texts["digits, resnet18"].to_dict("records")
+    [texts] = texts_of(tables()["epochs_to_accuracy"])["digits, resnet18"].to_dict("records")
     assert texts["80 %"] == "not reached"
 
 
 def test_cost_is_of_the_done_runs(add_run, tables):
     add_run(seed=0)
     add_run(seed=1, accuracies=(0.1,), state="diverged")
-    [texts] = tables()["cost"].texts["digits, resnet18"].to_dict("records")
+    [texts] = texts_of(tables()["cost"])["digits, resnet18"].to_dict("records")
     assert texts == {
         "arm": "bn",
         "batch": "8",
@@ -224,7 +234,7 @@ def test_the_best_loss_is_the_lowest_and_a_gap_above_0_is_worse_on_test_images(a
     add_losses("bn", (3000.0, 1000.0, 2000.0))
     add_losses("none", (3000.0, 2000.0, 2500.0))
     built = tables()
-    first = built["convergence"].texts["linear_regression, deep_linear18"].iloc[0]
+    first = texts_of(built["convergence"])["linear_regression, deep_linear18"].iloc[0]
     assert (first["final"], first["best"], first["train"]) == ("2,000", "1,000", "1,800")
     assert first["test-train gap"] == "+200.0"
     assert cell(built["difference"], "none", 8, "linear_regression, deep_linear18") == "+500.0 (n=1)"
@@ -235,7 +245,7 @@ def test_a_study_of_which_all_runs_diverged_has_its_tables(add_run, tables):
     add_run("none", accuracies=(0.1,), state="diverged")
     built = tables()
     assert cell(built["accuracy"], "none", 8) == "-- 1 of 1 diverged"
-    assert built["epochs_to_accuracy"].texts["digits, resnet18"]["80 %"].tolist() == ["--", "--"]
+    assert texts_of(built["epochs_to_accuracy"])["digits, resnet18"]["80 %"].tolist() == ["--", "--"]
 
 
 def test_measure_is_accuracy_where_there_is_one(add_run, study):
@@ -284,7 +294,7 @@ def test_overall_is_the_mean_over_batch_sizes_whatever_their_number_of_seeds(add
     by_scipy = (stats.mannwhitneyu([0.5, 0.6, 0.9], [0.9, 0.8, 0.7]).statistic / 9 + 0) / 2
     assert found["none", "beats_baseline"]["mean"] == pytest.approx(by_scipy)
     assert all(r["low"] <= r["mean"] <= r["high"] and r["n"] == 3 for r in found.values())
-    [texts] = overall.texts.values()
+    [texts] = texts_of(overall).values()
     assert list(texts.columns) == ["arm", "cells", "seeds", "mean (%)", "minus bn", "P(beats bn)"]
     assert texts.iloc[0].tolist()[:3] == ["bn", "2 of 2", "3"]
     assert texts.iloc[0].tolist()[-1] == "--"
@@ -299,7 +309,7 @@ def test_overall_counts_a_diverged_run_as_chance(add_run, tables):
 
 def test_overall_says_how_many_cells_an_arm_has(add_run, tables):
     plant(add_run, bn={8: [0.9], 32: [0.9]}, none={8: [0.5]})
-    [texts] = tables()["overall"].texts.values()
+    [texts] = texts_of(tables()["overall"]).values()
     assert texts.set_index("arm")["cells"].to_dict() == {"bn": "2 of 2", "none": "1 of 2"}
 
 
@@ -307,7 +317,7 @@ def test_overall_is_per_setting_and_over_all_settings(add_run, tables):
     for depth in (18, 34):
         for batch in (8, 32):
             add_run("bn", batch, depth=depth, accuracies=(0.1, 0.1, depth / 100))
-    texts = tables()["overall"].texts
+    texts = texts_of(tables()["overall"])
     assert [(setting, frame["mean (%)"].item()) for setting, frame in texts.items()] == [
         ("digits, resnet18", "18.0"),
         ("digits, resnet34", "34.0"),
@@ -348,7 +358,7 @@ def test_covariate_shift_is_a_geometric_mean_over_layers_that_have_a_shift_and_o
     table = probe_tables_of()["probe_ics"]
     found = means_by_arm(table).loc["bn"]
     assert (found["ics"], found["relative_ics"], found["ics_cosine"]) == pytest.approx((10, 5, 0.25))
-    [text] = table.texts["digits, resnet18"]["‖G - G'‖"]
+    [text] = texts_of(table)["digits, resnet18"]["‖G - G'‖"]
     half = 12.7062047364 * math.log(10)  # of the t-interval over two logarithms, ln 1 and ln 100
     assert text == f"10 [{10 * math.exp(-half):.3g}, {10 * math.exp(half):.3g}]"
 
@@ -390,7 +400,7 @@ def test_activations_change_from_a_step_to_the_next_and_grow_from_the_first_site
     assert (found["mean_change"], found["variance_change"]) == pytest.approx((0.3, 0.5))
     assert found["output_growth"] == pytest.approx(3.0**18)
     assert (found["large"], found["large_share"], found["skewness"]) == pytest.approx((1, 2, 0.5))
-    assert table.texts["digits, resnet18"]["change of mean"].tolist() == ["0.3"]
+    assert texts_of(table)["digits, resnet18"]["change of mean"].tolist() == ["0.3"]
 
 
 def test_only_done_runs_count_and_only_cells_with_measurements_have_a_row(add_run, add_probe, probe_tables_of):
@@ -400,7 +410,7 @@ def test_only_done_runs_count_and_only_cells_with_measurements_have_a_row(add_ru
     add_run("none")
     table = probe_tables_of()["probe_sharpness"]
     assert means_by_arm(table)["sharpness"].to_dict() == {"bn": pytest.approx(4.0)}
-    assert table.texts["digits, resnet18"]["runs"].tolist() == ["1 of 2, 1 diverged"]
+    assert texts_of(table)["digits, resnet18"]["runs"].tolist() == ["1 of 2, 1 diverged"]
 
 
 def test_runs_of_a_cell_without_the_probe_are_no_part_of_its_table(add_run, add_probe, probe_tables_of, study):
@@ -408,16 +418,16 @@ def test_runs_of_a_cell_without_the_probe_are_no_part_of_its_table(add_run, add_
     add_probe(measured, "sharpness", [{"step": 5, "eigenvalue": 4.0, "converged": True, "weight_norm": 7.0}])
     add_run(seed=1)
     table = probe_tables_of()["probe_sharpness"]
-    assert table.texts["digits, resnet18"]["runs"].tolist() == ["1"]
+    assert texts_of(table)["digits, resnet18"]["runs"].tolist() == ["1"]
     assert provenance_of(load(study), table.origin).runs == [measured.name]
     diverged = add_run(seed=2, state="diverged", accuracies=())  # the table counts it
     table = probe_tables_of()["probe_sharpness"]
-    assert table.texts["digits, resnet18"]["runs"].tolist() == ["1 of 2, 1 diverged"]
+    assert texts_of(table)["digits, resnet18"]["runs"].tolist() == ["1 of 2, 1 diverged"]
     assert set(provenance_of(load(study), table.origin).runs) == {measured.name, diverged.name}
 
 
 def test_what_was_not_measured_is_dashes(add_run, add_probe, probe_tables_of):
     row = {"step": 5, "layer": "bn1", "position": 0, "shift_mean": 0.0, "shift_drift": 0.2}
     add_probe(add_run(), "affine", [row | {"scale_mean": None, "scale_start": None, "scale_drift": None}])
-    texts = probe_tables_of()["probe_affine"].texts["digits, resnet18"]
+    texts = texts_of(probe_tables_of()["probe_affine"])["digits, resnet18"]
     assert (texts["gamma"].item(), texts["drift of beta"].item()) == ("--", "0.200")

@@ -545,9 +545,9 @@ def test_the_table_has_a_row_per_comparison_and_its_texts_name_data_set_and_budg
     rows = found.tidy[found.tidy["claim"] == "santurkar2018-ics"]
     assert list(rows["comparison"]) == ["bn / none", "bn - none"]
     assert list(rows["verdict"]) == [SUPPORTED] * 2
-    [place] = found.texts
+    [place] = found.rows
     assert place == "digits, resnet, budget smoke (answers nothing)"
-    first, second = found.texts[place].to_dict("records")
+    first, second = ({heading: cell.text for heading, cell in row.items()} for row in found.rows[place])
     assert (first["verdict"], second["verdict"], first["n"], first["paper says"]) == (SUPPORTED, "", "5", "n/a")
     assert first["expected"] == "above a factor of 0.9"
     assert re.fullmatch(r"factor 2\.[45]\d* \(2\.\d+ to 2\.\d+\)", first["effect"])  # 0.9 e

@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.collections import PolyCollection
 
-from normlab.report import figures
 from normlab.report.analysis.metrics import LOSS
+from normlab.report.figures import style
 
 
 def bands(ax):
@@ -67,7 +67,7 @@ def test_there_is_one_panel_per_batch_size(add_run, drawn):
         add_run("bn", batch)
     figure = drawn()["learning_curves"]
     assert [ax.get_title().split()[1] for ax in figure.axes] == ["2", "8", "32", "128", "512"]
-    assert figure.get_figwidth() == figures.DOUBLE
+    assert figure.get_figwidth() == style.DOUBLE
 
 
 def test_batch_sizes_are_ticks_of_a_logarithmic_axis(add_run, drawn):
@@ -79,7 +79,7 @@ def test_batch_sizes_are_ticks_of_a_logarithmic_axis(add_run, drawn):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["8", "32", "128"]
     assert list(ax.lines[0].get_ydata()) == pytest.approx([90, 90, 90])
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("images per batch", "test accuracy (%)")
-    assert figure.get_figwidth() == figures.SINGLE
+    assert figure.get_figwidth() == style.SINGLE
 
 
 def test_error_bars_are_only_where_there_are_several_seeds(add_run, drawn):
@@ -138,7 +138,7 @@ def test_conditions_that_differ_by_two_settings_are_not_joined_and_are_read_with
     [ax] = figure.axes
     assert [line.get_linestyle() for line in ax.lines] == ["None"]
     assert {label.get_rotation() for label in ax.get_xticklabels()} == {0}
-    assert figure.get_figwidth() == figures.DOUBLE
+    assert figure.get_figwidth() == style.DOUBLE
 
 
 def test_a_condition_with_diverged_runs_is_marked(add_run, drawn):

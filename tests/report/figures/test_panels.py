@@ -62,8 +62,11 @@ def test_a_condition_with_few_arms_is_one_panel_beside_crowded_ones():
 
 @pytest.mark.parametrize("number", [1, 12, 13, 25, 100])
 def test_pages_hold_every_panel_once(number):
-    found = list(panels.pages(range(number), 12))
+    every = [panels.Panel(str(i), pd.DataFrame({"panel": [i]})) for i in range(number)]
+    drawn = list(panels.paged(every, 12, lambda page: [panel.title for panel in page]))
+    found = [list(rows["panel"]) for _, rows in drawn]
     assert [i for page in found for i in page] == list(range(number))
+    assert [titles for titles, _ in drawn] == [[str(i) for i in page] for page in found]
     assert max(map(len, found)) <= 12
     assert max(map(len, found)) - min(map(len, found)) <= 1
 

@@ -1,7 +1,7 @@
 """The cells of a table: the text for a reader, the number to sort by, and the runs that they are of.
 
-The texts are made from the rows of a tidy frame, whose columns `frames` describes. How a cell looks in Markdown, LaTeX,
-HTML or a terminal is the business of `report.render`.
+The texts are made from the rows of a tidy frame, whose columns `frames` describes. `report.render` formats a cell as
+Markdown, LaTeX, HTML or terminal text.
 """
 
 import math
@@ -63,20 +63,6 @@ class Table:
     def origin(self) -> pd.DataFrame:
         """Return rows that name the runs that it is of, as `provenance.provenance_of` takes them."""
         return self.tidy if self.runs is None else pd.DataFrame({"run": self.runs}, dtype=object)
-
-    @property
-    def texts(self) -> dict[str, pd.DataFrame]:
-        """Return the rows as one frame of texts per setting; a cell that a row lacks is dashes."""
-        return self.frames(lambda cell: cell.text)
-
-    def frames(self, text: Callable[[TableCell], str]) -> dict[str, pd.DataFrame]:
-        """Return the same with each cell's text as `text` has it."""
-        return {
-            setting: pd.DataFrame([{heading: text(cell) for heading, cell in row.items()} for row in rows]).fillna(
-                NOTHING
-            )
-            for setting, rows in self.rows.items()
-        }
 
 
 def p_text(p: float, equals: str = "") -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from normlab.report.analysis import statistics
 from normlab.report.analysis.metrics import Metric, chance
@@ -68,6 +69,11 @@ def quantities(thresholds: Sequence[float]) -> list[str]:
     return ["final", "best", "train", "gap", *COST, *reached]
 
 
+def evenly(number: int, most: int) -> NDArray[np.int64]:
+    """Return at most so many of the positions 0 to `number` - 1, evenly from the first to the last."""
+    return np.unique(np.linspace(0, number - 1, min(most, number)).round().astype(int))
+
+
 def column_of(rows: pd.DataFrame, name: str) -> pd.Series:
     """Return a column, nan where it was not measured."""
     return rows[name] if name in rows else pd.Series(math.nan, index=rows.index)
@@ -98,7 +104,7 @@ def counts(runs: pd.DataFrame) -> pd.DataFrame:
     ranked = [*sorted(placed["setting"].unique(), key=natural), *in_order(placed["arm"])]
     rank = {name: position for position, name in enumerate(ranked)}
     state = placed["state"].where(placed["state"].isin(FINISHED), "missing")
-    table = pd.crosstab([placed[key] for key in CELL], state).reindex(columns=COUNTS, fill_value=0)
+    table = placed.groupby([*CELL, state]).size().unstack(fill_value=0).reindex(columns=COUNTS, fill_value=0)
     table = table.sort_index(key=lambda level: level if level.name == "batch" else level.map(rank))
     return table.rename_axis(columns=None).reset_index()
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, did_you_mean
 
 FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
@@ -309,10 +309,9 @@ def metric_of(evaluations: pd.DataFrame, name: str | None = None, epoch: str = F
     """
     recorded = [column for column in EVALUATED if column in evaluations and evaluations[column].notna().any()]
     if name and name not in recorded:
-        close = nearest(name, recorded)
         raise UserError(
             f"metric={name} is not recorded by this study.\nRecorded: {', '.join(recorded) or 'nothing'}."
-            + (f"\nDid you mean metric={close}?" if close else "")
+            + did_you_mean(name, recorded, "metric=")
         )
     default = ACCURACY if ACCURACY.name in recorded else LOSS
     return replace(METRICS[name] if name else default, epoch=epoch)

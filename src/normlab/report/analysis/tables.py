@@ -4,13 +4,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from normlab.report.analysis import cells, frames
 from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, grids, lists
@@ -19,18 +17,14 @@ from normlab.report.analysis.highlight import highlight_rule
 from normlab.report.analysis.metrics import BEST, METRICS, Metric
 from normlab.report.analysis.statistics import ENOUGH, RESAMPLES, TOO_FEW
 from normlab.report.study.load import Study
+from normlab.runs import files
 
-
-@cache
-def _captions() -> dict[str, dict[str, str]]:
-    text = Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8")
-    captions: dict[str, dict[str, str]] = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return captions
+_CAPTIONS: dict[str, dict[str, str]] = files.read_yaml(Path(__file__).with_name("captions.yaml"), files.parse_yaml)
 
 
 def _texts(name: str, **words: object) -> dict[str, str]:
     """Return title and caption of a table."""
-    return {part: text.format(**words) for part, text in _captions()[name].items()}
+    return {part: text.format(**words) for part, text in _CAPTIONS[name].items()}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from normlab.report.analysis.metrics import Metric, chance
 from normlab.report.claims.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Comparison, Side
 from normlab.report.study.arms import OF_THE_ARM, cell_key, flatten, natural
 from normlab.report.study.load import Study
-from normlab.runs import FINISHED
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 
 # Settings that change no result, and the seed, by which runs are paired.
@@ -90,7 +89,7 @@ def finished_runs(study: Study) -> dict[tuple[str, str], list[FinishedRun]]:
 
     cells: dict[Hashable, Cell] = {}
     found: dict[tuple[str, str], list[FinishedRun]] = defaultdict(list)
-    for row in study.runs[study.runs["state"].isin(FINISHED)].to_dict("records"):
+    for row in study.finished.to_dict("records"):
         config = study.configs[row["run"]]
         if config["norm"].get("imported"):
             continue

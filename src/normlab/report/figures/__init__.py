@@ -4,25 +4,25 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import outcomes
 from normlab.report.analysis.metrics import Metric
 from normlab.report.figures import accuracy, probe_figures
-from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, common_setting, pages, rows_of, split
-from normlab.report.figures.style import CROWD, DOUBLE, PAPER, SINGLE, Canvas, encode, styles
+from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, common_setting, paged, split
+from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, styles
 from normlab.report.study.load import Study
-from normlab.runs import FINISHED
+from normlab.runs import FINISHED, files
 
-__all__ = ["DOUBLE", "SINGLE", "Canvas", "NamedFigure", "draw", "encode", "styles"]
+__all__ = ["Canvas", "NamedFigure", "draw", "encode", "styles"]
 
-_CAPTIONS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text())
+_CAPTIONS = files.read_yaml(Path(__file__).with_name("captions.yaml"), files.parse_yaml)
 
 
 class NamedFigure(NamedTuple):
@@ -49,7 +49,7 @@ def draw(
 
 def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas: Canvas) -> Iterator[NamedFigure]:
     common = f"{common_setting(study)}. ".removeprefix(". ")
-    theme = Theme(styles(arrange(study, study.runs.dropna(subset=["arm"]))["variant"]), canvas)
+    theme = Theme(styles(arrange(study, study.placed)["variant"]), canvas)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
     words: dict[str, Any] = {"percent": 100 * confidence, "label": metric.label}
     words |= {"compared": metric.full_label.capitalize(), "images": metric.images.capitalize()}
@@ -83,26 +83,22 @@ def _of_ends(study: Study, table: Table, metric: Metric, theme: Theme) -> Kinds:
     tidy["batch_title"] = [f"batch {batch}" if several_batches else "" for batch in tidy["batch"]]
     tidy["place"] = [", ".join(filter(None, pair)) for pair in zip(tidy["short"], tidy["batch_title"], strict=True)]
 
-    def paged(draw: Callable[[Sequence[Panel], accuracy.Finals, Theme], Figure], by: str) -> Iterator[Drawing]:
-        for page in pages(split(tidy, by), theme.canvas.panels):
-            yield draw(page, finals, theme), rows_of(page)
+    def split_by(column: str, draw: Callable[[Sequence[Panel], accuracy.Finals, Theme], Figure]) -> Iterator[Drawing]:
+        return paged(split(tidy, column), theme.canvas.panels, lambda page: draw(page, finals, theme))
 
     options = accuracy.option_panels(study, tidy)
     if several_batches:
-        yield "against_batch", paged(accuracy.against_batch, "where")
+        yield "against_batch", split_by("where", accuracy.against_batch)
     if tidy["norm_batch"].notna().any() and tidy.groupby("place")["images"].nunique().max() > 2:
-        yield "against_norm_batch", paged(accuracy.against_norm_batch, "place")
+        yield "against_norm_batch", split_by("place", accuracy.against_norm_batch)
     elif len(tidy) == max(1, sum(len(panel.rows) for panel in options)):
         pass  # one cell, or cells that are all in the figure of options
     elif not several_batches and (tidy["where"].nunique() == 1 or tidy["variant"].nunique() > CROWD):
         yield "by_arm", iter([(accuracy.by_arm(tidy, finals, theme.canvas), tidy)])
     elif tidy["where"].nunique() > 1:
-        yield "by_condition", paged(accuracy.by_condition, "batch_title")
-    of_options = pages(options, theme.canvas.panels)
-    yield (
-        "against_option",
-        ((accuracy.against_option(page, finals, theme.canvas), rows_of(page)) for page in of_options),
-    )
+        yield "by_condition", split_by("batch_title", accuracy.by_condition)
+    draw = partial(accuracy.against_option, finals=finals, canvas=theme.canvas)
+    yield "against_option", paged(options, theme.canvas.panels, draw)
 
 
 def _of_training(study: Study, metric: Metric, theme: Theme) -> Kinds:
@@ -115,17 +111,11 @@ def _of_training(study: Study, metric: Metric, theme: Theme) -> Kinds:
         return
     # Batch sizes compare in epochs; the papers that have one count steps.
     x = "epoch" if curves["batch"].nunique() > 1 or "step" not in curves else "step"
-    curve_pages = pages(split(curves), theme.canvas.panels)
-    yield (
-        "learning_curves",
-        ((accuracy.learning_curves(page, metric, theme, x), rows_of(page)) for page in curve_pages),
-    )
+    draw = partial(accuracy.learning_curves, metric=metric, theme=theme, x=x)
+    yield "learning_curves", paged(split(curves), theme.canvas.panels, draw)
     if metric.train_column in curves and metric.train_column != metric.name:
         panels = split(curves[curves["state"] == "done"].dropna(subset=[metric.name, metric.train_column]))
         if any(panel.crowded for panel in panels):  # so many ends lie on each other
             return
-        ends = pages(panels, theme.canvas.panels)
-        yield (
-            "train_against_test",
-            ((accuracy.train_against_test(page, metric, theme), rows_of(page)) for page in ends),
-        )
+        draw = partial(accuracy.train_against_test, metric=metric, theme=theme)
+        yield "train_against_test", paged(panels, theme.canvas.panels, draw)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from normlab.report.analysis.frames import CELL
 from normlab.report.analysis.metrics import Metric
 from normlab.report.figures.panels import (
     Panel,
@@ -231,7 +232,7 @@ def by_condition(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figur
 
 
 def _differ_by_a_number(conditions: Sequence[str]) -> bool:
-    """Return whether one number is all that tells them apart, as the depths of a network."""
+    """Return whether they differ in one number only, as the depths of a network do."""
     alike = len({re.sub(NUMBER, "0", condition) for condition in conditions}) == 1
     numbers = zip(*(re.findall(NUMBER, condition) for condition in conditions), strict=False)
     return alike and sum(len(set(values)) > 1 for values in numbers) == 1
@@ -359,7 +360,7 @@ def estimates(axis: Axis, rows: pd.DataFrame, values: pd.DataFrame, style: Style
             axis.ax.errorbar(several["at"], mean, yerr=half, **bars)
         else:
             axis.ax.errorbar(mean, several["at"], xerr=half, **bars)
-        dots = values.merge(several[["setting", "arm", "batch", "at"]], on=["setting", "arm", "batch"])
+        dots = values.merge(several[[*CELL, "at"]], on=CELL)
         axis.plot(list(dots["at"]), list(dots["value"]), ".", color=style.color, alpha=0.45, ms=3)
     lost = [place for place, diverged in zip(at, rows["diverged"], strict=True) if diverged]
     if lost:

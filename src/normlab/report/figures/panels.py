@@ -3,8 +3,8 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.artist import Artist
@@ -17,7 +17,6 @@ from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend
 from normlab.report.study.arms import FAMILIES, in_order, natural
 from normlab.report.study.load import Study
 
-T = TypeVar("T")
 Drawing = tuple[Figure, pd.DataFrame]  # with the rows that it shows: setting, arm, batch and, of single runs, run
 
 
@@ -45,10 +44,10 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows (with setting, arm, batch) and their place in figures, which show conditions side by side.
 
     variant: the arm without its norm_batch; norm_batch: nan for the whole batch;
-    short: what tells the setting from the study's others, `resnet18, optimizer.lr=0.5`; "" if nothing;
+    short: the words of the setting that the study's others lack, `resnet18, optimizer.lr=0.5`; "" if nothing;
     where: short and norm_batch, where the study varies it; condition: where and batch, likewise.
     """
-    runs = study.runs.dropna(subset=["arm"])
+    runs = study.placed
     words = {setting: setting.split(", ") for setting in runs["setting"].unique()}
     common = common_setting(study).split(", ")
     several_groups = runs["arm"].str.contains("norm_batch=").any()
@@ -140,11 +139,12 @@ def n_seeds(rows: pd.DataFrame) -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-def pages(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield as many items as a figure has panels, of about equal length."""
-    number = math.ceil(len(items) / size)
+def paged(panels: Sequence[Panel], size: int, draw: Callable[[Sequence[Panel]], Figure]) -> Iterator[Drawing]:
+    """Yield figures of at most so many panels, of about equally many, each with the rows that it shows."""
+    number = math.ceil(len(panels) / size)
     for i in range(number):
-        yield items[i * len(items) // number : (i + 1) * len(items) // number]
+        page = panels[i * len(panels) // number : (i + 1) * len(panels) // number]
+        yield draw(page), rows_of(page)
 
 
 def rows_of(panels: Sequence[Panel]) -> pd.DataFrame:

@@ -4,6 +4,7 @@ Each takes the rows of one probe in finished runs, arranged by `panels.arrange`,
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from normlab.report.analysis.frames import evenly
 from normlab.report.analysis.metrics import step_to_step
 from normlab.report.figures.panels import (
     Drawing,
@@ -23,7 +25,7 @@ from normlab.report.figures.panels import (
     grid,
     n_seeds,
     ordered,
-    pages,
+    paged,
     rows_of,
     split,
     ticks,
@@ -57,8 +59,8 @@ def _trends(scale: float = 1.0, **quantities: str) -> Make:
         known = [(name, label) for name, label in quantities.items() if _measured(rows, name)]
         most = min(3, max(theme.canvas.across))
         for beside in (dict(known[i : i + most]) for i in range(0, len(known), most)):
-            for page in pages(split(rows), theme.canvas.panels // (1 if len(beside) == 1 else most)):
-                yield _trend_figure(page, beside, theme, scale), rows_of(page)
+            size = theme.canvas.panels // (1 if len(beside) == 1 else most)
+            yield from paged(split(rows), size, partial(_trend_figure, quantities=beside, theme=theme, scale=scale))
 
     return make
 
@@ -132,8 +134,7 @@ def _layers(column: str, label: str) -> Make:
 
     def make(rows: pd.DataFrame, theme: Theme) -> Iterator[Drawing]:
         panels = _arm_panels(_single_steps(rows)) if _measured(rows, column) else []
-        for page in pages(panels, theme.canvas.panels):
-            yield _along_the_layers(page, column, label, theme.canvas), rows_of(page)
+        return paged(panels, theme.canvas.panels, lambda page: _along_the_layers(page, column, label, theme.canvas))
 
     return make
 
@@ -183,8 +184,8 @@ def _along_the_layers(panels: Sequence[Panel], column: str, label: str, canvas: 
 
 
 def _histograms(rows: pd.DataFrame, theme: Theme) -> Iterator[Drawing]:
-    for page in pages(_histogram_panels(_single_steps(rows)), min(8, theme.canvas.panels)):
-        yield _ridges(page, theme), rows_of(page)
+    panels = _histogram_panels(_single_steps(rows))
+    return paged(panels, min(8, theme.canvas.panels), lambda page: _ridges(page, theme))
 
 
 def _histogram_panels(rows: pd.DataFrame) -> list[Panel]:
@@ -253,8 +254,7 @@ def _support(densities: Sequence[Density]) -> tuple[float, float]:
 
 def _few(values: Sequence[object] | np.ndarray, number: int) -> list[Any]:
     """Return at most so many of them, evenly from the first to the last."""
-    chosen = np.unique(np.linspace(0, len(values) - 1, min(number, len(values))).round().astype(int))
-    return [values[i] for i in chosen]
+    return [values[i] for i in evenly(len(values), number)]
 
 
 def _single_steps(rows: pd.DataFrame) -> pd.DataFrame:

@@ -125,7 +125,7 @@ def _known_styles() -> dict[str, Style]:
     """Return the style of each known arm: within a family no color comes twice; blue is BN's alone, black none's."""
     known = {}
     colors = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE)
-    for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms look alike
+    for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms have one style
         for i, arm in enumerate(family):
             known[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
         colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN)

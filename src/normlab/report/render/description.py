@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from normlab.common.errors import listed
 from normlab.common.installation import CONF
 from normlab.report.study.arms import in_order, natural
 from normlab.report.study.load import Study
@@ -35,19 +36,17 @@ def _question_of_experiment(name: str) -> str:
 
 
 def _question_of_arms(study: Study) -> str:
-    placed = study.runs.dropna(subset=["arm"])
+    placed = study.placed
     arms, batches = in_order(placed["arm"]), sorted(placed["batch"].unique())
     settings = sorted(placed["setting"].unique(), key=natural)
-    shown = ", ".join(arms[:8]) + (f" and {len(arms) - 8} more" if len(arms) > 8 else "")
     sizes = f" with batches of {', '.join(map(str, batches))}" if batches else ""
     where = settings[0] if len(settings) == 1 else f"{len(settings)} settings, from {settings[0]} to {settings[-1]}"
-    return f"What does each of these arms buy{sizes}: {shown}? On {where}."
+    return f"What does each of these arms buy{sizes}: {listed(arms, 8)}? On {where}."
 
 
 def run_counts(study: Study, *, zeros: bool = False) -> str:
     """Return the number of runs in each state, as a sentence."""
-    counts = ", ".join(f"{number} {state}" for state, number in study.states().items() if number or zeros)
-    return f"{len(study.runs)} runs: {counts}."
+    return f"{len(study.runs)} runs: {study.counted(zeros=zeros)}."
 
 
 def facts(study: Study) -> list[str]:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from normlab.report.analysis.cells import Table, TableCell
 from normlab.report.render.description import facts, question, run_counts
-from normlab.report.render.layout import split_number
+from normlab.report.render.layout import filled, split_number
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
 
@@ -31,9 +31,10 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def markdown_table(table: Table) -> Iterator[str]:
     """Yield the paragraphs of a table without its caption: each setting and its rows, the best numbers in bold."""
-    for setting, frame in table.frames(_bold).items():
+    for setting, rows in table.rows.items():
         yield f"**{setting}**"
-        yield markdown(frame).rstrip()
+        texts = [{heading: _bold(cell) for heading, cell in row.items()} for row in filled(rows)]
+        yield markdown(pd.DataFrame(texts)).rstrip()
 
 
 def page(

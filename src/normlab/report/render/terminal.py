@@ -15,14 +15,9 @@ from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, J
 from normlab.report.claims.texts import judgements_by_claim, verdict_lines
 from normlab.report.render.layout import column_parts, filled
 from normlab.report.study.load import Study
+from normlab.report.study.status import COLORS
+from normlab.runs import State
 
-_COLORS = {
-    "done": "green",
-    "running": "cyan",
-    "diverged": "magenta",
-    "failed": "red",
-    "interrupted": "yellow",
-}
 _VERDICTS = {SUPPORTED: "green", CONTRADICTED: "red", INCONCLUSIVE: "yellow"}
 
 
@@ -95,7 +90,7 @@ def _state(study: Study) -> Text:
     line = Text(f"Study {study.name}, {len(study.runs)} runs:\n  ")
     for position, (state, number) in enumerate(study.states().items()):
         line.append(", " if position else "")
-        line.append(f"{number} {state}", _COLORS.get(state, "") if number else "dim")
+        line.append(f"{number} {state}", COLORS.get(State(state), "") if number else "dim")
     return line
 
 

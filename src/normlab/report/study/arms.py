@@ -140,7 +140,7 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     by_name: dict[tuple[Hashable, bool], list[Mapping[str, Hashable]]] = defaultdict(list)
     for row in flat:
         by_name[row["norm.name"], IMPORTED in row].append(row)
-    # Arms differ in their options by nature; only what varies within one norm has to be told apart.
+    # Arms differ in their options by nature; a label needs only what varies within one norm.
     options = {name: [key for key in varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
     several_norm_batches = len(set(_values(flat, "norm_batch"))) > 1
     labels = []
@@ -156,7 +156,7 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
 
 
 def _setting_titles(flat: Sequence[Mapping[str, Hashable]], splitting: Sequence[str]) -> list[str]:
-    """Return data set and network, then each setting that tells apart what those before it do not."""
+    """Return data set and network, then each setting that separates runs which those before it do not."""
     titles = [f"{row.get('dataset.name')}, {row.get('model.name')}{row.get('depth') or ''}" for row in flat]
     for key in splitting:
         if not _determines(titles, flat, key):

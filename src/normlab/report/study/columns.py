@@ -43,7 +43,7 @@ def tidy(measured: Mapping[str, Columns], runs: pd.DataFrame, key: Sequence[str]
     Args:
         measured: by run; those of runs that `runs` lacks are left out.
         runs: one row per run, with the column run.
-        key: run, and the columns that tell its rows apart.
+        key: run, and the columns in which its rows differ.
     """
     files = [columns for columns in measured.values() if columns]
     names = list(dict.fromkeys(itertools.chain.from_iterable(files))) or list(key[1:])

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, did_you_mean, listed
 from normlab.common.installation import command_name
-
-LISTED = 5
 
 
 def find_studies(output_dir: Path) -> list[str]:
@@ -30,11 +28,9 @@ def study_folder(study: str, output_dir: Path) -> Path:
     if holds_runs(folder):
         return folder
     names = find_studies(output_dir)
-    close = nearest(study, names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     raise UserError(
         f"There is no study {study} in {output_dir}."
-        + (f"\nStudies there: {', '.join(names[:LISTED])}{more}." if names else " It holds no study yet.")
-        + (f"\nDid you mean study={close}?" if close else "")
+        + (f"\nStudies there: {listed(names, 5)}." if names else " It holds no study yet.")
+        + did_you_mean(study, names, "study=")
         + f"\nTo start it: {command_name('train')} -m study={study} norm=bn,none"
     )

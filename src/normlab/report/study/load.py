@@ -19,7 +19,7 @@ from normlab.report.study.columns import Columns, tidy
 from normlab.report.study.find import holds_runs, study_folder
 from normlab.report.study.index import Index
 from normlab.runs import lock
-from normlab.runs.states import FINISHED, STALE_SECONDS, State
+from normlab.runs.states import FINISHED, RECORDED, STALE_SECONDS, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
 
@@ -61,15 +61,28 @@ class Study:
     remarks: dict[str, str]
     warnings: list[str]
 
+    @property
+    def placed(self) -> pd.DataFrame:
+        """Return the rows of `runs` that have a place: all but those of unreadable configurations."""
+        return self.runs.dropna(subset=["arm"])
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """Return the rows of `runs` that are done or diverged."""
+        return self.runs[self.runs["state"].isin(FINISHED)]
+
     def states(self) -> dict[str, int]:
         """Return the number of runs in each state, gaps of the grid among the missing."""
         counts = self.runs["state"].value_counts()
         names = [*STATES, State.UNREADABLE] if State.UNREADABLE in counts else STATES
         return {str(state): int(counts.get(state, 0)) for state in names}
 
+    def counted(self, *, zeros: bool = False) -> str:
+        """Return `states` in words: `3 done, 1 running`; "" for a study without runs."""
+        return ", ".join(f"{number} {state}" for state, number in self.states().items() if number or zeros)
+
     def __repr__(self) -> str:
-        counted = ", ".join(f"{number} {state}" for state, number in self.states().items() if number)
-        return f"Study {self.name}: {counted or 'no runs'}"
+        return f"Study {self.name}: {self.counted() or 'no runs'}"
 
     def results(self) -> pd.DataFrame:
         """Return what varied and what came out: one row per run, for analyses of your own.
@@ -203,7 +216,7 @@ class _Records:
     def _check(self, path: Path, row: dict[str, Any]) -> None:
         """Mark a run of an unknown state, and one whose last evaluation is missing."""
         measured = self.evaluations[path.name]
-        if row["state"] not in STATES:
+        if row["state"] not in RECORDED:
             row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
             row["state"] = State.UNREADABLE
         if row["state"] == "done" and (not measured or measured["epoch"][-1] != row["epochs"]):

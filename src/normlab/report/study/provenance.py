@@ -15,7 +15,6 @@ import pandas as pd
 from normlab import __version__
 from normlab.common import git as checkout
 from normlab.report.study.load import Study
-from normlab.runs.states import FINISHED
 
 UNKNOWN = "not recorded"
 
@@ -59,7 +58,7 @@ def provenance_of(study: Study, rows: pd.DataFrame) -> Provenance:
 
 def _runs_of(study: Study, rows: pd.DataFrame) -> list[str]:
     """Return the finished runs that the rows are of, in the study's order; all of them where rows are of no cells."""
-    finished = study.runs[study.runs["state"].isin(FINISHED)]
+    finished = study.finished
     if "run" in rows:
         return list(finished["run"][finished["run"].isin(rows["run"].unique())])
     if not {"arm", "batch"} <= set(rows):
@@ -72,9 +71,8 @@ def _runs_of(study: Study, rows: pd.DataFrame) -> list[str]:
 
 def mixed_provenance(study: Study) -> Iterator[str]:
     """Yield a sentence for each setting whose table compares runs of different code or hardware."""
-    finished = study.runs[study.runs["state"].isin(FINISHED)]
     mixtures: dict[str, list[str]] = {}
-    for setting, runs in finished.groupby("setting", sort=False)["run"]:
+    for setting, runs in study.finished.groupby("setting", sort=False)["run"]:
         made = [study.provenance.get(run, {}) for run in runs]
         tallies = {"versions of the code": _tally(map(_code, made)), "kinds of hardware": _tally(map(_hardware, made))}
         for kinds, tally in tallies.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, did_you_mean, listed
 from normlab.report.study.arms import in_order, natural
 from normlab.report.study.load import Study
 
@@ -30,7 +30,7 @@ def select(
     Raises:
         UserError: for an entry that the study does not have, with the nearest.
     """
-    placed = study.runs.dropna(subset=["arm"])
+    placed = study.placed
     titles = sorted(set(placed["setting"]), key=natural)
     sizes, numbers = (sorted({int(value) for value in placed[column]}) for column in ("batch", "seed"))
     # By column: option, entries, the values that the study has, and the parts by which one may be meant.
@@ -81,11 +81,10 @@ def _meant(option: str, entries: Sequence[Any], known: Sequence[Any], parts: Cal
     for entry in entries:
         names = [entry] if entry in known else [name for name in known if _parts(str(entry)) <= parts(name)]
         if not names:
-            more = f" and {len(known) - 8} more" if len(known) > 8 else ""
-            close = nearest(entry, [*known, *{part for name in known for part in parts(name)}])
+            choices = [*known, *{part for name in known for part in parts(name)}]
             raise UserError(
-                f"{option}: this study has no {entry}.\nIt has: {'; '.join(map(str, known[:8]))}{more}."
-                + (f"\nDid you mean {close}?" if close else "")
+                f"{option}: this study has no {entry}.\nIt has: {listed(known, 8, '; ')}."
+                + did_you_mean(entry, choices)
             )
         meant += names
     return meant

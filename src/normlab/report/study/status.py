@@ -49,12 +49,12 @@ class RunStatus:
 
     @property
     def progress(self) -> Progress:
-        """The progress that the facts tell."""
+        """The progress by the facts."""
         return Progress(self.facts)
 
     @property
     def total_seconds(self) -> float | None:
-        """The time of the whole run, or None if nothing tells yet."""
+        """The time of the whole run, or None while it is unknown."""
         return self.progress.total_seconds if self.state in (State.RUNNING, State.DONE) else None
 
     @property

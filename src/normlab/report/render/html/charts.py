@@ -147,7 +147,7 @@ def _line(ax: Axes, line: Line2D, scope: Entries, bars: Sequence[_ErrorBars]) ->
     if _given_ticks(ax.xaxis) or _given_ticks(ax.yaxis):
         texts = zip(_nearest_ticks(ax.xaxis, x), _nearest_ticks(ax.yaxis, y), strict=True)
         trace["text"] = [": ".join(filter(None, pair)) for pair in texts]
-    if not drawn and line.get_transform() != ax.transData:  # markers whose height says nothing
+    if not drawn and line.get_transform() != ax.transData:  # markers whose height means nothing
         trace["hoverinfo"] = "skip"
     for bar in bars if marker != "." else ():  # dots are single seeds
         _add_error_bars(trace, bar, x, y)
@@ -228,7 +228,7 @@ def _filled(points: Values, color: ColorType, scope: Entries) -> Chart:
 
 
 def _name(color: str, symbol: str | None, scope: Entries) -> str:
-    """Return the name of the entry of the legend with this look; "" if there is none, or several."""
+    """Return the name of the entry of the legend with this color and symbol; "" if there is none, or several."""
     alike = [entry for entry in scope if entry["color"] == color]
     exact = [entry for entry in alike if entry["symbol"] == symbol]
     return next((found[0]["name"] for found in (exact, alike) if len(found) == 1), "")

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import jinja2
-import numpy as np
 import pandas as pd
 
 from normlab import runs
 from normlab.report.analysis.cells import Table
-from normlab.report.analysis.frames import named_rows, outcomes
+from normlab.report.analysis.frames import CELL, evenly, named_rows, outcomes
 from normlab.report.analysis.highlight import CLOSE
 from normlab.report.analysis.metrics import Metric
 from normlab.report.claims.judge import Judgement
@@ -57,8 +56,8 @@ def html_page(
     warnings: Sequence[str],
 ) -> str:
     """Return the whole page as one text. Texts from disk are escaped; numbers are those of the tables."""
-    placed = study.runs.dropna(subset=["arm"])
-    keys = dict.fromkeys(zip(placed["setting"], placed["arm"], placed["batch"].astype(int), strict=True))
+    places = study.placed.astype({"batch": int})
+    keys = dict.fromkeys(zip(*(places[key] for key in CELL), strict=True))
     numbers: dict[CellKey, int] = {key: number for number, key in enumerate(keys)}
     lost = _lost(study)
     data = {
@@ -128,7 +127,7 @@ def _noted(study: Study) -> list[dict[str, Any]]:
 def _lost(study: Study) -> dict[CellKey, str]:
     """Return the worst state of a cell's runs, if not all are done: diverged or missing."""
     found: dict[CellKey, str] = {}
-    for run in named_rows(study.runs.dropna(subset=["arm"])):
+    for run in named_rows(study.placed):
         if run.state != "done":
             key = (run.setting, run.arm, int(run.batch))
             found[key] = "diverged" if "diverged" in (run.state, found.get(key)) else "missing"
@@ -170,7 +169,7 @@ def _runs(study: Study, numbers: Mapping[CellKey, int], metric: Metric) -> dict[
     ]
     found: list[dict[str, Any]] = []
     axes: dict[tuple[int, ...], int] = {}
-    for run in named_rows(study.runs.dropna(subset=["arm"])):
+    for run in named_rows(study.placed):
         cell = cells[numbers[run.setting, run.arm, int(run.batch)]]
         cell["runs"].append(len(found))
         row: dict[str, Any] = {"name": run.run, "seed": int(run.seed), "state": run.state, "note": run.note or ""}
@@ -192,7 +191,7 @@ def _curve(rows: pd.DataFrame | None, metric: Metric, axes: dict[tuple[int, ...]
     """Return the evaluations of a run, at most `POINTS`; `axes` numbers the different sequences of epochs."""
     if rows is None or metric.name not in rows:
         return {}
-    kept = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, min(POINTS, len(rows))).round().astype(int))]
+    kept = rows.iloc[evenly(len(rows), POINTS)]
     epochs = tuple(int(epoch) for epoch in kept["epoch"])
 
     def values(column: str) -> list[float | None]:
