@@ -355,7 +355,8 @@ def test_wandb_without_network_or_login_is_a_warning_and_no_question(tiny, monke
     monkeypatch.setattr(wandb, "SERVER_SECONDS", 1.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    config = tiny("logger=wandb", "logger.mode=online")
+    # A study of its own: after a failed start, W&B's service takes the run's id for used until the process ends.
+    config = tiny("logger=wandb", "logger.mode=online", "study=unreachable")
     assert train_run(config)["state"] == "done"
     assert (folder(config) / "run.log").read_text().count("WARNING logger=wandb is off for the rest of this run") == 1
     out, error = capfd.readouterr()
