@@ -91,7 +91,24 @@ def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypat
     assert job is jobs[0]
     assert why in error
     assert job.status()["state"] == "failed"
-    assert f"{job.run.folder / runs.LOG}: {error}" in capsys.readouterr().err
+    log = job.run.folder / runs.LOG
+    assert f"{log}: {error}" in capsys.readouterr().err
+    assert f" ERROR {error}\n" in log.read_text()
+    assert ("Traceback (most recent call last)" in log.read_text()) is ("killed" not in why)
+
+
+def test_a_network_that_exits_fails_its_run_alone(tmp_path) -> None:
+    (tmp_path / "exiting.py").write_text(
+        "import small, sys\nclass Exiting(small.SmallNet):\n    def forward(self, x):\n        sys.exit(3)\n"
+    )
+    exiting = [setting.replace("small.SmallNet", "exiting.Exiting,small.SmallNet") for setting in SMALL]
+    code, _, error = command(tmp_path, "train.py", "-m", *exiting)
+    assert code == 1
+    assert "1 of 2 runs failed." in error
+    assert sorted(status["state"] for status in statuses(tmp_path)) == ["done", "failed"]
+    [failed] = [run for run in runs.find(tmp_path / "outputs" / "default") if status_of(run)["state"] == "failed"]
+    assert f"{runs.LOG}: SystemExit: 3" in error
+    assert "in forward" in (failed / runs.LOG).read_text()
 
 
 def test_runs_packed_into_one_process_end_as_those_of_their_own(tmp_path) -> None:

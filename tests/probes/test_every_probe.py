@@ -295,7 +295,7 @@ def test_probes_are_of_a_run_s_identity_and_none_of_them_is_as_it_was(make) -> N
         (["probe=ics", "probe.ics.layers=0"], "layers=0 is neither a number of layers"),
         (["probe=ics", "probe.ics.layers=conv1"], "layers=conv1 is neither a number of layers"),
         (["probe=landscape", "probe.landscape.reach=[0]"], "probe.landscape.reach.0=0 is out of range"),
-        (["probe=ics", "probe.ics.layers=true"], "layers=True is neither a number of layers"),
+        (["probe=ics", "probe.ics.layers=true"], "layers=true is neither a number of layers"),
         (["probe=affine", "+probe.affine.every=3"], "probe.affine.every"),
         (
             ["probe=activations", "probe.activations.bins=2"],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.training import checkpoint, engines, loop, setup, supervision, tasks
 from normlab.training import run as training
+from normlab.training.record import Recorder
 from normlab.training.run import train_run
 
 MEASURED = ("epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
@@ -320,11 +322,26 @@ def test_what_the_last_step_of_an_epoch_breaks_is_divergence_too(tiny, monkeypat
     assert [row["epoch"] for row in rows(tiny())] == [1]
 
 
-def test_the_step_of_a_divergence_does_not_depend_on_when_it_is_noticed(tiny, monkeypatch) -> None:
-    late = train_run(tiny("norm=none", "optimizer.lr=1e10", "study=late"))
+def test_a_divergence_is_noticed_at_a_heartbeat_and_its_step_does_not_depend_on_it(
+    tiny, monkeypatch, steps_taken
+) -> None:
+    settings = ("norm=none", "optimizer.lr=1e10", "batch=2", "checkpoint_seconds=null")  # epochs of 20 steps
+    monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", math.inf)
+    late = train_run(tiny(*settings, "study=late"))
+    assert late["diverged_step"] < steps_taken.taken == 20
+    steps_taken.taken = 0
     monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", 0.0)
-    soon = train_run(tiny("norm=none", "optimizer.lr=1e10", "study=soon"))
-    assert soon["diverged_step"] == late["diverged_step"]
+    soon = train_run(tiny(*settings, "study=soon"))
+    assert soon["diverged_step"] == late["diverged_step"] == steps_taken.taken
+
+
+def test_no_checkpoint_follows_a_divergence(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", math.inf)
+    saved = []
+    monkeypatch.setattr(Recorder, "checkpoint", lambda recorder, state: saved.append(state.position.batch))
+    status = train_run(tiny("norm=none", "optimizer.lr=1e10", "batch=2", "checkpoint_seconds=0"))
+    assert status["state"] == "diverged"
+    assert saved == [*range(1, status["diverged_step"])]
 
 
 def test_of_two_processes_on_one_run_the_second_ends_in_a_sentence(tiny) -> None:

@@ -41,6 +41,11 @@ def first_line(text: object) -> str:
     return (str(text).strip().splitlines() or [""])[0]
 
 
+def described(error: BaseException) -> str:
+    """Return an error's message, after the name of its type unless it is a sentence for the user."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def nearest(word: object, choices: Iterable[object]) -> str | None:
     """Return the choice nearest to `word`, by value for numbers, by spelling otherwise; None if none is near."""
     options = list(choices)

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -66,8 +67,10 @@ class Option:
         return self._check_number(path, value, others)
 
     def _check_number(self, path: str, value: Any, others: Mapping[str, Any]) -> float:
-        convert, kind = (operator.index, "a whole number") if isinstance(self.default, int) else (float, "a number")
-        if isinstance(value, bool):
+        whole = isinstance(self.default, int)
+        convert: Callable[[Any], float] = operator.index if whole else float
+        kind = "a whole number" if whole else "a number"
+        if isinstance(value, bool) or not isinstance(value, Real | str):
             _refuse(path, value, kind)
         try:
             number = convert(value)
@@ -100,8 +103,8 @@ class Option:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
             return value
         raise UserError(
-            f"{path}={value} is neither a number of {path.rpartition('.')[2]}, 1 or more, nor a list of their names.\n"
-            f"Use e.g. {path}=5 or {path}=[conv1,fc]."
+            f"{path}={as_typed(value)} is neither a number of {path.rpartition('.')[2]}, 1 or more, nor a list of their"
+            f" names.\nUse e.g. {path}=5 or {path}=[conv1,fc]."
         )
 
     def _check_choice(self, path: str, value: Any) -> Any:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import runs
 from normlab.common.cpu import cores
-from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
+from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
 from normlab.common.progress import Display, one_line
 from normlab.config import schema
 from normlab.launchers import preflight
@@ -140,8 +141,8 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
         return {"state": State.INTERRUPTED, "error": f"by {error}"}
     except UserError as error:
         return {"state": State.FAILED, "error": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
-    except Exception as error:  # with its traceback in run.log
-        return {"state": State.FAILED, "error": f"{type(error).__name__}: {error}", "crashed": True}
+    except (Exception, SystemExit) as error:  # with its traceback in run.log
+        return {"state": State.FAILED, "error": described(error), "crashed": True}
 
 
 def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int = 1) -> list[Worker]:
@@ -279,9 +280,9 @@ class _Pool:
             statuses = future.result()
         except Exception as error:  # of the process: it was killed, or ended before a run began
             killed = isinstance(error, BrokenProcessPool)
-            why = "its process was killed, perhaps for want of memory" if killed else f"{type(error).__name__}: {error}"
+            why = "its process was killed, perhaps for want of memory" if killed else described(error)
             facts = {"out_of_memory": killed, "crashed": True}
-            statuses = [record_end(job.run, State.FAILED, why) | facts for job in pack]
+            statuses = [record_end(job.run, State.FAILED, why, None if killed else error) | facts for job in pack]
         if any(status.get("crashed") for status in statuses):  # a CUDA error, say, spoils its process
             worker.close(wait=False)
         for job, status in zip(pack, statuses, strict=True):
@@ -329,10 +330,15 @@ class _Pool:
                         record_end(job.run, State.INTERRUPTED, "stopped at once")
 
 
-def record_end(run: runs.Run, state: State, error: str) -> Status:
-    """Record how a run ended whose process cannot do so any more, unless it is finished; return its status."""
+def record_end(run: runs.Run, state: State, error: str, cause: Exception | None = None) -> Status:
+    """Record how a run ended whose process cannot do so any more, unless it is finished; return its status.
+
+    The traceback of `cause` goes to run.log.
+    """
     with contextlib.suppress(UserError), run.lock(wait_seconds=DYING_SECONDS):
         if run.state in runs.FINISHED:
             return runs.read_status(run.folder) or {"state": run.state}
+        with contextlib.suppress(OSError), (run.folder / runs.LOG).open("a", encoding="utf-8") as log:
+            log.write(f"{runs.now()} ERROR {error}\n{''.join(traceback.format_exception(cause)) if cause else ''}")
         return run.write_status(state, ended=runs.now(), error=error)
     return {"state": state, "error": error}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from normlab import loggers, runs
-from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError
+from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
 from normlab.config.schema import RunConfig
 from normlab.runs import files
 from normlab.training import checkpoint, device, resume
@@ -85,7 +85,7 @@ def _open_record(config: RunConfig, run: runs.Run, group: ProcessGroup, on_statu
         run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
         group.barrier()  # torchrun ends the others when the first has ended: only once all is written
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         recorded = _recorded(error, run, log)
         if recorded is error:
             raise
@@ -130,7 +130,7 @@ def weights_sha256(network: nn.Module) -> str:
 def _recorded(error: BaseException, run: runs.Run, log: logging.Logger) -> BaseException:
     """Record the error that ends a run; return it, or the sentence that stands for it where memory was short."""
     log.error("%s", error, exc_info=not isinstance(error, UserError) or error.__cause__ is not None)
-    message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    message = described(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in message for sign in _NO_MEMORY):
         message = (
             f"{run.name} does not fit into the memory of its device.\n"
