@@ -4,26 +4,14 @@ import os
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
+from launchers.commands import ROOT, SMALL
 from terminal import COLOR, in_terminal, shown, to_files
 
-ROOT = Path(__file__).parents[2]
-SMALL = (
-    "model=custom",
-    "model.target=small.SmallNet",
-    "model.name=small",
-    "dataset.train_size=160",
-    "dataset.test_size=40",
-    "epochs=50",
-    "device=cpu",
-    "memory_format=contiguous",
-    "threads=1",
-)
 TRAIN, SWEEP = (
-    [sys.executable, str(ROOT / "train.py"), *SMALL],
-    [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "norm=bn,none", "hydra.launcher.slots=2"],
+    [sys.executable, str(ROOT / "train.py"), *SMALL, "epochs=50"],
+    [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "epochs=50", "norm=bn,none", "hydra.launcher.slots=2"],
 )
 
 
