@@ -12,6 +12,18 @@ import yaml
 NOW = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
 
 
+def _evaluation(epoch: int, accuracy: float | None) -> dict[str, float | None]:
+    return {
+        "epoch": epoch,
+        "step": 10 * epoch,
+        "train_accuracy": None if accuracy is None else min(1.0, accuracy + 0.05),
+        "test_accuracy": accuracy,
+        "test_loss": None if accuracy is None else 1 - accuracy,
+        "wall_seconds": 2.0 * epoch,
+        "images_per_second": 100.0,
+    }
+
+
 def adder(outputs: Path) -> Callable[..., Path]:
     """What writes one run of the study `outputs`/study; keyword arguments beyond these replace settings.
 
@@ -55,18 +67,7 @@ def adder(outputs: Path) -> Callable[..., Path]:
             return folder
         facts = {"state": state, "heartbeat": NOW.isoformat(), "peak_memory_bytes": 2**20, "parameters": 7}
         (folder / "status.json").write_text(json.dumps(facts | (status or {})))
-        rows = [
-            {
-                "epoch": epoch,
-                "step": 10 * epoch,
-                "train_accuracy": None if accuracy is None else min(1.0, accuracy + 0.05),
-                "test_accuracy": accuracy,
-                "test_loss": None if accuracy is None else 1 - accuracy,
-                "wall_seconds": 2.0 * epoch,
-                "images_per_second": 100.0,
-            }
-            for epoch, accuracy in enumerate(accuracies, start=1)
-        ]
+        rows = [_evaluation(epoch, accuracy) for epoch, accuracy in enumerate(accuracies, start=1)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "provenance.json").write_text(json.dumps({"device": "a processor", "versions": {"torch": "2"}}))
         return folder

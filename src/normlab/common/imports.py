@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, did_you_mean
 
 
 def locate(dotted: str, setting: str) -> Any:
@@ -26,9 +26,7 @@ def locate(dotted: str, setting: str) -> Any:
             "It must be importable from the current folder or be installed in this environment."
         ) from error
     if not hasattr(module, name):
-        close = nearest(name, [n for n in vars(module) if not n.startswith("_")])
-        raise UserError(
-            f"{setting}={dotted}: {module_name} has no {name}."
-            + (f"\nDid you mean {setting}={module_name}.{close}?" if close else "")
-        )
+        public = [n for n in vars(module) if not n.startswith("_")]
+        hint = did_you_mean(name, public, f"{setting}={module_name}.")
+        raise UserError(f"{setting}={dotted}: {module_name} has no {name}.{hint}")
     return getattr(module, name)

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from normlab.common.errors import as_typed, nearest, not_one_of
+from normlab.common.errors import as_typed, did_you_mean, not_one_of
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -52,8 +52,7 @@ def sentence(
         case "missing":
             return f"The setting {path} is missing.\nGive it a value: {path}=..."
         case "extra_forbidden":
-            close = nearest(path, known)
-            return f"{path}: there is no such setting." + (f"\nDid you mean {close}=...?" if close else "")
+            return f"{path}: there is no such setting.{did_you_mean(path, known, after='=...')}"
         case "union_tag_invalid":
             return not_one_of(f"{path}.{context['discriminator'].strip(chr(39))}", context["tag"], _choices(context))
         case "literal_error":

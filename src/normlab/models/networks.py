@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, did_you_mean
 from normlab.common.imports import locate
 from normlab.config import schema
 
@@ -82,10 +82,9 @@ def _vgg_filters(network: nn.Module) -> list[Any]:
 def _torchvision(model: schema.TorchvisionConfig, num_classes: int) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if model.name not in names:
-        close = nearest(model.name, names)
+        hint = did_you_mean(model.name, names, "model.name=") or f"\nExpected one of {', '.join(names)}."
         raise UserError(
-            f"model.name={model.name} is no classification network of torchvision {torchvision.__version__}."
-            + (f"\nDid you mean model.name={close}?" if close else f"\nExpected one of {', '.join(names)}.")
+            f"model.name={model.name} is no classification network of torchvision {torchvision.__version__}.{hint}"
         )
     own: dict[str, Any] = {"weights": None, "num_classes": num_classes}
     if model.name in ("googlenet", "inception_v3"):
