@@ -123,7 +123,7 @@ MANIFESTS = {
     "no digest": ({"entries": DIGESTS | {"notes.md": None}}, "the digest of notes.md"),
     "an entry that is missing": (
         {"entries": {**DIGESTS, "other/config.yaml": ""}},
-        "other/config.yaml is missing in the file",
+        "'other/config.yaml' is missing in the file",
     ),
     "an entry that it does not list": ({"entries": {}}, "is missing in the manifest.json"),
     "other counts": ({"runs": 2}, "the numbers of runs and entries"),

@@ -1,7 +1,7 @@
 """A study as one file, NAME.normlab.zip: the records of its runs, to hand on and to read in place.
 
 manifest.json            format, numbers of runs and entries, the SHA-256 of each entry
-ro-crate-metadata.json   the same study for archives of research data (report/crate.py)
+ro-crate-metadata.json   the same study for archives of research data (report/pack.py)
 notes.md                 remarks of a person, where the study has some
 <run>/...                each run's records, as runs/folder.py has them: no checkpoints, no logs
 
@@ -85,9 +85,10 @@ class PackedPath:
         Raises:
             FileNotFoundError: if there is no such file.
         """
-        if self._at not in self._archive.NameToInfo:
-            raise FileNotFoundError(f"{self} does not exist")
-        return self._archive.read(self._at)
+        try:
+            return self._archive.read(self._at)
+        except KeyError:
+            raise FileNotFoundError(f"{self} does not exist") from None
 
 
 @contextmanager
@@ -191,7 +192,7 @@ def _check_digests(path: Path, archive: zipfile.ZipFile) -> None:
     unequal = sorted(names.symmetric_difference({*listed, MANIFEST}))
     if unequal:
         where = MANIFEST if unequal[0] in names else "file"
-        raise refused(path, f"{unequal[0]} is missing in the {where}")
+        raise refused(path, f"{unequal[0]!r} is missing in the {where}")
     if _counts(names) != {key: manifest.get(key) for key in _counts(names)}:
         raise refused(path, f"it does not have the numbers of runs and entries that its {MANIFEST} gives")
     for name, digest in listed.items():
