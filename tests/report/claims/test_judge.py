@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import math
 import re
 from pathlib import Path
@@ -93,41 +94,50 @@ def test_the_share_beyond_3_is_that_of_a_normal_distribution():
 # ---- error rates, through all of the code that judges
 
 
-def test_without_an_effect_at_most_5_per_cent_of_studies_support_any_claim():
-    null = dict.fromkeys(("bn", "affine", "bnminus", "none"), lambda generator: generator.normal(60, 2))
-    found = [{judgement.verdict for judgement in judge(study)} for study in simulate(null, 5, 1000)]
+@pytest.fixture
+def judged(monkeypatch):
+    """Judge simulated studies, which differ in values alone, by the claims that the first of them speaks to."""
+
+    def verdicts(arms, repeats):
+        studies = simulate(arms, 5, repeats)
+        spoken_to = [judgement.claim for judgement in judge(next(studies))]
+        monkeypatch.setattr(importlib.import_module("normlab.report.claims.judge"), "claims", lambda: spoken_to)
+        return [{judgement.verdict for judgement in judge(study)} for study in studies]
+
+    return verdicts
+
+
+def normal(mean, sd):
+    return lambda generator: generator.normal(mean, sd)
+
+
+@pytest.mark.slow
+def test_without_an_effect_at_most_5_per_cent_of_studies_support_any_claim(judged):
+    found = judged(dict.fromkeys(("bn", "affine", "bnminus", "none"), normal(60, 2)), 1001)
     assert sum(SUPPORTED in verdicts for verdicts in found) <= 50
     assert 0 < sum(bool({SUPPORTED, CONTRADICTED} & verdicts) for verdicts in found) <= 70
 
 
-def test_a_difference_of_2_standard_deviations_of_the_paired_differences_is_found_9_times_in_10_with_5_seeds():
+@pytest.mark.slow
+def test_a_difference_of_2_standard_deviations_of_the_paired_differences_is_found_9_times_in_10_with_5_seeds(judged):
     sd = 1.5  # of each arm; that of their differences is larger by the square root of 2
-    arms = {
-        "bn": lambda generator: generator.normal(60 + 2 * sd * math.sqrt(2), sd),
-        "none": lambda generator: generator.normal(60, sd),
-    }
-    found = [verdict(study).verdict for study in simulate(arms, 5, 1000)]
-    assert found.count(SUPPORTED) >= 900
-    assert found.count(CONTRADICTED) == 0
+    found = judged({"bn": normal(60 + 2 * sd * math.sqrt(2), sd), "none": normal(60, sd)}, 1001)
+    assert found.count({SUPPORTED}) >= 900
+    assert found.count({CONTRADICTED}) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difference", [-1.0, 1.0, 2.0])
-def test_arms_that_differ_by_the_margin_or_more_are_called_equal_in_at_most_5_per_cent(difference):
-    arms = {
-        "bn": lambda generator: generator.normal(60, 0.1),
-        "renorm": lambda generator: generator.normal(60 + difference, 0.1),
-    }
-    found = [verdict(study, "ioffe2017-equal-at-32").verdict for study in simulate(arms, 5, 500)]
-    assert found.count(SUPPORTED) <= 25
+def test_arms_that_differ_by_the_margin_or_more_are_called_equal_in_at_most_5_per_cent(difference, judged):
+    found = judged({"bn": normal(60, 0.1), "renorm": normal(60 + difference, 0.1)}, 501)
+    assert found.count({SUPPORTED}) <= 25
     if abs(difference) == 1:
-        assert found.count(SUPPORTED) > 0
-        assert 0 < found.count(CONTRADICTED) <= 25  # on the margin it is as equal as not
+        assert found.count({SUPPORTED}) > 0
+        assert 0 < found.count({CONTRADICTED}) <= 25  # on the margin it is as equal as not
 
 
-def test_equal_arms_are_called_equal():
-    arms = dict.fromkeys(("bn", "renorm"), lambda generator: generator.normal(60, 0.2))
-    found = [verdict(study, "ioffe2017-equal-at-32").verdict for study in simulate(arms, 5, 200)]
-    assert found.count(SUPPORTED) >= 180
+def test_equal_arms_are_called_equal(judged):
+    assert judged(dict.fromkeys(("bn", "renorm"), normal(60, 0.2)), 201).count({SUPPORTED}) >= 180
 
 
 # ---- the tests behind a verdict
