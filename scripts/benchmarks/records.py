@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RECORDED = ROOT / "outputs" / "reference" / "digits_every_norm"
+RECORDED = ROOT / "outputs" / "reference" / "digits_every_norm.normlab.zip"
 ARMS = ("bn", "none", "affine", "gn", "ln", "lp1", "lp2", "lpinf", "renorm", "wn")
 BATCHES = (8, 16, 32, 64, 128)
 OPEN = 100  # runs that end between two reports
@@ -77,15 +77,13 @@ class Synthetic:
 def _template(arm: str) -> tuple[dict[str, Any], str, dict[str, Any], str]:
     """A recorded run of the arm: its configuration, that as text, its status, its provenance as text."""
     from normlab import runs as records
+    from normlab.runs import archive
 
-    run = next(RECORDED.glob(f"resnet18-digits-{arm}-b32-s0-*"))
-    text = "\n" + (run / "config.yaml").read_text()
-    return (
-        records.read_config(run),
-        text,
-        json.loads((run / "status.json").read_text()),
-        (run / "provenance.json").read_text(),
-    )
+    with archive.opened(RECORDED) as study:
+        run = next(run for run in records.find(study) if run.name.startswith(f"resnet18-digits-{arm}-b32-s0-"))
+        config, status = records.read_config(run), records.read_status(run)
+        text, provenance = ((run / name).read_bytes().decode() for name in ("config.yaml", "provenance.json"))
+    return config, f"\n{text}", status or {}, provenance
 
 
 def _rows(cell: tuple[int, int, str]) -> Iterator[dict[str, Any]]:

@@ -69,8 +69,9 @@ def checkout(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("train.py", "report.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder)
+    (folder / "outputs" / "reference").mkdir(parents=True)
     for study in STUDIES:
-        shutil.copytree(ROOT / "outputs" / "reference" / study, folder / "outputs" / "reference" / study)
+        shutil.copy(ROOT / "outputs" / "reference" / f"{study}.normlab.zip", folder / "outputs" / "reference")
     (folder / ".venv").mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         (folder / ".venv" / name).symlink_to(Path(sys.prefix) / name)

@@ -14,11 +14,11 @@ from pydantic import Field
 from normlab import runs
 from normlab.common.errors import RunBusyError, UserError
 from normlab.config.schema import SGD, Adam, RunConfig, Since
-from normlab.runs import files
+from normlab.runs import archive, files
 from normlab.runs.folder import FormatError
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
-RECORDED = [folder for study in sorted(REFERENCE.iterdir()) for folder in runs.find(study)]
+RECORDED = sorted(REFERENCE.glob(f"*{archive.SUFFIX}"))
 
 
 @pytest.fixture
@@ -85,14 +85,16 @@ def test_what_means_nothing_makes_no_other_run(make, idle, at_work) -> None:
     assert runs.run_id(make(idle, *at_work).as_dict()) != runs.run_id(make(*at_work).as_dict())
 
 
-@pytest.mark.parametrize("folder", RECORDED, ids=lambda folder: folder.name)
-def test_recorded_runs_match_their_configuration(folder) -> None:
-    config = runs.read_config(folder)
-    status = runs.read_status(folder)
-    assert RunConfig.model_validate(config).as_dict() == config
-    assert status is not None
-    assert folder.name == status["name"] == runs.run_name(config)
-    assert status["run_id"] == runs.run_id(config)
+@pytest.mark.parametrize("study", RECORDED, ids=lambda path: path.name)
+def test_recorded_runs_match_their_configuration(study) -> None:
+    with archive.opened(study) as packed:
+        for folder in runs.find(packed):
+            config = runs.read_config(folder)
+            status = runs.read_status(folder)
+            assert RunConfig.model_validate(config).as_dict() == config
+            assert status is not None
+            assert folder.name == status["name"] == runs.run_name(config)
+            assert status["run_id"] == runs.run_id(config)
 
 
 def test_the_defaults_are_the_run_that_they_were_in_the_first_format(make) -> None:

@@ -12,7 +12,7 @@ from normlab.common.errors import UserError
 from normlab.common.installation import CONF
 from normlab.config.hydra import exit_with_error, run_main, settings_of, take_command
 
-REPORT_COMMANDS = ("status", "claims", "results", "import")
+REPORT_COMMANDS = ("status", "claims", "results", "import", "pack")
 
 
 def train() -> NoReturn:
@@ -51,7 +51,7 @@ def _report() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
     def main(composed: DictConfig) -> None:
-        from normlab.report import Options, build, build_claims, build_results, study_status
+        from normlab.report import Options, build, build_claims, build_results, pack_study, study_status
 
         settings = settings_of(composed)
         study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
@@ -64,6 +64,8 @@ def _report() -> None:
                 import_runs(study, output_dir, settings, quiet=options.quiet)
             elif command == "status":
                 study_status(study, output_dir, watch=watch, quiet=options.quiet)
+            elif command == "pack":
+                pack_study(study, output_dir, replace=settings["replace"], quiet=options.quiet)
             elif command == "claims":
                 build_claims(output_dir, options)
             elif command == "results":

@@ -12,13 +12,14 @@ from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
+from normlab.report.pack import pack
 from normlab.report.render.html import PageFigure, html_page
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import markdown_table, page
 from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
-from normlab.report.study.find import find_studies, study_folder
+from normlab.report.study.find import find_studies, find_study
 from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Provenance, mixed_provenance, provenance_of
 from normlab.report.study.select import select
@@ -32,7 +33,7 @@ SUFFIXES = ("csv", "md", "tex", "png", "pdf", "sources.json")  # of tables and f
 
 
 def build(study: str, output_dir: str | Path, options: Options) -> Path:
-    """Report whatever has finished in `output_dir`/`study`; return the page `report/index.html` there.
+    """Report whatever has finished in a study; return the page, `index.html` in the study's `report_folder`.
 
     The same page as Markdown is beside it, every table as Markdown, CSV and LaTeX, every figure as PNG and PDF, and for
     each of these a list of its runs, their code and hardware, and the command that made it.
@@ -41,7 +42,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         UserError: for a study that does not exist, lacks what the options name or has no finished run, and a folder
             that cannot be written.
     """
-    whole = load(study_folder(str(study), _folder("output_dir", output_dir)), name=str(study))
+    whole = load(str(study), _folder("output_dir", output_dir))
     chosen = select(whole, options.arms, options.batches, options.seeds, options.settings)
     _check_finished(chosen, options)
     metric = metric_of(chosen.evaluations, options.metric, options.value)
@@ -49,7 +50,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     judgements = judge(chosen, options.confidence, options.alpha)
     if judgements:
         tables.append(verdict_texts.verdict_table(judgements, options.confidence))
-    folder = chosen.folder / "report"
+    folder = chosen.report_folder
     files.make_folder(folder)
     made = [(table, provenance_of(chosen, table.origin)) for table in tables]
     for table, provenance in made:
@@ -79,7 +80,7 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
     folder = _folder("output_dir", output_dir)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
-    studies = [load(folder / name, name=name) for name in find_studies(folder)]
+    studies = [load(name, folder) for name in find_studies(folder)]
     judgements = [judgement for study in studies for judgement in judge(study, options.confidence, options.alpha)]
     warnings = [warning for study in studies for warning in study.warnings]
     files.make_folder(folder)
@@ -97,7 +98,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
     studies, judgements, warnings = [], [], []
     for name in find_studies(folder):
-        study = load(folder / name, name=name)
+        study = load(name, folder)
         warnings += study.warnings
         if study.finished.empty:
             warnings.append(f"{name} has no finished run yet and is left out.")
@@ -129,7 +130,19 @@ def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool
     """
     if not isinstance(watch, bool):
         raise UserError(f"watch={watch} is not valid: expected true or false.")
-    show_status(str(study), study_folder(str(study), _folder("output_dir", output_dir)), watch=watch, quiet=quiet)
+    name, path = find_study(str(study), _folder("output_dir", output_dir))
+    show_status(name, path, watch=watch, quiet=quiet)
+
+
+def pack_study(study: str, output_dir: str | Path, *, replace: bool = False, quiet: bool = False) -> Path:
+    """Write the records of a study to one file, NAME.normlab.zip beside its folder; return its path (see `pack`).
+
+    Raises:
+        UserError: for a study that does not exist, a file that cannot be written, and one that has other runs.
+    """
+    if not isinstance(replace, bool):
+        raise UserError(f"replace={replace} is not valid: expected true or false.")
+    return pack(str(study), _folder("output_dir", output_dir), replace=replace, quiet=quiet)
 
 
 def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, str]:

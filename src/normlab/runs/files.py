@@ -6,10 +6,10 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, Self
 
 import yaml
 
@@ -19,6 +19,32 @@ _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NEXT_KEY = re.compile(r"(?<=\n)(?=[a-zA-Z_])")  # in the outermost mapping: the dumper indents what belongs to a key
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
+
+
+class RecordPath(Protocol):
+    """What reading records takes of a Path: a Path, or a part of a study in one file (`runs/archive.py`)."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+
+    @property
+    def stem(self) -> str:
+        """The name without its suffix."""
+
+    @property
+    def parent(self) -> Self:
+        """The folder that the path is in."""
+
+    def __truediv__(self, name: str, /) -> Self: ...
+    def exists(self) -> bool:
+        """Return whether there is such a file or folder."""
+
+    def iterdir(self) -> Iterator[Self]:
+        """Yield what a folder holds."""
+
+    def read_bytes(self) -> bytes:
+        """Return the contents of a file."""
 
 
 def make_folder(path: Path) -> None:
@@ -96,7 +122,7 @@ def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_yaml(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def read_yaml(path: RecordPath, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Read a mapping; `parse` is `parse_yaml`, or calls it.
 
     Raises:
@@ -134,7 +160,7 @@ def _part(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: RecordPath) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -149,10 +175,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def damaged(path: Path, why: object) -> UserError:
+def damaged(path: RecordPath, why: object) -> UserError:
     """Return the error for a file of a run that cannot be read."""
     reason = first_line(why) or type(why).__name__
-    return UserError(
-        f"{path} cannot be read: {reason}.\n"
-        f"Move the folder {path.parent} away and run the same command again to repeat this run."
-    )
+    if isinstance(path, Path):
+        fix = f"Move the folder {path.parent} away and run the same command again to repeat this run."
+    else:
+        fix = "It was so when the study was packed. Whoever packed it has to repeat this run."
+    return UserError(f"{path} cannot be read: {reason}.\n{fix}")

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from normlab import runs
 from normlab.report.study import index, load
 from normlab.report.study.find import find_studies
 from normlab.report.study.load import Study
+from normlab.runs import archive
 
 REFERENCE = Path(__file__).parents[3] / "outputs" / "reference"
 RECORDED = ["davis2021_scale_laptop", "gitman2017_imagenet_laptop", "santurkar2018_noise_laptop", "small_batch_laptop"]
@@ -70,12 +72,13 @@ def without_index(folder: Path, now=None) -> Study:
     return load(folder, now=now)
 
 
-def assert_is_what_the_files_say(found: pd.DataFrame, files: list[Path], key: list[str]) -> None:
-    """`files` are read here, each line by itself."""
+def assert_is_what_the_files_say(found: pd.DataFrame, runs: list[Path], file: str, key: list[str]) -> None:
+    """The files are read here, each line by itself."""
     rows = [
-        {"run": file.relative_to(REFERENCE).parts[1], **json.loads(line)}
-        for file in files
-        for line in file.read_text().splitlines()
+        {"run": run.name, **json.loads(line)}
+        for run in runs
+        if (run / file).exists()
+        for line in (run / file).read_text().splitlines()
     ]
     expected = pd.DataFrame(rows)
     expected = expected.sort_values([name for name in key if name in expected], ignore_index=True)
@@ -94,18 +97,19 @@ def assert_is_what_the_files_say(found: pd.DataFrame, files: list[Path], key: li
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_study_is_the_same_with_an_index_and_read_plainly(tmp_path, name, read_line_by_line) -> None:
     folder = tmp_path / name
-    shutil.copytree(REFERENCE / name, folder, ignore=shutil.ignore_patterns("report", index.NAME))
+    packed = REFERENCE / f"{name}{archive.SUFFIX}"
+    zipfile.ZipFile(packed).extractall(folder)
     first = load(folder)
     assert read_line_by_line
     read_line_by_line.clear()
     second = load(folder)
     assert read_line_by_line == []
     assert_same(first, second)
-    recorded = runs.find(REFERENCE / name)
-    assert_is_what_the_files_say(second.evaluations, [run / "metrics.jsonl" for run in recorded], ["run", "epoch"])
+    assert_same(first, load(packed))
+    recorded = runs.find(folder)
+    assert_is_what_the_files_say(second.evaluations, recorded, "metrics.jsonl", ["run", "epoch"])
     for probe, rows in second.probes.items():
-        files = [run / "probes" / f"{probe}.jsonl" for run in recorded if (run / "probes" / f"{probe}.jsonl").exists()]
-        assert_is_what_the_files_say(rows, files, ["run", "step", "layer"])
+        assert_is_what_the_files_say(rows, recorded, f"probes/{probe}.jsonl", ["run", "step", "layer"])
     for run in recorded:
         recorded_config = yaml.safe_load((run / "config.yaml").read_text())
         assert second.configs[run.name] == {key: value for key, value in recorded_config.items() if key != "format"}

@@ -14,7 +14,6 @@ from normlab.report.render.description import facts, run_counts
 from normlab.report.render.markdown import markdown, markdown_table, paragraphs
 from normlab.report.study.load import Study
 
-NOTES = "notes.md"  # in the folder of a study: remarks of a person
 _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "verdicts")
 _INTRODUCTION = """\
 This page is made by `{report} results` from the records of the studies below; nothing on it is typed but the
@@ -49,9 +48,8 @@ def _section(study: Study, tables: Sequence[Table], figures: Sequence[tuple[str,
             yield from (f"#### {table.title}", *markdown_table(table), table.caption + table.rule)
     for path, caption in figures:
         yield from (f"![{Path(path).stem}]({path})", caption)
-    notes = study.folder / NOTES
-    if notes.exists():
-        yield from ("#### What we checked", notes.read_text(encoding="utf-8", errors="replace").strip())
+    if study.notes:
+        yield from ("#### What we checked", study.notes)
 
 
 def _summary(judgements: Sequence[Judgement]) -> pd.DataFrame:

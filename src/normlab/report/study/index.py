@@ -19,6 +19,7 @@ from normlab import runs
 from normlab.common.errors import UserError
 from normlab.report.study.columns import Columns, as_columns, length
 from normlab.runs import files
+from normlab.runs.files import RecordPath
 
 NAME = ".index.npz"
 VERSION = 2  # of the index, and of what `as_columns` makes of rows: another one is not read
@@ -28,15 +29,19 @@ WORTH = 20_000  # rows read line by line, a fifth of a second, from which on wri
 class Index:
     """Reader of files of rows, which takes from the index those that are as they were."""
 
-    def __init__(self, study_folder: Path) -> None:
-        self.path = study_folder / NAME
-        self._before = _read(self.path)
+    def __init__(self, study_folder: RecordPath) -> None:
+        self._folder = study_folder
+        self._path = study_folder / NAME if isinstance(study_folder, Path) else None  # a packed study is read without
+        self._before = _read(self._path) if self._path else {}
         self._now: dict[str, tuple[list[int], Columns]] = {}
         self._rows_read = 0
 
     def read(self, run: str, file: str) -> tuple[Columns, list[str]]:
         """Return the columns of a file of a run's folder, and a sentence about each line that cannot be read."""
-        name, path = f"{run}/{file}", f"{self.path.parent}/{run}/{file}"
+        if not self._path:
+            rows, warnings = runs.read_rows(self._folder / run / file)
+            return as_columns(rows), warnings
+        name, path = f"{run}/{file}", f"{self._path.parent}/{run}/{file}"
         try:
             stat = os.stat(path)  # noqa: PTH116  # before it is read: what is written meanwhile is seen the next time
         except FileNotFoundError:
@@ -54,11 +59,13 @@ class Index:
 
     def write(self) -> None:
         """Keep what was read for the next time, if that pays and the folder can be written."""
-        rows = sum(length(columns) for _, columns in self._now.values())
+        if not self._path:
+            return
+        path, rows = self._path, sum(length(columns) for _, columns in self._now.values())
         if self._rows_read >= max(WORTH, rows // 20):  # it is written as a whole, in about the time of reading so many
             arrays = _arrays(self._now)
             with contextlib.suppress(UserError):
-                files.write_atomically(self.path, lambda file: np.savez(file, **arrays), durable=False)
+                files.write_atomically(path, lambda file: np.savez(file, **arrays), durable=False)
 
 
 def _arrays(read: Mapping[str, tuple[list[int], Columns]]) -> dict[str, Any]:

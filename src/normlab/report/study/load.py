@@ -1,9 +1,10 @@
-"""A study's folder as tidy DataFrames: one row per run, one row per evaluation."""
+"""A study's records as tidy DataFrames: one row per run, one row per evaluation."""
 
 import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -16,9 +17,10 @@ from normlab import runs
 from normlab.common.errors import UserError, first_line
 from normlab.report.study.arms import Place, cell_key, flat_cells, places, varying
 from normlab.report.study.columns import Columns, tidy
-from normlab.report.study.find import holds_runs, study_folder
+from normlab.report.study.find import find_study, packed_name
 from normlab.report.study.index import Index
-from normlab.runs import lock
+from normlab.runs import archive, lock
+from normlab.runs.files import RecordPath
 from normlab.runs.states import FINISHED, RECORDED, STALE_SECONDS, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
@@ -30,13 +32,14 @@ _NOT_VARIED = ("batch", "seed", "epochs", "probe", "norm._target_")  # in column
 
 @dataclass(frozen=True, repr=False)
 class Study:
-    """The records of a study's folder. `results` has one row per run with what varied and what came out.
+    """The records of a study. `results` has one row per run with what varied and what came out.
 
     All tables begin with the columns run (the folder's name), setting (what a table of the report is about: data set,
     network and whatever else varies), arm (the norm, with those of its options that vary), batch and seed (Int64), and
     have a column state (one of `STATES`, or "unreadable").
 
     Attributes:
+        folder: its folder, or the file that it is packed in.
         runs: one row per run and per gap in the study's grid, whose run is "" and whose state is missing. More columns:
             note (about the state); as float64, nan where unknown: epochs (requested), wall_seconds, peak_memory_bytes,
             parameters (trainable numbers), classes.
@@ -48,6 +51,7 @@ class Study:
         configs: each run's frozen configuration, by its folder's name.
         provenance: each run's provenance (versions, hardware), likewise.
         remarks: per setting, a sentence about what varies with the batch size.
+        notes: the remarks of a person, from notes.md beside the runs.
         warnings: sentences about what could not be read, and what was imported.
     """
 
@@ -59,7 +63,22 @@ class Study:
     configs: dict[str, dict[str, Any]]
     provenance: dict[str, dict[str, Any]]
     remarks: dict[str, str]
+    notes: str
     warnings: list[str]
+
+    @property
+    def packed(self) -> bool:
+        """Return whether the study is in one file."""
+        return not self.folder.is_dir()
+
+    @property
+    def report_folder(self) -> Path:
+        """The folder of the report: report/ with the runs, report/NAME/ beside a study in one file."""
+        return (
+            self.folder.parent / "report" / packed_name(Path(self.folder.name))
+            if self.packed
+            else self.folder / "report"
+        )
 
     @property
     def placed(self) -> pd.DataFrame:
@@ -128,27 +147,24 @@ def load(
     Configurations and provenances that are equal share their parts: they are to be read only.
 
     Args:
-        study: its name, as in `python report.py study=...`, or the path of its folder.
+        study: its name, as in `python report.py study=...`, or the path of its folder or file.
         output_dir: the folder that holds studies.
-        name: the study's name in the report; by default its name, or its folder's.
+        name: the study's name in the report; by default its name, or that of its folder or file.
         now: the time to judge heartbeats by, with its zone; the present by default.
 
     Raises:
-        UserError: if there is no such study, with the nearest that there is.
+        UserError: if there is no such study, with the nearest that there is; if its file is damaged.
     """
-    folder = Path(study)
-    if isinstance(study, str) and (holds_runs(Path(output_dir) / study) or not holds_runs(folder)):
-        folder, name = study_folder(study, Path(output_dir)), name or study
-    elif not holds_runs(folder):
-        raise UserError(f"The folder {folder} holds no runs.\nGive a study's name, or the folder that its runs are in.")
-    records = _Records(folder, now or datetime.now(UTC))
+    own_name, path = find_study(study, Path(output_dir))
+    with archive.opened(path) if path.is_file() else nullcontext(path) as folder:
+        records = _Records(folder, now or datetime.now(UTC))
     in_tables, remarks = places(list(records.configs.values()))
     table = _table(records, dict(zip(records.configs, in_tables, strict=True)))
-    provenance = {run: _provenance(folder / run) for run in records.configs}
+    provenance = records.provenance
     place = table[_PLACE]
     return Study(
-        name=name or folder.name,
-        folder=folder,
+        name=name or own_name,
+        folder=path,
         runs=table,
         evaluations=tidy(records.evaluations, place, ["run", "epoch"]),
         probes={
@@ -159,6 +175,7 @@ def load(
         configs=records.configs,
         provenance=provenance,
         remarks=remarks,
+        notes=records.notes,
         warnings=[*records.warnings, *_imported(table, records.configs, provenance)],
     )
 
@@ -171,12 +188,14 @@ class _Records:
         probes: by probe and run.
     """
 
-    def __init__(self, folder: Path, now: datetime) -> None:
+    def __init__(self, folder: RecordPath, now: datetime) -> None:
         self.rows: list[dict[str, Any]] = []
         self.configs: dict[str, dict[str, Any]] = {}
         self.evaluations: dict[str, Columns] = {}
         self.probes: dict[str, dict[str, Columns]] = defaultdict(dict)
+        self.provenance: dict[str, dict[str, Any]] = {}
         self.warnings: list[str] = []
+        self.notes = _notes(folder)
         self._now = now
         index = Index(folder)
         for path in runs.find(folder):
@@ -189,7 +208,7 @@ class _Records:
             self.rows.append(row)
         index.write()
 
-    def _read(self, path: Path, row: dict[str, Any], index: Index) -> None:
+    def _read(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
         """Read a run and complete its row.
 
         Raises:
@@ -197,6 +216,7 @@ class _Records:
         """
         run = path.name
         self.configs[run] = _config(path)
+        self.provenance[run] = _provenance(path)
         row["epochs"] = self.configs[run].get("epochs")
         for file in runs.probe_files(path):
             self.probes[file.stem][run] = self._columns(index, run, f"{runs.PROBES_FOLDER}/{file.name}")
@@ -213,7 +233,7 @@ class _Records:
         self.warnings += warnings
         return columns
 
-    def _check(self, path: Path, row: dict[str, Any]) -> None:
+    def _check(self, path: RecordPath, row: dict[str, Any]) -> None:
         """Mark a run of an unknown state, and one whose last evaluation is missing."""
         measured = self.evaluations[path.name]
         if row["state"] not in RECORDED:
@@ -228,7 +248,14 @@ class _Records:
             )
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _notes(folder: RecordPath) -> str:
+    try:
+        return (folder / archive.NOTES).read_bytes().decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _config(path: RecordPath) -> dict[str, Any]:
     config = runs.read_config(path)
     groups = [config.get(group) for group in ("norm", "model", "dataset")]
     whole = [config.get(name) for name in ("batch", "seed")]
@@ -240,13 +267,15 @@ def _config(path: Path) -> dict[str, Any]:
     )
 
 
-def _note(path: Path, status: Mapping[str, Any], now: datetime) -> str:
+def _note(path: RecordPath, status: Mapping[str, Any], now: datetime) -> str:
     state = status.get("state")
     if state == "failed":
         return first_line(status.get("error") or "no error was recorded")
     if state == "diverged" and status.get("diverged_step") is not None:
         return f"at step {status['diverged_step']}"
     if state == "running":
+        if not isinstance(path, Path):
+            return "was running when the study was packed"
         by = lock.holder(path)
         if by and by.gone:
             return "lost: its process is gone; the same command goes on from its checkpoint"
@@ -316,7 +345,7 @@ def _imported(
         )
 
 
-def _provenance(path: Path) -> dict[str, Any]:
+def _provenance(path: RecordPath) -> dict[str, Any]:
     """Return a run's provenance, or nothing: the report can do without."""
     try:
         return _parsed((path / runs.PROVENANCE).read_bytes())

@@ -5,7 +5,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -18,8 +18,9 @@ from rich.text import Text
 from normlab.common.errors import UserError, first_line
 from normlab.common.progress import Progress, live_view, one_line, span
 from normlab.report.study.load import seconds_since
-from normlab.runs import files
-from normlab.runs.folder import CONFIG, STATUS
+from normlab.runs import archive, files
+from normlab.runs.files import RecordPath
+from normlab.runs.folder import CONFIG, STATUS, find
 from normlab.runs.lock import Holder, holder
 from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
@@ -84,6 +85,17 @@ class RunStatus:
         }
 
 
+def read_packed(path: Path) -> list[RunStatus]:
+    """Return the runs of a study in one file, by name. None of them goes on.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    with archive.opened(path) as folder:
+        found = [_read(run) if (run / STATUS).exists() else RunStatus(run.name, State.PLANNED) for run in find(folder)]
+    return [replace(run, state=State.INTERRUPTED) if run.state == State.RUNNING else run for run in found]
+
+
 class Survey:
     """The runs of a study, read again and again; a status that was not written since is not read again."""
 
@@ -119,7 +131,7 @@ class Survey:
         return _held(run, Path(folder)) if run.state == State.RUNNING else run
 
 
-def _read(folder: Path) -> RunStatus:
+def _read(folder: RecordPath) -> RunStatus:
     try:
         facts = files.read_json(folder / STATUS)
     except UserError as error:
@@ -222,7 +234,7 @@ _COLUMNS = {
 }
 
 
-def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, console: Console | None = None) -> None:
+def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, console: Console | None = None) -> None:
     """Print how far a study is; with `watch`, again and again until no run is left that a sweep takes further.
 
     If `quiet`, print the summary alone; with `watch` only once that is so.
@@ -231,12 +243,12 @@ def show_status(study: str, folder: Path, *, watch: bool, quiet: bool = False, c
     ends it.
 
     Raises:
-        UserError: if the study's folder cannot be read.
+        UserError: if the study's folder or file cannot be read.
     """
     console = console or _console()
-    survey = Survey(folder)
-    if not watch:
-        runs = survey.read()
+    survey = Survey(path)
+    if path.is_file() or not watch:
+        runs = read_packed(path) if path.is_file() else survey.read()
         console.print(summary(study, runs) if quiet else view(study, runs), soft_wrap=quiet)
         return
     try:

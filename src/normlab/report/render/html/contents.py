@@ -115,7 +115,7 @@ def _noted(study: Study) -> list[dict[str, Any]]:
     return [
         {
             "run": run.run or "(no folder)",
-            "href": _href(run.run) if run.run else "",
+            "href": _href(study, run.run),
             "place": "" if pd.isna(run.batch) else f"{run.setting}, {run.arm}, batch {run.batch}, seed {run.seed}",
             "state": run.state,
             "note": run.note or "",
@@ -175,7 +175,7 @@ def _runs(study: Study, numbers: Mapping[CellKey, int], metric: Metric) -> dict[
         row: dict[str, Any] = {"name": run.run, "seed": int(run.seed), "state": run.state, "note": run.note or ""}
         if run.run:
             cell["own"] = {key: value for key, value in settings.get(run.run, {}).items() if key not in common}
-            row |= {"href": _href(run.run), "log": _end_of_log(study.folder / run.run, run.state)}
+            row |= {"href": _href(study, run.run), "log": _end_of_log(study.folder / run.run, run.state)}
             row |= _curve(of_runs.get(run.run), metric, axes)
             row |= {end: rounded(value) for end, value in ends.get(run.run, {}).items() if math.isfinite(value)}
         found.append(row)
@@ -221,6 +221,6 @@ def _end_of_log(folder: Path, state: str) -> str:
     return text if size <= length else "... " + text.partition("\n")[2]
 
 
-def _href(run: str) -> str:
-    """Return the link from the page to the folder of a run."""
-    return f"../{quote(run)}/"
+def _href(study: Study, run: str) -> str:
+    """Return the link from the page to the folder of a run; "" where it has none."""
+    return f"../{quote(run)}/" if run and not study.packed else ""

@@ -212,7 +212,7 @@
       const row = make("tr", {}, ...cells.map((text) => make("td", { textContent: text })));
       row.cells[1].append(make("span", { className: `state ${run.state}`, textContent: run.state }));
       if (run.note) row.cells[1].append(` ${run.note}`);
-      if (run.href) row.cells[5].append(make("a", { href: run.href, textContent: run.name }));
+      row.cells[5].append(run.href ? make("a", { href: run.href, textContent: run.name }) : run.name);
       return row;
     });
   const open = (index) => {
