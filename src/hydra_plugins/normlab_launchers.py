@@ -41,10 +41,11 @@ class SweepLauncher(Launcher):
                 "Start one run with torchrun, or the sweep without it; hydra/launcher=slurm can do both."
             )
         results = self.run(sweep.read(self.hydra_context, self.config, job_overrides, here=self.here))
-        return [
-            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=result, task_name="normlab")
-            for overrides, result in zip(job_overrides, results, strict=True)
-        ]
+        ended = []
+        for overrides, result in zip(job_overrides, results, strict=True):
+            ended.append(JobReturn(overrides=overrides, status=JobStatus.COMPLETED, task_name="normlab"))
+            ended[-1].return_value = result
+        return ended
 
     def run(self, sweep: "Sweep") -> Sequence[float | None]:
         """Launch a sweep; return each run's result, in the order of `sweep.names`."""

@@ -1,7 +1,6 @@
 """A run on disk: identity, names, status, metrics, damage, and what the operating system refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import pytest
 import yaml
 from pydantic import Field
+from tools import works
 
 from normlab import runs
 from normlab.common.errors import RunBusyError, UserError
@@ -374,13 +374,7 @@ def small_disk(tmp_path: Path):
     """A file system of half a megabyte."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = (
-        os.geteuid() == 0
-        and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], check=False, capture_output=True
-        ).returncode
-    )
-    if not mounted:
+    if not works("mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)):
         pytest.skip("a full disk needs the right to mount a small file system")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)

@@ -11,6 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from normlab.common.errors import UserError
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 class BatchStatistics(nn.Module):
     """A layer over x (N, C, H, W) with statistics per channel over the images of a group, and H and W.
@@ -250,7 +252,7 @@ def statistics_layers(network: nn.Module) -> list[BatchStatistics]:
     for name, module in network.named_modules():
         if isinstance(module, BatchStatistics):
             layers.append(module)
-        elif isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+        elif getattr(module, "track_running_stats", False):
             raise UserError(
                 f"{name} is a {type(module).__name__} of PyTorch, without precise, batch or synchronized statistics.\n"
                 "Use normlab.norms.GroupedBatchNorm2d in its place, or eval_stats=running sync_stats=false."
@@ -277,7 +279,7 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 
 def is_random(module: nn.Module) -> bool:
     """Return whether a layer draws random numbers in training."""
-    return isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ in ("StochasticDepth", "Noise")
+    return isinstance(module, DROPOUTS) or type(module).__name__ in ("StochasticDepth", "Noise")
 
 
 @contextmanager

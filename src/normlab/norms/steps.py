@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 Role = Literal["weight", "scale", "shift", "bias"]
-WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+WEIGHT_LAYERS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 class Clock(nn.Module):

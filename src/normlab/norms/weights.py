@@ -25,9 +25,20 @@ class ReparametrizedConv2d(nn.Conv2d):
     @classmethod
     def of(cls, convolution: nn.Conv2d, **options: Any) -> Self:
         """Return one with the hyper-parameters and parameters of `convolution`, and with `options` as attributes."""
-        layer = cls.__new__(cls)
-        layer.__dict__ = {**vars(convolution), **options}
-        layer._parameters = dict(convolution._parameters)
+        names = (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        )
+        same = {name: getattr(convolution, name) for name in names}
+        layer = cls(**same, bias=convolution.bias is not None, device="meta")  # draws no weights
+        layer.weight, layer.bias = convolution.weight, convolution.bias
+        vars(layer).update(options, training=convolution.training)
         layer.add_parameters()
         return layer
 
@@ -40,8 +51,23 @@ class ReparametrizedConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with w."""
-        output: Tensor = self._conv_forward(input, self.effective_weight().to(self.weight.dtype), self.bias)
-        return output
+        return self.convolve(input, self.effective_weight().to(self.weight.dtype), self.bias)
+
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve with another weight and bias, otherwise as nn.Conv2d does."""
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self.pads(), mode=self.padding_mode)
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def pads(self) -> list[int]:
+        """Return the padding at the left, right, top and bottom."""
+        if isinstance(self.padding, str):
+            reaches = zip(self.dilation, self.kernel_size, strict=True)
+            both = [dilation * (kernel - 1) * (self.padding == "same") for dilation, kernel in reaches]
+        else:
+            both = [2 * padding for padding in self.padding]
+        return [side for pixels in reversed(both) for side in (pixels // 2, pixels - pixels // 2)]
 
     def per_filter(self, value: float) -> nn.Parameter:
         """Return a parameter (O,) with that value everywhere, float32, on the device of v."""
@@ -148,7 +174,7 @@ class WeightNormConv2d(UnitNormConv2d):
         A filter whose output is constant on the batch keeps its g, as it has no scale.
         """
         with torch.no_grad():
-            t = full_precision(self._conv_forward(input, _unit(self.weight, self.eps), None)).double()
+            t = full_precision(self.convolve(input, _unit(self.weight, self.eps), None)).double()
             variance, mean = torch.var_mean(t, (0, 2, 3), correction=0)
             std = variance.sqrt()
             # Rounding gives a constant output a relative std of about 1e-6.

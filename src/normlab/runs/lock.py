@@ -198,11 +198,11 @@ def held(folder: Path, wait_seconds: float = 0.0) -> Iterator[RunClaim]:
                 yield claim
             finally:
                 claim.release()
-    except _Unwritable as error:
+    except _UnwritableError as error:
         raise storage_error(folder, error.reason) from error.reason
 
 
-class _Unwritable(Exception):
+class _UnwritableError(Exception):
     """A refusal of the file system, kept apart from an OSError of the code that holds the lock."""
 
     def __init__(self, reason: OSError) -> None:
@@ -229,7 +229,7 @@ def _take(folder: Path) -> RunClaim:
             path.unlink(missing_ok=True)
             continue
         except OSError as error:
-            raise _Unwritable(error) from error
+            raise _UnwritableError(error) from error
         if elsewhere:  # the kernel's lock may not reach there, and two hosts may have removed the same dead claim
             time.sleep(SETTLE_SECONDS)
             if not claim.held:
@@ -250,7 +250,7 @@ def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
         try:
             file = path.open("a")
         except OSError as error:
-            raise _Unwritable(error) from error
+            raise _UnwritableError(error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -263,7 +263,7 @@ def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
                 raise RunBusyError(f"{path.parent.name} is already being trained by {by}.") from None
             if error.errno not in _NO_LOCKS:
                 file.close()
-                raise _Unwritable(error) from error
+                raise _UnwritableError(error) from error
         with contextlib.suppress(OSError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 break

@@ -9,8 +9,9 @@ class Average(AveragedModel):
     """PyTorch's average, of which only the first update reads on the host how many there have been."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # of PyTorch
-        self.decay, self.begun = decay, False
+        self.average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # of PyTorch
+        super().__init__(network, multi_avg_fn=self.average)
+        self.begun = False
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -19,7 +20,7 @@ class Average(AveragedModel):
             super().update_parameters(model)
             self.begun = True
             return
-        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), 1 - self.decay)
+        self.average(list(self.module.parameters()), list(model.parameters()), None)
         for own, new in zip(self.module.buffers(), model.buffers(), strict=True):
             own.copy_(new)
         self.n_averaged += 1

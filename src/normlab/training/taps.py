@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.norms.weights import ReparametrizedConv2d
+
 Padding = tuple[int, int, int]
 
 
@@ -38,15 +40,17 @@ def trim(network: nn.Module, images: Tensor) -> None:
         handle.remove()
     for module, size in sizes.items():
         zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        if zeros and any(start or end for start, end, _ in _live_taps(module, size)):
+        known = isinstance(module, ReparametrizedConv2d) or type(module).forward is nn.Conv2d.forward
+        if known and zeros and any(start or end for start, end, _ in _live_taps(module, size)):
             module.__class__ = _trimmed(type(module))
             module.weight.data = module.weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
 
 class _Trimmed(nn.Conv2d):
-    """Overrides the method by which nn.Conv2d and its subclasses convolve, whatever weight they do it with."""
+    """Overrides the method by which `ReparametrizedConv2d` convolves with its weight."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve without those taps."""
         rows, columns = _live_taps(self, input.shape[-2:])
         cuts = (-columns[0], -columns[1], -rows[0], -rows[1])
         if any(cuts):  # by padding of a negative width, whose gradient is padded with zeros
@@ -54,8 +58,14 @@ class _Trimmed(nn.Conv2d):
         return F.conv2d(input, weight, bias, self.stride, (rows[2], columns[2]), self.dilation, self.groups)
 
 
+class _TrimmedConv2d(_Trimmed):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.convolve(input, self.weight, self.bias)
+
+
 def _trimmed(kind: type[nn.Conv2d]) -> type[nn.Conv2d]:
-    return type(kind.__name__, (_Trimmed, kind), {})
+    base = _Trimmed if issubclass(kind, ReparametrizedConv2d) else _TrimmedConv2d
+    return type(kind.__name__, (base, kind), {})
 
 
 def _live_taps(module: nn.Conv2d, size: torch.Size) -> tuple[Padding, Padding]:

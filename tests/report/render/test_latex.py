@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-import shutil
 import subprocess
 
 import pandas as pd
 import pytest
+from tools import require_latex
 
 from normlab import report
 from normlab.report.analysis.cells import Table, TableCell
@@ -137,9 +137,9 @@ def test_a_label_has_no_letters_that_latex_does_not_take():
     assert r"\label{tab:a-b-c_d}" in latex(table(row("bn", "1")), "digits", "tab:a%b/c_d")
 
 
-@pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 @pytest.mark.parametrize("layout", ["onecolumn", "twocolumn"])
 def test_every_table_of_a_study_with_ugly_names_compiles_and_fits(add_run, add_probe, tmp_path, layout):
+    require_latex()
     for norm in ("bn", "none", *UGLY):
         for batch in (8, 32, 128):
             for seed in range(3):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from recorded import adder
+from tools import start_chromium
 
 from normlab import report
 from normlab.report.importing import import_runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
 LINES = "(link) => { const r = document.createRange(); r.selectNodeContents(link); return r.getClientRects().length; }"
 EVIL = "<script>document.title='harmed'</script></script><b>&\"'"
 MEANS = {"bn": [90.0, 91.0], "none": [70.0, 71.0], "gn": [80.0, 99.0]}  # by batch size: 8, 32
@@ -51,7 +49,7 @@ def page(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as tool:
-        chromium = tool.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        chromium = start_chromium(tool)
         yield chromium
         chromium.close()
 
@@ -77,7 +75,6 @@ def column(window: Any, place: int = 0) -> list[str]:
     return window.locator(f"#table-accuracy tbody tr td:nth-child({place + 1})").all_inner_texts()
 
 
-@needs_browser
 def test_a_heading_sorts_by_numbers_and_turns_around(opened) -> None:
     heading = opened.locator("#table-accuracy th").nth(1)
     assert column(opened)[:2] == ["bn", "none"]
@@ -91,7 +88,6 @@ def test_a_heading_sorts_by_numbers_and_turns_around(opened) -> None:
     assert column(opened)[1:] == ["bn", "gn", "none"]
 
 
-@needs_browser
 def test_a_filter_leaves_the_rows_that_have_its_words(opened) -> None:
     opened.locator("#table-accuracy input.filter").fill("non")
     shown = opened.locator("#table-accuracy tbody tr:visible")
@@ -101,7 +97,6 @@ def test_a_filter_leaves_the_rows_that_have_its_words(opened) -> None:
     assert shown.count() == 4
 
 
-@needs_browser
 def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(opened) -> None:
     opened.locator("#table-accuracy button.cell", has_text="70.0").click()
     dialog = opened.locator("dialog[open]")
@@ -117,7 +112,6 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
     assert opened.locator("dialog[open]").count() == 0
 
 
-@needs_browser
 def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
     figure = opened.locator("#figure-accuracy_against_batch")
     figure.scroll_into_view_if_needed()
@@ -137,7 +131,6 @@ def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
     )
 
 
-@needs_browser
 def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
     assert EVIL in column(opened)
@@ -149,7 +142,6 @@ def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
 
 
-@needs_browser
 def test_what_is_not_done_and_what_is_mixed_can_be_seen(opened) -> None:
     assert opened.locator(".states").inner_text() == "9 done 1 diverged 1 failed 5 missing"
     noted = opened.locator("#runs table.noted").inner_text()
@@ -160,7 +152,6 @@ def test_what_is_not_done_and_what_is_mixed_can_be_seen(opened) -> None:
     assert "2 versions of the code" in opened.locator(".warning").all_inner_texts()[-1]
 
 
-@needs_browser
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light"), (390, "dark")])
 def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -178,7 +169,6 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme)
     context.close()
 
 
-@needs_browser
 def test_it_prints_with_the_figures_as_images(browser, page) -> None:
     window = browser.new_page()
     window.goto(page.as_uri())

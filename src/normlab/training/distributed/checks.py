@@ -1,12 +1,13 @@
 """Checks that several processes train the same run that one process would."""
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data
 from normlab.norms import BatchStatistics, Noise
+
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def check_settings(config: RunConfig, world: int) -> None:
@@ -61,7 +62,7 @@ def prepare_layers(config: RunConfig, network: nn.Module, data: Data, world: int
     for name, module in network.named_modules():
         if isinstance(module, BatchStatistics):
             layers.append(module)
-        elif isinstance(module, _BatchNorm):
+        elif hasattr(module, "track_running_stats") and not isinstance(module, INSTANCE_NORMS):
             raise UserError(
                 f"{name} is a {type(module).__name__} of PyTorch, whose statistics are of one process's images.\n"
                 "Use normlab.norms.GroupedBatchNorm2d in its place, or one process."

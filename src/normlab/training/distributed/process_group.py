@@ -190,8 +190,8 @@ class TorchProcessGroup(ProcessGroup):
     def leave(self) -> None:
         """Leave the others, who find their connections broken if they are not leaving as well."""
         with contextlib.suppress(RuntimeError):
-            if self._failed and self.device:  # NCCL would wait for those that have gone
-                dist.distributed_c10d._get_default_group().abort()
+            if self._failed and self.device and dist.group.WORLD:  # NCCL would wait for those that have gone
+                dist.group.WORLD.abort()
             dist.destroy_process_group()
         self._left.set()
 
