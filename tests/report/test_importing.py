@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from normlab.report.claims.judge import judge
 from normlab.report.importing import import_runs
 from normlab.report.study.load import load
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = report.options()
 WHERE = {"dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}
 DIGITS = {"dataset.name": "digits", "model.name": "resnet", "depth": 18, "batch": 8, "epochs": 3}
@@ -464,27 +462,14 @@ def test_a_source_that_is_not_there_is_answered_with_the_nearest(tmp_path):
         import_runs("study", tmp_path, {"source": str(tmp_path / "result.csv")})
 
 
-def test_the_command_imports_a_file(tmp_path):
+def test_the_command_imports_a_file(command, tmp_path, study):
     (tmp_path / "results.csv").write_text("method,acc\nmine,93\n")
-    settings = ["study=mine", "columns={arm: method, test_accuracy: acc}", "percent=true", f"output_dir={tmp_path}/out"]
     where = f"set={{{', '.join(f'{key}: {value}' for key, value in WHERE.items())}}}"
-    command = [sys.executable, "report.py", "import", f"source={tmp_path}/results.csv", *settings, where]
-    for told in ("1 new", "1 there already"):
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert told in result.stdout
-    assert means(tmp_path / "out" / "mine") == pytest.approx({("mine", 128): 93.0})
-
-
-def test_importing_needs_neither_torch_nor_hydra_nor_tensorboard(tmp_path):
-    (tmp_path / "results.csv").write_text(ROW)
-    code = (
-        "import sys; from normlab.report.importing import import_runs\n"
-        f"import_runs('study', {str(tmp_path)!r}, {{'source': {str(tmp_path / 'results.csv')!r}, 'set': {WHERE!r}}})\n"
-        "print({'torch', 'hydra', 'omegaconf', 'tensorboard', 'matplotlib'} & set(sys.modules))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "set()"
+    settings = ["study=study", "columns={arm: method, test_accuracy: acc}", "percent=true", where]
+    status, out, error = command("report.py", "import", "source=results.csv", *settings)
+    assert (status, error) == (0, "")
+    assert "1 new" in out
+    assert means(study) == pytest.approx({("mine", 128): 93.0})
 
 
 # ---- TensorBoard
