@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 
-# CONTRIBUTING.md shows these two files; a test below holds them together.
+# docs/extending.md shows these two files; a test below holds them together.
 VARIANT = '''\
 from normlab.norms import BatchStatistics, Variant, option
 
@@ -69,7 +69,7 @@ def test_it_runs_in_a_sweep_beside_the_shipped_ones(tmp_path) -> None:
     assert {c["norm"]["power"] for c in configs if c["norm"]["name"] == "half"} == {0.25}
 
 
-def test_contributing_shows_exactly_this() -> None:
-    page = (ROOT / "CONTRIBUTING.md").read_text()
+def test_the_recipe_shows_exactly_this() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text()
     assert VARIANT in page
     assert OPTIONS in page

@@ -92,16 +92,12 @@ def with_own_files(folder: Path) -> None:
     (folder / "my_package" / "my_module.py").write_text("from small import SmallResNet as MyNet\n")
     (folder / "data").mkdir()
     (folder / "data" / "cifar-10-python.tar.gz").touch()
-    variant, options = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", contributing(), re.MULTILINE | re.DOTALL)[:2]
+    recipe = (ROOT / "docs" / "extending.md").read_text()
+    variant, options = re.findall(r"^```(?:python|yaml)\n(.*?)^```$", recipe, re.MULTILINE | re.DOTALL)[:2]
     (folder / "half_norm.py").write_text(variant)
     (folder / "own" / "norm").mkdir(parents=True)
     (folder / "own" / "norm" / "half.yaml").write_text(options)
     (folder / "results.csv").write_text("arm,seed,batch,test_accuracy\ntheirs,0,8,93.1\ntheirs,0,32,92.4\n")
-
-
-def contributing() -> str:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    return text[text.index("## Add a variant") :]
 
 
 def small(command: str) -> str:
@@ -115,7 +111,7 @@ def small(command: str) -> str:
     return f"{command} {SMALL}"
 
 
-@pytest.mark.parametrize("section", [name for name in sections() if name != "One machine, a cluster"])
+@pytest.mark.parametrize("section", [name for name in sections() if name != "My cluster"])
 def test_the_commands_of_a_section_run(section: str, checkout: Path) -> None:
     outputs, kept = checkout / "outputs" / "default", checkout / "kept"
     if not kept.exists():
@@ -130,7 +126,7 @@ def test_the_commands_of_a_section_run(section: str, checkout: Path) -> None:
 
 
 def test_a_run_on_one_machine_and_several_processes(checkout: Path) -> None:
-    for command in sections()["One machine, a cluster"]:
+    for command in sections()["My cluster"]:
         if "launcher=slurm" not in command:
             run(small(command), checkout)
 
@@ -139,7 +135,7 @@ def test_a_run_on_one_machine_and_several_processes(checkout: Path) -> None:
 def test_the_line_for_slurm(checkout: Path) -> None:
     if LOCAL.returncode:
         pytest.skip(LOCAL.stderr.strip())
-    [command] = [line for line in sections()["One machine, a cluster"] if "launcher=slurm" in line]
+    [command] = [line for line in sections()["My cluster"] if "launcher=slurm" in line]
     (checkout / "conf" / "cluster" / "my_site.yaml").write_text("defaults:\n  - default\n  - _self_\n")
     with FileLock(Path("/tmp/normlab-test-slurm.lock")):
         run(small(command) + " study=of_slurm", checkout)

@@ -26,7 +26,7 @@ def parameters(network: nn.Module) -> int:
     ],
 )
 def test_parameter_counts_are_those_worked_out_for_the_papers_networks(make, depth, arm, count) -> None:
-    """papers.md section 1: 10 classes, 3x3 stem."""
+    """docs/papers.md, section 1: 10 classes, 3x3 stem."""
     network = models.build(make(f"depth={depth}", f"norm={arm}"), num_classes=10, image_size=32)
     assert parameters(network) == count
 

@@ -74,7 +74,7 @@ def gitman(make) -> nn.Module:
 
 
 def test_gitmans_network_has_the_sizes_of_its_configuration_files(gitman) -> None:
-    """papers.md section 2: pools to 14 and 7, which takes Caffe's rounding up; 5x5 before the average."""
+    """docs/papers.md, section 2: pools to 14 and 7, which takes Caffe's rounding up; 5x5 before the average."""
     network, images = meta(gitman, 28)
     maps = sizes(network, nn.Conv2d, images)
     assert maps == [(128, 28)] * 3 + [(256, 14)] * 3 + [(320, 5), (320, 5), (10, 5)]

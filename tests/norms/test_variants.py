@@ -214,7 +214,7 @@ def test_a_norm_before_its_convolution_is_refused_where_that_is_rewritten(name: 
 
 
 def test_batch_norm_gradient_equals_the_closed_form() -> None:
-    """dL/dx = gamma / sqrt(v + eps) · (g - mean(g) - xhat · mean(g · xhat)), papers.md section 4."""
+    """dL/dx = gamma / sqrt(v + eps) · (g - mean(g) - xhat · mean(g · xhat)), docs/papers.md, section 4."""
     layer = BatchNorm(**BN).norm(nn.BatchNorm2d(1)).double()
     nn.init.constant_(layer.weight, 0.7)
     x = batch(4, 3)[:, :1].clone().requires_grad_()

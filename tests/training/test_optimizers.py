@@ -82,7 +82,7 @@ def test_groups_are_weights_biases_scales_and_shifts_by_module(make) -> None:
 
 
 def test_groups_have_the_sizes_worked_out_for_the_paper(make) -> None:
-    """papers.md section 4, scalars of ResNet18 with the input BN and 10 classes."""
+    """docs/papers.md, section 4: scalars of ResNet18 with the input BN and 10 classes."""
     config = make("norm=bn_scaled", "input_norm=bn")
     counts = scalars(models.build(config, num_classes=10, image_size=32))
     assert counts["weight"] == 11_164_352

@@ -314,8 +314,9 @@ class PowerNorm(_MovingVariant):
         nu  <- nu · (1 - (1 - alpha') · mean(z²)) + (1 - alpha') · mean(g · z),  alpha' = alpha_backward
 
     Evaluation is the same by phi. Below `warmup` it is x / sqrt(mean(x²) + eps) with its exact gradient, while phi and
-    nu collect. Assumptions [A]: the recursion of nu (papers.md has "an EMA of <g, z>"), eps, the warm-up's length, and
-    phi as the plain mean of the first batches. nu starts at 0.
+    nu collect; nu starts at 0, and its recursion is that of the authors' code. Assumptions [A] (docs/papers.md, section
+    6): eps, the warm-up's length and its exact gradient, phi as the plain mean of the first batches, and x as it comes,
+    which the authors' code first divides by its root mean square over the channels.
 
     Invariant: after the warm-up the output of an image does not depend on the other images of its batch.
     """

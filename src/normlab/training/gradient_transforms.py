@@ -83,11 +83,11 @@ class Preconditioner:
 
         dW = (g_W - g_b·mu^T) / s²  column by column,   db = g_b - dW·mu
 
-    which is a plain gradient step in the parameters of the same layer with normalized inputs (derived in
-    `papers.md`, section 6, and checked by a test). Ours [A]: statistics of the current batch only, and s² is at
-    least `BNP_FLOOR` times its mean over the layer's inputs; a layer whose inputs do not vary (`BNP_VARIES`), as with a
-    single image of one pixel, keeps its gradients. The paper's scaling, running averages and its convolution's form
-    are not known to us. At the padded border of a convolution the step is approximate.
+    which is a plain gradient step in the parameters of the same layer with normalized inputs (docs/papers.md, section
+    6; a test checks it). Ours [A]: statistics of the current batch only, and s² is at least `BNP_FLOOR` times its mean
+    over the layer's inputs; a layer whose inputs do not vary (`BNP_VARIES`), as with a single image of one pixel, keeps
+    its gradients. The paper's scaling, running averages and its convolution's form are not known to us. At the padded
+    border of a convolution the step is approximate.
     """
 
     def __init__(self, network: nn.Module) -> None:
