@@ -92,16 +92,22 @@ MISTAKES = {
 }
 
 
-IN_SWEEPS = "norm=bnn norm=null nrom=bn depth=19 batch=abc device=cuda:99 output_dir=/proc/nowhere norm=[bn"
+QUICK = (
+    *("norm=bnn", "norm=null", "nrom=bn", "depth=19", "batch=abc"),
+    *("device=cuda:99", "output_dir=/proc/nowhere", "norm=[bn"),
+)
 
 
 @pytest.mark.parametrize(
-    ("mistake", "mode"),
-    [*((mistake, "run") for mistake in MISTAKES), *((mistake, "sweep") for mistake in IN_SWEEPS.split())],
+    ("mistake", "sweep"),
+    [
+        *((mistake, ()) for mistake in QUICK),
+        *(pytest.param(mistake, (), marks=pytest.mark.slow) for mistake in MISTAKES if mistake not in QUICK),
+        *(pytest.param(mistake, ("-m", "seed=0,1"), marks=pytest.mark.slow) for mistake in QUICK),
+    ],
 )
-def test_a_mistake_is_answered_in_at_most_five_lines(command, folders, mistake, mode) -> None:
+def test_a_mistake_is_answered_in_at_most_five_lines(command, folders, mistake, sweep) -> None:
     arguments = mistake.split(" ")
-    sweep = ["-m", "seed=0,1"] if mode == "sweep" else []
     status, out, error = command("train.py", *sweep, *arguments)
     assert status == 1, out + error
     assert "Traceback" not in out + error

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import open_dict
 
 from hydra_plugins.normlab_sweepers import GridSweeper
 from normlab import report
-from normlab.config.schema import PROBE_SECTIONS
+from normlab.config import schema as config
+from normlab.launchers.composing import compose
 from normlab.report.claims.claims import claims
 from normlab.report.claims.judge import NOT_RUN, judge
 
@@ -46,14 +51,25 @@ def test_a_file_says_what_it_is_and_costs(name) -> None:
     assert set(content["hydra"]["sweeper"]["sizes"]) == set(BUDGETS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_the_header_counts_the_runs_and_each_is_valid(make, name, budget) -> None:
-    counted = int(re.search(rf"{budget}: ([\d,]+) runs", read(name)[0])[1].replace(",", ""))  # type: ignore[index]
-    assert len(runs_of(name, budget)) == counted
-    settings = [make(*overrides) for overrides in runs_of(name, budget, "seed=0")]
-    assert {config.budget for config in settings} == {budget}
-    assert len({str(config) for config in settings}) == len(settings), "two of them are the same run"
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    """Hydra's loader and the menu, of which a sweep's runs are composed."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        menu = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
+        with open_dict(menu):
+            menu.hydra.job.config_name = "config"
+    return loader, menu
+
+
+@pytest.mark.parametrize("name", [QUICK, *(SLOW(name) for name in NAMES if name != QUICK)])
+def test_the_header_counts_the_runs_and_each_is_valid(loaded, name) -> None:
+    for budget in BUDGETS:
+        counted = int(re.search(rf"{budget}: ([\d,]+) runs", read(name)[0])[1].replace(",", ""))  # type: ignore[index]
+        assert len(runs_of(name, budget)) == counted
+        settings = [config.parse(run) for run in compose(*loaded, runs_of(name, budget, "seed=0"))]
+        assert {run.budget for run in settings} == {budget}
+        assert len({str(run) for run in settings}) == len(settings), "two of them are the same run"
 
 
 def test_every_experiment_and_probe_and_claim_is_covered() -> None:
@@ -65,7 +81,7 @@ def test_every_experiment_and_probe_and_claim_is_covered() -> None:
         if isinstance(default, dict)
         for probe in default.get("override /probe", [])
     }
-    assert used == set(PROBE_SECTIONS)
+    assert used == set(config.PROBE_SECTIONS)
 
 
 def test_what_the_user_says_takes_the_place_of_the_grids_and_the_budget() -> None:

@@ -48,6 +48,7 @@ def test_a_report_has_every_table_and_figure_its_page_links_them_and_another_is_
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_a_study_of_losses_has_its_tables_and_figures(add_losses, tmp_path, capsys):
     for norm, losses in (("bn", (1e5, 500.0)), ("none", (1e5, 1700.0))):
         add_losses(norm, losses)
@@ -132,6 +133,7 @@ def test_a_report_folder_that_cannot_be_made_is_a_sentence(sweep, study, tmp_pat
         build("study", tmp_path / "outputs")
 
 
+@pytest.mark.slow
 def test_tables_claims_and_imports_need_neither_torch_nor_hydra_nor_matplotlib(sweep, better, tmp_path):
     (tmp_path / "results.csv").write_text("arm,test_accuracy\nmine,0.5\n")
     settings = {"dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}

@@ -78,6 +78,7 @@ def test_a_row_per_run_is_in_the_accuracy_table_with_exactly_its_means(bring, st
     assert means(study) == pytest.approx({("mine", 32): 92.0, ("mine", 64): 80.0, ("theirs", 32): 50.0}, abs=1e-12)
 
 
+@pytest.mark.slow
 def test_imported_arms_stand_in_one_table_with_the_study_s_own(bring, add_run, study):
     for batch, lr in ((8, 0.1), (32, 0.4)):
         for seed in (0, 1):

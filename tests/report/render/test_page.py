@@ -116,6 +116,7 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
     assert opened.locator("dialog[open]").count() == 0
 
 
+@pytest.mark.slow
 def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
     figure = opened.locator("#figure-accuracy_against_batch")
     figure.scroll_into_view_if_needed()
@@ -135,6 +136,7 @@ def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
     )
 
 
+@pytest.mark.slow
 def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
     assert EVIL in column(opened)
@@ -146,6 +148,7 @@ def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -163,6 +166,7 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme)
     context.close()
 
 
+@pytest.mark.slow
 def test_it_prints_with_the_figures_as_images(browser, page) -> None:
     window = browser.new_page()
     window.goto(page.as_uri())
@@ -226,6 +230,7 @@ def test_a_run_without_seconds_is_on_the_page_and_no_verdict_names_imported_ones
     assert {name: len(listed["runs"]) for name, listed in made.items()} == {"verdicts": 6, "accuracy": 7}
 
 
+@pytest.mark.slow
 def test_a_run_costs_the_page_little(tmp_path) -> None:
     """At 200 evaluations and a long log: 1,000 runs have to fit into 10 MB beside Plotly and some figures."""
     add = adder(tmp_path / "outputs")

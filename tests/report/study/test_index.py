@@ -94,6 +94,7 @@ def assert_is_what_the_files_say(found: pd.DataFrame, runs: list[Path], file: st
             np.testing.assert_array_equal(found[name].to_numpy(), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_study_is_the_same_with_an_index_and_read_plainly(tmp_path, name, read_line_by_line) -> None:
     folder = tmp_path / name
@@ -292,6 +293,7 @@ def test_a_line_that_cannot_be_read_is_told_of_every_time(small, now) -> None:
     assert_same(first, load(small, now=now))
 
 
+@pytest.mark.slow
 def test_reports_at_once_do_no_harm(small, now) -> None:
     before = load(small, now=now)
     (small / index.NAME).unlink()
