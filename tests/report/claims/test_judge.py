@@ -15,7 +15,7 @@ from statsmodels.stats.weightstats import ttost_paired
 from normlab.report.analysis.metrics import METRICS
 from normlab.report.analysis.statistics import TOO_FEW
 from normlab.report.claims.claims import claims, parse
-from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, judge
+from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, ComparisonResult, judge
 from normlab.report.claims.texts import claims_page, format_effect, format_expectation, verdict_table
 
 EXPERIMENTS = Path(__file__).parents[3] / "conf" / "experiment"
@@ -204,7 +204,7 @@ def test_arms_that_have_not_learned_are_not_as_good_as_each_other_but_may_differ
     assert judged().verdict == INCONCLUSIVE
     assert {result.remarks for result in judged().results} == {("no arm learned",)}
     assert judged(bn=[14.8 + 0.1 * x for x in guessing]).verdict == CONTRADICTED  # one has: the others are worse
-    assert judged(bn=[14.1, 13.9, 14.2, 13.8, 14.0]).verdict == INCONCLUSIVE  # 4 points above guessing
+    assert judged(bn=[14.5, 14.3, 14.6, 14.2, 14.4]).verdict == INCONCLUSIVE  # 4.4 points above guessing
     assert verdict(planted(accuracies(bn=[13.0, 13.1, 13.2], none=[10.0, 10.3, 10.1]))).verdict == SUPPORTED
 
 
@@ -248,6 +248,8 @@ def test_a_diverged_runs_accuracy_is_chance():
     assert list(found.results[0].contrasts.values()) == pytest.approx([50.0, 51.0, 52.0, 52.0])
     assert found.verdict == SUPPORTED
     assert "2 of 4 runs of none diverged and count as 10 %" in found.results[0].remarks
+    [result] = verdict(planted(accuracies(bn=[60.0, 61.0, 62.5], none=[None, 10.0, 11.0]))).results
+    assert "1 of 3 runs of none diverged and count as 10 %" in result.remarks
 
 
 def test_chance_is_one_in_the_number_of_classes_that_a_run_recorded():
@@ -287,6 +289,17 @@ def test_infinite_losses_are_judged_by_the_sign_test_which_needs_seeds(seeds, ex
     assert f"sign test: higher in 0 of {seeds} seeds" in first.remarks
 
 
+def test_cells_that_are_infinite_on_opposite_sides_are_a_tie():
+    runs = [
+        run._replace(settings={**run.settings, "depth": depth})
+        for depth, lost in ((18, "none"), (34, "lpinf"))
+        for run in losses(**{arm: [None if arm == lost else 5.0] * 3 for arm in ("none", "lpinf")})
+    ]
+    result = verdict(planted(runs), "santurkar2018-deep-linear").results[0]
+    assert list(result.contrasts.values()) == [0.0] * 3
+    assert "cells from 0 to 1.01e+304" in result.remarks
+
+
 def test_diverged_runs_have_no_accuracy_where_none_is_measured():
     found = judge(planted(losses(bn=[None] * 3, lp1=[None] * 3, lp2=[None] * 3, none=[5.0, 6.0, 7.0])))
     assert {judgement.claim.id for judgement in found} == {"santurkar2018-deep-linear"}
@@ -298,15 +311,18 @@ def test_a_diverged_run_without_a_probe_is_no_evidence_about_it():
     assert not judge(planted(runs))
 
 
-def test_diverged_runs_without_the_measurement_that_they_were_to_have_are_told():
-    def judged(diverged):
+def test_runs_without_the_measurement_that_they_were_to_have_are_told():
+    def judged(diverged, unmeasured=0, seeds=5):
         generator, runs = np.random.default_rng(0), []
         for arm, ics, cosine in (("bn", 1, 0.5), ("none", 0, 0.6)):
-            for seed in range(5):
+            for seed in range(seeds):
                 lost = arm == "none" and seed < diverged
                 values = {"ics": generator.normal(ics, 0.1), "ics_cosine": cosine - (arm == "bn") * seed / 99}
-                settings = {"norm.name": arm, "probe.ics.every": 5}
-                runs.append(Planted(settings, seed, {} if lost else values, "diverged" if lost else "done"))
+                if arm == "none" and seed < diverged + unmeasured:
+                    values = {}
+                runs.append(
+                    Planted({"norm.name": arm, "probe.ics.every": 5}, seed, values, "diverged" if lost else "done")
+                )
         return verdict(planted(runs), "santurkar2018-ics")
 
     some, every = judged(2), judged(5)
@@ -316,6 +332,9 @@ def test_diverged_runs_without_the_measurement_that_they_were_to_have_are_told()
     assert every.verdict == INCONCLUSIVE
     lost, nothing = every.results[0].remarks
     assert (lost, nothing) == ("5 runs of none diverged and have no such value", "no seed has all of its runs")
+    told = judged(2, unmeasured=3, seeds=8).results[0].remarks
+    assert "2 runs of none diverged and have no such value" in told
+    assert "3 runs of none have no such value" in told
 
 
 # ---- which runs are compared
@@ -527,6 +546,19 @@ def test_the_table_has_a_row_per_comparison_and_its_texts_name_data_set_and_budg
     assert (first["verdict"], second["verdict"], first["n"], first["paper says"]) == (SUPPORTED, "", "5", "n/a")
     assert first["expected"] == "above a factor of 0.9"
     assert re.fullmatch(r"factor 2\.[45]\d* \(2\.\d+ to 2\.\d+\)", first["effect"])  # 0.9 e
+
+
+LABELS = [  # of settings that both arms have, none is named
+    ("peerthum2023-initialization", 1, "none (init=bn_folded) - 0.5 none (init=default) - 0.5 bn (init=default)"),
+    ("gitman2017-regularization", 0, "wn (model.dropout=0.5) - bn (model.dropout=0.0)"),
+    ("santurkar2018-noise-stability", 0, "noisy_bn / none"),
+    ("santurkar2018-survival", 1, "none"),
+]
+
+
+@pytest.mark.parametrize(("claim", "number", "label"), LABELS)
+def test_a_contrast_in_words_names_the_settings_in_which_its_arms_differ(claim, number, label):
+    assert ComparisonResult(CLAIMS[claim].comparisons[number], 0.05).label == label
 
 
 @pytest.mark.parametrize(
