@@ -39,6 +39,14 @@ def make(tmp_path: Path) -> Make:
 
 
 @pytest.fixture
+def command(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """`command("train.py", "norm=bnn")`: exit status, stdout and stderr of a script in the test's folder."""
+    from commands import run_command  # which imports torch
+
+    return functools.partial(run_command, tmp_path)
+
+
+@pytest.fixture
 def tiny(make: Make) -> Make:
     """The same for a run of a second: 40 of the digits, two epochs, one thread, a small network with dropout."""
     small = (

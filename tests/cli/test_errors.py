@@ -1,6 +1,5 @@
 """A user's mistakes at the real command line: a sentence, exit status not 0, no traceback, no run started."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,26 +8,6 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-
-
-@pytest.fixture
-def command(tmp_path):
-    """Run a script of the repository in an empty folder; returns exit status, stdout, stderr."""
-
-    def run(script: str, *arguments: str) -> tuple[int, str, str]:
-        finished = subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=tmp_path,
-            env={**os.environ, **NO_NETWORK, "NORMLAB_DATA": str(tmp_path / "data"), "COLUMNS": "200"},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        return finished.returncode, finished.stdout, finished.stderr
-
-    return run
 
 
 def images(folder: Path, split: str, classes: tuple[str, ...], number: int = 4) -> None:
@@ -36,6 +15,12 @@ def images(folder: Path, split: str, classes: tuple[str, ...], number: int = 4) 
         (folder / split / name).mkdir(parents=True)
         for i in range(number):
             Image.new("RGB", (8, 8), (40 * i, 9, 9)).save(folder / split / name / f"{i}.png")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, proxy in (("http_proxy", "127.0.0.1:9"), ("https_proxy", "127.0.0.1:9"), ("no_proxy", "")):
+        monkeypatch.setenv(name, f"http://{proxy}" if proxy else "")
 
 
 @pytest.fixture
@@ -107,24 +92,22 @@ MISTAKES = {
 }
 
 
-IN_SWEEPS = (
-    "norm=bnn",
-    "norm=null",
-    "nrom=bn",
-    "depth=19",
-    "batch=abc",
-    "device=cuda:99",
-    "output_dir=/proc/nowhere",
-    "norm=[bn",
+QUICK = (
+    *("norm=bnn", "norm=null", "nrom=bn", "depth=19", "batch=abc"),
+    *("device=cuda:99", "output_dir=/proc/nowhere", "norm=[bn"),
 )
 
 
 @pytest.mark.parametrize(
-    ("mistake", "mode"), [*((mistake, "run") for mistake in MISTAKES), *((mistake, "sweep") for mistake in IN_SWEEPS)]
+    ("mistake", "sweep"),
+    [
+        *((mistake, ()) for mistake in QUICK),
+        *(pytest.param(mistake, (), marks=pytest.mark.slow) for mistake in MISTAKES if mistake not in QUICK),
+        *(pytest.param(mistake, ("-m", "seed=0,1"), marks=pytest.mark.slow) for mistake in QUICK),
+    ],
 )
-def test_a_mistake_is_answered_in_at_most_five_lines(command, folders, mistake, mode) -> None:
+def test_a_mistake_is_answered_in_at_most_five_lines(command, folders, mistake, sweep) -> None:
     arguments = mistake.split(" ")
-    sweep = ["-m", "seed=0,1"] if mode == "sweep" else []
     status, out, error = command("train.py", *sweep, *arguments)
     assert status == 1, out + error
     assert "Traceback" not in out + error
@@ -184,20 +167,12 @@ def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
     assert finished.stdout.splitlines()[-1] == "[]"
 
 
-def test_tab_completion_knows_groups_and_options(command, tmp_path) -> None:
+def test_tab_completion_knows_groups_and_options(command) -> None:
     status, out, _ = command("train.py", "--shell-completion", "install=bash")
     assert status == 0
     assert "complete" in out
-    query = {"COMP_LINE": "python train.py norm=b", "COMP_POINT": "22"}
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "-sc", "query=bash"],
-        env={**os.environ, **query},
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    assert finished.stdout.split() == ["norm=bn", "norm=bn_scaled", "norm=bnminus", "norm=bnp"]
+    _, out, _ = command("train.py", "-sc", "query=bash", COMP_LINE="python train.py norm=b", COMP_POINT="22")
+    assert out.split() == ["norm=bn", "norm=bn_scaled", "norm=bnminus", "norm=bnp"]
 
 
 def test_a_users_own_configuration_folder_is_searched(command, tmp_path) -> None:

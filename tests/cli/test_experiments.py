@@ -2,23 +2,28 @@
 
 import functools
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import open_dict
 
 from hydra_plugins.normlab_sweepers import GridSweeper
 from normlab import report
-from normlab.config.schema import PROBE_SECTIONS
+from normlab.config import schema as config
+from normlab.launchers.composing import compose
 from normlab.report.claims.claims import claims
 from normlab.report.claims.judge import NOT_RUN, judge
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
+QUICK = "ioffe2017_small"
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 BUDGETS = ("smoke", "laptop", "paper")
 
 
@@ -46,14 +51,25 @@ def test_a_file_says_what_it_is_and_costs(name) -> None:
     assert set(content["hydra"]["sweeper"]["sizes"]) == set(BUDGETS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_the_header_counts_the_runs_and_each_is_valid(make, name, budget) -> None:
-    counted = int(re.search(rf"{budget}: ([\d,]+) runs", read(name)[0])[1].replace(",", ""))  # type: ignore[index]
-    assert len(runs_of(name, budget)) == counted
-    settings = [make(*overrides) for overrides in runs_of(name, budget, "seed=0")]
-    assert {config.budget for config in settings} == {budget}
-    assert len({str(config) for config in settings}) == len(settings), "two of them are the same run"
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Any, Any]:
+    """Hydra's loader and the menu, of which a sweep's runs are composed."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        menu = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
+        with open_dict(menu):
+            menu.hydra.job.config_name = "config"
+    return loader, menu
+
+
+@pytest.mark.parametrize("name", [QUICK, *(SLOW(name) for name in NAMES if name != QUICK)])
+def test_the_header_counts_the_runs_and_each_is_valid(loaded, name) -> None:
+    for budget in BUDGETS:
+        counted = int(re.search(rf"{budget}: ([\d,]+) runs", read(name)[0])[1].replace(",", ""))  # type: ignore[index]
+        assert len(runs_of(name, budget)) == counted
+        settings = [config.parse(run) for run in compose(*loaded, runs_of(name, budget, "seed=0"))]
+        assert {run.budget for run in settings} == {budget}
+        assert len({str(run) for run in settings}) == len(settings), "two of them are the same run"
 
 
 def test_every_experiment_and_probe_and_claim_is_covered() -> None:
@@ -65,7 +81,7 @@ def test_every_experiment_and_probe_and_claim_is_covered() -> None:
         if isinstance(default, dict)
         for probe in default.get("override /probe", [])
     }
-    assert used == set(PROBE_SECTIONS)
+    assert used == set(config.PROBE_SECTIONS)
 
 
 def test_what_the_user_says_takes_the_place_of_the_grids_and_the_budget() -> None:
@@ -93,20 +109,21 @@ def test_an_experiment_runs_with_other_probes(make, name) -> None:
         assert make(*runs_of(name, "laptop", "seed=0", probes)[0]).probe.keys() <= {"affine"}
 
 
-def test_a_budget_that_is_missing_is_asked_for(tmp_path) -> None:
-    ended = python(tmp_path, "train.py", "-m", "experiment=ioffe2017_small")
-    assert ended.returncode == 1
-    assert "experiment=ioffe2017_small needs a budget" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_a_budget_that_is_missing_is_asked_for(command) -> None:
+    status, _, error = command("train.py", "-m", "experiment=ioffe2017_small")
+    assert status == 1
+    assert "experiment=ioffe2017_small needs a budget" in error
+    assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_from_the_command_to_the_verdicts(name, tmp_path) -> None:
-    out = f"output_dir={tmp_path}"
-    trained = python(tmp_path, "train.py", "-m", f"experiment={name}", "budget=smoke", "device=cpu", out)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
-    reported = python(tmp_path, "report.py", f"study={name}_smoke", out)
-    assert reported.returncode == 0, reported.stdout + reported.stderr
+@pytest.mark.parametrize("name", [QUICK, *(SLOW(name) for name in NAMES if name != QUICK)])
+def test_from_the_command_to_the_verdicts(name, command, tmp_path) -> None:
+    """One seed, in one process: the lists of seeds are composed above, and the pool has tests of its own."""
+    small = ("budget=smoke", "seed=0", "hydra/launcher=basic", "device=cpu", "threads=1", "output_dir=.")
+    trained = command("train.py", "-m", f"experiment={name}", *small)
+    assert trained[0] == 0, trained
+    reported = command("report.py", f"study={name}_smoke", "output_dir=.", f"figures={str(name == QUICK).lower()}")
+    assert reported[0] == 0, reported
 
     study = report.load(tmp_path / f"{name}_smoke")
     assert set(study.runs["state"]) <= {"done", "diverged"}
@@ -117,10 +134,3 @@ def test_from_the_command_to_the_verdicts(name, tmp_path) -> None:
             assert NOT_RUN not in {result.verdict for result in judgements[claim.id].results}, claim.id
     wanted = {probe for config in study.configs.values() for probe in config["probe"]}
     assert {probe for probe, rows in study.probes.items() if len(rows)} == wanted
-    assert list((tmp_path / f"{name}_smoke" / "report").glob("*.png"))
-
-
-def python(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / words[0]), *words[1:]], cwd=folder, capture_output=True, text=True, timeout=600
-    )

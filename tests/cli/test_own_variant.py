@@ -1,10 +1,8 @@
 """A variant from outside the package: one class, one YAML file in a folder of the user's own, a sweep."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -49,23 +47,21 @@ momentum: 0.1
 """
 
 
-def test_it_runs_in_a_sweep_beside_the_shipped_ones(tmp_path) -> None:
+@pytest.mark.slow
+def test_it_runs_in_a_sweep_beside_the_shipped_ones(tmp_path, command) -> None:
     assert len([line for line in (VARIANT + OPTIONS).splitlines() if line]) < 30
     (tmp_path / "own" / "norm").mkdir(parents=True)
     (tmp_path / "half_norm.py").write_text(VARIANT)
     (tmp_path / "own" / "norm" / "half.yaml").write_text(OPTIONS)
-    command = [
-        sys.executable, str(ROOT / "train.py"), "-m", "--config-dir", "own", "norm=half,bn", "norm_batch=4,null",
-        "model=custom", "model.target=small.SmallResNet", "model.name=small", "dataset.train_size=40", "batch=16",
-        "epochs=1", "eval_stats=precise", "device=cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    status, _, error = command(
+        *("train.py", "-m", "--config-dir", "own", "norm=half,bn", "norm_batch=4,null", "model=custom", "batch=16"),
+        *("model.target=small.SmallResNet", "model.name=small", "dataset.train_size=40", "epochs=1", "device=cpu"),
+        "eval_stats=precise",
+    )
+    assert status == 0, error
     configs = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("outputs/default/*/config.yaml")]
-    assert sorted((c["norm"]["name"], c["norm_batch"] or 0) for c in configs) == [
-        ("bn", 0), ("bn", 4), ("half", 0), ("half", 4),
-    ]  # fmt: skip
+    found = sorted((c["norm"]["name"], c["norm_batch"] or 0) for c in configs)
+    assert found == [("bn", 0), ("bn", 4), ("half", 0), ("half", 4)]
     assert {c["norm"]["power"] for c in configs if c["norm"]["name"] == "half"} == {0.25}
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import sys
 import zipfile
 
@@ -35,6 +34,7 @@ def test_a_run_has_one_live_line_which_is_gone_at_the_end(tmp_path) -> None:
     assert more == []
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
     with (tmp_path / "out").open("w") as out:
         status, written = in_terminal([*SWEEP, "epochs=300"], cwd=tmp_path, stdout=out)  # long enough to be seen
@@ -57,6 +57,7 @@ def test_files_get_neither_escapes_nor_carriage_returns(tmp_path, command) -> No
     assert re.search(r"^\[1/\d\] small-digits-", err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_quiet_commands_print_nothing_but_what_went_wrong(tmp_path) -> None:
     status, out, err = to_files([*SWEEP, "norm=bn,gn", "quiet=true"], tmp_path)  # 32 groups of 8 channels
     assert (status, out) == (1, "")
@@ -67,25 +68,21 @@ def test_quiet_commands_print_nothing_but_what_went_wrong(tmp_path) -> None:
     assert to_files([*TRAIN, "quiet=true"], tmp_path) == (0, "", "")  # finished
 
 
-def test_a_quiet_report_prints_its_page_alone(tmp_path) -> None:
+def test_a_quiet_report_prints_its_page_alone(tmp_path, command) -> None:
     with zipfile.ZipFile(ROOT / "outputs" / "reference" / "digits_every_norm.normlab.zip") as recorded:
         runs = [
             name for name in recorded.namelist() if re.match(r"resnet18-digits-(bn-b32-s0-5a|affine-b32-s0-)", name)
         ]
         recorded.extractall(tmp_path / "outputs" / "default", runs)
-    report = [sys.executable, str(ROOT / "report.py")]
-    assert to_files([*report, "quiet=true", "figures=false"], tmp_path) == (
-        0,
-        "outputs/default/report/index.html\n",
-        "",
-    )
     (tmp_path / "results.csv").write_text("arm,test_accuracy\nmine,0.5\n")
-    brought = [*report, "import", "source=results.csv", "study=mine", "quiet=true"]
     where = "set={dataset.name: digits, model.name: x, batch: 8, epochs: 1}"
-    assert to_files([*brought, where], tmp_path) == (0, "outputs/mine\n", "")
-    shutil.rmtree(tmp_path / "outputs" / "mine")
-    assert to_files([*report, "claims", "quiet=true"], tmp_path) == (0, "outputs/claims.md\n", "")
-    assert to_files([*report, "status", "quiet=true"], tmp_path) == (0, "Study default, 2 runs: 2 done\n", "")
+    for words, told in (
+        (["figures=false"], "outputs/default/report/index.html"),
+        (["status"], "Study default, 2 runs: 2 done"),
+        (["claims"], "outputs/claims.md"),
+        (["import", "source=results.csv", "study=mine", where], "outputs/mine"),
+    ):
+        assert command("report.py", *words, "quiet=true") == (0, f"{told}\n", "")
 
 
 MANY = """
@@ -110,6 +107,8 @@ with Display(dict.fromkeys(names, 1.0), quiet="quiet" in sys.argv) as display:
 def test_live_lines_fit_the_terminal(columns, rows) -> None:
     status, written = in_terminal([sys.executable, "-c", MANY], columns=columns, rows=rows)
     assert status == 0
+    assert COLOR.search(written)
+    assert (columns, rows) != (100, 12) or "0 finished; 31 under way not shown" in written
     redrawn = [part.count("\x1b[1A") for part in written.split("\n")]
     assert 0 < max(redrawn) < rows
     left = shown(written, columns)
@@ -118,15 +117,8 @@ def test_live_lines_fit_the_terminal(columns, rows) -> None:
     assert not any("under way" in line or "40 runs" in line for line in left)
 
 
-def test_what_is_not_shown_is_counted() -> None:
-    _, written = in_terminal([sys.executable, "-c", MANY], rows=12)
-    assert "0 finished; 31 under way not shown" in written
-
-
 def test_no_color_leaves_no_colors() -> None:
-    _, plain = in_terminal([sys.executable, "-c", MANY])
     _, without = in_terminal([sys.executable, "-c", MANY], env={"NO_COLOR": "1"})
-    assert COLOR.search(plain)
     assert not COLOR.search(without)
     assert "40 runs" in without
 

@@ -18,6 +18,7 @@ import pytest
 
 from normlab import report
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 SOURCES = (
     *("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"),
@@ -150,11 +151,11 @@ def test_mistakes_are_answered_in_the_commands_name(installed, empty) -> None:
 
 
 def test_a_sweep_and_its_report_in_an_empty_folder(installed, empty) -> None:
-    sweep = ("normlab-train", "-m", "norm=bn,affine,bnminus,none", "batch=8,32,128", *SMALL)
+    sweep = ("normlab-train", "-m", "norm=bn,none", "batch=32,128", *SMALL)
     status, out, error = run(installed, empty, *sweep)
     assert status == 0, out + error
     study = report.load(empty / "outputs" / "default")
-    assert len(study.runs) == 12
+    assert len(study.runs) == 4
     assert set(study.runs["state"]) == {"done"}
     assert all(study.configs)
 
@@ -164,19 +165,14 @@ def test_a_sweep_and_its_report_in_an_empty_folder(installed, empty) -> None:
 
 
 def test_what_hydra_offers_works_without_a_checkout(installed, empty) -> None:
-    status, out, error = run(installed, empty, "normlab-train", "doctor", "hydra/launcher=plan", *SMALL)
-    assert status == 0, out + error
-    planned = (
-        "-m",
-        "experiment=ioffe2017_small",
-        "budget=smoke",
-        "hydra/launcher=plan",
-        "hydra.launcher.calibrate_seconds=0",
-    )
-    status, out, error = run(installed, empty, "normlab-train", *planned)
-    assert status == 0, out + error
     (empty / "own" / "optimizer").mkdir(parents=True)
     (empty / "own" / "optimizer" / "mine.yaml").write_text("defaults: [sgd]\nlr: 0.123\n")
-    own = ("--config-dir", "own", "optimizer=mine", "--cfg", "job")
-    status, out, error = run(installed, empty, "normlab-train", *own)
-    assert (status, "lr: 0.123" in out) == (0, True), error
+    experiment = ("-m", "experiment=ioffe2017_small", "budget=smoke")
+    for words in (
+        ("doctor", "hydra/launcher=plan", *SMALL),
+        (*experiment, "hydra/launcher=plan", "hydra.launcher.calibrate_seconds=0"),
+        ("--config-dir", "own", "optimizer=mine", "--cfg", "job"),
+    ):
+        status, out, error = run(installed, empty, "normlab-train", *words)
+        assert status == 0, out + error
+    assert "lr: 0.123" in out

@@ -27,6 +27,7 @@ def study_named_default(add_run: Callable[..., Path], tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
 def test_the_blocks_of_a_page_run_in_order(page: str, study_named_default: None) -> None:
     names: dict[str, object] = {"__name__": "__main__"}

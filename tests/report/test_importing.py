@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,15 +10,21 @@ import yaml
 
 from normlab import report, runs
 from normlab.common.errors import UserError
+from normlab.report.analysis.metrics import ACCURACY
+from normlab.report.analysis.tables import build_tables
 from normlab.report.claims.judge import judge
 from normlab.report.importing import import_runs
 from normlab.report.study.load import load
 
-ROOT = Path(__file__).parents[2]
 OPTIONS = report.options()
 WHERE = {"dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}
 DIGITS = {"dataset.name": "digits", "model.name": "resnet", "depth": 18, "batch": 8, "epochs": 3}
+TWO = WHERE | {"epochs": 2}
+NAMES = {"arm": "Method", "test_accuracy": "Acc. (%): best", "batch": "size"}
+LIGHTNING = {"test_loss": "val_loss", "test_accuracy": "val_acc", "train_loss": "loss"}
+TAG = {"test_accuracy": "val/acc"}
 WITHOUT_BATCH = {key: value for key, value in WHERE.items() if key != "batch"}
+DIGITS_WITHOUT_BATCH = {key: value for key, value in DIGITS.items() if key != "batch"}
 
 
 @pytest.fixture
@@ -53,15 +58,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def means(study: Path) -> dict[tuple[str, int], float]:
-    """The accuracy table as it is written."""
-    page = report.build(study.name, study.parent, report.options(baseline=None, thresholds=(0.5,), figures=False))
-    rows = report.load(study).runs
-    assert page.exists()
-    assert not rows.empty
-    lines = (page.parent / "accuracy.csv").read_text().splitlines()
-    head = lines[0].split(",")
-    found = [dict(zip(head, line.rsplit(",", len(head) - 1), strict=True)) for line in lines[1:]]
-    return {(row["arm"], int(row["batch"])): float(row["mean"]) for row in found if row["mean"]}
+    """The accuracy table's."""
+    [accuracy, *_] = build_tables(load(study), ACCURACY, None, (), 0.95)
+    rows = accuracy.tidy.dropna(subset=["mean"])
+    return dict(zip(zip(rows["arm"], rows["batch"], strict=True), rows["mean"], strict=True))
 
 
 SHORT = """arm,seed,batch,test_accuracy,train_accuracy
@@ -78,22 +78,12 @@ def test_a_row_per_run_is_in_the_accuracy_table_with_exactly_its_means(bring, st
     assert means(study) == pytest.approx({("mine", 32): 92.0, ("mine", 64): 80.0, ("theirs", 32): 50.0}, abs=1e-12)
 
 
-def test_a_row_per_evaluation_becomes_the_course_of_its_run(bring, study):
-    rows = [f"mine,{seed},{epoch},{0.1 * epoch + 0.01 * seed},{1 / epoch}" for seed in (0, 1) for epoch in (3, 1, 2)]
-    bring("arm,seed,epoch,test_accuracy,test_loss\n" + "\n".join(rows), set={**WHERE, "epochs": 3})
-    found = load(study)
-    assert list(found.evaluations["epoch"]) == [1, 2, 3] * 2
-    assert list(found.evaluations["test_accuracy"]) == [0.1, 0.2, 0.1 * 3, 0.11, 0.1 * 2 + 0.01, 0.1 * 3 + 0.01]
-    assert list(found.evaluations["test_loss"]) == [1, 1 / 2, 1 / 3] * 2
-    assert found.states()["done"] == 2
-    assert means(study) == pytest.approx({("mine", 128): 30.5})
-
-
+@pytest.mark.slow
 def test_imported_arms_stand_in_one_table_with_the_study_s_own(bring, add_run, study):
     for batch, lr in ((8, 0.1), (32, 0.4)):
         for seed in (0, 1):
             add_run("bn", batch, seed, optimizer__lr=lr)
-    where = {key: value for key, value in DIGITS.items() if key != "batch"}
+    where = DIGITS_WITHOUT_BATCH
     bring("arm,seed,batch,test_accuracy\nmine,0,8,0.5\nmine,1,8,0.6\nmine,0,32,0.7\n", set=where)
     found = load(study)
     assert found.runs["setting"].unique().tolist() == ["digits, resnet18"]
@@ -227,76 +217,56 @@ def test_a_study_cannot_lie_outside_of_the_outputs(study_name, bring):
         bring("arm,test_accuracy\nmine,0.5\n", study=study_name, set=WHERE)
 
 
-def test_per_cent_are_shares_when_told(bring, study):
-    bring("arm,test_accuracy\nmine,93.25\n", set=WHERE, percent=True)
-    assert list(load(study).evaluations["test_accuracy"]) == [0.9325]
+READ = [  # text, settings, what is printed, and columns of the evaluations
+    (
+        "arm,seed,epoch,test_accuracy,test_loss\na,0,3,0.3,1\na,0,1,0.1,3\na,1,2,0.6,5\na,1,1,0.5,6\na,0,2,0.2,2\n",
+        {"set": TWO | {"epochs": 3}},
+        "2 runs",
+        {"seed": [0, 0, 0, 1, 1], "test_accuracy": [0.1, 0.2, 0.3, 0.5, 0.6], "test_loss": [3, 2, 1, 6, 5]},
+    ),
+    (
+        "Method;Acc. (%): best;notes;size\nmine;93.25;good;16\n",
+        {"columns": NAMES, "ignore": ["notes"], "percent": True, "set": WITHOUT_BATCH},
+        "Left out: notes.",
+        {"arm": ["mine"], "batch": [16], "test_accuracy": [0.9325]},
+    ),
+    (  # as Lightning's CSVLogger writes the training, the validation and, last of all, the test
+        "epoch,step,loss,val_loss,val_acc,test\n0,49,2.3,,,\n0,59,,1.9,0.4,\n1,99,2.0,,,\n1,119,,1.5,0.6,\n2,120,,,,0.5\n",
+        {"columns": LIGHTNING, "first_epoch": 0, "ignore": ["test"], "set": TWO | {"arm": "mine"}},
+        "Assumed: seed 0, as results.csv has none.\nLeft out: test, 1 rows that measure nothing else.",
+        {"step": [59, 119], "train_loss": [2.3, 2.0], "test_loss": [1.9, 1.5], "test_accuracy": [0.4, 0.6]},
+    ),
+    (",arm,test_loss\n0,a,0.5\n", {"ignore": [""]}, "Left out: (one without a name).", {"test_loss": [0.5]}),
+    (
+        "arm,seed,epoch,test_loss,state\na,0,1,1,\na,0,2,0.9,done\na,1,1,nan,\na,2,1,2,\na,2,2,,diverged",
+        {"set": TWO},
+        "Assumed: runs whose last loss is not finite have diverged.",
+        {"seed": [0, 0, 1, 2, 2], "state": [*["done"] * 2, *["diverged"] * 3]},
+    ),
+    (
+        "arm,seed,epoch,test_accuracy\na,0,1,0.5\na,0,2,0.6\na,1,1,0.1\n",
+        {"set": TWO},
+        "runs that end before epoch 2 were interrupted",
+        {"epoch": [1, 2, 1], "state": ["done", "done", "interrupted"]},
+    ),
+    (
+        "arm,dataset.name,epochs,epoch,test_accuracy\na,x,2,1,0.5\na,x,2,2,0.6\na,y,1,1,0.1\n",
+        {"set": {"model.name": "net", "batch": 8}},
+        "2 runs",
+        {"epoch": [1, 2, 1], "state": ["done"] * 3},
+    ),
+    ("arm,epoch,test_loss,state\na,2,9,diverged\na,1,3,done\n", {}, "1 run", {"state": ["diverged"] * 2}),
+    ("arm,step,test_loss\na,99,5\na,199,6\n", {"set": TWO, "steps_per_epoch": 100}, "1 run", {"epoch": [1, 2]}),
+    ("arm,epoch,test_loss\na,0,5\na,1,6\n", {"set": TWO, "first_epoch": 0}, "1 run", {"epoch": [1, 2]}),
+    ("arm,epoch,test_loss\na,0,5\na,1,6\n", {"set": WHERE, "first_epoch": 1}, "1 run", {"epoch": [0, 1]}),
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "percent", "message"),
-    [
-        (("0.9", "93"), False, "line 3: test_accuracy=93 is not valid with percent=false.\nExpected percent=true for"),
-        (("93", "0.9"), True, "line 3: test_accuracy=0.9 is not valid with percent=true"),
-        (("1", "1"), True, "line 2: test_accuracy=1 is not valid with percent=true"),
-        (("101", "90"), True, "line 2: test_accuracy=101 is not valid with percent=true"),
-        (("-1", "90"), True, "line 2: test_accuracy=-1 is not valid: expected a number, 0 or more"),
-    ],
-)
-def test_an_accuracy_that_does_not_look_as_percent_says_is_refused(values, percent, message, refused):
-    text = "arm,seed,test_accuracy\n" + "".join(f"mine,{seed},{value}\n" for seed, value in enumerate(values))
-    assert message in refused(text, percent=percent)
-
-
-def test_columns_have_names_of_the_user_and_some_do_not_matter(bring, study):
-    text = "Method;Test Acc. (%): best;notes;lr\nmine;93;good;0.1\n"
-    columns = {"arm": "Method", "test_accuracy": "Test Acc. (%): best", "optimizer.lr": "lr"}
-    told = bring(text, columns=columns, ignore=["notes"], percent=True, set=WHERE)
-    assert "Left out: notes." in told
-    found = load(study)
-    assert list(found.evaluations["test_accuracy"]) == [0.93]
-    assert next(iter(found.configs.values()))["optimizer"] == {"lr": 0.1}
-
-
-def test_rows_of_one_epoch_that_measure_different_things_are_one_evaluation(bring, study):
-    """As Lightning's CSVLogger writes them."""
-    text = "epoch,step,train_loss_step,val_loss,val_acc\n0,49,2.3,,\n0,59,,1.9,0.4\n1,99,2.0,,\n1,119,,1.5,0.6\n"
-    columns = {"test_loss": "val_loss", "test_accuracy": "val_acc", "train_loss": "train_loss_step"}
-    told = bring(text, columns=columns, first_epoch=0, set={**WHERE, "arm": "mine", "epochs": 2})
-    assert "Assumed: seed 0, as results.csv has none." in told
-    found = load(study).evaluations
-    assert found[["epoch", "step", "train_loss", "test_loss", "test_accuracy"]].to_numpy().tolist() == [
-        [1, 59, 2.3, 1.9, 0.4],
-        [2, 119, 2.0, 1.5, 0.6],
-    ]
-
-
-def test_a_loss_that_is_not_finite_at_the_end_is_a_diverged_run(bring, study):
-    text = "arm,seed,epoch,test_accuracy,test_loss,state\n"
-    rows = ["a,0,1,0.5,1.0,", "a,0,2,0.6,0.9,done", "a,1,1,0.1,nan,", "a,2,1,0.1,2.3,", "a,2,2,,,diverged"]
-    told = bring(text + "\n".join(rows), set={**WHERE, "epochs": 2})
-    found = load(study)
-    assert found.runs.set_index("seed")["state"].to_dict() == {0: "done", 1: "diverged", 2: "diverged"}
-    assert "Assumed: runs whose last loss is not finite have diverged." in told
-    assert means(study) == pytest.approx({("a", 128): 60.0})
-
-
-def test_a_run_that_ends_before_the_others_is_part_of_no_mean(bring, study):
-    text = "arm,seed,epoch,test_accuracy\na,0,1,0.5\na,0,2,0.6\na,1,1,0.1\n"
-    assert "runs that end before epoch 2 were interrupted" in bring(text, set={**WHERE, "epochs": 2})
-    assert means(study) == pytest.approx({("a", 128): 60.0})
-
-
-def test_runs_of_different_settings_may_have_different_numbers_of_epochs(bring, study):
-    text = "arm,dataset.name,epochs,epoch,test_accuracy\na,x,2,1,0.5\na,x,2,2,0.6\na,y,1,1,0.1\n"
-    bring(text, set={"model.name": "net", "batch": 8})
-    assert load(study).states()["done"] == 2
-
-
-def test_steps_are_epochs_by_the_number_of_steps_in_one(bring, refused, study):
-    text = "arm,step,test_accuracy\na,99,0.5\na,199,0.6\n"
-    assert "steps_per_epoch=" in refused(text)
-    bring(text, set={**WHERE, "epochs": 2}, steps_per_epoch=100)
-    assert load(study).evaluations[["epoch", "step"]].to_numpy().tolist() == [[1, 99], [2, 199]]
+@pytest.mark.parametrize(("text", "wanted", "told", "columns"), READ)
+def test_a_file_becomes_the_evaluations_of_its_runs(text, wanted, told, columns, bring, study):
+    printed = bring(text, **{"set": WHERE, **wanted})
+    assert all(line in printed for line in told.splitlines()), printed
+    assert load(study).evaluations[list(columns)].to_dict("list") == columns
 
 
 def test_evaluations_between_epochs_are_of_the_epoch_that_they_are_in(bring, study):
@@ -313,11 +283,6 @@ def test_evaluations_between_epochs_are_of_the_epoch_that_they_are_in(bring, stu
     assert "runs that end before step 1000 were interrupted" in told
 
 
-def test_a_state_is_that_of_the_last_epoch_wherever_it_stands_in_the_file(bring, study):
-    bring("arm,epoch,test_loss,state\nmine,2,9,diverged\nmine,1,3,done\n", set=WHERE)
-    assert load(study).states()["diverged"] == 1
-
-
 def test_a_source_that_has_grown_replaces_its_runs_only_when_told_to(bring, refused, study):
     rows = ["arm,epoch,test_accuracy", "mine,1,0.5", "mine,2,0.6", "mine,3,0.7"]
     where = {**WHERE, "epochs": 3}
@@ -330,30 +295,6 @@ def test_a_source_that_has_grown_replaces_its_runs_only_when_told_to(bring, refu
     assert len(list(runs.find(study))) == 1
     bring("\n".join(rows[:-1]), set={**where, "epochs": 2})  # a run that was meant to be shorter is another one
     assert len(list(runs.find(study))) == 2
-
-
-def test_what_lightning_writes_after_a_test_is_no_evaluation(bring, study):
-    text = "epoch,step,val_acc,test_acc\n0,9,0.5,\n1,19,0.6,\n2,20,,0.55\n"
-    where = {**WHERE, "epochs": 2, "arm": "mine"}
-    wanted = {"columns": {"test_accuracy": "val_acc"}, "ignore": ["test_acc"], "first_epoch": 0}
-    assert "Left out: test_acc, 1 rows that measure nothing else." in bring(text, set=where, **wanted)
-    assert means(study) == pytest.approx({("mine", 128): 60.0})
-
-
-def test_a_column_without_a_name_can_be_left_out(bring, study):
-    assert "Left out: (one without a name)." in bring(",arm,test_accuracy\n0,mine,0.5\n", set=WHERE, ignore=[""])
-    assert means(study) == pytest.approx({("mine", 128): 50.0})
-
-
-def test_epoch_0_is_asked_about(bring, refused, study):
-    text = "arm,epoch,test_accuracy\na,0,0.1\na,1,0.6\n"
-    message = refused(text)
-    assert "line 2 is of epoch 0" in message
-    assert "first_epoch=0" in message
-    bring(text, set={**WHERE, "epochs": 2}, first_epoch=0)
-    assert list(load(study).evaluations["epoch"]) == [1, 2]
-    bring(text, name="other.csv", study="other", set={**WHERE, "epochs": 1}, first_epoch=1)
-    assert list(load(study.parent / "other").evaluations["epoch"]) == [0, 1]
 
 
 def test_an_imported_run_stands_where_the_trained_ones_are_that_have_its_settings(bring, add_run, study):
@@ -437,90 +378,61 @@ def test_the_folder_of_an_import_is_that_of_any_run_and_names_no_path_of_this_ma
 
 
 ROW = "arm,seed,test_accuracy\nmine,0,0.5\n"
-REFUSED = {  # text, settings, and what the sentence has
-    "no rows": ("arm,test_accuracy\n", {}, "results.csv has no rows"),
-    "an empty file": ("", {}, "results.csv has no rows"),
-    "no text": (
-        b"arm,test_accuracy\nmine,\xff\n",
-        {},
-        "results.csv cannot be read: 'utf-8' codec can't decode byte 0xff",
-    ),
-    "too few cells": ("arm,seed,test_accuracy\nmine,0\n", {}, "results.csv, line 2 has 2 cells, its header 3"),
-    "an open quote": ('arm,test_accuracy\n"mine,0.5\n', {}, "results.csv, line 2 cannot be read"),
-    "a nul byte": (b"arm,test_accuracy\nmi\0ne,0.5\n", {}, "results.csv, line 2"),
-    "no arm": ("seed,test_accuracy\n0,0.5\n", {}, "'set={arm: mine}'"),
-    "an arm that lacks": ("arm,seed,test_accuracy\n,0,0.5\nmine,1,0.5\n", {}, "line 2 lacks arm"),
-    "a seed that lacks": ("arm,seed,test_accuracy\nmine,,0.5\nmine,1,0.5\n", {}, "line 2 has no seed"),
-    "nothing measured": ("arm,seed\nmine,0\n", {}, "has no measured column"),
-    "no value": ("arm,seed,test_accuracy\nm,0,\nm,1,0.5\n", {}, "line 2: arm m, seed 0, batch 128"),
-    "no last value": ("arm,epoch,test_accuracy\nm,19,0.5\nm,20,\n", {}, "has no test_accuracy at its last epoch, 20"),
-    "no number": ("arm,test_accuracy\nmine,0.5%\n", {}, "line 2: test_accuracy=0.5% is not valid: expected a number"),
-    "half an epoch": ("arm,epoch,test_accuracy\nmine,1.5,0.5\n", {}, "line 2: epoch=1.5 is not valid"),
-    "a negative seed": ("arm,seed,test_accuracy\nmine,-1,0.5\n", {}, "line 2: seed=-1 is not valid"),
-    "a seed beyond all": (f"arm,seed,test_accuracy\nmine,{10**30},0.5\n", {}, "line 2: seed=1000"),
-    "a batch of none": ("arm,test_accuracy,batch\nmine,0.5,0\n", {"set": {}}, "line 2: batch=0 is not valid"),
-    "a state": ("arm,state,test_accuracy\nmine,broken,0.5\n", {}, "line 2: state=broken is not valid"),
-    "done with nan": (
-        "arm,state,test_loss\nmine,done,nan\n",
-        {},
-        "is done by its state, but its last loss is not finite",
-    ),
-    "too many epochs": ("arm,epoch,test_accuracy\nmine,21,0.5\n", {}, "has an epoch 21, and epochs=20"),
-    "a setting of no number": ("arm,test_accuracy,optimizer.lr\nm,0.5,inf\n", {}, "line 2: optimizer.lr=inf"),
-    "two of a run": (f"{ROW}mine,0,0.5\n", {}, "line 3: another row has test_accuracy of the same run"),
-    "two of an epoch": (
-        "arm,epoch,test_loss\nm,1,3\nm,1,3\n",
-        {},
-        "line 3: another row has test_loss of the same run and epoch",
-    ),
-    "an epoch that lacks": (
-        "arm,epoch,test_loss\nm,1,3\nm,,2\n",
-        {},
-        "line 3 has neither epoch nor step, and others have one",
-    ),
-    "an unknown column": ("arm,test_acuracy\nmine,0.5\n", {}, "Did you mean columns={test_accuracy: test_acuracy}?"),
-    "a column without a name": ("arm,,test_accuracy\nmine,1,0.5\n", {}, """give 'ignore=[""]';"""),
-    "done too early": (
+PAIR = "arm,test_accuracy\nm,"
+REFUSED = [  # text and what the sentence has
+    ("arm,test_accuracy\n", "results.csv has no rows"),
+    ("", "results.csv has no rows"),
+    ("arm,seed,test_accuracy\nmine,0\n", "results.csv, line 2 has 2 cells, its header 3"),
+    ('arm,test_accuracy\n"mine,0.5\n', "results.csv, line 2 cannot be read"),
+    ("seed,test_accuracy\n0,0.5\n", "'set={arm: mine}'"),
+    ("arm,seed,test_accuracy\n,0,0.5\nmine,1,0.5\n", "line 2 lacks arm"),
+    ("arm,seed,test_accuracy\nmine,,0.5\nmine,1,0.5\n", "line 2 has no seed"),
+    ("arm,seed\nmine,0\n", "has no measured column"),
+    ("arm,seed,test_accuracy\nm,0,\nm,1,0.5\n", "line 2: arm m, seed 0, batch 128"),
+    ("arm,epoch,test_accuracy\nm,19,0.5\nm,20,\n", "has no test_accuracy at its last epoch, 20"),
+    ("arm,test_accuracy\nmine,0.5%\n", "line 2: test_accuracy=0.5% is not valid: expected a number"),
+    ("arm,epoch,test_accuracy\nmine,1.5,0.5\n", "line 2: epoch=1.5 is not valid"),
+    ("arm,seed,test_accuracy\nmine,-1,0.5\n", "line 2: seed=-1 is not valid"),
+    ("arm,seed,test_accuracy\nmine,1000000000000000000000000000000,0.5\n", "line 2: seed=1000"),
+    ("arm,state,test_accuracy\nmine,broken,0.5\n", "line 2: state=broken is not valid"),
+    ("arm,state,test_loss\nmine,done,nan\n", "is done by its state, but its last loss is not finite"),
+    ("arm,epoch,test_accuracy\nmine,21,0.5\n", "has an epoch 21, and epochs=20"),
+    ("arm,test_accuracy,optimizer.lr\nm,0.5,inf\n", "line 2: optimizer.lr=inf"),
+    ("arm,seed,test_accuracy\nmine,0,0.5\nmine,0,0.5\n", "line 3: another row has test_accuracy of the same run"),
+    ("arm,epoch,test_loss\nm,1,3\nm,1,3\n", "line 3: another row has test_loss of the same run and epoch"),
+    ("arm,epoch,test_loss\nm,1,3\nm,,2\n", "line 3 has neither epoch nor step, and others have one"),
+    ("arm,test_acuracy\nmine,0.5\n", "Did you mean columns={test_accuracy: test_acuracy}?"),
+    ("arm,,test_accuracy\nmine,1,0.5\n", "give 'ignore=[\"\"]';"),
+    ("arm,test_accuracy,wall_seconds\nmine,0.5,-1\n", "line 2: wall_seconds=-1 is not valid"),
+    ("arm,norm,test_accuracy\nmine,a,0.5\n", "the column norm is arm, and another column has it, too"),
+    ("arm,batch,test_accuracy\nmine,8,0.5\n", "the column batch is batch, and set= has it, too"),
+]
+REFUSED_WITH = [  # text, settings, and what the sentence has
+    (b"arm,test_accuracy\nmine,\xff\n", {}, "results.csv cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    (b"arm,test_accuracy\nmi\x00ne,0.5\n", {}, "results.csv, line 2"),
+    ("arm,test_accuracy,batch\nmine,0.5,0\n", {"set": {}}, "line 2: batch=0 is not valid"),
+    (
         "arm,seed,epoch,test_loss,state\nm,0,2,1,done\nm,1,3,1,\n",
-        {"set": {**WHERE, "epochs": 3}},
+        {"set": WHERE | {"epochs": 3}},
         "is done by its state, but ends before epoch 3",
     ),
-    "a negative time": ("arm,test_accuracy,wall_seconds\nmine,0.5,-1\n", {}, "line 2: wall_seconds=-1 is not valid"),
-    "a column twice": (
-        "arm,norm,test_accuracy\nmine,a,0.5\n",
-        {},
-        "the column norm is arm, and another column has it, too",
-    ),
-    "a column and set": (
-        "arm,batch,test_accuracy\nmine,8,0.5\n",
-        {},
-        "the column batch is batch, and set= has it, too",
-    ),
-    "a renamed one": (
-        ROW,
-        {"columns": {"test_accuracy": "test_acuracy"}},
-        "Did you mean columns={test_accuracy: test_",
-    ),
-    "the wrong order": (ROW, {"columns": {"acc": "test_accuracy"}}, "columns={test_accuracy: acc}"),
-    "an unknown name": (ROW, {"columns": {"acuracy": "acc"}}, "normlab has no column acuracy.\nDid you mean"),
-    "an unknown setting": (
-        ROW,
-        {"set": {"dataset": "x"}},
-        "normlab has no column dataset.\nDid you mean dataset.name?",
-    ),
-    "the mark of imports": (ROW, {"set": {"norm.imported": False}}, "normlab has no column norm.imported"),
-    "nothing set": (
-        ROW,
-        {"set": None},
-        "lacks dataset.name, model.name, batch, epochs.\nGive what holds for all",
-    ),
-    "a pattern": (ROW, {"pattern": "{arm}"}, "pattern= is about the folders of a source"),
-}
+    (ROW, {"columns": {"test_accuracy": "test_acuracy"}}, "Did you mean columns={test_accuracy: test_"),
+    (ROW, {"columns": {"acc": "test_accuracy"}}, "columns={test_accuracy: acc}"),
+    (ROW, {"columns": {"acuracy": "acc"}}, "normlab has no column acuracy.\nDid you mean"),
+    (ROW, {"set": {"dataset": "x"}}, "normlab has no column dataset.\nDid you mean dataset.name?"),
+    (ROW, {"set": {"norm.imported": False}}, "normlab has no column norm.imported"),
+    (ROW, {"set": None}, "lacks dataset.name, model.name, batch, epochs.\nGive what holds for all"),
+    (PAIR + "0.9\nm,93\n", {}, "line 3: test_accuracy=93 is not valid with percent=false.\nExpected percent=true for"),
+    (PAIR + "93\nm,0.9\n", {"percent": True}, "line 3: test_accuracy=0.9 is not valid with percent=true"),
+    (PAIR + "1\nm,1\n", {"percent": True}, "line 2: test_accuracy=1 is not valid with percent=true"),
+    (PAIR + "101\nm,90\n", {"percent": True}, "line 2: test_accuracy=101 is not valid with percent=true"),
+    (PAIR + "-1\nm,90\n", {"percent": True}, "line 2: test_accuracy=-1 is not valid: expected a number, 0 or more"),
+    (ROW, {"pattern": "{arm}"}, "pattern= is about the folders of a source"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_imported_is_refused_in_a_sentence_and_nothing_is_written(case, refused, study):
-    text, wanted, message = REFUSED[case]
+@pytest.mark.parametrize(("text", "wanted", "message"), [*((text, {}, told) for text, told in REFUSED), *REFUSED_WITH])
+def test_what_cannot_be_imported_is_refused_in_a_sentence_and_nothing_is_written(text, wanted, message, refused, study):
     assert message in refused(text, **wanted)
     assert not study.exists()
 
@@ -551,27 +463,14 @@ def test_a_source_that_is_not_there_is_answered_with_the_nearest(tmp_path):
         import_runs("study", tmp_path, {"source": str(tmp_path / "result.csv")})
 
 
-def test_the_command_imports_a_file(tmp_path):
+def test_the_command_imports_a_file(command, tmp_path, study):
     (tmp_path / "results.csv").write_text("method,acc\nmine,93\n")
-    settings = ["study=mine", "columns={arm: method, test_accuracy: acc}", "percent=true", f"output_dir={tmp_path}/out"]
     where = f"set={{{', '.join(f'{key}: {value}' for key, value in WHERE.items())}}}"
-    command = [sys.executable, "report.py", "import", f"source={tmp_path}/results.csv", *settings, where]
-    for told in ("1 new", "1 there already"):
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert told in result.stdout
-    assert means(tmp_path / "out" / "mine") == pytest.approx({("mine", 128): 93.0})
-
-
-def test_importing_needs_neither_torch_nor_hydra_nor_tensorboard(tmp_path):
-    (tmp_path / "results.csv").write_text(ROW)
-    code = (
-        "import sys; from normlab.report.importing import import_runs\n"
-        f"import_runs('study', {str(tmp_path)!r}, {{'source': {str(tmp_path / 'results.csv')!r}, 'set': {WHERE!r}}})\n"
-        "print({'torch', 'hydra', 'omegaconf', 'tensorboard', 'matplotlib'} & set(sys.modules))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "set()"
+    settings = ["study=study", "columns={arm: method, test_accuracy: acc}", "percent=true", where]
+    status, out, error = command("report.py", "import", "source=results.csv", *settings)
+    assert (status, error) == (0, "")
+    assert "1 new" in out
+    assert means(study) == pytest.approx({("mine", 128): 93.0})
 
 
 # ---- TensorBoard
@@ -613,7 +512,7 @@ def test_what_tensorboard_wrote_comes_back_equal(events, bring_events, study):
         columns={"test_accuracy": "val/acc", "test_loss": "val/loss"},
         pattern="{arm}/b{batch}_s{seed}",
         steps_per_epoch=10,
-        set={key: value for key, value in DIGITS.items() if key != "batch"},
+        set=DIGITS_WITHOUT_BATCH,
     )
     assert "Left out: lr." in told
     found = load(study)
@@ -648,37 +547,21 @@ def test_what_torch_s_summary_writer_wrote_is_read(tmp_path, bring_events, study
     assert load(study).evaluations[["epoch", "step", "test_accuracy"]].to_numpy().tolist() == [[2, 40, 0.75]]
 
 
-EVENTS_REFUSED = {  # settings, and what the sentence has
-    "no tag of ours": ({}, ["has no measured tag.\nIts tags: lr, val/acc", "'columns={test_accuracy: \"val/acc\"}'"]),
-    "no such tag": (
-        {"columns": {"test_accuracy": "val/ac"}},
-        ["tb has no tag val/ac", "Did you mean columns={test_accuracy: val/acc}"],
-    ),
-    "another pattern": (
-        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}_s{seed}"},
-        ["The folder mine/b8_s0 does not match the pattern {arm}_s{seed}"],
-    ),
-    "an unknown field": (
-        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arn}/{}"},
-        ["normlab has no column arn.\nDid you mean arm?"],
-    ),
-    "a field twice": (
-        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}/{arm}"},
-        ["arm is given twice"],
-    ),
-    "steps alone": (
-        {"columns": {"test_accuracy": "val/acc"}, "pattern": "{arm}/b{batch}_s{seed}"},
-        ["steps_per_epoch="],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", EVENTS_REFUSED)
-def test_events_that_cannot_be_imported_are_refused_in_a_sentence(case, events, bring_events, study):
+@pytest.mark.parametrize(
+    ("columns", "pattern", "messages"),
+    [
+        ({}, None, ["has no measured tag.\nIts tags: lr, val/acc", "'columns={test_accuracy: \"val/acc\"}'"]),
+        ({"test_accuracy": "val/ac"}, None, ["tb has no tag val/ac", "Did you mean columns={test_accuracy: val/acc}"]),
+        (TAG, "{arm}_s{seed}", ["The folder mine/b8_s0 does not match the pattern {arm}_s{seed}"]),
+        (TAG, "{arn}/{}", ["normlab has no column arn.\nDid you mean arm?"]),
+        (TAG, "{arm}/{arm}", ["arm is given twice"]),
+        (TAG, "{arm}/b{batch}_s{seed}", ["steps_per_epoch="]),
+    ],
+)
+def test_events_that_cannot_be_imported_are_refused(columns, pattern, messages, events, bring_events, study):
     events("mine/b8_s0", {"val/acc": [(10, 0.5)], "lr": [(10, 0.5)]})
-    wanted, messages = EVENTS_REFUSED[case]
     with pytest.raises(UserError) as error:
-        bring_events(set={key: value for key, value in DIGITS.items() if key != "batch"}, **wanted)
+        bring_events(set=DIGITS_WITHOUT_BATCH, columns=columns, **({"pattern": pattern} if pattern else {}))
     assert all(message in str(error.value) for message in messages), str(error.value)
     assert not study.exists()
 

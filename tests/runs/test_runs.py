@@ -12,7 +12,7 @@ from pydantic import Field
 from tools import works
 
 from normlab import runs
-from normlab.common.errors import RunBusyError, UserError
+from normlab.common.errors import UserError
 from normlab.config.schema import SGD, Adam, RunConfig, Since
 from normlab.runs import archive, files
 from normlab.runs.folder import FormatError
@@ -320,28 +320,6 @@ def test_a_configuration_from_disk_is_never_executed(run, tmp_path) -> None:
     with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
         runs.read_config(run.folder)
     assert not (tmp_path / "executed").exists()
-
-
-HOLDING = """
-import json, sys
-from normlab import runs
-
-with runs.Run(json.loads(sys.argv[1])).lock():
-    print(flush=True)
-    input()
-"""
-
-
-def test_a_lock_holds_against_another_process_and_ends_with_it(run) -> None:
-    command = [sys.executable, "-c", HOLDING, json.dumps(run.config)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
-        with pytest.raises(RunBusyError, match="already being trained"), run.lock():
-            pass
-        other.kill()
-    with run.lock():
-        pass
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path) -> None:

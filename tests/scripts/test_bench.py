@@ -163,6 +163,7 @@ def test_ratios_are_of_one_round_and_above_one_where_normlab_is_faster() -> None
     }
 
 
+@pytest.mark.slow
 def test_the_command_measures_all_and_names_those_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

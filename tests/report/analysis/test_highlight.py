@@ -31,11 +31,8 @@ def test_the_highest_accuracy_is_best_and_what_lies_in_its_interval_close():
 
 
 def test_the_lowest_loss_is_best():
-    assert found(cell(1.0, 0.5, 1.5, 3), cell(1.4, 1.0, 1.8, 3), cell(2.0, 1.0, 3.0, 3), final=False) == [
-        "best",
-        "close",
-        "",
-    ]
+    cells = [cell(1.0, 0.5, 1.5, 3), cell(1.4, 1.0, 1.8, 3), cell(2.0, 1.0, 3.0, 3)]
+    assert found(*cells, final=False) == ["best", "close", ""]
 
 
 def test_one_seed_has_a_best_and_nothing_close_to_it():
@@ -61,11 +58,7 @@ def test_one_arm_alone_is_not_the_best_of_any(other):
 
 
 def test_only_what_shares_setting_batch_and_quantity_is_compared():
-    pairs = [
-        {"setting": "cifar10"},
-        {"batch": 32},
-        {"quantity": "best"},
-    ]
+    pairs = [{"setting": "cifar10"}, {"batch": 32}, {"quantity": "best"}]
     cells = [cell(90.0), cell(80.0)] + [cell(value, **place) for place in pairs for value in (10.0, 20.0)]
     assert found(*cells, final=True, best=False) == ["best", "", "", "best", "", "best", "best", ""]
 

@@ -1,12 +1,10 @@
 import itertools
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.weightstats import DescrStatsW
 
 from normlab.report.analysis.statistics import (
     RESAMPLES,
@@ -29,33 +27,11 @@ def test_t_interval_equals_scipy_stats(n, confidence):
     assert t_interval(sample, confidence) == pytest.approx((sample.mean(), low, high, n))
 
 
-def test_t_interval_of_1_2_3_worked_by_hand():
-    # s = 1, t(2 degrees of freedom, 97.5 %) = 4.302653
-    assert t_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5, 3))
-
-
-def test_one_value_has_a_mean_and_no_interval():
-    interval = t_interval([4.0])
-    assert interval.mean == 4.0
-    assert interval.n == 1
-    assert math.isnan(interval.low)
-    assert math.isnan(interval.high)
-
-
-def test_no_values_have_no_mean():
-    assert math.isnan(t_interval([]).mean)
-    assert t_interval([math.nan]).n == 0
-
-
-def test_equal_values_have_an_interval_of_zero_width():
+def test_too_few_values_have_no_interval_and_equal_ones_one_of_zero_width():
+    assert t_interval([4.0]) == pytest.approx((4.0, math.nan, math.nan, 1), nan_ok=True)
+    for nothing in ([], [math.nan]):
+        assert t_interval(nothing) == pytest.approx((math.nan, math.nan, math.nan, 0), nan_ok=True)
     assert t_interval([0.5, 0.5]) == (0.5, 0.5, 0.5, 2)
-
-
-def test_paired_interval_equals_scipys_paired_t_test():
-    arm, baseline = {0: 91.0, 1: 92.5, 2: 90.0}, {0: 90.0, 1: 92.0, 2: 88.0}
-    expected = stats.ttest_rel(list(arm.values()), list(baseline.values())).confidence_interval(0.95)
-    interval = t_interval(paired(arm, baseline))
-    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_pairs_are_of_the_same_seed_and_only_of_seeds_that_both_have():
@@ -75,21 +51,6 @@ def test_tails_equal_scipys_one_sample_t_tests(n, bound):
     assert found.two_sided == pytest.approx(stats.ttest_1samp(differences, bound).pvalue)
 
 
-def test_two_sided_p_equals_scipys_paired_t_test():
-    generator = np.random.default_rng(0)
-    arm, baseline = generator.normal(91, 1, 7), generator.normal(90, 1, 7)
-    found = tails(paired(dict(enumerate(arm)), dict(enumerate(baseline)))).two_sided
-    assert found == pytest.approx(stats.ttest_rel(arm, baseline).pvalue)
-
-
-def test_tails_at_two_bounds_equal_statsmodels_equivalence_test():
-    differences = np.random.default_rng(1).normal(0.2, 0.5, 6)
-    p, above, below = DescrStatsW(differences).ttost_mean(-1, 1)
-    assert tails(list(differences), -1).above == pytest.approx(above[1])
-    assert tails(list(differences), 1).below == pytest.approx(below[1])
-    assert max(above[1], below[1]) == p
-
-
 @pytest.mark.parametrize("differences", [[0.1 + 0.2] * 5 + [0.3], [math.inf, 1.0, math.inf, -2.0, math.inf, 3.0]])
 def test_without_a_spread_the_exact_sign_test_takes_the_place_of_t(differences):
     above, below = (np.array(differences) > 0).sum(), (np.array(differences) < 0).sum()
@@ -101,10 +62,6 @@ def test_without_a_spread_the_exact_sign_test_takes_the_place_of_t(differences):
 
 def test_the_sign_test_leaves_out_ties():
     assert tails([math.inf, 0.0, math.inf, 0.0]).above == 0.25
-
-
-def test_five_infinite_differences_are_too_few_for_two_sided_five_per_cent():
-    assert tails([math.inf] * 5).two_sided == 0.0625
 
 
 def test_differences_of_one_computation_that_are_all_0_are_between_any_bounds_around_0_and_on_no_side_of_it():
@@ -124,9 +81,9 @@ def test_effect_size_is_the_mean_in_standard_deviations():
     assert math.isnan(effect_size([1.0, 1.0, 1.0]))
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 12])
+@pytest.mark.parametrize("n", [1, 3, 12])
 def test_holm_equals_statsmodels(n):
-    for seed in range(20):
+    for seed in range(5):
         p_values = np.random.default_rng(seed).beta(0.3, 1, n)
         assert holm(list(p_values)) == pytest.approx(multipletests(p_values, method="holm")[1])
 
@@ -140,14 +97,10 @@ def test_holm_passes_over_what_was_not_tested():
 CELLS = [[1.0, 2.0, 4.0], [10.0, 10.5, 13.0]]
 
 
-def every_resample(n):
-    return list(itertools.product(range(n), repeat=n))
-
-
 def test_the_bootstrap_of_a_mean_approaches_the_enumeration_of_every_resample():
     every = [
         np.mean([np.mean([cell[i] for i in drawn]) for cell, drawn in zip(CELLS, both, strict=True)])
-        for both in itertools.product(every_resample(3), repeat=2)
+        for both in itertools.product(itertools.product(range(3), repeat=3), repeat=2)
     ]
     found = bootstrap_mean(CELLS, 0.9)
     assert found.mean == pytest.approx(np.mean([7 / 3, 33.5 / 3]))
@@ -172,16 +125,6 @@ def test_the_probability_of_improvement_is_mann_whitneys_averaged_over_cells():
     arm, baseline = [[3.0, 5.0, 7.0], [1.0, 1.0, 2.0]], [[4.0, 5.0, 6.0], [2.0, 1.0, 0.0]]
     by_scipy = [stats.mannwhitneyu(x, y).statistic / 9 for x, y in zip(arm, baseline, strict=True)]
     assert probability_of_improvement(arm, baseline).mean == pytest.approx(np.mean(by_scipy))
-
-
-def test_the_bootstrap_of_a_probability_approaches_the_enumeration_of_every_resample_of_pairs():
-    x, y = [3.0, 5.0, 7.0], [4.0, 5.0, 6.0]
-    every = []
-    for drawn in every_resample(3):
-        wins = [Fraction(1 + (x[i] > y[j]) - (x[i] < y[j]), 2) for i in drawn for j in drawn]
-        every.append(float(sum(wins) / 9))
-    found = probability_of_improvement([x], [y], 0.8)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(every, [0.1, 0.9])), abs=1e-9)
 
 
 def test_the_bootstrap_is_the_same_every_time():

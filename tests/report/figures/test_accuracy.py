@@ -15,31 +15,27 @@ def solid(ax):
     return [line for line in ax.lines if line.get_linestyle() == "-"]
 
 
-def test_there_are_bands_only_with_several_seeds(add_run, drawn):
+def test_there_are_bands_only_with_several_seeds_and_a_diverged_run_is_drawn_up_to_its_end(add_run, drawn):
     for seed in (0, 1):
         add_run("bn", 8, seed)
     add_run("none", 8, 0)
-    add_run("none", 8, 1, accuracies=(0.2,), state="diverged")
+    add_run("none", 8, 1, accuracies=(0.3, 0.2), state="diverged")
     [ax] = drawn()["learning_curves"].axes
     assert len(bands(ax)) == 1
     assert ax.get_title() == "batch 8 (n = 1 to 2)"
-
-
-def test_a_diverged_run_is_drawn_up_to_its_end(add_run, drawn):
-    add_run("bn", seed=0)
-    add_run("bn", seed=1, accuracies=(0.3, 0.2), state="diverged")
-    [ax] = drawn()["learning_curves"].axes
     [dotted] = [line for line in ax.lines if line.get_linestyle() == ":"]
-    assert list(dotted.get_xdata()) == [10, 20]
-    assert list(dotted.get_ydata()) == [30, 20]
+    assert (list(dotted.get_xdata()), list(dotted.get_ydata())) == ([10, 20], [30, 20])
 
 
 def test_learning_curves_show_test_values_solid_and_training_values_dashed(add_run, drawn):
     add_run("bn", accuracies=(0.2, 0.4, 0.6))
-    [ax] = drawn()["learning_curves"].axes
+    found = drawn()
+    [ax] = found["learning_curves"].axes
     dashed, line = ax.lines
     assert (dashed.get_linestyle(), list(dashed.get_ydata())) == ("--", pytest.approx([25, 45, 65]))
     assert (line.get_linestyle(), list(line.get_ydata())) == ("-", pytest.approx([20, 40, 60]))
+    [ax] = found["train_against_test"].axes
+    assert ax.get_xlim() == ax.get_ylim()
 
 
 def test_one_batch_size_is_shown_in_steps_and_several_in_epochs(add_run, drawn):
@@ -62,24 +58,22 @@ def test_every_condition_has_a_panel(add_run, drawn):
         assert titles == ["optimizer.lr=0.1 (n = 1)", "optimizer.lr=0.5 (n = 1)"]
 
 
-def test_there_is_one_panel_per_batch_size(add_run, drawn):
+def test_batch_sizes_are_panels_and_ticks_of_a_logarithmic_axis(add_run, drawn):
     for batch in (128, 2, 32, 8, 512):
         add_run("bn", batch)
-    figure = drawn()["learning_curves"]
-    assert [ax.get_title().split()[1] for ax in figure.axes] == ["2", "8", "32", "128", "512"]
-    assert figure.get_figwidth() == style.DOUBLE
-
-
-def test_batch_sizes_are_ticks_of_a_logarithmic_axis(add_run, drawn):
-    for batch in (8, 32, 128):
-        add_run("bn", batch)
-    figure = drawn()["accuracy_against_batch"]
+    add_run("none", 32, accuracies=(), state="diverged")
+    found = drawn()
+    figure = found["accuracy_against_batch"]
     [ax] = figure.axes
     assert ax.get_xscale() == "log"
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["8", "32", "128"]
-    assert list(ax.lines[0].get_ydata()) == pytest.approx([90, 90, 90])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2", "8", "32", "128", "512"]
+    assert list(ax.lines[0].get_ydata()) == pytest.approx([90] * 5)
     assert (figure.get_supxlabel(), figure.get_supylabel()) == ("images per batch", "test accuracy (%)")
     assert figure.get_figwidth() == style.SINGLE
+    assert len([line for line in ax.lines if line.get_marker() == "x"]) == 1
+    figure = found["learning_curves"]
+    assert [ax.get_title().split()[1] for ax in figure.axes] == ["2", "8", "32", "128", "512"]
+    assert figure.get_figwidth() == style.DOUBLE
 
 
 def test_error_bars_are_only_where_there_are_several_seeds(add_run, drawn):
@@ -91,19 +85,6 @@ def test_error_bars_are_only_where_there_are_several_seeds(add_run, drawn):
     [bars] = container[2]
     [segment] = bars.get_segments()
     assert segment[:, 1] == pytest.approx([85 - 12.7062 * 5, 85 + 12.7062 * 5], abs=1e-3)  # of 80 and 90
-
-
-def test_a_cell_with_diverged_runs_is_marked(add_run, drawn):
-    add_run("bn", 8)
-    add_run("bn", 32, accuracies=(), state="diverged")
-    [ax] = drawn()["accuracy_against_batch"].axes
-    assert [list(line.get_xdata()) for line in ax.lines if line.get_marker() == "x"] == [[32.0]]
-
-
-def test_training_and_test_axes_are_the_same(add_run, drawn):
-    add_run("bn", 8, accuracies=(0.2, 0.4, 0.6))
-    [ax] = drawn()["train_against_test"].axes
-    assert ax.get_xlim() == ax.get_ylim()
 
 
 def test_depths_stand_beside_each_other_joined_by_lines_with_a_panel_per_batch_size(add_run, drawn):

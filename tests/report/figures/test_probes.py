@@ -46,30 +46,18 @@ def ics(level, step):
 
 
 def landscape(level, step):
-    yield {
-        "loss": 3.0,
-        "loss_low": 2.0,
-        "loss_high": 2.0 + level,
+    yield {"loss": 3.0, "loss_low": 2.0, "loss_high": 2.0 + level, "beta": level * (1 + step)} | {
         "predictiveness_low": 0.1,
         "predictiveness_high": 0.1 + level,
-        "beta": level * (1 + step),
     }
 
 
 def activations(level, step):
+    same = {"mean": 0.0, "variance": 1.0, "skewness": 0.0, "large": 0.001 * (1 + step), "large_normalised": 0.003}
+    histogram = {"histogram": [1, 3, 4], "edges": [0.0, 1.0, 2.0, 4.0]}
     for position in range(3):
-        yield {
-            "layer": f"bn{position}",
-            "position": position,
-            "mean": 0.0,
-            "variance": 1.0,
-            "skewness": 0.0,
-            "large": 0.001 * (1 + step),
-            "large_normalised": 0.003,
-            "output_norm": level * 10.0**position,
-            "histogram": [1, 3, 4] if position == 1 else None,
-            "edges": [0.0, 1.0, 2.0, 4.0] if position == 1 else None,
-        }
+        place = {"layer": f"bn{position}", "position": position, "output_norm": level * 10.0**position}
+        yield same | place | (histogram if position == 1 else dict.fromkeys(histogram))
 
 
 def affine(level, step):
@@ -80,11 +68,6 @@ def affine(level, step):
         **{"scale_mean": 0.1, "scale_std": 0.0, "scale_start": 0.1, "scale_drift": drift},
         **{"shift_mean": 0.0, "shift_std": 0.0, "shift_drift": 3 * drift},
     }
-
-
-def test_without_probes_there_is_no_figure_of_them(add_run, drawn):
-    add_run()
-    assert set(drawn()) == {"learning_curves", "train_against_test"}
 
 
 def test_covariate_shift_has_cosine_above_l2_for_layers_that_have_others_below(plant, drawn):
@@ -140,14 +123,27 @@ def test_sharpness_is_a_line_per_arm(plant, drawn):
     assert drawn_lines(ax) == [pytest.approx([level + s for s in STEPS]) for level in (1.25, 125.0)]
 
 
-def test_output_norms_are_drawn_along_the_layers_at_moments_of_the_training(plant, drawn):
+def test_activations_are_drawn_along_the_layers_and_as_shares_and_histograms(plant, drawn):
     plant("activations", activations)
-    figure = drawn()["output_norms"]
-    assert [ax.get_title() for ax in figure.axes] == ["bn (n = 2)", "none (n = 2)"]
-    assert figure.axes[0].get_yscale() == "log"
-    assert drawn_lines(figure.axes[0]) == [pytest.approx([1.25, 12.5, 125])] * len(STEPS)
-    assert len(bands(figure.axes[0])) == len(STEPS)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["step 0", "step 10", "step 20"]
+    found = drawn()
+    norms = found["output_norms"]
+    assert [ax.get_title() for ax in norms.axes] == ["bn (n = 2)", "none (n = 2)"]
+    assert norms.axes[0].get_yscale() == "log"
+    assert drawn_lines(norms.axes[0]) == [pytest.approx([1.25, 12.5, 125])] * len(STEPS)
+    assert len(bands(norms.axes[0])) == len(STEPS)
+    assert [text.get_text() for text in norms.legends[0].get_texts()] == ["step 0", "step 10", "step 20"]
+    outputs, inputs = found["large_values"].axes
+    assert drawn_lines(outputs)[0] == pytest.approx([0.1, 1.1, 2.1])  # per cent
+    assert drawn_lines(inputs)[0] == pytest.approx([0.3, 0.3, 0.3])
+    assert (outputs.get_ylabel(), inputs.get_ylabel()) == ("outputs beyond 3 (%)", "inputs beyond 3 std (%)")
+    assert "activation_changes" not in found  # of single steps
+    histograms = found["activation_histograms"].axes
+    assert [ax.get_title() for ax in histograms] == ["bn\nbn1 (seed 0)", "none\nbn1 (seed 0)"]
+    assert [label.get_text() for label in histograms[0].get_yticklabels()] == ["20", "10", "0"]  # downwards
+    first, *_, last = histograms[0].lines
+    assert list(first.get_xdata()) == [0.5, 1.5, 3.0]
+    assert list(first.get_ydata()) == pytest.approx([2 + 1.6 / 3, 2 + 1.6, 2 + 3.2 / 3])  # densities 1/8, 3/8, 2/8
+    assert list(last.get_ydata()) == pytest.approx([1.6 / 3, 1.6, 3.2 / 3])
 
 
 def test_where_a_diverged_run_ended_is_dotted_along_the_layers(plant, add_run, add_probe, drawn):
@@ -157,14 +153,6 @@ def test_where_a_diverged_run_ended_is_dotted_along_the_layers(plant, add_run, a
     figure = drawn()["output_norms"]
     assert drawn_lines(figure.axes[0], ":") == [[9, 90, 900]]
     assert figure.legends[0].get_texts()[-1].get_text() == "before a divergence"
-
-
-def test_shares_of_large_values_are_in_percent(plant, drawn):
-    plant("activations", activations)
-    outputs, inputs = drawn()["large_values"].axes
-    assert drawn_lines(outputs)[0] == pytest.approx([0.1, 1.1, 2.1])
-    assert drawn_lines(inputs)[0] == pytest.approx([0.3, 0.3, 0.3])
-    assert (outputs.get_ylabel(), inputs.get_ylabel()) == ("outputs beyond 3 (%)", "inputs beyond 3 std (%)")
 
 
 def test_change_from_step_to_step_is_that_of_a_pairs_two_steps(plant, drawn):
@@ -181,23 +169,6 @@ def test_change_from_step_to_step_is_that_of_a_pairs_two_steps(plant, drawn):
     assert list(mean.lines[0].get_xdata()) == list(STEPS)
 
 
-def test_single_steps_have_no_change_to_show(plant, drawn):
-    plant("activations", activations)
-    assert "activation_changes" not in drawn()
-
-
-def test_histograms_are_densities_of_the_lowest_seed_with_time_running_downwards(plant, drawn):
-    plant("activations", activations)
-    figure = drawn()["activation_histograms"]
-    assert [ax.get_title() for ax in figure.axes] == ["bn\nbn1 (seed 0)", "none\nbn1 (seed 0)"]
-    [ax, _] = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["20", "10", "0"]
-    first, *_, last = ax.lines
-    assert list(first.get_xdata()) == [0.5, 1.5, 3.0]
-    assert list(first.get_ydata()) == pytest.approx([2 + 1.6 / 3, 2 + 1.6, 2 + 3.2 / 3])  # densities 1/8, 3/8, 2/8
-    assert list(last.get_ydata()) == pytest.approx([1.6 / 3, 1.6, 3.2 / 3])
-
-
 def test_drift_of_gamma_is_told_in_units_of_its_start(plant, drawn):
     plant("affine", affine)
     gamma, beta = drawn()["affine_drift"].axes
@@ -207,9 +178,8 @@ def test_drift_of_gamma_is_told_in_units_of_its_start(plant, drawn):
 
 
 def test_a_scale_that_is_not_learned_is_not_drawn(plant, drawn):
-    plant(
-        "affine", lambda level, step: [row | {"scale_drift": None, "scale_start": None} for row in affine(level, step)]
-    )
+    unscaled = {"scale_drift": None, "scale_start": None}
+    plant("affine", lambda level, step: [row | unscaled for row in affine(level, step)])
     [beta] = drawn()["affine_drift"].axes
     assert beta.get_ylabel() == "drift of beta"
 
@@ -222,13 +192,6 @@ def test_gradient_norms_are_drawn_along_the_layers(plant, drawn):
     figure = drawn()["gradient_norms"]
     assert drawn_lines(figure.axes[1])[0] == pytest.approx([125 * 2.0**i for i in range(6)])
     assert figure.get_supxlabel() == "layer, in the order of execution"
-
-
-def test_one_seed_has_lines_and_no_bands(plant, drawn):
-    plant("ics", ics, seeds=(0,))
-    figure = drawn()["covariate_shift"]
-    assert not any(bands(ax) for ax in figure.axes)
-    assert figure.get_supxlabel() == "training step; batch 8 (n = 1)"
 
 
 def test_conditions_stand_below_each_other(plant, drawn):

@@ -36,6 +36,7 @@ def test_an_arm_with_options_looks_like_the_arm():
     assert figures.styles(["gn (groups=8)", "bn"])["gn (groups=8)"] == figures.styles(["gn", "bn"])["gn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "pdf"])
 def test_the_same_figure_is_the_same_to_the_byte(add_run, drawn, suffix):
     add_run("bn")
@@ -51,6 +52,7 @@ def test_a_png_shows_the_colors_it_was_drawn_in():
     assert image.convert("RGB").getpixel((80, 80)) == (0x00, 0x72, 0xB2)
 
 
+@pytest.mark.slow
 def test_labels_lie_inside_the_figure(add_run, drawn):
     for norm in ("bn", "affine", "bnminus", "none", "a_rather_long_name_of_an_arm"):
         for batch in (8, 32):

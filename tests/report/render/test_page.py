@@ -75,26 +75,30 @@ def column(window: Any, place: int = 0) -> list[str]:
     return window.locator(f"#table-accuracy tbody tr td:nth-child({place + 1})").all_inner_texts()
 
 
-def test_a_heading_sorts_by_numbers_and_turns_around(opened) -> None:
+def test_a_table_is_sorted_and_filtered_and_shows_what_is_not_done(opened) -> None:
     heading = opened.locator("#table-accuracy th").nth(1)
     assert column(opened)[:2] == ["bn", "none"]
     heading.locator("button").click()
-    assert column(opened)[:3] == ["bn", "gn", "none"]
+    assert column(opened)[:3] == ["bn", "gn", "none"]  # by numbers
     assert heading.get_attribute("aria-sort") == "descending"
     heading.locator("button").click()
     assert column(opened)[:3] == ["none", "gn", "bn"]
     assert column(opened, 1)[-1] == "-- missing"  # what has no number stays at the end
     opened.locator("#table-accuracy th button").first.click()
     assert column(opened)[1:] == ["bn", "gn", "none"]
-
-
-def test_a_filter_leaves_the_rows_that_have_its_words(opened) -> None:
     opened.locator("#table-accuracy input.filter").fill("non")
     shown = opened.locator("#table-accuracy tbody tr:visible")
     assert shown.count() == 1
     assert shown.inner_text().startswith("none")
     opened.locator("#table-accuracy input.filter").fill("")
     assert shown.count() == 4
+    assert opened.locator(".states").inner_text() == "9 done 1 diverged 1 failed 5 missing"
+    noted = opened.locator("#runs table.noted").inner_text()
+    assert "at step 7" in noted
+    assert "(no folder)" in noted
+    assert opened.locator("#table-accuracy td.diverged").inner_text() == "79.5 (n=1, 1 of 2 diverged)"
+    assert opened.locator("#table-accuracy td.missing").count() > 0
+    assert "2 versions of the code" in opened.locator(".warning").all_inner_texts()[-1]
 
 
 def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(opened) -> None:
@@ -112,6 +116,7 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
     assert opened.locator("dialog[open]").count() == 0
 
 
+@pytest.mark.slow
 def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
     figure = opened.locator("#figure-accuracy_against_batch")
     figure.scroll_into_view_if_needed()
@@ -131,6 +136,7 @@ def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
     )
 
 
+@pytest.mark.slow
 def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
     assert EVIL in column(opened)
@@ -142,17 +148,8 @@ def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
 
 
-def test_what_is_not_done_and_what_is_mixed_can_be_seen(opened) -> None:
-    assert opened.locator(".states").inner_text() == "9 done 1 diverged 1 failed 5 missing"
-    noted = opened.locator("#runs table.noted").inner_text()
-    assert "at step 7" in noted
-    assert "(no folder)" in noted
-    assert opened.locator("#table-accuracy td.diverged").inner_text() == "79.5 (n=1, 1 of 2 diverged)"
-    assert opened.locator("#table-accuracy td.missing").count() > 0
-    assert "2 versions of the code" in opened.locator(".warning").all_inner_texts()[-1]
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light"), (390, "dark")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
 def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme) -> None:
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     window = context.new_page()
@@ -169,6 +166,7 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme)
     context.close()
 
 
+@pytest.mark.slow
 def test_it_prints_with_the_figures_as_images(browser, page) -> None:
     window = browser.new_page()
     window.goto(page.as_uri())
@@ -224,7 +222,7 @@ def test_a_run_without_seconds_is_on_the_page_and_no_verdict_names_imported_ones
     (tmp_path / "results.csv").write_text("arm,test_accuracy\ntheirs,0.7\n")
     settings = {"dataset.name": "digits", "model.name": "resnet", "depth": 18, "batch": 8, "epochs": 3}
     import_runs("study", tmp_path / "outputs", {"source": str(tmp_path / "results.csv"), "set": settings})
-    page = report.build("study", tmp_path / "outputs", report.options())
+    page = report.build("study", tmp_path / "outputs", report.options(figures=False))
     data = data_of(page)
     done = [run for run in data["runs"] if run["state"] == "done"]
     assert ["seconds" in run for run in done].count(False) == 1
@@ -232,6 +230,7 @@ def test_a_run_without_seconds_is_on_the_page_and_no_verdict_names_imported_ones
     assert {name: len(listed["runs"]) for name, listed in made.items()} == {"verdicts": 6, "accuracy": 7}
 
 
+@pytest.mark.slow
 def test_a_run_costs_the_page_little(tmp_path) -> None:
     """At 200 evaluations and a long log: 1,000 runs have to fit into 10 MB beside Plotly and some figures."""
     add = adder(tmp_path / "outputs")

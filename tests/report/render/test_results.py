@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from normlab.common.errors import UserError
-from normlab.report import build_results, options
+from normlab.report import build_results, figures, options
 from normlab.report.claims.claims import claims
 
 ROOT = Path(__file__).parents[3]
@@ -16,7 +16,16 @@ OPTIONS = options()
 TABLES_ONLY = replace(OPTIONS, figures=False)
 
 
-def test_the_page_in_the_documentation_is_made_from_the_records(tmp_path) -> None:
+@pytest.mark.slow
+def test_the_page_in_the_documentation_is_made_from_the_records(tmp_path, monkeypatch) -> None:
+    """With figures that are drawn and laid out, but not turned into pixels, which takes as long again."""
+
+    def laid_out(figure, suffix, canvas):
+        with canvas.context():
+            figure.draw_without_rendering()
+        return b""
+
+    monkeypatch.setattr(figures, "encode", laid_out)
     page = build_results(RECORDS, tmp_path / "results.md", OPTIONS)
     assert page.read_text() == PAGE.read_text(), "run ./scripts/reproduce --from-records and look at the difference"
     shown = set(re.findall(r"^!\[.*?\]\((.+?)\)$", page.read_text(), re.MULTILINE))
@@ -70,6 +79,7 @@ def test_a_study_that_lacks_the_metric_is_left_out_with_a_warning(add_run, add_l
     assert "losses is left out: metric=test_accuracy is not" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_figures_that_are_drawn_no_more_are_removed(add_run, tmp_path) -> None:
     add_run("bn")
     (tmp_path / "figures" / "study").mkdir(parents=True)

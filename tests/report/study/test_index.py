@@ -94,6 +94,7 @@ def assert_is_what_the_files_say(found: pd.DataFrame, runs: list[Path], file: st
             np.testing.assert_array_equal(found[name].to_numpy(), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_study_is_the_same_with_an_index_and_read_plainly(tmp_path, name, read_line_by_line) -> None:
     folder = tmp_path / name
@@ -139,10 +140,6 @@ def test_a_status_is_never_taken_from_the_index(small, now) -> None:
     assert load(small, now=now).states()["unreadable"] == 1
 
 
-def removed(run: Path) -> None:
-    shutil.rmtree(run)
-
-
 def with_another_number(run: Path) -> None:
     """Of as many digits, in the same file; and the clock of the file system may be coarse."""
     path = run / "metrics.jsonl"
@@ -157,10 +154,6 @@ def with_an_older_file_of_the_same_size(run: Path) -> None:
     other.write_text(path.read_text().replace('"test_accuracy": 0.9', '"test_accuracy": 0.7'))
     os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     other.replace(path)
-
-
-def without_metrics(run: Path) -> None:
-    (run / "metrics.jsonl").unlink()
 
 
 def with_a_column_less(run: Path) -> None:
@@ -183,10 +176,10 @@ def copied(run: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        removed,
+        shutil.rmtree,
         with_another_number,
         with_an_older_file_of_the_same_size,
-        without_metrics,
+        lambda run: (run / "metrics.jsonl").unlink(),
         with_a_column_less,
         with_a_probe,
         copied,
@@ -199,18 +192,6 @@ def test_what_has_changed_is_seen(small, now, change) -> None:
     assert_same(found, without_index(small, now))
     with pytest.raises(AssertionError):
         assert_same(found, before)
-
-
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-40])
-
-
-def garbage(path: Path) -> None:
-    path.write_bytes(b"no archive at all")
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 def flipped(path: Path) -> None:
@@ -226,19 +207,11 @@ def an_array(path: Path) -> None:
         np.save(file, np.arange(3))
 
 
-def of_another_version(path: Path) -> None:
-    _rewrite_head(path, lambda head: head | {"version": index.VERSION + 1})
-
-
 def without_an_array(path: Path) -> None:
     with np.load(path) as arrays:
         kept = {"head": arrays["head"]}
     with path.open("wb") as file:
         np.savez(file, **kept)
-
-
-def of_nothing_known(path: Path) -> None:
-    _rewrite_head(path, lambda head: {"version": index.VERSION, "groups": [None]})
 
 
 def _rewrite_head(path: Path, change) -> None:
@@ -251,7 +224,24 @@ def _rewrite_head(path: Path, change) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [truncated, garbage, empty, flipped, an_array, of_another_version, without_an_array, of_nothing_known],
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-40]),
+        lambda path: path.write_bytes(b"no archive at all"),
+        lambda path: path.write_bytes(b""),
+        lambda path: _rewrite_head(path, lambda head: head | {"version": index.VERSION + 1}),
+        lambda path: _rewrite_head(path, lambda head: {"version": index.VERSION, "groups": [None]}),
+        *(flipped, an_array, without_an_array),
+    ],
+    ids=[
+        "truncated",
+        "garbage",
+        "empty",
+        "of another version",
+        "of nothing known",
+        "flipped",
+        "array",
+        "lacks an array",
+    ],
 )
 def test_a_damaged_index_is_as_none_and_is_written_again(small, now, damage, read_line_by_line) -> None:
     before = load(small, now=now)
@@ -303,6 +293,7 @@ def test_a_line_that_cannot_be_read_is_told_of_every_time(small, now) -> None:
     assert_same(first, load(small, now=now))
 
 
+@pytest.mark.slow
 def test_reports_at_once_do_no_harm(small, now) -> None:
     before = load(small, now=now)
     (small / index.NAME).unlink()

@@ -62,16 +62,18 @@ def shown(study: Path, now=None) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("state", ["done", "diverged", "failed", "interrupted"])
-def test_a_run_that_ended_has_the_state_that_it_recorded(run, study, state) -> None:
-    run(state)
+@pytest.mark.parametrize(
+    ("recorded", "state"),
+    [
+        *((state, state) for state in ("done", "diverged", "failed", "interrupted")),
+        ("running", "lost"),
+        (None, "planned"),
+    ],
+)
+def test_a_run_has_the_state_that_it_recorded_and_one_that_nobody_holds_is_lost(run, study, recorded, state) -> None:
+    run(recorded)
+    (study / "report").mkdir()  # without configuration, no run
     assert states(study) == [state]
-
-
-def test_a_folder_without_status_is_planned_and_one_without_configuration_is_no_run(run, study) -> None:
-    run(None)
-    (study / "report").mkdir()
-    assert states(study) == ["planned"]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +90,6 @@ def test_a_folder_without_status_is_planned_and_one_without_configuration_is_no_
 def test_a_run_whose_process_is_gone_is_lost_and_not_running(run, claim, study, age, changes, state) -> None:
     claim(run("running"), age, **changes)
     assert states(study) == [state]
-
-
-def test_a_running_run_that_nobody_holds_is_lost(run, study) -> None:
-    run("running")
-    assert states(study) == ["lost"]
 
 
 def test_the_report_notes_that_a_run_is_lost(run, claim, study, now) -> None:
