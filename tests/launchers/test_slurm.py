@@ -233,8 +233,8 @@ def jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(here: Path) -> N
 
 
 def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported(here: Path) -> None:
-    study = here / "outputs" / "default"
-    with start(here, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
+    study, endless = here / "outputs" / "default", (*LONG, *SLURM, "epochs=300", "seed=0")
+    with start(here, *endless, **SLOW) as waiting:
         until("the start", lambda: any(steps(study).values()))
         waiting.send_signal(signal.SIGINT)
         _, error = waiting.communicate(timeout=60)
@@ -242,7 +242,7 @@ def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_repor
     found = re.search(r"to cancel them: scancel (\d+)", error)
     assert found, error
     assert queue()[f"{found[1]}_0"] == "RUNNING"
-    with start(here, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
+    with start(here, *endless, **SLOW) as waiting:
         before = steps(study)
         until("going on", lambda: steps(study) != before)
         call("scancel", "--signal=KILL", found[1])
