@@ -84,6 +84,7 @@ class SpoiledFunction:
         return int, ("spoiled",)
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypatch, capsys) -> None:
     jobs = [planned(make, "device=cpu", f"seed={seed}") for seed in range(4)]
     bad = {lambda *_: []: "Can't pickle", operator.index: "TypeError: ", SpoiledFunction(): "its process was killed"}
