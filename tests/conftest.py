@@ -3,8 +3,9 @@
 import functools
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,6 +13,9 @@ from terminal import ASKED
 
 from normlab.config import hydra as cli
 from normlab.config import schema as config
+
+if TYPE_CHECKING:
+    from steps import Steps
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands that tests start inherit it
@@ -31,11 +35,27 @@ def composed(*overrides: str) -> config.RunConfig:
         return config.parse(cli.settings_of(compose("config", list(overrides))))
 
 
+# A run of a second: 40 of the digits, two epochs of three steps, one thread, a small network with dropout.
+TINY = (
+    *("model=custom", "model.target=small.SmallNet", "model.name=small", "dataset.train_size=40"),
+    *("dataset.test_size=20", "batch=16", "epochs=2", "threads=1", "device=cpu", "memory_format=contiguous"),
+)
+
+
+def config_in(folder: Path, *overrides: str) -> config.RunConfig:
+    """The checked configuration of a run below a folder.
+
+    The folders come after composing, which takes a tenth of a second, so that tests share what is composed.
+    """
+    named = {override.split("=")[0] for override in overrides}
+    folders = {"output_dir": f"{folder}/outputs", "data_dir": f"{folder}/data"}
+    return composed(*overrides).model_copy(update={key: value for key, value in folders.items() if key not in named})
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """`make("norm=affine", "batch=8")`: the checked configuration of a run below a temporary folder."""
-    folders = (f"output_dir={tmp_path}/outputs", f"data_dir={tmp_path}/data")
-    return lambda *overrides: composed(*folders, *overrides)
+    return functools.partial(config_in, tmp_path)
 
 
 @pytest.fixture
@@ -47,18 +67,15 @@ def command(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
 
 
 @pytest.fixture
-def tiny(make: Make) -> Make:
-    """The same for a run of a second: 40 of the digits, two epochs, one thread, a small network with dropout."""
-    small = (
-        "model=custom",
-        "model.target=small.SmallNet",
-        "model.name=small",
-        "dataset.train_size=40",
-        "dataset.test_size=20",
-        "batch=16",
-        "epochs=2",
-        "threads=1",
-        "device=cpu",
-        "memory_format=contiguous",
-    )
-    return lambda *overrides: make(*small, *overrides)
+def tiny(tmp_path: Path) -> Make:
+    """The same for a run of a second, `TINY`."""
+    return functools.partial(config_in, tmp_path, *TINY)
+
+
+@pytest.fixture
+def steps() -> "Iterator[Steps]":
+    """The training steps that this test takes: `steps.taken`, `steps.interrupt(config, after=3)`."""
+    from steps import Steps  # imports torch
+
+    with Steps().counted() as counted:
+        yield counted

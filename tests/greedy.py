@@ -17,8 +17,10 @@ class Alone(SmallNet):
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            Path("refused").touch()
             raise MemoryError from None
-        time.sleep(1.0)  # the others come in the meantime
+        while not Path("refused").exists():  # until another one has come in the meantime
+            time.sleep(0.05)
 
     def __deepcopy__(self, memo: object) -> SmallNet:
         return SmallNet(self.head.out_features)

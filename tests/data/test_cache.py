@@ -2,7 +2,6 @@ import errno
 import os
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,9 @@ from PIL import Image
 
 from normlab.common.errors import UserError
 from normlab.data import cache
-from normlab.data.datasets import Data
 from normlab.data.images import Decoder
 from normlab.data.inventory import scan
 from normlab.data.streaming import worker_context
-
-Folder = Callable[..., Path]
-Load = Callable[..., Data]
 
 
 class Decoding:
@@ -39,24 +34,23 @@ class Decoding:
         return any(line.startswith("Decoded") for line in self.lines)
 
 
-def test_the_array_holds_the_pixels_of_the_files(image_folder: Folder, tmp_path: Path) -> None:
+def test_the_array_holds_the_pixels_of_the_files_and_a_second_load_decodes_nothing(image_folder, tmp_path) -> None:
     root = image_folder()
-    array = Decoding(root, tmp_path).run()
+    first, second = Decoding(root, tmp_path), Decoding(root, tmp_path)
+    array = first.run()
     assert array.shape == (20, 3, 8, 8)
     for pixels, path in zip(array, scan(root).train, strict=False):
         assert np.array_equal(pixels.transpose(1, 2, 0), np.array(Image.open(root / path)))
-
-
-def test_a_second_load_decodes_nothing(image_folder: Folder, tmp_path: Path) -> None:
-    root = image_folder()
-    first, second = Decoding(root, tmp_path), Decoding(root, tmp_path)
-    assert np.array_equal(first.run(), second.run())
     assert first.decoded
+    array_again = second.run()
+    assert np.array_equal(array_again, array)
     assert second.lines == []
+    array_again[:] = 0
+    assert Decoding(root, tmp_path).run().any(), "writing to the array leaves the file as it is"
 
 
 @pytest.mark.parametrize("change", ["content", "time", "name", "addition", "size"])
-def test_any_change_of_the_folder_decodes_again(image_folder: Folder, tmp_path: Path, change: str) -> None:
+def test_any_change_of_the_folder_decodes_again(image_folder, tmp_path, change) -> None:
     root = image_folder()
     Decoding(root, tmp_path).run()
     file = root / "train" / "cat" / "0.png"
@@ -76,7 +70,7 @@ def test_any_change_of_the_folder_decodes_again(image_folder: Folder, tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "header", "empty", "text"])
-def test_a_damaged_file_is_decoded_again(image_folder: Folder, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_decoded_again(image_folder, tmp_path, damage) -> None:
     root = image_folder()
     intact = np.array(Decoding(root, tmp_path).run())
     (file,) = (tmp_path / "cache").glob("*.npy")
@@ -91,14 +85,7 @@ def test_a_damaged_file_is_decoded_again(image_folder: Folder, tmp_path: Path, d
     assert any("damaged" in line for line in again.lines)
 
 
-def test_writing_to_the_array_leaves_the_file_as_it_is(image_folder: Folder, tmp_path: Path) -> None:
-    root = image_folder()
-    array = Decoding(root, tmp_path).run()
-    array[:] = 0
-    assert Decoding(root, tmp_path).run().any()
-
-
-def test_two_processes_at_once_decode_once(image_folder: Folder, tmp_path: Path) -> None:
+def test_two_processes_at_once_decode_once(image_folder, tmp_path) -> None:
     ours = Decoding(image_folder(), tmp_path)
     file = tmp_path / "cache" / f"images-8px-{cache._key(ours.decoder, ours.paths)}.lock"
     context = worker_context()
@@ -117,7 +104,7 @@ def test_two_processes_at_once_decode_once(image_folder: Folder, tmp_path: Path)
     assert sum(line.startswith("Decoded") for line in logged) == 1
 
 
-def test_an_unreadable_image_is_named_and_leaves_nothing_behind(image_folder: Folder, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_and_leaves_nothing_behind(image_folder, tmp_path) -> None:
     root = image_folder()
     (root / "test" / "dog" / "3.png").write_text("no image")
     with pytest.raises(UserError, match=r"test/dog/3\.png cannot be read"):
@@ -125,20 +112,14 @@ def test_an_unreadable_image_is_named_and_leaves_nothing_behind(image_folder: Fo
     assert [file.suffix for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"] == []
 
 
-def test_an_image_of_another_size_is_named(image_folder: Folder, load_it: Load) -> None:
+def test_an_image_of_another_size_is_named(image_folder, load_it) -> None:
     root = image_folder(count=70)
     Image.new("RGB", (8, 12)).save(root / "train" / "dog" / "33.png")  # where no glance at a few images falls
     with pytest.raises(UserError, match=r"33\.png is 8x12.*\n.*dataset\.image_size=8"):
         load_it("image_folder", path=str(root))
 
 
-def test_a_data_dir_that_cannot_be_written(image_folder: Folder, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="data_dir="):
-        Decoding(image_folder(), tmp_path / "file").run()
-
-
-def test_a_full_disk(image_folder: Folder, tmp_path: Path) -> None:
+def test_a_full_disk(image_folder, tmp_path) -> None:
     """Stood in for by the kernel's limit on a file's size: the same failure of the same call."""
     ours = Decoding(image_folder(), tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -151,7 +132,7 @@ def test_a_full_disk(image_folder: Folder, tmp_path: Path) -> None:
     assert list((tmp_path / "cache").glob("*.tmp")) == []
 
 
-def test_pillows_remarks_are_not_errors(image_folder: Folder, tmp_path: Path) -> None:
+def test_pillows_remarks_are_not_errors(image_folder, tmp_path) -> None:
     root = image_folder()
     image = Image.new("P", (8, 8), 0)
     image.putpalette([9, 9, 9])
@@ -161,9 +142,7 @@ def test_pillows_remarks_are_not_errors(image_folder: Folder, tmp_path: Path) ->
     assert Decoding(root, tmp_path).run()[0, :, 0, 0].tolist() == [9, 9, 9]
 
 
-def test_the_log_has_the_progress_of_the_decoding(
-    image_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_log_has_the_progress_of_the_decoding(image_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cache, "CHUNK", 8)
     monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
     ours = Decoding(image_folder(), tmp_path)

@@ -65,18 +65,18 @@ def gray16(value: int, mode: str = "I;16") -> Image.Image:
         pytest.param(Image.new("F", (2, 2), float("nan")), (0, 0, 0), id="F not a number"),
     ],
 )
-def test_every_mode_becomes_its_color(image: Image.Image, expected: tuple[int, ...]) -> None:
+def test_every_mode_becomes_its_color(image, expected) -> None:
     assert color(image) == expected
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_a_16_bit_file_is_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
+def test_a_16_bit_file_is_scaled_and_not_clipped(tmp_path, suffix) -> None:
     file = tmp_path / f"gray{suffix}"
     gray16(100 * 257).save(file)
     assert images.read(file).getpixel((0, 0)) == (100, 100, 100)
 
 
-def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
+def test_exif_orientation_is_ignored(tmp_path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to show
     Image.new("RGB", (4, 2), RED).save(tmp_path / "turned.jpg", exif=exif)
@@ -100,7 +100,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", ["text.jpg", "empty.png", "cut.jpg", "cut.png", "bomb.png", "absent.png"])
-def test_a_file_that_cannot_be_decoded_is_named(tmp_path: Path, name: str) -> None:
+def test_a_file_that_cannot_be_decoded_is_named(tmp_path, name) -> None:
     file = broken_files(tmp_path).get(name, tmp_path / name)
     with pytest.raises(UserError, match=name):
         images.read(file)
@@ -111,7 +111,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (20, 20)])
-def test_fit_equals_torchvisions_resize_and_center_crop(size: tuple[int, int]) -> None:
+def test_fit_equals_torchvisions_resize_and_center_crop(size) -> None:
     oracle = transforms.Compose([transforms.Resize(23), transforms.CenterCrop(20)])
     assert images.fit(noise(*size), 20, 23).tobytes() == oracle(noise(*size)).tobytes()
 
@@ -131,7 +131,7 @@ def test_random_crop_leaves_the_global_stream_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_pixels_are_planar(tmp_path: Path) -> None:
+def test_pixels_are_planar(tmp_path) -> None:
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "a.png")
     decoded = images.Decoder(tmp_path, 4, 4, one_size=True, crop_scale=None)("a.png")
     assert decoded.dtype == np.uint8

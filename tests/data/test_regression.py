@@ -59,7 +59,7 @@ def test_batches_have_the_shapes_that_the_network_takes(load_it) -> None:
     assert {t.dtype for batch in train for t in batch} == {torch.float32}
 
 
-def test_an_epoch_is_a_shuffle_that_keeps_samples_together(load_it) -> None:
+def test_an_epoch_is_a_shuffle_that_keeps_samples_together_and_begins_anywhere(load_it) -> None:
     data = load_it("dataset.train_size=25", "batch=10")
     of_x = {tuple(x): tuple(y) for x, y in zip(*pairs(data.train), strict=True)}
     seen = [
@@ -69,11 +69,6 @@ def test_an_epoch_is_a_shuffle_that_keeps_samples_together(load_it) -> None:
     ]
     assert dict(seen) == of_x
     assert [x for x, _ in seen] != list(of_x)
-
-
-def test_an_epoch_begins_anywhere_as_it_would_go_on(load_it) -> None:
-    """What a resumed run relies on."""
-    data = load_it("dataset.train_size=25", "batch=10")
     assert equal(data.train.batches(1, start=1), list(data.train.batches(1))[1:])
 
 

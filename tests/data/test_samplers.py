@@ -2,8 +2,6 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +13,11 @@ from torch import Tensor
 from normlab.common.rng import stream
 from normlab.config.schema import Paired
 from normlab.data.batches import Augmentation, Split, unit_interval
-from normlab.data.datasets import Data
 from normlab.data.resident import Resident
 from normlab.data.samplers import evaluation_order, paired
 from normlab.norms import GroupedBatchNorm2d
 
 CPU = torch.device("cpu")
-Load = Callable[..., Data]
 PAIRS = Paired(name="paired", images_per_label=2)
 # Classes of 9, 0, 4, 1 and 6 images, mixed.
 LABELS = torch.tensor([0] * 9 + [2] * 4 + [3] * 1 + [4] * 6)[
@@ -63,28 +59,14 @@ def numbers(images: Tensor) -> list[int]:
 # --- What paired draws ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("each", [1, 2, 3, 6, 12])
-def test_images_of_one_label_lie_side_by_side(each: int) -> None:
-    chosen = paired(LABELS, 240, each, generator())
-    assert chosen.dtype == torch.int64
-    for group in LABELS[chosen].view(-1, each).tolist():
-        assert len(set(group)) == 1
-
-
-def test_labels_are_uniform_over_those_that_occur_however_large_their_classes() -> None:
-    drawn = LABELS[paired(LABELS, 8000, 2, generator())[::2]].tolist()
-    assert set(drawn) == {0, 2, 3, 4}
-    assert uniform(Counter(drawn), cases=4)
-
-
 def test_labels_are_drawn_with_replacement() -> None:
-    """Two labels in a row are each of the 16 pairs equally often, the same label twice included."""
+    """Two in a row are each pair of the four that occur equally often, the same label twice included."""
     drawn = LABELS[paired(LABELS, 16_000, 2, generator())[::2]].view(-1, 2).tolist()
     assert uniform(Counter(map(tuple, drawn)), cases=16)
 
 
 @pytest.mark.parametrize("each", [2, 3, 4])
-def test_images_of_a_drawn_label_are_every_ordered_choice_equally_often(each: int) -> None:
+def test_images_of_a_drawn_label_are_every_ordered_choice_equally_often(each) -> None:
     """Ordered: which of the groups of norm_batch an image comes into must not depend on the image."""
     chosen = paired(LABELS, 8000 * each, each, generator()).view(-1, each)
     for label, size in ((0, 9), (2, 4), (4, 6)):
@@ -106,6 +88,7 @@ def test_a_class_with_too_few_images_is_drawn_with_replacement() -> None:
     assert uniform(Counter(map(tuple, of_four[:, :2].tolist())), cases=16)
     of_one = chosen[LABELS[chosen[:, 0]] == 3]
     assert of_one.unique().tolist() == (LABELS == 3).nonzero().flatten().tolist()
+    assert all(len(group.unique()) == 1 for group in LABELS[paired(LABELS, 240, 12, generator())].view(-1, 12))
 
 
 # --- Epochs of it -----------------------------------------------------------------------------------
@@ -113,20 +96,13 @@ def test_a_class_with_too_few_images_is_drawn_with_replacement() -> None:
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("batch", "steps"), [(2, 10), (6, 4), (8, 3), (20, 1), (24, 1)])
-def test_an_epoch_has_as_many_batches_as_with_iid_all_full(batch: int, steps: int, drop_last: bool) -> None:
-    train = split(batch, drop_last=drop_last)
-    assert [len(labels) for _, labels in train.batches(0)] == [batch] * steps
-    assert (train.steps, train.images) == (steps, steps * batch)
+def test_an_epoch_has_as_many_batches_as_with_iid_all_full(batch, steps, drop_last) -> None:
+    pairs, iid = split(batch, drop_last=drop_last), split(batch, each=None, drop_last=drop_last)
+    assert [len(labels) for _, labels in pairs.batches(0)] == [batch] * steps
+    assert (pairs.steps, pairs.images) == (steps, steps * batch)
+    sizes = [len(labels) for _, labels in iid.batches(0)]
+    assert (iid.steps, iid.images) == (len(sizes), sum(sizes))
     assert split(batch, each=None).steps == steps
-
-
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("each", [None, 2])
-@pytest.mark.parametrize("batch", [2, 8, 20, 24])
-def test_images_of_an_epoch_are_those_of_its_batches(batch: int, each: int | None, drop_last: bool) -> None:
-    train = split(batch, each, drop_last=drop_last)
-    sizes = [len(labels) for _, labels in train.batches(0)]
-    assert (train.images, train.steps) == (sum(sizes), len(sizes))
 
 
 def test_images_keep_their_labels() -> None:
@@ -137,17 +113,15 @@ def test_images_keep_their_labels() -> None:
 
 @pytest.mark.parametrize("each", [None, 2])
 @pytest.mark.parametrize("augmentation", [None, Augmentation(True, 2), Augmentation(True, 1, cut=1)])
-@pytest.mark.parametrize("start", range(4))
-def test_a_started_epoch_goes_on_with_the_same_batches(
-    start: int, augmentation: Augmentation | None, each: int | None
-) -> None:
-    whole, rest = (list(split(each=each, augmentation=augmentation).batches(1, number)) for number in (0, start))
-    assert len(rest) == 3 - start
-    assert equal(whole[start:], rest) or start == 3
+def test_a_started_epoch_goes_on_with_the_same_batches(augmentation, each) -> None:
+    whole, *rests = (list(split(each=each, augmentation=augmentation).batches(1, start)) for start in range(4))
+    for start, rest in enumerate(rests, start=1):
+        assert len(rest) == 3 - start
+        assert equal(whole[start:], rest) or start == 3
 
 
 @pytest.mark.parametrize("each", [None, 2])
-def test_epochs_and_seeds_differ(each: int | None) -> None:
+def test_epochs_and_seeds_differ(each) -> None:
     drawn = [
         [number for images, _ in split(each=each, seed=seed).batches(epoch) for number in numbers(images)]
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
@@ -171,7 +145,7 @@ def test_the_copies_of_an_image_in_an_epoch_are_augmented_each_for_itself() -> N
 
 
 @pytest.mark.parametrize("each", [2, 4])
-def test_half_minibatches_part_the_images_of_a_label(each: int) -> None:
+def test_half_minibatches_part_the_images_of_a_label(each) -> None:
     """norm_batch = batch / images_per_label (Ioffe 2017): who shares statistics with whom is read off the gradients."""
     batch = 8
     layer = GroupedBatchNorm2d(1, norm_batch=batch // each)
@@ -188,7 +162,7 @@ def test_half_minibatches_part_the_images_of_a_label(each: int) -> None:
         assert set(range(first, first + each)) & set(others) == {image}
 
 
-def test_streamed_pairs_equal_those_from_memory(image_folder: Callable[..., Path], load_it: Load) -> None:
+def test_streamed_pairs_equal_those_from_memory(image_folder, load_it) -> None:
     settings: dict[str, Any] = {"path": str(image_folder()), "sampler": PAIRS, "flip": True, "crop_padding": 2}
     memory, stream = (load_it("image_folder", storage=storage, **settings) for storage in ("memory", "stream"))
     assert equal(memory.train.batches(1), stream.train.batches(1))
@@ -201,14 +175,14 @@ def test_streamed_pairs_equal_those_from_memory(image_folder: Callable[..., Path
 
 
 @pytest.mark.parametrize("each", [None, 2, 3, 7, 30])
-def test_an_evaluation_has_every_image_once(each: int | None) -> None:
+def test_an_evaluation_has_every_image_once(each) -> None:
     order = evaluation_order(LABELS, each, generator())
     assert order.sort().values.tolist() == list(range(20))
     assert not torch.equal(order, torch.arange(20))
 
 
 @pytest.mark.parametrize(("each", "groups", "left_over"), [(2, 4 + 2 + 3, 2), (3, 3 + 1 + 2, 2), (4, 2 + 1 + 1, 4)])
-def test_an_evaluation_in_pairs_has_all_whole_ones_then_what_is_left(each: int, groups: int, left_over: int) -> None:
+def test_an_evaluation_in_pairs_has_all_whole_ones_then_what_is_left(each, groups, left_over) -> None:
     labels = LABELS[evaluation_order(LABELS, each, generator())]
     first, rest = labels[: groups * each].view(-1, each), labels[groups * each :]
     assert len(rest) == left_over
@@ -223,7 +197,7 @@ def test_an_evaluation_mixes_groups_and_members_evenly() -> None:
     assert uniform(Counter(orders), cases=24 * 2 * 3)  # of the four, of the two, and the place of the latter
 
 
-def test_an_evaluation_by_batch_statistics_is_in_one_random_order_for_every_arm_and_seed(load_it: Load) -> None:
+def test_an_evaluation_by_batch_statistics_is_in_one_random_order_for_every_arm_and_seed(load_it) -> None:
     given = load_it("digits", input_norm="none", val_size=100)
     one, other, split_anew = (
         load_it("digits", input_norm="none", val_size=100, eval_stats="batch", **changes)
@@ -243,11 +217,11 @@ def test_an_evaluation_by_batch_statistics_is_in_one_random_order_for_every_arm_
         assert shuffled != anew
         assert sorted(shuffled) == sorted(in_order)
     assert equal(given.train.batches(0), one.train.batches(0))
+    precise = load_it("digits", input_norm="none", sampler=PAIRS, eval_stats="precise")
+    assert equal(precise.test.batches(), given.test.batches()), "other evaluations keep the data set's order"
 
 
-def test_every_batch_of_a_sorted_folder_is_evaluated_with_several_classes(
-    image_folder: Callable[..., Path], load_it: Load
-) -> None:
+def test_every_batch_of_a_sorted_folder_is_evaluated_with_several_classes(image_folder, load_it) -> None:
     settings: dict[str, Any] = {"path": str(image_folder(count=40)), "eval_batch": 20}
     for storage in ("memory", "stream"):
         as_it_lies = load_it("image_folder", storage=storage, **settings)
@@ -256,14 +230,7 @@ def test_every_batch_of_a_sorted_folder_is_evaluated_with_several_classes(
         assert {len(labels.unique()) for _, labels in mixed.test.batches()} == {2}
 
 
-@pytest.mark.parametrize("eval_stats", ["running", "precise"])
-def test_other_evaluations_keep_the_data_sets_order(load_it: Load, eval_stats: str) -> None:
-    paired = load_it("digits", sampler=PAIRS, eval_stats=eval_stats)
-    assert paired.test.rows.tolist() == list(range(359))
-    assert equal(paired.test.batches(), load_it("digits").test.batches())
-
-
-def test_paired_is_evaluated_in_batches_of_25_labels_times_2_images(load_it: Load) -> None:
+def test_paired_is_evaluated_in_batches_of_25_labels_times_2_images(load_it) -> None:
     test = load_it("digits", sampler=PAIRS, eval_stats="batch", eval_batch=50).test
     *full, (_, last) = test.batches()
     assert len(full) == 7
@@ -277,7 +244,7 @@ def test_paired_is_evaluated_in_batches_of_25_labels_times_2_images(load_it: Loa
 
 
 @pytest.mark.parametrize("changes", [{}, {"flip": True, "crop_padding": 1}, {"sampler": PAIRS}])
-def test_calibration_images_are_some_training_images_as_they_are(load_it: Load, changes: dict[str, Any]) -> None:
+def test_calibration_images_are_some_training_images_as_they_are(load_it, changes) -> None:
     data = load_it("digits", val_size=100, **changes)
     images = data.calibration(70)
     assert images.shape == (70, 3, 8, 8)
@@ -287,7 +254,7 @@ def test_calibration_images_are_some_training_images_as_they_are(load_it: Load, 
     assert torch.equal(images, load_it("digits", val_size=100, batch=32, **changes).calibration(70))
 
 
-def test_calibration_takes_all_there_are_and_follows_the_seed(load_it: Load) -> None:
+def test_calibration_takes_all_there_are_and_follows_the_seed(load_it) -> None:
     data, other = load_it("digits", train_size=50), load_it("digits", train_size=50, seed=1)
     everything = data.calibration(256)
     assert len(everything) == 50
@@ -298,7 +265,7 @@ def test_calibration_takes_all_there_are_and_follows_the_seed(load_it: Load) -> 
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_plain_batches_are_an_epoch_at_most_not_augmented(drop_last: bool) -> None:
+def test_plain_batches_are_an_epoch_at_most_not_augmented(drop_last) -> None:
     train = split(each=None, drop_last=drop_last, augmentation=Augmentation(True, 2))
     found = list(train.plain_batches(200))
     assert [len(images) for images in found] == ([8, 8] if drop_last else [8, 8, 4])
@@ -312,10 +279,7 @@ def test_plain_batches_are_an_epoch_at_most_not_augmented(drop_last: bool) -> No
 
 
 def test_plain_batches_are_paired_as_in_training() -> None:
-    found = list(split(augmentation=Augmentation(True, 2)).plain_batches(200))
+    found = [numbers(images) for images in split(augmentation=Augmentation(True, 2)).plain_batches(200)]
     assert [len(images) for images in found] == [8, 8, 8]
-    for images in found:
-        labels = LABELS[numbers(images)]
-        assert labels[::2].tolist() == labels[1::2].tolist()
-    other = split(seed=1).plain_batches(200)
-    assert [numbers(images) for images in found] != [numbers(images) for images in other]
+    assert all(LABELS[images][::2].tolist() == LABELS[images][1::2].tolist() for images in found)
+    assert found != [numbers(images) for images in split(seed=1).plain_batches(200)]

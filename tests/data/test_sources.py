@@ -3,7 +3,6 @@ import http.server
 import pickle
 import tarfile
 import threading
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,49 +11,37 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from normlab.common.errors import UserError
 from normlab.data import cache, inventory, sources
-from normlab.data.datasets import Data
 from normlab.data.inventory import check
-
-Load = Callable[..., Data]
 
 # --- digits -----------------------------------------------------------------------------------------
 
 
-def test_digits_are_scikit_learns() -> None:
-    from sklearn.datasets import load_digits
-
+def test_digits_are_scikit_learns(monkeypatch) -> None:
     bunch = load_digits()
     table = sources._digits_table()
     assert np.array_equal(table[:, :64], bunch.data)
     assert np.array_equal(table[:, 64], bunch.target)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert np.array_equal(sources._digits_table(), table), "without its file in its place"
 
 
-def test_digits_pixels_are_exactly_linear_in_the_gray_values() -> None:
-    source = sources.digits()
+def test_digits_pixels_are_linear_in_the_gray_values_and_splits_what_the_inventory_knows(settings) -> None:
+    source, known = sources.digits(), check(settings("digits"), Path())
     everything = torch.cat([source.train.images, source.test.images])  # type: ignore[union-attr]
     assert everything.dtype == torch.uint8
     assert everything.shape == (1797, 3, 8, 8)
     assert everything.unique().tolist() == [15 * gray for gray in range(17)]
     assert torch.equal(everything[:, 0], everything[:, 2])
-
-
-def test_digits_splits_are_what_the_inventory_knows(settings: Callable[..., Any]) -> None:
-    source, known = sources.digits(), check(settings("digits"), Path())
     assert len(source.train_labels) == known.train_images == 1438
     assert len(source.test_labels) == 359
     assert len(source.classes) == known.classes
     shares = torch.bincount(source.test_labels) / torch.bincount(torch.cat([source.train_labels, source.test_labels]))
     assert (shares - 0.2).abs().max() < 0.005
-
-
-def test_digits_are_read_without_scikit_learns_file_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = sources._digits_table()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert np.array_equal(sources._digits_table(), expected)
 
 
 # --- CIFAR ------------------------------------------------------------------------------------------
@@ -96,29 +83,20 @@ def small_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return data_dir
 
 
-def test_cifar_is_unpacked_from_its_archive_without_a_network(small_cifar: Path, load_it: Load) -> None:
+def test_cifar_is_unpacked_from_its_archive_once_and_without_a_network(small_cifar, load_it, monkeypatch) -> None:
     data = load_it("cifar10", input_norm="none")
     assert (len(data.train), len(data.test), data.image_size) == (20, 10, 32)
     assert data.classes[3] == "class3"
     pickled = pickle.loads((small_cifar / "cifar-10-batches-py" / "test_batch").read_bytes())
     images, labels = next(data.test.batches())
-    expected = torch.from_numpy(pickled["data"]).view(10, 3, 32, 32) / 255
-    assert torch.equal(images, expected)
+    assert torch.equal(images, torch.from_numpy(pickled["data"]).view(10, 3, 32, 32) / 255)
     assert labels.tolist() == pickled["labels"]
     assert images.is_contiguous()
-
-
-def test_cifar_once_unpacked_is_not_unpacked_again(
-    small_cifar: Path, load_it: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load_it("cifar10")
     monkeypatch.setattr(sources, "_download_cifar", lambda *a: pytest.fail("unpacked again"))
     load_it("cifar10")
 
 
-def test_cifar_is_downloaded_with_its_progress_in_the_log(
-    small_cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cifar_is_downloaded_with_its_progress_in_the_log(small_cifar, tmp_path, monkeypatch, capsys) -> None:
     served = partial(http.server.SimpleHTTPRequestHandler, directory=str(small_cifar))
     lines: list[str] = []
     monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
@@ -134,9 +112,7 @@ def test_cifar_is_downloaded_with_its_progress_in_the_log(
 
 
 @pytest.mark.parametrize("damage", ["archive cut", "file cut and no archive"])
-def test_a_damaged_cifar_that_cannot_be_fetched_says_where_the_files_go(
-    small_cifar: Path, load_it: Load, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
+def test_a_damaged_cifar_without_a_network_says_where_files_go(small_cifar, load_it, monkeypatch, damage) -> None:
     archive = small_cifar / datasets.CIFAR10.filename
     if damage == "archive cut":
         archive.write_bytes(archive.read_bytes()[:-100])
@@ -148,16 +124,12 @@ def test_a_damaged_cifar_that_cannot_be_fetched_says_where_the_files_go(
     with pytest.raises(UserError) as caught:
         load_it("cifar10")
     message = str(caught.value)
-    assert "cifar-10-python.tar.gz" in message
-    assert str(small_cifar) in message
-    assert "dataset=digits" in message
-    assert "refused" in message
+    for words in ("cifar-10-python.tar.gz", str(small_cifar), "dataset=digits", "refused"):
+        assert words in message
     assert len(message.splitlines()) <= 5
 
 
-def test_a_data_dir_for_cifar_that_cannot_be_written(
-    tmp_path: Path, load_it: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_data_dir_for_cifar_that_cannot_be_written(tmp_path, load_it, monkeypatch) -> None:
     monkeypatch.setattr(inventory, "unreachable", lambda url: None)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="data_dir="):
@@ -183,7 +155,7 @@ def small_imagenet(tmp_path: Path) -> Path:
     return root
 
 
-def test_imagenet_is_torchvisions(small_imagenet: Path, load_it: Load) -> None:
+def test_imagenet_is_torchvisions(small_imagenet, load_it) -> None:
     data = load_it("imagenet", path=str(small_imagenet), image_size=14, input_norm="none", crop_scale=[0.5, 1.0])
     oracle = datasets.ImageNet(small_imagenet, "val")
     assert data.classes == ("tench (n01440764)", "English springer (n02102040)")
@@ -195,7 +167,7 @@ def test_imagenet_is_torchvisions(small_imagenet: Path, load_it: Load) -> None:
     assert sum(len(labels) for _, labels in data.train.batches(0)) == len(datasets.ImageNet(small_imagenet)) == 6
 
 
-def test_a_broken_archive_of_imagenet_is_a_sentence(tmp_path: Path, load_it: Load) -> None:
+def test_a_broken_archive_of_imagenet_is_a_sentence(tmp_path, load_it) -> None:
     root = tmp_path / "imagenet"
     root.mkdir()
     for archive in inventory.IMAGENET_ARCHIVES.values():
@@ -209,14 +181,10 @@ def test_images_of_another_size_are_those_of_pillow(make) -> None:
     config = make("dataset.image_size=5")
     source = sources.digits()
     small = sources.resized(source, config.dataset.image_size)
+    assert sources.resized(source, 8) is sources.resized(source, None) is source
     assert small.image_size == 5
     assert small.train.images.shape == (1438, 3, 5, 5)
     assert torch.equal(small.test_labels, source.test_labels)
     for found, image in zip(small.train.images[:50], source.train.images[:50], strict=True):
         expected = Image.fromarray(image[0].numpy()).resize((5, 5), Image.Resampling.BILINEAR)
         assert (found[0].int() - torch.from_numpy(np.array(expected)).int()).abs().max() <= 1
-
-
-def test_images_of_their_own_size_stay_as_they_are() -> None:
-    source = sources.digits()
-    assert sources.resized(source, 8) is sources.resized(source, None) is source

@@ -25,21 +25,35 @@ SMALL = (
     "memory_format=contiguous",
     "threads=1",
 )
-LONG = (*SMALL, "epochs=2000", "batch=8")
+LONG = (*SMALL, "model.target=slow_net.SlowNet", "epochs=2000", "batch=8")  # and asleep most of the time
 
 
-def start(folder: Path, script: str, *arguments: str, new_session: bool = False) -> "subprocess.Popen[str]":
+class Command(subprocess.Popen[str]):
+    """A command that a test which fails does not wait for."""
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0]:
+            self.kill()
+        super().__exit__(*error)
+
+
+def python(folder: Path, *words: object, new_session: bool = False, **more: str) -> Command:
+    """`python *words` in a folder, with the tests' networks, and with more in its environment."""
     paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *arguments],
+    return Command(
+        [sys.executable, *map(str, words)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": paths, **more},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=new_session,
         preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),  # even if the tests run under nohup
     )
+
+
+def start(folder: Path, script: str, *arguments: str, new_session: bool = False) -> Command:
+    return python(folder, ROOT / script, *arguments, new_session=new_session, SLOW_SECONDS="0.02")
 
 
 def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:

@@ -1,24 +1,20 @@
 """`hydra/launcher=plan`: states and estimated costs, from planted records and from a few real steps."""
 
-import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from launchers.commands import LONG, ROOT, SMALL, command
+from conftest import composed
+from launchers.commands import SMALL, command
 
 from normlab import runs
-from normlab.config import schema
-from normlab.config.hydra import settings_of
+from normlab.training.run import train_run
 
 PLAN = ("-m", "hydra/launcher=plan", *SMALL)
 
 
 def plant(folder: Path, state: str, seconds: float = 0.0, memory: int = 0, *overrides: str, **facts: object) -> None:
     """The record of a run that ended as `state`."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = compose("config", [*SMALL, *overrides, f"output_dir={folder / 'outputs'}"])
-    run = runs.Run(schema.parse(settings_of(composed)).as_dict())
+    run = runs.Run(composed(*SMALL, *overrides, f"output_dir={folder / 'outputs'}").as_dict())
     run.freeze()
     run.write_status(state, wall_seconds=seconds, peak_memory_bytes=memory, **facts)
 
@@ -46,6 +42,7 @@ def test_every_run_with_its_state_and_no_folder_made(tmp_path) -> None:
     assert after == before
 
 
+@pytest.mark.slow
 def test_time_and_memory_from_runs_like_it(tmp_path) -> None:
     """10 and 14 s for 2 epochs: 12 s expected, twice of that for 4 epochs, and three quarters of it from step 10 of 40.
     Left to do: 24 (norm=bn) + 24 (another norm) = 48 s, one at a time."""
@@ -62,17 +59,17 @@ def test_time_and_memory_from_runs_like_it(tmp_path) -> None:
     assert " 9 s " in rows(out)["bn-b8-s2"]
 
 
+@pytest.mark.slow
 def test_a_few_steps_tell_what_no_run_does(tmp_path) -> None:
     """Within a factor of 3 of what the run then takes."""
-    run = ("train.py", "-m", *LONG, "epochs=40")
-    code, out, error = command(tmp_path, *run, "hydra/launcher=plan", "hydra.launcher.slots=1")
+    run = (*SMALL, "batch=8", "epochs=40")
+    code, out, error = command(tmp_path, "train.py", "-m", *run, "hydra/launcher=plan", "hydra.launcher.slots=1")
     assert code == 0, error
     assert "a few steps" in out
     assert not runs.find(tmp_path / "outputs" / "default")
     estimate = float(next(word for word in rows(out)["bn-b8-s0"].split("new")[1].split()))
-    assert command(tmp_path, *run)[0] == 0
-    [found] = runs.find(tmp_path / "outputs" / "default")
-    assert estimate == pytest.approx(json.loads((found / "status.json").read_text())["wall_seconds"], rel=2, abs=2)
+    status = train_run(composed(*run, f"output_dir={tmp_path / 'outputs'}"))
+    assert estimate == pytest.approx(status["wall_seconds"], rel=2, abs=2)
 
 
 def test_nothing_to_go_by_and_nothing_to_do(tmp_path) -> None:

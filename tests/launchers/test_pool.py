@@ -1,25 +1,24 @@
 """The pool when things go wrong, with the real commands."""
 
+import fcntl
 import operator
 import os
 import signal
-import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import Make
-from launchers.commands import LONG, SMALL, command, start, status_of, wait_for, wait_for_progress
+from launchers.commands import LONG, ROOT, SMALL, command, python, start, status_of, wait_for, wait_for_progress
 
 from normlab import runs
+from normlab.common.errors import UserError
 from normlab.data.inventory import Inventory
 from normlab.launchers import pool
 from normlab.launchers.pool import Worker, packs_for
 from normlab.launchers.sweep import Job
-
-
-def statuses(folder: Path) -> list[dict]:
-    return [status_of(run) for run in runs.find(folder / "outputs" / "default")]
 
 
 def planned(make: Make, *settings: str) -> Job:
@@ -29,40 +28,53 @@ def planned(make: Make, *settings: str) -> Job:
     return Job(config, run, Inventory(train_images=1000, test_images=100, classes=10, image_size=8))
 
 
-def test_one_worker_does_one_run_after_the_other(tmp_path) -> None:
-    code, _, error = command(tmp_path, "train.py", "-m", *SMALL, "seed=0,1,2", "hydra.launcher.slots=1")
-    assert code == 0, error
-    assert len({status["pid"] for status in statuses(tmp_path)}) == 1
+def networks(*targets: str) -> list[str]:
+    """The settings of small runs of several networks, in the order of their names in the sweep."""
+    return [setting.replace("small.SmallNet", ",".join(targets)) for setting in SMALL]
 
 
-def test_what_runs_out_of_memory_beside_others_is_tried_again_alone(tmp_path) -> None:
-    greedy = [setting.replace("small.SmallNet", "greedy.Alone") for setting in SMALL]
-    code, _, error = command(tmp_path, "train.py", "-m", *greedy, "seed=0,1", "hydra.launcher.slots=2")
-    assert code == 0, error
+def by_network(folder: Path) -> dict[str, list[str]]:
+    """The states of the runs of each network."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for run in runs.find(folder / "outputs" / "default"):
+        found[runs.read_config(run)["model"]["target"]].append(status_of(run)["state"])
+    return found
+
+
+@pytest.mark.slow
+def test_what_fails_for_want_of_memory_beside_others_is_tried_again_alone_and_a_bug_is_not(tmp_path) -> None:
+    (tmp_path / "exiting.py").write_text(
+        "import small, sys\nclass Exiting(small.SmallNet):\n    def forward(self, x):\n        sys.exit(3)\n"
+    )
+    arguments = (*networks("greedy.Alone", "greedy.Killed", "exiting.Exiting"), "seed=0,1", "hydra.launcher.slots=2")
+    code, _, error = command(tmp_path, "train.py", "-m", *arguments)
+    assert code == 1, error
     assert "does not fit into the memory" in error
-    assert "Tried again with a device of their own: 1" in error
-    assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
-
-
-def test_a_run_without_memory_that_was_alone_has_failed(tmp_path) -> None:
-    greedy = [setting.replace("small.SmallNet", "greedy.Alone") for setting in SMALL]
-    with (tmp_path / "greedy").open("w") as file:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
-        code, _, error = command(tmp_path, "train.py", "-m", *greedy, "seed=0,1", "hydra.launcher.slots=1")
-    assert code == 1
-    assert "2 of 2 runs failed" in error
-    assert "Traceback" not in error
-    assert {status["state"] for status in statuses(tmp_path)} == {"failed"}
-
-
-def test_a_run_that_was_killed_beside_others_is_tried_again_alone(tmp_path) -> None:
-    killed = [setting.replace("small.SmallNet", "greedy.Killed") for setting in SMALL]
-    code, _, error = command(tmp_path, "train.py", "-m", *killed, "seed=0,1", "hydra.launcher.slots=2")
-    assert code == 0, error
     assert "its process was killed" in error
-    assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
+    assert "Tried again with a device of their own: 2" in error
+    assert "2 of 6 runs failed." in error
+    assert f"{runs.LOG}: SystemExit: 3" in error
+    assert by_network(tmp_path) == {
+        "greedy.Alone": ["done", "done"],
+        "greedy.Killed": ["done", "done"],
+        "exiting.Exiting": ["failed", "failed"],
+    }
+    [failed, _] = [run for run in runs.find(tmp_path / "outputs" / "default") if status_of(run)["state"] == "failed"]
+    assert "in forward" in (failed / runs.LOG).read_text()
+
+
+def test_what_fails_alone_has_failed_is_listed_with_its_log_and_leaves_the_others(tmp_path) -> None:
+    with (tmp_path / "greedy").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        arguments = (*networks("greedy.Alone", "greedy.Killed", "small.SmallNet"), "hydra.launcher.slots=1")
+        code, _, error = command(tmp_path, "train.py", "-m", *arguments)
+    assert code == 1
+    assert "2 of 3 runs failed" in error
+    assert "Traceback" not in error
+    assert by_network(tmp_path) == {"greedy.Alone": ["failed"], "greedy.Killed": ["failed"], "small.SmallNet": ["done"]}
+    for run in runs.find(tmp_path / "outputs" / "default"):
+        why = (status_of(run).get("error") or "").split("\n")[0]
+        assert (f"\n  outputs/default/{run.name}/run.log: {why}" in error) is (status_of(run)["state"] == "failed")
 
 
 class SpoiledFunction:
@@ -72,83 +84,51 @@ class SpoiledFunction:
         return int, ("spoiled",)
 
 
-@pytest.mark.parametrize(
-    ("function", "why"),
-    [
-        (lambda *_: [], "Can't pickle"),
-        (operator.index, "TypeError: "),
-        (SpoiledFunction(), "its process was killed"),
-    ],
-    ids=["not pickled", "raises", "not unpickled"],
-)
-def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypatch, capsys, function, why) -> None:
-    jobs = planned(make, "device=cpu", "seed=0"), planned(make, "device=cpu", "seed=1")
-    functions = iter([function, pool._train_pack])  # the second worker's run is busy, which is no failure
+@pytest.mark.slow
+def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypatch, capsys) -> None:
+    jobs = [planned(make, "device=cpu", f"seed={seed}") for seed in range(4)]
+    bad = {lambda *_: []: "Can't pickle", operator.index: "TypeError: ", SpoiledFunction(): "its process was killed"}
+    functions = iter([*bad, pool._train_pack])  # the last worker's run is busy, which is no failure
     submit = Worker.submit
     monkeypatch.setattr(Worker, "submit", lambda worker, _, *rest: submit(worker, next(functions), *rest))
-    with jobs[1].run.lock():
-        ((job, error),) = pool.train_jobs(jobs, slots=1)
-    assert job is jobs[0]
-    assert why in error
-    assert job.status()["state"] == "failed"
-    log = job.run.folder / runs.LOG
-    assert f"{log}: {error}" in capsys.readouterr().err
-    assert f" ERROR {error}\n" in log.read_text()
-    assert ("Traceback (most recent call last)" in log.read_text()) is ("killed" not in why)
+    with jobs[-1].run.lock():
+        failed = pool.train_jobs(jobs, slots=1)
+    printed = capsys.readouterr().err
+    for job, (found, error), why in zip(jobs, failed, bad.values(), strict=False):
+        assert found is job
+        assert why in error
+        assert job.status()["state"] == "failed"
+        log = job.run.folder / runs.LOG
+        assert f"{log}: {error}" in printed
+        assert f" ERROR {error}\n" in log.read_text()
+        assert ("Traceback (most recent call last)" in log.read_text()) is ("killed" not in why)
+    assert len(failed) == 3
 
 
-def test_a_network_that_exits_fails_its_run_alone(tmp_path) -> None:
-    (tmp_path / "exiting.py").write_text(
-        "import small, sys\nclass Exiting(small.SmallNet):\n    def forward(self, x):\n        sys.exit(3)\n"
-    )
-    exiting = [setting.replace("small.SmallNet", "exiting.Exiting,small.SmallNet") for setting in SMALL]
-    code, _, error = command(tmp_path, "train.py", "-m", *exiting)
-    assert code == 1
-    assert "1 of 2 runs failed." in error
-    assert sorted(status["state"] for status in statuses(tmp_path)) == ["done", "failed"]
-    [failed] = [run for run in runs.find(tmp_path / "outputs" / "default") if status_of(run)["state"] == "failed"]
-    assert f"{runs.LOG}: SystemExit: 3" in error
-    assert "in forward" in (failed / runs.LOG).read_text()
-
-
-def test_runs_packed_into_one_process_end_as_those_of_their_own(tmp_path) -> None:
-    sweep = ("-m", *SMALL, "norm=bn,none,noisy_bn", "batch=8,16")
-    for words in (("hydra.launcher.slots=1", "hydra.launcher.pack=4"), ("study=solo",)):
-        code, _, error = command(tmp_path, "train.py", *sweep, *words)
-        assert code == 0, error
-    packed, solo = (
-        {run.name: status_of(run)["weights_sha256"] for run in runs.find(tmp_path / "outputs" / study)}
-        for study in ("default", "solo")
-    )
-    assert len(packed) == 6
-    assert packed == solo
-    assert len({status["pid"] for status in statuses(tmp_path)}) == 1
-
-
+@pytest.mark.slow
 def test_a_pack_that_was_killed_is_tried_again_run_by_run(tmp_path) -> None:
-    killed = [setting.replace("small.SmallNet", "greedy.Killed") for setting in SMALL]
-    arguments = ("-m", *killed, "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
-    code, _, error = command(tmp_path, "train.py", *arguments)
+    arguments = (*networks("greedy.Killed"), "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
+    code, _, error = command(tmp_path, "train.py", "-m", *arguments)
     assert code == 0, error
     assert "its process was killed" in error
     assert "Tried again with a device of their own: 2" in error
-    assert [status["state"] for status in statuses(tmp_path)] == ["done", "done"]
+    assert by_network(tmp_path) == {"greedy.Killed": ["done", "done"]}
 
 
-def test_a_packed_sweep_that_is_stopped_goes_on(tmp_path) -> None:
-    arguments = ("-m", *LONG, "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
-    sweep = start(tmp_path, "train.py", *arguments)
-    wait_for_progress(tmp_path)
-    sweep.send_signal(signal.SIGINT)
-    sweep.communicate(timeout=60)
-    assert sweep.returncode == 130
-    assert {status["state"] for status in statuses(tmp_path)} <= {"interrupted"}
-    steps = {status["name"]: status["step"] for status in statuses(tmp_path)}
-    again = start(tmp_path, "train.py", *arguments)
-    wait_for_progress(tmp_path)
-    again.send_signal(signal.SIGINT)
-    again.communicate(timeout=60)
-    assert all(status["step"] >= steps[status["name"]] for status in statuses(tmp_path))
+@pytest.mark.slow
+def test_a_packed_sweep_that_is_stopped_goes_on_in_one_process(tmp_path) -> None:
+    arguments = ("-m", *networks("slow_net.SlowNet"), "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
+    with python(tmp_path, ROOT / "train.py", *arguments, SLOW_SECONDS="0.2") as sweep:
+        wait_for_progress(tmp_path)
+        sweep.send_signal(signal.SIGINT)
+        _, error = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130, error
+    found = runs.find(tmp_path / "outputs" / "default")
+    assert {status_of(run)["state"] for run in found} == {"interrupted"}
+    code, _, error = command(tmp_path, "train.py", *arguments)
+    assert code == 0, error
+    assert [status_of(run)["state"] for run in found] == ["done", "done"]
+    assert len({status_of(run)["pid"] for run in found}) == 1
 
 
 def test_what_is_packed_together(make, tmp_path) -> None:
@@ -173,53 +153,69 @@ def test_the_longest_runs_come_first(make) -> None:
     assert [pack[0].config.batch for pack in packs_for(jobs, [Worker("cpu", 1)])] == [8, 32, 128]
 
 
-@pytest.mark.parametrize("value", ["0", "many"])
-def test_a_wrong_number_of_runs_in_a_pack_is_a_sentence(tmp_path, value: str) -> None:
-    code, _, error = command(tmp_path, "train.py", "-m", *SMALL, "seed=0,1", f"hydra.launcher.pack={value}")
-    assert code == 1
-    assert f"hydra.launcher.pack={value} is out of range: expected 1 or more." in error
+@pytest.mark.parametrize("value", [0, "many"])
+def test_a_wrong_number_of_runs_in_a_pack_is_a_sentence(make, value) -> None:
+    with pytest.raises(UserError, match=f"hydra.launcher.pack={value} is out of range: expected 1 or more."):
+        pool.train_jobs([planned(make, "device=cpu")], pack=value)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(tmp_path) -> None:
     with start(tmp_path, "train.py", "-m", *LONG, "seed=0,1", "hydra.launcher.slots=1") as process:
         run = wait_for_progress(tmp_path)
-        worker = status_of(run)["pid"]
-        os.kill(worker, signal.SIGSTOP)  # it will not get round to its checkpoint
+        os.kill(status_of(run)["pid"], signal.SIGSTOP)  # it will not get round to its checkpoint
         process.send_signal(signal.SIGINT)
-        time.sleep(1.0)
-        assert process.poll() is None
-        begun = time.monotonic()
+        assert process.stderr is not None
+        assert any("Once more stops at once." in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=30)
-        assert time.monotonic() - begun < 10
     assert process.returncode == 130
     assert "Traceback" not in error
-    status = runs.read_status(run)
-    assert status is not None
+    status = status_of(run)
     assert (status["state"], status["error"]) == ("interrupted", "stopped at once")
 
 
-@pytest.mark.parametrize("mode", [(), ("-m",)])
-def test_a_closed_terminal_is_a_request_to_stop(tmp_path, mode) -> None:
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [((), signal.SIGINT), pytest.param(("-m",), signal.SIGHUP, marks=pytest.mark.slow)],
+    ids=["Ctrl-C", "terminal closed"],
+)
+def test_a_signal_stops_a_command_and_its_run_can_go_on(tmp_path, mode, number) -> None:
     with start(tmp_path, "train.py", *mode, *LONG, new_session=True) as process:
         run = wait_for_progress(tmp_path)
-        os.killpg(process.pid, signal.SIGHUP)  # as a terminal does, to launcher and workers
+        os.killpg(process.pid, number)  # as a terminal does, to launcher and workers
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
+    assert "goes on from the last checkpoint" in error
+    assert "Traceback" not in error
     assert "Error executing job" not in error  # Hydra's line, of what is no error
     assert status_of(run)["state"] == "interrupted"
     assert (run / "checkpoint.pt").exists()
 
 
-def test_a_sweep_started_three_times_trains_each_run_once(tmp_path) -> None:
+@pytest.mark.slow
+def test_an_interrupt_before_the_first_step_stops_a_sweep(tmp_path) -> None:
+    def imports_torch(launcher: int) -> bool:
+        """Whether a child of it has begun to."""
+        children = psutil.Process(launcher).children()
+        return any("libtorch" in mapped.path for child in children for mapped in child.memory_maps())
+
+    with start(tmp_path, "train.py", "-m", *LONG) as process:
+        wait_for(lambda: imports_torch(process.pid), "a worker that imports torch")
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    (run,) = runs.find(tmp_path / "outputs" / "default")
+    assert status_of(run).get("state", "interrupted") == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_sweep_started_twice_trains_each_run_once(tmp_path) -> None:
     arguments = ("-m", "norm=bn,affine,none", "batch=8,16", *SMALL, "hydra.launcher.slots=1")
-    with (
-        start(tmp_path, "train.py", *arguments) as one,
-        start(tmp_path, "train.py", *arguments) as two,
-        start(tmp_path, "train.py", *arguments) as three,
-    ):
-        ended = [process.communicate(timeout=200) for process in (one, two, three)]
-    assert [process.returncode for process in (one, two, three)] == [0, 0, 0], ended
+    with start(tmp_path, "train.py", *arguments) as one, start(tmp_path, "train.py", *arguments) as two:
+        ended = [process.communicate(timeout=200) for process in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), ended
     found = runs.find(tmp_path / "outputs" / "default")
     assert len(found) == 6
     for run in found:
@@ -229,7 +225,24 @@ def test_a_sweep_started_three_times_trains_each_run_once(tmp_path) -> None:
         assert not (run / "run.claim").exists()
 
 
-def test_a_worker_that_died_with_its_launcher_is_distinguished_from_one_at_work(tmp_path) -> None:
+@pytest.mark.slow
+def test_of_two_commands_on_one_run_one_trains_and_the_others_report_it(tmp_path) -> None:
+    with start(tmp_path, "train.py", *LONG) as one, start(tmp_path, "train.py", *LONG) as two:
+        run = wait_for_progress(tmp_path)
+        winner, loser = (one, two) if status_of(run)["pid"] == one.pid else (two, one)
+        _, error = loser.communicate(timeout=60)
+        assert loser.returncode == 1
+        assert f"is already being trained by process {winner.pid}" in error
+        code, _, error = command(tmp_path, "train.py", "-m", *LONG)
+        assert code == 0
+        assert f"is already being trained by process {winner.pid}" in error
+        winner.send_signal(signal.SIGINT)
+        winner.communicate(timeout=60)
+    assert len(runs.find(tmp_path / "outputs" / "default")) == 1
+
+
+@pytest.mark.slow
+def test_a_worker_dies_with_its_launcher_and_is_distinguished_from_one_at_work(tmp_path) -> None:
     """What was under way goes on when the same command is run again."""
     with start(tmp_path, "train.py", "-m", *LONG, "checkpoint_seconds=0") as process:
         run = wait_for_progress(tmp_path)

@@ -7,25 +7,27 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+from launchers.commands import ROOT, Command, python
+from outcome import outcome
 
 from normlab import runs
 from normlab.common.errors import UserError
 from normlab.launchers import preflight, slurm
 
-ROOT = Path(__file__).parents[2]
 LOCAL = subprocess.run([ROOT / "scripts" / "local_slurm", "status"], capture_output=True, text=True)
 SETTINGS = (
     "model=custom",
-    "model.target=slow.SlowNet",
+    "model.target=slow_net.SlowNet",
     "model.name=slow",
     "dataset.train_size=160",
     "dataset.test_size=40",
@@ -41,16 +43,11 @@ LONG = (*SETTINGS, "epochs=30", "eval_every=10")
 SLOW = {"SLOW_SECONDS": "0.045"}  # 600 steps: 27 s and what the network takes
 
 
-def environment(**more: str) -> dict[str, str]:
-    conf = re.search(r"SLURM_CONF=(\S+)", LOCAL.stdout)
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": paths, **({"SLURM_CONF": conf[1]} if conf else {}), **more}
+CONF = dict(re.findall(r"(SLURM_CONF)=(\S+)", LOCAL.stdout))
 
 
-def start(folder: Path, *arguments: str, **more: str) -> "subprocess.Popen[str]":
-    words = [sys.executable, str(ROOT / "train.py"), "-m", *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=folder, env=environment(**more), stdout=pipe, stderr=pipe, text=True)
+def start(folder: Path, *arguments: str, **more: str) -> Command:
+    return python(folder, ROOT / "train.py", "-m", *arguments, **CONF, **more)
 
 
 def train(folder: Path, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
@@ -60,12 +57,13 @@ def train(folder: Path, *arguments: str, **more: str) -> "subprocess.CompletedPr
 
 
 def call(*words: str) -> str:
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, check=True, timeout=60).stdout
+    done = subprocess.run(words, env={**os.environ, **CONF}, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
 
 
-def queue() -> dict[str, str]:
+def queue(*which: str) -> dict[str, str]:
     """The state of each task that SLURM has: {"3_0": "RUNNING"}."""
-    lines = call("squeue", "--noheader", "--array", "--format=%F_%K %T").splitlines()
+    lines = call("squeue", "--noheader", "--array", "--format=%F_%K %T", *which).splitlines()
     return dict(line.split() for line in lines)
 
 
@@ -75,7 +73,7 @@ def array(done: "subprocess.CompletedProcess[str]") -> str:
     return found[1]
 
 
-def until(what: str, condition: Callable[[], object], seconds: float = 90) -> None:
+def until(what: str, condition: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} takes too long; {queue()}"
@@ -94,13 +92,11 @@ def steps(study: Path) -> dict[str, int]:
 
 def results(study: Path) -> dict[str, Any]:
     """Of each run everything that must not depend on how it was carried out."""
-    found = {}
-    for folder in runs.find(study):
-        rows, warnings = runs.read_metrics(folder)
-        assert not warnings
-        kept = [{k: v for k, v in row.items() if "second" not in k and "memory" not in k} for row in rows]
-        found[folder.name] = (state(folder).get("state"), state(folder).get("weights_sha256"), kept)
-    return found
+    return {folder.name: outcome(folder) for folder in runs.find(study)}
+
+
+def ended(study: Path) -> list[str]:
+    return [state(folder)["state"] for folder in runs.find(study)]
 
 
 @pytest.fixture
@@ -116,13 +112,14 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.fixture
-def undisturbed(tmp_path) -> Iterator["subprocess.Popen[str]"]:
+def undisturbed(tmp_path) -> Iterator[Command]:
     """The pool at work on the long runs, in the folder `pool`."""
     (tmp_path / "pool").mkdir()
     with start(tmp_path / "pool", *LONG, "seed=0,1,2,3,4") as process:
         yield process
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.skipif(os.getuid() != 0, reason="crashing the node needs root")
 def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, undisturbed, tmp_path) -> None:
@@ -185,21 +182,6 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
     assert results(study) == results(tmp_path / "pool" / "outputs" / "default")
 
 
-@pytest.mark.slurm
-def test_a_run_in_several_tasks_stops_on_request_goes_on_and_finishes(cluster, tmp_path) -> None:
-    study = tmp_path / "outputs" / "default"
-    several = ("epochs=8", "sync_stats=true", "hydra.launcher.tasks=2")
-    with start(tmp_path, *SETTINGS, *several, *SLURM, **SLOW) as waiting:
-        until("the start", lambda: any(steps(study).values()))
-        (task,) = queue()
-        call("scancel", "--signal=USR2", task)
-        _, error = waiting.communicate(timeout=200)
-    log = (study / "slurm" / f"{task}_0_log.out").read_text()
-    assert waiting.returncode == 0, error + log
-    assert "goes back into the queue" in log
-    assert [entry[0] for entry in results(study).values()] == ["done"]
-
-
 def wrapper(folder: Path, command: str, script: str) -> dict[str, str]:
     """An environment in which a command of SLURM is this script, which finds the real one as $real."""
     real = shutil.which(command)
@@ -208,43 +190,51 @@ def wrapper(folder: Path, command: str, script: str) -> dict[str, str]:
     return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
-@pytest.mark.slurm
-def test_a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds(cluster, tmp_path) -> None:
+def a_run_in_several_tasks_stops_on_request_goes_on_and_finishes(here: Path) -> None:
+    study = here / "outputs" / "several"
+    several = ("study=several", "epochs=8", "sync_stats=true", "hydra.launcher.tasks=2")
+    with start(here, *SETTINGS, *several, *SLURM, **SLOW) as waiting:
+        until("the start", lambda: any(steps(study).values()))
+        (task,) = queue("--name=several")
+        call("scancel", "--signal=USR2", task)
+        _, error = waiting.communicate(timeout=200)
+    log = (study / "slurm" / f"{task}_0_log.out").read_text()
+    assert waiting.returncode == 0, error + log
+    assert "goes back into the queue" in log
+    assert ended(study) == ["done"]
+
+
+def a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds(here: Path) -> None:
     sweep = (*SETTINGS, *SLURM, "hydra.launcher.memory_gb=0.7", "seed=0,1")
-    deadly = wrapper(tmp_path, "sbatch", '$real "$@"; [ "$1" = --version ] || kill -KILL $PPID')
+    deadly = wrapper(here, "sbatch", '$real "$@"; [ "$1" = --version ] || kill -KILL $PPID')
     inside_of_a_job = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "1", "SLURM_MEM_PER_NODE": "1"}  # srun refuses that
-    killed = train(tmp_path, *sweep, **SLOW, **deadly, **inside_of_a_job)
+    killed = train(here, *sweep, **SLOW, **deadly, **inside_of_a_job)
     assert killed.returncode == -signal.SIGKILL
-    again = train(tmp_path, *sweep, **SLOW)
+    again = train(here, *sweep, **SLOW)
     assert again.returncode == 0, again.stderr
     assert "runs are queued or running already" in again.stdout
     assert "Submitted" not in again.stdout
-    assert {entry[0] for entry in results(tmp_path / "outputs" / "default").values()} == {"done"}
+    assert ended(here / "outputs" / "default") == ["done", "done"]
 
 
-@pytest.mark.slurm
-def test_jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(cluster, tmp_path) -> None:
+def jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(here: Path) -> None:
     """batch=1 fails on a node only: an image's last maps have one value per channel."""
-    small_arrays = wrapper(tmp_path, "scontrol", '$real "$@" | sed "s/^MaxArraySize.*/MaxArraySize = 2/"')
+    small_arrays = wrapper(here, "scontrol", '$real "$@" | sed "s/^MaxArraySize.*/MaxArraySize = 2/"')
     few = ("model=resnet", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "threads=1")
-    done = train(tmp_path, *few, *SLURM, "batch=1", "norm=bn,affine,none", **small_arrays)
+    done = train(here, *few, *SLURM, "batch=1", "norm=bn,affine,none", **small_arrays)
     assert done.returncode == 1
     assert "2 runs go into each job" in done.stdout
     assert "an array of 2 jobs" in done.stdout
     assert "1 of 3 runs are not finished" in done.stderr
     assert "does not fit" in done.stderr
     assert "Traceback" not in done.stderr
-    states = {folder.name.split("-")[2]: state(folder)["state"] for folder in runs.find(tmp_path / "outputs/default")}
+    states = {folder.name.split("-")[2]: state(folder)["state"] for folder in runs.find(here / "outputs" / "default")}
     assert states == {"bn": "failed", "affine": "done", "none": "done"}
-    repeated = train(tmp_path, *few, *SLURM, "batch=1", "norm=affine,none")
-    assert "2 of 2 runs are finished and skipped." in repeated.stdout
-    assert "Submitted" not in repeated.stdout
 
 
-@pytest.mark.slurm
-def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported(cluster, tmp_path) -> None:
-    study = tmp_path / "outputs" / "default"
-    with start(tmp_path, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
+def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported(here: Path) -> None:
+    study, endless = here / "outputs" / "default", (*LONG, *SLURM, "epochs=300", "seed=0")
+    with start(here, *endless, **SLOW) as waiting:
         until("the start", lambda: any(steps(study).values()))
         waiting.send_signal(signal.SIGINT)
         _, error = waiting.communicate(timeout=60)
@@ -252,7 +242,7 @@ def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_
     found = re.search(r"to cancel them: scancel (\d+)", error)
     assert found, error
     assert queue()[f"{found[1]}_0"] == "RUNNING"
-    with start(tmp_path, *LONG, *SLURM, "seed=0", **SLOW) as waiting:
+    with start(here, *endless, **SLOW) as waiting:
         before = steps(study)
         until("going on", lambda: steps(study) != before)
         call("scancel", "--signal=KILL", found[1])
@@ -263,14 +253,41 @@ def test_interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_
     assert "Traceback" not in error
 
 
-@pytest.mark.slurm
-def test_a_refusal_of_slurm_is_reported_in_its_words(cluster, tmp_path) -> None:
-    done = train(tmp_path, *SETTINGS, *SLURM, "cluster.partition=nowhere")
+def a_refusal_of_slurm_is_reported_in_its_words(here: Path) -> None:
+    done = train(here, *SETTINGS, *SLURM, "cluster.partition=nowhere")
     assert done.returncode == 1
     assert "SLURM refuses the jobs: " in done.stderr
     assert "invalid partition" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(tmp_path.glob("outputs/default/slurm/*.json"))
+    assert not list(here.glob("outputs/default/slurm/*.json"))
+
+
+def hydras_launcher_by_submitit_carries_out_a_sweep(here: Path) -> None:
+    if find_spec("hydra_plugins.hydra_submitit_launcher"):
+        needs = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=5", "hydra.launcher.mem_gb=null")
+        done = train(here, *SETTINGS, "hydra/launcher=submitit_slurm", *needs, "seed=0,1")
+        assert done.returncode == 0, done.stderr
+        assert ended(here / "outputs" / "default") == ["done", "done"]
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_six_commands_on_one_cluster_at_a_time(cluster, tmp_path) -> None:
+    """So that their waits overlap."""
+    commands = (
+        a_run_in_several_tasks_stops_on_request_goes_on_and_finishes,
+        a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds,
+        jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail,
+        interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported,
+        a_refusal_of_slurm_is_reported_in_its_words,
+        hydras_launcher_by_submitit_carries_out_a_sweep,
+    )
+    folders = [tmp_path / str(number) for number in range(len(commands))]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor(len(commands)) as threads:
+        for future in [threads.submit(*job) for job in zip(commands, folders, strict=True)]:
+            future.result()
 
 
 def test_without_slurm_the_command_ends_in_a_sentence(tmp_path) -> None:
@@ -280,20 +297,12 @@ def test_without_slurm_the_command_ends_in_a_sentence(tmp_path) -> None:
     assert len(done.stderr.splitlines()) <= 5
 
 
+@pytest.mark.slow
 def test_hydras_launcher_by_joblib_carries_out_a_sweep(tmp_path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = train(tmp_path, *SETTINGS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1")
     assert done.returncode == 0, done.stderr
-    assert [entry[0] for entry in results(tmp_path / "outputs" / "default").values()] == ["done", "done"]
-
-
-@pytest.mark.slurm
-def test_hydras_launcher_by_submitit_carries_out_a_sweep(cluster, tmp_path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    needs = ("hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=5", "hydra.launcher.mem_gb=null")
-    done = train(tmp_path, *SETTINGS, "hydra/launcher=submitit_slurm", *needs, "seed=0,1")
-    assert done.returncode == 0, done.stderr
-    assert [entry[0] for entry in results(tmp_path / "outputs" / "default").values()] == ["done", "done"]
+    assert ended(tmp_path / "outputs" / "default") == ["done", "done"]
 
 
 def test_a_device_is_checked_where_the_run_will_be(make) -> None:

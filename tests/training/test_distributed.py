@@ -1,45 +1,43 @@
 """Several processes that train one run: together they are one process, they resume each other, and they end alike."""
 
-import functools
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import several
 import torch
-from hydra import compose, initialize_config_dir
+from conftest import composed
+from hydra.types import RunMode
+from launchers.commands import ROOT, python, wait_for_progress
+from omegaconf import OmegaConf
+from outcome import folder, rows, status
 from PIL import Image
 from torch import Tensor, nn
 
 from normlab import models, runs
 from normlab.common.errors import UserError
-from normlab.config import hydra as cli
-from normlab.config import schema as config
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split, unit_interval
 from normlab.data.datasets import load
 from normlab.data.resident import Resident
+from normlab.launchers import single
 from normlab.training.distributed import checks
 from normlab.training.distributed.processes import Processes, find
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-SPEED = ("wall_seconds", "images_per_second")  # what depends on the machine
 NETWORK = ("model=custom", "model.target=small.SmallResNet", "model.name=small")
-RUN = ("batch=32", "eval_batch=16", "epochs=2", "device=cpu", "threads=1", "save_weights=true")
+RUN = ("batch=32", "eval_batch=16", "device=cpu", "threads=1", "save_weights=true")
 DIGITS = ("dataset.train_size=82", "dataset.test_size=21")  # the last batch has 18 images
 IMAGES = ("dataset=image_folder", "dataset.path={images}", "dataset.storage=stream", "dataset.workers=0", "batch=6")
 REGRESSION = ("model=deep_linear", "depth=2", "dataset=linear_regression", "dataset.features=6")
 
 ARMS = {
-    "sync": "norm=bn sync_stats=true",
     "augmented": "norm=bn sync_stats=true dataset.flip=true dataset.crop_padding=1 label_smoothing=0.1",
     "precise": "norm=bn sync_stats=true eval_stats=precise weight_average=0.9",
     "batch": "norm=bn sync_stats=true eval_stats=batch input_norm=bn",
@@ -47,105 +45,92 @@ ARMS = {
     "small_groups": "norm=renorm norm_batch=4 drop_last=true",
     "paired": "norm=bn norm_batch=8 sampler=paired sampler.images_per_label=2",
     "gradients": "norm=mabn norm_batch=8 drop_last=true",  # has moving averages of gradients
-    "affine": "norm=affine",
     "group_norm": "norm=gn",
     "from_data": "norm=wn_mean norm.init=data sync_stats=true",
     "streamed": "norm=bn sync_stats=true dataset.crop_scale=[0.3,1] dataset.flip=true",
     "regression": "norm=bn sync_stats=true dataset.train_size=50 dataset.test_size=21 dataset.split_seed=1",
 }
-RESUMED = {"by_two": 2, "by_one": 4}  # of six steps, three an epoch: the one before which a stop is requested
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+Configured = Callable[..., RunConfig]
 
 
-def configured(*overrides: str) -> RunConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return config.parse(cli.settings_of(compose("config", list(overrides))))
+@pytest.fixture
+def configured(tmp_path) -> Configured:
+    """`configured(arm, who)`: the run of an arm, in a folder of who carries it out."""
+    images = tmp_path / "images"
 
-
-def environment(**more: str) -> dict[str, str]:
-    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
-
-
-@pytest.fixture(scope="module")
-def config_of(tmp_path_factory):
-    """`config_of(arm, who)`: the run of an arm, in a folder of who carries it out."""
-    folder = tmp_path_factory.mktemp("distributed")
-    images = folder / "images"
-    for number in range(28):
-        part = images / ("train" if number < 20 else "val") / "ab"[number % 2]
-        part.mkdir(parents=True, exist_ok=True)
-        pixels = torch.randint(0, 256, (12, 12, 3), generator=torch.Generator().manual_seed(number)).byte()
-        Image.fromarray(pixels.numpy()).save(part / f"{number}.png")
-
-    @functools.cache
     def make(arm: str, who: str) -> RunConfig:
         data = {"streamed": [word.format(images=images) for word in IMAGES], "regression": [*REGRESSION]}
         network = () if arm == "regression" else NETWORK
-        folders = (f"output_dir={folder / who}", f"data_dir={folder}", f"study={arm}")
-        settings = ARMS.get(arm, ARMS["augmented"]).split()
-        return configured(*network, *RUN, *data.get(arm, DIGITS), *settings, *folders)
+        folders = (f"output_dir={tmp_path / who}", f"data_dir={tmp_path}", f"study={arm}")
+        epochs = "epochs=1" if who in ("one", "two") else "epochs=2"
+        return composed(*network, *RUN, epochs, *data.get(arm, DIGITS), *ARMS[arm].split(), *folders)
 
     return make
 
 
-@pytest.fixture(scope="module")
-def carried_out(config_of, tmp_path_factory):
-    """Every arm by one process and by two; what was interrupted by one and went on by the others."""
-    threads = torch.get_num_threads()
-    for arm in (*ARMS, *RESUMED):
-        several.train_here(config_of(arm, "one").as_dict())
-    several.train_here(config_of("by_two", "two").as_dict(), stop_at=RESUMED["by_two"])
-    plans: list[dict[str, Any]] = [{"settings": config_of(arm, "two").as_dict()} for arm in (*ARMS, "by_two")]
-    plans.append({"settings": config_of("by_one", "two").as_dict(), "stop_at": RESUMED["by_one"]})
-    plans.append({"settings": config_of("affine", "failing").as_dict(), "fail_at": 5})
-    file = tmp_path_factory.mktemp("plans") / "plans.json"
-    file.write_text(json.dumps(plans))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, several.__file__, str(file)], env=environment(), capture_output=True, text=True, timeout=300
-    )
-    by_one = runs.Run(config_of("by_one", "two").as_dict())
-    assert by_one.state == "interrupted", done.stderr
-    status = runs.read_status(by_one.folder)
-    assert status is not None
-    assert (status["step"], status["error"]) == (RESUMED["by_one"], "interrupted by SIGUSR2")
-    several.train_here(config_of("by_one", "two").as_dict())
-    torch.set_num_threads(threads)
-    return lambda arm, who: runs.Run(config_of(arm, who).as_dict()).folder
+def train_by_two(tmp_path: Path, *plans: dict[str, Any]) -> str:
+    """Carry out runs by two processes; return what they printed."""
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps([{**plan, "settings": plan["settings"].as_dict()} for plan in plans]))
+    with python(tmp_path, *TORCHRUN, several.__file__, file, OMP_NUM_THREADS="1") as process:
+        return process.communicate(timeout=300)[1]
 
 
-@pytest.mark.parametrize("arm", [*ARMS, *RESUMED])
-def test_two_processes_are_one(carried_out, arm) -> None:
-    """Also if one went on where two had been interrupted, or two where one had, in the middle of an epoch."""
-    one, two = carried_out(arm, "one"), carried_out(arm, "two")
-    weights, others = (torch.load(folder / "weights.pt", weights_only=True) for folder in (one, two))
+def assert_equal(one: RunConfig, two: RunConfig) -> None:
+    """Assert that a run of two processes has the record of that of one."""
+    weights, others = (torch.load(folder(config) / "weights.pt", weights_only=True) for config in (one, two))
+    # The regression's loss is taken in float32.
+    rtol, atol = (1e-4, 1e-5) if one.study == "regression" else (1e-9, 1e-12)
     for name, value in weights.items():
-        # The regression's loss is taken in float32.
-        rtol, atol = (1e-4, 1e-5) if arm == "regression" else (1e-9, 1e-12)
-        torch.testing.assert_close(others[name], value, rtol=rtol, atol=atol, msg=f"{arm}: {name}")
-    (rows, torn), (other_rows, others_torn) = runs.read_metrics(one), runs.read_metrics(two)
-    assert not torn + others_torn
-    assert [row["epoch"] for row in other_rows] == [1, 2]
-    for row, other in zip(rows, other_rows, strict=True):
-        assert row.keys() == other.keys()
-        measured = {key: value for key, value in row.items() if key not in SPEED}
-        assert {key: other[key] for key in measured} == pytest.approx(measured, rel=1e-5)
-        assert other["images_per_second"] > 0
-    status, other_status = runs.read_status(one), runs.read_status(two)
-    assert status is not None
-    assert other_status is not None
-    assert (status["processes"], other_status["processes"]) == (1, 1 if arm == "by_one" else 2)
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    assert status.keys() == other_status.keys()
+        torch.testing.assert_close(others[name], value, rtol=rtol, atol=atol, msg=f"{one.study}: {name}")
+    for row, other in zip(rows(one), rows(two), strict=True):
+        assert other == pytest.approx(row, rel=1e-5)
+    assert all(row["images_per_second"] > 0 for row in runs.read_metrics(folder(two))[0])
+    assert {path.name for path in folder(two).iterdir()} == {path.name for path in folder(one).iterdir()}
+    assert status(two).keys() == status(one).keys()
 
 
-def test_an_error_of_one_process_ends_the_other_and_is_recorded(carried_out) -> None:
-    folder = carried_out("affine", "failing")
-    status = runs.read_status(folder)
-    assert status is not None
-    assert status["state"] == "failed"
-    assert status["error"] == "Process 1 of this run failed: TypeError: a bug"
-    assert 'raise TypeError("a bug")' in (folder / "run.log").read_text()
+@pytest.mark.slow
+def test_two_processes_are_one(configured, tmp_path) -> None:
+    """Three steps and an evaluation."""
+    for number in range(28):
+        part = tmp_path / "images" / ("train" if number < 20 else "val") / "ab"[number % 2]
+        part.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (12, 12, 3), generator=torch.Generator().manual_seed(number)).byte()
+        Image.fromarray(pixels.numpy()).save(part / f"{number}.png")
+    printed = train_by_two(tmp_path, *({"settings": configured(arm, "two")} for arm in ARMS))
+    for arm in ARMS:
+        one, two = configured(arm, "one"), configured(arm, "two")
+        several.train_here(one.as_dict())
+        assert status(two).get("processes") == 2, printed
+        assert_equal(one, two)
+
+
+def test_processes_resume_each_other_and_an_error_of_one_ends_all(configured, tmp_path) -> None:
+    """In the middle of an epoch, of six steps in two epochs: two go on where one was interrupted, or one where two."""
+    one, by_two, by_one = (configured("augmented", who) for who in ("whole", "by_two", "by_one"))
+    failing = configured("group_norm", "failing")
+    several.train_here(one.as_dict())
+    several.train_here(by_two.as_dict(), stop_at=2)
+    printed = train_by_two(
+        tmp_path,
+        {"settings": by_two},
+        {"settings": by_two},  # which is finished
+        {"settings": by_one, "stop_at": 4},
+        {"settings": failing, "fail_at": 5},
+    )
+    stopped = status(by_one)
+    assert (stopped["state"], stopped["step"]) == ("interrupted", 4), printed
+    assert stopped["error"] == "interrupted by SIGUSR2"
+    several.train_here(by_one.as_dict())
+    assert (folder(by_two) / "run.log").read_text().count("going on at epoch") == 1
+    for config, processes in ((by_two, 2), (by_one, 1)):
+        assert status(config)["processes"] == processes
+        assert_equal(one, config)
+    assert status(failing)["state"] == "failed"
+    assert status(failing)["error"] == "Process 1 of this run failed: TypeError: a bug"
+    assert 'raise TypeError("a bug")' in (folder(failing) / "run.log").read_text()
 
 
 # --- each process's share ------------------------------------------------------------------------------------------
@@ -221,7 +206,7 @@ def test_a_batch_normalization_of_pytorch_is_named(tiny) -> None:
 
 # --- who they are --------------------------------------------------------------------------------------------------
 
-TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+RANK = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 TASK = {
     "SLURM_PROCID": "3",
     "SLURM_STEP_NUM_TASKS": "4",
@@ -234,11 +219,11 @@ TASK = {
 
 def test_processes_are_those_of_torchrun_or_slurm() -> None:
     assert find({}) == Processes(0, 1, 0)
-    assert find(TORCHRUN) == Processes(3, 4, 1, "a", 29500)
-    assert find({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}) == Processes()
+    assert find(RANK) == Processes(3, 4, 1, "a", 29500)
+    assert find({**RANK, "WORLD_SIZE": "1", "RANK": "0"}) == Processes()
     assert find(TASK) == Processes(3, 4, 1, "a", 26711)
     assert find({**TASK, "MASTER_ADDR": "c", "MASTER_PORT": "99"}) == Processes(3, 4, 1, "c", 99)
-    assert find({**TASK, **TORCHRUN}) == find(TORCHRUN)  # torchrun on every node of a job
+    assert find({**TASK, **RANK}) == find(RANK)  # torchrun on every node of a job
     assert find({**TASK, "SLURM_STEP_NUM_TASKS": "1"}) == Processes()
     assert find({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711"}) == Processes()  # a batch script
 
@@ -255,80 +240,70 @@ def test_nodes_are_queried_from_scontrol(tmp_path, monkeypatch) -> None:
 
 # --- the commands --------------------------------------------------------------------------------------------------
 
-COMMAND = (*NETWORK, *DIGITS, "batch=32", "device=cpu", "threads=1", "norm=affine")
+COMMAND = (
+    *("model=custom", "model.target=slow_net.SlowNet", "model.name=slow", "norm=affine", *DIGITS),
+    *("batch=32", "epochs=8", "device=cpu", "threads=1"),
+)
 
 
-def tasks(folder: Path, *arguments: str) -> "list[subprocess.Popen[str]]":
-    """`srun --ntasks=2 python train.py ...`, as far as a process can see."""
+def by_two_tasks(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """`srun --ntasks=2 python train.py ...`, as far as a process can see.
+
+    Returns:
+        The exit status, which is that of all, and the output of the first one; the others print nothing.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *arguments],
-            cwd=folder,
-            env=environment(**slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        python(folder, ROOT / "train.py", *arguments, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
         for rank in ("0", "1")
     ]
-
-
-def ended(processes: "list[subprocess.Popen[str]]") -> tuple[int, str, str]:
-    """The exit status, which is that of all, and the output of the first one; the others print nothing."""
     (out, error), *others = [process.communicate(timeout=120) for process in processes]
     assert others == [("", "")], others
-    status, other = (process.returncode for process in processes)
-    assert status == other, error
-    return status, out, error
+    exited, other = (process.returncode for process in processes)
+    assert exited == other, error
+    return exited, out, error
 
 
-def test_one_process_speaks_and_all_end_alike(tmp_path) -> None:
-    status, out, error = ended(tasks(tmp_path, *COMMAND, "epochs=1"))
-    assert status == 0, error
+@pytest.mark.slow
+def test_torchrun_is_interrupted_with_a_checkpoint_and_tasks_of_slurm_go_on(tmp_path) -> None:
+    """One process speaks, and all end alike."""
+    with python(tmp_path, *TORCHRUN, ROOT / "train.py", *COMMAND, OMP_NUM_THREADS="1", SLOW_SECONDS="0.2") as torchrun:
+        run = wait_for_progress(tmp_path)
+        torchrun.send_signal(signal.SIGTERM)
+        _, error = torchrun.communicate(timeout=60)
+    stopped = runs.read_status(run) or {}
+    assert (stopped["state"], stopped["error"]) == ("interrupted", "interrupted by SIGTERM"), error
+    assert error.count("Interrupted. The same command goes on") == 1
+    assert (run / "checkpoint.pt").exists()
+    exited, _, error = by_two_tasks(tmp_path, *COMMAND)
+    assert exited == 0, error
     assert "[1/1]" in error
-    (folder,) = runs.find(tmp_path / "outputs" / "default")
-    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-
-    status, out, error = ended(tasks(tmp_path, *COMMAND, "epochs=1"))
-    assert status == 0, error
-    assert "is finished" in out
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-
-    status, out, error = ended(tasks(tmp_path, "-m", *COMMAND, "hydra/launcher=basic"))
-    assert status == 1
-    assert error.startswith("A sweep (-m) under 2 processes")
+    assert "going on at epoch" in (run / "run.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_busy_run_is_left_alone_by_all(tmp_path) -> None:
-    run = runs.Run(configured(*COMMAND, f"output_dir={tmp_path / 'outputs'}").as_dict())
+    run = runs.Run(composed(*COMMAND, f"output_dir={tmp_path / 'outputs'}").as_dict())
     run.freeze()
     with run.lock():
-        status, _, error = ended(tasks(tmp_path, *COMMAND))
-    assert status == 1
+        exited, _, error = by_two_tasks(tmp_path, *COMMAND)
+    assert exited == 1
     assert "is already being trained by process" in error
     assert run.state == "planned"
 
 
-def test_torchrun_is_interrupted_with_a_checkpoint_and_goes_on(tmp_path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [*command, str(ROOT / "train.py"), *COMMAND, "epochs=3000"]
-    with subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True) as process:
-        status: dict[str, Any] = {}
-        for _ in range(600):
-            for folder in runs.find(tmp_path / "outputs" / "default"):
-                status = runs.read_status(folder) or {}
-            if status.get("step", 0) > 0:
-                break
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
-    (folder,) = runs.find(tmp_path / "outputs" / "default")
-    stopped = runs.read_status(folder)
-    assert stopped is not None
-    assert (stopped["state"], stopped["error"]) == ("interrupted", "interrupted by SIGTERM"), error
-    assert error.count("Interrupted. The same command goes on") == 1
-    assert (folder / "checkpoint.pt").exists()
+def test_a_sweep_under_several_processes_is_refused_by_the_first(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(single.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
+    ignored = Mock()
+    monkeypatch.setattr(signal, "signal", ignored)
+    for rank, words in (("0", "A sweep (-m) under 4 processes"), ("1", "")):
+        for name, value in {**TASK, "SLURM_PROCID": rank}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            single.run(OmegaConf.create())
+        assert ended.value.code == 1
+        assert capsys.readouterr().err[: len(words) or None] == words
+    ignored.assert_called_with(signal.SIGTERM, signal.SIG_IGN)

@@ -5,29 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from outcome import outcome, rows
 from torch import Tensor, nn
 from training.tape import Tape
 
-from normlab import runs
-from normlab.common.errors import InterruptedRunError, UserError
+from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
 from normlab.training import engines
-from normlab.training.interrupt import StopRequest
 from normlab.training.run import train_run
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
-MEASURED = ("epoch", "step", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "lr")
 # 90 images in batches of 16: six steps an epoch, the last of ten images; the capture is the fourth of the run.
 SMALL = ("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3")
-
-
-def record(config: RunConfig) -> tuple[str, list[dict], dict[str, list[dict]]]:
-    """A digest of the weights at the end, what was measured at each evaluation, and by probes."""
-    run = runs.Run(config.as_dict())
-    measured, warnings = runs.read_metrics(run.folder)
-    assert not warnings
-    digest = (runs.read_status(run.folder) or {})["weights_sha256"]
-    return digest, [{key: row[key] for key in MEASURED} for row in measured], runs.read_probes(run.folder)[0]
 
 
 @pytest.fixture
@@ -39,22 +28,27 @@ def replays(monkeypatch) -> list[int]:
     return made
 
 
-def same(tiny, *settings: str) -> None:
-    eager, graph = (tiny(*SMALL, *settings, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph"))
-    assert train_run(eager)["run_id"] == train_run(graph)["run_id"]
-    if "optimizer=adam" in settings:  # on the device its learning rate is a float32, and Python's a float64
-        for one, other in zip(record(eager)[1], record(graph)[1], strict=True):
-            assert one == pytest.approx(other, rel=1e-5)
-    else:
-        assert record(eager) == record(graph)
+def train_both(make, *settings: str) -> tuple[RunConfig, RunConfig]:
+    """The same run by engine=eager and engine=graph."""
+    both = [make(*settings, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph")]
+    for config in both:
+        assert train_run(config)["state"] == "done"
+    return both[0], both[1]
 
 
+def losses(config: RunConfig) -> list[float]:
+    return [row["train_loss"] for row in rows(config)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
-def test_every_norm_trains_bit_identically_captured(tiny, norm: str, replays) -> None:
-    same(tiny, f"norm={norm}")
-    assert len(replays) == 2 * 6 - 3 - 1 - 2  # all but the first three, the captured one and the smaller ones
+def test_every_norm_trains_bit_identically_captured(tiny, norm, replays) -> None:
+    eager, graph = train_both(tiny, *SMALL, f"norm={norm}", "epochs=1")
+    assert outcome(eager) == outcome(graph)
+    assert len(replays) == 6 - 3 - 1 - 1  # all but the first three, the captured one and the smaller one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -62,8 +56,6 @@ def test_every_norm_trains_bit_identically_captured(tiny, norm: str, replays) ->
         ("norm=bn", "norm_batch=4", "optimizer.agc=0.05"),
         ("norm=bnp", "optimizer=gd"),
         ("optimizer=sgd", "optimizer.nesterov=true", "schedule=step", "schedule.milestones=[0.5]"),
-        ("optimizer=adam", "schedule=polynomial"),
-        ("optimizer=adam", "optimizer.decoupled=true", "optimizer.weight_decay=0.1"),
         ("weight_average=0.9",),
         ("dataset.flip=true", "dataset.crop_padding=1", "label_smoothing=0.1"),
         ("sampler=paired", "sampler.images_per_label=4"),
@@ -75,8 +67,18 @@ def test_every_norm_trains_bit_identically_captured(tiny, norm: str, replays) ->
     ],
     ids=" ".join,
 )
-def test_every_kind_of_step_is_bit_identical_captured(tiny, settings: tuple[str, ...], replays) -> None:
-    same(tiny, *settings)
+def test_every_kind_of_step_is_bit_identical_captured(tiny, settings, replays) -> None:
+    eager, graph = train_both(tiny, *SMALL, *settings)
+    assert outcome(eager) == outcome(graph)
+    assert replays
+
+
+@pytest.mark.parametrize("settings", [("schedule=polynomial",), ("optimizer.decoupled=true",)])
+def test_adam_is_captured_with_a_float32_learning_rate(tiny, settings, replays) -> None:
+    """Where Python's is a float64."""
+    eager, graph = train_both(tiny, *SMALL, "optimizer=adam", "optimizer.weight_decay=0.1", *settings)
+    for one, other in zip(rows(eager), rows(graph), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
     assert replays
 
 
@@ -92,72 +94,36 @@ def test_rmsprop_is_captured_where_its_learning_rate_may_be_a_tensor(tiny, repla
         return build(config, train, step, *others)
 
     monkeypatch.setattr(engines, "build", capturable)
-    eager, graph = (tiny(*SMALL, "optimizer=rmsprop", f"engine={e}", f"study={e}") for e in ("eager", "graph"))
-    train_run(eager)
-    train_run(graph)
+    eager, graph = train_both(tiny, *SMALL, "optimizer=rmsprop")
     assert replays
-    losses = [[row["train_loss"] for row in record(config)[1]] for config in (eager, graph)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # it multiplies by the rate in another place
+    assert losses(eager) == pytest.approx(losses(graph), rel=1e-5)  # it multiplies by the rate in another place
 
 
 def test_the_regression_task_is_captured(make, replays) -> None:
     settings = ("model=deep_linear", "depth=3", "dataset=linear_regression", "batch=16", "epochs=2", "threads=1")
     small = (*settings, "dataset.train_size=90", "device=cpu", "optimizer=gd", "optimizer.lr=1e-5")
-    eager, graph = (make(*small, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph"))
-    train_run(eager)
-    train_run(graph)
-    read = [runs.read_metrics(runs.Run(config.as_dict()).folder)[0] for config in (eager, graph)]
-    assert [row["train_loss"] for row in read[0]] == [row["train_loss"] for row in read[1]]
+    eager, graph = train_both(make, *small)
+    assert losses(eager) == losses(graph)
     assert replays
 
 
-def train_in_two_parts(config: RunConfig, after: int, monkeypatch) -> None:
-    """The first part ends after so many steps, by a request to stop."""
-    stop, made = StopRequest(), []
-    step = engines.Graphed.step
-
-    def counted(engine: engines.Graphed) -> None:
-        made.append(1)
-        if len(made) == after:
-            stop.requested = "SIGTERM"
-        step(engine)
-
-    monkeypatch.setattr(engines.Graphed, "step", counted)
-    with pytest.raises(InterruptedRunError):
-        train_run(config, stop=stop)
-    stop.requested = None
-    train_run(config, stop=stop)
-
-
 @pytest.mark.parametrize("after", [2, 5, 9])
-def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
-    config = tiny(*SMALL, "engine=graph", "checkpoint_seconds=null")
-    undisturbed = tiny(*SMALL, "engine=graph", "study=undisturbed")
+def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after, steps) -> None:
+    config, undisturbed = (tiny(*SMALL, "engine=graph", f"study={study}") for study in ("parts", "whole"))
     train_run(undisturbed)
-    train_in_two_parts(config, after, monkeypatch)
-    assert record(config) == record(undisturbed)
+    steps.interrupt(config, after)
+    train_run(config)
+    assert outcome(config) == outcome(undisturbed)
 
 
 @pytest.mark.parametrize(("first", "second"), [("graph", "eager"), ("eager", "graph")])
-def test_a_run_goes_on_with_another_engine(tiny, first: str, second: str, monkeypatch) -> None:
+def test_a_run_goes_on_with_another_engine(tiny, first, second, steps) -> None:
     """Its optimizer's options, tensors for learning rates among them, are the new engine's own."""
-    undisturbed = tiny(*SMALL, f"engine={second}", "study=undisturbed")
+    undisturbed, config = tiny(*SMALL, f"engine={second}", "study=undisturbed"), tiny(*SMALL, f"engine={second}")
     train_run(undisturbed)
-    stop = StopRequest()
-    begin = engines.Engine.start_epoch if first == "eager" else engines.Graphed.start_epoch
-
-    def stopped(engine: engines.Engine, epoch: int) -> None:
-        begin(engine, epoch)
-        stop.requested = "SIGTERM" if epoch == 1 else None
-
-    monkeypatch.setattr(engines.Engine if first == "eager" else engines.Graphed, "start_epoch", stopped)
-    with pytest.raises(InterruptedRunError):
-        train_run(tiny(*SMALL, f"engine={first}", "checkpoint_seconds=null"), stop=stop)
-    monkeypatch.undo()
-    stop.requested = None
-    config = tiny(*SMALL, f"engine={second}")
-    assert train_run(config, stop=stop)["state"] == "done"
-    assert record(config) == record(undisturbed)
+    steps.interrupt(tiny(*SMALL, f"engine={first}"), after=7)
+    train_run(config)
+    assert outcome(config) == outcome(undisturbed)
 
 
 class ReadsItsLoss(nn.Module):
@@ -187,7 +153,7 @@ def test_a_step_that_reads_a_value_on_the_host_is_refused_with_the_reason(tiny) 
 
 
 @pytest.mark.parametrize("engine", ["auto", "compile", "eager"])
-def test_a_cpu_is_eager_unless_requested(tiny, engine: str, replays) -> None:
+def test_a_cpu_is_eager_unless_requested(tiny, engine, replays) -> None:
     config = tiny(f"engine={engine}")
     assert not engines.may_capture(config, torch.device("cpu"))
 

@@ -13,73 +13,49 @@ import pickle
 import random
 import shutil
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import TINY, config_in
+from launchers.commands import SMALL as COMMAND
+from launchers.commands import command, python
+from outcome import folder, outcome, status
+from steps import Steps
 
 from normlab import runs
 from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
-from normlab.training import checkpoint, engines
+from normlab.training import checkpoint
 from normlab.training.run import train_run
 
-ROOT = Path(__file__).parents[2]
-SPEED = ("wall_seconds", "images_per_second")  # what depends on the machine, and not on the run
 RECORD = {"config.yaml", "metrics.jsonl", "probes", "provenance.json", "run.log", "status.json"}
-set_learning_rate = engines.set_learning_rate
+# Six steps and two evaluations that write all there is to write, a checkpoint after every step.
+SMALL = (*TINY, "checkpoint_seconds=0", "probe=[gradients]")
 
 
 @pytest.fixture
-def small(tiny) -> Callable[..., RunConfig]:
-    """A run of six steps and two evaluations that writes all there is to write, a checkpoint after every step."""
-    return lambda *settings: tiny("checkpoint_seconds=0", "probe=[gradients]", *settings)
+def small(tmp_path) -> Callable[..., RunConfig]:
+    return partial(config_in, tmp_path, *SMALL)
 
 
-def folder_of(config: RunConfig) -> Path:
-    return runs.Run(config.as_dict()).folder
+def result(config: RunConfig) -> tuple[Any, ...]:
+    """What a finished run came to; all of it readable, and nothing else left in the run's folder."""
+    assert {path.name for path in folder(config).iterdir()} == RECORD
+    assert {path.name for path in (folder(config) / "probes").iterdir()} == {"gradients.jsonl"}
+    assert status(config)["state"] == "done"
+    return outcome(config)
 
 
-def result(config: RunConfig) -> tuple[str, list[dict], dict]:
-    """Final weights, metrics and probes; all of it readable, and nothing else left in the run's folder."""
-    folder = folder_of(config)
-    status = runs.read_status(folder)
-    assert status is not None
-    assert status["state"] == "done"
-    assert {path.name for path in folder.iterdir()} == RECORD
-    assert {path.name for path in (folder / "probes").iterdir()} == {"gradients.jsonl"}
-    rows, torn = runs.read_metrics(folder)
-    probes, torn_probes = runs.read_probes(folder)
-    assert not torn + torn_probes
-    return status["weights_sha256"], [{k: v for k, v in row.items() if k not in SPEED} for row in rows], probes
-
-
-@pytest.fixture
-def undisturbed(small) -> tuple[str, list[dict], dict]:
-    train_run(small("study=undisturbed"))
-    return result(small("study=undisturbed"))
-
-
-@pytest.fixture
-def at_step(monkeypatch) -> Callable[..., None]:
-    """`at_step(3, do)`: call `do` at the begin of the third training step from now."""
-    planned: dict[int, Callable[[], object]] = {}
-    taken = 0
-
-    def counting(*arguments, **options) -> None:
-        nonlocal taken
-        taken += 1
-        planned.pop(taken, lambda: None)()
-        set_learning_rate(*arguments, **options)
-
-    def plan(step: int, do: Callable[[], object]) -> None:
-        planned[taken + step] = do
-
-    monkeypatch.setattr(engines, "set_learning_rate", counting)
-    return plan
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Any, ...]:
+    config = config_in(tmp_path_factory.mktemp("undisturbed"), *SMALL)
+    train_run(config)
+    return result(config)
 
 
 def failure(config: RunConfig) -> str:
@@ -125,9 +101,7 @@ class Disk:
 
     @staticmethod
     def command(options: str, folder: Path) -> "subprocess.CompletedProcess[bytes]":
-        return subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True
-        )
+        return subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
 
 
 @pytest.fixture
@@ -140,9 +114,10 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_too_small_by_any_amount_is_a_sentence_and_with_space_the_run_goes_on(small, disk, undisturbed) -> None:
     failures = 0
-    for free in range(0, 2**20, 2**13):  # two pages more each time, until a whole run fits
+    for free in range(0, 2**20, 2**14):  # four pages more each time, until a whole run fits
         config = small(f"output_dir={disk.folder}", f"study={free}")
         disk.leave(free)
         sentence = failure(config)
@@ -153,16 +128,16 @@ def test_a_disk_too_small_by_any_amount_is_a_sentence_and_with_space_the_run_goe
         disk.grow()
         train_run(config)
         assert result(config) == undisturbed
-        shutil.rmtree(folder_of(config))
+        shutil.rmtree(folder(config))
     assert 5 < failures < 50
     assert result(config) == undisturbed
 
 
 @pytest.mark.parametrize("case", range(6))
-def test_a_disk_that_fills_up_at_any_moment_costs_only_what_came_after(small, disk, undisturbed, at_step, case) -> None:
+def test_a_disk_that_fills_up_at_any_moment_costs_only_what_came_after(small, disk, undisturbed, steps, case) -> None:
     config = small(f"output_dir={disk.folder}")
     moments = random.Random(case)
-    at_step(moments.randint(1, 6), lambda: disk.leave(moments.choice([0, 0, 4096, 16384])))
+    steps.after(moments.randint(1, 6), lambda: disk.leave(moments.choice([0, 0, 4096, 16384])))
     assert "The disk is full" in failure(config)
     assert "The disk is full" in failure(config), "and again while nothing is done about it"
     disk.grow()
@@ -171,22 +146,19 @@ def test_a_disk_that_fills_up_at_any_moment_costs_only_what_came_after(small, di
 
 
 @pytest.mark.parametrize("step", range(1, 7))
-def test_a_folder_that_becomes_read_only_is_a_sentence_and_the_run_goes_on(
-    small, disk, undisturbed, at_step, step
-) -> None:
+def test_a_folder_that_becomes_read_only_is_a_sentence_and_mended(small, disk, undisturbed, steps, step) -> None:
     config = small(f"output_dir={disk.folder}")
     with contextlib.ExitStack() as until_mended:
-        at_step(step, lambda: until_mended.enter_context(disk.read_only()))
+        steps.after(step, lambda: until_mended.enter_context(disk.read_only()))
         assert "It is not writable" in failure(config)
         assert "It is not writable" in failure(config), "from its start"
     train_run(config)
     assert result(config) == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "from then on"])
-def test_a_disk_that_fails_at_any_write_is_a_sentence_and_the_run_goes_on(
-    small, undisturbed, monkeypatch, lasting
-) -> None:
+def test_a_disk_that_fails_at_any_write_is_a_sentence_and_mended(small, undisturbed, monkeypatch, lasting) -> None:
     fsync, calls, failing = os.fsync, 0, 0
 
     def unreliable(file: int) -> None:
@@ -211,43 +183,23 @@ def test_a_disk_that_fails_at_any_write_is_a_sentence_and_the_run_goes_on(
     assert result(config) == undisturbed
 
 
-def with_tests() -> str:
-    """A PYTHONPATH with which a command finds the small network."""
-    return os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-
-
-TRAINED = ("model=custom", "model.target=small.SmallNet", "model.name=small", "dataset.train_size=160", "device=cpu")
-
-
-@pytest.mark.parametrize("mode", ["", "-m"])
-def test_the_command_on_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_space(disk, mode) -> None:
-    settings = (*TRAINED, "batch=8", "epochs=2", "threads=1", "checkpoint_seconds=0", f"output_dir={disk.folder}/out")
-
-    def train() -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, ROOT / "train.py", *mode.split(), *settings],
-            check=False,
-            env={**os.environ, "PYTHONPATH": with_tests()},
-            cwd=disk.folder.parent,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
+@pytest.mark.slow
+def test_a_sweep_on_a_full_disk_ends_in_a_sentence_and_goes_on_when_there_is_space(disk, tmp_path) -> None:
+    sweep = ("train.py", "-m", *COMMAND, "batch=8", "checkpoint_seconds=0", f"output_dir={disk.folder}/out")
     disk.leave(48 * 1024)  # for less than two checkpoints
-    full = train()
-    assert full.returncode == 1
-    assert "The disk is full" in full.stderr
-    assert "Traceback" not in full.stderr
+    code, _, error = command(tmp_path, *sweep)
+    assert code == 1
+    assert "The disk is full" in error
+    assert "Traceback" not in error
     disk.grow()
-    assert train().returncode == 0
-    (folder,) = runs.find(disk.folder / "out" / "default")
-    assert {path.name for path in folder.iterdir()} == RECORD - {"probes"}
+    assert command(tmp_path, *sweep)[0] == 0
+    [run] = runs.find(disk.folder / "out" / "default")
+    assert {path.name for path in run.iterdir()} == RECORD - {"probes"}
 
 
 # A kill -9 before any operation on a file of the run. One process imports torch; its children are killed.
 
-EVERY = 6  # of about 120 operations: all of them take a minute
+EVERY = 10  # of about 120 operations: all of them take a minute
 KILLED = """
     import json, os, signal, sys
     from normlab.config.schema import RunConfig
@@ -280,17 +232,11 @@ KILLED = """
 """
 
 
-def test_a_kill_at_any_operation_on_a_file_leaves_a_run_that_goes_on(small, undisturbed) -> None:
+@pytest.mark.slow
+def test_a_kill_at_any_operation_on_a_file_leaves_a_run_that_goes_on(small, undisturbed, tmp_path) -> None:
     arguments = json.dumps([small().as_dict(), small().output_dir, EVERY])
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), arguments],
-        env={**os.environ, "PYTHONPATH": with_tests()},
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    moments = done.stdout.split()
+    with python(tmp_path, "-c", textwrap.dedent(KILLED), arguments) as process:
+        moments = process.communicate(timeout=300)[0].split()
     assert len(moments) > 80 / EVERY
     for moment in moments:
         train_run(small(f"study={moment}"))
@@ -304,18 +250,36 @@ class _DeadError(BaseException):
     """No Exception: nobody is to catch it."""
 
 
-@pytest.fixture
-def interrupted(small, at_step) -> RunConfig:
+@pytest.fixture(scope="module")
+def died(tmp_path_factory) -> RunConfig:
     """A run that ended without a word in its fifth step: two checkpoints, after its third and fourth."""
-    config = small()
+    config = config_in(tmp_path_factory.mktemp("died"), *SMALL)
 
     def die() -> None:
         raise _DeadError
 
-    at_step(5, die)
-    with pytest.raises(_DeadError):
-        train_run(config)
+    with Steps().counted() as steps:
+        steps.after(5, die)
+        with pytest.raises(_DeadError):
+            train_run(config)
     return config
+
+
+@pytest.fixture
+def interrupted(died, small) -> RunConfig:
+    """A copy of it."""
+    config = small()
+    shutil.copytree(died.output_dir, config.output_dir)
+    file = folder(config) / "config.yaml"
+    file.write_text(file.read_text().replace(str(Path(died.data_dir).parent), str(Path(config.data_dir).parent)))
+    return config
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(interrupted, undisturbed, steps) -> None:
+    assert status(interrupted)["state"] == "running"
+    train_run(interrupted)
+    assert steps.taken == 6 - 4
+    assert result(interrupted) == undisturbed
 
 
 def damaged(content: bytes, how: str, chance: random.Random) -> bytes:
@@ -349,16 +313,14 @@ def test_of_a_hundred_damaged_checkpoints_none_is_used(interrupted, how) -> None
 @pytest.mark.parametrize(
     ("how", "case"), [*((how, case) for how in ("truncated", "flipped") for case in range(3)), ("empty", 0)]
 )
-def test_a_run_with_damaged_checkpoints_ends_as_if_undisturbed(
-    interrupted, undisturbed, capfd, which, how, case
-) -> None:
+def test_a_run_with_damaged_checkpoints_ends_as_undisturbed(interrupted, undisturbed, capfd, which, how, case) -> None:
     chance, unused = random.Random(case), "cannot be used and is left out"
     for name in which:
-        path = folder_of(interrupted) / name
+        path = folder(interrupted) / name
         path.write_bytes(damaged(path.read_bytes(), how, chance))
     train_run(interrupted)
     assert result(interrupted) == undisturbed
-    log = (folder_of(interrupted) / "run.log").read_text()
+    log = (folder(interrupted) / "run.log").read_text()
     assert capfd.readouterr().err.count(unused) == log.count(unused) == len(which)
 
 
@@ -371,13 +333,16 @@ class _Malicious:
 
 
 @pytest.mark.parametrize(
-    "which", [(checkpoint.INCOMING,), (checkpoint.NEWEST,), (checkpoint.NEWEST, checkpoint.PREVIOUS)]
+    ("which", "form", "trailer"),
+    [
+        ((checkpoint.NEWEST,), "archive", False),  # else with its digest
+        ((checkpoint.NEWEST,), "archive", True),
+        ((checkpoint.INCOMING,), "legacy", True),
+        ((checkpoint.NEWEST, checkpoint.PREVIOUS), "legacy", True),
+        ((checkpoint.NEWEST, checkpoint.PREVIOUS), "pickle", True),
+    ],
 )
-@pytest.mark.parametrize("form", ["archive", "legacy", "pickle"])
-@pytest.mark.parametrize("trailer", [True, False], ids=["with its digest", "without"])
-def test_a_forged_checkpoint_is_refused_unexecuted(
-    interrupted, undisturbed, tmp_path, capfd, which, form, trailer
-) -> None:
+def test_a_forged_checkpoint_is_not_executed(interrupted, undisturbed, tmp_path, capfd, which, form, trailer) -> None:
     run = runs.Run(interrupted.as_dict())
     value, file = {"run_id": run.run_id, "network": _Malicious(tmp_path / "executed")}, io.BytesIO()
     if form == "pickle":
@@ -409,38 +374,38 @@ def test_a_forged_checkpoint_is_refused_unexecuted(
     ],
 )
 def test_a_damaged_record_is_mended_by_the_next_start(interrupted, undisturbed, name, content) -> None:
-    path = folder_of(interrupted) / name
+    path = folder(interrupted) / name
     path.write_text(content)
     if name == "run.claim":  # what a process left that was killed while it was making it, an hour ago
         os.utime(path, (path.stat().st_mtime - 3600,) * 2)
     train_run(interrupted)
     assert result(interrupted) == undisturbed
-    assert runs.read_config(folder_of(interrupted)) == interrupted.as_dict()
-    assert json.loads((folder_of(interrupted) / "provenance.json").read_text())["versions"]
+    assert runs.read_config(folder(interrupted)) == interrupted.as_dict()
+    assert json.loads((folder(interrupted) / "provenance.json").read_text())["versions"]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "probes/gradients.jsonl"])
 @pytest.mark.parametrize("tail", ['{"epoch": 2, "step": 6, "la', '{"epoch": 2, "step": 6, "layer": "x"}', "\x00" * 512])
 def test_a_torn_last_line_is_measured_again(interrupted, undisturbed, name, tail) -> None:
     """A row after the last checkpoint: without its end, or without the line's end, or of zeros, after a power cut."""
-    with (folder_of(interrupted) / name).open("a") as file:
+    with (folder(interrupted) / name).open("a") as file:
         file.write(tail)
     train_run(interrupted)
     assert result(interrupted) == undisturbed
     is_row = tail.endswith("}")
-    assert ("cannot be read and is left out" in (folder_of(interrupted) / "run.log").read_text()) is not is_row
+    assert ("cannot be read and is left out" in (folder(interrupted) / "run.log").read_text()) is not is_row
 
 
 @pytest.mark.parametrize("lost", [1, 10, None], ids=["the line's end", "the row's end", "everything"])
 def test_evaluations_lost_from_before_the_checkpoint_are_measured_again(interrupted, undisturbed, lost) -> None:
-    path = folder_of(interrupted) / "metrics.jsonl"
+    path = folder(interrupted) / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-lost] if lost else b"")
     train_run(interrupted)
     assert result(interrupted) == undisturbed
 
 
 def test_a_lost_end_of_the_last_line_costs_no_row(interrupted, undisturbed) -> None:
-    path = folder_of(interrupted) / "probes/gradients.jsonl"
+    path = folder(interrupted) / "probes/gradients.jsonl"
     at_checkpoint = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < 4]
     path.write_text("\n".join(at_checkpoint))
     train_run(interrupted)
@@ -448,17 +413,16 @@ def test_a_lost_end_of_the_last_line_costs_no_row(interrupted, undisturbed) -> N
 
 
 def test_what_a_killed_process_left_half_written_goes_with_the_next_start(interrupted, undisturbed) -> None:
-    folder = folder_of(interrupted)
     for name in ("status.json", "config.yaml", "metrics.jsonl", "checkpoint.incoming.pt", "probes/gradients.jsonl"):
-        path = folder / name
+        path = folder(interrupted) / name
         path.with_name(f".{path.name}.abcd1234.tmp").write_bytes(b"half")
     train_run(interrupted)
     assert result(interrupted) == undisturbed
 
 
 def test_files_of_a_process_killed_after_its_last_record_go_with_the_next_start(small, undisturbed) -> None:
-    folder = folder_of(small("study=undisturbed"))
+    train_run(small())
     for name in (checkpoint.NEWEST, checkpoint.PREVIOUS, ".status.json.abcd1234.tmp"):
-        (folder / name).write_bytes(b"left")
-    train_run(small("study=undisturbed"))
-    assert result(small("study=undisturbed")) == undisturbed
+        (folder(small()) / name).write_bytes(b"left")
+    train_run(small())
+    assert result(small()) == undisturbed

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from outcome import rows, weights
 from torch import Tensor
-from training.test_engines import NORMS, train_in_two_parts
+from training.test_engines import NORMS, SMALL, train_both
 
-from normlab import runs
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Loaded
 from normlab.training import engines, packing, supervision
@@ -18,11 +18,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-# Six steps an epoch, the last of ten images; deterministic, so that two runs differ by the engine alone.
-SMALL = (
-    *("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3"),
-    *("device=cuda", "deterministic=true"),
-)
+# Deterministic, so that two runs differ by the engine alone.
+SETTINGS = (*SMALL, "device=cuda", "deterministic=true")
 
 
 @pytest.fixture(autouse=True)
@@ -31,27 +28,15 @@ def _as_before():
     torch.use_deterministic_algorithms(False)
 
 
-def measured(config: RunConfig) -> list[dict]:
-    rows, warnings = runs.read_metrics(runs.Run(config.as_dict()).folder)
-    assert not warnings
-    return [{key: row[key] for key in ("step", "train_loss", "test_loss", "lr")} for row in rows]
-
-
-def weights(config: RunConfig) -> str:
-    return (runs.read_status(runs.Run(config.as_dict()).folder) or {})["weights_sha256"]
-
-
-def both(tiny, *settings: str) -> tuple[RunConfig, RunConfig]:
-    eager, graph = (tiny(*SMALL, *settings, f"engine={engine}", f"study={engine}") for engine in ("eager", "graph"))
-    assert train_run(eager)["state"] == train_run(graph)["state"] == "done"
-    return eager, graph
+def assert_near(config: RunConfig, other: RunConfig, rel: float = 1e-3) -> None:
+    names = ("step", "train_loss", "test_loss", "lr")
+    for one, another in zip(rows(config), rows(other), strict=True):
+        assert [one[name] for name in names] == pytest.approx([another[name] for name in names], rel=rel)
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_every_norm_trains_captured_as_it_does_step_by_step(tiny, norm: str) -> None:
-    eager, graph = both(tiny, f"norm={norm}")
-    for one, other in zip(measured(eager), measured(graph), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+def test_every_norm_trains_captured_as_it_does_step_by_step(tiny, norm) -> None:
+    assert_near(*train_both(tiny, *SETTINGS, f"norm={norm}"))
 
 
 @pytest.mark.parametrize(
@@ -72,14 +57,12 @@ def test_every_norm_trains_captured_as_it_does_step_by_step(tiny, norm: str) -> 
     ],
     ids=" ".join,
 )
-def test_every_kind_of_step_trains_captured_as_it_does_step_by_step(tiny, settings: tuple[str, ...]) -> None:
-    eager, graph = both(tiny, *settings)
-    for one, other in zip(measured(eager), measured(graph), strict=True):
-        assert one == pytest.approx(other, rel=2e-2 if "16" in settings[0] else 1e-3)
+def test_every_kind_of_step_trains_captured_as_it_does_step_by_step(tiny, settings) -> None:
+    assert_near(*train_both(tiny, *SETTINGS, *settings), rel=2e-2 if "16" in settings[0] else 1e-3)
 
 
 def test_engine_auto_is_a_graph_on_a_gpu_and_its_capture_is_timed(tiny) -> None:
-    status = train_run(tiny(*SMALL, "engine=auto"))
+    status = train_run(tiny(*SETTINGS, "engine=auto"))
     assert status["state"] == "done"
     assert status["capture_seconds"] > 0
 
@@ -105,23 +88,21 @@ def test_replays_and_checks_of_losses_wait_for_nothing(tiny, monkeypatch) -> Non
     monkeypatch.setattr(supervision, "HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setattr(engines.Graphed, "step", strict_step)
     monkeypatch.setattr(LossCheck, "failed", strict_failed)
-    assert train_run(tiny(*SMALL, "engine=graph"))["state"] == "done"
+    assert train_run(tiny(*SETTINGS, "engine=graph"))["state"] == "done"
 
 
 @pytest.mark.parametrize("after", [2, 5, 9])
-def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after: int, monkeypatch) -> None:
-    undisturbed, config = (
-        tiny(*SMALL, "engine=graph", one) for one in ("study=undisturbed", "checkpoint_seconds=null")
-    )
+def test_an_interrupted_captured_run_goes_on_to_the_same_end(tiny, after, steps) -> None:
+    config, undisturbed = (tiny(*SETTINGS, "engine=graph", f"study={study}") for study in ("parts", "whole"))
     train_run(undisturbed)
-    train_in_two_parts(config, after, monkeypatch)
-    for one, other in zip(measured(config), measured(undisturbed), strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
+    steps.interrupt(config, after)
+    train_run(config)
+    assert_near(config, undisturbed)
 
 
 def test_divergence_is_noticed_at_its_step(tiny) -> None:
     """At least at the end of the epoch, by the losses that the replays noted."""
-    status = train_run(tiny(*SMALL, "engine=graph", "optimizer.lr=1e30"))
+    status = train_run(tiny(*SETTINGS, "engine=graph", "optimizer.lr=1e30"))
     assert status["state"] == "diverged"
     assert 1 <= status["diverged_step"] <= 6
 
@@ -134,7 +115,7 @@ def test_packed_runs_end_bit_identical_to_solo_ones(tiny) -> None:
     ]
     loaded: Loaded = {}
     packed, solo = (
-        [tiny(*SMALL, *one, "engine=graph", f"study={study}") for one in settings] for study in ("packed", "solo")
+        [tiny(*SETTINGS, *one, "engine=graph", f"study={study}") for one in settings] for study in ("packed", "solo")
     )
     states = packing.train_packed(
         packed,
@@ -152,9 +133,9 @@ def test_packed_runs_end_bit_identical_to_solo_ones(tiny) -> None:
 
 def test_a_packed_run_without_memory_leaves_the_others(tiny) -> None:
     """Of a GPU of 1 GiB, which a layer of the middle one asks for twice over."""
-    small = [tiny(*SMALL, "engine=graph", f"seed={seed}", "study=packed") for seed in range(2)]
+    small = [tiny(*SETTINGS, "engine=graph", f"seed={seed}", "study=packed") for seed in range(2)]
     network = ("model.target=small.SmallNet", "model.name=small")
-    large = tiny(*SMALL, *network, "study=packed", "dataset.image_size=256", "dataset.train_size=1024", "batch=1024")
+    large = tiny(*SETTINGS, *network, "study=packed", "dataset.image_size=256", "dataset.train_size=1024", "batch=1024")
 
     def work(config: RunConfig, interleaver: Interleaver) -> dict:
         try:

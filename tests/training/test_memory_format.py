@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 from conftest import Make
+from outcome import folder, outcome, rows
 from small import SmallResNet
 from torch import Tensor, nn
 
-from normlab import models, runs
-from normlab.common.errors import InterruptedRunError
+from normlab import models
 from normlab.config.schema import RunConfig
 from normlab.training import device
-from normlab.training.interrupt import StopRequest
 from normlab.training.run import Resources, train_run
 from normlab.training.setup import choose_memory_format
 
@@ -28,13 +27,14 @@ def chosen(config: RunConfig, side: int, where: str = "cpu") -> str:
     return choose_memory_format(config, network, torch.zeros(1, 3, side, side, device=where))
 
 
-@pytest.mark.parametrize(("side", "expected"), [(8, "contiguous"), (15, "contiguous"), (16, "channels_last")])
-def test_on_a_cpu_it_goes_by_the_size_of_the_images(tiny, side: int, expected: str) -> None:
-    assert chosen(tiny("memory_format=auto"), side) == expected
+def test_on_a_cpu_it_goes_by_the_size_of_the_images_and_not_by_the_arm(tiny) -> None:
+    assert chosen(tiny("memory_format=auto"), 15) == "contiguous"
+    for words in ((), ("norm=none",), ("seed=3",), ("norm=wn",), ("norm=gn",)):
+        assert chosen(tiny("memory_format=auto", *words), 16) == "channels_last"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_on_a_gpu_it_goes_by_the_precision(tiny, precision: str) -> None:
+def test_on_a_gpu_it_goes_by_the_precision(tiny, precision) -> None:
     """The meta device stands for one: all but a CPU are taken to be GPUs."""
     expected = "contiguous" if precision == "fp32" else "channels_last"
     assert chosen(tiny("memory_format=auto", f"precision={precision}"), 8, "meta") == expected
@@ -45,9 +45,9 @@ def test_where_random_numbers_are_drawn_in_the_order_of_memory_it_is_contiguous(
     assert chosen(tiny("memory_format=auto", *words), 16) == "contiguous"
 
 
-@pytest.mark.parametrize("wish", ["contiguous", "channels_last"])
-def test_a_setting_goes_before_the_rule(tiny, wish: str) -> None:
-    assert chosen(tiny(f"memory_format={wish}"), 8) == chosen(tiny(f"memory_format={wish}"), 32) == wish
+@pytest.mark.parametrize(("wish", "side"), [("contiguous", 32), ("channels_last", 8)])
+def test_a_setting_goes_before_the_rule(tiny, wish, side) -> None:
+    assert chosen(tiny(f"memory_format={wish}"), side) == wish
 
 
 def test_without_convolutions_or_with_one_pixel_there_is_but_one(make) -> None:
@@ -71,35 +71,28 @@ def test_a_network_that_cannot_do_with_channels_last_is_contiguous(tiny) -> None
     assert choose_memory_format(config, SmallResNet(10), torch.zeros(1, 3, 16, 16)) == "channels_last"
 
 
-def test_another_arm_or_seed_gets_the_same(tiny) -> None:
-    """So that arms of a comparison differ by the arm."""
-    for words in ((), ("norm=none",), ("seed=3",), ("norm=wn",), ("norm=gn",)):
-        assert chosen(tiny("memory_format=auto", *words), 16) == "channels_last"
+def recorded(config: RunConfig, fact: str) -> object:
+    return json.loads((folder(config) / "provenance.json").read_text())[fact]
 
 
 def test_the_rule_changes_no_result(tiny) -> None:
-    larger = "dataset.image_size=16"
-    for study in ("auto", "contiguous"):
-        train_run(tiny(f"study={study}", larger, f"memory_format={study}"))
-    auto, plain = (runs.Run(tiny(f"study={one}", larger).as_dict()).folder for one in ("auto", "contiguous"))
-    rows = [[row["train_loss"] for row in runs.read_metrics(folder)[0]] for folder in (auto, plain)]
-    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
-    formats = [json.loads((folder / "provenance.json").read_text())["memory_format"] for folder in (auto, plain)]
-    assert formats == ["channels_last", "contiguous"]
+    auto, plain = (
+        tiny(f"study={one}", "dataset.image_size=16", f"memory_format={one}") for one in ("auto", "contiguous")
+    )
+    for config in (auto, plain):
+        train_run(config)
+    for one, other in zip(rows(auto), rows(plain), strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+    assert [recorded(config, "memory_format") for config in (auto, plain)] == ["channels_last", "contiguous"]
 
 
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-def test_an_interrupted_run_goes_on_in_its_format_to_the_same_bits(tiny, memory_format: str) -> None:
-    words = (f"memory_format={memory_format}",)
-    whole = tiny(*words, "study=whole")
+@pytest.mark.parametrize(("memory_format", "other"), [("contiguous", "channels_last"), ("channels_last", "contiguous")])
+def test_an_interrupted_run_goes_on_in_its_format_to_the_same_bits(tiny, steps, memory_format, other) -> None:
+    whole = tiny(f"memory_format={memory_format}", "study=whole")
     train_run(whole)
-    stop = StopRequest()
-    stop.requested = "SIGTERM"
-    with pytest.raises(InterruptedRunError):
-        train_run(tiny(*words), stop=stop)
-    other = "channels_last" if memory_format == "contiguous" else "contiguous"
-    status = train_run(tiny(f"memory_format={other}"))
-    assert status["weights_sha256"] == (runs.read_status(runs.Run(whole.as_dict()).folder) or {})["weights_sha256"]
+    steps.interrupt(tiny(f"memory_format={memory_format}"), after=1)
+    train_run(tiny(f"memory_format={other}"))
+    assert outcome(tiny()) == outcome(whole)
 
 
 def test_a_run_gets_its_share_of_the_threads_and_a_lone_one_all(tiny, monkeypatch) -> None:
@@ -114,8 +107,7 @@ def test_a_run_gets_its_share_of_the_threads_and_a_lone_one_all(tiny, monkeypatc
         ):
             config = tiny(settings, f"study={study}", "epochs=1")
             train_run(config, resources=Resources(threads=share))
-            provenance = json.loads((runs.Run(config.as_dict()).folder / "provenance.json").read_text())
-            assert provenance["threads"] == expected
+            assert recorded(config, "threads") == expected
     finally:
         torch.set_num_threads(before)
 

@@ -3,16 +3,16 @@
 import itertools
 import json
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from outcome import folder, outcome, status
 from small import SmallNet
 from torch import Tensor
 
-from normlab import runs
 from normlab.common.errors import InterruptedRunError
 from normlab.config.schema import RunConfig
+from normlab.data import sources
 from normlab.data.datasets import Loaded
 from normlab.training import packing
 from normlab.training.interleaving import FairLock, Interleaver
@@ -22,10 +22,6 @@ from normlab.training.run import Resources, train_run
 
 CPU = torch.device("cpu")
 SMALL = ("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3")
-
-
-def ended(config: RunConfig) -> str:
-    return (runs.read_status(runs.Run(config.as_dict()).folder) or {})["weights_sha256"]
 
 
 def together(configs: list[RunConfig], at_a_time: int = 4, stop: StopRequest | None = None) -> list[dict]:
@@ -41,8 +37,8 @@ def together(configs: list[RunConfig], at_a_time: int = 4, stop: StopRequest | N
     return packing.train_packed(configs, at_a_time, CPU, work)
 
 
-@pytest.mark.parametrize("engine", ["eager", "graph"])
-def test_packed_runs_end_bit_identical_to_solo_ones(tiny, engine: str) -> None:
+@pytest.mark.parametrize("engine", ["eager", pytest.param("graph", marks=pytest.mark.slow)])
+def test_packed_runs_end_bit_identical_to_solo_ones(tiny, engine) -> None:
     """Variants with random numbers, batch sizes, seeds, networks and augmentation mixed; deterministic algorithms."""
     mixed = [
         (*SMALL, "norm=bn"),
@@ -64,7 +60,7 @@ def test_packed_runs_end_bit_identical_to_solo_ones(tiny, engine: str) -> None:
             train_run(config)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [ended(config) for config in packed] == [ended(config) for config in solo]
+    assert [outcome(config) for config in packed] == [outcome(config) for config in solo]
 
 
 def test_they_do_make_way_for_each_other(tiny, monkeypatch) -> None:
@@ -97,37 +93,26 @@ def _too_large(images: Tensor) -> Tensor:
 
 
 def test_one_that_diverges_or_runs_out_of_memory_leaves_without_the_others(tiny) -> None:
-    good = [tiny(f"seed={seed}", "study=packed") for seed in range(2)]
-    alone = [tiny(f"seed={seed}", "study=solo") for seed in range(2)]
+    good, alone = ([tiny(f"seed={seed}", f"study={study}") for seed in range(2)] for study in ("packed", "solo"))
     diverging = tiny("optimizer.lr=1e30", "study=packed")
     failing = tiny("study=packed", "model.target=training.test_packing.Fails", "model.name=fails")
     states = together([good[0], diverging, failing, good[1]], at_a_time=4)
     assert [one["state"] for one in states] == ["done", "diverged", "OutOfMemoryError", "done"]
     for config in alone:
         train_run(config)
-    assert [ended(config) for config in good] == [ended(config) for config in alone]
+    assert [outcome(config) for config in good] == [outcome(config) for config in alone]
 
 
-def test_a_request_to_stop_reaches_all_and_they_go_on_later(tiny) -> None:
-    configs = [tiny(f"seed={seed}", "checkpoint_seconds=null", "study=packed") for seed in range(3)]
-    solo = [tiny(f"seed={seed}", "study=solo") for seed in range(3)]
-    stop, steps = StopRequest(), []
-    after_step = packing._MeasuringInterleaver.after_step
-
-    def counted(interleaver: packing._MeasuringInterleaver) -> None:
-        steps.append(1)
-        if len(steps) == 7:
-            stop.requested = "SIGTERM"
-        after_step(interleaver)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing._MeasuringInterleaver, "after_step", counted)
-        states = together(configs, at_a_time=3, stop=stop)
+def test_a_request_to_stop_reaches_all_and_they_go_on_later(tiny, steps) -> None:
+    configs, solo = ([tiny(f"seed={seed}", f"study={study}") for seed in range(3)] for study in ("packed", "solo"))
+    stop = StopRequest()
+    steps.after(7, lambda: setattr(stop, "requested", "SIGTERM"))
+    states = together(configs, at_a_time=3, stop=stop)
     assert {one["state"] for one in states} == {InterruptedRunError.__name__}
     assert [one["state"] for one in together(configs)] == ["done"] * 3
     for config in solo:
         train_run(config)
-    assert [ended(config) for config in configs] == [ended(config) for config in solo]
+    assert [outcome(config) for config in configs] == [outcome(config) for config in solo]
 
 
 def test_memory_is_planned(tiny) -> None:
@@ -162,14 +147,15 @@ def test_with_no_room_for_two_they_go_one_after_the_other(tiny, monkeypatch) -> 
     assert most == [1, 1, 1]
 
 
-def test_they_share_the_images(tiny, monkeypatch) -> None:
-    from normlab.data import sources
-
-    read = []
-    digits = sources.digits
+def test_they_share_the_images_and_their_records_say_that_they_were_packed(tiny, monkeypatch) -> None:
+    read, digits = [], sources.digits
     monkeypatch.setattr(sources, "digits", lambda: (read.append(1), digits())[1])
-    together([tiny(f"seed={seed}") for seed in range(3)], at_a_time=3)
+    configs = [tiny(f"seed={seed}") for seed in range(3)]
+    together(configs, at_a_time=3)
     assert len(read) == 1
+    for config in configs:
+        assert json.loads((folder(config) / "provenance.json").read_text())["packed"] is True
+        assert status(config)["peak_memory_bytes"] is None
 
 
 def test_a_fair_lock_goes_round() -> None:
@@ -192,11 +178,3 @@ def test_a_fair_lock_goes_round() -> None:
     for thread in threads:
         thread.join(timeout=20)
     assert sorted(order) == sorted("abc" * 4)
-
-
-def test_a_record_says_that_a_run_was_packed(tiny) -> None:
-    config = tiny()
-    together([config])
-    folder = Path(runs.Run(config.as_dict()).folder)
-    assert json.loads((folder / "provenance.json").read_text())["packed"] is True
-    assert json.loads((folder / "status.json").read_text())["peak_memory_bytes"] is None

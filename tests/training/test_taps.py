@@ -51,7 +51,7 @@ def gradients(module: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_outputs_and_gradients_are_those_of_the_whole_kernel(groups: int) -> None:
+def test_outputs_and_gradients_are_those_of_the_whole_kernel(groups) -> None:
     trimmed_kinds = [kind for kind in KINDS if any(live(*kind)[:2])]
     assert len(trimmed_kinds) > 30
     for size, kernel, stride, padding, dilation in trimmed_kinds:
@@ -61,6 +61,11 @@ def test_outputs_and_gradients_are_those_of_the_whole_kernel(groups: int) -> Non
         trim(trimmed, images)
         for mine, theirs in zip(gradients(trimmed, images), gradients(whole, images), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    rectangular = nn.Conv2d(2, 3, (3, 5), (2, 1), (1, 2), dtype=torch.float64)
+    images = torch.randn(2, 2, 1, 2, dtype=torch.float64)
+    expected = rectangular(images)
+    trim(rectangular, images)
+    torch.testing.assert_close(rectangular(images), expected)
 
 
 def test_second_derivatives_are_those_of_the_whole_kernel() -> None:
@@ -75,16 +80,8 @@ def test_second_derivatives_are_those_of_the_whole_kernel() -> None:
     assert torch.autograd.gradgradcheck(function, (images, *parameters))
 
 
-def test_rectangular_kernels_and_maps() -> None:
-    whole = nn.Conv2d(2, 3, (3, 5), (2, 1), (1, 2), dtype=torch.float64)
-    trimmed = copy.deepcopy(whole)
-    images = torch.randn(2, 2, 1, 2, dtype=torch.float64)
-    trim(trimmed, images)
-    torch.testing.assert_close(trimmed(images), whole(images))
-
-
 @pytest.mark.parametrize("settings", [{"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}])
-def test_other_padding_is_left_alone(settings: dict) -> None:
+def test_other_padding_is_left_alone(settings) -> None:
     module = nn.Conv2d(2, 3, 3, **settings)
     trim(module, torch.zeros(1, 2, 4, 4))
     assert type(module) is nn.Conv2d
@@ -105,7 +102,7 @@ def test_a_trimmed_layer_is_still_one_of_its_class() -> None:
 
 
 @pytest.mark.parametrize("norm", ["bn", "wn", "nf", "mimicnorm", "mabn", "normprop"])
-def test_a_network_keeps_its_function_names_and_copies(make, norm: str) -> None:
+def test_a_network_keeps_its_function_names_and_copies(make, norm) -> None:
     network = models.build(make(f"norm={norm}"), num_classes=10, image_size=8).double().eval()
     images = torch.randn(4, 3, 8, 8, dtype=torch.float64)
     before, names = network(images), list(network.state_dict())

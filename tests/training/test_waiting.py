@@ -52,7 +52,7 @@ def test_losses_are_checked_without_waiting(stream, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_losses_on_a_cpu_are_checked_at_once(loss: float) -> None:
+def test_losses_on_a_cpu_are_checked_at_once(loss) -> None:
     check = LossCheck(torch.device("cpu"))
     assert not check.failed(torch.ones(3))
     assert check.failed(torch.tensor([1.0, loss]))
