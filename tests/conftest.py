@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from terminal import ASKED
 
 from normlab.config import hydra as cli
 from normlab.config import schema as config
@@ -16,6 +17,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; commands that tests start inherit it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests press Ctrl-C in what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+for name in ASKED:  # of the terminal or the CI that runs the tests, which would color and break the lines they read
+    os.environ.pop(name, None)
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., config.RunConfig]

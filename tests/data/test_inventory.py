@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ Folder = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies that it was made with
+    urllib.request.install_opener(None)  # it keeps the proxies that it was made with
     for cached in (inventory.scan, inventory.common_size, inventory.unreachable):
         cached.cache_clear()
 
@@ -220,7 +221,7 @@ def test_a_host_that_answers_is_reachable_also_through_a_proxy(monkeypatch: pyte
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
         assert inventory.unreachable(f"{address}/file") is None
-        monkeypatch.setattr("urllib.request._opener", None)
+        urllib.request.install_opener(None)
         monkeypatch.setenv("http_proxy", address)
         assert inventory.unreachable("http://nowhere.invalid/file") is None
         server.shutdown()

@@ -1,9 +1,10 @@
 """The command line's product of runs, against Hydra's own sweeper."""
 
 import pytest
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # as of Hydra 1.3
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
 
 from hydra_plugins.normlab_sweepers import GridSweeper
 
@@ -26,7 +27,8 @@ def runs(*arguments: str) -> list[list[str]]:
     ids=" ".join,
 )
 def test_equal_to_hydras_own(arguments) -> None:
-    [expected] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(arguments)), None)
+    [basic] = [kind for kind in Plugins.instance().discover(Sweeper) if kind.__name__ == "BasicSweeper"]
+    [expected] = basic.split_arguments(OverridesParser.create().parse_overrides(list(arguments)), None)
     assert runs(*arguments) == expected
 
 

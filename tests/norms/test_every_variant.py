@@ -146,7 +146,7 @@ def test_compiled_it_is_the_same_network(make, norm) -> None:
     """torch.compile's capture of forward and backward, without the minutes that generating code would take."""
     if norm in RANDOM:
         pytest.skip("compiled draws come from another stream than eager ones")
-    torch._dynamo.reset()
+    torch.compiler.reset()
     config, network = build(make, norm)
     train(config, network)
     network = network.double()

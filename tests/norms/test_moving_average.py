@@ -334,7 +334,7 @@ def test_lower_precision_is_close_to_the_transcription(variant: Any, options: An
 @pytest.mark.parametrize("k", [None, 4])
 def test_compiled_as_one_graph_it_is_the_same(variant: Any, options: Any, oracle: Any, k: int | None) -> None:
     """Both passes see the averages from before the step, although the forward pass goes on to move them."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     layer = layer_of(variant(**options, norm_batch=k))
     network = nn.Sequential(nn.Conv2d(3, 6, 1), layer, nn.ReLU()).double()
     reference = copy.deepcopy(network)
@@ -350,7 +350,7 @@ def test_compiled_as_one_graph_it_is_the_same(variant: Any, options: Any, oracle
 
 
 def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     buffer = torch.ones(3)
 
     def step(x: Tensor) -> Tensor:

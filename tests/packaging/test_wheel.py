@@ -98,6 +98,7 @@ def test_the_wheel_holds_the_package_its_data_and_the_configuration_and_nothing_
     assert {
         "normlab/conf/norm/bn.yaml",
         "normlab/report/claims/claims.yaml",
+        "normlab/py.typed",
         "hydra_plugins/normlab_launchers.py",
     } <= held
     assert {"LICENSE", "entry_points.txt"} <= about

@@ -37,7 +37,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         fractions = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        scaled = fractions * 255 if fractions.max() <= 1 else fractions
+        scaled = fractions * 255 if np.all(fractions <= 1) else fractions
         return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")

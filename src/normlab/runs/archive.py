@@ -73,7 +73,8 @@ class PackedPath:
 
     def exists(self) -> bool:
         """Return whether there is such a file or folder."""
-        return self._at in self._children or self.name in self._children.get(self.parent._at, ())
+        folder, _, name = self._at.rpartition("/")
+        return self._at in self._children or name in self._children.get(folder, ())
 
     def iterdir(self) -> Iterator[Self]:
         """Yield what a folder holds; nothing for a folder that does not exist."""

@@ -1,5 +1,8 @@
 """Charts for Plotly have what the matplotlib figures have that they are copied from."""
 
+from importlib.metadata import distribution
+from pathlib import Path
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
@@ -103,3 +106,11 @@ def test_every_panel_of_a_crowded_figure_takes_names_from_its_own_legend(figure)
         ax.legend(handles=[Line2D([], [], color="#E69F00", marker="o", label=name)])
     panels, _ = charts(figure)
     assert [panel["traces"][0]["name"] for panel in panels] == ["gn", "wn"]
+
+
+def test_plotlys_script_is_read_from_where_its_package_has_it() -> None:
+    """Else every report takes the second that importing plotly takes."""
+    script = distribution("plotly").locate_file("plotly/package_data/plotly.min.js")
+    assert Path(str(script)).is_file(), (
+        "Plotly keeps its script elsewhere now: see normlab.report.render.html.contents."
+    )

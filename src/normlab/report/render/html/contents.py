@@ -105,9 +105,13 @@ def _text(name: str) -> str:
 
 
 def _plotly() -> str:
-    """Return Plotly's script from the files of its Python package, which is slow to import."""
-    path = distribution("plotly").locate_file("plotly/package_data/plotly.min.js")
-    return Path(str(path)).read_text(encoding="utf-8")
+    """Return Plotly's script, from the file in its Python package (of Plotly 6 and 7), which is slow to import."""
+    path = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js")))
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
 
 
 def _noted(study: Study) -> list[dict[str, Any]]:
