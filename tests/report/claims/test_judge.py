@@ -289,6 +289,7 @@ def test_infinite_losses_are_judged_by_the_sign_test_which_needs_seeds(seeds, ex
     assert found.verdict == expectation
     assert format_effect(first) == "infinite"
     assert f"sign test: higher in 0 of {seeds} seeds" in first.remarks
+    assert f"{seeds} of {seeds} runs of lpinf diverged and count as infinitely large" in first.remarks
 
 
 def test_cells_that_are_infinite_on_opposite_sides_are_a_tie():
