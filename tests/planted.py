@@ -72,6 +72,7 @@ def planted(runs: Iterable[Planted]) -> Study:
         probes={probe: pd.DataFrame(rows) for probe, rows in probes.items()},
         configs=configs,
         provenance={},
+        notes="",
         remarks={},
         warnings=[],
     )

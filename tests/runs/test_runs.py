@@ -97,8 +97,10 @@ def test_recorded_runs_match_their_configuration(study) -> None:
             assert status["run_id"] == runs.run_id(config)
 
 
-def test_the_defaults_are_the_run_that_they_were_in_the_first_format(make) -> None:
+def test_the_defaults_are_the_run_that_they_were_in_the_first_format_and_a_name_shows_the_main_settings(make) -> None:
     assert runs.run_id(make().as_dict()) == "404b9eb0b5"
+    name = runs.run_name(make("norm=none", "batch=8", "norm_batch=4", "seed=2", "depth=50").as_dict())
+    assert name.startswith("resnet50-digits-none-b8-g4-s2-")
 
 
 class _SGD(SGD):
@@ -163,11 +165,6 @@ def test_a_record_of_a_newer_format_is_a_sentence_and_stays(run) -> None:
     assert path.read_text() == before
 
 
-def test_a_name_shows_the_main_settings(make) -> None:
-    name = runs.run_name(make("norm=none", "batch=8", "norm_batch=4", "seed=2", "depth=50").as_dict())
-    assert name.startswith("resnet50-digits-none-b8-g4-s2-")
-
-
 def test_a_frozen_configuration_is_not_overwritten_by_how_the_run_is_carried_out_later(make, run) -> None:
     runs.Run(make("threads=3").as_dict()).freeze()
     assert runs.read_config(run.folder)["threads"] is None
@@ -180,13 +177,9 @@ def test_a_damaged_configuration_is_written_again(run, damage) -> None:
     assert runs.read_config(run.folder) == run.config
 
 
-def test_a_planned_run_has_no_status(run) -> None:
-    assert runs.read_status(run.folder) is None
-    assert run.state == "planned"
+def test_status_keeps_facts_that_are_not_given_again_and_a_planned_run_has_none(run) -> None:
+    assert (runs.read_status(run.folder), run.state) == (None, "planned")
     assert runs.find(run.folder.parent) == [run.folder]
-
-
-def test_status_keeps_facts_that_are_not_given_again(run) -> None:
     run.write_status("running", started="then", step=3)
     status = run.write_status("done", ended="now")
     assert (status["state"], status["started"], status["step"], status["ended"]) == ("done", "then", 3, "now")
@@ -260,11 +253,14 @@ def test_a_damaged_status_is_a_sentence_and_counts_as_failed(run, content) -> No
     assert run.state == "failed"
 
 
+@pytest.mark.slow
 def test_recorded_configurations_equal_those_of_yaml() -> None:
-    for folder in RECORDED:
-        plain = yaml.safe_load((folder / "config.yaml").read_text())
-        assert plain.pop("format") == 1
-        assert json.dumps(runs.read_config(folder)) == json.dumps(plain)  # in the same order, too
+    for study in RECORDED:
+        with archive.opened(study) as packed:
+            for folder in runs.find(packed):
+                plain = yaml.safe_load((folder / "config.yaml").read_bytes())
+                assert plain.pop("format") == 1
+                assert json.dumps(runs.read_config(folder)) == json.dumps(plain)  # in the same order, too
 
 
 @pytest.mark.parametrize(

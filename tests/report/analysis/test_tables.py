@@ -134,12 +134,6 @@ def test_a_pair_is_diverged_if_either_run_is(add_run, tables):
     assert cell(tables()["difference"], "none", 8) == "+0.00 (n=1, 2 of 3 diverged)"
 
 
-def test_there_is_no_difference_without_a_baseline(add_run, tables):
-    add_run("none")
-    assert "difference" not in tables()
-    assert "difference" not in tables(baseline=None)
-
-
 def test_convergence_and_cost_are_of_the_done_runs(add_run, tables):
     add_run(seed=0, accuracies=(0.5, 0.9, 0.8))
     add_run(seed=1, accuracies=(0.1,), state="diverged")
@@ -282,13 +276,12 @@ def test_overall_is_per_setting_and_over_all_settings(add_run, tables):
     ]
 
 
-def test_one_cell_has_nothing_overall(add_run, tables):
+def test_without_a_baseline_overall_has_means_only_and_of_one_cell_there_is_none(add_run, tables, probe_tables_of):
     add_run("bn")
-    assert "overall" not in tables()
-
-
-def test_without_a_baseline_overall_has_means_only(add_run, tables):
-    plant(add_run, bn={8: [0.9], 32: [0.8]})
+    assert not {"overall", "difference"} & set(tables(baseline=None))
+    assert probe_tables_of() == {}
+    plant(add_run, none={8: [0.9], 32: [0.8]})
+    assert "difference" not in tables(baseline="gn")
     overall = tables(baseline=None)["overall"]
     assert set(overall.tidy["quantity"]) == {"mean"}
     assert "None" not in overall.caption
@@ -296,11 +289,6 @@ def test_without_a_baseline_overall_has_means_only(add_run, tables):
 
 def means_by_arm(table):
     return table.tidy.pivot(index="arm", columns="quantity", values="mean")
-
-
-def test_without_probes_there_is_no_table(add_run, probe_tables_of):
-    add_run()
-    assert probe_tables_of() == {}
 
 
 def test_covariate_shift_is_a_geometric_mean_over_layers_that_have_a_shift_and_over_seeds(

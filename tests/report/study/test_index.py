@@ -232,16 +232,6 @@ def _rewrite_head(path: Path, change) -> None:
         lambda path: _rewrite_head(path, lambda head: {"version": index.VERSION, "groups": [None]}),
         *(flipped, an_array, without_an_array),
     ],
-    ids=[
-        "truncated",
-        "garbage",
-        "empty",
-        "of another version",
-        "of nothing known",
-        "flipped",
-        "array",
-        "lacks an array",
-    ],
 )
 def test_a_damaged_index_is_as_none_and_is_written_again(small, now, damage, read_line_by_line) -> None:
     before = load(small, now=now)

@@ -94,12 +94,7 @@ def test_a_failed_runs_note_is_its_errors_first_line(add_run, study):
 
 @pytest.mark.parametrize(
     ("file", "content"),
-    [
-        ("status.json", '{"state": "do'),
-        ("config.yaml", "norm: ["),
-        ("config.yaml", "study: x\n"),
-        ("status.json", "[]"),
-    ],
+    [("status.json", '{"state": "do'), ("status.json", "[]"), ("config.yaml", "norm: ["), ("config.yaml", "study: x")],
 )
 def test_a_damaged_file_costs_only_its_own_run(add_run, study, file, content):
     add_run("bn")

@@ -36,12 +36,9 @@ def test_every_part_of_the_study_has_the_chosen_cells_only(found, chosen, column
     assert len(some.evaluations) == 3 * len(some.runs)
 
 
-def test_choices_are_combined(found):
+def test_choices_are_combined_and_without_one_the_study_is_as_it_was(found):
     [run] = select(found, arms=["bn"], batches=[8], seeds=[0], settings=["resnet18"]).runs.to_dict("records")
     assert (run["arm"], run["batch"], run["seed"]) == ("bn", 8, 0)
-
-
-def test_without_a_choice_the_study_is_as_it_was(found):
     assert select(found) is found
 
 
