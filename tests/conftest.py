@@ -29,9 +29,17 @@ def composed(*overrides: str) -> config.RunConfig:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
-    """`make("norm=affine", "batch=8")`: the checked configuration of a run below a temporary folder."""
-    folders = (f"output_dir={tmp_path}/outputs", f"data_dir={tmp_path}/data")
-    return lambda *overrides: composed(*folders, *overrides)
+    """`make("norm=affine", "batch=8")`: the checked configuration of a run below a temporary folder.
+
+    The folders come after composing, which takes a tenth of a second, so that tests share what is composed.
+    """
+    folders = {"output_dir": f"{tmp_path}/outputs", "data_dir": f"{tmp_path}/data"}
+
+    def below(*overrides: str) -> config.RunConfig:
+        named = {override.split("=")[0] for override in overrides}
+        return composed(*overrides).model_copy(update={k: v for k, v in folders.items() if k not in named})
+
+    return below
 
 
 @pytest.fixture
