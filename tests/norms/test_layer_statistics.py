@@ -84,16 +84,10 @@ def test_evaluation_statistics_leave_the_network_as_it_was(make, arm, kind) -> N
     assert not any(layer.evaluates_on_batch for layer in statistics_layers(net))
 
 
-def test_batch_statistics_are_those_of_training_without_its_moving_averages() -> None:
-    net = rewrite(Net(), BatchNorm(eps=1e-5, momentum=0.1)).double()
-    batch = images(6, 6, 5, 5)
-    with batch_statistics(net.eval()):
-        evaluated = net(batch)
-    torch.testing.assert_close(evaluated, net.train()(batch), rtol=1e-12, atol=1e-12)
-
-
-def test_batch_statistics_keep_to_the_groups_of_training(make) -> None:
-    net = network(make, "bn", "norm_batch=2")
+@pytest.mark.parametrize("arm", WITH_STATISTICS)
+@pytest.mark.parametrize("k", [None, 4])
+def test_batch_statistics_are_those_of_the_groups_of_training(make, arm, k) -> None:
+    net = network(make, arm, f"norm_batch={k or 'null'}")
     batch = images(6, 6, 5, 5)
     with batch_statistics(net.eval()):
         evaluated = net(batch)

@@ -113,7 +113,7 @@ def test_a_sum_of_unrelated_tensors_is_no_branch() -> None:
     assert find_branches(trace(Unrelated())) == []
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_branches_of_a_resnet_are_its_blocks(name: str) -> None:
     base = network(name)
     m = 2 if name == "resnet18" else 3

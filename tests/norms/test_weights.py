@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from norms.oracle import CASES, Oracle, compare, has_single_values, images, relative_error
+from norms.oracle import CASES, Oracle, compare, has_single_values, images, members, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -19,13 +19,11 @@ from normlab.norms import (
     TReLUWeightNorm,
     Variant,
     WeightNorm,
-    batch_statistics,
     data_dependent_start,
     parameter_roles,
-    precise_statistics,
     rewrite,
 )
-from normlab.norms.weights import MeanOnlyBatchNorm2d, ReparametrizedConv2d, TReLU, WeightNormConv2d
+from normlab.norms.weights import MeanOnlyBatchNorm2d, ReparametrizedConv2d, WeightNormConv2d
 
 WN = {"init": "weights", "eps": 1e-24}
 MEAN = {**WN, "momentum": 0.1}
@@ -77,23 +75,17 @@ class WeightNormOracle:
 
 
 class MeanOnlyOracle:
-    """Group after group: image n below G·k in group n mod G, the rest apart."""
-
     def __init__(self, k: int | None = None) -> None:
         self.k = k
         self.running_mean = torch.zeros(6, dtype=torch.float64)
 
     def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         t = F.conv2d(x, filters(parameters["0.weight"], parameters["0.g"]), padding=1)
-        count = len(x)
-        k = self.k or count
-        groups = count // k
-        members = [list(range(g, groups * k, groups)) for g in range(groups)] + [list(range(groups * k, count))]
-        rows: list[Tensor] = [t[0]] * count
+        rows: list[Tensor] = [t[0]] * len(x)
         mean = torch.zeros(6, dtype=torch.float64)
-        for member in filter(None, members):
+        for member in members(len(x), self.k):
             mu = t[member].mean((0, 2, 3))
-            mean += mu.detach() * len(member) / count
+            mean += mu.detach() * len(member) / len(x)
             for n in member:
                 rows[n] = t[n] - mu[:, None, None] + parameters["1.bias"][:, None, None]
         self.running_mean = 0.9 * self.running_mean + 0.1 * mean
@@ -145,7 +137,7 @@ def test_equals_the_oracle(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize("k", [1, 3])
 def test_mean_only_equals_the_oracle_in_groups(k: int, case: str) -> None:
     with pytest.raises(ValueError, match="more than one value") if has_single_values(case, k) else nullcontext():
         compare(site(MAKE["wn_mean"](norm_batch=k), plain()), oracle("wn_mean", plain(), k), CASES[case], steps=3)
@@ -209,35 +201,6 @@ def test_parameters_in_half_precision_are_normalized_in_float32() -> None:
     assert layer(images(2, 6, 4, 4).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_first_and_second_derivatives(name: str) -> None:
-    layer = MAKE[name]().convolution(nn.Conv2d(2, 3, 2, bias=False)).double()
-    names = [name for name, _ in layer.named_parameters()]
-
-    def function(*values: Tensor) -> Tensor:
-        named = dict(zip(["x", *names], values, strict=True))
-        return torch.func.functional_call(layer, {name: named[name] for name in names}, (named["x"],))
-
-    values = [images(2, 2, 3, 3).requires_grad_(), *(p.detach().clone().requires_grad_() for p in layer.parameters())]
-    assert torch.autograd.gradcheck(function, values)
-    assert torch.autograd.gradgradcheck(function, values)
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_gradient_of_v_is_orthogonal_to_v_and_length_of_v_changes_nothing(name: str) -> None:
-    """Salimans & Kingma 2016, section 2.1."""
-    layer = site(MAKE[name](eps=1e-24), plain())
-    x = images(5, 6, 4, 4)
-    output = layer(x)
-    output.sin().sum().backward()
-    v, gradient = layer[0].weight, layer[0].weight.grad
-    along = (v * gradient).sum((1, 2, 3)) / (v.flatten(1).norm(dim=1) * gradient.flatten(1).norm(dim=1))
-    assert along.abs().max() < 1e-12
-    with torch.no_grad():
-        v.mul_(torch.tensor([1e-3, 0.1, 1, 2, 30, 1e4]).double()[:, None, None, None])
-    torch.testing.assert_close(layer(x), output, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_weight_norm_starts_as_the_plain_convolution(bias: bool) -> None:
     convolution = plain(bias=bias)
@@ -274,41 +237,6 @@ def test_a_filter_of_zeros_gets_the_plain_convolutions_gradient() -> None:
     for module in (layer, convolution):
         module(images(3, 6, 4, 4)).sin().mul(images(3, 6, 4, 4, seed=1)).sum().backward()
     torch.testing.assert_close(layer.weight.grad, convolution.weight.grad, rtol=1e-12, atol=0)
-
-
-def test_propagated_relu_of_a_standard_normal_is_standardized() -> None:
-    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
-    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    _, activation = MAKE["normprop"]().norm_and_activation(nn.BatchNorm2d(1), nn.ReLU())
-    assert activation is not None
-    y = activation(z)
-    assert torch.trapezoid(y * density, z).abs() < 1e-8
-    assert (torch.trapezoid(y.square() * density, z) - 1).abs() < 1e-8
-
-
-def test_trelu_at_zero_is_relu_and_never_below_b() -> None:
-    layer, x = TReLU(6).double(), images(3, 6, 4, 4)
-    assert torch.equal(layer(x), F.relu(x))
-    nn.init.normal_(layer.bias)
-    assert torch.equal(layer(x).amin((0, 2, 3)), layer.bias)
-
-
-def test_mean_only_output_has_mean_beta_and_the_inputs_variance() -> None:
-    layer, x = MeanOnlyBatchNorm2d(6, momentum=0.1).double(), images(7, 6, 4, 4, scale=3, shift=5)
-    nn.init.normal_(layer.bias)
-    torch.testing.assert_close(layer(x).mean((0, 2, 3)), layer.bias, rtol=0, atol=1e-12)
-    torch.testing.assert_close(layer(x).var((0, 2, 3)), x.var((0, 2, 3)), rtol=1e-12, atol=0)
-
-
-def test_mean_only_takes_part_in_precise_and_batch_statistics() -> None:
-    layer = MeanOnlyBatchNorm2d(6, momentum=0.1).double().eval()
-    x = images(7, 6, 4, 4, shift=5)
-    centered = x - x.mean((0, 2, 3), keepdim=True)
-    with batch_statistics(layer):
-        torch.testing.assert_close(layer(x), centered)
-    with precise_statistics(layer, x.split([5, 2])):
-        torch.testing.assert_close(layer(x), centered)
-    assert torch.equal(layer(x), x)
 
 
 # --- in a network
