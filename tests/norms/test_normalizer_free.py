@@ -1,6 +1,7 @@
 """Fixup and normalizer-free networks: whole networks against forward passes by hand from the papers' formulas."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -33,8 +34,13 @@ def small_resnet(block: type[nn.Module] = BasicBlock) -> nn.Module:
     return ResNet(block, list(LAYERS), num_classes=10)
 
 
-def started(name: str, block: type[nn.Module] = BasicBlock) -> nn.Module:
+@functools.cache
+def _started(name: str, block: type[nn.Module]) -> nn.Module:
     return rewrite(small_resnet(block), copy.deepcopy(VARIANTS[name])).double()
+
+
+def started(name: str, block: type[nn.Module] = BasicBlock) -> nn.Module:
+    return copy.deepcopy(_started(name, block))
 
 
 def trained(name: str, block: type[nn.Module] = BasicBlock) -> nn.Module:
@@ -112,9 +118,9 @@ BY_HAND = {"fixup": fixup_by_hand, "nf": nf_by_hand}
 def test_network_equals_the_one_written_by_hand(name: str, block: type[nn.Module]) -> None:
     network = trained(name, block).train()
     parameters = {key: p.detach().clone().requires_grad_() for key, p in network.named_parameters()}
-    ours, theirs = images(3, 3, 33, 33).requires_grad_(), images(3, 3, 33, 33).requires_grad_()
+    ours, theirs = images(2, 3, 17, 17).requires_grad_(), images(2, 3, 17, 17).requires_grad_()
     output, expected = network(ours), BY_HAND[name](parameters, theirs, block)
-    cotangent = images(3, 10, seed=1)
+    cotangent = images(2, 10, seed=1)
     output.backward(cotangent)
     expected.backward(cotangent)
     pairs = {"output": (output.detach(), expected.detach()), "input": (ours.grad, theirs.grad)}
@@ -143,14 +149,14 @@ def test_at_the_start_every_residual_sum_is_its_shortcut(name: str, block: type[
     for some in (network, shortcuts):
         nn.init.constant_(some.get_parameter("fc.weight"), 0.1)
     assert len(find_branches(shortcuts)) == 0
-    output = network(images(2, 3, 33, 33))
+    output = network(images(2, 3, 17, 17))
     assert output.abs().max() > 1e-3
-    torch.testing.assert_close(output, shortcuts(images(2, 3, 33, 33)), rtol=0, atol=0)
+    torch.testing.assert_close(output, shortcuts(images(2, 3, 17, 17)), rtol=0, atol=0)
 
 
 def test_fixup_starts_with_the_output_zero_and_the_scaled_weights() -> None:
     network, base = started("fixup"), small_resnet().double()
-    assert network(images(2, 3, 33, 33)).abs().max() == 0
+    assert network(images(2, 3, 17, 17)).abs().max() == 0
     factor = 6 ** (-1 / 2)  # 6 branches of 2 convolutions
     for key in ("conv1.weight", "layer2.0.downsample.0.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"):
         expected = base.get_parameter(key) * (factor if key.endswith("0.conv1.weight") else 1)
@@ -235,7 +241,7 @@ def test_the_gain_of_an_activation_makes_a_standard_normal_keep_its_variance(act
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_lower_precision_stays_close_to_float64(name: str, precision: str, bound: float) -> None:
     network = trained(name)
-    x = images(4, 3, 33, 33)
+    x = images(2, 3, 17, 17)
     expected = network(x)
     low = copy.deepcopy(network).float()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
@@ -286,6 +292,7 @@ def variances(network: nn.Module, x: Tensor) -> dict[str, float]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("s", [0.0, 1.0])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_variance_of_the_signal_stays_near_its_expectation(block: type[nn.Module], s: float) -> None:
@@ -295,7 +302,7 @@ def test_the_variance_of_the_signal_stays_near_its_expectation(block: type[nn.Mo
     for module in network.modules():
         if isinstance(module, ScalarScale):
             nn.init.constant_(module.weight, s)
-    seen = variances(network, images(16, 3, 32, 32).float())
+    seen = variances(network, images(16, 3, 16, 16).float())
     convolutions = [name for name in seen if ("conv" in name and "scale" not in name) or "downsample_0" in name]
     assert len(convolutions) == 1 + 8 * (2 if block is BasicBlock else 3) + (3 if block is BasicBlock else 4)
     expected = dict.fromkeys(convolutions, 1.0)
@@ -319,6 +326,7 @@ def test_the_variance_that_a_second_block_divides_by_follows_the_recursion() -> 
 # What else a variant must stand.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["efficientnet_b0", "regnet_y_400mf"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_other_residual_networks_start_with_their_shortcuts(name: str, variant: str) -> None:
