@@ -33,9 +33,10 @@ def meta(network: nn.Module, side: int) -> tuple[nn.Module, torch.Tensor]:
 # --- He et al. 2016 -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")])
+@pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (56, "0.85"), (110, "1.7")])
 def test_cifar_resnets_have_the_parameters_of_the_papers_table_6(make, depth, millions) -> None:
-    network = models.build(make("model=cifar_resnet", f"depth={depth}"), num_classes=10, image_size=32)
+    with torch.device("meta"):
+        network = models.build(make("model=cifar_resnet", f"depth={depth}"), num_classes=10, image_size=32)
     assert f"{parameters(network) / 1e6:.{len(millions) - 2}f}" == millions
 
 
@@ -147,10 +148,10 @@ def test_every_layer_of_a_deep_linear_network_is_normalized(make) -> None:
 def test_small_vgg_has_its_convolutions_and_one_linear_layer(make) -> None:
     """14,714,688 weights and biases of VGG-16's convolutions (Simonyan & Zisserman 2015, configuration D),
     4,224 channels with scale and shift, 512 · 10 + 10."""
-    network = models.build(make("model=vgg", "norm=bn"), num_classes=10, image_size=32)
+    with torch.device("meta"):
+        network = models.build(make("model=vgg", "norm=bn"), num_classes=10, image_size=32)
     assert parameters(network) == 14_714_688 + 2 * 4_224 + 5_130
-    network, images = meta(network, 32)
-    assert network(images).shape == (2, 10)
+    assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
 
 
 def test_small_vgg_starts_as_torchvisions(make) -> None:
@@ -175,31 +176,17 @@ def test_large_vgg_has_three_linear_layers(make, settings) -> None:
     assert network(torch.empty(2, 3, side, side, device="meta")).shape == (2, 1000)
 
 
-@pytest.mark.parametrize("depth", [11, 13, 16, 19])
-def test_every_vgg_builds(make, depth) -> None:
-    with torch.device("meta"):
-        network = models.networks.make(make("model=vgg", f"depth={depth}"), num_classes=10, image_size=32)
-    assert len(find_sites(network)) == depth - 3
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "resnext50_32x4d",
-        "vgg11_bn",
-        "inception_v3",
-        "googlenet",
-        "mobilenet_v2",
-        "efficientnet_b0",
-        "regnet_y_400mf",
-        "densenet121",
-        "shufflenet_v2_x1_0",
-        "mnasnet1_0",
+        *("vgg11_bn", "inception_v3", "googlenet", "mobilenet_v2", "efficientnet_b0", "regnet_y_400mf", "densenet121"),
+        *("shufflenet_v2_x1_0", "mnasnet1_0"),
     ],
 )
 def test_every_norm_of_torchvisions_networks_is_a_site(make, name) -> None:
     config = make("model=torchvision", f"model.name={name}", "norm=affine")
-    with torch.device("meta" if name == "vgg11_bn" else "cpu"):  # regnet's sizes are computed with tensors
+    with torch.device("cpu" if name == "regnet_y_400mf" else "meta"):  # whose sizes are computed with tensors
         plain = models.networks.make(config, num_classes=7, image_size=96)
         norms = {key for key, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)}
         assert {site.norm for site in find_sites(plain)} == norms
@@ -218,7 +205,6 @@ def test_every_norm_of_torchvisions_networks_is_a_site(make, name) -> None:
         (("model.name=vit_b_16",), "has no BatchNorm2d layer"),
         (("model.name=mobilenet_v2", "+model.kwargs.width=2"), "unexpected keyword argument 'width'"),
         (("model.name=googlenet", "+model.kwargs.aux_logits=true"), "model.kwargs.aux_logits is set already"),
-        (("model.name=resnet18", "+model.kwargs.num_classes=3"), "model.kwargs.num_classes is set already"),
         (("model.name=resnet18", "+model.kwargs.weights=DEFAULT"), "model.kwargs.weights is set already"),
         (
             ("model.name=resnet18", "+model.kwargs.replace_stride_with_dilation=[false,true,true]"),
@@ -250,7 +236,7 @@ def test_a_seed_is_a_start_that_arms_share(make, model) -> None:
         return biases | {f"{name}.weight": m.weight for name, m in layers.items()}
 
     reference = weights("seed=1", "norm=bn")
-    for arm in ("affine", "bnminus", "none"):
+    for arm in ("affine", "none"):
         torch.testing.assert_close(weights("seed=1", f"norm={arm}"), reference, rtol=0, atol=0)
     other = weights("seed=2", "norm=bn")
     assert not any(torch.equal(weight, other[name]) for name, weight in reference.items() if name.endswith("weight"))
@@ -267,8 +253,9 @@ def test_images_that_are_too_small_are_a_sentence(make, model) -> None:
 def test_vgg_of_a_quarter_of_its_width_has_a_quarter_of_the_filters_at_every_place(make) -> None:
     def filters(*settings: str) -> list[int]:
         config = make("model=vgg", "depth=13", *settings)
-        network = models.build(config, num_classes=10, image_size=32)
-        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        with torch.device("meta"):
+            network = models.build(config, num_classes=10, image_size=32)
+            assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
         return [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
 
     assert filters("model.width=0.25") == [size // 4 for size in filters()] == [16, 16, 32, 32, 64, 64, *[128] * 4]
