@@ -210,20 +210,6 @@ def exact(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     )
 
 
-@BOTH
-def test_the_warm_up_is_the_exact_root_mean_square_norm(variant: Any, options: Any, oracle: Any) -> None:
-    layer = layer_of(variant(**options), 3)
-    torch.nn.init.normal_(layer.weight)
-    x = images(4, 3, 2, 5, scale=2.0, shift=1.0).requires_grad_()
-    theirs = x.detach().clone().requires_grad_()
-    cotangent = images(4, 3, 2, 5, seed=1)
-    layer(x).backward(cotangent)
-    exact(theirs, layer.weight.detach(), layer.bias.detach()).backward(cotangent)
-    assert relative_error(x.grad, theirs.grad) < 1e-12  # type: ignore[arg-type]
-    parameters = (layer.weight, layer.bias)
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x.detach().requires_grad_(), *parameters), fast_mode=False)
-
-
 def warm(variant: Any, options: Any, **more: Any) -> Any:
     """A layer past its phases, after some steps."""
     layer = layer_of(variant(**options, **more))
@@ -233,15 +219,6 @@ def warm(variant: Any, options: Any, **more: Any) -> Any:
         layer.after_step()
     layer.clock.at_step(STEPS - 1, STEPS)
     return layer
-
-
-def test_power_norm_treats_every_image_alone_after_the_warm_up() -> None:
-    layer = warm(PowerNorm, POWER_OPTIONS)
-    x = images(6, 6, 4, 4)
-    together = copy.deepcopy(layer)(x)
-    alone = torch.cat([copy.deepcopy(layer)(image[None]) for image in x])
-    torch.testing.assert_close(together, alone, rtol=0, atol=0)
-    torch.testing.assert_close(together, copy.deepcopy(layer).eval()(x), rtol=0, atol=0)
 
 
 def gradient_state(layer: Any) -> dict[str, Tensor]:

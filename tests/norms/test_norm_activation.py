@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from normlab.common.errors import UserError
 from normlab.norms import (
-    ChannelAffine,
     EvoNormB0,
     EvoNormS0,
     FilterResponseNorm,
@@ -20,7 +19,6 @@ from normlab.norms import (
     parameter_roles,
     rewrite,
 )
-from normlab.norms.norm_activation import EvoNorm2dB0, EvoNorm2dS0, FilterResponseNorm2d
 
 FRN_EPS = 1e-6
 EPS = 1e-5
@@ -152,37 +150,6 @@ def test_tlu_at_threshold_zero_is_relu_of_frn_and_its_gradient() -> None:
     expected.backward(cotangent)
     assert relative_error(output, expected) < 1e-14
     assert relative_error(ours.grad, theirs.grad) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("variant", "kind"),
-    [
-        (FRN, FilterResponseNorm2d),
-        (EvoNormS0(groups=32, eps=EPS), EvoNorm2dS0),
-        (EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=4), EvoNorm2dB0),
-    ],
-)
-def test_a_resnets_sites_lose_norm_and_activation(variant: Variant, kind: type[nn.Module]) -> None:
-    """torchvision's blocks call one ReLU twice: after bn1, a site's own, and after the residual sum, which stays."""
-    rewritten = rewrite(torchvision.models.resnet18(weights=None, zero_init_residual=True), variant)
-    assert not [m for m in rewritten.modules() if isinstance(m, nn.BatchNorm2d)]
-    first, second = rewritten.get_submodule("layer1.0.bn1"), rewritten.get_submodule("layer1.0.bn2")
-    assert isinstance(first, kind)
-    assert isinstance(second, FilterResponseNorm2d if kind is FilterResponseNorm2d else ChannelAffine)
-    assert first.weight.min() == 1
-    assert second.weight.abs().max() == 0  # the network's own start
-    relus = [n for n in rewritten.graph.nodes if n.op == "call_module" and isinstance(_module(rewritten, n), nn.ReLU)]
-    assert len(relus) == 8  # one per residual sum
-    assert all("add" in node.all_input_nodes[0].name for node in relus)
-    if kind is FilterResponseNorm2d:
-        assert first.tau is not None
-        assert second.tau is None
-    if kind is EvoNorm2dB0:
-        assert first.norm_batch == 4
-
-
-def _module(network: nn.Module, node: torch.fx.Node) -> nn.Module:
-    return network.get_submodule(str(node.target))
 
 
 class StemAndBlock(nn.Module):

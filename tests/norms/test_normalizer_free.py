@@ -130,30 +130,6 @@ def test_network_equals_the_one_written_by_hand(name: str, block: type[nn.Module
     assert torch.equal(network.eval()(ours), output)
 
 
-def shortcuts_only(name: str, block: type[nn.Module]) -> nn.Module:
-    """The network whose branches are cut out of its graph."""
-    network = started(name, block)
-    for branch in find_branches(network):
-        with network.graph.inserting_after(branch.sum):
-            copied = network.graph.call_function(torch.mul, (branch.shortcut, 1.0))  # a ReLU works in place on it
-        branch.sum.replace_all_uses_with(copied)
-    network.graph.eliminate_dead_code()
-    network.recompile()
-    return network
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_at_the_start_every_residual_sum_is_its_shortcut(name: str, block: type[nn.Module]) -> None:
-    network, shortcuts = started(name, block), shortcuts_only(name, block)
-    for some in (network, shortcuts):
-        nn.init.constant_(some.get_parameter("fc.weight"), 0.1)
-    assert len(find_branches(shortcuts)) == 0
-    output = network(images(2, 3, 17, 17))
-    assert output.abs().max() > 1e-3
-    torch.testing.assert_close(output, shortcuts(images(2, 3, 17, 17)), rtol=0, atol=0)
-
-
 def test_fixup_starts_with_the_output_zero_and_the_scaled_weights() -> None:
     network, base = started("fixup"), small_resnet().double()
     assert network(images(2, 3, 17, 17)).abs().max() == 0
@@ -258,24 +234,6 @@ def test_half_precision_in_and_out(layer: nn.Module) -> None:
         assert layer(images(2, 6, 4, 4).half()).dtype == torch.float16
 
 
-# Propagation of the signal through normalizer-free networks.
-
-
-def gaussian_resnet(block: type[nn.Module]) -> nn.Module:
-    """White weights, no pooling in the stem, and circular padding: zeros at the border would lower the variance."""
-    torch.manual_seed(0)
-    base = ResNet(block, [2, 2, 2, 2])
-    base.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    base.maxpool = nn.Identity()
-    for module in base.modules():
-        if isinstance(module, nn.Conv2d):
-            circular = nn.Conv2d(1, 1, 3, padding=module.padding, padding_mode="circular")
-            module.padding_mode = "circular"
-            module._reversed_padding_repeated_twice = circular._reversed_padding_repeated_twice
-            nn.init.normal_(module.weight)
-    return base
-
-
 def variances(network: nn.Module, x: Tensor) -> dict[str, float]:
     """Of what every node of the graph gives, by the node's name."""
     seen: dict[str, float] = {}
@@ -290,37 +248,6 @@ def variances(network: nn.Module, x: Tensor) -> dict[str, float]:
     with torch.no_grad():
         Watch(network).run(x)
     return seen
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("s", [0.0, 1.0])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_the_variance_of_the_signal_stays_near_its_expectation(block: type[nn.Module], s: float) -> None:
-    """One draw, 8 blocks deep. The bounds leave room for what the expectation ignores: filters see finitely many
-    inputs, sums are not Gaussian, and h / beta divides by the variance at s = 1."""
-    network = rewrite(gaussian_resnet(block), NormalizerFree(alpha=ALPHA, eps=EPS))
-    for module in network.modules():
-        if isinstance(module, ScalarScale):
-            nn.init.constant_(module.weight, s)
-    seen = variances(network, images(16, 3, 16, 16).float())
-    convolutions = [name for name in seen if ("conv" in name and "scale" not in name) or "downsample_0" in name]
-    assert len(convolutions) == 1 + 8 * (2 if block is BasicBlock else 3) + (3 if block is BasicBlock else 4)
-    expected = dict.fromkeys(convolutions, 1.0)
-    for i in range(8):
-        projected = i % 2 == 0 and (i > 0 or block is Bottleneck)
-        before = 1.0 if projected or i == 0 else 1 + s * ALPHA**2
-        expected["add" if i == 0 else f"add_{i}"] = before + s * ALPHA**2
-    ratios = {name: seen[name] / value for name, value in expected.items()}
-    assert {name: ratio for name, ratio in ratios.items() if not 0.7 < ratio < 1.1} == {}
-
-
-def test_the_variance_that_a_second_block_divides_by_follows_the_recursion() -> None:
-    network = rewrite(gaussian_resnet(BasicBlock), NormalizerFree(alpha=0.5, eps=EPS))
-    factors = [node for node in network.graph.nodes if node.name.endswith("_downscale")]
-    values = [network.get_submodule(str(node.target)).factor for node in factors]  # type: ignore[union-attr]
-    # Blocks 0 | 1, 2 (a projection, after two sums) | 3, 4 (after a projection's sum and one more) | ...
-    one, two = (1 + 0.25) ** -0.5, (1 + 0.5) ** -0.5
-    assert values == pytest.approx([one, two, one, two, one, two, one], rel=1e-14)
 
 
 # What else a variant must stand.

