@@ -241,12 +241,3 @@ def test_a_start_from_data_works_behind_an_input_norm(make, method) -> None:
         reference = base(config, 10, 8)
         with torch.no_grad():
             torch.testing.assert_close(logits, reference(network.input_norm(images())), rtol=1e-3, atol=1e-3)
-
-
-def test_a_start_from_data_leaves_buffers_and_modes_alone(make) -> None:
-    config = make(*SMALL, "init=lsuv", "norm=bn")
-    network = models.build(config, num_classes=10, image_size=8)
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    models.start(config, network, images(), num_classes=10, image_size=8)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
-    assert network.training

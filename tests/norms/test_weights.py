@@ -355,14 +355,6 @@ def test_outputs_that_are_constant_on_the_batch_keep_their_scale(dtype: torch.dt
     assert (layer.g != g).sum() == 5
 
 
-def test_a_branch_that_starts_at_zero_stays_there_after_a_start_from_data() -> None:
-    network = block()
-    nn.init.zeros_(network[0].bn2.weight)
-    network = rewrite(network, MAKE["wn"](init="data")).double()
-    data_dependent_start(network, images(4, 8, 6, 6))
-    assert network.get_submodule("0.conv2")(images(4, 12, 3, 3)).abs().max() == 0
-
-
 def test_the_start_from_data_leaves_everything_else_as_it_was() -> None:
     network = nn.Sequential(*site(MAKE["wn_mean"](init="data"), plain()), nn.Dropout(0.5), nn.Dropout(0.5).eval())
     network.append(MAKE["wn"](init="data").convolution(plain()))
@@ -388,13 +380,6 @@ def test_the_start_from_data_gives_buffers_back_when_the_forward_pass_fails() ->
         data_dependent_start(network, images(4, 6, 5, 5))
     assert network[1].running_mean.abs().max() == 0
     assert not any(module.training for module in network.modules())
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_networks_without_such_layers_are_not_even_run(name: str) -> None:
-    network = site(MAKE[name](), plain())
-    network.register_forward_pre_hook(lambda *a: pytest.fail("was run"))
-    data_dependent_start(network, images(4, 6, 5, 5))
 
 
 # --- what is refused
