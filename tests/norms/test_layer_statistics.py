@@ -15,7 +15,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from normlab import models
 from normlab.common.errors import UserError
-from normlab.norms import BatchNorm, BatchStatistics, Steps, batch_statistics, precise_statistics, rewrite, synchronize
+from normlab.norms import (
+    BatchNorm,
+    BatchStatistics,
+    Steps,
+    batch_statistics,
+    layer_statistics,
+    precise_statistics,
+    rewrite,
+    synchronize,
+)
 from normlab.norms.layer_statistics import statistics_layers
 
 # Every arm with statistics of the batch; noisy_bn's are bn's.
@@ -103,6 +112,23 @@ def test_statistics_of_a_single_value_are_refused(arm, together) -> None:
     net(images(2, 6, 3, 3))
     with pytest.raises(ValueError, match=r"more than (1|one) value"):
         net(images(1, 6, 3, 3))
+
+
+class Means(BatchStatistics):
+    momentum = 0.5
+
+    def normalize(self, x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return x, (x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))
+
+
+def test_one_value_in_each_of_two_processes_is_enough_for_statistics_of_both(monkeypatch) -> None:
+    monkeypatch.setattr(layer_statistics, "processes", lambda: 2)
+    layer = Means(3)
+    with pytest.raises(ValueError, match="more than one value"):
+        layer(torch.zeros(1, 3, 1, 1))
+    synchronize(layer)
+    for count in (1, 2):
+        layer(torch.zeros(count, 3, 1, 1))
 
 
 def test_a_norm_without_these_statistics_is_named_in_a_sentence() -> None:
