@@ -131,6 +131,20 @@ def test_one_value_in_each_of_two_processes_is_enough_for_statistics_of_both(mon
         layer(torch.zeros(count, 3, 1, 1))
 
 
+def test_means_of_processes_count_by_their_weights(monkeypatch) -> None:
+    other = torch.tensor([8.0, 1.0]) * 3
+    monkeypatch.setattr(layer_statistics._AllReduce, "apply", lambda local: local + other)
+    assert layer_statistics.mean_over_processes(torch.tensor([4.0]), 1.0) == 7
+
+
+def test_processes_can_be_independent_for_a_while(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with layer_statistics.independent_processes():
+        assert layer_statistics.processes() == 1
+    assert layer_statistics.processes() == 2
+
+
 def test_a_norm_without_these_statistics_is_named_in_a_sentence() -> None:
     with pytest.raises(UserError, match=r"body\.1 is a BatchNorm2d of PyTorch"), batch_statistics(Net()):
         pass
