@@ -131,10 +131,10 @@ def test_a_deep_linear_network_has_as_many_square_layers_as_asked_for(make) -> N
 def test_small_vgg_has_its_convolutions_and_one_linear_layer(make) -> None:
     """14,714,688 weights and biases of VGG-16's convolutions (Simonyan & Zisserman 2015, configuration D),
     4,224 channels with scale and shift, 512 · 10 + 10."""
-    with torch.device("meta"):
-        network = models.build(make("model=vgg", "norm=bn"), num_classes=10, image_size=32)
+    network = models.build(make("model=vgg", "norm=bn"), num_classes=10, image_size=32)
     assert parameters(network) == 14_714_688 + 2 * 4_224 + 5_130
-    assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
+    network, images = meta(network, 32)
+    assert network(images).shape == (2, 10)
 
 
 def test_small_vgg_starts_as_torchvisions(make) -> None:
@@ -236,9 +236,8 @@ def test_images_that_are_too_small_are_a_sentence(make, model) -> None:
 def test_vgg_of_a_quarter_of_its_width_has_a_quarter_of_the_filters_at_every_place(make) -> None:
     def filters(*settings: str) -> list[int]:
         config = make("model=vgg", "depth=13", *settings)
-        with torch.device("meta"):
-            network = models.build(config, num_classes=10, image_size=32)
-            assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        network = models.build(config, num_classes=10, image_size=32)
+        assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
         return [layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d)]
 
     assert filters("model.width=0.25") == [size // 4 for size in filters()] == [16, 16, 32, 32, 64, 64, *[128] * 4]
