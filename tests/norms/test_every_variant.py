@@ -273,6 +273,7 @@ SETTINGS = {  # what a norm needs that the others do not; docs/variants.md says 
     "nf": ("optimizer.lr=0.1",),  # adaptive clipping keeps steps small
     "fixup": ("dataset.train_size=null", "epochs=4"),
     "noisy_bn": ("eval_stats=precise",),
+    "noisy_none": ("model=resnet",),  # its noise grows from layer to layer
     "gn": ("norm.groups=8",),  # the network's layers have 16 channels and more
     "evonorm_s0": ("norm.groups=8",),
 }
