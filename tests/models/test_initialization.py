@@ -104,7 +104,7 @@ def test_a_start_about_branches_refuses_a_network_without_any(make, method) -> N
         models.build(make("model=vgg", f"init={method}"), num_classes=10, image_size=32)
 
 
-@pytest.mark.parametrize("arm", ["none", "affine", "bn", "gn", "mimicnorm"])
+@pytest.mark.parametrize("arm", ["none", "affine", "bn", "mimicnorm"])
 def test_lsuv_gives_every_layer_unit_variance(make, arm) -> None:
     config = make(*SMALL, "init=lsuv", f"norm={arm}")
     network = models.build(config, num_classes=10, image_size=8)
@@ -123,8 +123,7 @@ def test_lsuv_gives_every_layer_unit_variance(make, arm) -> None:
     [
         ("none", SMALL),
         ("affine", SMALL),
-        ("none", ("depth=18",)),
-        ("affine", ("model=torchvision", "model.name=vgg11_bn")),
+        pytest.param("affine", ("model=torchvision", "model.name=vgg11_bn"), marks=pytest.mark.slow),
     ],
 )
 def test_a_folded_start_is_the_function_of_the_batch_norm_network(make, arm, model) -> None:
@@ -156,7 +155,7 @@ def test_a_folded_start_does_not_need_the_plain_start_to_be_close(make) -> None:
     torch.testing.assert_close(network(images().double()), reference(images().double()), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("arm", ["bn", "bnminus", "gn", "wn", "renorm", "evonorm_s0", "evonorm_b0", "fixup"])
+@pytest.mark.parametrize("arm", ["bn", "gn", "wn", "renorm", "evonorm_s0", "fixup"])
 def test_a_folded_start_leaves_an_arm_that_normalizes(make, arm) -> None:
     config = make(*SMALL, "init=bn_folded", f"norm={arm}")
     network = models.build(config, num_classes=10, image_size=8)
@@ -242,12 +241,3 @@ def test_a_start_from_data_works_behind_an_input_norm(make, method) -> None:
         reference = base(config, 10, 8)
         with torch.no_grad():
             torch.testing.assert_close(logits, reference(network.input_norm(images())), rtol=1e-3, atol=1e-3)
-
-
-def test_a_start_from_data_leaves_buffers_and_modes_alone(make) -> None:
-    config = make(*SMALL, "init=lsuv", "norm=bn")
-    network = models.build(config, num_classes=10, image_size=8)
-    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    models.start(config, network, images(), num_classes=10, image_size=8)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in network.named_buffers())
-    assert network.training

@@ -33,9 +33,10 @@ def meta(network: nn.Module, side: int) -> tuple[nn.Module, torch.Tensor]:
 # --- He et al. 2016 -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (32, "0.46"), (44, "0.66"), (56, "0.85"), (110, "1.7")])
+@pytest.mark.parametrize(("depth", "millions"), [(20, "0.27"), (56, "0.85"), (110, "1.7")])
 def test_cifar_resnets_have_the_parameters_of_the_papers_table_6(make, depth, millions) -> None:
-    network = models.build(make("model=cifar_resnet", f"depth={depth}"), num_classes=10, image_size=32)
+    with torch.device("meta"):
+        network = models.build(make("model=cifar_resnet", f"depth={depth}"), num_classes=10, image_size=32)
     assert f"{parameters(network) / 1e6:.{len(millions) - 2}f}" == millions
 
 
@@ -82,11 +83,6 @@ def test_gitmans_network_has_the_sizes_of_its_configuration_files(gitman) -> Non
     assert network(images).shape == (2, 10)
 
 
-def test_gitmans_network_takes_whole_images_too(gitman) -> None:
-    network, images = meta(gitman, 32)
-    assert network(images).shape == (2, 10)
-
-
 def test_gitmans_network_is_normalized_after_the_third_and_the_sixth_convolution_only(gitman) -> None:
     kinds = [type(module).__name__.replace("GroupedB", "B") for module in gitman.features]
     plain, normalized = ["Conv2d", "ReLU"], ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]
@@ -129,18 +125,6 @@ def test_a_deep_linear_network_has_as_many_square_layers_as_asked_for(make) -> N
     assert weights.abs().max() > 0.95 * (6 / (6 + 6)) ** 0.5
 
 
-def test_every_layer_of_a_deep_linear_network_is_normalized(make) -> None:
-    """In NumPy, training mode: the last output of `bnminus` has mean 0 and variance 1 over the batch."""
-    network = models.build(make("model=deep_linear", "depth=3", "norm=bnminus"), num_classes=5, image_size=1).double()
-    a = np.random.default_rng(0).normal(size=(200, 5))
-    found = network(torch.from_numpy(a)[:, :, None, None]).detach().numpy()
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            a = a @ module.weight.detach().numpy()[:, :, 0, 0].T
-            a = (a - a.mean(0)) / np.sqrt(a.var(0) + 1e-5)
-    np.testing.assert_allclose(found, a, rtol=1e-9, atol=1e-12)
-
-
 # --- torchvision --------------------------------------------------------------------------------------
 
 
@@ -175,31 +159,17 @@ def test_large_vgg_has_three_linear_layers(make, settings) -> None:
     assert network(torch.empty(2, 3, side, side, device="meta")).shape == (2, 1000)
 
 
-@pytest.mark.parametrize("depth", [11, 13, 16, 19])
-def test_every_vgg_builds(make, depth) -> None:
-    with torch.device("meta"):
-        network = models.networks.make(make("model=vgg", f"depth={depth}"), num_classes=10, image_size=32)
-    assert len(find_sites(network)) == depth - 3
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        "resnext50_32x4d",
-        "vgg11_bn",
-        "inception_v3",
-        "googlenet",
-        "mobilenet_v2",
-        "efficientnet_b0",
-        "regnet_y_400mf",
-        "densenet121",
-        "shufflenet_v2_x1_0",
-        "mnasnet1_0",
+        *("vgg11_bn", "inception_v3", "googlenet", "mobilenet_v2", "efficientnet_b0", "regnet_y_400mf", "densenet121"),
+        *("shufflenet_v2_x1_0", "mnasnet1_0"),
     ],
 )
 def test_every_norm_of_torchvisions_networks_is_a_site(make, name) -> None:
     config = make("model=torchvision", f"model.name={name}", "norm=affine")
-    with torch.device("meta" if name == "vgg11_bn" else "cpu"):  # regnet's sizes are computed with tensors
+    with torch.device("cpu" if name == "regnet_y_400mf" else "meta"):  # whose sizes are computed with tensors
         plain = models.networks.make(config, num_classes=7, image_size=96)
         norms = {key for key, module in plain.named_modules() if isinstance(module, nn.BatchNorm2d)}
         assert {site.norm for site in find_sites(plain)} == norms
@@ -218,7 +188,6 @@ def test_every_norm_of_torchvisions_networks_is_a_site(make, name) -> None:
         (("model.name=vit_b_16",), "has no BatchNorm2d layer"),
         (("model.name=mobilenet_v2", "+model.kwargs.width=2"), "unexpected keyword argument 'width'"),
         (("model.name=googlenet", "+model.kwargs.aux_logits=true"), "model.kwargs.aux_logits is set already"),
-        (("model.name=resnet18", "+model.kwargs.num_classes=3"), "model.kwargs.num_classes is set already"),
         (("model.name=resnet18", "+model.kwargs.weights=DEFAULT"), "model.kwargs.weights is set already"),
         (
             ("model.name=resnet18", "+model.kwargs.replace_stride_with_dilation=[false,true,true]"),
@@ -250,7 +219,7 @@ def test_a_seed_is_a_start_that_arms_share(make, model) -> None:
         return biases | {f"{name}.weight": m.weight for name, m in layers.items()}
 
     reference = weights("seed=1", "norm=bn")
-    for arm in ("affine", "bnminus", "none"):
+    for arm in ("affine", "none"):
         torch.testing.assert_close(weights("seed=1", f"norm={arm}"), reference, rtol=0, atol=0)
     other = weights("seed=2", "norm=bn")
     assert not any(torch.equal(weight, other[name]) for name, weight in reference.items() if name.endswith("weight"))

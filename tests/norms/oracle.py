@@ -46,6 +46,14 @@ CASES: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+def members(count: int, k: int | None) -> list[list[int]]:
+    """The images of each group: image n below G·k is in group n mod G, the rest apart."""
+    k = min(k or count, count)
+    groups = count // k
+    rest = list(range(groups * k, count))
+    return [list(range(g, groups * k, groups)) for g in range(groups)] + ([rest] if rest else [])
+
+
 def has_single_values(case: str, k: int) -> bool:
     """Whether groups of k, or the last one, have one value per channel: statistics of that are refused."""
     return case == "1x1 maps" and 1 in (k, len(CASES[case](0)) % k)

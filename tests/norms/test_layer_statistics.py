@@ -13,9 +13,18 @@ from norms.oracle import images
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from normlab import models
 from normlab.common.errors import UserError
-from normlab.models.build import variant
-from normlab.norms import BatchNorm, BatchStatistics, Steps, batch_statistics, precise_statistics, rewrite, synchronize
+from normlab.norms import (
+    BatchNorm,
+    BatchStatistics,
+    Steps,
+    batch_statistics,
+    layer_statistics,
+    precise_statistics,
+    rewrite,
+    synchronize,
+)
 from normlab.norms.layer_statistics import statistics_layers
 
 # Every arm with statistics of the batch; noisy_bn's are bn's.
@@ -38,9 +47,9 @@ class Net(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
-def network(make, arm: str, *settings: str) -> nn.Module:
+def network(arm: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
-    return rewrite(Net(), variant(make(f"norm={arm}", *settings))).double()
+    return rewrite(Net(), arm, **options).double()
 
 
 def test_precise_statistics_are_those_of_all_batches_pooled() -> None:
@@ -60,8 +69,8 @@ def test_precise_statistics_are_those_of_all_batches_pooled() -> None:
 
 
 @pytest.mark.parametrize("arm", WITH_STATISTICS)
-def test_precise_statistics_of_one_batch_evaluate_it_as_its_own_statistics_do(make, arm) -> None:
-    net = network(make, arm)
+def test_precise_statistics_of_one_batch_evaluate_it_as_its_own_statistics_do(arm) -> None:
+    net = network(arm)
     batch = images(8, 6, 5, 5)
     with precise_statistics(net, [batch]):
         precise = net.eval()(batch)
@@ -73,8 +82,8 @@ def test_precise_statistics_of_one_batch_evaluate_it_as_its_own_statistics_do(ma
 
 @pytest.mark.parametrize("arm", [*WITH_STATISTICS, "noisy_bn"])
 @pytest.mark.parametrize("kind", ["batch", "precise"])
-def test_evaluation_statistics_leave_the_network_as_it_was(make, arm, kind) -> None:
-    net = network(make, arm)
+def test_evaluation_statistics_leave_the_network_as_it_was(arm, kind) -> None:
+    net = network(arm)
     net(images(8, 6, 5, 5))
     before = copy.deepcopy(net.state_dict())
     training = [images(4, 6, 5, 5, seed=s) for s in (1, 2)]
@@ -84,16 +93,10 @@ def test_evaluation_statistics_leave_the_network_as_it_was(make, arm, kind) -> N
     assert not any(layer.evaluates_on_batch for layer in statistics_layers(net))
 
 
-def test_batch_statistics_are_those_of_training_without_its_moving_averages() -> None:
-    net = rewrite(Net(), BatchNorm(eps=1e-5, momentum=0.1)).double()
-    batch = images(6, 6, 5, 5)
-    with batch_statistics(net.eval()):
-        evaluated = net(batch)
-    torch.testing.assert_close(evaluated, net.train()(batch), rtol=1e-12, atol=1e-12)
-
-
-def test_batch_statistics_keep_to_the_groups_of_training(make) -> None:
-    net = network(make, "bn", "norm_batch=2")
+@pytest.mark.parametrize("arm", WITH_STATISTICS)
+@pytest.mark.parametrize("k", [None, 4])
+def test_batch_statistics_are_those_of_the_groups_of_training(arm, k) -> None:
+    net = network(arm, norm_batch=k)
     batch = images(6, 6, 5, 5)
     with batch_statistics(net.eval()):
         evaluated = net(batch)
@@ -102,13 +105,44 @@ def test_batch_statistics_keep_to_the_groups_of_training(make) -> None:
 
 @pytest.mark.parametrize("arm", ["bn", "bnminus", "lp1", "lpinf", "wn_mean", "evonorm_b0"])
 @pytest.mark.parametrize("together", [False, True])
-def test_statistics_of_a_single_value_are_refused(make, arm, together) -> None:
-    net = network(make, arm)
+def test_statistics_of_a_single_value_are_refused(arm, together) -> None:
+    net = network(arm)
     if together:
         synchronize(net)
     net(images(2, 6, 3, 3))
     with pytest.raises(ValueError, match=r"more than (1|one) value"):
         net(images(1, 6, 3, 3))
+
+
+class Means(BatchStatistics):
+    momentum = 0.5
+
+    def normalize(self, x: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return x, (x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))
+
+
+def test_one_value_in_each_of_two_processes_is_enough_for_statistics_of_both(monkeypatch) -> None:
+    monkeypatch.setattr(layer_statistics, "processes", lambda: 2)
+    layer = Means(3)
+    with pytest.raises(ValueError, match="more than one value"):
+        layer(torch.zeros(1, 3, 1, 1))
+    synchronize(layer)
+    for count in (1, 2):
+        layer(torch.zeros(count, 3, 1, 1))
+
+
+def test_means_of_processes_count_by_their_weights(monkeypatch) -> None:
+    other = torch.tensor([8.0, 1.0]) * 3
+    monkeypatch.setattr(layer_statistics._AllReduce, "apply", lambda local: local + other)
+    assert layer_statistics.mean_over_processes(torch.tensor([4.0]), 2.0) == pytest.approx(6.4)
+
+
+def test_processes_can_be_independent_for_a_while(monkeypatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with layer_statistics.independent_processes():
+        assert layer_statistics.processes() == 1
+    assert layer_statistics.processes() == 2
 
 
 def test_a_norm_without_these_statistics_is_named_in_a_sentence() -> None:
@@ -119,16 +153,13 @@ def test_a_norm_without_these_statistics_is_named_in_a_sentence() -> None:
 # --- two processes -------------------------------------------------------------------------------------------------
 
 
+CLOSE = {"rtol": 1e-8, "atol": 1e-10}
 STEPS = (0, 3, 6, 9)  # of ten: warm-ups, ramps and what follows them
 
 
 def loss_of(output: Tensor) -> Tensor:
-    return (
-        (output * torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output).cos())
-        .square()
-        .mean(1)
-        .mean()
-    )
+    factors = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output).cos()
+    return (output * factors).square().mean()
 
 
 # Averages of the loss' gradient, whose scale follows the loss: two means of halves are twice a mean of the whole.
@@ -161,65 +192,59 @@ def one_of_two(rank: int, port: int, folder: str, nets: dict[str, nn.Module]) ->
     dist.destroy_process_group()
 
 
+LOCAL = {"bn": {}, "renorm": {}, "lp2": {}, "gn": {"groups": 2}}  # arms, with options, of processes on their own
+
+
 @pytest.fixture(scope="module")
-def in_two_processes(tmp_path_factory):
-    """Runs networks in two processes, one half of each batch in each; returns what each process ends with."""
-
-    def run(nets: dict[str, nn.Module]) -> list[dict[str, dict[str, Tensor]]]:
-        folder = tmp_path_factory.mktemp("ddp")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(one_of_two, (port, str(folder), nets), nprocs=2)
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-    return run
+def both(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+    """What two processes end with, one half of each batch in each."""
+    folder = tmp_path_factory.mktemp("ddp")
+    nets = {arm: synchronize(network(arm)) for arm in WITH_STATISTICS}
+    nets |= {f"local {arm}": network(arm, **options) for arm, options in LOCAL.items()}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(one_of_two, (port, str(folder), nets), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def test_synchronized_statistics_make_two_processes_one(make, in_two_processes) -> None:
-    nets = {arm: synchronize(network(make, arm)) for arm in WITH_STATISTICS}
-    singles = {arm: network(make, arm) for arm in WITH_STATISTICS}
-    both = in_two_processes(nets)
-    for arm, single in singles.items():
-        layers = Steps(single)
-        for step in STEPS:
-            layers.begin(step, 10)
-            single.zero_grad()
-            halves = [loss_of(half) for half in single(images(8, 6, 5, 5, seed=step)).split(4)]
-            (sum(halves) / 2).backward()
-            layers.end()
-        for found in both:
-            for name, value in state(single).items():
-                torch.testing.assert_close(found[arm][name], value, rtol=1e-8, atol=1e-10, msg=f"{arm}: {name}")
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", WITH_STATISTICS)
+def test_synchronized_statistics_make_two_processes_one(both, arm) -> None:
+    single = network(arm)
+    layers = Steps(single)
+    for step in STEPS:
+        layers.begin(step, 10)
+        single.zero_grad()
+        halves = [loss_of(half) for half in single(images(8, 6, 5, 5, seed=step)).split(4)]
+        (sum(halves) / 2).backward()
+        layers.end()
+    for found in both:
+        torch.testing.assert_close({name: found[arm][name] for name in state(single)}, state(single), **CLOSE)
 
 
-def test_local_statistics_are_each_processes_own(make, in_two_processes) -> None:
-    arms = ["bn", "renorm", "lp2", "gn"]
-    both = in_two_processes({arm: network(make, arm, *(["norm.groups=2"] if arm == "gn" else [])) for arm in arms})
-    for arm in arms:
-        single = network(make, arm, *(["norm.groups=2"] if arm == "gn" else []))
-        for step in STEPS:
-            Steps(single).begin(step, 10)
-            single.zero_grad()
-            halves = images(8, 6, 5, 5, seed=step).split(4)
-            first = copy.deepcopy(single)  # each process begins the step with the first one's averages
-            total = loss_of(first(halves[0])) / 2
-            total.backward()
-            second = copy.deepcopy(single)
-            (loss_of(second(halves[1])) / 2).backward()
-            for p, a, b in zip(single.parameters(), first.parameters(), second.parameters(), strict=True):
-                p.grad = a.grad + b.grad
-            for buffer, kept in zip(single.buffers(), first.buffers(), strict=True):
-                buffer.copy_(kept)
-        expected = {name: value for name, value in state(single).items() if name.startswith("grad")}
-        for found in both:
-            for name, value in expected.items():
-                torch.testing.assert_close(found[arm][name], value, rtol=1e-8, atol=1e-10, msg=f"{arm}: {name}")
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", LOCAL)
+def test_local_statistics_are_each_processes_own(both, arm) -> None:
+    single = network(arm, **LOCAL[arm])
+    for step in STEPS:
+        Steps(single).begin(step, 10)
+        single.zero_grad()
+        halves = images(8, 6, 5, 5, seed=step).split(4)
+        first = copy.deepcopy(single)  # each process begins the step with the first one's averages
+        (loss_of(first(halves[0])) / 2).backward()
+        second = copy.deepcopy(single)
+        (loss_of(second(halves[1])) / 2).backward()
+        for p, a, b in zip(single.parameters(), first.parameters(), second.parameters(), strict=True):
+            p.grad = a.grad + b.grad
+        for buffer, kept in zip(single.buffers(), first.buffers(), strict=True):
+            buffer.copy_(kept)
+    expected = {name: value for name, value in state(single).items() if name.startswith("grad")}
+    for found in both:
+        torch.testing.assert_close({name: found[f"local {arm}"][name] for name in expected}, expected, **CLOSE)
 
 
 def test_the_setting_reaches_every_layer(make) -> None:
-    from normlab import models
-
     net = models.build(make("sync_stats=true", "norm=renorm", "input_norm=bn"), num_classes=10, image_size=8)
     layers = [module for module in net.modules() if isinstance(module, BatchStatistics)]
     assert len(layers) == 21

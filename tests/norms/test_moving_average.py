@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from norms.oracle import CASES, compare, compare_rounded, images, relative_error
+from norms.oracle import CASES, compare, compare_rounded, images, members, relative_error
 from torch import Tensor, nn
 
-from normlab.norms import MABN, PowerNorm, Steps, Variant, batch_statistics, rewrite
+from normlab.norms import MABN, PowerNorm, Variant, batch_statistics
 from normlab.norms.layer_statistics import keep_for_backward
-from normlab.norms.moving_average import CenteredConv2d
 
 EPS = 1e-5
 STEPS = 8
@@ -48,12 +46,6 @@ class Transcription:
     def before(self, option: str) -> bool:
         return self.step / (STEPS if self.options["unit"] == "fraction" else 1) < self.options[option]
 
-    def members(self, count: int) -> list[Any]:
-        k = self.k or count
-        whole = count // k * k
-        groups = [np.arange(g, whole, count // k) for g in range(count // k)]
-        return groups + ([np.arange(whole, count)] if whole < count else [])
-
     def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         return ByHand.apply(x, parameters["weight"], parameters["bias"], self)  # type: ignore[no-any-return]
 
@@ -64,7 +56,7 @@ class Transcription:
     def forward(self, x: Any, gamma: Any, beta: Any) -> Any:
         y = np.empty_like(x)
         self.saved, mean_chi = [], 0.0
-        for index in self.members(len(x)):
+        for index in members(len(x), self.k):
             chi = (x[index] ** 2).mean((0, 2, 3))
             s, r = self.divisor(chi)
             z = x[index] / np.sqrt(s + EPS)[:, None, None]
@@ -186,8 +178,8 @@ def test_equals_the_transcription(variant: Any, options: Any, oracle: Any, case:
 
 
 @BOTH
-@pytest.mark.parametrize("case", ["plain", "odd sizes", "batch size changes", "channels last", "one image"])
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("case", ["odd sizes", "channels last", "one image"])
+@pytest.mark.parametrize("k", [1, 3])
 def test_equals_the_transcription_in_groups(variant: Any, options: Any, oracle: Any, case: str, k: int) -> None:
     compare_with(layer_of(variant(**options, norm_batch=k)), oracle(k=k), CASES[case])
 
@@ -218,35 +210,6 @@ def exact(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     )
 
 
-@BOTH
-def test_the_warm_up_is_the_exact_root_mean_square_norm(variant: Any, options: Any, oracle: Any) -> None:
-    layer = layer_of(variant(**options), 3)
-    torch.nn.init.normal_(layer.weight)
-    x = images(4, 3, 2, 5, scale=2.0, shift=1.0).requires_grad_()
-    theirs = x.detach().clone().requires_grad_()
-    cotangent = images(4, 3, 2, 5, seed=1)
-    layer(x).backward(cotangent)
-    exact(theirs, layer.weight.detach(), layer.bias.detach()).backward(cotangent)
-    assert relative_error(x.grad, theirs.grad) < 1e-12  # type: ignore[arg-type]
-    parameters = (layer.weight, layer.bias)
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x.detach().requires_grad_(), *parameters), fast_mode=False)
-
-
-def test_mabn_with_a_window_of_one_is_exact_after_the_warm_up() -> None:
-    options = MABN_OPTIONS | {"window": 1, "warmup": 0, "r_from": 1.0}
-    layer = layer_of(MABN(**options), 3)
-    layer.clock.at_step(5, 10)
-    for step in range(3):
-        x = images(4, 3, 2, 5, scale=2.0, seed=step).requires_grad_()
-        theirs = x.detach().clone().requires_grad_()
-        output, expected = layer(x), exact(theirs, layer.weight.detach(), layer.bias.detach())
-        cotangent = images(4, 3, 2, 5, seed=9)
-        output.backward(cotangent)
-        expected.backward(cotangent)
-        assert relative_error(output, expected) < 1e-12
-        assert relative_error(x.grad, theirs.grad) < 1e-12  # type: ignore[arg-type]
-
-
 def warm(variant: Any, options: Any, **more: Any) -> Any:
     """A layer past its phases, after some steps."""
     layer = layer_of(variant(**options, **more))
@@ -256,15 +219,6 @@ def warm(variant: Any, options: Any, **more: Any) -> Any:
         layer.after_step()
     layer.clock.at_step(STEPS - 1, STEPS)
     return layer
-
-
-def test_power_norm_treats_every_image_alone_after_the_warm_up() -> None:
-    layer = warm(PowerNorm, POWER_OPTIONS)
-    x = images(6, 6, 4, 4)
-    together = copy.deepcopy(layer)(x)
-    alone = torch.cat([copy.deepcopy(layer)(image[None]) for image in x])
-    torch.testing.assert_close(together, alone, rtol=0, atol=0)
-    torch.testing.assert_close(together, copy.deepcopy(layer).eval()(x), rtol=0, atol=0)
 
 
 def gradient_state(layer: Any) -> dict[str, Tensor]:
@@ -330,6 +284,7 @@ def test_lower_precision_is_close_to_the_transcription(variant: Any, options: An
     assert relative_error(layer.running_square.double(), torch.from_numpy(reference.running)) < 1e-5
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("k", [None, 4])
 def test_compiled_as_one_graph_it_is_the_same(variant: Any, options: Any, oracle: Any, k: int | None) -> None:
@@ -368,7 +323,7 @@ def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -
 
 def test_centered_convolutions_ignore_constants_and_pass_gradients_through_the_mean() -> None:
     convolution = nn.Conv2d(3, 5, 3, bias=False).double()
-    centered = CenteredConv2d.of(copy.deepcopy(convolution))
+    centered = MABN(**MABN_OPTIONS).convolution(copy.deepcopy(convolution))
     x = images(2, 3, 6, 6)
     torch.testing.assert_close(centered(x), centered(x + 7), rtol=0, atol=1e-12)
     weight = convolution.weight.detach().clone().requires_grad_()
@@ -379,29 +334,3 @@ def test_centered_convolutions_ignore_constants_and_pass_gradients_through_the_m
     (parameter,) = centered.parameters()
     torch.testing.assert_close(parameter.grad, weight.grad, rtol=1e-12, atol=1e-12)
     assert parameter.grad.sum((1, 2, 3)).abs().max() < 1e-12  # type: ignore[union-attr]
-
-
-def small_resnet() -> nn.Module:
-    torch.manual_seed(0)
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
-
-
-@BOTH
-def test_a_network_trains_through_all_phases(variant: Any, options: Any, oracle: Any) -> None:
-    network = rewrite(small_resnet(), variant(**options, norm_batch=4))
-    assert isinstance(network.get_submodule("layer1.0.conv1"), CenteredConv2d) == (variant is MABN)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    steps = Steps(network)
-    x, labels = images(10, 3, 32, 32).float(), torch.arange(10)
-    losses = []
-    for step in range(STEPS):
-        steps.begin(step, STEPS)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(network(x), labels)
-        loss.backward()
-        optimizer.step()
-        steps.end()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    clocks = {id(module.clock) for module in network.modules() if hasattr(module, "clock")}
-    assert len(clocks) == 1

@@ -1,6 +1,5 @@
 """The noise of Santurkar et al. 2018: its two levels of draws, its gradient, and what it leaves alone."""
 
-import copy
 import math
 
 import pytest
@@ -171,9 +170,3 @@ def test_tools_for_evaluation_find_the_batch_norm_and_leave_the_noise_off() -> N
         assert torch.equal(noisy(x), plain(x))
     with precise_statistics(noisy, [x]), precise_statistics(plain, [x]):
         assert torch.equal(noisy(x), plain(x))
-
-
-def test_copies_have_noise_of_their_own_and_no_state() -> None:
-    noisy = rewrite(network(), NoisyNoNorm(**PAPER, conv_bias=False))
-    assert noisy.state_dict().keys() == rewrite(network(), NoNorm(conv_bias=False)).state_dict().keys()
-    assert "spread=0.1" in repr(copy.deepcopy(noisy))

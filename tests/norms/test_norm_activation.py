@@ -1,6 +1,5 @@
 """FRN and EvoNorm against their formulas in plain autograd, and the sites they take."""
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -8,21 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from norms.oracle import CASES, compare, compare_rounded, has_single_values, images, relative_error
+from norms.oracle import CASES, compare, compare_rounded, has_single_values, images, members, relative_error
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
 from normlab.norms import (
-    ChannelAffine,
     EvoNormB0,
     EvoNormS0,
     FilterResponseNorm,
     Variant,
-    batch_statistics,
     parameter_roles,
     rewrite,
 )
-from normlab.norms.norm_activation import EvoNorm2dB0, EvoNorm2dS0, FilterResponseNorm2d, spatial_moments
 
 FRN_EPS = 1e-6
 EPS = 1e-5
@@ -66,8 +62,6 @@ class S0Oracle:
 
 
 class B0Oracle:
-    """Images of a group, group after group: image n below G·k in group n mod G, the rest apart."""
-
     def __init__(self, channels: int = 6, norm_batch: int | None = None) -> None:
         self.norm_batch = norm_batch
         self.running_var = torch.ones(channels, dtype=torch.float64)
@@ -79,19 +73,14 @@ class B0Oracle:
         return x / torch.maximum(batch_std, v * x + torch.sqrt(instance_var + EPS)) * weight + bias
 
     def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        number = len(x)
-        groups = number // (self.norm_batch or number)
-        whole = groups * (self.norm_batch or number)
-        members = [list(range(g, whole, groups)) for g in range(groups)]
-        members += [list(range(whole, number))] if whole < number else []
         outputs, newest = {}, torch.zeros_like(self.running_var)
-        for group in members:
+        for group in members(len(x), self.norm_batch):
             part = x[group]
             variance = ((part - part.mean((0, 2, 3), keepdim=True)) ** 2).mean((0, 2, 3), keepdim=True)
             outputs |= dict(zip(group, self.divide(part, variance, parameters), strict=True))
-            newest += variance.detach().flatten() * len(group) / number
+            newest += variance.detach().flatten() * len(group) / len(x)
         self.running_var = (1 - MOMENTUM) * self.running_var + MOMENTUM * newest
-        return torch.stack([outputs[n] for n in range(number)])
+        return torch.stack([outputs[n] for n in range(len(x))])
 
     def evaluate(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         return self.divide(x, per_channel(self.running_var), parameters)
@@ -126,28 +115,12 @@ def test_frn_without_activation_equals_the_formula_without_threshold(case: str) 
     compare(layer, FrnOracle(), CASES[case])
 
 
-@pytest.mark.parametrize("k", [1, 3, 4])
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_b0_in_groups_equals_the_formula_per_group(case: str, k: int) -> None:
     variant = EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=k)
     with pytest.raises(ValueError, match="more than one value") if has_single_values(case, k) else nullcontext():
         compare(layer_of(variant), B0Oracle(norm_batch=k), CASES[case])
-
-
-def test_moments_and_their_first_and_second_gradients() -> None:
-    x = images(2, 3, 3, 2, shift=2.0)
-    mean, variance = spatial_moments(x)
-    assert relative_error(mean, x.mean((2, 3), keepdim=True)) < 1e-14
-    assert relative_error(variance, x.var((2, 3), correction=0, keepdim=True)) < 1e-14
-    assert torch.autograd.gradcheck(spatial_moments, (x.requires_grad_(),))
-    assert torch.autograd.gradgradcheck(spatial_moments, (x,))
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_gradients_are_those_of_finite_differences(name: str) -> None:
-    layer = layer_of(ALL[name][0]).double()
-    x = images(3, 6, 2, 3, shift=0.2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *inputs: layer(inputs[0]), (x, *layer.parameters()))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -164,29 +137,6 @@ def test_lower_precision_is_close_to_the_formula(name: str) -> None:
         compare_rounded(layer, oracle(), half, lambda step: images(4, 6, 8, 8) + 20, bound=bound)
 
 
-@pytest.mark.parametrize("name", ["frn", "evonorm_s0"])
-def test_an_image_does_not_depend_on_the_others(name: str) -> None:
-    layer = layer_of(ALL[name][0]).double()
-    x = images(5, 6, 4, 4)
-    assert relative_error(layer(x), torch.cat([layer(image[None]) for image in x])) < 1e-14
-
-
-@pytest.mark.parametrize("name", ["frn", "evonorm_s0", "evonorm_b0"])
-def test_scale_of_the_input_does_not_matter(name: str) -> None:
-    variants = {
-        "frn": FilterResponseNorm(eps=1e-15, learned_eps=False),
-        "evonorm_s0": EvoNormS0(groups=3, eps=1e-15),
-        "evonorm_b0": EvoNormB0(eps=1e-15, momentum=MOMENTUM),
-    }
-    layer = layer_of(variants[name]).double()
-    other = copy.deepcopy(layer)
-    if name == "evonorm_s0":
-        other.v.data /= 50
-    x = images(4, 6, 5, 5)
-    assert relative_error(other(50 * x), layer(x)) < 1e-10
-    assert relative_error(other(-50 * x), layer(x)) > 0.1
-
-
 def test_tlu_at_threshold_zero_is_relu_of_frn_and_its_gradient() -> None:
     """Also where y = tau: in channels of zeros, which plain maximum would half pass."""
     layer = layer_of(FRN).double()
@@ -200,66 +150,6 @@ def test_tlu_at_threshold_zero_is_relu_of_frn_and_its_gradient() -> None:
     expected.backward(cotangent)
     assert relative_error(output, expected) < 1e-14
     assert relative_error(ours.grad, theirs.grad) < 1e-12
-
-
-def test_b0_of_one_image_without_v_is_instance_normalization_without_mean() -> None:
-    layer = layer_of(B0).double()
-    layer.v.data.zero_()
-    x = images(1, 6, 4, 4, shift=1.0)
-    expected = x / torch.sqrt(x.var((2, 3), correction=0, keepdim=True) + EPS)
-    assert relative_error(layer(x), expected) < 1e-12
-
-
-def test_b0_on_batch_statistics_evaluates_as_it_trains_and_keeps_its_average() -> None:
-    layer = layer_of(EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=3)).double()
-    x = images(8, 6, 4, 4)
-    trained = layer(x)
-    before = layer.running_var.clone()
-    layer.eval()
-    assert relative_error(layer(x), trained) > 1e-3
-    with batch_statistics(layer):
-        assert torch.equal(layer(x), trained)
-    assert torch.equal(layer.running_var, before)
-
-
-def test_b0_has_the_variance_of_many_batches() -> None:
-    layer = layer_of(B0).double()
-    batches = [images(4, 6, 3, 3, seed=seed, shift=seed) for seed in range(3)]
-    moments = [layer.moments(x) for x in batches]
-    (var,) = layer.averages_of(*(torch.stack(values).mean(0) for values in zip(*moments, strict=True)))
-    pooled = torch.cat(batches).var((0, 2, 3), correction=0)
-    assert relative_error(var, pooled) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("variant", "kind"),
-    [
-        (FRN, FilterResponseNorm2d),
-        (EvoNormS0(groups=32, eps=EPS), EvoNorm2dS0),
-        (EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=4), EvoNorm2dB0),
-    ],
-)
-def test_a_resnets_sites_lose_norm_and_activation(variant: Variant, kind: type[nn.Module]) -> None:
-    """torchvision's blocks call one ReLU twice: after bn1, a site's own, and after the residual sum, which stays."""
-    rewritten = rewrite(torchvision.models.resnet18(weights=None, zero_init_residual=True), variant)
-    assert not [m for m in rewritten.modules() if isinstance(m, nn.BatchNorm2d)]
-    first, second = rewritten.get_submodule("layer1.0.bn1"), rewritten.get_submodule("layer1.0.bn2")
-    assert isinstance(first, kind)
-    assert isinstance(second, FilterResponseNorm2d if kind is FilterResponseNorm2d else ChannelAffine)
-    assert first.weight.min() == 1
-    assert second.weight.abs().max() == 0  # the network's own start
-    relus = [n for n in rewritten.graph.nodes if n.op == "call_module" and isinstance(_module(rewritten, n), nn.ReLU)]
-    assert len(relus) == 8  # one per residual sum
-    assert all("add" in node.all_input_nodes[0].name for node in relus)
-    if kind is FilterResponseNorm2d:
-        assert first.tau is not None
-        assert second.tau is None
-    if kind is EvoNorm2dB0:
-        assert first.norm_batch == 4
-
-
-def _module(network: nn.Module, node: torch.fx.Node) -> nn.Module:
-    return network.get_submodule(str(node.target))
 
 
 class StemAndBlock(nn.Module):

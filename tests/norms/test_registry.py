@@ -1,6 +1,5 @@
 """Variants by name, as someone has them who imports nothing but `normlab.norms`."""
 
-import math
 import re
 import subprocess
 import sys
@@ -8,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torchvision
 import yaml
-from small import SmallNet, SmallResNet
+from small import SmallNet
 from torch import nn
 
 from normlab import norms
@@ -19,7 +16,9 @@ from normlab.common.errors import UserError
 from normlab.common.registry import declarations, option, register, registered
 from normlab.norms.group import GroupNorm2d
 
-MENU = Path(__file__).parents[2] / "conf" / "norm"
+ROOT = Path(__file__).parents[2]
+MENU = ROOT / "conf" / "norm"
+DECLARED = declarations("norms")
 
 
 def of_the_menu(name: str) -> dict[str, Any]:
@@ -28,27 +27,10 @@ def of_the_menu(name: str) -> dict[str, Any]:
     return file.get("norm", options) | ({"eps": 1e-4} if name == "nf" else {})  # YAML takes 1e-4 for a text
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in MENU.glob("*.yaml") if path.stem != "bnp"))
+@pytest.mark.parametrize("name", DECLARED)
 def test_a_name_means_what_it_means_on_the_command_line(name: str) -> None:
-    cls, declaration = norms.variants()[name]
-    target = f"normlab.norms.{cls.__name__}"
-    assert {"_target_": target, "name": name, **declaration.defaults()} == of_the_menu(name)
-
-
-@pytest.mark.parametrize("name", sorted(norms.NAMED))
-def test_every_name_makes_a_network_that_trains(name: str) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = norms.rewrite(SmallResNet(10), name)
-        images = torch.randn(4, 3, 8, 8)
-        norms.data_dependent_start(network, images)
-        steps = norms.Steps(network)
-        steps.begin(0, 2)
-        nn.functional.cross_entropy(network(images), torch.arange(4)).backward()
-        steps.end()
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    assert gradients
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    target = f"normlab.norms.{DECLARED[name].class_name}"
+    assert {"_target_": target, "name": name, **DECLARED[name].defaults()} == of_the_menu(name)
 
 
 def test_options_take_the_place_of_the_usual_ones() -> None:
@@ -60,32 +42,17 @@ def test_options_take_the_place_of_the_usual_ones() -> None:
     )
 
 
-def test_a_network_of_torchvision_gets_what_the_variants_class_gives_it() -> None:
-    ours = norms.rewrite(torchvision.models.resnet18(weights=None, num_classes=10), "bnminus").eval()
-    theirs = torchvision.models.resnet18(weights=None, num_classes=10).eval()
-    norms.rewrite(theirs, norms.BatchNormMinus(eps=1e-5, momentum=0.1))
-    theirs.load_state_dict(ours.state_dict())
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(ours(images), theirs(images))
-
-
-REFUSED = [  # a value beyond each bound, and of another type
+REFUSED = [  # a value beyond each bound; tests/common/test_registry.py has what is no number, whole or finite
     ("noisy_bn", {"mu_range": -0.5}, "mu_range=-0.5 is out of range: expected 0 or more"),
     ("noisy_none", {"sigma_high": 0.9}, "sigma_high=0.9 is out of range: expected 1 or more"),
-    ("noisy_none", {"spread": "a"}, "spread=a is not valid: expected a number"),
-    ("noisy_bn", {"spread": math.nan}, "spread=nan is not valid: expected a finite number"),
-    ("noisy_bn", {"sigma_low": True}, "sigma_low=true is not valid: expected a number"),
     ("renorm", {"rmax": 0.5}, "rmax=0.5 is out of range: expected 1 or more"),
-    ("renorm", {"rmax": math.inf}, "rmax=inf is not valid: expected a finite number"),
     ("renorm", {"dmax": -1}, "dmax=-1 is out of range: expected 0 or more"),
-    ("renorm", {"dmax": "five"}, "dmax=five is not valid: expected a number"),
     ("renorm", {"dmax_end": 0.01}, "dmax_end=0.01 is out of range: expected 0.0384615 to 1, a fraction of the run"),
     ("renorm", {"ramp_start": 5000}, "ramp_start=5000 is out of range: expected 0 to 1, a fraction of the run"),
     ("renorm", {"ramp_unit": "epochs"}, "ramp_unit=epochs is not valid: expected one of fraction, steps"),
     ("renorm", {"ramp_unit": "steps", "ramp_start": 1}, "dmax_end=0.1923077 is out of range: expected 1 or more"),
     ("renorm", {"learn_scale": 1}, "learn_scale=1 is not valid: expected true or false"),
     ("mabn", {"window": 0}, "window=0 is out of range: expected 1 or more"),
-    ("mabn", {"window": 2.5}, "window=2.5 is not valid: expected a whole number"),
     ("mabn", {"rmax": 0.5}, "rmax=0.5 is out of range: expected 1 or more"),
     ("mabn", {"r_from": 0.01}, "r_from=0.01 is out of range: expected 0.05 to 1"),
     ("mabn", {"warmup": 100}, "warmup=100 is out of range: expected 0 to 1"),
@@ -93,22 +60,12 @@ REFUSED = [  # a value beyond each bound, and of another type
     ("powernorm", {"warmup": -1}, "warmup=-1 is out of range: expected 0 to 1"),
     ("powernorm", {"alpha": 1.0}, "alpha=1.0 is out of range: expected a number below 1"),
     ("powernorm", {"alpha_backward": 1.5}, "alpha_backward=1.5 is out of range: expected a number below 1"),
-    *(("gn", {"groups": groups}, f"groups={groups} is out of range: expected 1 or more") for groups in (0, -1)),
-    ("gn", {"groups": 2.5}, "groups=2.5 is not valid: expected a whole number"),
-    ("gn", {"groups": True}, "groups=true is not valid: expected a whole number"),
+    ("gn", {"groups": 0}, "groups=0 is out of range: expected 1 or more"),
     ("evonorm_s0", {"groups": 0}, "groups=0 is out of range: expected 1 or more"),
     ("frn", {"learned_eps": 1}, "learned_eps=1 is not valid: expected true or false"),
-    *(("nf", {"alpha": alpha}, f"alpha={alpha} is out of range: expected a number above 0") for alpha in (0.0, -1.0)),
-    ("nf", {"alpha": math.nan}, "alpha=nan is not valid: expected a finite number"),
-    *(
-        ("lp1", {"p": p}, f"p={str(p).lower()} is not valid: expected one of 1, 2, inf")
-        for p in (3, 0, True, "infinity", 1.5, -1)
-    ),
-    (
-        "wn",
-        {"init": "wieghts"},
-        "init=wieghts is not valid: expected one of weights, data.\nDid you mean norm.init=weights",
-    ),
+    ("nf", {"alpha": 0.0}, "alpha=0.0 is out of range: expected a number above 0"),
+    ("lp1", {"p": 3}, "p=3 is not valid: expected one of 1, 2, inf"),
+    ("wn", {"init": "wieghts"}, "init=wieghts is not valid: expected one of weights, data.\nDid you mean norm.init"),
 ]
 
 
@@ -144,10 +101,6 @@ def test_norms_alone_need_neither_hydra_nor_configuration() -> None:
     assert shown.stdout == "set()\n"
 
 
-DECLARED = declarations("norms")
-ROOT = MENU.parents[1]
-
-
 def test_declarations_read_from_the_source_are_those_of_the_classes() -> None:
     ours = {
         name: found for name, found in registered(norms.Variant).items() if found[0].__module__.startswith("normlab.")
@@ -159,17 +112,11 @@ def test_declarations_read_from_the_source_are_those_of_the_classes() -> None:
 
 def test_every_declaration_has_a_file_and_a_place_on_the_menu() -> None:
     assert set(DECLARED) == {path.stem for path in MENU.glob("*.yaml")}
+    assert DECLARED["bnp"].needs == "optimizer.precondition=bnp"
     text = (ROOT / "conf" / "config.yaml").read_text()
     comment = re.search(r"((?:  #[ |\w]+\n)+)  - norm: bn ", text)
     assert comment is not None
     assert sorted(re.findall(r"\w+", comment[1])) == sorted(DECLARED)
-
-
-def test_the_declaration_of_bnp_is_its_file() -> None:
-    file = of_the_menu("bnp")
-    bnp = DECLARED["bnp"]
-    assert file == {"_target_": f"normlab.norms.{bnp.class_name}", "name": "bnp", **bnp.defaults()}
-    assert bnp.needs == "optimizer.precondition=bnp"
 
 
 def test_the_page_of_variants_has_a_section_per_family_and_a_row_per_variant() -> None:

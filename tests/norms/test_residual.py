@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
+from normlab.models.networks import CifarBlock
 from normlab.norms import find_branches, fixup_start, trace, zero_gamma
 
 OPTIONS = {"googlenet": {"init_weights": False, "aux_logits": False}}
@@ -22,24 +23,6 @@ def network(name: str) -> nn.Module:
 
 def blocks(base: nn.Module, kind: type[nn.Module]) -> list[str]:
     return [name for name, module in base.named_modules() if isinstance(module, kind)]
-
-
-class OptionA(nn.Module):
-    """A residual block of a CIFAR ResNet: the shortcut takes every second pixel and pads channels with zeros."""
-
-    def __init__(self, before: int, channels: int) -> None:
-        super().__init__()
-        self.stride = channels // before
-        self.conv1 = nn.Conv2d(before, channels, 3, self.stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.new = channels - before
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new)) if self.new else x
-        return F.relu(y + shortcut)
 
 
 class Sum(nn.Module):
@@ -113,7 +96,7 @@ def test_a_sum_of_unrelated_tensors_is_no_branch() -> None:
     assert find_branches(trace(Unrelated())) == []
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_branches_of_a_resnet_are_its_blocks(name: str) -> None:
     base = network(name)
     m = 2 if name == "resnet18" else 3
@@ -129,51 +112,23 @@ def test_branches_of_a_resnet_are_its_blocks(name: str) -> None:
     assert str(branches[0].entry.target) == "maxpool"
 
 
-def test_gates_of_a_branch_are_not_among_its_convolutions() -> None:
-    base = network("regnet_y_400mf")  # with squeeze-and-excitation: f.se.fc1 and f.se.fc2 are convolutions
-    names = blocks(base, torchvision.models.regnet.ResBottleneckBlock)
-    branches = find_branches(trace(base))
-    assert [b.convolutions for b in branches] == [(f"{n}.f.a.0", f"{n}.f.b.0", f"{n}.f.c.0") for n in names]
-    assert branches[0].shortcut_convolutions == (f"{names[0]}.proj.0",)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "end"),
-    [
-        ("mobilenet_v2", torchvision.models.mobilenetv2.InvertedResidual, nn.BatchNorm2d),
-        ("efficientnet_b0", torchvision.models.efficientnet.MBConv, torchvision.ops.StochasticDepth),
-    ],
-)
-def test_branches_of_inverted_residuals_are_those_blocks_that_sum(
-    name: str, kind: type[nn.Module], end: type[nn.Module]
-) -> None:
-    base = network(name)
-    summed = [n for n in blocks(base, kind) if getattr(base.get_submodule(n), "use_res_connect", False)]
+def test_branches_of_inverted_residuals_are_those_blocks_that_sum() -> None:
+    base = network("efficientnet_b0")
+    names = blocks(base, torchvision.models.efficientnet.MBConv)
+    summed = [name for name in names if base.get_submodule(name).use_res_connect]
     traced = trace(base)
     branches = find_branches(traced)
-    assert [b.convolutions[0].startswith(f"{n}.") for n, b in zip(summed, branches, strict=True)] == [True] * len(
-        summed
-    )
+    assert [b.convolutions[0].startswith(f"{n}.") for n, b in zip(summed, branches, strict=True)] == [True] * 9
     assert all(len(b.convolutions) == 3 and not b.shortcut_convolutions for b in branches)
-    assert all(isinstance(traced.get_submodule(str(b.end.target)), end) for b in branches)
+    assert all(isinstance(traced.get_submodule(str(b.end.target)), torchvision.ops.StochasticDepth) for b in branches)
 
 
 def test_branches_with_zero_padded_shortcuts_are_found() -> None:
-    base = nn.Sequential(nn.Conv2d(3, 4, 3), OptionA(4, 4), OptionA(4, 8), OptionA(8, 8))
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), CifarBlock(4, 4), CifarBlock(4, 8), CifarBlock(8, 8))
     branches = find_branches(trace(base))
     assert [b.convolutions for b in branches] == [(f"{i}.conv1", f"{i}.conv2") for i in (1, 2, 3)]
     assert all(b.shortcut_convolutions == () for b in branches)
     assert branches[1].shortcut is not branches[1].entry
-
-
-def test_branches_are_found_without_norms() -> None:
-    base = network("resnet18")
-    before = find_branches(trace(base))
-    for name in blocks(base, nn.BatchNorm2d):
-        base.set_submodule(name, nn.Identity())
-    after = find_branches(trace(base))
-    assert [b.convolutions for b in after] == [b.convolutions for b in before]
-    assert [b.norm for b in after] == [None] * 8
 
 
 @pytest.mark.parametrize("name", ["googlenet", "densenet121"])

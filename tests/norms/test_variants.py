@@ -1,14 +1,14 @@
 """The arms of Peerthum & Stamp 2023: exact identities, and layers against independent derivations."""
 
 import copy
-import math
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from norms.oracle import CASES, compare, has_single_values
+from norms.oracle import CASES, compare, has_single_values, members
+from small import SmallResNet
 from torch import Tensor, nn
 
 from normlab.common.errors import UserError
@@ -20,6 +20,7 @@ from normlab.norms import (
     ChannelAffine,
     GroupedBatchNorm2d,
     NoNorm,
+    Variant,
     find_sites,
     named,
     parameter_roles,
@@ -30,12 +31,7 @@ EPS = 1e-5
 BN = {"eps": EPS, "momentum": 0.1}
 
 
-def small_resnet() -> nn.Module:
-    torch.manual_seed(0)
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10).double()
-
-
-def batch(images: int = 6, size: int = 40) -> Tensor:
+def batch(images: int = 6, size: int = 8) -> Tensor:
     return torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -48,20 +44,15 @@ def output_and_gradients(network: nn.Module, images: Tensor) -> tuple[Tensor, Te
     return output, images.grad, weights
 
 
-def test_batch_norm_at_unit_scale_equals_batch_norm_minus() -> None:
-    base = small_resnet()
-    bn = rewrite(copy.deepcopy(base), BatchNorm(**BN)).double()
-    minus = rewrite(copy.deepcopy(base), BatchNormMinus(**BN)).double()
-    for a, b in zip(output_and_gradients(bn, batch()), output_and_gradients(minus, batch()), strict=True):
+@pytest.mark.parametrize(
+    ("scaled", "plain"),
+    [(BatchNorm(**BN), BatchNormMinus(**BN)), (Affine(), NoNorm(conv_bias=False))],
+)
+def test_at_unit_scale_and_zero_shift_an_arm_equals_the_one_without(scaled: Variant, plain: Variant) -> None:
+    base = SmallResNet(10)
+    ours, theirs = (rewrite(copy.deepcopy(base), variant).double() for variant in (scaled, plain))
+    for a, b in zip(output_and_gradients(ours, batch()), output_and_gradients(theirs, batch()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-def test_affine_at_unit_scale_equals_none() -> None:
-    base = small_resnet()
-    affine = rewrite(copy.deepcopy(base), Affine()).double()
-    none = rewrite(copy.deepcopy(base), NoNorm(conv_bias=False)).double()
-    for a, b in zip(output_and_gradients(affine, batch()), output_and_gradients(none, batch()), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_affine_folds_into_the_convolution_before_it() -> None:
@@ -70,16 +61,12 @@ def test_affine_folds_into_the_convolution_before_it() -> None:
     nn.init.normal_(affine.weight)
     nn.init.normal_(affine.bias)
     folded = F.conv2d(batch(), convolution.weight * affine.weight[:, None, None, None], affine.bias)
-    torch.testing.assert_close(affine(convolution(batch())), folded, rtol=1e-12, atol=1e-12)
-
-
-def test_affine_is_the_same_in_training_and_evaluation() -> None:
-    affine = ChannelAffine(3).double()
-    torch.testing.assert_close(affine.train()(batch()), affine.eval()(batch()), rtol=0, atol=0)
+    for layer in (affine, copy.deepcopy(affine).eval()):
+        torch.testing.assert_close(layer(convolution(batch())), folded, rtol=1e-12, atol=1e-12)
 
 
 def test_none_with_biases_starts_at_the_same_function_as_none_without() -> None:
-    base = small_resnet()
+    base = SmallResNet(10).double()
     with_biases = rewrite(copy.deepcopy(base), NoNorm(conv_bias=True)).double()
     without = rewrite(copy.deepcopy(base), NoNorm(conv_bias=False)).double()
     torch.testing.assert_close(with_biases(batch()), without(batch()), rtol=0, atol=0)
@@ -87,32 +74,21 @@ def test_none_with_biases_starts_at_the_same_function_as_none_without() -> None:
     assert added == sum(m.num_features for m in base.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_batch_norm_minus_output_has_the_promised_moments() -> None:
-    layer = BatchNormMinus(**BN).norm(nn.BatchNorm2d(3)).double()
-    images = batch() * 7 + 3
-    output = layer(images)
-    variance = images.var((0, 2, 3), correction=0)
-    torch.testing.assert_close(output.mean((0, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(output.var((0, 2, 3), correction=0), variance / (variance + EPS), rtol=1e-10, atol=0)
-
-
 class GroupOracle:
-    """Group after group: image n below G·k in group n mod G, the rest apart; averages of the unbiased variance."""
+    """Group after group; averages of the unbiased variance."""
 
     def __init__(self, k: int | None) -> None:
         self.k = k
         self.mean, self.var = torch.zeros(6).double(), torch.ones(6).double()
 
     def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        k = min(self.k or len(x), len(x))
-        groups = len(x) // k
-        members = [torch.arange(g, groups * k, groups) for g in range(groups)]
-        members += [torch.arange(groups * k, len(x))] if len(x) % k else []
         output, mean, var = torch.empty_like(x), torch.zeros(6).double(), torch.zeros(6).double()
-        for index in members:
+        for index in members(len(x), self.k):
             part = x[index]
             biased = ((part - part.mean((0, 2, 3), keepdim=True)) ** 2).mean((0, 2, 3))
-            output = output.index_put((index,), self.normalized(part, part.mean((0, 2, 3)), biased, parameters))
+            output = output.index_put(
+                (torch.tensor(index),), self.normalized(part, part.mean((0, 2, 3)), biased, parameters)
+            )
             mean += part.mean((0, 2, 3)).detach() * len(index) / len(x)
             var += part.var((0, 2, 3), correction=1).detach() * len(index) / len(x)
         self.mean, self.var = 0.9 * self.mean + 0.1 * mean, 0.9 * self.var + 0.1 * var
@@ -127,7 +103,7 @@ class GroupOracle:
         return xhat * parameters["weight"][:, None, None] + parameters["bias"][:, None, None]
 
 
-@pytest.mark.parametrize("k", [None, 1, 2, 3, 4, 8])
+@pytest.mark.parametrize("k", [None, 1, 3, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_grouped_batch_norm_equals_the_formula_per_group(case: str, k: int | None) -> None:
     layer = GroupedBatchNorm2d(6, norm_batch=k, eps=EPS, momentum=0.1)
@@ -153,7 +129,8 @@ def test_half_precision_input_gives_half_precision_output_close_to_float32(varia
 
 
 def test_sites_of_a_resnet_are_all_its_norms_each_with_its_convolution() -> None:
-    network = torchvision.models.resnet50(weights=None)
+    with torch.device("meta"):
+        network = torchvision.models.resnet50(weights=None)
     sites = find_sites(network)
     norms = [name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert sorted(site.norm for site in sites) == sorted(norms)
@@ -167,8 +144,12 @@ def test_sites_of_a_resnet_are_all_its_norms_each_with_its_convolution() -> None
 
 
 def test_a_norm_before_its_convolution_is_a_site_without_one() -> None:
-    sites = find_sites(torchvision.models.densenet121(weights=None))
-    assert {site.norm: site.convolution for site in sites}["features.denseblock1.denselayer1.norm1"] is None
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3))
+    (site,) = find_sites(network)
+    assert (site.norm, site.convolution) == ("0", None)
+    for name in (name for name, cls in NAMED.items() if cls.needs_convolution):
+        with pytest.raises(UserError, match=f"norm={name} rewrites the convolution before each norm, and 0 of Seq"):
+            rewrite(copy.deepcopy(network), named(name))
 
 
 def test_a_network_without_batch_norm_is_refused_in_a_sentence() -> None:
@@ -203,24 +184,3 @@ def test_a_scale_and_a_shift_start_as_the_networks_own(name: str, norm_batch: in
     assert parameters["bias"].eq(0.5).all()
     roles = {id(parameter): role for parameter, role, _ in parameter_roles(layer)}
     assert (roles[id(parameters["weight"])], roles[id(parameters["bias"])]) == ("scale", "shift")
-
-
-@pytest.mark.parametrize("name", sorted(name for name, cls in NAMED.items() if cls.needs_convolution))
-def test_a_norm_before_its_convolution_is_refused_where_that_is_rewritten(name: str) -> None:
-    with pytest.raises(
-        UserError, match=f"norm={name} rewrites the convolution before each norm, and features.denseblock1"
-    ):
-        rewrite(torchvision.models.densenet121(weights=None), named(name))
-
-
-def test_batch_norm_gradient_equals_the_closed_form() -> None:
-    """dL/dx = gamma / sqrt(v + eps) · (g - mean(g) - xhat · mean(g · xhat)), docs/papers.md, section 4."""
-    layer = BatchNorm(**BN).norm(nn.BatchNorm2d(1)).double()
-    nn.init.constant_(layer.weight, 0.7)
-    x = batch(4, 3)[:, :1].clone().requires_grad_()
-    g = torch.randn(4, 1, 3, 3, dtype=torch.float64)
-    layer(x).backward(g)
-    mean, variance = x.mean(), x.var(correction=0)
-    xhat = (x - mean) / math.sqrt(variance.item() + EPS)
-    expected = 0.7 / math.sqrt(variance.item() + EPS) * (g - g.mean() - xhat * (g * xhat).mean())
-    torch.testing.assert_close(x.grad, expected.detach(), rtol=1e-10, atol=1e-12)

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from norms.oracle import CASES, Oracle, compare, has_single_values, images, relative_error
+from norms.oracle import CASES, Oracle, compare, has_single_values, images, members, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock
 
 from normlab.common.errors import UserError
 from normlab.norms import (
@@ -19,13 +19,11 @@ from normlab.norms import (
     TReLUWeightNorm,
     Variant,
     WeightNorm,
-    batch_statistics,
     data_dependent_start,
     parameter_roles,
-    precise_statistics,
     rewrite,
 )
-from normlab.norms.weights import MeanOnlyBatchNorm2d, ReparametrizedConv2d, TReLU, WeightNormConv2d
+from normlab.norms.weights import ReparametrizedConv2d, WeightNormConv2d
 
 WN = {"init": "weights", "eps": 1e-24}
 MEAN = {**WN, "momentum": 0.1}
@@ -77,23 +75,17 @@ class WeightNormOracle:
 
 
 class MeanOnlyOracle:
-    """Group after group: image n below G·k in group n mod G, the rest apart."""
-
     def __init__(self, k: int | None = None) -> None:
         self.k = k
         self.running_mean = torch.zeros(6, dtype=torch.float64)
 
     def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         t = F.conv2d(x, filters(parameters["0.weight"], parameters["0.g"]), padding=1)
-        count = len(x)
-        k = self.k or count
-        groups = count // k
-        members = [list(range(g, groups * k, groups)) for g in range(groups)] + [list(range(groups * k, count))]
-        rows: list[Tensor] = [t[0]] * count
+        rows: list[Tensor] = [t[0]] * len(x)
         mean = torch.zeros(6, dtype=torch.float64)
-        for member in filter(None, members):
+        for member in members(len(x), self.k):
             mu = t[member].mean((0, 2, 3))
-            mean += mu.detach() * len(member) / count
+            mean += mu.detach() * len(member) / len(x)
             for n in member:
                 rows[n] = t[n] - mu[:, None, None] + parameters["1.bias"][:, None, None]
         self.running_mean = 0.9 * self.running_mean + 0.1 * mean
@@ -145,7 +137,7 @@ def test_equals_the_oracle(name: str, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize("k", [1, 3])
 def test_mean_only_equals_the_oracle_in_groups(k: int, case: str) -> None:
     with pytest.raises(ValueError, match="more than one value") if has_single_values(case, k) else nullcontext():
         compare(site(MAKE["wn_mean"](norm_batch=k), plain()), oracle("wn_mean", plain(), k), CASES[case], steps=3)
@@ -209,35 +201,6 @@ def test_parameters_in_half_precision_are_normalized_in_float32() -> None:
     assert layer(images(2, 6, 4, 4).bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_first_and_second_derivatives(name: str) -> None:
-    layer = MAKE[name]().convolution(nn.Conv2d(2, 3, 2, bias=False)).double()
-    names = [name for name, _ in layer.named_parameters()]
-
-    def function(*values: Tensor) -> Tensor:
-        named = dict(zip(["x", *names], values, strict=True))
-        return torch.func.functional_call(layer, {name: named[name] for name in names}, (named["x"],))
-
-    values = [images(2, 2, 3, 3).requires_grad_(), *(p.detach().clone().requires_grad_() for p in layer.parameters())]
-    assert torch.autograd.gradcheck(function, values)
-    assert torch.autograd.gradgradcheck(function, values)
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_gradient_of_v_is_orthogonal_to_v_and_length_of_v_changes_nothing(name: str) -> None:
-    """Salimans & Kingma 2016, section 2.1."""
-    layer = site(MAKE[name](eps=1e-24), plain())
-    x = images(5, 6, 4, 4)
-    output = layer(x)
-    output.sin().sum().backward()
-    v, gradient = layer[0].weight, layer[0].weight.grad
-    along = (v * gradient).sum((1, 2, 3)) / (v.flatten(1).norm(dim=1) * gradient.flatten(1).norm(dim=1))
-    assert along.abs().max() < 1e-12
-    with torch.no_grad():
-        v.mul_(torch.tensor([1e-3, 0.1, 1, 2, 30, 1e4]).double()[:, None, None, None])
-    torch.testing.assert_close(layer(x), output, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("bias", [False, True])
 def test_weight_norm_starts_as_the_plain_convolution(bias: bool) -> None:
     convolution = plain(bias=bias)
@@ -274,41 +237,6 @@ def test_a_filter_of_zeros_gets_the_plain_convolutions_gradient() -> None:
     for module in (layer, convolution):
         module(images(3, 6, 4, 4)).sin().mul(images(3, 6, 4, 4, seed=1)).sum().backward()
     torch.testing.assert_close(layer.weight.grad, convolution.weight.grad, rtol=1e-12, atol=0)
-
-
-def test_propagated_relu_of_a_standard_normal_is_standardized() -> None:
-    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
-    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    _, activation = MAKE["normprop"]().norm_and_activation(nn.BatchNorm2d(1), nn.ReLU())
-    assert activation is not None
-    y = activation(z)
-    assert torch.trapezoid(y * density, z).abs() < 1e-8
-    assert (torch.trapezoid(y.square() * density, z) - 1).abs() < 1e-8
-
-
-def test_trelu_at_zero_is_relu_and_never_below_b() -> None:
-    layer, x = TReLU(6).double(), images(3, 6, 4, 4)
-    assert torch.equal(layer(x), F.relu(x))
-    nn.init.normal_(layer.bias)
-    assert torch.equal(layer(x).amin((0, 2, 3)), layer.bias)
-
-
-def test_mean_only_output_has_mean_beta_and_the_inputs_variance() -> None:
-    layer, x = MeanOnlyBatchNorm2d(6, momentum=0.1).double(), images(7, 6, 4, 4, scale=3, shift=5)
-    nn.init.normal_(layer.bias)
-    torch.testing.assert_close(layer(x).mean((0, 2, 3)), layer.bias, rtol=0, atol=1e-12)
-    torch.testing.assert_close(layer(x).var((0, 2, 3)), x.var((0, 2, 3)), rtol=1e-12, atol=0)
-
-
-def test_mean_only_takes_part_in_precise_and_batch_statistics() -> None:
-    layer = MeanOnlyBatchNorm2d(6, momentum=0.1).double().eval()
-    x = images(7, 6, 4, 4, shift=5)
-    centered = x - x.mean((0, 2, 3), keepdim=True)
-    with batch_statistics(layer):
-        torch.testing.assert_close(layer(x), centered)
-    with precise_statistics(layer, x.split([5, 2])):
-        torch.testing.assert_close(layer(x), centered)
-    assert torch.equal(layer(x), x)
 
 
 # --- in a network
@@ -367,17 +295,6 @@ def test_roles_of_parameters(name: str) -> None:
         assert roles[id(parameter)] == own[key.rsplit(".", 1)[1]], key
 
 
-@pytest.mark.parametrize("name", MAKE)
-def test_rewriting_keeps_the_weights_and_draws_no_random_numbers(name: str) -> None:
-    network = block()
-    weights = {key: value.clone() for key, value in network.state_dict().items() if value.dim() == 4}
-    before = torch.get_rng_state()
-    state = rewrite(network, MAKE[name]()).state_dict()
-    assert torch.equal(torch.get_rng_state(), before)
-    for key, weight in weights.items():
-        assert torch.equal(state[key], weight)
-
-
 @pytest.mark.parametrize("name", GAINED)
 def test_networks_own_start_of_gamma_and_beta_is_kept(name: str) -> None:
     network = block()
@@ -404,38 +321,11 @@ def test_biases_of_the_networks_convolutions_stay_where_the_formula_has_one() ->
 # --- the data-dependent start
 
 
-def watched(network: nn.Module, x: Tensor, kind: type[nn.Module]) -> list[Tensor]:
-    """Outputs of all modules of a kind in a training forward pass."""
-    outputs: list[Tensor] = []
-    hooks = [
-        m.register_forward_hook(lambda *a: outputs.append(a[2].clone()))
-        for m in network.modules()
-        if isinstance(m, kind)
-    ]
-    with torch.no_grad():
-        network.train()(x)
-    for hook in hooks:
-        hook.remove()
-    return outputs
-
-
-@pytest.mark.parametrize(("name", "kind"), [("wn", WeightNormConv2d), ("wn_mean", MeanOnlyBatchNorm2d)])
-def test_after_a_start_from_data_outputs_have_mean_0_and_std_1(name: str, kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    network = rewrite(ResNet(BasicBlock, [1, 1, 1, 1]).double(), MAKE[name](init="data")).double()
-    calibration = images(6, 3, 64, 64, scale=40, shift=100)
-    data_dependent_start(network, calibration)
-    outputs = watched(network, calibration, kind)
-    assert len(outputs) == 12
-    for output in outputs:
-        assert output.mean((0, 2, 3)).abs().max() < 1e-9
-        assert (output.var((0, 2, 3), correction=0) - 1).abs().max() < 1e-9
-
-
-def test_the_start_from_data_is_the_papers_layer_after_layer() -> None:
+@pytest.mark.parametrize("name", ["wn", "wn_mean"])
+def test_the_start_from_data_is_the_papers_layer_after_layer(name: str) -> None:
     first, second = plain(stride=2), plain()
     v = [first.weight.detach().clone(), second.weight.detach().clone()]
-    variant = MAKE["wn"](init="data")
+    variant = MAKE[name](init="data")
     network = nn.Sequential(*site(variant, first), *site(variant, second))
     x = images(8, 6, 8, 8, scale=3, shift=1)
     data_dependent_start(network, x)
@@ -444,7 +334,8 @@ def test_the_start_from_data_is_the_papers_layer_after_layer() -> None:
         t = F.conv2d(h, unit(weight), padding=1, stride=stride)
         std, mean = t.std((0, 2, 3), correction=0), t.mean((0, 2, 3))
         torch.testing.assert_close(layer.g, 1 / std, rtol=1e-12, atol=0)  # type: ignore[arg-type]
-        torch.testing.assert_close(layer.bias, -mean / std, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
+        if name == "wn":  # the other subtracts each batch's mean
+            torch.testing.assert_close(layer.bias, -mean / std, rtol=1e-12, atol=1e-12)  # type: ignore[arg-type]
         h = F.relu((t - mean[:, None, None]) / std[:, None, None])
 
 
@@ -462,14 +353,6 @@ def test_outputs_that_are_constant_on_the_batch_keep_their_scale(dtype: torch.dt
     assert torch.isfinite(layer.g).all()
     assert layer.g[1] == g[1]
     assert (layer.g != g).sum() == 5
-
-
-def test_a_branch_that_starts_at_zero_stays_there_after_a_start_from_data() -> None:
-    network = block()
-    nn.init.zeros_(network[0].bn2.weight)
-    network = rewrite(network, MAKE["wn"](init="data")).double()
-    data_dependent_start(network, images(4, 8, 6, 6))
-    assert network.get_submodule("0.conv2")(images(4, 12, 3, 3)).abs().max() == 0
 
 
 def test_the_start_from_data_leaves_everything_else_as_it_was() -> None:
@@ -497,13 +380,6 @@ def test_the_start_from_data_gives_buffers_back_when_the_forward_pass_fails() ->
         data_dependent_start(network, images(4, 6, 5, 5))
     assert network[1].running_mean.abs().max() == 0
     assert not any(module.training for module in network.modules())
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_networks_without_such_layers_are_not_even_run(name: str) -> None:
-    network = site(MAKE[name](), plain())
-    network.register_forward_pre_hook(lambda *a: pytest.fail("was run"))
-    data_dependent_start(network, images(4, 6, 5, 5))
 
 
 # --- what is refused

@@ -50,24 +50,17 @@ def outcome(config: RunConfig) -> tuple[Any, ...]:
     return status["state"], status["weights_sha256"], [{k: r[k] for k in r if k not in TIMING} for r in rows]
 
 
-VARIANTS = {
-    "bn": (),
-    "none": (),
+VARIANTS = {  # with state beyond parameters, or another optimizer
     "renorm": ("norm.ramp_start=0",),
     "noisy_bn": (),
-    "noisy_none": ("optimizer.lr=1e-3",),
-    "lpinf": (),
     "mimicnorm": (),
     "mabn": ("norm.unit=steps", "norm.warmup=2", "norm.r_from=3"),
     "powernorm": ("norm.unit=steps", "norm.warmup=2"),
     "wn": ("norm.init=data",),
-    "wn_mean": (),
     "frn": ("optimizer=adam",),
     "evonorm_b0": ("optimizer=rmsprop", "optimizer.momentum=0.9"),
     "bnp": ("optimizer.lr=1e-3",),
-    "gn": ("norm.groups=4",),
     "nf": (*RESIDUAL, "optimizer.lr=1e-3"),
-    "fixup": (*RESIDUAL, "optimizer.lr=1e-3"),
 }
 SETTINGS = {
     "bf16": ("precision=bf16",),
@@ -87,6 +80,7 @@ def test_a_probe_alone_changes_nothing(tiny, probe) -> None:
     assert not measured(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", VARIANTS)
 def test_all_probes_together_change_nothing_of_any_variant(tiny, norm) -> None:
     probes = [probe for probe in PROBE_SECTIONS if norm not in ("mabn", "powernorm") or probe != "sharpness"]
@@ -103,6 +97,7 @@ def test_all_probes_together_change_nothing_of_any_variant(tiny, norm) -> None:
         assert None not in row.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_all_probes_together_change_nothing_whatever_the_settings(tiny, setting) -> None:
     probed = tiny(*SETTINGS[setting], *probing(PROBE_SECTIONS))
@@ -129,41 +124,47 @@ def interrupted(monkeypatch, config: RunConfig, target: object, original: Any, c
             train_run(config)
 
 
-@pytest.mark.parametrize("norm", ["bn", "mimicnorm"])
-@pytest.mark.parametrize("step", range(6))
-def test_a_resumed_run_has_the_rows_of_an_undisturbed_one(tiny, monkeypatch, norm, step) -> None:
-    whole, parts = (tiny(f"norm={norm}", *probing(PROBE_SECTIONS), f"study={study}") for study in ("whole", "parts"))
-    expected = outcome(whole)
-    interrupted(monkeypatch, parts, engines, set_learning_rate, step)
-    assert outcome(parts) == expected
-    assert measured(parts) == measured(whole)
+UNDISTURBED: dict[str, tuple[Any, Any]] = {}
 
 
-@pytest.mark.parametrize("call", [0, 1, 10, 19, 28])
-def test_a_run_can_be_interrupted_amid_a_measurement(tiny, monkeypatch, call) -> None:
-    whole, parts = (tiny(*probing(PROBE_SECTIONS), f"study={study}") for study in ("whole", "parts"))
-    expected = outcome(whole)
-    interrupted(monkeypatch, parts, StepSnapshot, evaluate, call)
-    assert measured(parts) != measured(whole)
-    assert outcome(parts) == expected
-    assert measured(parts) == measured(whole)
+def undisturbed(tiny, norm: str) -> tuple[Any, Any]:
+    """The outcome of a run that nobody interrupts, and its rows; one run for all tests."""
+    if norm not in UNDISTURBED:
+        config = tiny(f"norm={norm}", *probing(PROBE_SECTIONS), "study=whole")
+        UNDISTURBED[norm] = outcome(config), measured(config)
+    return UNDISTURBED[norm]
+
+
+@pytest.mark.parametrize(
+    ("norm", "target", "function", "call"),
+    [
+        *(("bn", engines, set_learning_rate, step) for step in (0, 3, 5)),
+        ("mimicnorm", engines, set_learning_rate, 1),
+        *(("bn", StepSnapshot, evaluate, call) for call in (0, 10, 28)),
+    ],
+)
+def test_a_run_interrupted_at_a_step_or_amid_a_measurement_has_the_rows_of_an_undisturbed_one(
+    tiny, monkeypatch, norm, target, function, call
+) -> None:
+    config = tiny(f"norm={norm}", *probing(PROBE_SECTIONS), "study=parts")
+    expected, rows = undisturbed(tiny, norm)
+    interrupted(monkeypatch, config, target, function, call)
+    assert measured(config) != rows or call == 5  # after the last measurement
+    assert outcome(config) == expected
+    assert measured(config) == rows
 
 
 def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeypatch) -> None:
     """Rows after the checkpoint are dropped and measured again; a torn line is told of."""
-    whole, parts = (
-        tiny(*probing(PROBE_SECTIONS), "checkpoint_seconds=0", f"study={study}") for study in ("whole", "parts")
-    )
-    expected = outcome(whole)
-    run = runs.Run(parts.as_dict())
-    interrupted(monkeypatch, parts, engines, set_learning_rate, 2)
+    config = tiny("norm=bn", *probing(PROBE_SECTIONS), "checkpoint_seconds=0", "study=parts")
+    run = runs.Run(config.as_dict())
+    interrupted(monkeypatch, config, engines, set_learning_rate, 2)
     for probe in PROBE_SECTIONS:
         run.append_probe(probe, [{"step": 3, "layer": "never"}, {"step": 4, "layer": "never"}])
     path = run.folder / "probes" / "ics.jsonl"
     path.write_text(path.read_text() + '{"step": 5, "la')
     assert len(runs.read_probes(run.folder)[1]) == 1
-    assert outcome(parts) == expected
-    assert measured(parts) == measured(whole)
+    assert (outcome(config), measured(config)) == undisturbed(tiny, "bn")
 
 
 def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:
@@ -180,7 +181,7 @@ def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:
 
 
 @pytest.mark.parametrize("probe", PROBE_SECTIONS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, 0.0])
+@pytest.mark.parametrize("value", [float("nan"), 1e38, 0.0])
 def test_no_weight_makes_a_probe_fail(make, probe, value) -> None:
     config = make(*probing([probe]))
     network = SmallNet(num_classes=10)
@@ -266,7 +267,6 @@ def test_the_update_is_the_very_one_that_the_run_makes(tiny, case) -> None:
     [
         (["probe.affine.times=3"], 11, {0, 5, 10}),
         (["probe.affine.times=1"], 11, {0}),
-        (["probe.affine.times=2"], 11, {0, 10}),
         (["probe.affine.times=99"], 4, {0, 1, 2, 3}),
         (["probe.affine.steps=[7,0,7,99]"], 11, {0, 7}),
     ],
@@ -295,13 +295,8 @@ def test_probes_are_of_a_run_s_identity_and_none_of_them_is_as_it_was(make) -> N
         (["probe=ics", "probe.ics.layers=0"], "layers=0 is neither a number of layers"),
         (["probe=ics", "probe.ics.layers=conv1"], "layers=conv1 is neither a number of layers"),
         (["probe=landscape", "probe.landscape.reach=[0]"], "probe.landscape.reach.0=0 is out of range"),
-        (["probe=ics", "probe.ics.layers=true"], "layers=true is neither a number of layers"),
         (["probe=affine", "+probe.affine.every=3"], "probe.affine.every"),
-        (
-            ["probe=activations", "probe.activations.bins=2"],
-            "bins=2 is out of range: expected 3 or more.",
-        ),
-        (["probe=activations", "probe.activations.bins=9.5"], "bins=9.5 is not valid: expected a whole number"),
+        (["probe=activations", "probe.activations.bins=2"], "bins=2 is out of range: expected 3 or more."),
         (["probe=sharpness", "probe.sharpness.tolerance=1"], "probe.sharpness.tolerance=1 is out of range"),
     ],
 )
@@ -314,7 +309,9 @@ def test_wrong_settings_are_answered_in_a_sentence(make, settings, message) -> N
 
 def test_the_files_of_the_menu_have_the_declared_options_and_defaults() -> None:
     declared = declarations("probes")
+    page = (Path(__file__).parents[2] / "docs" / "probes.md").read_text()
     assert set(PROBE_SECTIONS) == set(declared) == set(probe_classes())
+    assert all(f"`{name}`" in page for name in declared)
     for name, declaration in declared.items():
         defaults = {
             key: list(option.default) if isinstance(option.default, tuple) else option.default
@@ -333,9 +330,3 @@ def test_a_probe_has_the_options_of_its_settings_or_the_defaults(make) -> None:
     }
     probe = probe_classes()["activations"](ProbedNetwork(SmallNet(10)), **config.probe["activations"].options)
     assert (probe.bins, probe.histograms) == (7, 3)
-
-
-def test_every_probe_has_a_row_in_the_documentation() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "probes.md").read_text()
-    for probe in PROBE_SECTIONS:
-        assert f"`{probe}`" in page

@@ -133,37 +133,6 @@ def test_landscape_by_copies_of_a_network() -> None:
     assert found["beta"] == pytest.approx(max(ratios), rel=1e-9)
 
 
-def test_gradients_are_those_of_finite_differences_of_the_loss() -> None:
-    """Every number of ||g(W - eta g) - g(W)|| from losses alone, for a network with batch normalization."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(72, 4)).double()
-    images, targets = batch()
-
-    def at(w: Tensor) -> float:
-        moved = copy.deepcopy(net)
-        nn.utils.vector_to_parameters(w, moved.parameters())
-        with torch.no_grad():
-            return F.cross_entropy(moved(images), targets).item()
-
-    def slopes(w: Tensor, h: float = 1e-5) -> Tensor:
-        steps = h * torch.eye(len(w), dtype=w.dtype)
-        return torch.tensor([(at(w + step) - at(w - step)) / (2 * h) for step in steps], dtype=w.dtype)
-
-    w = nn.utils.parameters_to_vector(net.parameters()).detach()
-    g = slopes(w)
-    [found] = rows(Landscape, snapshot(net, images, targets, lr=0.1), net, reach=[2])
-    assert found["gradient_norm"] == pytest.approx(g.norm().item(), rel=1e-6)
-    assert found["losses"] == pytest.approx([at(w - 0.2 * g)], rel=1e-6)
-    assert found["gradient_differences"] == pytest.approx([(slopes(w - 0.2 * g) - g).norm().item()], rel=1e-6)
-
-
-def test_beta_of_a_quadratic_is_its_curvature_at_every_step_length() -> None:
-    net = nn.Linear(1, 1, bias=False).double()
-    x = torch.full((1, 1), 3.0, dtype=torch.float64)
-    [found] = rows(Landscape, snapshot(net, x, x, lr=1e-3, criterion=squared), net, reach=[0.01, 1, 30])
-    assert found["beta"] == pytest.approx(2 * 9)
-
-
 def test_layers_are_chosen_evenly_over_depth_or_by_name() -> None:
     net = network(SmallResNet)
 

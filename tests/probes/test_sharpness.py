@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normlab import models
 from normlab.common.errors import UserError
-from normlab.norms import LpNorm, Steps, rewrite
+from normlab.norms import Steps
 from normlab.probes.sharpness import Sharpness, hessian, lanczos
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
@@ -89,29 +89,6 @@ def test_it_is_that_of_the_dense_hessian() -> None:
     [found] = rows(Sharpness, snapshot(network, *batch()), network, **PRECISE)
     assert found["eigenvalue"] == pytest.approx(expected, rel=1e-6)
     assert found["converged"]
-
-
-@pytest.mark.parametrize("p", [1, 2, "inf"])
-def test_lp_norms_have_second_derivatives_too(p) -> None:
-    """Against the same arithmetic as PyTorch's own operations, which it can differentiate twice."""
-    network = rewrite(tiny(nn.BatchNorm2d(2)), LpNorm(p=p, eps=1e-5, momentum=0.1))
-
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.bias = network[1].weight, network[1].bias
-
-        def forward(self, a: Tensor) -> Tensor:
-            over = (0, 2, 3)
-            scale = {1: a.abs().mean(over), 2: (a.square().mean(over) + 1e-5).sqrt(), "inf": a.abs().amax(over)}[p]
-            scale = scale + 1e-5**0.5 if p == 1 else scale
-            y = (a - a.mean(over)[:, None, None]) / scale[:, None, None]
-            return y * self.weight[:, None, None] + self.bias[:, None, None]
-
-    plain = nn.Sequential(network[0], Plain(), *network[2:])
-    expected = torch.linalg.eigvalsh(dense(plain))[-1].item()
-    [found] = rows(Sharpness, snapshot(network, *batch()), network, **PRECISE)
-    assert found["eigenvalue"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("norm", [norm for norm in NORMS if norm not in WITHOUT_HESSIAN])
