@@ -105,6 +105,7 @@ def test_evaluation_is_without_noise_and_draws_nothing() -> None:
     noise, a = Noise(**PAPER).eval(), images(4, 3, 5, 5)
     state = torch.get_rng_state()
     assert noise(a) is a
+    assert "spread=0.1" in repr(noise)
     assert torch.equal(torch.get_rng_state(), state)
 
 
