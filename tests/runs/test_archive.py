@@ -99,8 +99,10 @@ HOSTILE = {
     "a checkpoint": ([(f"{RUN}/checkpoint.pt", b"")], "is no record of a run"),
     "a hidden folder": ([(".git/config.yaml", b"")], "is no record of a run"),
     "a folder too deep": ([(f"{RUN}/probes/more/ics.jsonl", b"")], "is no record of a run"),
+    "another control character": ([("bn\u202e/config.yaml", b"")], "is no record of a run"),
+    "a large configuration": ([(f"{RUN}/status.json", bytes(range(256)) * 5000)], "is larger than 1048576 bytes"),
     "a control character": ([(f"{RUN}\n/config.yaml", b"")], "is no record of a run"),
-    "1,000:1": ([(f"{RUN}/status.json", b" " * 10_000_000)], "is compressed more than 100:1"),
+    "1,000:1": ([(f"{RUN}/probes/more.jsonl", b" " * 10_000_000)], "is compressed more than 100:1"),
     "bzip2": ([(entry(f"{RUN}/status.json", compress_type=zipfile.ZIP_BZIP2), b"{}")], "in a way that is not read"),
 }
 
@@ -128,6 +130,7 @@ MANIFESTS = {
     "an entry that it does not list": ({"entries": {}}, "is missing in the manifest.json"),
     "other counts": ({"runs": 2}, "the numbers of runs and entries"),
     "no format": ({"format": None}, "its manifest.json is none"),
+    "a format before the first": ({"format": 0}, "its manifest.json is none"),
     "no entries": ({"entries": None}, "its manifest.json is none"),
     "a later format": ({"format": 2}, "pip install --upgrade normlab"),
 }
@@ -159,6 +162,17 @@ def with_a_huge_directory(content: bytes) -> bytes:
     return content[:-10] + (1 << 30).to_bytes(4, "little") + content[-6:]
 
 
+def with_a_compressed_size_that_is_made_up(content: bytes) -> bytes:
+    at = content.index(b"PK\1\2") + 20  # of the manifest, whose contents the next entry follows
+    return (
+        content[:at] + (int.from_bytes(content[at : at + 4], "little") + 1000).to_bytes(4, "little") + content[at + 4 :]
+    )
+
+
+def with_something_before(content: bytes) -> bytes:
+    return b"#!/bin/sh\n" + content
+
+
 def with_a_second_end(content: bytes) -> bytes:
     return content[:-22] + b"PK\6\7" + b"\0" * 16 + content[-22:]
 
@@ -171,6 +185,8 @@ DAMAGED = {
     "a bit": (flipped, "cannot be read"),
     "encrypted": (encrypted, "is encrypted"),
     "a huge list": (with_a_huge_directory, "at most 67108864 are read"),
+    "a size": (with_a_compressed_size_that_is_made_up, "is not where it has to be"),
+    "something before": (with_something_before, "is not where it has to be"),
     "two lists": (with_a_second_end, "not where it has to be"),
 }
 
@@ -197,6 +213,11 @@ def test_more_than_is_read_is_refused_and_not_written(packed, monkeypatch, bound
         archive.write(packed, "study", {"notes.md": b"others"} | ENTRIES)
     assert packed.read_bytes() == before
     assert [path.name for path in packed.parent.iterdir()] == [packed.name]
+
+
+def test_a_name_that_no_packed_study_has_is_not_written(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"'a\\\\b/config.yaml' cannot be packed: a run's folder has such a name"):
+        archive.write(tmp_path / "x.zip", "x", {"a\\b/config.yaml": b""})
 
 
 def test_equal_rows_are_stored_so_that_they_can_be_read(tmp_path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from normlab.common.errors import UserError, storage_error
 from normlab.config.schema import CustomModelConfig, LoggerConfig, RegressionDataset, RunConfig
 from normlab.data import inventory
-from normlab.runs import files
+from normlab.runs import archive, files
 
 
 def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
@@ -36,6 +36,7 @@ def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
     if isinstance(config.model, CustomModelConfig):
         _check_importable(config.model.target, "model.target")
     check_logger(config.logger)
+    archive.refuse_new_runs(config.study_folder)
     _check_writable(config.study_folder)
     return data
 

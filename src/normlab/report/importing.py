@@ -35,7 +35,7 @@ from normlab.common.errors import UserError, did_you_mean, listed, storage_error
 from normlab.common.installation import command_name
 from normlab.common.sentences import sentence
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
-from normlab.runs import files
+from normlab.runs import archive, files
 from normlab.runs.folder import CONFIG, STATUS
 from normlab.runs.identity import CARRIED_OUT, FORMAT
 
@@ -190,6 +190,7 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
         value = "null" if settings[name] is None else settings[name]
         raise UserError(f"{name}={value} is not valid: expected {Import.model_fields[name].description}.") from None
     folder = Path(output_dir) / options.study
+    archive.refuse_new_runs(folder)
     path = Path(options.source)
     path = path if path.name else path.absolute()  # "." has no name to print
     source = _read_events(path, options) if path.is_dir() else _read_csv(path, options)

@@ -5,12 +5,15 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
+from pydantic import BaseModel, Field, ValidationError
+from yaml import YAMLError
+
 from normlab import __version__
-from normlab.common.errors import UserError, listed
-from normlab.common.installation import command_name
+from normlab.common.errors import UserError, first_line, listed
+from normlab.common.installation import CONF, command_name
 from normlab.report.render.description import question, run_counts
 from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
@@ -19,6 +22,10 @@ from normlab.runs import archive, files, find, probe_files, read_status
 
 _VERSION = "https://w3id.org/ro/crate/1.1"
 _CITATION = "CITATION.cff"
+
+Text = Annotated[str, Field(min_length=1)]
+Url = Annotated[str, Field(pattern=r"^https?://\S+$")]
+SpdxName = Annotated[str, Field(pattern=r"^[A-Za-z0-9.+-]+$")]
 
 
 def pack(study: str, output_dir: Path, *, replace: bool, quiet: bool = False) -> Path:
@@ -35,34 +42,42 @@ def pack(study: str, output_dir: Path, *, replace: bool, quiet: bool = False) ->
     """
     name, folder = find_study(study, output_dir)
     if folder.is_file():
-        raise UserError(f"{folder} is packed already.\nTo change it, unpack it: unzip {folder} -d {output_dir / name}")
+        unpack = shlex.join(["unzip", str(folder), "-d", str(output_dir / name)])
+        raise UserError(f"{folder} is packed already.\nTo change it, unpack it: {unpack}")
     records = load(folder, name=name)
     path = folder.with_name(f"{folder.name}{archive.SUFFIX}")
     entries = _records(folder)
     if not replace and path.exists():
         _check_replaced(path, {run.name for run in find(folder)})
-    citation = _citation(folder)
+    source, citation = _citation(folder)
     entries[archive.CRATE] = (files.to_json(crate(records, _last_record(folder), citation), indent=1) + "\n").encode()
     archive.write(path, name, entries)
     if quiet:
         print(path)
         return path
     print(f"Packed {run_counts(records)} {path.stat().st_size / 1e3:.0f} kB: {path}")
-    if not citation:
-        print(
-            f"Authors and license are not in it: there is no {_CITATION} in {folder} nor here. Archives ask for both."
-        )
-    print(f"Anybody reads it as it is: {command_name('report')} study={path.name}")
+    if source:
+        print(f"Title, authors and license are those of {source}.")
+    else:
+        print(f"Authors and license are not in it, for which archives ask: there is no {_CITATION} in {folder}.")
+    print(f"Anybody reads it as it is: {command_name('report')} {shlex.quote(f'study={path}')}")
     return path
 
 
 def _records(folder: Path) -> dict[str, bytes]:
-    """Return the records of a study's runs and its notes, by their names in the file."""
+    """Return the records of a study's runs and its notes, by their names in the file.
+
+    Raises:
+        UserError: if one cannot be read, or is a link, which could lead to any file of this machine.
+    """
     found = [folder / archive.NOTES]
     for run in find(folder):
-        found += [*(run / name for name in archive.RUN_FILES), *probe_files(run)]
+        probes = (path for path in probe_files(run) if not path.name.startswith("."))
+        found += [*(run / name for name in archive.RUN_FILES), *probes]
     entries = {}
     for path in found:
+        if path.is_symlink():
+            raise UserError(f"{path} is a link, and only files are packed.\nReplace it by the file that it names.")
         try:
             entries[path.relative_to(folder).as_posix()] = path.read_bytes()
         except FileNotFoundError:
@@ -85,14 +100,68 @@ def _check_replaced(path: Path, runs: set[str]) -> None:
         )
 
 
-def _citation(folder: Path) -> Mapping[str, Any]:
-    """Return the CITATION.cff of the study's folder, else of the current one; empty if there is none.
+class Author(BaseModel):
+    """An author of a CITATION.cff: a person has family and given names, a group has a name."""
+
+    name: Text | None = None
+    given_names: Text | None = Field(None, alias="given-names")
+    name_particle: Text | None = Field(None, alias="name-particle")
+    family_names: Text | None = Field(None, alias="family-names")
+    name_suffix: Text | None = Field(None, alias="name-suffix")
+    alias: Text | None = None
+    orcid: Annotated[str, Field(pattern=r"^https?://orcid\.org/[0-9X-]{19}$")] | None = None
+    website: Url | None = None
+
+    def entity(self, number: int) -> dict[str, Any]:
+        """Return the author as RO-Crate has it; `number` is its place among the authors."""
+        person = (self.given_names, self.name_particle, self.family_names, self.name_suffix)
+        return {
+            "@id": self.orcid or f"#author-{number}",
+            "@type": "Organization" if self.name else "Person",
+            "name": self.name or " ".join(filter(None, person)) or self.alias or "anonymous",
+            "url": self.website,
+        }
+
+
+class Citation(BaseModel):
+    """What is read of a CITATION.cff."""
+
+    title: Text | None = None
+    authors: list[Author] = []
+    license: SpdxName | list[SpdxName] = []
+    license_url: Url | None = Field(None, alias="license-url")
+
+    def licenses(self) -> list[dict[str, Any]]:
+        """Return the licenses as RO-Crate has them."""
+        names = [self.license] if isinstance(self.license, str) else self.license
+        found = {name: f"https://spdx.org/licenses/{name}" for name in names}
+        if not found and self.license_url:
+            found = {self.license_url: self.license_url}
+        return [{"@id": url, "@type": "CreativeWork", "name": name} for name, url in found.items()]
+
+
+def _citation(folder: Path) -> tuple[Path | None, Citation]:
+    """Return the CITATION.cff of the study's folder, else of the current one, unless that is normlab's own.
 
     Raises:
-        UserError: if it is damaged.
+        UserError: if it cannot be read.
     """
-    path = next((path for path in (folder / _CITATION, Path(_CITATION)) if path.is_file()), None)
-    return files.read_yaml(path, files.parse_yaml) if path else {}
+    own = CONF.parent / _CITATION
+    here = Path(_CITATION)
+    places = [folder / _CITATION, *([here] if not (own.exists() and here.exists() and here.samefile(own)) else [])]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        return None, Citation()
+    try:
+        return path, Citation.model_validate(files.parse_yaml(path.read_bytes().decode()) or {})
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    except (OSError, ValueError, RecursionError, YAMLError) as error:
+        why = first_line(error) or type(error).__name__
+    raise UserError(
+        f"{path} cannot be read: {why}.\nMend it; its form is that of https://citation-file-format.github.io."
+    )
 
 
 def _last_record(folder: Path) -> str:
@@ -105,16 +174,17 @@ def _last_record(folder: Path) -> str:
     return max(filter(None, days), default=f"{datetime.now(UTC):%Y-%m-%d}")
 
 
-def crate(study: Study, date: str, citation: Mapping[str, Any]) -> dict[str, Any]:
+def crate(study: Study, date: str, citation: Citation) -> dict[str, Any]:
     """Return the description of a study as RO-Crate 1.1 (JSON-LD).
 
     Args:
         study: the study.
         date: the day of its last record, ISO 8601.
-        citation: authors and license as CITATION.cff has them.
+        citation: its title, authors and license.
     """
-    authors = [_author(author, number) for number, author in enumerate(_as_list(citation.get("authors")), start=1)]
-    license = [_license(str(name)) for name in _as_list(citation.get("license"))]
+    entities = [author.entity(number) for number, author in enumerate(citation.authors, start=1)]
+    authors = list({entity["@id"]: entity for entity in entities}.values())
+    license = citation.licenses()
     software, made = _software(study), _commands(study)
     packed = _action("#pack", f"{command_name('report')} pack study={study.name}", [software[0]])
     notes = {"@id": archive.NOTES, "@type": "File", "name": "Remarks", "encodingFormat": "text/markdown"}
@@ -126,7 +196,7 @@ def crate(study: Study, date: str, citation: Mapping[str, Any]) -> dict[str, Any
     root = {
         "@id": "./",
         "@type": "Dataset",
-        "name": f"{study.name}: a normlab study of normalization layers",
+        "name": citation.title or f"{study.name}: a normlab study of normalization layers",
         "description": f"{question(study)} {run_counts(study)} To read it: normlab-report study=FILE",
         "datePublished": date,
         "author": _references(authors),
@@ -146,25 +216,6 @@ def _references(entities: Iterable[Mapping[str, Any]]) -> Any:
     return found[0] if len(found) == 1 else found
 
 
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _author(author: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Return an author of a CITATION.cff: a person has family and given names, a group has a name."""
-    parts = (author.get(key) for key in ("given-names", "name-particle", "family-names", "name-suffix"))
-    return {
-        "@id": author.get("orcid") or f"#author-{number}",
-        "@type": "Organization" if "name" in author else "Person",
-        "name": author.get("name") or " ".join(str(part) for part in parts if part),
-        "url": author.get("website"),
-    }
-
-
-def _license(name: str) -> dict[str, Any]:
-    return {"@id": f"https://spdx.org/licenses/{name}", "@type": "CreativeWork", "name": name}
-
-
 def _software(study: Study) -> list[dict[str, Any]]:
     """Return this version of normlab, and each version of each package that made the runs."""
     found: dict[tuple[Any, Any], None] = {("normlab", __version__): None}
@@ -172,7 +223,12 @@ def _software(study: Study) -> list[dict[str, Any]]:
         versions = made.get("versions")
         found |= dict.fromkeys(sorted(versions.items()) if isinstance(versions, dict) else ())
     return [
-        {"@id": quote(f"#{name}-{version}"), "@type": "SoftwareApplication", "name": name, "softwareVersion": version}
+        {
+            "@id": f"#{quote(f'{name}-{version}')}",
+            "@type": "SoftwareApplication",
+            "name": name,
+            "softwareVersion": version,
+        }
         for name, version in found
     ]
 
@@ -184,7 +240,7 @@ def _commands(study: Study) -> list[dict[str, Any]]:
         command, versions = made.get("command"), made.get("versions")
         if isinstance(command, list) and isinstance(versions, dict):
             software = found.setdefault(shlex.join(map(str, command)), {})
-            software |= dict.fromkeys(quote(f"#{name}-{version}") for name, version in sorted(versions.items()))
+            software |= dict.fromkeys(f"#{quote(f'{name}-{version}')}" for name, version in sorted(versions.items()))
     return [
         _action(f"#train-{number}", command, [{"@id": each} for each in software])
         for number, (command, software) in enumerate(found.items(), start=1)

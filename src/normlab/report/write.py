@@ -12,7 +12,6 @@ from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
-from normlab.report.pack import pack
 from normlab.report.render.html import PageFigure, html_page
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import markdown_table, page
@@ -51,7 +50,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     if judgements:
         tables.append(verdict_texts.verdict_table(judgements, options.confidence))
     folder = chosen.report_folder
-    files.make_folder(folder)
+    _make_report_folder(chosen, folder)
     made = [(table, provenance_of(chosen, table.origin)) for table in tables]
     for table, provenance in made:
         for suffix, text in render(table, chosen.name, provenance).items():
@@ -80,12 +79,25 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
     folder = _folder("output_dir", output_dir)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
-    studies = [load(name, folder) for name in find_studies(folder)]
-    judgements = [judgement for study in studies for judgement in judge(study, options.confidence, options.alpha)]
-    warnings = [warning for study in studies for warning in study.warnings]
+    judgements: list[Judgement] = []
+    warnings: list[str] = []
+    for study in _studies(folder, warnings):
+        judgements += judge(study, options.confidence, options.alpha)
     files.make_folder(folder)
     text = verdict_texts.claims_page(judgements)
     return _write_claims_page(folder / "claims.md", text, judgements, warnings, options)
+
+
+def _studies(folder: Path, warnings: list[str]) -> Iterator[Study]:
+    """Yield every study of a folder; add a sentence to `warnings` about what cannot be read."""
+    for name in find_studies(folder):
+        try:
+            study = load(name, folder)
+        except UserError as error:
+            warnings.append(f"{name} is left out: {first_line(error)}")
+            continue
+        warnings += study.warnings
+        yield study
 
 
 def build_results(output_dir: str | Path, page: str | Path, options: Options) -> Path:
@@ -96,17 +108,16 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     """
     _refuse_selection("results", options)
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
-    studies, judgements, warnings = [], [], []
-    for name in find_studies(folder):
-        study = load(name, folder)
-        warnings += study.warnings
+    studies, judgements = [], []
+    warnings: list[str] = []
+    for study in _studies(folder, warnings):
         if study.finished.empty:
-            warnings.append(f"{name} has no finished run yet and is left out.")
+            warnings.append(f"{study.name} has no finished run yet and is left out.")
             continue
         try:
             metric = metric_of(study.evaluations, options.metric, options.value)
         except UserError as error:
-            warnings.append(f"{name} is left out: {first_line(error)}")
+            warnings.append(f"{study.name} is left out: {first_line(error)}")
             continue
         tables = _tables(study, metric, options)
         drawn = list(_figures_of_page(study, tables[0], metric, options, page)) if options.figures else []
@@ -142,6 +153,8 @@ def pack_study(study: str, output_dir: str | Path, *, replace: bool = False, qui
     """
     if not isinstance(replace, bool):
         raise UserError(f"replace={replace} is not valid: expected true or false.")
+    from normlab.report.pack import pack  # slow to import, and no other command needs it
+
     return pack(str(study), _folder("output_dir", output_dir), replace=replace, quiet=quiet)
 
 
@@ -156,6 +169,16 @@ def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, s
         "tex": "\n".join(["% needs \\usepackage{booktabs}", f"% {provenance.sentence()}", *environments]),
         "sources.json": provenance.as_json(),
     }
+
+
+def _make_report_folder(study: Study, folder: Path) -> None:
+    try:
+        files.make_folder(folder)
+    except UserError as error:
+        if study.packed:
+            advice = f"Copy {study.folder} to a folder that can be written, and report it there."
+            raise UserError(f"{first_line(error)}\n{advice}") from None
+        raise
 
 
 # ---- refusals and remarks

@@ -12,12 +12,15 @@ links, sizes and compression within the bounds below, every digest as in the man
 import hashlib
 import json
 import re
+import shlex
 import stat
+import struct
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -31,8 +34,9 @@ MANIFEST, CRATE, NOTES = "manifest.json", "ro-crate-metadata.json", "notes.md"
 RUN_FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json")
 
 MOST_ENTRIES = 200_000
-MOST_BYTES = 4 << 30  # of all entries together, not compressed
-MOST_BYTES_OF_ENTRY = 256 << 20
+MOST_BYTES = 2 << 30  # of all entries together, not compressed
+MOST_BYTES_OF_ROWS = 32 << 20  # of an entry of rows; a hundred thousand evaluations
+MOST_BYTES_OF_ENTRY = 1 << 20  # of another one; a configuration has 1 kB
 MOST_BYTES_OF_DIRECTORY = 64 << 20  # the list of entries, which is read as a whole before they can be counted
 MOST_COMPRESSION = 100  # recorded runs reach 8
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -41,7 +45,16 @@ _NAME = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(CRATE)}|{re.escape(NOTES)}"
     rf"|(?!\.)[^/\\\x00-\x1f\x7f]+/(?:{'|'.join(map(re.escape, RUN_FILES))}|probes/(?!\.)[^/\\\x00-\x1f\x7f]+\.jsonl)"
 )
-_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+_ERRORS = (
+    OSError,
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+)
 
 
 class PackedPath:
@@ -114,6 +127,7 @@ def _checked(path: Path, file: BinaryIO) -> PackedPath:
         archive = zipfile.ZipFile(file)
         archive.filename = str(path)
         _check_entries(path, archive.infolist())
+        _check_places(path, file, archive.infolist())
         _check_digests(path, archive)
     except _ERRORS as error:
         raise refused(path, f"it cannot be read ({error or type(error).__name__})") from None
@@ -159,18 +173,35 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
         raise refused(path, f"its entries come to {total} bytes, and at most {MOST_BYTES} are read")
 
 
+def _check_places(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo]) -> None:
+    """Check that the entries lie one after the other from the start, so that their sizes are not made up."""
+    end = 0
+    for entry in sorted(entries, key=attrgetter("header_offset")):
+        file.seek(entry.header_offset + 26)
+        lengths = file.read(4)  # of the name and of what else stands before the contents
+        if entry.header_offset != end or len(lengths) < 4:
+            raise refused(path, f"the entry {entry.filename!r} is not where it has to be")
+        end += 30 + sum(struct.unpack("<HH", lengths)) + entry.compress_size
+
+
+def _most_bytes(name: str) -> int:
+    if name in (MANIFEST, CRATE):
+        return MOST_BYTES_OF_DIRECTORY
+    return MOST_BYTES_OF_ROWS if name.endswith(".jsonl") else MOST_BYTES_OF_ENTRY
+
+
 def _fault(entry: zipfile.ZipInfo, times: int) -> str | None:
     """Return why an entry is refused, or None."""
-    kind = stat.S_IFMT(entry.external_attr >> 16)
+    kind, most = stat.S_IFMT(entry.external_attr >> 16), _most_bytes(entry.filename)
     checks = {
-        "leads out of the file": re.search(r"^[/\\]|^\w:|(^|[/\\])\.\.([/\\]|$)", entry.orig_filename),
+        "leads out of the file": re.search(r"^[/\\]|^\w:[/\\]|(^|[/\\])\.\.([/\\]|$)", entry.orig_filename),
         "is a link": kind == stat.S_IFLNK,
         "is no file": kind not in (0, stat.S_IFREG),
-        "is no record of a run": entry.orig_filename != entry.filename or not _NAME.fullmatch(entry.filename),
+        "is no record of a run": entry.orig_filename != entry.filename or not _is_record(entry.filename),
         "is there twice": times > 1,
         "is encrypted": entry.flag_bits & 1,
         "is compressed in a way that is not read": entry.compress_type not in _COMPRESSIONS,
-        f"is larger than {MOST_BYTES_OF_ENTRY} bytes": entry.file_size > MOST_BYTES_OF_ENTRY,
+        f"is larger than {most} bytes": entry.file_size > most,
         f"is compressed more than {MOST_COMPRESSION}:1": entry.file_size > MOST_COMPRESSION * entry.compress_size,
     }
     return next((why for why, found in checks.items() if found), None)
@@ -184,6 +215,8 @@ def _check_digests(path: Path, archive: zipfile.ZipFile) -> None:
     manifest = json.loads(archive.read(MANIFEST))
     listed = manifest.get("entries") if isinstance(manifest, dict) else None
     if not isinstance(listed, dict) or type(manifest.get("format")) is not int:
+        raise refused(path, f"its {MANIFEST} is none")
+    if manifest["format"] < 1:
         raise refused(path, f"its {MANIFEST} is none")
     if manifest["format"] > FORMAT:
         raise UserError(
@@ -210,6 +243,28 @@ def _counts(names: set[str]) -> dict[str, int]:
     return {"runs": len({name.split("/")[0] for name in entries if "/" in name}), "number_of_entries": len(entries)}
 
 
+def _is_record(name: str) -> bool:
+    """Return whether a packed study may have an entry of that name, which can be printed as it is."""
+    return bool(_NAME.fullmatch(name)) and name.isprintable()
+
+
+def refuse_new_runs(study_folder: Path) -> None:
+    """Refuse to write runs of a study that is in one file: the folder would hide the file from reports.
+
+    Raises:
+        UserError: if there is such a file and no such folder.
+    """
+    own = study_folder.name.endswith(SUFFIX)
+    path = study_folder if own else study_folder.with_name(f"{study_folder.name}{SUFFIX}")
+    folder = path.with_name(path.name.removesuffix(SUFFIX))
+    if own or (path.is_file() and not folder.exists()):
+        unpack = shlex.join(["unzip", str(path), "-d", str(folder)])
+        raise UserError(
+            f"{path} is a study in one file, which takes no further runs.\n"
+            f"Unpack it first: {unpack}\nOr give the new runs a study of their own: study=..."
+        )
+
+
 def _children(names: list[str]) -> dict[str, list[str]]:
     """Return the names in each folder, by its path."""
     children: dict[str, dict[str, None]] = {"": {}}
@@ -234,6 +289,9 @@ def write(path: Path, study: str, entries: Mapping[str, bytes]) -> None:
     Raises:
         UserError: if it cannot be written, or is beyond the bounds of what is read.
     """
+    for name in entries:
+        if not _is_record(name):
+            raise UserError(f"{name!r} cannot be packed: a run's folder has such a name.\nRename it, or move it away.")
     digests = {name: hashlib.sha256(entries[name]).hexdigest() for name in sorted(entries)}
     head = {"format": FORMAT, "study": study, "normlab": __version__, **_counts(set(entries))}
     manifest = files.to_json({**head, "entries": digests}, indent=1) + "\n"

@@ -18,6 +18,8 @@ from normlab.common.errors import UserError, first_line, storage_error
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NEXT_KEY = re.compile(r"(?<=\n)(?=[a-zA-Z_])")  # in the outermost mapping: the dumper indents what belongs to a key
+MOST_VALUES = 10_000  # of each key of a record in YAML, and
+MOST_KEYS = 200  # keys: a configuration has 150 values in 40
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
 
@@ -130,7 +132,7 @@ def read_yaml(path: RecordPath, parse: Callable[[str], Any]) -> dict[str, Any]:
     """
     try:
         value = parse(path.read_bytes().decode())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise damaged(path, error) from None
     if not isinstance(value, dict):
         raise damaged(path, "it holds no settings")
@@ -150,14 +152,24 @@ def _parts(text: str) -> dict[str, Any]:
             if not isinstance(part, dict):
                 return {}
             value |= part
-    except (yaml.YAMLError, ValueError):
+            if len(value) > MOST_KEYS:
+                raise ValueError(f"it has more than {MOST_KEYS} keys")
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return value
 
 
 @lru_cache(maxsize=4096)
 def _part(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    value = yaml.load(text, Loader=_Loader)
+    left, seen = [value], 0
+    while left:  # an alias stands for all that it names, which can be a part of itself
+        each = left.pop()
+        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+        seen += 1
+        if seen + len(left) > MOST_VALUES:
+            raise ValueError(f"it has more than {MOST_VALUES} values")
+    return value
 
 
 def read_json(path: RecordPath) -> dict[str, Any]:
@@ -168,7 +180,7 @@ def read_json(path: RecordPath) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes().decode())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damaged(path, error) from None
     if not isinstance(value, dict):
         raise damaged(path, "it holds no JSON object")

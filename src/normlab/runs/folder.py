@@ -134,7 +134,7 @@ def read_rows(path: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:
     lines = text.removesuffix("\n")
     try:  # all lines at once, which takes half the time
         rows = json.loads(f"[{lines.replace(chr(10), ',')}]")
-    except ValueError:
+    except (ValueError, RecursionError):
         rows = []
     if len(rows) == lines.count("\n") + 1 and _are_rows(rows, needed):
         return rows, []
@@ -145,7 +145,7 @@ def read_rows(path: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:
             if not _are_rows([row], needed):
                 raise ValueError(f"not a row of {path.stem}")
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             warnings.append(f"{path}, line {number} cannot be read and is left out: {error}.")
     return rows, warnings
 

@@ -16,7 +16,7 @@ def find_studies(output_dir: Path) -> list[str]:
     folders = {path.parent.parent for path in configs if not path.parent.name.startswith(".")}
     names = {folder.relative_to(output_dir).as_posix() for folder in folders}
     packed = [*output_dir.glob(f"*{SUFFIX}"), *output_dir.glob(f"*/*{SUFFIX}")]
-    return sorted(names | {packed_name(path.relative_to(output_dir)) for path in packed})
+    return sorted(names | {packed_name(path.relative_to(output_dir)) for path in packed if path.is_file()})
 
 
 def packed_name(path: Path) -> str:

@@ -226,6 +226,8 @@ class _Records:
             self.evaluations[run] = self._columns(index, run, runs.METRICS_FILE)
             row |= {key: status.get(key) for key in ("state", *_NUMBERS[1:])}
             row["note"] = _note(path, status, self._now)
+            if row["state"] == State.RUNNING and not isinstance(path, Path):
+                row["state"] = State.INTERRUPTED
             self._check(path, row)
 
     def _columns(self, index: Index, run: str, file: str) -> Columns:
@@ -349,7 +351,7 @@ def _provenance(path: RecordPath) -> dict[str, Any]:
     """Return a run's provenance, or nothing: the report can do without."""
     try:
         return _parsed((path / runs.PROVENANCE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
