@@ -216,7 +216,7 @@ def _mean(input: Tensor) -> Tensor:
     return input.mean((0, 2, 3))
 
 
-_independent = False
+_independent = 0  # blocks under way; packed runs, which are threads, enter and leave theirs crosswise
 
 
 def processes() -> int:
@@ -228,11 +228,11 @@ def processes() -> int:
 def independent_processes() -> Iterator[None]:
     """Let every process of a distributed run be on its own inside, for work that each of them does on equal images."""
     global _independent
-    before, _independent = _independent, True
+    _independent += 1
     try:
         yield
     finally:
-        _independent = before
+        _independent -= 1
 
 
 def synchronize(network: nn.Module) -> nn.Module:
