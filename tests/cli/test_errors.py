@@ -105,6 +105,7 @@ def test_a_mistake_is_answered_in_at_most_five_lines(command, folders, mistake, 
     assert not list(folders.glob("outputs/**/config.yaml"))
 
 
+@pytest.mark.slow
 def test_one_wrong_run_of_a_sweep_stops_it_before_the_first(command, tmp_path) -> None:
     status, _, error = command("train.py", "-m", "norm=bn", "batch=8,0")
     assert status == 1
@@ -112,6 +113,7 @@ def test_one_wrong_run_of_a_sweep_stops_it_before_the_first(command, tmp_path) -
     assert not list(tmp_path.glob("outputs/**/config.yaml"))
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named(command, tmp_path) -> None:
     images(tmp_path / "set", "train", ("cat", "dog"))
     images(tmp_path / "set", "test", ("cat", "dog"))
@@ -124,6 +126,7 @@ def test_an_unreadable_image_is_named(command, tmp_path) -> None:
         assert "Traceback" not in out + error
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_is_named(command, tmp_path) -> None:
     (tmp_path / "outputs").write_text("a file where the folder should be")
     for mode in ((), ("-m",)):
@@ -141,6 +144,7 @@ def test_a_study_that_does_not_exist_is_answered_with_how_to_start_it(command) -
     assert "Traceback" not in out + error
 
 
+@pytest.mark.slow
 def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
     status, out, _ = command("train.py", "--help")
     assert status == 0

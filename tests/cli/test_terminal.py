@@ -20,6 +20,7 @@ def modules_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
 
 
+@pytest.mark.slow
 def test_a_run_has_one_live_line_which_is_gone_at_the_end(tmp_path) -> None:
     with (tmp_path / "out").open("w") as out:
         status, written = in_terminal(TRAIN, cwd=tmp_path, stdout=out)
@@ -49,6 +50,7 @@ def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
     assert (tmp_path / "out").read_text() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [TRAIN, SWEEP], ids=["run", "sweep"])
 def test_files_get_neither_escapes_nor_carriage_returns(tmp_path, command) -> None:
     status, out, err = to_files(command, tmp_path, {"FORCE_COLOR": "1", "TERM": "xterm-256color"})
@@ -68,6 +70,7 @@ def test_quiet_commands_print_nothing_but_what_went_wrong(tmp_path) -> None:
     assert to_files([*TRAIN, "quiet=true"], tmp_path) == (0, "", "")  # finished
 
 
+@pytest.mark.slow
 def test_a_quiet_report_prints_its_page_alone(tmp_path, command) -> None:
     with zipfile.ZipFile(ROOT / "outputs" / "reference" / "digits_every_norm.normlab.zip") as recorded:
         runs = [
@@ -117,6 +120,7 @@ def test_live_lines_fit_the_terminal(columns, rows) -> None:
     assert not any("under way" in line or "40 runs" in line for line in left)
 
 
+@pytest.mark.slow
 def test_terminals_that_are_dumb_colorless_or_quiet_get_what_they_can_show() -> None:
     _, dumb = in_terminal([sys.executable, "-c", MANY], env={"TERM": "dumb"})
     assert "\x1b" not in dumb

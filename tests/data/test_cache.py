@@ -85,6 +85,7 @@ def test_a_damaged_file_is_decoded_again(image_folder, tmp_path, damage) -> None
     assert any("damaged" in line for line in again.lines)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_decode_once(image_folder, tmp_path) -> None:
     ours = Decoding(image_folder(), tmp_path)
     file = tmp_path / "cache" / f"images-8px-{cache._key(ours.decoder, ours.paths)}.lock"

@@ -103,6 +103,7 @@ def alive(pid: int) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_run(image_folder, tmp_path) -> None:
     code = f"""
 import multiprocessing, pathlib, time, torch

@@ -24,6 +24,7 @@ def rows(out: str) -> dict[str, str]:
     return {"-".join(line.split("-")[2:5]): line for line in out.splitlines() if line.startswith("small-")}
 
 
+@pytest.mark.slow
 def test_every_run_with_its_state_and_no_folder_made(tmp_path) -> None:
     plant(tmp_path, "done", 10.0, 2**30, "seed=0", "batch=8")
     plant(tmp_path, "diverged", 10.0, 2**30, "seed=1", "batch=8")
@@ -72,6 +73,7 @@ def test_a_few_steps_tell_what_no_run_does(tmp_path) -> None:
     assert estimate == pytest.approx(status["wall_seconds"], rel=2, abs=2)
 
 
+@pytest.mark.slow
 def test_nothing_to_go_by_and_nothing_to_do(tmp_path) -> None:
     _, out, _ = command(tmp_path, "train.py", *PLAN, "hydra.launcher.calibrate_seconds=0")
     assert "no finished run of the study to go by" in out

@@ -63,6 +63,7 @@ def test_what_fails_for_want_of_memory_beside_others_is_tried_again_alone_and_a_
     assert "in forward" in (failed / runs.LOG).read_text()
 
 
+@pytest.mark.slow
 def test_what_fails_alone_has_failed_is_listed_with_its_log_and_leaves_the_others(tmp_path) -> None:
     with (tmp_path / "greedy").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -131,6 +132,7 @@ def test_a_packed_sweep_that_is_stopped_goes_on_in_one_process(tmp_path) -> None
     assert len({status_of(run)["pid"] for run in found}) == 1
 
 
+@pytest.mark.slow
 def test_what_is_packed_together(make, tmp_path) -> None:
     """Runs of one process have its settings in common; streamed images and compiling keep to themselves."""
 

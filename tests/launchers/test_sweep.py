@@ -10,6 +10,7 @@ from normlab.training.run import train_run
 SWEEP = ("train.py", "-m", "norm=bn,affine,bnminus,none", "batch=8,32,128", *SMALL)
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_records_and_is_skipped_when_it_is_repeated(tmp_path) -> None:
     code, _, error = command(tmp_path, *SWEEP, "hydra.launcher.slots=1")
     assert code == 0, error

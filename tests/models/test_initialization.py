@@ -182,6 +182,7 @@ def test_none_adds_biases_where_it_is_told_to_and_takes_none_away(make, model, o
     assert biases == {conv_bias or own}
 
 
+@pytest.mark.slow
 def test_a_start_from_data_does_not_depend_on_random_depth(make) -> None:
     config = make("model=torchvision", "model.name=efficientnet_b0", "norm=affine", "init=bn_folded")
     calibration = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -304,6 +304,7 @@ def test_compiled_as_one_graph_it_is_the_same(variant: Any, options: Any, oracle
     torch.testing.assert_close(network.state_dict(), reference.state_dict())
 
 
+@pytest.mark.slow
 def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -> None:
     torch.compiler.reset()
     buffer = torch.ones(3)

@@ -135,6 +135,7 @@ def undisturbed(tiny, norm: str) -> tuple[Any, Any]:
     return UNDISTURBED[norm]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "target", "function", "call"),
     [
@@ -277,6 +278,7 @@ def test_measurements_are_spread_evenly_or_where_they_are_asked_for(make, settin
     assert {step for step in range(total) if probes.due(step)} == steps
 
 
+@pytest.mark.slow
 def test_probes_are_of_a_run_s_identity_and_none_of_them_is_as_it_was(make) -> None:
     assert runs.run_id(make().as_dict()) == runs.run_id(make("probe=[]").as_dict())
     assert runs.run_id(make().as_dict()) != runs.run_id(make("probe=ics").as_dict())

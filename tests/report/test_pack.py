@@ -247,6 +247,7 @@ def test_a_packed_configuration_that_grows_without_bound_costs_its_own_run(outpu
     assert any("more than 10000 values" in warning for warning in study.warnings)
 
 
+@pytest.mark.slow
 def test_the_command_packs_and_refuses_a_hostile_file(outputs) -> None:
     def command(*words: str) -> subprocess.CompletedProcess[str]:
         call = [sys.executable, str(ROOT / "report.py"), *words, f"output_dir={outputs}"]

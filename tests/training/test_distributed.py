@@ -107,6 +107,7 @@ def test_two_processes_are_one(configured, tmp_path) -> None:
         assert_equal(one, two)
 
 
+@pytest.mark.slow
 def test_processes_resume_each_other_and_an_error_of_one_ends_all(configured, tmp_path) -> None:
     """In the middle of an epoch, of six steps in two epochs: two go on where one was interrupted, or one where two."""
     one, by_two, by_one = (configured("augmented", who) for who in ("whole", "by_two", "by_one"))

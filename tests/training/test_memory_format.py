@@ -95,6 +95,7 @@ def test_an_interrupted_run_goes_on_in_its_format_to_the_same_bits(tiny, steps, 
     assert outcome(tiny()) == outcome(whole)
 
 
+@pytest.mark.slow
 def test_a_run_gets_its_share_of_the_threads_and_a_lone_one_all(tiny, monkeypatch) -> None:
     monkeypatch.setattr(device, "DEFAULT_THREADS", 2)
     before = torch.get_num_threads()

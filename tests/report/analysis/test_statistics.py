@@ -81,6 +81,7 @@ def test_effect_size_is_the_mean_in_standard_deviations():
     assert math.isnan(effect_size([1.0, 1.0, 1.0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3, 12])
 def test_holm_equals_statsmodels(n):
     for seed in range(5):

@@ -133,6 +133,7 @@ def test_arms_that_differ_by_the_margin_or_more_are_called_equal_in_at_most_5_pe
         assert 0 < found.count({CONTRADICTED}) <= 25  # on the margin it is as equal as not
 
 
+@pytest.mark.slow
 def test_equal_arms_are_called_equal(judged):
     assert judged(dict.fromkeys(("bn", "renorm"), normal(60, 0.2)), 201).count({SUPPORTED}) >= 180
 

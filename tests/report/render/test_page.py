@@ -75,6 +75,7 @@ def column(window: Any, place: int = 0) -> list[str]:
     return window.locator(f"#table-accuracy tbody tr td:nth-child({place + 1})").all_inner_texts()
 
 
+@pytest.mark.slow
 def test_a_table_is_sorted_and_filtered_and_shows_what_is_not_done(opened) -> None:
     heading = opened.locator("#table-accuracy th").nth(1)
     assert column(opened)[:2] == ["bn", "none"]
@@ -101,6 +102,7 @@ def test_a_table_is_sorted_and_filtered_and_shows_what_is_not_done(opened) -> No
     assert "2 versions of the code" in opened.locator(".warning").all_inner_texts()[-1]
 
 
+@pytest.mark.slow
 def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(opened) -> None:
     opened.locator("#table-accuracy button.cell", has_text="70.0").click()
     dialog = opened.locator("dialog[open]")

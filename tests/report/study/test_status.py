@@ -240,6 +240,7 @@ def test_a_study_that_is_not_there_and_a_watch_that_is_no_truth_value_are_told(t
         study_status("study", tmp_path / "outputs", watch="yes")
 
 
+@pytest.mark.slow
 def test_the_command_watches_a_nested_study_until_ctrl_c(add_run, tmp_path) -> None:
     add_run(state=None, study="mine/first")
     command = [sys.executable, str(ROOT / "report.py"), "status", "study=mine/first", "watch=true"]
