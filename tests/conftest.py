@@ -22,10 +22,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests press Ctrl-C in what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-for name in ASKED:  # of the terminal or the CI that runs the tests, which would color and break the lines they read
+for name in (*ASKED, "CONSTRAINTS", "VENV"):  # of the terminal or the CI that runs the tests, not of what they start
     os.environ.pop(name, None)
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that wait for a cluster, so that others run meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 Make = Callable[..., config.RunConfig]
 
 
