@@ -40,6 +40,7 @@ def test_every_group_has_files_and_is_on_the_menu() -> None:
     }
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_composes_and_builds(make, file) -> None:
     config = make(file, *NEEDED.get(file, ()))

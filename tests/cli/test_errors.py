@@ -86,6 +86,7 @@ QUICK = (
 )
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("mistake", "sweep"),
     [

@@ -62,6 +62,7 @@ def loaded() -> tuple[Any, Any]:
     return loader, menu
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [QUICK, *(SLOW(name) for name in NAMES if name != QUICK)])
 def test_the_header_counts_the_runs_and_each_is_valid(loaded, name) -> None:
@@ -117,6 +118,7 @@ def test_a_budget_that_is_missing_is_asked_for(command) -> None:
     assert "Traceback" not in error
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [QUICK, *(SLOW(name) for name in NAMES if name != QUICK)])
 def test_from_the_command_to_the_verdicts(name, command, tmp_path) -> None:

@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 SMALL = "dataset.train_size=160 dataset.test_size=40 epochs=1 device=cpu threads=1 memory_format=contiguous"
 INSTEAD = {  # what is run in place of a word
+    "seed=0,1,2": "seed=0,1",  # two are a list, too
     "budget=laptop": "budget=smoke",  # the size that an experiment has for tests
     "dataset=cifar10": f"dataset=cifar10 hydra/launcher=plan hydra.launcher.calibrate_seconds=0 {SMALL}",  # no network
 }
+SIZED = [INSTEAD["budget=laptop"], INSTEAD["dataset=cifar10"]]  # have a size already
 EXCEPT = {
     "./scripts/test": "it is what runs this test",
     "pip install .": "tests/packaging installs the wheel; here the packages are those of the tests",
@@ -112,11 +114,12 @@ def small(command: str) -> str:
     if command in ("python report.py", "normlab-report"):
         return f"{command} figures=false"  # other commands draw them
     trains = command.startswith(("python train.py", "torchrun", "normlab-train"))
-    if not trains or "doctor" in command or any(word in command for word in INSTEAD.values()):
+    if not trains or "doctor" in command or any(word in command for word in SIZED):
         return f"{command} {SMALL}" if command.startswith("./scripts/quickstart") else command
     return f"{command} {SMALL}"
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("section", [name for name in sections() if name != "My cluster"])
 def test_the_commands_of_a_section_run(section: str, checkout: Path) -> None:
@@ -132,6 +135,7 @@ def test_the_commands_of_a_section_run(section: str, checkout: Path) -> None:
             run(small(command), checkout)
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 def test_a_run_on_one_machine_and_several_processes(checkout: Path) -> None:
     for command in sections()["My cluster"]:

@@ -51,6 +51,7 @@ EXTRA = [
 ]
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize(
     "extra", [*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in EXTRA)], ids=" ".join
 )

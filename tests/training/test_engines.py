@@ -40,6 +40,7 @@ def losses(config: RunConfig) -> list[float]:
     return [row["train_loss"] for row in rows(config)]
 
 
+@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_trains_bit_identically_captured(tiny, norm, replays) -> None:
