@@ -246,7 +246,7 @@ def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_repor
         before = steps(study)
         until("going on", lambda: steps(study) != before)
         call("scancel", "--signal=KILL", found[1])
-        out, error = waiting.communicate(timeout=120)
+        out, error = waiting.communicate(timeout=300)
     assert waiting.returncode == 1
     assert f"1 of 1 runs are queued or running already (job {found[1]})" in out
     assert "its job has left SLURM's queue without finishing it" in error
