@@ -150,6 +150,8 @@ def test_mean_only_equals_the_oracle_in_groups(k: int, case: str) -> None:
         {"groups": 3, "stride": 2},
         {"dilation": 2, "padding": 2, "padding_mode": "reflect"},
         {"padding": "same"},
+        {"kernel_size": (2, 3), "padding": "same", "dilation": (3, 2), "padding_mode": "circular"},
+        {"padding": "valid", "padding_mode": "replicate"},
         {"kernel_size": (1, 3), "padding": (0, 1), "padding_mode": "circular"},
     ],
     ids=str,

@@ -73,7 +73,7 @@ def test_a_packed_study_is_the_study_wherever_it_is_named(outputs, now, capsys) 
     notes = dict(zip(packed.runs["state"], packed.runs["note"], strict=True))
     assert notes == {
         "done": "",
-        "interrupted": "was running when the study was packed",
+        "interrupted": "",
         "missing": "",
         "failed": "It broke.",
     }

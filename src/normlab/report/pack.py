@@ -1,5 +1,6 @@
 """Pack a study into one file for others to read, with a description that archives of research data understand."""
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -18,7 +19,8 @@ from normlab.report.render.description import question, run_counts
 from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
 from normlab.report.study.status import read_packed
-from normlab.runs import archive, files, find, probe_files, read_status
+from normlab.runs import archive, files, find, probe_files
+from normlab.runs.folder import STATUS
 
 _VERSION = "https://w3id.org/ro/crate/1.1"
 _CITATION = "CITATION.cff"
@@ -48,9 +50,9 @@ def pack(study: str, output_dir: Path, *, replace: bool, quiet: bool = False) ->
     path = folder.with_name(f"{folder.name}{archive.SUFFIX}")
     entries = _records(folder)
     if not replace and path.exists():
-        _check_replaced(path, {run.name for run in find(folder)})
+        _check_replaced(path, {name.split("/")[0] for name in entries})
     source, citation = _citation(folder)
-    entries[archive.CRATE] = (files.to_json(crate(records, _last_record(folder), citation), indent=1) + "\n").encode()
+    entries[archive.CRATE] = (files.to_json(crate(records, _last_record(entries), citation), indent=1) + "\n").encode()
     archive.write(path, name, entries)
     if quiet:
         print(path)
@@ -164,12 +166,12 @@ def _citation(folder: Path) -> tuple[Path | None, Citation]:
     )
 
 
-def _last_record(folder: Path) -> str:
+def _last_record(entries: Mapping[str, bytes]) -> str:
     """Return the day of the last record, by which a packed study is dated: the same records give the same file."""
     days = []
-    for run in find(folder):
-        with suppress(UserError):  # its other files are packed all the same
-            status = read_status(run) or {}
+    for name in (name for name in entries if name.endswith(f"/{STATUS}")):
+        with suppress(ValueError, AttributeError):  # a damaged file is packed all the same
+            status = json.loads(entries[name])
             days.append(str(status.get("ended") or status.get("heartbeat") or "")[:10])
     return max(filter(None, days), default=f"{datetime.now(UTC):%Y-%m-%d}")
 

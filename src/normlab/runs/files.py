@@ -34,10 +34,6 @@ class RecordPath(Protocol):
     def stem(self) -> str:
         """The name without its suffix."""
 
-    @property
-    def parent(self) -> Self:
-        """The folder that the path is in."""
-
     def __truediv__(self, name: str, /) -> Self: ...
     def exists(self) -> bool:
         """Return whether there is such a file or folder."""

@@ -91,14 +91,21 @@ def _parsed(text: str) -> Any:
 def read_status(folder: RecordPath) -> dict[str, Any] | None:
     """Return the status, or None for a run that was planned and has not started.
 
+    A run that was running when its study was packed into one file is interrupted there.
+
     Raises:
         UserError: if the file is damaged.
     """
     path = folder / STATUS
     try:
-        return files.read_json(path)
+        status = files.read_json(path)
     except UserError:  # rather than to look for it first, which would cost a report of ten thousand runs as much again
-        return files.read_json(path) if path.exists() else None
+        if path.exists():
+            raise
+        return None
+    if status.get("state") == State.RUNNING and not isinstance(folder, Path):
+        status["state"] = State.INTERRUPTED
+    return status
 
 
 def read_metrics(folder: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:

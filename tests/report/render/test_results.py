@@ -43,6 +43,15 @@ def test_every_claim_is_at_a_glance() -> None:
         assert table.count(f"| {claim.sentence} ") == 1
 
 
+def test_the_readme_counts_the_verdicts_of_the_page() -> None:
+    numbers = re.search(r": (\d+) supported, (\d+) contradicted, (\d+) inconclusive", PAGE.read_text())
+    assert numbers
+    supported, contradicted, inconclusive = numbers.groups()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f'{supported} verdicts on the papers\' claims were "supported"' in readme
+    assert f'{contradicted} "contradicted", {inconclusive} "inconclusive"' in readme
+
+
 def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run, tmp_path) -> None:
     for seed in range(5):
         for arm, accuracy in (("bn", 0.9 + 0.002 * seed), ("none", 0.6)):

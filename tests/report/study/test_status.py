@@ -188,8 +188,8 @@ def test_a_finished_run_is_read_once(run, claim, study, monkeypatch) -> None:
     folder = run("running")
     claim(folder)
     read: list[str] = []
-    real = status.files.read_json
-    monkeypatch.setattr(status.files, "read_json", lambda path: read.append(path.parent.name) or real(path))
+    real = status.read_status
+    monkeypatch.setattr(status, "read_status", lambda folder: read.append(folder.name) or real(folder))
     survey = Survey(study)
     survey.read()
     survey.read()

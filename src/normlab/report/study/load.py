@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class Study:
     notes: str
     warnings: list[str]
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Return whether the study is in one file."""
         return not self.folder.is_dir()
@@ -74,11 +74,9 @@ class Study:
     @property
     def report_folder(self) -> Path:
         """The folder of the report: report/ with the runs, report/NAME/ beside a study in one file."""
-        return (
-            self.folder.parent / "report" / packed_name(Path(self.folder.name))
-            if self.packed
-            else self.folder / "report"
-        )
+        if self.packed:
+            return self.folder.parent / "report" / packed_name(Path(self.folder.name))
+        return self.folder / "report"
 
     @property
     def placed(self) -> pd.DataFrame:
@@ -160,7 +158,6 @@ def load(
         records = _Records(folder, now or datetime.now(UTC))
     in_tables, remarks = places(list(records.configs.values()))
     table = _table(records, dict(zip(records.configs, in_tables, strict=True)))
-    provenance = records.provenance
     place = table[_PLACE]
     return Study(
         name=name or own_name,
@@ -173,10 +170,10 @@ def load(
             if any(rows.values())
         },
         configs=records.configs,
-        provenance=provenance,
+        provenance=records.provenance,
         remarks=remarks,
         notes=records.notes,
-        warnings=[*records.warnings, *_imported(table, records.configs, provenance)],
+        warnings=[*records.warnings, *_imported(table, records.configs, records.provenance)],
     )
 
 
@@ -226,8 +223,6 @@ class _Records:
             self.evaluations[run] = self._columns(index, run, runs.METRICS_FILE)
             row |= {key: status.get(key) for key in ("state", *_NUMBERS[1:])}
             row["note"] = _note(path, status, self._now)
-            if row["state"] == State.RUNNING and not isinstance(path, Path):
-                row["state"] = State.INTERRUPTED
             self._check(path, row)
 
     def _columns(self, index: Index, run: str, file: str) -> Columns:
@@ -275,9 +270,7 @@ def _note(path: RecordPath, status: Mapping[str, Any], now: datetime) -> str:
         return first_line(status.get("error") or "no error was recorded")
     if state == "diverged" and status.get("diverged_step") is not None:
         return f"at step {status['diverged_step']}"
-    if state == "running":
-        if not isinstance(path, Path):
-            return "was running when the study was packed"
+    if state == "running" and isinstance(path, Path):
         by = lock.holder(path)
         if by and by.gone:
             return "lost: its process is gone; the same command goes on from its checkpoint"

@@ -5,7 +5,7 @@ import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -18,9 +18,9 @@ from rich.text import Text
 from normlab.common.errors import UserError, first_line
 from normlab.common.progress import Progress, live_view, one_line, span
 from normlab.report.study.load import seconds_since
-from normlab.runs import archive, files
+from normlab.runs import archive
 from normlab.runs.files import RecordPath
-from normlab.runs.folder import CONFIG, STATUS, find
+from normlab.runs.folder import CONFIG, STATUS, find, read_status
 from normlab.runs.lock import Holder, holder
 from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
@@ -92,8 +92,7 @@ def read_packed(path: Path) -> list[RunStatus]:
         UserError: if the file is damaged.
     """
     with archive.opened(path) as folder:
-        found = [_read(run) if (run / STATUS).exists() else RunStatus(run.name, State.PLANNED) for run in find(folder)]
-    return [replace(run, state=State.INTERRUPTED) if run.state == State.RUNNING else run for run in found]
+        return [_read(run) for run in find(folder)]
 
 
 class Survey:
@@ -133,9 +132,11 @@ class Survey:
 
 def _read(folder: RecordPath) -> RunStatus:
     try:
-        facts = files.read_json(folder / STATUS)
+        facts = read_status(folder)
     except UserError as error:
         return RunStatus(folder.name, State.UNREADABLE, note=first_line(error).removeprefix(f"{folder}/"))
+    if facts is None:
+        return RunStatus(folder.name, State.PLANNED)
     state = recorded_state(facts)
     if state is None:
         return RunStatus(folder.name, State.UNREADABLE, note=f"{STATUS} has the unknown state {facts.get('state')!r}")
@@ -246,9 +247,9 @@ def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, con
         UserError: if the study's folder or file cannot be read.
     """
     console = console or _console()
-    survey = Survey(path)
-    if path.is_file() or not watch:
-        runs = read_packed(path) if path.is_file() else survey.read()
+    packed, survey = path.is_file(), Survey(path)
+    if packed or not watch:
+        runs = read_packed(path) if packed else survey.read()
         console.print(summary(study, runs) if quiet else view(study, runs), soft_wrap=quiet)
         return
     try:
