@@ -1,6 +1,7 @@
 """The commands as forks of the tests' process, which has imported what takes them seconds to import."""
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -22,6 +23,7 @@ def run_command(folder: Path, script: str, *arguments: str, **environment: str) 
             warnings.simplefilter("ignore")  # of Python 3.12, about the threads that are not in the fork
             child = os.fork()
         if not child:
+            signal.alarm(300)  # a command that hangs is ended, and its test fails
             os.dup2(out.fileno(), 1)
             os.dup2(error.fileno(), 2)
             os.chdir(folder)

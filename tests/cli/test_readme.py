@@ -5,6 +5,7 @@ What is appended makes it small; what is different is in INSTEAD and EXCEPT, eac
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,9 +49,9 @@ def sections() -> dict[str, list[str]]:
 
 def run(command: str, folder: Path) -> str:
     """What the command prints; it is run by bash, as a reader would, or, if it is one of Python alone, as a fork."""
-    alone = re.fullmatch(r"python (train|report)\.py [^'\"|&;<>$\\]*", command + " ")
+    alone = re.fullmatch(r"python (train|report)\.py [^|&;<>$\\]*", command + " ")
     if alone and "slurm" not in command:  # a fork has the conf/ of this checkout, and a site is described in another
-        status, out, error = run_command(folder, *command.split()[1:])
+        status, out, error = run_command(folder, *shlex.split(command)[1:])
         assert status == 0, f"{command}\n{out}\n{error}"
         return out + error
     paths = [str(folder / "src"), str(folder), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -116,7 +117,9 @@ def small(command: str) -> str:
     trains = command.startswith(("python train.py", "torchrun", "normlab-train"))
     if not trains or "doctor" in command or any(word in command for word in SIZED):
         return f"{command} {SMALL}" if command.startswith("./scripts/quickstart") else command
-    return f"{command} {SMALL}"
+    # In this process, without a pool of others: the quickstart starts one, and the command with slots=2.
+    launcher = " hydra/launcher=basic" if " -m " in command and "launcher" not in command else ""
+    return f"{command} {SMALL}{launcher}"
 
 
 @pytest.mark.no_cover
