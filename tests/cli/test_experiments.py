@@ -22,8 +22,7 @@ from normlab.report.claims.judge import NOT_RUN, judge
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
-QUICK = "ioffe2017_small"
-SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+DRAWN = "ioffe2017_small"  # the one whose figures are drawn
 BUDGETS = ("smoke", "laptop", "paper")
 
 
@@ -64,7 +63,7 @@ def loaded() -> tuple[Any, Any]:
 
 @pytest.mark.no_cover
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [QUICK, *(SLOW(name) for name in NAMES if name != QUICK)])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_header_counts_the_runs_and_each_is_valid(loaded, name) -> None:
     for budget in BUDGETS:
         counted = int(re.search(rf"{budget}: ([\d,]+) runs", read(name)[0])[1].replace(",", ""))  # type: ignore[index]
@@ -120,13 +119,21 @@ def test_a_budget_that_is_missing_is_asked_for(command) -> None:
 
 @pytest.mark.no_cover
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [QUICK, *(SLOW(name) for name in NAMES if name != QUICK)])
+@pytest.mark.parametrize("name", NAMES)
 def test_from_the_command_to_the_verdicts(name, command, tmp_path) -> None:
-    """One seed, in one process: the lists of seeds are composed above, and the pool has tests of its own."""
-    small = ("budget=smoke", "seed=0", "hydra/launcher=basic", "device=cpu", "threads=1", "output_dir=.")
+    """One seed, few test images, in one process: seeds are composed above, and the pool has tests of its own."""
+    small = (
+        "budget=smoke",
+        "seed=0",
+        "dataset.test_size=40",
+        "hydra/launcher=basic",
+        "device=cpu",
+        "threads=1",
+        "output_dir=.",
+    )
     trained = command("train.py", "-m", f"experiment={name}", *small)
     assert trained[0] == 0, trained
-    reported = command("report.py", f"study={name}_smoke", "output_dir=.", f"figures={str(name == QUICK).lower()}")
+    reported = command("report.py", f"study={name}_smoke", "output_dir=.", f"figures={str(name == DRAWN).lower()}")
     assert reported[0] == 0, reported
 
     study = report.load(tmp_path / f"{name}_smoke")

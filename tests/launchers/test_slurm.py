@@ -243,10 +243,10 @@ def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_repor
     assert found, error
     assert queue()[f"{found[1]}_0"] == "RUNNING"
     with start(here, *endless, **SLOW) as waiting:
-        before = steps(study)
-        until("going on", lambda: steps(study) != before)
+        assert waiting.stderr
+        assert "Waiting for 1 runs" in waiting.stderr.readline()  # it has seen the job in the queue
         call("scancel", "--signal=KILL", found[1])
-        out, error = waiting.communicate(timeout=300)
+        out, error = waiting.communicate(timeout=120)
     assert waiting.returncode == 1
     assert f"1 of 1 runs are queued or running already (job {found[1]})" in out
     assert "its job has left SLURM's queue without finishing it" in error
