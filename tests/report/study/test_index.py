@@ -35,8 +35,8 @@ def read_line_by_line(monkeypatch) -> list[str]:
     """The files of rows that were not taken from the index, as they are read."""
     found: list[str] = []
 
-    def read_rows(path: Path):
-        found.append(f"{path.parent.name}/{path.name}")
+    def read_rows(path: Path | archive.PackedPath):
+        found.append("/".join(str(path).split("/")[-2:]))
         return original(path)
 
     original = runs.read_rows
