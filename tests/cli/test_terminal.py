@@ -94,7 +94,7 @@ from normlab.common.progress import Display
 names = [f"resnet18-digits-{norm}-b{2**i}-s0-0123456789" for i in range(20) for norm in ("bn", "none")]
 with Display(dict.fromkeys(names, 1.0), quiet="quiet" in sys.argv) as display:
     for name in names:
-        display.news({"name": name, "step": 5, "steps": 10, "epoch": 0, "epochs": 2, "wall_seconds": 3})
+        display.news(name, {"step": 5, "steps": 10, "epoch": 0, "epochs": 2, "wall_seconds": 3})
     time.sleep(0.6)
     with display.hearing() as voice:
         if voice:

@@ -178,10 +178,10 @@ def packs_for(jobs: Sequence[Job], workers: Sequence[Worker]) -> list[list[Job]]
 
 
 def _unshared(job: Job) -> str:
-    """Return the name of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
+    """Return the key of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
     dataset = job.config.dataset
     streamed = isinstance(dataset, schema.FolderDataset) and dataset.storage != "memory"
-    return job.run.name if streamed or job.config.engine == "compile" else ""
+    return job.key if streamed or job.config.engine == "compile" else ""
 
 
 def train_jobs(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1) -> list[tuple[Job, str]]:
@@ -194,7 +194,7 @@ def train_jobs(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, 
             at once after a second one.
     """
     workers = workers_for(jobs, slots, per_gpu, pack)
-    costs, quiet = {job.run.name: job.cost for job in jobs}, all(job.config.quiet for job in jobs)
+    costs, quiet = {job.key: job.cost for job in jobs}, all(job.config.quiet for job in jobs)
     with Display(costs, quiet=quiet) as display, display.hearing() as output, _signals_interrupt():
         where = "GPU" if workers[0].device != "cpu" else "CPU"
         threads = jobs[0].config.threads or workers[0].threads
@@ -249,7 +249,7 @@ class _Pool:
         runs_of = Counter(worker.device for worker in workers for _ in range(worker.pack))
         self._shared = {device for device, number in runs_of.items() if number > 1}
         self._active: dict[Future[list[Status]], tuple[Worker, list[Job]]] = {}
-        self._ended: set[str] = set()  # names of runs
+        self._ended: set[str] = set()  # keys of jobs
 
     def train(self, jobs: Sequence[Job]) -> None:
         """Train all jobs."""
@@ -292,25 +292,25 @@ class _Pool:
     def _refresh(self, worker: Worker, pack: list[Job]) -> None:
         """Show the progress of a pack, and runs of it that are over before the others."""
         for job in pack:
-            if job.run.name in self._ended:
+            if job.key in self._ended:
                 continue
             status = job.status()
             if status.get("state") == State.RUNNING:
-                self._display.news(status)
+                self._display.news(job.key, status)
             elif status.get("state") in runs.FINISHED and len(pack) > 1:
                 self._end(job, status, worker)
 
     def _end(self, job: Job, status: Status, worker: Worker) -> None:
         """Note the end of a run, once."""
-        if job.run.name in self._ended:
+        if job.key in self._ended:
             return
-        self._ended.add(job.run.name)
+        self._ended.add(job.key)
         blame_others = status.get("out_of_memory") or (status.get("crashed") and worker.pack > 1)
         if status["state"] == State.FAILED and blame_others and worker.device in self._shared:
             self.crowded.append(job)
-            self._display.put_off(job.run.name, f"{one_line(status['error'])} Tried again alone, later.")
+            self._display.put_off(job.key, f"{one_line(status['error'])} Tried again alone, later.")
             return
-        self._display.ended(job.run.name, status)
+        self._display.ended(job.key, status)
         if status["state"] not in (*runs.FINISHED, ELSEWHERE):
             self.failed.append((job, one_line(status.get("error"))))
 

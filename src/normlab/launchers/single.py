@@ -3,6 +3,7 @@
 Started several times by torchrun or srun, as the processes of one run: all do the same, and the first one prints.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -92,14 +93,14 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
     with StopRequest() as stop, Display({run.name: 1.0}, quiet=config.quiet) if shown else nullcontext() as display:
         if display:
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
-            display.news({"name": run.name})
+            display.news(run.name, {})
         from normlab.training.distributed import process_group  # torch takes seconds to import
         from normlab.training.run import Resources, train_run
 
         with process_group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that all know of the error of one machine
-            on_status = display.news if display else lambda status: None
+            on_status = functools.partial(display.news, run.name) if display else lambda status: None
             resources = Resources(joined.device)
             status = train_run(config, stop=stop, resources=resources, on_status=on_status, group=joined)
         if display:

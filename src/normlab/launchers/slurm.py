@@ -282,11 +282,11 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
         UserError: at the end, if any run failed or has none.
     """
     failed: list[tuple[Job, str]] = []
-    with Display({job.run.name: job.cost for job in sweep.jobs}, quiet=sweep.quiet) as display:
+    with Display({job.key: job.cost for job in sweep.jobs}, quiet=sweep.quiet) as display:
         display.say(f"Waiting for {len(sweep.jobs)} runs. Ctrl-C leaves their jobs alone.")
         try:
             for job, status in _ends(sweep.jobs, display):
-                display.ended(job.run.name, status)
+                display.ended(job.key, status)
                 if status["state"] not in runs.FINISHED:
                     failed.append((job, one_line(status["error"])))
         except KeyboardInterrupt:
@@ -321,7 +321,7 @@ def _ends(jobs: Sequence[Job], display: Display) -> Iterator[tuple[Job, dict[str
                 yield job, {**status, "state": State.FAILED, "error": why}
             else:
                 if new.get("state") == State.RUNNING:
-                    display.news(status)
+                    display.news(job.key, status)
                 continue
             del left[folder]
         time.sleep(POLL_SECONDS if left else 0)

@@ -15,7 +15,7 @@ from normlab.runs.folder import (
     read_rows,
     read_status,
 )
-from normlab.runs.identity import completed, identity, run_id, run_name
+from normlab.runs.identity import completed, flatten, identity, run_id, run_name
 from normlab.runs.states import FINISHED, State
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "State",
     "completed",
     "find",
+    "flatten",
     "identity",
     "now",
     "probe_files",

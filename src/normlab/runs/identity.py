@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -89,6 +89,17 @@ def _section(model: "type[BaseModel]", group: str, kind: str, name: str) -> "typ
             if (kind if tag == "kind" else name) in get_args(section.model_fields[tag].annotation):
                 return section
     return None
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
+    """Return nested settings by their names on the command line: optimizer.lr; lists as JSON."""
+    flat: dict[str, Hashable] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, Hashable) else json.dumps(value)
+    return flat
 
 
 def run_id(config: Mapping[str, Any]) -> str:

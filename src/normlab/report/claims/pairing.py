@@ -13,7 +13,7 @@ import pandas as pd
 from normlab import runs
 from normlab.report.analysis.metrics import Metric, chance
 from normlab.report.claims.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Comparison, Side
-from normlab.report.study.arms import OF_THE_ARM, cell_key, flatten, natural
+from normlab.report.study.arms import OF_THE_ARM, cell_key, natural
 from normlab.report.study.load import Study
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 
@@ -113,7 +113,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Hashable]:
     """Return the settings that can change a result, but for the seed; norm_batch only where it is not the batch."""
     settings = {
         key: value
-        for key, value in flatten(runs.completed(config)).items()
+        for key, value in runs.flatten(runs.completed(config)).items()
         if key not in _NOT_COMPARED and key.partition(".")[0] not in _NOT_COMPARED
     }
     if settings.get("norm_batch") == settings["batch"]:

@@ -5,7 +5,6 @@ setting that varies makes tables of its own, so that no cell ever mixes two of t
 """
 
 import itertools
-import json
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -68,7 +67,7 @@ def cell_key(config: Mapping[str, Any]) -> Hashable:
 def flat_cells(configs: Iterable[Mapping[str, Any]]) -> dict[Hashable, dict[str, Hashable]]:
     """Return the flat settings that can change a result by `cell_key`: a study has far fewer cells than runs."""
     cells = {cell_key(config): config for config in configs}
-    return {cell: flatten(runs.completed(runs.identity(config))) for cell, config in cells.items()}
+    return {cell: runs.flatten(runs.completed(runs.identity(config))) for cell, config in cells.items()}
 
 
 def _beside_trained(flat: Sequence[Mapping[str, Hashable]]) -> list[Mapping[str, Hashable]]:
@@ -108,17 +107,6 @@ def natural(text: str) -> list[float | str]:
 
 def _rank(name: str) -> int:
     return KNOWN_ARMS.index(name) if name in KNOWN_ARMS else len(KNOWN_ARMS)
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
-    """Return nested settings by their names on the command line: optimizer.lr; lists as JSON."""
-    flat: dict[str, Hashable] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, Hashable) else json.dumps(value)
-    return flat
 
 
 def varying(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
