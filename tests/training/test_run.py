@@ -17,7 +17,7 @@ from normlab.common.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.data.datasets import load
-from normlab.training import checkpoint, engines, loop, setup, supervision, tasks
+from normlab.training import checkpoint, device, engines, loop, setup, supervision, tasks
 from normlab.training import run as training
 from normlab.training.record import Recorder
 from normlab.training.run import train_run
@@ -166,6 +166,26 @@ def test_a_resumed_run_keeps_its_number_of_threads(tiny, steps) -> None:
         train_run(config, resources=training.Resources(threads=1))
     train_run(config, resources=training.Resources(threads=2))
     assert json.loads((folder(config) / "provenance.json").read_text())["threads"] == 1
+
+
+def test_a_run_that_goes_on_under_other_circumstances_keeps_both(interrupted, steps, monkeypatch, capsys) -> None:
+    record = folder(interrupted) / "provenance.json"
+    before = json.loads(record.read_text())
+    steps.interrupt(interrupted, after=1)  # under the same: the next segment takes its place
+    assert "earlier" not in json.loads(record.read_text())
+    capsys.readouterr()
+
+    monkeypatch.setattr(device.checkout, "state", lambda: {"commit": "f00" * 10, "diff": ""})
+    made = json.loads(record.read_text()) | {"threads": 7, "versions": before["versions"] | {"numpy": "1.0"}}
+    record.write_text(json.dumps(made))
+    train_run(interrupted)
+    now = json.loads(record.read_text())
+    (earlier,) = now["earlier"]
+    assert earlier == made | {"until_step": 5}
+    assert now["git"]["commit"] == "f00" * 10
+    error = capsys.readouterr().err
+    for word in ("goes on under other circumstances", "f00f00f", "NumPy 1.0, then", "threads 7, then 1"):
+        assert word in error
 
 
 def linear(outputs: int):

@@ -30,6 +30,7 @@ from pydantic_core import PydanticCustomError
 from normlab.common.errors import UserError, nearest
 from normlab.common.registry import check_options, declarations, refuse_unknown
 from normlab.common.sentences import sentence, wrong
+from normlab.common.source import own_code
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
@@ -631,6 +632,13 @@ class RunConfig(_Section):
     def as_dict(self) -> dict[str, Any]:
         """Return plain values only, as they are kept in a run's `config.yaml`."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def own_code(self) -> dict[str, dict[str, Any]]:
+        """Return digests of the user's own code that the run is made of, by the setting that names it."""
+        named = {"norm._target_": self.norm.target}
+        if isinstance(self.model, CustomModelConfig):
+            named["model.target"] = self.model.target
+        return {setting: code for setting, dotted in named.items() if (code := own_code(dotted))}
 
     @property
     def starts_from_data(self) -> bool:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from normlab import runs
+from normlab.common import git
 from normlab.common.errors import InterruptedRunError, UserError
 from normlab.common.installation import command_name
 from normlab.common.progress import Display, outcome
@@ -92,6 +93,8 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
     shown = processes.rank == 0 and not finished
     with StopRequest() as stop, Display({run.name: 1.0}, quiet=config.quiet) if shown else nullcontext() as display:
         if display:
+            if git.problem():
+                display.say(git.problem())
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
             display.news(run.name, {})
         from normlab.training.distributed import process_group  # torch takes seconds to import

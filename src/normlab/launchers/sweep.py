@@ -10,6 +10,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from normlab import runs
+from normlab.common import git
 from normlab.common.errors import UserError
 from normlab.common.progress import Display, span
 from normlab.config import schema
@@ -122,6 +123,8 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
             sweep.finished[run.folder] = runs.read_status(run.folder) or {}
         else:
             sweep.jobs.append(Job(parsed, run, preflight.check(parsed, here=here), _state(run)))
+    if sweep.jobs and git.problem():
+        sweep.report(git.problem())
     return sweep
 
 

@@ -20,7 +20,7 @@ from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
 from normlab.report.study.find import find_studies, find_study
 from normlab.report.study.load import Study, load
-from normlab.report.study.provenance import Provenance, mixed_provenance, provenance_of
+from normlab.report.study.provenance import Provenance, continued, mixed_cells, mixed_provenance, provenance_of
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status
 from normlab.runs import files
@@ -56,7 +56,8 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         for suffix, text in render(table, chosen.name, provenance).items():
             _write(folder / f"{table.name}.{suffix}", text.encode())
     drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
-    warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options), *mixed_provenance(chosen)]
+    warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options)]
+    warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(chosen, made, shown, warnings).encode())
     html = html_page(chosen, made, judgements, drawings, metric, warnings)

@@ -12,6 +12,7 @@ from normlab.runs.folder import (
     read_config,
     read_metrics,
     read_probes,
+    read_provenance,
     read_rows,
     read_status,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "read_config",
     "read_metrics",
     "read_probes",
+    "read_provenance",
     "read_rows",
     "read_status",
     "run_id",

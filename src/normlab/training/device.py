@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import resource
+import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -119,8 +120,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
-    """Return where a result was made: versions, commit, command, machine, data."""
+def provenance(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """Return where a result is made: versions, commit, a user's own code, command, machine."""
     packages = ("torchvision", "hydra-core", "numpy")
     return {
         "versions": {
@@ -130,12 +131,13 @@ def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
             **{name: version(name) for name in packages},
         },
         "git": checkout.state(),
+        "own_code": config.own_code(),
         "command": sys.argv,
+        "host": socket.gethostname(),
         "platform": platform.platform(),
         "device": name_of(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "data_fingerprint": data_fingerprint,
     }
 
 

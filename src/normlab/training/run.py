@@ -105,7 +105,7 @@ def _train(
     if saved:
         resume.restore(state, saved, recorder.run)
         recorder.log.info("going on at epoch %d, batch %d", state.position.epoch + 1, state.position.batch)
-    recorder.start(state)
+    recorder.start(state, resumed=bool(saved))
     try:
         train(state, recorder, stop)
     except DivergedError as error:

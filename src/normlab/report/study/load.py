@@ -1,13 +1,12 @@
 """A study's records as tidy DataFrames: one row per run, one row per evaluation."""
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +212,7 @@ class _Records:
         """
         run = path.name
         self.configs[run] = _config(path)
-        self.provenance[run] = _provenance(path)
+        self.provenance[run] = runs.read_provenance(path)
         row["epochs"] = self.configs[run].get("epochs")
         for file in runs.probe_files(path):
             self.probes[file.stem][run] = self._columns(index, run, f"{runs.PROBES_FOLDER}/{file.name}")
@@ -338,17 +337,3 @@ def _imported(
             " Their initial weights and batches are not paired with others', their settings are not checked, and no"
             " verdict uses them."
         )
-
-
-def _provenance(path: RecordPath) -> dict[str, Any]:
-    """Return a run's provenance, or nothing: the report can do without."""
-    try:
-        return _parsed((path / runs.PROVENANCE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-@lru_cache(maxsize=256)
-def _parsed(text: bytes) -> dict[str, Any]:
-    value = json.loads(text)
-    return value if isinstance(value, dict) else {}
