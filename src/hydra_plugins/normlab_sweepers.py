@@ -49,6 +49,9 @@ class GridSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher that the configuration names."""
+        from normlab.config.hydra import refuse_folders
+
+        refuse_folders(config.hydra)
         self.hydra_context, self.config = hydra_context, config
         self.folder = Path(config.hydra.sweep.dir)
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(

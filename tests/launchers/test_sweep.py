@@ -104,3 +104,22 @@ def test_a_run_that_is_given_twice_is_one(tmp_path, command) -> None:
     code, out, error = command("train.py", "-m", "norm=bn,bn", "output_dir=a,./a", PLAN)
     assert code == 0, error
     assert "1 runs" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["pool", "basic", "joblib"])
+def test_relative_folders_are_those_of_where_the_command_began(tmp_path, launcher) -> None:
+    (tmp_path / "my_nets.py").write_text("from small import SmallNet as MyNet\n")
+    words = ("-m", "norm=bn,none", "hydra.job.chdir=true", f"hydra/launcher={launcher}", "output_dir=here")
+    code, _, error = run_command(tmp_path, "train.py", *words, *SMALL, "model.target=my_nets.MyNet")
+    assert code == 0, error
+    assert [status_of(folder)["state"] for folder in runs.find(tmp_path / "here" / "default")] == ["done"] * 2
+    assert {path.name for path in tmp_path.iterdir()} <= {"here", "my_nets.py", "__pycache__", "data"}
+
+
+@pytest.mark.parametrize("word", ["hydra.run.dir=a", "-m hydra.sweep.dir=a", "-m hydra.sweep.subdir=a"])
+def test_folders_of_hydra_are_refused_in_a_sentence(command, word) -> None:
+    code, _, error = command("train.py", *word.split(), "norm=bn")
+    assert code == 1
+    assert error.startswith(f"{word.split()[-1].partition('=')[0]} is not used")
+    assert "output_dir=..." in error

@@ -10,7 +10,13 @@ from omegaconf import DictConfig
 
 from normlab.common.errors import UserError
 from normlab.common.installation import CONF
-from normlab.config.hydra import exit_with_error, run_main, settings_of, take_command
+from normlab.config.hydra import (
+    exit_with_error,
+    run_main,
+    settings_of,
+    start_in_place,
+    take_command,
+)
 
 REPORT_COMMANDS = ("status", "claims", "results", "import", "pack")
 
@@ -35,6 +41,7 @@ def _train() -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def main(composed: DictConfig) -> float | None:
+        start_in_place()
         if command == "doctor":
             from normlab.cli import doctor
 
@@ -53,6 +60,7 @@ def _report() -> None:
     def main(composed: DictConfig) -> None:
         from normlab.report import Options, build, build_claims, build_results, pack_study, study_status
 
+        start_in_place()
         settings = settings_of(composed)
         study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
         names = [field.name for field in fields(Options)]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -31,6 +32,29 @@ def settings_of(composed: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def start_in_place() -> None:
+    """Go back to the folder where the command began, which Hydra has left with hydra.job.chdir=true.
+
+    Relative paths and a user's own modules then mean the same with every launcher.
+    """
+    os.chdir(HydraConfig.get().runtime.cwd)
+
+
+def refuse_folders(hydra: DictConfig) -> None:
+    """Refuse folders of Hydra's, in which nothing would be written.
+
+    Raises:
+        UserError: if hydra.run.dir, hydra.sweep.dir or hydra.sweep.subdir is given.
+    """
+    given = [str(word).partition("=")[0].lstrip("+") for word in hydra.overrides.hydra]
+    for name in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
+        if name in given:
+            raise UserError(
+                f"{name} is not used: a run's folder is named by its settings, and no other is made.\n"
+                "Choose where with output_dir=..., and the study's name with study=..."
+            )
 
 
 def run_main(main: Callable[[], Any]) -> NoReturn:

@@ -21,7 +21,7 @@ from normlab.common.errors import InterruptedRunError, UserError
 from normlab.common.installation import command_name
 from normlab.common.progress import Display, outcome
 from normlab.config import schema
-from normlab.config.hydra import exit_interrupted, exit_with_error, settings_of
+from normlab.config.hydra import exit_interrupted, exit_with_error, refuse_folders, settings_of
 from normlab.launchers import preflight
 from normlab.training.distributed.processes import Processes, find
 from normlab.training.interrupt import StopRequest
@@ -36,6 +36,7 @@ def run(composed: DictConfig) -> float | None:
     """
     processes, mode = Processes(), HydraConfig.get().mode
     try:
+        refuse_folders(HydraConfig.get())
         processes = find()
         if processes.world > 1:
             # torchrun sends it to those that are left once a process has ended: each ends with a status of its own.
