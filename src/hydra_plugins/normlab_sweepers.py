@@ -64,7 +64,10 @@ class GridSweeper(Sweeper):
         if not isinstance(self.launcher, SweepLauncher):  # which composes every run itself before any starts
             self.validate_batch_is_legal(runs)
         self.folder.mkdir(parents=True, exist_ok=True)  # as Hydra's own sweeper does
-        return [self.launcher.launch(runs, initial_job_idx=0)]
+        results = self.launcher.launch(runs, initial_job_idx=0)
+        for result in results:
+            result.return_value  # noqa: B018  # which raises the error of a run that failed
+        return [results]
 
     def runs(self, arguments: Sequence[str]) -> list[list[str]]:
         """Return the overrides of each run, each run once.

@@ -26,6 +26,7 @@ def own_code(dotted: str) -> dict[str, Any] | None:
     """Return digests of the code behind a dotted path, or None if it is installed, normlab's or cannot be read.
 
     Returns:
+        object: the dotted path.
         code: SHA-256 of all definitions that the object uses, directly and through what they use, comments left out.
         modules: SHA-256 of each module's file that has some of them, by its dotted name.
     """
@@ -42,7 +43,7 @@ def _own_code(dotted: str, folder: Path) -> dict[str, Any] | None:
         return None
     modules = {name: found.sha256 for name, found in sorted(walk.modules.items()) if found}
     code = hashlib.sha256("\n".join(sorted(walk.parts)).encode()).hexdigest()
-    return {"code": code, "modules": modules} if modules else None
+    return {"object": dotted, "code": code, "modules": modules} if modules else None
 
 
 def changed_modules(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ def start_in_place() -> None:
     os.chdir(HydraConfig.get().runtime.cwd)
 
 
-def refuse_folders(hydra: DictConfig) -> None:
+def refuse_folders(hydra: Any) -> None:
     """Refuse folders of Hydra's, in which nothing would be written.
 
     Raises:

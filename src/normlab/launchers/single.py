@@ -23,6 +23,7 @@ from normlab.common.progress import Display, outcome
 from normlab.config import schema
 from normlab.config.hydra import exit_interrupted, exit_with_error, refuse_folders, settings_of
 from normlab.launchers import preflight
+from normlab.launchers.unchanged import Unchanged
 from normlab.training.distributed.processes import Processes, find
 from normlab.training.interrupt import StopRequest
 
@@ -75,6 +76,7 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
     run = runs.Run(config.as_dict())
     finished = run.over
     if finished and processes.world == 1:
+        Unchanged().check(run, config)
         status = runs.read_status(run.folder) or {}
     else:  # the first process decides for all whether the run is finished: a file server may show it to others later
         status = _train(config, run, processes, finished)

@@ -17,6 +17,7 @@ from normlab.config import schema
 from normlab.data.inventory import Inventory
 from normlab.launchers import preflight
 from normlab.launchers.composing import compose
+from normlab.launchers.unchanged import Unchanged
 from normlab.runs import State
 from normlab.runs.lock import holder
 
@@ -112,6 +113,7 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
     """
     sweep = Sweep(quiet=config.get("quiet") is True)
     known: dict[Path, runs.Run] = {}
+    unchanged = Unchanged()
     for settings in compose(context.config_loader, config, overrides):
         parsed = schema.parse(settings)
         run = runs.Run(parsed.as_dict())
@@ -120,6 +122,7 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
         if other is not run:
             _require_same(run, other)
         elif run.over:
+            unchanged.check(run, parsed)
             sweep.finished[run.folder] = runs.read_status(run.folder) or {}
         else:
             sweep.jobs.append(Job(parsed, run, preflight.check(parsed, here=here), _state(run)))

@@ -31,9 +31,11 @@ def circumstances(made: Mapping[str, Any]) -> dict[str, str]:
     """Return what can change a result although no setting says so, in words, as far as it is recorded."""
     versions, own = made.get("versions"), made.get("own_code")
     own = own if isinstance(own, Mapping) else {}
-    found = {"code": code(made)}
+    found = {}
     if isinstance(versions, Mapping):
-        found |= {word: str(versions[name]) for name, word in _VERSIONS.items() if name in versions}
+        found = {"code": code(made)} | {
+            word: str(versions[name]) for name, word in _VERSIONS.items() if name in versions
+        }
     found |= {name: str(made[name]) for name in _FACTS if name in made}
     codes = {name: own[name].get("code") for name in OWN_CODE if isinstance(own.get(name), Mapping)}
     return found | {name: f"code {str(digest)[:7]}" for name, digest in codes.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab import loggers, runs
+from normlab.data.recorded import image_files
 from normlab.runs import files, provenance
 from normlab.training import checkpoint, device
 from normlab.training.state import TrainingState
@@ -42,8 +43,10 @@ class Recorder:
             self._logger.begin(runs.read_metrics(self.run.folder)[0])
 
     def _write_provenance(self, state: TrainingState, *, resumed: bool) -> None:
+        images = image_files(state.config)
         now = {
             **device.provenance(state.config, state.device),
+            "data": images.describe() if images else None,
             "data_fingerprint": state.data.fingerprint,
             "processes": state.group.world,
             "memory_format": state.memory_format,

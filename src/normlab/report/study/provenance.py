@@ -126,7 +126,7 @@ def _code(made: dict[str, Any]) -> str:
     if not isinstance(made.get("versions"), dict):
         return made_by.UNKNOWN
     found = made_by.circumstances(made)
-    return ", ".join([found["code"], *(f"torch {found[name]}" for name in ("torch",) if name in found)])
+    return found["code"] + (f", torch {found['torch']}" if "torch" in found else "")
 
 
 def _hardware(made: dict[str, Any]) -> str:
