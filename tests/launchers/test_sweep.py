@@ -123,3 +123,29 @@ def test_folders_of_hydra_are_refused_in_a_sentence(command, word) -> None:
     assert code == 1
     assert error.startswith(f"{word.split()[-1].partition('=')[0]} is not used")
     assert "output_dir=..." in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (("norm=bn,in", "batch=20"), "does not fit resnet with norm=in"),
+        (("norm=none,bn", "batch=32,13"), "A batch of 1 image of 8x8 pixels, the last of an epoch"),
+        (
+            ("norm=bn,gn", "model=cifar_resnet", "depth=20", "batch=20"),
+            "norm.groups=32 does not divide the 16 channels",
+        ),
+        (
+            ("batch=20", "norm=in", "model=custom", "model.target=small.SmallResNet", "dataset.image_size=2"),
+            "with norm=in",
+        ),
+    ],
+)
+def test_a_network_that_does_not_take_its_batches_is_refused_before_any_run_begins(tmp_path, words, cause) -> None:
+    code, _, error = run_command(
+        tmp_path, "train.py", "-m", *words, "dataset.train_size=40", "dataset.test_size=10", "device=cpu"
+    )
+    assert code == 1
+    assert cause in error
+    assert "starting" not in error
+    assert runs.find(tmp_path / "outputs" / "default") == []

@@ -42,9 +42,7 @@ def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[flo
         UserError: for a number out of range; at the end, if any run failed.
     """
     sweep.report_skipped()
-    for job in sweep.jobs:
-        job.run.freeze()
-    failed = train_jobs(sweep.jobs, slots, per_gpu, pack) if sweep.jobs else []
+    failed = train_jobs(sweep.jobs, slots, per_gpu, pack, check=True) if sweep.jobs else []
     if failed:
         raise UserError(f"{len(failed)} of {len(sweep)} runs failed. The same command tries them again.")
     return sweep.results()
@@ -145,6 +143,17 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
         return {"state": State.FAILED, "error": described(error), "crashed": True}
 
 
+def check_networks(jobs: Sequence[Job]) -> None:
+    """Check that the networks of runs take their batches, in a worker.
+
+    Raises:
+        UserError: for the first that does not.
+    """
+    from normlab.training import shapes  # imports torch, as the runs will
+
+    shapes.check_sweep([(job.config, job.data) for job in jobs])
+
+
 def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int = 1) -> list[Worker]:
     """Return `slots` workers, or `per_gpu` for each GPU, or one per CPU core; no more than jobs, and the cores shared.
 
@@ -184,12 +193,20 @@ def _unshared(job: Job) -> str:
     return job.key if streamed or job.config.engine == "compile" else ""
 
 
-def train_jobs(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1) -> list[tuple[Job, str]]:
+def train_jobs(
+    jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1, *, check: bool = False
+) -> list[tuple[Job, str]]:
     """Train all jobs, several at a time; list those that were not finished, and return them with the reason.
 
     Runs that run out of memory beside others are tried again with a device to themselves.
 
+    Args:
+        jobs: what is left to train.
+        slots, per_gpu, pack: how many at a time.
+        check: whether to check first that each network takes its batches.
+
     Raises:
+        UserError: for a number out of range; for a network that does not, before any run has a folder.
         KeyboardInterrupt: after a request to stop (any of `SIGNALS`), once the runs under way wrote their checkpoints;
             at once after a second one.
     """
@@ -199,11 +216,15 @@ def train_jobs(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, 
         where = "GPU" if workers[0].device != "cpu" else "CPU"
         threads = jobs[0].config.threads or workers[0].threads
         number = min(len(jobs), sum(worker.pack for worker in workers))
+        pool = _Pool(workers, display, output)
+        if check:
+            pool.check(jobs)
         display.say(
             f"Runs to train: {len(jobs)}, {number} at a time ({where}, threads of each: {threads})."
             " Ctrl-C stops after a checkpoint."
         )
-        pool = _Pool(workers, display, output)
+        for job in jobs:
+            job.run.freeze()
         pool.train(jobs)
         failed = pool.failed
         if pool.crowded:
@@ -250,6 +271,26 @@ class _Pool:
         self._shared = {device for device, number in runs_of.items() if number > 1}
         self._active: dict[Future[list[Status]], tuple[Worker, list[Job]]] = {}
         self._ended: set[str] = set()  # keys of jobs
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Check in all workers that the networks take their batches.
+
+        Raises:
+            UserError: for the first that does not.
+        """
+        share = -(-len(jobs) // len(self._workers))
+        try:
+            checks = [
+                worker.submit(check_networks, jobs[number * share : (number + 1) * share])
+                for number, worker in enumerate(self._workers)
+            ]
+            for future in checks:
+                with contextlib.suppress(BrokenProcessPool):  # for want of memory, say: the runs will tell
+                    future.result()
+        except BaseException:
+            for worker in self._workers:
+                worker.close(wait=False)
+            raise
 
     def train(self, jobs: Sequence[Job]) -> None:
         """Train all jobs."""

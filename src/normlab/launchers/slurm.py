@@ -22,11 +22,13 @@ from typing import Any, Self
 from pydantic import BaseModel, StrictBool, ValidationError, model_validator
 
 from normlab import runs
+from normlab.common.cpu import cores
 from normlab.common.errors import UserError
 from normlab.common.installation import command_name
 from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
 from normlab.config.schema import Count, Positive, Whole
+from normlab.launchers.pool import Worker, check_networks
 from normlab.launchers.sweep import Job, Sweep, list_failures
 from normlab.runs import State, files
 
@@ -139,6 +141,11 @@ def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
             f" (job {', '.join(sorted(arrays))}) and not submitted again."
         )
     if unsubmitted:
+        worker = Worker("cpu", cores())
+        try:
+            worker.submit(check_networks, unsubmitted).result()
+        finally:
+            worker.close()
         arrays.add(_submit(unsubmitted, needs, sweep.report))
     if needs.wait:
         _wait_for(sweep, arrays)
