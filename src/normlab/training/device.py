@@ -120,8 +120,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def provenance(config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Return where a result is made: versions, commit, a user's own code, command, machine."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Return where a result is made: versions, commit, command, machine."""
     packages = ("torchvision", "hydra-core", "numpy")
     return {
         "versions": {
@@ -131,7 +131,6 @@ def provenance(config: RunConfig, device: torch.device) -> dict[str, Any]:
             **{name: version(name) for name in packages},
         },
         "git": checkout.state(),
-        "own_code": config.own_code(),
         "command": sys.argv,
         "host": socket.gethostname(),
         "platform": platform.platform(),

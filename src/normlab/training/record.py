@@ -45,7 +45,8 @@ class Recorder:
     def _write_provenance(self, state: TrainingState, *, resumed: bool) -> None:
         images = image_files(state.config)
         now = {
-            **device.provenance(state.config, state.device),
+            **device.provenance(state.device),
+            "own_code": state.config.own_code(),
             "data": images.describe() if images else None,
             "data_fingerprint": state.data.fingerprint,
             "processes": state.group.world,
