@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from normlab import runs
-from normlab.common.errors import UserError, did_you_mean, listed, storage_error
+from normlab.common.errors import UserError, did_you_mean, exact, listed, storage_error
 from normlab.common.installation import command_name
 from normlab.common.sentences import sentence
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
@@ -452,7 +452,7 @@ def _scale(rows: pd.DataFrame, *, percent: bool) -> None:
             wrong = values
         if not wrong.empty:
             raise UserError(
-                f"{wrong.index[0]}: {column}={wrong.iloc[0]:g} is not valid with percent={str(percent).lower()}.\n"
+                f"{wrong.index[0]}: {column}={exact(wrong.iloc[0])} is not valid with percent={str(percent).lower()}.\n"
                 "Expected percent=true for accuracies in per cent, from 1 to 100; percent=false for shares of 1."
             )
         rows[column] /= 100 if percent else 1
@@ -507,7 +507,7 @@ def _state(rows: pd.DataFrame, evaluations: Sequence[Mapping[str, Any]], title: 
     if end["epoch"] < epochs:
         cut = f"epoch {epochs}"
     elif end["step"] < last_step:
-        cut = f"step {last_step:g}"
+        cut = f"step {last_step:.0f}"
     lost = any(not math.isfinite(end.get(loss, 0)) for loss in LOSSES)
     states = rows.sort_values(["epoch", "step"])["state"].dropna()
     stated = states.iloc[-1] if len(states) else None

@@ -157,6 +157,12 @@ def test_an_accuracy_is_reached_at_the_first_evaluation_that_shows_it(add_run, t
     assert (texts["95 %"], texts["99 %"]) == ("3.0 (1 of 2)", "not reached")
 
 
+def test_thresholds_that_are_near_each_other_have_columns_of_their_own(add_run, tables):
+    add_run(accuracies=(0.9999997, 0.9, 1.0))
+    texts = texts_of(tables(thresholds=(0.07, 0.9999995, 0.9999999))["epochs_to_accuracy"])["digits, resnet18"]
+    assert texts[["7 %", "99.99995 %", "99.99999 %"]].iloc[0].tolist() == ["1.0", "1.0", "3.0"]
+
+
 def test_runs_without_accuracies_are_compared_by_their_loss(add_run, add_losses, study, tables):
     add_losses("none", (1.0, 1 / 2, 1 / 3))
     assert metric_of(load(study).evaluations) == LOSS

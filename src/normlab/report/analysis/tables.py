@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from normlab.common.errors import exact, per_cent
 from normlab.report.analysis import cells, frames
 from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, grids, lists
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
@@ -54,7 +55,7 @@ class _Summary:
 
     def texts(self, name: str, **words: object) -> dict[str, str]:
         """Return title and caption of a table."""
-        metric, percent = self.metric, f"{100 * self.confidence:g} %"
+        metric, percent = self.metric, f"{per_cent(self.confidence)} %"
         seeds = "seeds" if self.complete() else "the n seeds whose run is done"
         return _texts(
             name,
@@ -185,7 +186,7 @@ def _reached_table(summary: _Summary, kind: str, decimals: int) -> Table:
             return "not reached" if row.done else NOTHING
         return cells.with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
 
-    headings = {f"{kind}_to_{t:g}": f"{100 * t:g} %" for t in summary.thresholds}
+    headings = {f"{kind}_to_{exact(t)}": f"{per_cent(t)} %" for t in summary.thresholds}
     tidy = summary.of(*headings)
     name = f"{kind}_to_accuracy"
     rows = lists(tidy, headings, text, dict.fromkeys(headings, False))
@@ -250,6 +251,6 @@ def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]
         {name: metric.heading for name, metric in metrics.items()},
         lambda row: cells.with_geometric_interval(row) if metrics[row.quantity].log else cells.with_interval(row, None),
     )
-    words = _texts("words", percent=f"{100 * confidence:g} %")
+    words = _texts("words", percent=f"{per_cent(confidence)} %")
     texts = _texts(f"probe_{probe}", **words)
     yield Table(f"probe_{probe}", **texts, tidy=tidy, rows=rows, runs=list(measured["run"]))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
+from normlab.common.errors import per_cent
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import outcomes
 from normlab.report.analysis.metrics import Metric
@@ -51,7 +52,7 @@ def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas:
     common = f"{common_setting(study)}. ".removeprefix(". ")
     theme = Theme(styles(arrange(study, study.placed)["variant"]), canvas)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
-    words: dict[str, Any] = {"percent": 100 * confidence, "label": metric.label}
+    words: dict[str, Any] = {"percent": per_cent(confidence), "label": metric.label}
     words |= {"compared": metric.full_label.capitalize(), "images": metric.images.capitalize()}
     parts = {name: part.format(**words) for name, part in _CAPTIONS["parts"].items()}
     for prefix, kinds in (

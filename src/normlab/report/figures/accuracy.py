@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from normlab.common.errors import exact
 from normlab.report.analysis.frames import CELL
 from normlab.report.analysis.metrics import Metric
 from normlab.report.figures.panels import (
@@ -79,7 +80,7 @@ def learning_curves(panels: Sequence[Panel], metric: Metric, theme: Theme, x: st
         ticks(ax, panel.rows[x], 5)
     limit(axes[0][0], "y", every[shown].melt()["value"] * metric.scale, share=metric.unit == "%")
     per_epoch = (every["step"] / every["epoch"]).dropna().unique()
-    steps = f" ({per_epoch[0]:g} per epoch)" if len(per_epoch) == 1 and per_epoch[0] > 1 else ""
+    steps = f" ({exact(per_epoch[0])} per epoch)" if len(per_epoch) == 1 and per_epoch[0] > 1 else ""
     figure.supxlabel(f"training step{steps}" if x == "step" else x)
     figure.supylabel(metric.axis_label.removeprefix(f"{metric.images} ") if len(shown) > 1 else metric.axis_label)
     return figure
@@ -294,7 +295,7 @@ def against_option(panels: Sequence[Panel], finals: Finals, canvas: Canvas) -> F
             of_line = rows[rows["line"] == name].sort_values("x")
             estimates(Axis(ax, "x", at), of_line, finals.values, of_lines[name])
         ax.set_xscale("log" if logarithmic else "linear")
-        ax.set_xticks(places, labels=[f"{x:g}" for x in places])
+        ax.set_xticks(places, labels=[exact(x) for x in places])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(rows["x_name"].iloc[0])
         ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
@@ -320,7 +321,7 @@ def option_panels(study: Study, tidy: pd.DataFrame) -> list[Panel]:
             if not 1 <= len(varied) <= 2 or counts.iloc[0] < 3:
                 continue
             table = table.dropna(subset=varied)
-            line = [f"{varied[1]}={value:g}" for value in table[varied[1]]] if len(varied) > 1 else ""
+            line = [f"{varied[1]}={exact(value)}" for value in table[varied[1]]] if len(varied) > 1 else ""
             placed = rows.loc[table.index].assign(x=table[varied[0]], line=line, x_name=varied[0])
             panels.append(Panel(f"{name}, {condition} ({n_seeds(rows)})", placed))
     return panels

@@ -174,7 +174,7 @@ def _along_the_layers(panels: Sequence[Panel], column: str, label: str, canvas: 
         ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
         ticks(ax, panel.rows["position"])
     limit(axes[0], "y", every[column])
-    more: list[Artist] = [Line2D([], [], color=color, label=f"step {step:g}") for step, color in colors.items()]
+    more: list[Artist] = [Line2D([], [], color=color, label=f"step {step:.0f}") for step, color in colors.items()]
     if (every["state"] == "diverged").any():
         more.append(Line2D([], [], color="0.4", ls=":", label="before a divergence"))
     figure.supxlabel("layer, in the order of execution")
@@ -229,7 +229,7 @@ def _ridges(panels: Sequence[Panel], theme: Theme) -> Figure:
                 ax.step(ridge[0], top, where="mid", color=color, lw=0.7, zorder=2 + i)
         ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
         ax.grid(visible=False, axis="y")
-    axes[0].set_yticks(range(len(steps)), labels=[f"{step:g}" for step in reversed(steps)])
+    axes[0].set_yticks(range(len(steps)), labels=[f"{step:.0f}" for step in reversed(steps)])
     axes[0].set_ylim(-0.2, len(steps) + 0.8)
     axes[0].set_xlim(*_support([ridge for ridges in densities for ridge in ridges if ridge]))
     figure.supxlabel("value of the sampled activation")
