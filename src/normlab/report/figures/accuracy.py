@@ -21,6 +21,7 @@ from normlab.report.figures.panels import (
     Panel,
     Theme,
     by_variant,
+    common,
     grid,
     multiples,
     n_seeds,
@@ -111,7 +112,7 @@ def train_against_test(panels: Sequence[Panel], metric: Metric, theme: Theme) ->
         ax.axline((1, 1), (2, 2), color="0.6", lw=0.7, ls="--", zorder=1)
         for arm, rows in by_variant(panel.rows):
             style = theme.styles[arm]
-            path = rows.groupby("epoch")[pair].mean() * metric.scale
+            path = common(rows, ["epoch"], pair).groupby("epoch")[pair].mean() * metric.scale
             ends = rows[rows["epoch"] == rows["epoch"].max()][pair] * metric.scale
             ax.plot(*path.to_numpy().T, color=style.color, lw=0.9, alpha=0.8)
             ax.plot(*ends.to_numpy().T, color=style.color, marker=style.marker, ls="none", zorder=3)

@@ -22,6 +22,7 @@ from normlab.report.figures.panels import (
     Panel,
     Theme,
     by_variant,
+    common,
     grid,
     n_seeds,
     ordered,
@@ -93,7 +94,7 @@ def _trend_figure(page: Sequence[Panel], quantities: Mapping[str, str], theme: T
 def _band(ax: Axes, rows: pd.DataFrame, x: str, name: str, style: Style, scale: float) -> None:
     """Fill from the mean of the low to the mean of the high ends over the done seeds; ends of diverged runs: dotted."""
     low, high = f"{name}_low", f"{name}_high"
-    done = scale * rows[rows["state"] == "done"].groupby(x)[[low, high]].mean()
+    done = scale * common(rows[rows["state"] == "done"], [x], [low, high]).groupby(x)[[low, high]].mean()
     ax.fill_between(done.index, done[low], done[high], color=style.color, alpha=0.25, lw=0)
     for end in (low, high):
         trend(ax, rows, x, end, style, scale, marker="", lw=0.6)
@@ -161,7 +162,7 @@ def _along_the_layers(panels: Sequence[Panel], column: str, label: str, canvas: 
     across = canvas.columns(len(panels))
     figure, axes = grid(len(panels), across, canvas)
     for ax, panel in zip(axes, panels, strict=True):
-        done = panel.rows[panel.rows["state"] == "done"]
+        done = common(panel.rows[panel.rows["state"] == "done"], ["step", "position"], [column])
         for step in steps:
             curve = done[done["step"] == step].groupby("position")[column].agg(["mean", "min", "max"])
             if len(curve):
