@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 
 from normlab import runs
-from normlab.common.errors import UserError, first_line
-from normlab.report.study.arms import Place, cell_key, flat_cells, places, varying
+from normlab.common.errors import UserError, first_line, listed
+from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, places, varying
 from normlab.report.study.columns import Columns, tidy
 from normlab.report.study.find import find_study, packed_name
 from normlab.report.study.index import Index
@@ -326,15 +326,17 @@ def _gaps(have: Collection[Place]) -> Iterator[Place]:
 def _imported(
     table: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield a sentence per arm and source that is not of our own training."""
-    sources = Counter(
-        (arm, (provenance[run].get("imported") or {}).get("source", "an unknown source"))
-        for run, arm in zip(table["run"], table["arm"], strict=True)
-        if run in configs and configs[run]["norm"].get("imported")
-    )
-    for (arm, source), number in sources.items():
+    """Yield a sentence per source that is not of our own training."""
+    sources: dict[str, Counter[str]] = defaultdict(Counter)
+    for run, arm in zip(table["run"], table["arm"], strict=True):
+        if run in configs and configs[run]["norm"].get("imported"):
+            imported = provenance[run].get("imported")
+            source = imported.get("source") if isinstance(imported, Mapping) else None
+            sources[str(source or "an unknown source")][arm] += 1
+    for source, arms in sources.items():
+        who, number = f"Arm{'s' * (len(arms) > 1)} {listed(in_order(arms), 3)}", arms.total()
         yield (
-            f"Arm {arm}: {number} run{'s were' if number > 1 else ' was'} made elsewhere and imported from {source}."
+            f"{who}: {number} run{'s were' if number > 1 else ' was'} made elsewhere and imported from {source}."
             " Their initial weights and batches are not paired with others', their settings are not checked, and no"
             " verdict uses them."
         )
