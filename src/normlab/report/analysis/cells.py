@@ -102,7 +102,7 @@ def with_geometric_interval(row: Any) -> str:
 
 def _format(size: float) -> str:
     """Return the format of three or four digits of numbers up to `size`: 0.123, 1.234, 12.34, 1,234; 1.23e+07."""
-    exponent = math.floor(math.log10(size)) if size > 0 else 0
+    exponent = math.floor(math.log10(size)) if 0 < size < math.inf else 0
     if not -4 <= exponent < 7:
         return ".3g"
     return f",.{max((3 if exponent >= 0 else 2) - exponent, 0)}f"

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from normlab.common.errors import UserError, did_you_mean
+from normlab.report.study.columns import as_numbers
 
 FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
@@ -109,7 +110,7 @@ def chance(config: Mapping[str, Any], classes: float = math.nan) -> float:
         classes: number of classes as the run recorded it, nan if it did not.
     """
     dataset = config["dataset"]
-    classes = classes if classes > 0 else CLASSES.get(dataset.get("kind", dataset.get("name")), math.nan)
+    classes = classes if classes > 0 else CLASSES.get(str(dataset.get("kind", dataset.get("name"))), math.nan)
     return 0.0 if math.isnan(classes) else 100.0 / classes
 
 
@@ -155,7 +156,7 @@ def _trained(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _column(rows: pd.DataFrame, name: str) -> Values:
     """Return a column as float64; nan where it was not measured."""
-    return np.asarray(rows[name] if name in rows else np.full(len(rows), math.nan), dtype=float)
+    return np.asarray(as_numbers(rows[name]) if name in rows else np.full(len(rows), math.nan), dtype=float)
 
 
 def _ratio(column: str, to: str) -> Callable[[pd.DataFrame], Values]:
@@ -202,7 +203,8 @@ def _log_last(values: Values) -> float:
 
 def _mean(values: Values) -> float:
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers near the largest: infinite
+        return float(known.mean()) if len(known) else math.nan
 
 
 def _mean_log(values: Values) -> float:
@@ -212,7 +214,8 @@ def _mean_log(values: Values) -> float:
 
 def _median_log(values: Values) -> float:
     """Return the logarithm of the median; what is not a number (a loss that overflowed) counts as infinite."""
-    return _log(float(np.median(np.where(np.isnan(values), math.inf, values)))) if len(values) else math.nan
+    with np.errstate(over="ignore"):
+        return _log(float(np.median(np.where(np.isnan(values), math.inf, values)))) if len(values) else math.nan
 
 
 def _log_growth(values: Values) -> float:

@@ -250,7 +250,8 @@ def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]
     measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
     tidy = frames.summarize(measured, values, list(metrics), confidence)
     logs = tidy["quantity"].isin([name for name, metric in metrics.items() if metric.log])
-    tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
+    with np.errstate(over="ignore"):  # a wide interval's end: infinite
+        tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
     shown = lists(
         tidy,
         {name: metric.heading for name, metric in metrics.items()},

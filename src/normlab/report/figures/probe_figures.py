@@ -3,6 +3,7 @@
 Each takes the rows of one probe in finished runs, arranged by `panels.arrange`, and gives one figure or several.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -34,7 +35,13 @@ from normlab.report.figures.panels import (
     wrapped,
 )  # fmt: skip
 from normlab.report.figures.style import Canvas, Style, handles, legend, limit
+from normlab.report.study.columns import as_numbers
 
+_NUMBERS = (
+    *("position", "l2", "cosine", "loss_low", "loss_high", "predictiveness_low", "predictiveness_high", "beta"),
+    *("eigenvalue", "mean", "variance", "large", "large_normalised", "output_norm", "norm"),
+    *("scale_start", "scale_drift", "shift_drift"),
+)  # columns of our probes that a record may lack, or hold something else in
 Make = Callable[[pd.DataFrame, Theme], Iterator[Drawing]]
 Density = tuple[np.ndarray, np.ndarray]  # middles of the bins, and the share of values in each, per unit of the axis
 
@@ -43,7 +50,14 @@ def figures(probes: Mapping[str, pd.DataFrame], theme: Theme) -> Iterator[tuple[
     """Yield each kind of figure that the rows of these probes allow, with its pages."""
     for probe, kind, make in _FIGURES:
         if probe in probes and len(probes[probe]):
-            yield kind, make(probes[probe], theme)
+            yield kind, make(_whole(probes[probe]), theme)
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with the columns that figures take for granted, nan where nothing was measured."""
+    odd = [name for name in _NUMBERS if name not in rows or rows[name].dtype == object]
+    rows = rows.assign(**{name: as_numbers(rows[name]) if name in rows else math.nan for name in odd})
+    return rows if "layer" in rows else rows.assign(layer="")
 
 
 def _trends(scale: float = 1.0, **quantities: str) -> Make:

@@ -209,7 +209,7 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return exact(value)
     text = str(as_typed(value))
-    return json.dumps(text) if isinstance(value, str) and _reads_as_another(text) else text
+    return f'"{text}"' if isinstance(value, str) and _reads_as_another(text) else text
 
 
 def _reads_as_another(text: str) -> bool:
