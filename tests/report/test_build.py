@@ -220,6 +220,7 @@ ODD = [  # what a record may hold that our runs do not write: file, its part, th
     ("config.yaml", "seed", 10**20),
     ("config.yaml", "dataset", {"name": "digits", "kind": ["digits"]}),
     ("status.json", "peak_memory_bytes", "1e999"),
+    ("provenance.json", "versions", {"torch": [2], "normlab": "0.2.0"}),
     ("probes/activations.jsonl", "layer", [1]),
     ("probes/activations.jsonl", "position", ...),
     ("probes/activations.jsonl", "position", [1, 2]),
@@ -244,6 +245,7 @@ def test_an_odd_record_costs_its_own_value_or_its_own_run_at_most(add_run, add_p
                 del row[key]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     build("study", study.parent, figures=False)
+    assert report.pack_study("study", study.parent, quiet=True).exists()
     text = (study / "report" / "accuracy.md").read_text()
     [line] = [line for line in text.splitlines() if re.match(r"\| none ", line)]
     assert "90.0 ± 0.0 (n=2)" in line.replace("*", "")

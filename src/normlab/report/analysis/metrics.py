@@ -222,7 +222,7 @@ def _log_growth(values: Values) -> float:
     """Return the logarithm of the last value over the first."""
     if not len(values) or not values[0] > 0 or not values[-1] > 0:
         return math.nan
-    return math.log(values[-1] / values[0])
+    return _log(float(values[-1]) / float(values[0]))
 
 
 def _drops(values: Values) -> float:
