@@ -3,6 +3,7 @@
 import difflib
 import errno
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 
@@ -74,6 +75,17 @@ def as_typed(value: object) -> object:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else value
+
+
+def exact(number: float) -> str:
+    """Return a number as short as `%g` has it where that is the same number, else in all its digits."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
+
+
+def per_cent(share: float) -> str:
+    """Return a share of 1 as an exact number of per cent: 95 for 0.95, though 100 * 0.07 is not 7."""
+    return f"{(100 * Decimal(repr(share))).normalize():f}"
 
 
 def not_one_of(path: str, value: object, choices: Iterable[str]) -> str:

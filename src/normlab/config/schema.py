@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, exact, nearest
 from normlab.common.registry import check_options, declarations, refuse_unknown
 from normlab.common.sentences import sentence, wrong
 from normlab.common.source import own_code
@@ -555,7 +555,7 @@ class RunConfig(_Section):
             raise wrong("input_norm=bn normalizes images, and a regression has none.\nUse input_norm=none.")
         if self.label_smoothing:
             raise wrong(
-                f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
+                f"label_smoothing={exact(self.label_smoothing)} is about classes, and a regression has none.\n"
                 "Use label_smoothing=0."
             )
         if isinstance(self.sampler, Paired):
@@ -608,7 +608,7 @@ class RunConfig(_Section):
     def _check_warmup(self) -> Self:
         if self.schedule.warmup_epochs >= self.epochs:
             raise wrong(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs="
+                f"schedule.warmup_epochs={exact(self.schedule.warmup_epochs)} leaves nothing of epochs="
                 f"{self.epochs}.\nUse a shorter warm-up or more epochs.",
             )
         return self

@@ -52,7 +52,7 @@ def _vgg(model: schema.VGGConfig, depth: int, num_classes: int, image_size: int)
     make = getattr(torchvision.models, f"vgg{depth}_bn")
     if (model.head or ("small" if image_size <= schema.SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
         if model.width != 1:
-            raise UserError(f"model.width={model.width:g} needs model.head=small: the large head takes 512 filters.")
+            raise UserError(f"model.width={model.width} needs model.head=small: the large head takes 512 filters.")
         network: nn.Module = make(weights=None, num_classes=num_classes)
         return network
     with torch.device("meta"):  # the large head would be 120 million numbers drawn and thrown away

@@ -86,8 +86,8 @@ class Options:
         for name, (is_valid, expected) in _EXPECTED.items():
             if not is_valid(getattr(self, name)):
                 self._refuse(name, expected)
-        if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
-            raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same, to six digits.")
+        if len(set(self.thresholds)) < len(self.thresholds):
+            raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 names = ["null" if choice is None else choice for choice in choices]

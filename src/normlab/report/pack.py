@@ -225,7 +225,8 @@ def _software(study: Study) -> list[dict[str, Any]]:
     found: dict[tuple[Any, Any], None] = {("normlab", __version__): None}
     for made in itertools.chain.from_iterable(map(segments, study.provenance.values())):
         versions = made.get("versions")
-        found |= dict.fromkeys(sorted(versions.items()) if isinstance(versions, dict) else ())
+        known = versions.items() if isinstance(versions, dict) else ()
+        found |= dict.fromkeys(sorted((name, version) for name, version in known if isinstance(version, str)))
     return [
         {
             "@id": f"#{quote(f'{name}-{version}')}",

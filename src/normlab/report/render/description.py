@@ -77,9 +77,9 @@ def _protocol(study: Study) -> Iterator[str]:
         yield f"{name}: {_either(values)}"
 
 
-def _group(group: Mapping[str, Any] | None) -> str:
-    if not group:
-        return "n/a"
+def _group(group: object) -> str:
+    if not isinstance(group, Mapping):
+        return "n/a" if group is None else str(group)
     options = ", ".join(f"{key}={value}" for key, value in group.items() if key != "name")
     return f"{group.get('name')} ({options})" if options else str(group.get("name"))
 

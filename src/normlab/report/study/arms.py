@@ -11,6 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from normlab import runs
+from normlab.common.errors import as_typed, exact
 from normlab.common.registry import declarations
 
 _NORMS = declarations("norms").values()  # in the order of tables
@@ -22,6 +23,7 @@ KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
 OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
 _NEUTRAL = {"norm.scale_init": 1.0, "norm.scale_lr_divisor": 1.0}  # the plain norm: an arm's label leaves them out
 IMPORTED = "norm.imported"  # only the arms of imported runs have it: their options are not what ours are
+_ABSENT = ...  # in place of the value of a setting that a run does not have
 _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
 
 
@@ -47,7 +49,7 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     splitting = [key for key in varying(flat) if not key.startswith(elsewhere)]
     splitting.sort(key="eval_batch".__eq__)  # at the end: the eval_stats that it goes with explains more
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
-    by_batch = [(*(row.get(key, "") for key in fixed), row.get("batch")) for row in flat]
+    by_batch = [(*(_text(row.get(key, _ABSENT)) for key in fixed), row.get("batch")) for row in flat]
     following = [key for key in splitting if key not in fixed and _determines(by_batch, flat, key)]
     settings = _setting_titles(flat, [key for key in splitting if key not in following])
     of_cell = dict(zip(cells, zip(settings, _arm_labels(flat), strict=True), strict=True))
@@ -112,16 +114,21 @@ def _rank(name: str) -> int:
 def varying(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     """Return the settings that differ between configurations, or that some of them lack."""
     keys = dict.fromkeys(key for row in flat for key in row)
-    return [key for key in keys if len(set(_values(flat, key))) > 1]
+    return [key for key in keys if len(set(_distinct(flat, key))) > 1]
 
 
 def _values(flat: Sequence[Mapping[str, Hashable]], key: str) -> list[Hashable]:
-    return [row.get(key, "") for row in flat]
+    return [row.get(key, _ABSENT) for row in flat]
+
+
+def _distinct(flat: Sequence[Mapping[str, Hashable]], key: str) -> list[Hashable]:
+    """Return the values as they differ: true is not 1."""
+    return [(isinstance(value, bool), value) for value in _values(flat, key)]
 
 
 def _determines(groups: Sequence[Hashable], flat: Sequence[Mapping[str, Hashable]], key: str) -> bool:
     """Return whether all runs of one group have one value of `key`."""
-    return len(set(zip(groups, _values(flat, key), strict=True))) == len(set(groups))
+    return len(set(zip(groups, _distinct(flat, key), strict=True))) == len(set(groups))
 
 
 def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
@@ -131,16 +138,32 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     # Arms differ in their options by nature; a label needs only what varies within one norm.
     options = {name: [key for key in varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
     several_norm_batches = len(set(_values(flat, "norm_batch"))) > 1
+    plain = {  # left out of labels where all arms of the name have it
+        (name, key) for name, rows in by_name.items() for key in _NEUTRAL if all(key in row for row in rows)
+    }
     labels = []
     for row in flat:
         name, imported = row["norm.name"], IMPORTED in row
         words = ["imported"] if imported and (name, False) in by_name else []
-        own = [key for key in options[name, imported] if key in row and row[key] != _NEUTRAL.get(key, ...)]
+        own = [key for key in options[name, imported] if key in row]
+        own = [key for key in own if ((name, imported), key) not in plain or row[key] != _NEUTRAL[key]]
         words += [f"{key.removeprefix('norm.')}={_text(row[key])}" for key in own]
         if several_norm_batches and row.get("norm_batch") is not None:
             words.append(f"norm_batch={row['norm_batch']}")
         labels.append(f"{name} ({', '.join(words)})" if words else str(name))
-    return labels
+    return _told_apart(labels, flat)
+
+
+def _told_apart(labels: Sequence[str], flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
+    """Mark arms of imported runs whose names are the labels of other arms, e.g. "bn (eps=0.001)"."""
+    names: dict[tuple[str, Hashable, bool], str] = {}
+    keys = [(label, row["norm.name"], IMPORTED in row) for label, row in zip(labels, flat, strict=True)]
+    for key in sorted(dict.fromkeys(keys), key=lambda key: key[2]):  # trained ones keep theirs
+        name = key[0]
+        while name in names.values():
+            name += " (imported)"
+        names[key] = name
+    return [names[key] for key in keys]
 
 
 def _setting_titles(flat: Sequence[Mapping[str, Hashable]], splitting: Sequence[str]) -> list[str]:
@@ -168,8 +191,21 @@ def _remarks(
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Return a value as a label has it: different values have different texts."""
+    if value is _ABSENT:
+        return ""
+    if isinstance(value, float):
+        return exact(value)
+    text = str(as_typed(value))
+    return f'"{text}"' if isinstance(value, str) and _reads_as_another(text) else text
+
+
+def _reads_as_another(text: str) -> bool:
+    """Return whether a text could be taken for a number, a truth value, null or nothing."""
+    if text in ("", "null", "true", "false"):
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -207,8 +207,10 @@ def _curve(rows: pd.DataFrame | None, metric: Metric, axes: dict[tuple[int, ...]
 
 
 def rounded(value: float) -> float | None:
-    """Return a number with `DIGITS` digits; None where it is not finite, as JSON has no nan."""
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    """Return a number with `DIGITS` digits, a whole one as it is (a step); None where it is not finite, as in JSON."""
+    if not math.isfinite(value):
+        return None
+    return value if value.is_integer() else float(f"{value:.{DIGITS}g}")
 
 
 def _end_of_log(folder: Path, state: str) -> str:
