@@ -3,6 +3,7 @@
 `listing_digest` reads no file and is compared first. Where it differs (a copy, another time) `contents_digest` decides.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from normlab.common.cpu import cores
 from normlab.common.errors import UserError
+from normlab.runs.files import make_folder, write_atomically
 
 THREADS_PER_CORE = 4  # most of the time a disk or a network is waited for
 CHUNK = 64  # files that a thread reads before it returns
@@ -44,6 +46,34 @@ def contents_digest(root: Path, paths: Sequence[str]) -> str:
         UserError: naming a file that is not there or cannot be read.
     """
     return _digest(_bytes_digest, root, paths)
+
+
+def known_contents_digest(
+    root: Path, paths: Sequence[str], data_dir: Path, log: Callable[[str], None] = lambda sentence: None
+) -> str:
+    """Return the `contents_digest`, from below `data_dir` if it was taken there of the same folder at an equal listing.
+
+    Args:
+        root: the folder that `paths` are relative to. Its real path is part of what is kept.
+        paths: their order counts.
+        data_dir: where the digest is kept, in cache/.
+        log: called with a sentence before the files are read.
+
+    Raises:
+        UserError: naming a file that is not there or cannot be read.
+    """
+    key = hashlib.sha256(os.fsencode(f"{root.resolve()} {listing_digest(root, paths)}")).hexdigest()
+    kept = data_dir / "cache" / f"contents-{key}"
+    with contextlib.suppress(OSError):
+        digest = kept.read_text(encoding="ascii", errors="replace")
+        if len(digest) == len(key):
+            return digest
+    log(f"Reading the {len(paths):,} files of {root}, once, to know them again.")
+    digest = contents_digest(root, paths)
+    with contextlib.suppress(UserError):  # a folder that cannot be written: the files are read again
+        make_folder(kept.parent)
+        write_atomically(kept, lambda file: file.write(digest.encode()))
+    return digest
 
 
 def _digest(describe: Callable[[Path], str], root: Path, paths: Sequence[str]) -> str:
