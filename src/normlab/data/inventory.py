@@ -232,7 +232,7 @@ def _images(root: Path, folder: str) -> Iterator[str]:
         for entry in entries:
             if _is_folder(entry):
                 yield from _images(root, f"{folder}/{entry.name}")
-            elif entry.is_file() and _is_no_dotfile(entry) and entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            elif _is_no_dotfile(entry) and entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 yield f"{folder}/{entry.name}"
 
 
