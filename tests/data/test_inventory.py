@@ -138,6 +138,7 @@ def test_damaged_images_are_named_before_a_run(settings, image_folder, suffix, d
             file.symlink_to("nowhere") if content is None else file.write_bytes(content)
     message = refused(settings("image_folder", path=str(path), image_size=8))
     assert f"test/cat/07{suffix} cannot be read" in message
+    assert damage != "empty" or "it is empty" in message
     assert f"So it is with 1 more, e.g. test/cat/20{suffix}" in message
 
 

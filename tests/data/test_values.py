@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -5,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from normlab import runs
 from normlab.common.errors import UserError
 from normlab.data import sources, values
 from normlab.data.inventory import scan
 from normlab.data.values import standard_range
+from normlab.training.run import train_run
 
 SIZE = 8
 
@@ -51,6 +54,7 @@ def in_memory_and_streamed(settings, root: Path, tmp_path: Path, lines: list[str
             part.read(torch.arange(len(labels)), 100)
             for part, labels in ((source.train, source.train_labels), (source.test, source.test_labels))
         ]
+        lines += source.values.warnings
         found.append(torch.cat([images for part in read for images in part])[:, 0])
     assert torch.equal(*found)
     return found[0]
@@ -107,8 +111,8 @@ def test_a_range_that_is_set_goes_first_and_what_is_beyond_is_counted(folder_of,
     found = in_memory_and_streamed(settings, root, tmp_path, lines, value_range=[100, 1120])
     assert found[:, 0, 0].tolist() == [0, 255, 25, 0]
     assert "Images of more than 8 bits: 100 becomes black and 1120 white (dataset.value_range)." in lines
-    assert "Warning: 1 training images have values beyond [100, 1120], which are clipped." in lines
-    assert "Warning: 1 test images have values beyond [100, 1120], which are clipped." in lines
+    assert any(line.startswith("1 training images") and "have values beyond [100, 1120]" in line for line in lines)
+    assert any(line.startswith("1 test images") and "have values beyond [100, 1120]" in line for line in lines)
 
 
 def test_test_images_have_no_say_and_are_clipped(folder_of, settings, tmp_path) -> None:
@@ -116,7 +120,7 @@ def test_test_images_have_no_say_and_are_clipped(folder_of, settings, tmp_path) 
     lines: list[str] = []
     found = in_memory_and_streamed(settings, root, tmp_path, lines)
     assert found[2:, 0, 0].tolist() == [255, 255]
-    assert "Warning: 1 test images have values beyond [0, 1023], which are clipped." in lines
+    assert any(line.startswith("1 test images") and "have values beyond [0, 1023]" in line for line in lines)
 
 
 def test_values_that_are_not_finite_have_no_say_and_are_counted(folder_of, settings, tmp_path) -> None:
@@ -129,7 +133,7 @@ def test_values_that_are_not_finite_have_no_say_and_are_counted(folder_of, setti
     assert found[0, 0, :3].tolist() == [0, 255, 0]
     assert found[0, -1, -1] == 255
     assert found[1].max() == 0
-    assert any("2 images have values that are not finite" in line for line in lines)
+    assert any(line.startswith("2 images") and "not finite" in line for line in lines)
 
 
 def test_images_of_8_bits_stay_beside_those_of_more(folder_of, settings, tmp_path) -> None:
@@ -181,7 +185,7 @@ def test_the_range_is_read_once_for_each_content(folder_of, tmp_path, monkeypatc
     listing = scan(root)
 
     def find(contents: str) -> values.ValueRange | None:
-        return values.find(listing, None, contents, tmp_path / "data", lambda line: None)
+        return values.find(listing, None, contents, tmp_path / "data", lambda line: None).value_range
 
     assert find("one") == (0, 4095)
     with monkeypatch.context() as patched:
@@ -198,3 +202,17 @@ def test_the_range_is_read_once_for_each_content(folder_of, tmp_path, monkeypatc
 def test_a_range_without_width() -> None:
     assert standard_range([(7.0, 7.0)], whole=False) == (7, 8)
     assert standard_range([], whole=True) == (0, 1)
+
+
+def test_a_run_tells_and_records_the_range(folder_of, tiny) -> None:
+    root = folder_of([ramp(0, 1000, np.uint16)] * 2, [constant(2046, np.uint16)] * 2, ".png")
+    config = tiny(
+        *("dataset=image_folder", f"dataset.path={root}", "dataset.train_size=2", "dataset.test_size=2"),
+        *("batch=2", "epochs=1", "eval_batch=2", "norm=none"),
+    )
+    train_run(config)
+    (record,) = runs.find(config.study_folder)
+    assert json.loads((record / "provenance.json").read_text())["value_range"] == [0, 1023]
+    told = (record / "run.log").read_text()
+    assert "INFO Images of more than 8 bits: 0 becomes black and 1023 white" in told
+    assert "WARNING 2 test images" in told

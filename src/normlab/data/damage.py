@@ -97,6 +97,7 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
             yield image
     except Exception as error:  # Pillow's plugins raise whatever their parsing meets
         reason = "it is not an image that Pillow knows" if "cannot identify" in str(error) else str(error)
+        reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
         raise UserError(
             f"The image {path} cannot be read: {reason or type(error).__name__}.\nReplace the file or remove it."
         ) from None

@@ -5,7 +5,7 @@ import importlib.util
 import urllib.request
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,14 @@ from torchvision.transforms import functional
 
 from normlab.common.errors import UserError
 from normlab.config.schema import FolderDataset
-from normlab.data import cache, inventory, values
+from normlab.data import cache, inventory
 from normlab.data.cache import Log
 from normlab.data.contents import known_contents_digest
 from normlab.data.images import Decoder
 from normlab.data.resident import Resident
 from normlab.data.splits import stratified, without
 from normlab.data.streaming import Files
+from normlab.data.values import Values, find
 
 DOWNLOAD_CHUNK = 2**20  # bytes that are read at once
 
@@ -35,7 +36,7 @@ class Source:
     """All images of a data set. In memory: uint8 (N, 3, H, W) on the CPU. Labels: int64 (N,) on the CPU.
 
     Attributes:
-        value_range: the values of images of more than 8 bits that became black and white; None without such images.
+        values: of images of more than 8 bits.
     """
 
     classes: tuple[str, ...]
@@ -45,7 +46,7 @@ class Source:
     train_labels: Tensor
     test: Resident | Files
     test_labels: Tensor
-    value_range: values.ValueRange | None = None
+    values: Values = field(default_factory=Values)
 
 
 def digits() -> Source:
@@ -158,13 +159,12 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
     names = _unpack_imagenet(root, log) if dataset.kind == "imagenet" else {}
     listing = inventory.list_images(dataset)
     paths = [*listing.train, *listing.test]
-    value_range: values.ValueRange | None
     if dataset.kind == "imagenet":  # a million files whose content is known are not read for a digest
         contents, chosen = _names_digest(paths), dataset.value_range
-        value_range = (chosen[0], chosen[1]) if chosen else None
+        values = Values((chosen[0], chosen[1]) if chosen else None)
     else:
         contents = known_contents_digest(root, paths, data_dir, log)
-        value_range = values.find(listing, dataset.value_range, contents, data_dir, log)
+        values = find(listing, dataset.value_range, contents, data_dir, log)
     size = dataset.image_size or inventory.common_size(listing)
     decoder = Decoder(
         root,
@@ -173,7 +173,7 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         short_side=round(size * 256 / 224) if dataset.crop_scale else size,
         one_size=dataset.image_size is None,
         crop_scale=(dataset.crop_scale[0], dataset.crop_scale[1]) if dataset.crop_scale else None,
-        value_range=value_range,
+        value_range=values.value_range,
     )
     count, decoded_bytes = len(listing.train), (len(listing.train) + len(listing.test)) * 3 * size**2
     streams = dataset.storage == "stream" or (
@@ -197,7 +197,7 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         train_labels=torch.tensor(listing.train_labels),
         test=test,
         test_labels=torch.tensor(listing.test_labels),
-        value_range=value_range,
+        values=values,
     )
 
 

@@ -5,12 +5,12 @@ Images of 8 bits have the range 0 to 255 and are not looked at.
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import catch_warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,19 @@ class Extremes:
     deepest_color: int | None
 
 
+@dataclass(frozen=True)
+class Values:
+    """What the values of a data set's images of more than 8 bits mean.
+
+    Attributes:
+        value_range: the values that become black and white; None if there are no such images.
+        warnings: sentences about values that are clipped.
+    """
+
+    value_range: ValueRange | None = None
+    warnings: tuple[str, ...] = ()
+
+
 def is_deep(image: "Image.Image") -> bool:
     """Return whether an image has one channel of more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
@@ -61,19 +74,16 @@ def find(
     contents: str,
     data_dir: Path,
     log: Callable[[str], None],
-) -> ValueRange | None:
+) -> Values:
     """Return the values that become black and white: those chosen, or the range of all training images.
 
     Without a choice that is the range of a bit depth, if the values fill half of it, or 0 to 1 for fractions, or the
-    smallest and the largest finite value. What it is, and how many images go beyond it, is logged.
+    smallest and the largest finite value. What it is, is logged.
 
     Args:
         listing: the images. They are read once: what was found is kept below `data_dir` by `contents`.
         chosen: dataset.value_range.
         contents: the `contents_digest` of the images.
-
-    Returns:
-        None if no image has more than 8 bits.
 
     Raises:
         UserError: an image cannot be read, has 16-bit colors of which Pillow keeps next to nothing, or a range is
@@ -92,17 +102,24 @@ def find(
                 f"dataset.value_range={list(chosen)} is for gray images of more than 8 bits, and {listing.root} has"
                 " none.\nLeave it out: dataset.value_range=null."
             )
-        return None
+        return Values()
     low, high = chosen if chosen else standard_range(found.train or found.test, whole=found.whole)
     text = f"Images of more than 8 bits: {low:.10g} becomes black and {high:.10g} white"
     log(f"{text} (dataset.value_range{'' if chosen else ' sets other values'}).")
+    warnings = []
     for part, extremes in (("training", found.train), ("test", found.test)):
         beyond = sum(a < low or b > high for a, b in extremes)
         if beyond:
-            log(f"Warning: {beyond:,} {part} images have values beyond [{low:.10g}, {high:.10g}], which are clipped.")
+            warnings.append(
+                f"{beyond:,} {part} images of {listing.root} have values beyond [{low:.10g}, {high:.10g}], which are"
+                " clipped. dataset.value_range sets others."
+            )
     if found.not_finite:
-        log(f"Warning: {found.not_finite:,} images have values that are not finite: NaN and -inf become black.")
-    return low, high
+        warnings.append(
+            f"{found.not_finite:,} images of {listing.root} have values that are not finite: NaN and -inf become black,"
+            " inf white."
+        )
+    return Values((low, high), tuple(warnings))
 
 
 def standard_range(extremes: Sequence[ValueRange], *, whole: bool) -> ValueRange:
@@ -158,7 +175,7 @@ class _Measured:
 
 
 def _measure(listing: Listing) -> Extremes:
-    with ThreadPoolExecutor(4 * cores()) as pool, warnings.catch_warnings(action="ignore"):  # Pillow's remarks
+    with ThreadPoolExecutor(4 * cores()) as pool, catch_warnings(action="ignore"):  # Pillow's remarks
         parts = [
             list(pool.map(lambda path: _of_image(listing.root / path), paths))
             for paths in (listing.train, listing.test)

@@ -40,7 +40,7 @@ class Recorder:
         if state.group.is_main:
             facts = {
                 **device.provenance(state.device, state.data.fingerprint),
-                "value_range": state.data.value_range,
+                "value_range": state.data.values.value_range,
                 "processes": state.group.world,
                 "memory_format": state.memory_format,
                 "packed": state.interleaver.packed,
