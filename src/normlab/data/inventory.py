@@ -149,8 +149,19 @@ def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image
 
 def list_images(dataset: FolderDataset) -> Listing:
     """Return the images below `dataset.path`, as `scan` lists them."""
-    test_names = ("val",) if dataset.kind == "imagenet" else ("test", "val")
-    return scan(Path(dataset.path).expanduser(), test_names)
+    root = Path(dataset.path).expanduser()
+    if dataset.kind != "imagenet":
+        return scan(root)
+    listing = scan(root, ("val",))
+    for part in ("train", "val"):  # where torchvision unpacks archives of classes, and images before it sorts them
+        with os.scandir(root / part) as entries:
+            left = next((entry.name for entry in entries if entry.name.endswith((".tar", ".JPEG"))), None)
+        if left:
+            raise UserError(
+                f"ImageNet is unpacked in part: {root / part / left} has not been put into its class.\n"
+                f"Delete {root / 'train'} and {root / 'val'}; they are unpacked again from the archives."
+            )
+    return listing
 
 
 @lru_cache(maxsize=8)  # a sweep checks every run
