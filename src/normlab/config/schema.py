@@ -243,6 +243,7 @@ class FolderDataset(_Dataset):
     memory_limit_gb: Positive
     crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
     workers: Whole
+    value_range: Annotated[Annotated[list[Number], Field(min_length=2, max_length=2)] | None, Since(2, neutral=None)]
 
     @model_validator(mode="before")
     @classmethod
@@ -255,6 +256,8 @@ class FolderDataset(_Dataset):
 
     @model_validator(mode="after")
     def _check_crop(self) -> Self:
+        if self.value_range and self.value_range[0] >= self.value_range[1]:
+            raise wrong("dataset.value_range=[low,high] needs low < high")
         if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
             raise wrong("dataset.crop_scale=[low,high] needs low <= high")
         if self.crop_scale and self.storage == "memory":

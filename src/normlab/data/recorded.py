@@ -1,19 +1,13 @@
 """The images of a folder as a run records them, and whether they are still the same."""
 
-import contextlib
-import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from normlab.common.errors import UserError
 from normlab.config.schema import FolderDataset, RunConfig
-from normlab.data.contents import contents_digest, listing_digest
+from normlab.data.contents import known_contents_digest, listing_digest
 from normlab.data.inventory import Listing, list_images
-from normlab.runs.files import make_folder, write_atomically
-
-READ_GB = 20.0  # of larger folders, which take minutes to read, names and sizes have to do
 
 
 class ImageFiles:
@@ -36,19 +30,8 @@ class ImageFiles:
 
     @cached_property
     def contents(self) -> str:
-        """SHA-256 of names and bytes; of a folder of more than `READ_GB` of names and sizes."""
-        key = hashlib.sha256(f"{self.path} {self.listing}".encode()).hexdigest()
-        kept = self._data_dir / "cache" / f"contents-{key}"
-        with contextlib.suppress(OSError):
-            return kept.read_text(encoding="ascii", errors="replace")
-        sizes = {name: (self.path / name).stat().st_size for name in self._paths}
-        if sum(sizes.values()) > READ_GB * 1e9:
-            return hashlib.sha256(repr(sizes).encode()).hexdigest()
-        digest = contents_digest(self.path, self._paths)
-        with contextlib.suppress(UserError):  # a folder that cannot be written: it is read again
-            make_folder(kept.parent)
-            write_atomically(kept, lambda file: file.write(digest.encode()))
-        return digest
+        """SHA-256 of names and bytes."""
+        return known_contents_digest(self.path, self._paths, self._data_dir)
 
     def describe(self) -> dict[str, Any]:
         """Return what a run records: path, numbers of classes and images, and both digests."""

@@ -25,12 +25,13 @@ class Unchanged:
             UserError: if something has changed: what, how to keep the result, how to begin anew.
         """
         made = runs.read_provenance(run.folder)
-        with contextlib.suppress(OSError):  # the folder is not to be read now
-            files = self._files_of(config)
-            if files and (change := files.change(made.get("data"))):
-                name = config.dataset.name
-                subject = f"The images of dataset={name} in {files.path}"
-                raise _changed(subject, change, run, f"*-{name}-*", "dataset.name=...")
+        files, change = self._files_of(config), ""
+        with contextlib.suppress(UserError):  # the folder is not to be read now
+            change = files.change(made.get("data")) if files else ""
+        if files and change:
+            name = config.dataset.name
+            subject = f"The images of dataset={name} in {files.path}"
+            raise _changed(subject, change, run, f"*-{name}-*", "dataset.name=...")
         recorded = made.get("own_code")
         recorded = recorded if isinstance(recorded, dict) else {}
         for setting, code in config.own_code().items():

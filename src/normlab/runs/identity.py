@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-FORMAT = 1  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
+FORMAT = 2  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
 
 # Where and how a run is carried out; everything else is part of its identity.
 CARRIED_OUT = frozenset(
@@ -47,8 +47,6 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _later_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yield group ("" for none), name and neutral value of each setting that came after format 1."""
-    if FORMAT == 1:  # there is none, and a report does not wait for the schema's import
-        return
     for key, neutral in _marked(_schema()).items():
         yield "", key, neutral
     for group, values in config.items():

@@ -49,6 +49,7 @@ class Recorder:
             "own_code": state.config.own_code(),
             "data": images.describe() if images else None,
             "data_fingerprint": state.data.fingerprint,
+            "value_range": state.data.values.value_range,
             "processes": state.group.world,
             "memory_format": state.memory_format,
             "packed": state.interleaver.packed,

@@ -57,6 +57,8 @@ def set_up(
     kept = saved["threads"] if saved and saved["processes"] == group.world else resources.threads
     device.prepare(config, where, config.threads or kept)
     data = load(config, where, log=recorder.preparing, rank=group.rank, world=group.world, loaded=resources.loaded)
+    for warning in data.values.warnings:
+        recorder.log.warning("%s", warning)
     if group.broadcast(data.fingerprint) != data.fingerprint:
         raise UserError(
             f"The processes of this run see different images of dataset={config.dataset.name}.\n"
