@@ -55,6 +55,54 @@ def compose(loader: ConfigLoader, config: DictConfig, runs: Sequence[Sequence[st
     return [settings(run) for run in runs]
 
 
+def serving(
+    loader: ConfigLoader, config: DictConfig, runs: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], dict[str, tuple[str, ...]]]:
+    """Leave out of each run the values of settings that only other runs of the sweep have: norm=gn,bn norm.groups=8.
+
+    A setting that no run has stays, for Hydra to refuse.
+
+    Args:
+        loader: Hydra's.
+        config: the sweep's own configuration.
+        runs: each run's overrides.
+
+    Returns:
+        The overrides of each run that is left, once; and by the name of each setting that some runs lack, the choices
+        of groups of those that lack it.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = {text: parser.parse_override(text) for text in {text for run in runs for text in run}}
+    groups = {name for name in {each.key_or_group for each in parsed.values()} if loader.get_group_options(name)}
+    values = {
+        text
+        for text, each in parsed.items()
+        if _replaces(each) and not each.package and each.key_or_group not in groups
+    }
+
+    @cache
+    def paths(choices: tuple[str, ...]) -> frozenset[str]:
+        return frozenset(_Base(loader, config, choices).paths)
+
+    def lacks(run: Sequence[str], text: str) -> bool:
+        return parsed[text].key_or_group not in paths(tuple(each for each in run if each not in values))
+
+    pairs = [(run, text, lacks(run, text)) for run in runs for text in run if text in values]
+    had = {parsed[text].key_or_group for _, text, lacking in pairs if not lacking}
+    lacking: dict[str, dict[str, None]] = {}
+    for run, text, lacks_it in pairs:
+        if lacks_it and parsed[text].key_or_group in had:
+            group = parsed[text].key_or_group.partition(".")[0]
+            choice = next((each for each in run if each.startswith(f"{group}=")), " ".join(run))
+            lacking.setdefault(parsed[text].key_or_group, {})[choice] = None
+    left = (
+        [text for text in run if text not in values or parsed[text].key_or_group not in had or not lacks(run, text)]
+        for run in runs
+    )
+    once = {tuple(run): run for run in left}
+    return list(once.values()), {key: tuple(choices) for key, choices in lacking.items()}
+
+
 def _replaces(override: Override) -> bool:
     return not (override.is_add() or override.is_force_add() or override.is_delete())
 
@@ -85,6 +133,12 @@ class _Base:
             return "${" in text or text == "???" or referred
 
         return frozenset(path for path, text in leaves.items() if not is_open(path, text))
+
+    @cached_property
+    def paths(self) -> frozenset[str]:
+        """Dotted paths of all settings, those of sections included."""
+        leaves = (path.split(".") for path, _ in _leaves(OmegaConf.to_container(self._composed, resolve=False)))
+        return frozenset(".".join(path[: length + 1]) for path in leaves for length in range(len(path)))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:

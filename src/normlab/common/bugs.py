@@ -1,0 +1,53 @@
+"""What to send to the authors when an error is none that the user can mend."""
+
+import platform
+import shlex
+import sys
+import sysconfig
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import normlab
+from normlab.common import git
+
+_PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "pydantic", "numpy")
+
+
+def blame(error: BaseException) -> str:
+    """Return a sentence that says whose an unforeseen error is: normlab's, or that of a user's own code in between."""
+    paths = sysconfig.get_paths()
+    ours = [str(Path(normlab.__file__).parent), *(paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))]
+    scripts = ("train.py", "report.py", "normlab-train", "normlab-report", "<")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        name = frame.filename
+        known = name.startswith(tuple(ours)) or Path(name).name.startswith(scripts) or "hydra_plugins" in name
+        if not known and Path(name).is_file():
+            return f"The error comes out of {name}, line {frame.lineno}. If that is right, this is an error of normlab."
+    return "This is an error of normlab, and no mistake of yours."
+
+
+def report(error: BaseException) -> str:
+    """Return the lines below a traceback that say whose error it is, and what to send to the authors of normlab."""
+    code = git.state()
+    commit = (
+        f", commit {code['commit'] or code.get('error')}{' with changes' if code.get('diff') else ''}" if code else ""
+    )
+    versions = [f"{name} {_version(name)}" for name in _PACKAGES]
+    program = Path(sys.argv[0]).name
+    return "\n".join(
+        (
+            f"{blame(error)}\nPlease send its authors the traceback above, and these lines:",
+            f"  command: {shlex.join([program, *sys.argv[1:]])}",
+            f"  normlab {normlab.__version__}{commit}",
+            f"  Python {platform.python_version()}, {', '.join(versions)}",
+            f"  {platform.platform()}",
+        )
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "n/a"
