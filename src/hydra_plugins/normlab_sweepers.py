@@ -83,7 +83,10 @@ class GridSweeper(Sweeper):
     def _launch(self, runs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
         if not isinstance(self.launcher, SweepLauncher):  # which composes every run itself before any starts
             self.validate_batch_is_legal(list(map(list, runs)))
-        return self.launcher.launch(runs, initial_job_idx=0)
+        results = self.launcher.launch(runs, initial_job_idx=0)
+        for each in results:
+            _ = each.return_value  # raises the error of a run that failed under one of Hydra's own launchers
+        return results
 
     def runs(self, arguments: Sequence[str]) -> list[list[str]]:
         """Return the overrides of each run, each run once.

@@ -71,6 +71,8 @@ def _report(line: CommandLine) -> None:
         try:
             if not study or not isinstance(study, str):
                 raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
+            if output_dir == "" or page == "":
+                raise UserError(f"{'page' if output_dir else 'output_dir'}= is empty: expected a path.")
             options = Options(**{name: settings.pop(name) for name in names})
             if command == "import":
                 from normlab.report.importing import import_runs  # slow to import, and no other command needs it
@@ -86,7 +88,7 @@ def _report(line: CommandLine) -> None:
                 build_results(output_dir, page, options)
             else:
                 build(study, output_dir, options)
-        except UserError as error:
-            exit_with_error(error)  # past Hydra, which would add a line of its own
+        except Exception as error:
+            exit_with_error(error, line)  # past Hydra, which would add a line of its own
 
     main()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import normlab
 from normlab.common import git
+from normlab.common.errors import described
 
 _PACKAGES = ("torch", "torchvision", "hydra-core", "omegaconf", "pydantic", "numpy")
 
@@ -23,8 +24,13 @@ def blame(error: BaseException) -> str:
         name = frame.filename
         known = name.startswith(tuple(ours)) or Path(name).name.startswith(scripts) or "hydra_plugins" in name
         if not known and Path(name).is_file():
-            return f"The error comes out of {name}, line {frame.lineno}. If that is right, this is an error of normlab."
+            return f"It comes out of {name}, line {frame.lineno}: unless that is wrong, this is an error of normlab."
     return "This is an error of normlab, and no mistake of yours."
+
+
+def told(error: BaseException) -> str:
+    """Return an unforeseen error on one line, with whose it is; a run's log has its traceback."""
+    return f"{described(error)}. {blame(error)}"
 
 
 def report(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from normlab.common.registry import declarations
 from normlab.config.command_line import CommandLine
 
 _INTERNAL = re.compile(r"\s*(full_key:|object_type=|reference_type=|See https?:).*|,? set env var HYDRA_FULL_ERROR.*")
+_LISTS = ("arms", "batches", "seeds", "settings", "thresholds", "ignore")  # of a report
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -145,8 +146,10 @@ def _list_without_sweep(found: re.Match[str], _: Exception, line: CommandLine) -
     key, value = word.split("=", 1)
     first = f"{key}={re.split('[,()]', value)[0]}" if "(" not in value else f"{key}=..."
     if line.script == "report":
+        if key not in _LISTS:
+            return UserError(f"{word} has several values.\nGive one of them: {first}\n{_comma(key, value)}")
         listed = line.typed([f"{key}=[{value}]" if each == word else each for each in line.settings])
-        return UserError(f"{word} has several values.\nA list is in brackets: {listed}\n{_comma(key, value)}")
+        return UserError(f"{word} has several values.\nA list is in brackets: {listed}")
     if line.command or "--cfg" in line.flags:
         what = f"{line.command} looks at" if line.command else "--cfg shows"
         return UserError(f"{word} has several values, and {what} one set of settings.\nGive one of them: {first}")
@@ -302,7 +305,7 @@ def _unknown(given: str, kind: str, word: str, options: list[str], prefix: str =
     lines = [f"{given}: there is no such {kind}."]
     if close:
         lines.append(f"Did you mean {prefix}{close}{'' if prefix else '=...'}?")
-    if 0 < len(options) <= 30:
+    if 0 < len(options) <= 40:
         lines.append(f"Expected one of: {', '.join(sorted(options))}.")
     else:
         lines.append(f"`{command_name('train')} --cfg job` shows all settings, {CONF / 'config.yaml'} explains them.")

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 import normlab
 from normlab.common import bugs
@@ -139,8 +139,25 @@ def _sentence(error: Exception, line: CommandLine) -> UserError | None:
     group_value = isinstance(error, ValueError) and str(error).startswith("Config group override")
     if group_value or isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, line)
-    if isinstance(error, YAMLError):
+    if isinstance(error, yaml.YAMLError):
         return UserError(f"A YAML file cannot be read: {' '.join(str(error).split())}.\nMend it there.")
+    folder = line.flags.get("--config-dir") or line.flags.get("--config-path")
+    if folder and (fault := _fault_in(Path(folder), error)):
+        return UserError(fault)
     if isinstance(error, OSError) and error.filename:  # Hydra itself makes the folder of a sweep
         return storage_error(Path(error.filename), error)
     return None
+
+
+def _fault_in(folder: Path, error: Exception) -> str:
+    """Return a sentence about the first file of a user's own configuration that is none; nothing if all are."""
+    if isinstance(error, RecursionError):
+        return f"Files in {folder} include each other in a circle.\nLook at their defaults: lists."
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except (ValueError, OSError, yaml.YAMLError) as fault:
+            return f"{file} cannot be read: {' '.join(str(fault).split())}.\nExpected YAML, in UTF-8."
+        if not isinstance(settings, dict | None):
+            return f"{file} has no settings.\nExpected lines such as name: value."
+    return ""
