@@ -20,7 +20,10 @@ def blame(error: BaseException) -> str:
     paths = sysconfig.get_paths()
     ours = [str(Path(normlab.__file__).parent), *(paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib"))]
     scripts = ("train.py", "report.py", "normlab-train", "normlab-report", "<")
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames and frames[-1].name == "return_value":  # of another process, as joblib's are
+        return "The log of the run that failed, run.log in its folder, says where it comes out of."
+    for frame in reversed(frames):
         name = frame.filename
         known = name.startswith(tuple(ours)) or Path(name).name.startswith(scripts) or "hydra_plugins" in name
         if not known and Path(name).is_file():

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from normlab.common.errors import UserError, nearest
@@ -59,16 +59,24 @@ class CommandLine:
     def words(self) -> list[str]:
         """Return the words for Hydra, which knows nothing of the command.
 
-        In a sweep a value in a section, such as norm.groups=8, is a list of one: Hydra would otherwise refuse it where
-        the section as it is by default has no such setting, whatever the runs have.
+        Where a group is swept, a value in its section, such as norm.groups=8, is a list of one: Hydra would otherwise
+        refuse it where the section as it is by default has no such setting, whatever the runs have.
         """
         flags = [flag if value is None else f"{flag}={value}" for flag, value in self.flags.items()]
-        return [*flags, *(map(_as_list, self.settings) if self._sweeps else self.settings)]
+        swept = self._swept()
+        return [*flags, *(_as_list(word) if word.split(".")[0] in swept else word for word in self.settings)]
 
-    @property
-    def _sweeps(self) -> bool:
-        by_setting = any(re.match("experiment=|hydra.mode=MULTIRUN", word) for word in self.settings)
-        return self.script == "train" and not self.command and ("--multirun" in self.flags or by_setting)
+    def _swept(self) -> set[str]:
+        """Return the groups of which a sweep has several choices, or may have: an experiment's."""
+        experiment = any(word.startswith("experiment=") for word in self.settings)
+        sweep = experiment or "--multirun" in self.flags or "hydra.mode=MULTIRUN" in self.settings
+        if self.script != "train" or self.command or not sweep:
+            return set()
+        groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {*_OF_SWEEP}
+        if experiment:
+            return groups
+        given = [word.partition("=") for word in self.settings]
+        return {name for name, _, value in given if re.search("[,(]", value)} & groups
 
     def typed(self, settings: Sequence[str], *flags: str) -> str:
         """Return the line as one types it, with other settings and further flags."""
@@ -93,8 +101,7 @@ def read(arguments: Sequence[str], script: str, commands: Sequence[str]) -> Comm
     for word in arguments:
         if not word.isascii() and word != word.encode(errors="replace").decode():
             raise UserError(f"{word!a} is no text in UTF-8, which the records are written in.\nRename what it names.")
-    line = CommandLine(script)
-    command, words, waiting = None, [], list(arguments)
+    line, words, waiting = CommandLine(script), list[str](), list(arguments)
     while waiting:
         word = waiting.pop(0)
         if word == "--":
@@ -103,17 +110,17 @@ def read(arguments: Sequence[str], script: str, commands: Sequence[str]) -> Comm
         if re.match(r"--?\w", word):
             flag, value = _flag(word, waiting, line, words)
             line.flags[flag] = value
-        elif word in commands and command is None:
-            command = word
+        elif word in commands and line.command is None:
+            line = replace(line, command=word)
         else:
             words.append(word)
-    line = CommandLine(script, command, line.flags, words)
+    line = replace(line, settings=words)
     for word in words:
         if "=" not in word and not word.startswith("~"):
             raise _bare_word(line, word, commands)
         _refuse_several(line, word)
     _check_flags(line)
-    return CommandLine(script, command, line.flags, [readable(word) for word in words])
+    return replace(line, settings=[readable(word) for word in words])
 
 
 def readable(setting: str) -> str:
@@ -122,6 +129,7 @@ def readable(setting: str) -> str:
     Lists in brackets, pairs in braces, quoted text, functions such as range(0,3) and interpolations stay as they are.
     """
     key, equals, value = setting.partition("=")
+    key, setting = key.strip(), setting.strip()
     if not value or value[0] in "[{'\"" or "${" in value or _FUNCTION.match(value):
         return setting
     if re.search(r"[\[\](){}'\"]", value):
@@ -141,10 +149,7 @@ def _as_text(key: str, value: str) -> str:
 
 def _as_list(setting: str) -> str:
     key, _, value = setting.partition("=")
-    group, dot, _ = key.partition(".")
-    if not dot or not value or group in _OF_SWEEP or not (CONF / group).is_dir() or _FUNCTION.match(value):
-        return setting
-    return f"{key}=choice({value})"
+    return f"{key}=choice({value})" if "." in key and value and not _FUNCTION.match(value) else setting
 
 
 def setting_names(script: str) -> list[str]:
