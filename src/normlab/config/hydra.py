@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import normlab
-from normlab.common import bugs
 from normlab.common.errors import InterruptedRunError, UserError, storage_error
 from normlab.common.installation import CONF, command_name
 from normlab.config.command_line import CommandLine, read
@@ -124,6 +123,8 @@ def exit_with_error(error: Exception, line: CommandLine | None = None) -> NoRetu
     """
     sentence = _sentence(error, line or CommandLine("train", settings=sys.argv[1:]))
     if sentence is None:
+        from normlab.common import bugs  # whose imports take time, and few errors need them
+
         traceback.print_exception(error)
         lines = [bugs.report(error)]
     else:
