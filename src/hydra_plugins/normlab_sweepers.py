@@ -128,7 +128,12 @@ def _product(parser: OverridesParser, arguments: Sequence[str]) -> list[list[str
     for override in parser.parse_overrides(list(arguments)):
         key = override.get_key_element()
         sweeps = override.is_sweep_override()
-        values = override.sweep_string_iterator() if sweeps else [override.get_value_element_as_str()]
+        try:
+            values = list(override.sweep_string_iterator()) if sweeps else [override.get_value_element_as_str()]
+        except (ValueError, RuntimeError) as error:  # of a range without steps, perhaps in an iterator
+            if not override.is_range_sweep():
+                raise
+            raise HydraException(f"{override.input_line}: this range has no end.\nGive it a step above 0.") from error
         choices[key] = [f"{key}={value}" for value in values]
         if not choices[key]:
             raise HydraException(f"{override.input_line}: nothing matches, so the sweep has no runs.")

@@ -152,6 +152,9 @@ REFUSED = {  # by our own reading of the words
     "-sc query=bash": ["the shell's own"],
     "norm=[bn,none]": ["a run has one norm", "python train.py -m norm=bn,none\n"],
     "-m dataset=[digits,cifar10] seed=1": ["python train.py -m dataset=digits,cifar10 seed=1\n"],
+    "-m norm=[bn,none],[gn]": ["a run has one norm", "python train.py -m norm=bn,none,gn\n"],
+    "hydra.launcher=plan": ["Write hydra/launcher=plan"],
+    "--cfg= norm=bn": ["--cfg needs a value"],
     "study=\udcff": ["UTF-8"],
     "-": ["no such command"],
 }
@@ -173,6 +176,7 @@ def test_the_words_of_a_report_are_known() -> None:
         "stauts": "Did you mean status, or study=stauts?",
         "my_study": "Did you mean study=my_study?",
         "doctor": "python train.py doctor",
+        "pack import": "import: there is a command already, pack.",
         "claims --study=x": "python report.py claims study=x",
     }.items():
         with pytest.raises(UserError) as error:
@@ -231,6 +235,12 @@ EXPLAINED = {
     "optimizer={x:1}": ["optimizer.x"],
     "norm=bn norm.groups=8": ["norm.groups", "with norm=bn", "norm=evonorm_s0, norm=gn"],
     "probe.ics.times=7": ["It belongs to probe=ics."],
+    "lr=0.1": ["Did you mean optimizer.lr=...?"],
+    "launcher=plan": ["Did you mean hydra/launcher=...?"],
+    "study=1,5": ["study=1,5 has several values", "python train.py -m study=1,5", "'study=\"1,5\"'"],
+    "--info config norm=bn,none": ["--info shows one set"],
+    "-r norm=bn,none": ["python train.py -m norm=bn,none"],
+    "~hydra.launcher": ["~hydra.launcher: this cannot be left out"],
     "hydra.launcher.solts=2": ["Did you mean hydra.launcher.slots=...?"],
     "hydra.nothing=2": ["--cfg hydra"],
     "hydra.mode=BOTH": ["hydra.mode=BOTH is not valid: expected one of RUN, MULTIRUN"],
@@ -267,6 +277,8 @@ def test_what_a_report_refuses_is_a_sentence() -> None:
     assert "python report.py 'arms=[bn,none]' study=x" in answer("arms=bn,none study=x", "report")
     assert "'study=\"a,b\"'" in answer("study=a,b", "report")
     assert "alpha, arms, baseline" in answer("norm=bn", "report")
+    assert "\"arms=['...']\"" in answer("arms=[gn (groups=4)]  study=x", "report")
+    assert "'set={name: value, other: value}'" in answer("set={a=b}", "report")
 
 
 @pytest.mark.parametrize("typed", ["depth='18'", 'depth="18"', "depth=18.0", "depth=1.8e1", "depth=${oc.env:DEPTH}"])

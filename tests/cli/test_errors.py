@@ -90,6 +90,8 @@ MISTAKES = {
     "-m norm=glob(x*)": ["nothing matches"],
     "-m norm=bn,none norm.groups=8": ["norm.groups", "norm=gn"],
     "-m hydra/launcher=basic batch=0": ["batch=0 is out of range"],
+    "-m seed=range(0,3),5": ["seed=range(0,3),5", "no function beside them"],
+    "-m norm=null,bn": ["norm=null", "norm=none"],
     "--config-dir empty norm=gm": ["Did you mean norm=gn?"],
 }
 

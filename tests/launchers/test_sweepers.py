@@ -58,6 +58,11 @@ def test_a_list_of_nothing_is_refused(word) -> None:
         sweeper().runs((word, "norm=bn,none"))
 
 
+def test_a_range_without_steps_is_refused() -> None:
+    with pytest.raises(HydraException, match="has no end"):
+        runs("seed=range(0,1,0)")
+
+
 def test_choices_are_found_by_pattern() -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         assert sweeper().runs(("norm=glob([b*,n*],exclude=*n)", "seed=1")) == [

@@ -10,6 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from normlab.common.errors import UserError, nearest
@@ -48,7 +49,7 @@ class CommandLine:
         script: train or report.
         command: the word without an equals sign, such as doctor; None where there is none.
         flags: Hydra's, by their long names, with the value of each that has one.
-        settings: as Hydra can read them.
+        settings: as they were typed.
     """
 
     script: str
@@ -63,9 +64,17 @@ class CommandLine:
         refuse it where the section as it is by default has no such setting, whatever the runs have.
         """
         flags = [flag if value is None else f"{flag}={value}" for flag, value in self.flags.items()]
-        swept = self._swept()
-        return [*flags, *(_as_list(word) if word.split(".")[0] in swept else word for word in self.settings)]
+        return [*flags, *map(self._for_hydra, self.settings)]
 
+    def original(self, word: str) -> str:
+        """Return the word that was typed for one that Hydra was given."""
+        return next((each for each in self.settings if word in (each, self._for_hydra(each))), word)
+
+    def _for_hydra(self, setting: str) -> str:
+        word = readable(setting)
+        return _as_list(word) if word.split(".")[0] in self._swept else word
+
+    @cached_property
     def _swept(self) -> set[str]:
         """Return the groups of which a sweep has several choices, or may have: an experiment's."""
         experiment = any(word.startswith("experiment=") for word in self.settings)
@@ -80,7 +89,7 @@ class CommandLine:
 
     def typed(self, settings: Sequence[str], *flags: str) -> str:
         """Return the line as one types it, with other settings and further flags."""
-        own = [FLAGS[flag] or flag for flag, value in self.flags.items() if value is None]
+        own = [FLAGS[flag] or flag for flag, value in self.flags.items() if value is None and flag != "--run"]
         valued = [f"{flag} {shlex.quote(value)}" for flag, value in self.flags.items() if value is not None]
         command = [self.command] if self.command else []
         words = [*command, *flags, *own, *valued, *map(shlex.quote, settings)]
@@ -118,9 +127,9 @@ def read(arguments: Sequence[str], script: str, commands: Sequence[str]) -> Comm
     for word in words:
         if "=" not in word and not word.startswith("~"):
             raise _bare_word(line, word, commands)
-        _refuse_several(line, word)
+        _refuse_nonsense(line, word)
     _check_flags(line)
-    return replace(line, settings=[readable(word) for word in words])
+    return line
 
 
 def readable(setting: str) -> str:
@@ -177,10 +186,10 @@ def _flag(word: str, waiting: list[str], line: CommandLine, words: Sequence[str]
             raise UserError(f"{word}: {flag} takes no value.\nGive it alone: {flag}.")
         return flag, None
     options = _CHOICES.get(flag, ())
-    if not equals:
-        if flag == "--info" and (not waiting or "=" in waiting[0] or waiting[0].startswith("-")):
+    if not value:
+        if flag == "--info" and not equals and (not waiting or "=" in waiting[0] or waiting[0].startswith("-")):
             return flag, "all"
-        if not waiting or waiting[0].startswith("-") or (options and "=" in waiting[0]):
+        if equals or not waiting or waiting[0].startswith("-") or (options and "=" in waiting[0]):
             expected = f"one of {', '.join(options)}. Example: {flag} {options[0]}" if options else f"{flag}=..."
             raise UserError(f"{name} needs a value: {expected}")
         value = waiting.pop(0)
@@ -227,6 +236,8 @@ def _bare_word(line: CommandLine, word: str, commands: Sequence[str]) -> UserErr
     """Return the error for a word that is neither a setting nor a command, with what was most probably meant."""
     problem = f"{word or repr(word)}: there is no such command. Expected one of: {', '.join(commands)};"
     problem += " or settings, key=value."
+    if line.command and word in commands:
+        return UserError(f"{word}: there is a command already, {line.command}.\nGive one of them.")
     words = _joined(line.settings, line.script)
     if not any("=" not in each for each in words):
         return UserError(f"{problem}\nDid you mean: {line.typed(words)}")
@@ -250,18 +261,24 @@ def _bare_word(line: CommandLine, word: str, commands: Sequence[str]) -> UserErr
     return UserError(f"{problem}\nDid you mean {f'{close}, or ' if close else ''}{named}?")
 
 
-def _refuse_several(line: CommandLine, word: str) -> None:
-    """Refuse several choices of a group of which a run has one: Hydra would mix their settings.
+def _refuse_nonsense(line: CommandLine, word: str) -> None:
+    """Refuse what Hydra takes and makes nonsense of.
 
     Raises:
-        UserError: for `group=[a,b]`.
+        UserError: for several choices of a group of which a run has one, `norm=[bn,none]`, whose settings Hydra would
+            mix; for hydra.launcher=pool.
     """
-    listed = re.fullmatch(r"\+*(\w+)=\[([^\[\]]*,[^\[\]]*)\]", word)
-    if listed and line.script == "train" and listed[1] not in _SEVERAL and (CONF / listed[1]).is_dir():
-        words = [f"{listed[1]}={listed[2]}" if each == word else each for each in line.settings]
+    group, _, value = word.lstrip("+").partition("=")
+    if re.match(r"hydra\.(launcher|sweeper)=", word):
+        raise UserError(
+            f"{word}: a choice is written with a slash, a setting of it with a dot.\nWrite hydra/{word[6:]}"
+        )
+    several = re.search(r"^(?!glob)[^,]*\[[^\[\]]*,[^\[\]]*\]", value)
+    if several and line.script == "train" and group not in _SEVERAL and (CONF / group).is_dir():
+        words = [f"{group}={re.sub(r'[][() ]|str', '', value)}" if each == word else each for each in line.settings]
         sweep = () if "--multirun" in line.flags else ("-m",)
         raise UserError(
-            f"{word}: a run has one {listed[1]}, and brackets make one value of several.\n"
+            f"{word}: a run has one {group}, and brackets make one value of several.\n"
             f"A sweep over them: {line.typed(words, *sweep)}"
         )
 

@@ -16,6 +16,7 @@ from normlab.config.command_line import CommandLine
 
 _INTERNAL = re.compile(r"\s*(full_key:|object_type=|reference_type=|See https?:).*|,? set env var HYDRA_FULL_ERROR.*")
 _LISTS = ("arms", "batches", "seeds", "settings", "thresholds", "ignore")  # of a report
+_NO_NAME = re.compile(r"null|true|false|[-+.\d].*|\{.*", re.IGNORECASE)
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -54,8 +55,7 @@ def _missing_file(error: MissingConfigException) -> UserError:
 
 def _unreadable(word: str, text: str, line: CommandLine) -> UserError:
     """Return the error for a word that Hydra's grammar refuses, by what is wrong in it as far as that can be seen."""
-    if word not in line.settings:  # as `CommandLine.words` gives it to Hydra
-        word = re.sub(r"=choice\((.*)\)$", r"=\1", word)
+    word = line.original(word)
     return UserError(f"Cannot understand {word!r}.\n{_flaw(word, text)}")
 
 
@@ -79,12 +79,15 @@ def _flaw(word: str, text: str) -> str:
         known = [name for name in function[2].split(",") if name != "tag"]
         close = nearest(function[1], known)
         hint = f"Did you mean {close}(...)? " if close else ""
-        return f"{function[1]}(...) is no function. {hint}Expected one of: {', '.join(known)}."
+        return (
+            f"{function[1]}(...) is no function. {hint}Expected one of: {', '.join(known)}.\n"
+            f"Text with brackets in a list needs quotes: \"{key}=['...']\"."
+        )
     called = re.search(r"while evaluating '.*?': (.*)", text)
     if called:
         return f"{_stripped(called[1])}. Examples: seed=range(0,3), norm=glob(b*), norm=choice(bn,none)."
-    if "{" in unquoted and "=" in unquoted:
-        return f"Pairs in braces have a colon: '{key}={{name: value}}'."
+    if unquoted.startswith("{"):
+        return f"Pairs in braces have a colon: '{key}={{name: value, other: value}}'."
     return (
         "Settings look like key=value, lists in a sweep like key=1,2,3; text with brackets or other special"
         f" characters needs quotes of its own: '{key}=\"...\"'."
@@ -127,11 +130,12 @@ def _of_value(error: OmegaConfBaseException, line: CommandLine) -> UserError:
 def _no_name_of_choice(line: CommandLine) -> UserError:
     """Return the error for a group that was given null, a number, or another value that is no name."""
     for word in line.settings:
-        group, _, value = word.lstrip("+~").partition("=")
-        if not (CONF / group).is_dir() or not re.fullmatch(r"null|true|false|[-+.\d].*|\{.*", value, re.IGNORECASE):
+        group, _, values = word.lstrip("+~").partition("=")
+        wrong = [each for each in values.split(",") if _NO_NAME.fullmatch(each)]
+        if not wrong or not (CONF / group).is_dir():
             continue
-        if value.lower() != "null":
-            return _no_such_choice(group, value, None)
+        if wrong[0].lower() != "null":
+            return _no_such_choice(group, wrong[0], None)
         none = "\nWithout normalization: norm=none." if group == "norm" else ""
         return UserError(
             f"{group}=null: a group takes the name of one of its files.{none}\n"
@@ -142,7 +146,7 @@ def _no_name_of_choice(line: CommandLine) -> UserError:
 
 def _list_without_sweep(found: re.Match[str], _: Exception, line: CommandLine) -> UserError:
     """Return the error for several values of a setting where one is expected."""
-    word = next((each for each in line.settings if each.replace(" ", "") == found[1].replace(" ", "")), found[1])
+    word = line.original(found[1])
     key, value = word.split("=", 1)
     first = f"{key}={re.split('[,()]', value)[0]}" if "(" not in value else f"{key}=..."
     if line.script == "report":
@@ -150,8 +154,9 @@ def _list_without_sweep(found: re.Match[str], _: Exception, line: CommandLine) -
             return UserError(f"{word} has several values.\nGive one of them: {first}\n{_comma(key, value)}")
         listed = line.typed([f"{key}=[{value}]" if each == word else each for each in line.settings])
         return UserError(f"{word} has several values.\nA list is in brackets: {listed}")
-    if line.command or "--cfg" in line.flags:
-        what = f"{line.command} looks at" if line.command else "--cfg shows"
+    showing = next((flag for flag in ("--cfg", "--info", "--help") if flag in line.flags), "")
+    if line.command or showing:
+        what = f"{line.command} looks at" if line.command else f"{showing} shows"
         return UserError(f"{word} has several values, and {what} one set of settings.\nGive one of them: {first}")
     as_list = f"\nAll of them in one run: {key}=[{value}]" if key == "probe" else ""
     return UserError(
@@ -180,6 +185,13 @@ def _not_overridden(found: re.Match[str], error: Exception, line: CommandLine) -
     return _no_such_setting(name, line)
 
 
+def _mixed(found: re.Match[str], _: Exception, line: CommandLine) -> UserError:
+    word = next((word for word in line.settings if re.search(r"\),|,\w+\(", word)), found[0])
+    return UserError(
+        f"{word}: a list holds values, and no function beside them.\nGive one of both: key=0,1,2,5 or key=range(0,3)."
+    )
+
+
 def _exists_already(found: re.Match[str], _: Exception, line: CommandLine) -> UserError:
     name = found[1].split("@")[0]
     word = next((word.lstrip("+") for word in line.settings if word.lstrip("+").startswith(f"{name}=")), f"{name}=...")
@@ -200,6 +212,8 @@ def _wrong_for_hydra(found: re.Match[str], error: Exception, _: CommandLine) -> 
     choices = re.search(r"expected one of \[([^\]]*)\]", why)
     if choices:
         return UserError(f"{found[1]} is not valid: expected one of {choices[1]}.")
+    if "deletion" in why:
+        return UserError(f"{found[1]}: this cannot be left out.\nGive it a value instead: key=value.")
     if "valid bool" in why:
         return UserError(f"{found[1]} is not valid: expected true or false.")
     return UserError(f"{found[1]} is not valid.\n{_stripped(why)}")
@@ -229,6 +243,7 @@ _SENTENCES: tuple[tuple[str, Callable[["re.Match[str]", Exception, CommandLine],
     (r"Could not delete from config. '([^']*)'(.*)", _not_deleted),
     (r"Could not delete '([^']*)'(.*)", _not_deleted),
     (r"Error merging override (\S+)", _wrong_for_hydra),
+    (r"Unexpected type annotation", _mixed),
     (r"Could not override '([^']*)'", _not_overridden),
     (r"Override (\S+?)=\S* looks like a config group", _not_overridden),
 )
@@ -301,7 +316,8 @@ def _choices_with(group: str, key: str) -> list[str]:
 
 def _unknown(given: str, kind: str, word: str, options: list[str], prefix: str = "") -> UserError:
     """Return the error for something that does not exist, with the nearest thing that does."""
-    close = nearest(word, options)
+    inner = [option for option in options if option.endswith(f".{word}")]
+    close = f"hydra/{word}" if word in ("launcher", "sweeper") else inner[0] if inner else nearest(word, options)
     lines = [f"{given}: there is no such {kind}."]
     if close:
         lines.append(f"Did you mean {prefix}{close}{'' if prefix else '=...'}?")
