@@ -102,6 +102,11 @@ def test_refuses_what_hydra_refuses(hydra, overrides, error) -> None:
             "probe=[ics] probe.ics.times=7|probe=[gradients]|probe=[]",
             {"probe.ics.times": ("probe=[gradients]", "probe=[]")},
         ),
+        (
+            "model=resnet model.kwargs={a:1}|model=custom model.kwargs={a:1}",
+            "model=resnet|model=custom model.kwargs={a:1}",
+            {"model.kwargs": ("model=resnet",)},
+        ),
         (  # what is added or left out stays
             "norm=gn +norm.own=1 norm.groups=2|norm=bn +norm.own=1 norm.groups=2 seed=1 ~label_smoothing",
             "norm=gn +norm.own=1 norm.groups=2|norm=bn +norm.own=1 seed=1 ~label_smoothing",

@@ -122,6 +122,8 @@ def _of_value(error: OmegaConfBaseException, line: CommandLine) -> UserError:
             f"{name} has a reference that cannot be read: {_stripped(text)}\n"
             "A reference is ${study} to a setting, ${oc.env:HOME} to an environment variable."
         )
+    if "Unexpected type annotation" in text:
+        return _mixed(line)
     if missing := re.search(r"Key '([^']+)' is not in struct", text):
         return _no_such_setting(error.full_key or missing[1], line)
     return _cleaned(error)
@@ -185,8 +187,8 @@ def _not_overridden(found: re.Match[str], error: Exception, line: CommandLine) -
     return _no_such_setting(name, line)
 
 
-def _mixed(found: re.Match[str], _: Exception, line: CommandLine) -> UserError:
-    word = next((word for word in line.settings if re.search(r"\),|,\w+\(", word)), found[0])
+def _mixed(line: CommandLine) -> UserError:
+    word = next((word for word in line.settings if re.search(r"\),|,\w+\(", word)), "A list")
     return UserError(
         f"{word}: a list holds values, and no function beside them.\nGive one of both: key=0,1,2,5 or key=range(0,3)."
     )
@@ -243,7 +245,6 @@ _SENTENCES: tuple[tuple[str, Callable[["re.Match[str]", Exception, CommandLine],
     (r"Could not delete from config. '([^']*)'(.*)", _not_deleted),
     (r"Could not delete '([^']*)'(.*)", _not_deleted),
     (r"Error merging override (\S+)", _wrong_for_hydra),
-    (r"Unexpected type annotation", _mixed),
     (r"Could not override '([^']*)'", _not_overridden),
     (r"Override (\S+?)=\S* looks like a config group", _not_overridden),
 )

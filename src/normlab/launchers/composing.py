@@ -137,8 +137,7 @@ class _Base:
     @cached_property
     def paths(self) -> frozenset[str]:
         """Dotted paths of all settings, those of sections included."""
-        leaves = (path.split(".") for path, _ in _leaves(OmegaConf.to_container(self._composed, resolve=False)))
-        return frozenset(".".join(path[: length + 1]) for path in leaves for length in range(len(path)))
+        return frozenset(_paths(OmegaConf.to_container(self._composed, resolve=False)))
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
@@ -163,3 +162,10 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every value and every section of nested settings."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        yield f"{prefix}{key}"
+        yield from _paths(value, f"{prefix}{key}.")
