@@ -74,33 +74,31 @@ def serving(
     parser = OverridesParser.create(config_loader=loader)
     parsed = {text: parser.parse_override(text) for text in {text for run in runs for text in run}}
     groups = {name for name in {each.key_or_group for each in parsed.values()} if loader.get_group_options(name)}
-    values = {
-        text
+    settings = {
+        text: each.key_or_group
         for text, each in parsed.items()
         if _replaces(each) and not each.package and each.key_or_group not in groups
     }
 
     @cache
     def paths(choices: tuple[str, ...]) -> frozenset[str]:
-        return frozenset(_Base(loader, config, choices).paths)
+        return _Base(loader, config, choices).paths
 
-    def lacks(run: Sequence[str], text: str) -> bool:
-        return parsed[text].key_or_group not in paths(tuple(each for each in run if each not in values))
+    def has(run: Sequence[str], text: str) -> bool:
+        return settings[text] in paths(tuple(each for each in run if each not in settings))
 
-    pairs = [(run, text, lacks(run, text)) for run in runs for text in run if text in values]
-    had = {parsed[text].key_or_group for _, text, lacking in pairs if not lacking}
+    had = {settings[text] for run in runs for text in run if text in settings and has(run, text)}
+    left: dict[tuple[str, ...], list[str]] = {}
     lacking: dict[str, dict[str, None]] = {}
-    for run, text, lacks_it in pairs:
-        if lacks_it and parsed[text].key_or_group in had:
-            group = parsed[text].key_or_group.partition(".")[0]
+    for run in runs:
+        without = [text for text in run if settings.get(text) in had and not has(run, text)]
+        kept = [text for text in run if text not in without]
+        left[tuple(kept)] = kept
+        for name in map(settings.__getitem__, without):
+            group = name.partition(".")[0]
             choice = next((each for each in run if each.startswith(f"{group}=")), " ".join(run))
-            lacking.setdefault(parsed[text].key_or_group, {})[choice] = None
-    left = (
-        [text for text in run if text not in values or parsed[text].key_or_group not in had or not lacks(run, text)]
-        for run in runs
-    )
-    once = {tuple(run): run for run in left}
-    return list(once.values()), {key: tuple(choices) for key, choices in lacking.items()}
+            lacking.setdefault(name, {})[choice] = None
+    return list(left.values()), {name: tuple(choices) for name, choices in lacking.items()}
 
 
 def _replaces(override: Override) -> bool:
