@@ -169,8 +169,9 @@ def setting_names(script: str) -> list[str]:
 
 
 def choices() -> dict[str, str]:
-    """Return `group=choice` for the name of every choice of the menu; of equal names the last."""
-    return {path.stem: f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))}
+    """Return `group=choice` for the name of every choice of the menu; of equal names the norm's."""
+    files = sorted(CONF.glob("*/*.yaml"), key=lambda path: path.parent.name == "norm")
+    return {path.stem: f"{path.parent.name}={path.stem}" for path in files}
 
 
 def _flag(word: str, waiting: list[str], line: CommandLine, words: Sequence[str]) -> tuple[str, str | None]:
