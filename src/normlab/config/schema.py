@@ -58,9 +58,10 @@ def _dotted_path(value: str) -> str:
     return value
 
 
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
+def _device(value: Any) -> Any:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+        word = str(value)
+        close = f"cuda:{word}" if word.isdigit() else nearest(word, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
         raise wrong(f"device={value} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?")
     return value
 
@@ -70,8 +71,22 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Count = Annotated[StrictInt, Field(ge=1)]
-Whole = Annotated[StrictInt, Field(ge=0)]
+def _whole(value: Any) -> Any:
+    """Return a whole number that comes as text (depth='18', an environment variable) or as 1e2, as what it is."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _switch(value: Any) -> Any:
+    """Return true and false that come as text as what they are."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Integer = Annotated[StrictInt, BeforeValidator(_whole)]
+Switch = Annotated[StrictBool, BeforeValidator(_switch)]
+Count = Annotated[Integer, Field(ge=1)]
+Whole = Annotated[Integer, Field(ge=0)]
 Number = Annotated[FiniteFloat, BeforeValidator(_not_bool)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -83,7 +98,7 @@ StudyName = Annotated[
 ]
 
 
-Folder = Annotated[str, AfterValidator(os.path.expanduser)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 @dataclass(frozen=True)
@@ -221,7 +236,7 @@ class _Dataset(_Section):
     test_size: Count | None
     val_size: Whole
     split_seed: Whole
-    flip: StrictBool
+    flip: Switch
     crop_padding: Whole
     crop_size: Count | None
 
@@ -299,7 +314,7 @@ class Paired(_Section):
     """Batches of batch / images_per_label labels, drawn with replacement, times images_per_label images."""
 
     name: Literal["paired"]
-    images_per_label: Annotated[StrictInt, Field(ge=2)]
+    images_per_label: Annotated[Integer, Field(ge=2)]
 
 
 SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
@@ -308,7 +323,7 @@ SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
 class _Optimizer(_Section):
     lr: Positive
     weight_decay: NonNegative
-    decay_norm_and_bias: StrictBool
+    decay_norm_and_bias: Switch
     agc: Positive | None
     precondition: Literal["bnp"] | None
 
@@ -318,7 +333,7 @@ class SGD(_Optimizer):
 
     name: Literal["sgd"]
     momentum: Fraction
-    nesterov: StrictBool
+    nesterov: Switch
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> Self:
@@ -333,7 +348,7 @@ class Adam(_Optimizer):
     name: Literal["adam"]
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     eps: Positive
-    decoupled: StrictBool
+    decoupled: Switch
 
 
 class RMSprop(_Optimizer):
@@ -489,14 +504,14 @@ class RunConfig(_Section):
     schedule: ScheduleConfig
     probe: dict[str, _AnyProbe]
 
-    depth: StrictInt | None = Field(examples=[18])
+    depth: Integer | None = Field(examples=[18])
     batch: Count = Field(examples=[128])
     norm_batch: Count | None = Field(examples=[4])
     epochs: Count = Field(examples=[10])
     label_smoothing: Fraction
-    drop_last: StrictBool
+    drop_last: Switch
     input_norm: Literal["dataset", "none", "bn"]
-    sync_stats: StrictBool
+    sync_stats: Switch
     calibration_images: Count
     weight_average: Annotated[Number, Field(gt=0, lt=1)] | None
     eval_stats: Literal["running", "precise", "batch"]
@@ -504,16 +519,16 @@ class RunConfig(_Section):
     eval_every: Count
     eval_batch: Count
 
-    device: Annotated[str, AfterValidator(_device)]
+    device: Annotated[str, BeforeValidator(_device)]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
-    deterministic: StrictBool
+    deterministic: Switch
     engine: Literal["auto", "eager", "graph", "compile"]
     memory_format: Literal["auto", "contiguous", "channels_last"]
     threads: Count | None
     checkpoint_seconds: NonNegative | None
-    save_weights: StrictBool
+    save_weights: Switch
     logger: LoggerConfig
-    quiet: StrictBool
+    quiet: Switch
     output_dir: Folder
     data_dir: Folder
 

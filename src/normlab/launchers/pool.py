@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import runs
+from normlab.common import bugs
 from normlab.common.cpu import cores
-from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
+from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, as_typed
 from normlab.common.progress import Display, one_line
 from normlab.config import schema
 from normlab.launchers import preflight
@@ -140,7 +141,7 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
     except UserError as error:
         return {"state": State.FAILED, "error": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
     except (Exception, SystemExit) as error:  # with its traceback in run.log
-        return {"state": State.FAILED, "error": described(error), "crashed": True}
+        return {"state": State.FAILED, "error": bugs.told(error), "crashed": True}
 
 
 def check_networks(jobs: Sequence[Job]) -> None:
@@ -163,7 +164,7 @@ def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int 
     numbers = {"slots": 1 if slots is None else slots, "per_gpu": per_gpu, "pack": pack}
     for setting, value in numbers.items():
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"hydra.launcher.{setting}={value} is out of range: expected 1 or more.")
+            raise UserError(f"hydra.launcher.{setting}={as_typed(value)} is out of range: expected 1 or more.")
     gpus = 0 if all(job.config.device == "cpu" for job in jobs) else preflight.gpu_count()
     number = min(slots or gpus * per_gpu or cores(), len(jobs))
     devices = [f"cuda:{index % gpus}" if gpus else "cpu" for index in range(number)]
@@ -321,7 +322,7 @@ class _Pool:
             statuses = future.result()
         except Exception as error:  # of the process: it was killed, or ended before a run began
             killed = isinstance(error, BrokenProcessPool)
-            why = "its process was killed, perhaps for want of memory" if killed else described(error)
+            why = "its process was killed, perhaps for want of memory" if killed else bugs.told(error)
             facts = {"out_of_memory": killed, "crashed": True}
             statuses = [record_end(job.run, State.FAILED, why, None if killed else error) | facts for job in pack]
         if any(status.get("crashed") for status in statuses):  # a CUDA error, say, spoils its process
@@ -379,7 +380,8 @@ def record_end(run: runs.Run, state: State, error: str, cause: Exception | None 
     with contextlib.suppress(UserError), run.lock(wait_seconds=DYING_SECONDS):
         if run.state in runs.FINISHED:
             return runs.read_status(run.folder) or {"state": run.state}
+        trace = [*traceback.format_exception(cause), bugs.report(cause), "\n"] if cause else []
         with contextlib.suppress(OSError), (run.folder / runs.LOG).open("a", encoding="utf-8") as log:
-            log.write(f"{runs.now()} ERROR {error}\n{''.join(traceback.format_exception(cause)) if cause else ''}")
+            log.write(f"{runs.now()} ERROR {error}\n{''.join(trace)}")
         return run.write_status(state, ended=runs.now(), error=error)
     return {"state": state, "error": error}

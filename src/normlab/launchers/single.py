@@ -48,17 +48,17 @@ def run(composed: DictConfig) -> float | None:
                     " run.\nStart the sweep with python: its launchers give every run a device. Or leave out -m."
                 )
         return train_config(schema.parse(settings_of(composed)), processes)
-    except (UserError, OmegaConfBaseException) as error:
-        if processes.rank:
-            sys.exit(1)
-        if mode == RunMode.RUN or processes.world > 1:
-            exit_with_error(error)  # here and not in Hydra, which would add a line of its own
-        raise
     except (InterruptedRunError, KeyboardInterrupt):
         if processes.rank:
             sys.exit(130)
         if mode == RunMode.RUN or processes.world > 1:
             exit_interrupted()
+        raise
+    except Exception as error:
+        if processes.rank and isinstance(error, UserError | OmegaConfBaseException):
+            sys.exit(1)
+        if mode == RunMode.RUN or processes.world > 1:
+            exit_with_error(error)  # here and not in Hydra, which would add a line of its own
         raise
 
 

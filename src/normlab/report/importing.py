@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from normlab import runs
-from normlab.common.errors import UserError, did_you_mean, exact, listed, storage_error
+from normlab.common.errors import UserError, as_typed, did_you_mean, exact, listed, storage_error
 from normlab.common.installation import command_name
 from normlab.common.sentences import sentence
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
@@ -190,8 +190,8 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
         name = str(first["loc"][0])
         if name == "study":
             raise UserError(sentence(first, {})) from None
-        value = "null" if settings[name] is None else settings[name]
-        raise UserError(f"{name}={value} is not valid: expected {Import.model_fields[name].description}.") from None
+        expected = Import.model_fields[name].description
+        raise UserError(f"{name}={as_typed(settings[name])} is not valid: expected {expected}.") from None
     folder = Path(output_dir) / options.study
     archive.refuse_new_runs(folder)
     path = Path(options.source)

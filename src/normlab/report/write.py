@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.common.errors import UserError, did_you_mean, first_line
+from normlab.common.errors import UserError, as_typed, did_you_mean, first_line
 from normlab.common.installation import command_name
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
@@ -141,7 +141,7 @@ def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool
         UserError: for a study that does not exist and a folder that cannot be read.
     """
     if not isinstance(watch, bool):
-        raise UserError(f"watch={watch} is not valid: expected true or false.")
+        raise UserError(f"watch={as_typed(watch)} is not valid: expected true or false.")
     name, path = find_study(str(study), _folder("output_dir", output_dir))
     show_status(name, path, watch=watch, quiet=quiet)
 
@@ -153,7 +153,7 @@ def pack_study(study: str, output_dir: str | Path, *, replace: bool = False, qui
         UserError: for a study that does not exist, a file that cannot be written, and one that has other runs.
     """
     if not isinstance(replace, bool):
-        raise UserError(f"replace={replace} is not valid: expected true or false.")
+        raise UserError(f"replace={as_typed(replace)} is not valid: expected true or false.")
     from normlab.report.pack import pack  # slow to import, and no other command needs it
 
     return pack(str(study), _folder("output_dir", output_dir), replace=replace, quiet=quiet)
@@ -187,7 +187,7 @@ def _make_report_folder(study: Study, folder: Path) -> None:
 
 def _folder(setting: str, value: object) -> Path:
     if not isinstance(value, str | Path):
-        raise UserError(f"{setting}={'null' if value is None else value} is not valid: expected a path.")
+        raise UserError(f"{setting}={as_typed(value)} is not valid: expected a path.")
     return Path(value)
 
 
