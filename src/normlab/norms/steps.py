@@ -20,19 +20,24 @@ class Clock(nn.Module):
         unit: "fraction": `now` is the fraction of the run that is done, in [0, 1); "steps": the number of steps.
 
     Attributes:
-        now: float32 scalar on the layers' device; 0 until a training loop calls `at_step`.
+        now, end: float32 scalars on the layers' device, the time before and after the step under way; 0 until a training
+            loop calls `at_step`.
     """
 
     now: Tensor
+    end: Tensor
 
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
         self.register_buffer("now", torch.zeros(()))
+        self.register_buffer("end", torch.zeros(()), persistent=False)  # records of renorm go on without it
 
     def at_step(self, step: int, steps: int) -> None:
         """Set the time to before `step` (0-based) of `steps`."""
-        self.now.fill_(step if self.unit == "steps" else step / steps)
+        scale = 1 if self.unit == "steps" else steps
+        self.now.fill_(step / scale)
+        self.end.fill_((step + 1) / scale)
 
 
 class Steps:
