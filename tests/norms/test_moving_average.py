@@ -100,7 +100,8 @@ class MABNByHand(Transcription):
                 self.ratios.append(r)
                 of_ema = self.chis[-1] if self.options.get("ema_of") == "batch" else s
                 mean_s = mean_s + of_ema * len(index) / len(x)
-        momentum = self.options["momentum"] if self.batches else 1
+        first = self.options.get("ema_start") == "first"
+        momentum = max(self.options["momentum"], float(not self.batches) if first else 1 / (self.batches + 1))
         self.running = mean_s * momentum + (0 if self.running is None else self.running * (1 - momentum))
         self.batches += 1
         return y
@@ -212,8 +213,9 @@ def test_phases_can_be_in_steps(variant: Any, options: Any, oracle: Any) -> None
 
 @pytest.mark.parametrize("k", [None, 2])
 def test_settings_of_the_papers_where_the_authors_codes_differ(k: int | None) -> None:
-    options = MABN_OPTIONS | {"ema_of": "batch"}
-    compare_with(layer_of(MABN(**options, norm_batch=k)), MABNByHand(options, k), CASES["plain"])
+    for changed in ({"ema_of": "batch"}, {"ema_start": "first"}):
+        options = MABN_OPTIONS | changed
+        compare_with(layer_of(MABN(**options, norm_batch=k)), MABNByHand(options, k), CASES["plain"])
     for changed in ({"scale_channels": False}, {"backward_rms": "running"}):
         options = POWER_OPTIONS | changed
         compare_with(layer_of(PowerNorm(**options, norm_batch=k)), PowerNormByHand(options, k), CASES["plain"])

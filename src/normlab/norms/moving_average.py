@@ -179,6 +179,7 @@ class MovingAverageBatchNorm2d(MovingSquare):
     r_from: float
     rmax: float
     ema_of: str
+    ema_start: str
 
     def __init__(self, channels: int, **options: Any) -> None:
         super().__init__(channels, **options)
@@ -203,11 +204,11 @@ class MovingAverageBatchNorm2d(MovingSquare):
         return self.gradients, self.window
 
     def update(self, *statistics: Tensor) -> None:
-        """See `BatchStatistics.update`; the average starts at the first batch's."""
+        """See `BatchStatistics.update`."""
         (averaged,) = statistics
-        newest = torch.where(self.batches == 0, averaged.new_ones(()), averaged.new_full((), self.momentum))
-        self.running_square.lerp_(averaged, newest)
-        self.batches.add_(1)
+        count = self.batches.add_(1).to(averaged.dtype)
+        plain = count.reciprocal() if self.ema_start == "mean" else (count == 1).to(averaged.dtype)
+        self.running_square.lerp_(averaged, plain.clamp_min(self.momentum))
 
 
 class PowerNorm2d(MovingSquare):
@@ -315,12 +316,13 @@ class MABN(_MovingVariant):
         z = x / sqrt(SMA(chi²) + eps);  y = gamma · r · z + beta
         r = clip(sqrt((SMA(chi²) + eps) / (EMA + eps)), 1/rmax, rmax)        a constant to the gradient
         psi = mean(g · z);  dL/dx = (g - z · SMA(psi)) / sqrt(SMA(chi²) + eps)
-        EMA <- (1 - momentum) · EMA + momentum · SMA(chi²), its mean over a batch's groups; at the start the first one
+        EMA <- (1 - momentum) · EMA + momentum · SMA(chi²), the latter's mean over a batch's groups
 
     Evaluation: y = gamma · x / sqrt(EMA + eps) + beta. No mean is subtracted: the weights are centered instead. As in
     the authors' code the window slides over the groups of a batch in order, and from those of the batch before; EMA is
-    the one before this step, and averages SMA(chi²) (`ema_of`; "batch": chi², as the paper's formula); until the window is
-    full a group has its own chi² and psi.
+    the one before this step, and averages SMA(chi²) (`ema_of`; "batch": chi², as the paper's formula); a group has its
+    own chi² and psi until the window is full. EMA begins as the plain mean of the first batches, which short runs need
+    [A], or by `ema_start` = "first" as in the authors' ImageNet code at the first batch's value.
 
     Phases: a group's own chi² and psi in the steps 1 to `warmup` - 1, r = 1 in those up to `r_from`. The authors' file
     has 100 and 1000 steps, their ImageNet code 0 and 99; by fraction of the run they are an assumption [A], as short
@@ -338,6 +340,7 @@ class MABN(_MovingVariant):
     warmup: float = option(0.05, ge=0, unit="unit")
     r_from: float = option(0.2, ge="warmup", unit="unit")
     ema_of: str = option("sma", choices=("sma", "batch"))
+    ema_start: str = option("mean", choices=("mean", "first"))
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
         """Return a `CenteredConv2d`."""

@@ -20,8 +20,8 @@ class Clock(nn.Module):
         unit: "fraction": `now` is the fraction of the run that is done, in [0, 1); "steps": the number of steps.
 
     Attributes:
-        now, end: float32 scalars on the layers' device, the time before and after the step under way; 0 until a training
-            loop calls `at_step`.
+        now, end: float32 scalars on the layers' device, the time before and after the step under way; 0 until a
+            training loop calls `at_step`.
     """
 
     now: Tensor
