@@ -157,10 +157,10 @@ def test_a_setting_that_comes_later_to_one_kind_of_group_does_not_come_to_others
 
 def test_a_record_of_a_newer_format_is_a_sentence_and_stays(run) -> None:
     path = run.folder / "config.yaml"
-    path.write_text(path.read_text().replace("format: 1", "format: 2"))
+    path.write_text(path.read_text().replace("format: 2", "format: 3"))
     before = path.read_text()
     for read in (run.freeze, lambda: runs.read_config(run.folder)):
-        with pytest.raises(FormatError, match=r"record of format 2, and this version of normlab reads up to format 1"):
+        with pytest.raises(FormatError, match=r"record of format 3, and this version of normlab reads up to format 2"):
             read()
     assert path.read_text() == before
 
