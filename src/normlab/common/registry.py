@@ -32,6 +32,8 @@ class Option:
         unit: the name of the option, declared before, that says whether this one is a "fraction" of the run, which is
             1 at most, or a number of "steps".
         names: whether a list of names can take the place of a number, which is 1 or more.
+        neutral: of an option that came after runs had been recorded, the value that they stand for (`runs.identity`).
+            None: they are runs of another method, which no value is.
     """
 
     default: Any
@@ -42,6 +44,7 @@ class Option:
     le: float | None = None
     unit: str | None = None
     names: bool = False
+    neutral: Any = None
 
     def check(self, path: str, value: Any, others: Mapping[str, Any]) -> Any:
         """Return `value` in its one spelling, e.g. 1.0 for 1 and for the text "1" if the default is a float.

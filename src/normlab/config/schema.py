@@ -325,6 +325,7 @@ class _Optimizer(_Section):
     weight_decay: NonNegative
     decay_norm_and_bias: Switch
     agc: Positive | None
+    agc_vectors: Annotated[StrictBool, Since(2, neutral=False)]
     precondition: Literal["bnp"] | None
 
 
@@ -387,6 +388,7 @@ class Cosine(_Schedule):
 
     name: Literal["cosine"]
     final_lr: NonNegative
+    divide_final_lr: Annotated[StrictBool, Since(2, neutral=True)]
 
 
 class Polynomial(_Schedule):
@@ -395,6 +397,7 @@ class Polynomial(_Schedule):
     name: Literal["polynomial"]
     power: Positive
     final_lr: NonNegative
+    divide_final_lr: Annotated[StrictBool, Since(2, neutral=True)]
 
 
 ScheduleConfig = Annotated[Constant | Step | Cosine | Polynomial, Field(discriminator="name")]
@@ -641,7 +644,17 @@ class RunConfig(_Section):
             changes["precise_batches"] = IDLE_PRECISE_BATCHES
         if self.norm_batch == self.batch and self.eval_stats != "batch" and not self.starts_from_data:
             changes["norm_batch"] = None  # the groups of batches of other sizes would differ
+        if self.optimizer.agc is None:
+            changes["optimizer"] = self.optimizer.model_copy(update={"agc_vectors": False})
+        if isinstance(self.schedule, Cosine | Polynomial) and not (self.schedule.final_lr and self._divides_rates):
+            changes["schedule"] = self.schedule.model_copy(update={"divide_final_lr": True})
         return self.model_copy(update=changes)
+
+    @property
+    def _divides_rates(self) -> bool:
+        """Whether some parameters learn at a part of the rate, as far as the settings tell: a norm of one's own may."""
+        divisors = [value for name, value in self.norm.options.items() if name.endswith("lr_divisor")]
+        return any(divisor != 1 for divisor in divisors) or not self.norm.target.startswith("normlab.norms")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle plain values: the classes of probes, which are made at run time, cannot be looked up by a worker."""

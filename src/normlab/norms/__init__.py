@@ -29,7 +29,7 @@ from normlab.norms.registry import named, rewrite, variants
 from normlab.norms.renorm import BatchRenorm
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
 from normlab.norms.sites import Site, Variant, find_sites, trace
-from normlab.norms.steps import Clock, Steps, parameter_roles
+from normlab.norms.steps import Clock, Steps, decayed_parameters, parameter_roles
 from normlab.norms.weights import MeanOnlyWeightNorm, NormProp, TReLUWeightNorm, WeightNorm, data_dependent_start
 
 NAMED = {name: cls for name, (cls, _) in variants().items()}
@@ -71,6 +71,7 @@ __all__ = [
     "WeightNorm",
     "batch_statistics",
     "data_dependent_start",
+    "decayed_parameters",
     "find_branches",
     "find_sites",
     "fixup_start",

@@ -114,6 +114,13 @@ def _calls(network: nn.Module, nodes: list[fx.Node], kind: type[nn.Module]) -> t
     return tuple(name for name in calls if isinstance(network.get_submodule(name), kind))
 
 
+def insert_after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """Return a new node that calls a new module on the output of `node`; nothing uses it yet."""
+    network.add_submodule(name, module)
+    with network.graph.inserting_after(node):
+        return network.graph.call_module(name, (node,))
+
+
 def _required(branches: list[Branch], name: str, setting: str) -> list[Branch]:
     if not branches:
         raise UserError(

@@ -7,6 +7,8 @@ from collections.abc import Hashable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
+from normlab.common.registry import declarations
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
@@ -50,10 +52,23 @@ def _later_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]
     for key, neutral in _marked(_schema()).items():
         yield "", key, neutral
     for group, values in config.items():
+        if group == "norm":
+            for key, neutral in _later_options(str(values.get("_target_")), str(values.get("name"))).items():
+                yield group, key, neutral
         if isinstance(values, Mapping):
             section = _section(_schema(), group, str(values.get("kind")), str(values.get("name")))
             for key, neutral in (_marked(section) if section else {}).items():
                 yield group, key, neutral
+
+
+@cache
+def _later_options(target: str, name: str) -> dict[str, Any]:
+    """Return the neutral value of each option of a norm of normlab that came after runs had been recorded."""
+    norms = declarations("norms").values() if target.startswith("normlab.norms.") else ()
+    of_class = {norm.name: norm for norm in norms if norm.class_name == target.rpartition(".")[2]}
+    declared = of_class.get(name) or next(iter(of_class.values()), None)
+    options = declared.options if declared else {}
+    return {key: option.neutral for key, option in options.items() if option.neutral is not None}
 
 
 def _schema() -> "type[BaseModel]":
