@@ -204,6 +204,14 @@ class TorchvisionConfig(_Section):
     kwargs: dict[str, Any]
 
 
+class TimmConfig(_Section):
+    """Any classification network of timm in which sites are found."""
+
+    kind: Literal["timm"]
+    name: Name
+    kwargs: dict[str, Any]
+
+
 class GitmanCifarConfig(_Section):
     """The CIFAR network of Gitman & Ginsburg 2017."""
 
@@ -223,6 +231,7 @@ ModelConfig = Annotated[
     | CifarResNetConfig
     | VGGConfig
     | TorchvisionConfig
+    | TimmConfig
     | GitmanCifarConfig
     | DeepLinearConfig
     | CustomModelConfig,

@@ -10,11 +10,12 @@ from torch import Tensor, library, nn
 from torch.utils.hooks import RemovableHandle
 
 from normlab.common.errors import UserError
+from normlab.norms.adapter import FullPrecision
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-class BatchStatistics(nn.Module):
+class BatchStatistics(FullPrecision):
     """A layer over x (N, C, H, W) with statistics per channel over the images of a group, and H and W.
 
     It has `weight` (C,) from 1, `bias` (C,) from 0, a buffer (C,) for each of `averages`, and an attribute for each

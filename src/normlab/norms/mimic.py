@@ -59,10 +59,19 @@ class LogitBatchNorm(GroupedBatchNorm2d):
     takes_single_values = True
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize logits (N, K)."""
-        x = input[:, :, None, None]
-        y = BatchStatistics.forward(self, x) if len(x) == 1 else super().forward(x)
-        return y[:, :, 0, 0]
+        """Normalize logits (N, K) or (N, K, H, W).
+
+        Raises:
+            UserError: if there are not as many as the last layer has outputs.
+        """
+        if input.shape[1] != self.num_features:
+            raise UserError(
+                f"norm=mimicnorm takes the {self.num_features} outputs of the last layer for logits, and the network"
+                f" has {input.shape[1]}.\nLet it end in a linear layer, or in a convolution with a filter per class."
+            )
+        x = input.reshape(*input.shape[:2], -1, 1)
+        y: Tensor = BatchStatistics.forward(self, x) if len(x) == 1 else super().forward(x)
+        return y.reshape(input.shape)
 
     def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `BatchStatistics.normalize`."""
@@ -74,7 +83,7 @@ class LogitBatchNorm(GroupedBatchNorm2d):
 
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:
         """See `BatchStatistics.moments`."""
-        return super().moments(input[:, :, None, None])
+        return super().moments(input.reshape(*input.shape[:2], -1, 1))
 
 
 @register("mimicnorm", aliases=("mimic",), family="statistics of the batch", order=13)

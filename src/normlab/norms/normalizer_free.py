@@ -169,7 +169,7 @@ class ScaledStandardConv2d(ReparametrizedConv2d):
         v = super().effective_weight()
         fan = v[0].numel()
         rows = v.reshape(1, self.out_channels, fan)  # PyTorch's kernel, filters for channels: one pass each way
-        gain = self.gain * fan**-0.5
+        gain = self.gain.to(v.dtype) * fan**-0.5
         return F.batch_norm(rows, None, None, gain, None, True, 0.0, self.eps / fan).view_as(v)
 
 

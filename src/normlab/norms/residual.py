@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 
 from normlab.common.errors import UserError
-from normlab.norms.sites import Tracer, trace
 from normlab.norms.steps import WEIGHT_LAYERS
+from normlab.norms.tracing import BatchNormalization, Tracer, trace
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -78,7 +78,7 @@ def find_branches(traced: fx.GraphModule) -> list[Branch]:
             tuple(inside),
             tuple(node for node in inside if entry in node.all_input_nodes),
             _calls(traced, trunk, nn.Conv2d),
-            _calls(traced, trunk, nn.BatchNorm2d),
+            _calls(traced, trunk, BatchNormalization),
         )
 
     branches = []

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from normlab.norms.adapter import FullPrecision
+
 Role = Literal["weight", "scale", "shift", "bias"]
 WEIGHT_LAYERS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -13,7 +15,7 @@ WEIGHT_LAYERS = (
 )
 
 
-class Clock(nn.Module):
+class Clock(FullPrecision):
     """The progress of a run, for layers that change in its course; all layers of a variant share one.
 
     Args:
