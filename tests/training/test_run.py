@@ -239,7 +239,7 @@ DIVERGING = ("norm=none", "optimizer.lr=1e10", "batch=2", "checkpoint_seconds=nu
 def test_what_the_last_step_of_an_epoch_breaks_is_divergence_too(tiny, monkeypatch) -> None:
     original = engines.learning_rate
     monkeypatch.setattr(
-        engines, "learning_rate", lambda c, step, n: float("inf") if step == 5 else original(c, step, n)
+        engines, "learning_rate", lambda c, step, *more: float("inf") if step == 5 else original(c, step, *more)
     )
     ended = train_run(tiny())
     assert (ended["state"], ended["diverged_step"]) == ("diverged", 6)
