@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-_NO_TEXT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?|true|false|null", re.IGNORECASE)  # without quotes
+_NO_TEXT = re.compile(
+    r"[-+]?(\d[\d_]*\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?|true|false|null", re.IGNORECASE
+)  # without quotes
 
 
 class UserError(Exception):

@@ -63,8 +63,8 @@ def test_any_other_setting_that_varies_is_another_table(add_run, study, setting,
         ("norm__eps", (1e-5, 1.0000001e-5), ("(eps=1.0000001e-05)", "(eps=1e-05)")),
         ("norm__window", (1234567, 1234568), ("(window=1234567)", "(window=1234568)")),
         ("model__kwargs", ({"a": True}, {"a": 1}), ("kwargs.a=1", "kwargs.a=true")),
-        ("model__kwargs", ({"a": None}, {"a": "null"}), ('kwargs.a="null"', "kwargs.a=null")),
-        ("model__kwargs", ({"a": "", "b": 0}, {"b": 0}), ('kwargs.a=""', "kwargs.a=")),
+        ("model__kwargs", ({"a": None}, {"a": "null"}), ("kwargs.a='null'", "kwargs.a=null")),
+        ("model__kwargs", ({"a": "", "b": 0}, {"b": 0}), ("kwargs.a=''", "kwargs.a=")),
     ],
 )
 def test_runs_of_different_settings_are_never_one_cell_however_near_these_are(add_run, study, setting, values, ends):

@@ -194,18 +194,4 @@ def _text(value: object) -> str:
     """Return a value as a label has it: different values have different texts."""
     if value is _ABSENT:
         return ""
-    if isinstance(value, float):
-        return exact(value)
-    text = str(as_typed(value))
-    return f'"{text}"' if isinstance(value, str) and _reads_as_another(text) else text
-
-
-def _reads_as_another(text: str) -> bool:
-    """Return whether a text could be taken for a number, a truth value, null or nothing."""
-    if text in ("", "null", "true", "false"):
-        return True
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return exact(value) if isinstance(value, float) else str(as_typed(value)) or "''"
