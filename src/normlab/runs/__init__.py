@@ -16,7 +16,7 @@ from normlab.runs.folder import (
     read_rows,
     read_status,
 )
-from normlab.runs.identity import completed, flatten, identity, run_id, run_name
+from normlab.runs.identity import compared, completed, flatten, identity, run_id, run_name
 from normlab.runs.states import FINISHED, State
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PROVENANCE",
     "Run",
     "State",
+    "compared",
     "completed",
     "find",
     "flatten",

@@ -115,6 +115,19 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
     return flat
 
 
+def compared(config: Mapping[str, Any]) -> dict[str, Hashable]:
+    """Return the flat settings by which runs are compared, those that its format did not have yet included.
+
+    schedule.divide_final_lr belongs to arms that divide the rate of some parameters: others, and those that have its
+    default, are without it.
+    """
+    flat = flatten(completed(config))
+    divides = any(key.startswith("norm.") and key.endswith("lr_divisor") and flat[key] != 1 for key in flat)
+    if not (divides and flat.get("schedule.divide_final_lr")):
+        flat.pop("schedule.divide_final_lr", None)
+    return flat
+
+
 def run_id(config: Mapping[str, Any]) -> str:
     """Return ten hexadecimal digits, equal for two configurations exactly if they describe the same run."""
     canonical = json.dumps(identity(config), sort_keys=True, allow_nan=False)

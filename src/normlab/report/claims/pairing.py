@@ -17,8 +17,10 @@ from normlab.report.study.arms import OF_THE_ARM, cell_key, natural
 from normlab.report.study.load import Study
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 
-# Settings that change no result, and the seed, by which runs are paired.
-_NOT_COMPARED = CARRIED_OUT | {"probe", "seed"} | {f"dataset.{name}" for name in DATASET_CARRIED_OUT}
+# Settings that change no result, the seed, by which runs are paired, and what only one side of slow parameters has.
+_NOT_COMPARED = (
+    CARRIED_OUT | {"probe", "seed", "schedule.divide_final_lr"} | {f"dataset.{name}" for name in DATASET_CARRIED_OUT}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +121,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Hashable]:
     """Return the settings that can change a result, but for the seed; norm_batch only where it is not the batch."""
     settings = {
         key: value
-        for key, value in runs.flatten(runs.completed(config)).items()
+        for key, value in runs.compared(config).items()
         if key not in _NOT_COMPARED and key.partition(".")[0] not in _NOT_COMPARED
     }
     if settings.get("norm_batch") == settings["batch"]:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from normlab import runs
 from normlab.common.errors import listed
 from normlab.common.installation import CONF
 from normlab.report.study.arms import in_order, natural
@@ -69,8 +70,8 @@ def _protocol(study: Study) -> Iterator[str]:
         "Epochs": [config.get("epochs") for config in configs],
         "Training images": [config["dataset"].get("train_size") or "all" for config in configs],
         "Test images": [config["dataset"].get("test_size") or "all" for config in configs],
-        "Optimizer": [_group(config.get("optimizer")) for config in configs],
-        "Schedule": [_group(config.get("schedule")) for config in configs],
+        "Optimizer": [_group(runs.identity(config).get("optimizer")) for config in configs],
+        "Schedule": [_group(runs.identity(config).get("schedule")) for config in configs],
         "Precision": [config.get("precision") for config in configs],
     }
     for name, values in parts.items():

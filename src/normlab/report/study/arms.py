@@ -20,7 +20,12 @@ FAMILIES = {  # grouped for figures that cannot show all of them at once
     for family in dict.fromkeys(norm.family for norm in _NORMS)
 }
 KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
-OF_THE_ARM = ("norm.", "optimizer.agc", "optimizer.precondition")  # norm=nf and norm=bnp set the last two
+OF_THE_ARM = (
+    "norm.",
+    "optimizer.agc",
+    "optimizer.precondition",
+    "schedule.divide_final_lr",
+)  # norm=nf and norm=bnp set the last two
 _NEUTRAL = {"norm.scale_init": 1.0, "norm.scale_lr_divisor": 1.0}  # the plain norm: an arm's label leaves them out
 IMPORTED = "norm.imported"  # only the arms of imported runs have it: their options are not what ours are
 _ABSENT = ...  # in place of the value of a setting that a run does not have
@@ -69,7 +74,7 @@ def cell_key(config: Mapping[str, Any]) -> Hashable:
 def flat_cells(configs: Iterable[Mapping[str, Any]]) -> dict[Hashable, dict[str, Hashable]]:
     """Return the flat settings that can change a result by `cell_key`: a study has far fewer cells than runs."""
     cells = {cell_key(config): config for config in configs}
-    return {cell: runs.flatten(runs.completed(runs.identity(config))) for cell, config in cells.items()}
+    return {cell: runs.compared(runs.identity(config)) for cell, config in cells.items()}
 
 
 def _beside_trained(flat: Sequence[Mapping[str, Hashable]]) -> list[Mapping[str, Hashable]]:
@@ -136,7 +141,10 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
     for row in flat:
         by_name[row["norm.name"], IMPORTED in row].append(row)
     # Arms differ in their options by nature; a label needs only what varies within one norm.
-    options = {name: [key for key in varying(rows) if key.startswith(OF_THE_ARM)] for name, rows in by_name.items()}
+    options = {
+        name: [key for key in varying(rows) if key.startswith("norm.") or key in _varying_where_it_is(rows)]
+        for name, rows in by_name.items()
+    }
     several_norm_batches = len(set(_values(flat, "norm_batch"))) > 1
     plain = {  # left out of labels where all arms of the name have it
         (name, key) for name, rows in by_name.items() for key in _NEUTRAL if all(key in row for row in rows)
@@ -152,6 +160,12 @@ def _arm_labels(flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
             words.append(f"norm_batch={row['norm_batch']}")
         labels.append(f"{name} ({', '.join(words)})" if words else str(name))
     return _told_apart(labels, flat)
+
+
+def _varying_where_it_is(rows: Sequence[Mapping[str, Hashable]]) -> list[str]:
+    """Return options of an arm beside the norm's own that differ between the runs that have them."""
+    keys = {key for row in rows for key in row if key.startswith(OF_THE_ARM)}
+    return [key for key in keys if len({row[key] for row in rows if key in row}) > 1]
 
 
 def _told_apart(labels: Sequence[str], flat: Sequence[Mapping[str, Hashable]]) -> list[str]:
