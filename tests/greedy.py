@@ -42,3 +42,16 @@ def _be_killed(network: nn.Module, inputs: tuple[Tensor]) -> None:
     if not inputs[0].is_meta and not Path("killed").exists():
         Path("killed").touch()
         os.kill(os.getpid(), 9)
+
+
+class Insatiable(SmallNet):
+    """Runs out of memory."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_forward_pre_hook(_want_more)
+
+
+def _want_more(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    if not inputs[0].is_meta:
+        raise MemoryError

@@ -219,10 +219,7 @@ def a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds
 
 def jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(here: Path) -> None:
     small_arrays = wrapper(here, "scontrol", '$real "$@" | sed "s/^MaxArraySize.*/MaxArraySize = 2/"')
-    (here / "failing.py").write_text(
-        "import small\nclass Net(small.SmallNet):\n    def forward(self, x):\n        raise MemoryError\n"
-    )
-    targets = "model.target=failing.Net,small.SmallNet,small.SmallResNet"
+    targets = "model.target=greedy.Insatiable,small.SmallNet,small.SmallResNet"
     done = train(here, *SETTINGS, *SLURM, targets, **small_arrays)
     assert done.returncode == 1
     assert "2 runs go into each job" in done.stdout
@@ -233,7 +230,7 @@ def jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(here: Path) -> N
     states = {
         runs.read_config(run)["model"]["target"]: state(run)["state"] for run in runs.find(here / "outputs/default")
     }
-    assert states == {"failing.Net": "failed", "small.SmallNet": "done", "small.SmallResNet": "done"}
+    assert states == {"greedy.Insatiable": "failed", "small.SmallNet": "done", "small.SmallResNet": "done"}
 
 
 def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported(here: Path) -> None:
