@@ -64,7 +64,8 @@ def test_quiet_commands_print_nothing_but_what_went_wrong(tmp_path) -> None:
     words = ["model.target=small.SmallNet,greedy.Insatiable", "norm=bn", "quiet=true"]
     status, out, err = to_files([*SWEEP, *words], tmp_path)
     assert (status, out) == (1, "")
-    failed, heading, log, error = err.splitlines()
+    put_off, failed, heading, log, error = err.splitlines()
+    assert "Tried again alone" in put_off
     assert re.match(r"\[\d/2\] small-digits-bn-b128-s0-\w+: failed: .* does not fit into the memory", failed)
     assert (heading, error[:22]) == ("Failed:", "1 of 2 runs failed. Th")
     assert re.search(r"run.log: .* does not fit into the memory", log)
