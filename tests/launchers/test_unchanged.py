@@ -114,7 +114,7 @@ def test_hydras_own_launcher_ends_with_the_error_of_one_run(finished, command) -
 def test_what_makes_no_difference_is_none(finished, command) -> None:
     for path in finished.glob("photos/*/*/*.png"):
         os.utime(path, (1, 1))
-    rewrite(finished / "my_nets.py", "class Other", "# mine\nclass Another")
+    rewrite(finished / "my_nets.py", "class Other", "# mine\nclass Other")
     (finished / "photos" / "notes.txt").touch()
     status, out, error = command("train.py", *RUN)
     assert status == 0, error
