@@ -1,7 +1,7 @@
 """Digests of a user's own code, read from its source and not executed.
 
-Own are the module of a network or norm and all that it imports from the user's folders, directly and through others. The
-whole file of each counts, without comments, formatting and docstrings. Installed packages, the standard library and
+Own are the module of a network or norm and all that it imports from the user's folders, directly and through others.
+The whole file of each counts, without comments, formatting and docstrings. Installed packages, the standard library and
 normlab itself are left out: their versions are recorded. Imports computed at run time and files that the code reads are
 not seen.
 """
