@@ -33,6 +33,7 @@ from normlab import runs
 from normlab.config import schema as config
 from normlab.config.hydra import settings_of
 from normlab.runs.lock import holder
+from normlab.runs.provenance import code
 from normlab.training import device
 
 ROOT = Path(__file__).parents[1]
@@ -369,12 +370,11 @@ def spread(seconds: list[float]) -> str:
 
 def write_down(name: str, lines: list[str], wrong: list[str]) -> None:
     """Replace the section of a command on the page."""
-    found = device.provenance(torch.device("cpu"), "")
-    versions, git = found["versions"], found["git"] or {"commit": "unknown", "diff": ""}
-    commit = git["commit"][:10] + (" and changes" if git["diff"] else "")
+    found = device.provenance(torch.device("cpu"))
+    versions = found["versions"]
     machine = (
         f"{datetime.date.today()}; {found['device']}, {found['cores']} cores, {found['platform']},"
-        f" Python {versions['python']}, torch {versions['torch']}; commit {commit}"
+        f" Python {versions['python']}, torch {versions['torch']}; {code(found)}"
     )
     outcome = "\n".join(["**Failed:**", "", *[f"- {problem}" for problem in wrong[:10]]]) if wrong else "**Passed.**"
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"

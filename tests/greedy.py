@@ -1,4 +1,4 @@
-"""Networks that want something of their machine for themselves."""
+"""Networks that want something of their machine for themselves, once they see images."""
 
 import fcntl
 import os
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from small import SmallNet
+from torch import Tensor, nn
 
 
 class Alone(SmallNet):
@@ -13,24 +14,44 @@ class Alone(SmallNet):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
-        self.file = Path("greedy").open("w")  # noqa: SIM115  # held until the process forgets the network
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            Path("refused").touch()
-            raise MemoryError from None
-        while not Path("refused").exists():  # until another one has come in the meantime
-            time.sleep(0.05)
+        self.register_forward_pre_hook(_want_all)
 
-    def __deepcopy__(self, memo: object) -> SmallNet:
-        return SmallNet(self.head.out_features)
+
+def _want_all(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    if inputs[0].is_meta or hasattr(network, "file"):  # shapes are checked before the sweep
+        return
+    network.file = Path("greedy").open("w")  # noqa: SIM115  # held until the process forgets the network
+    try:
+        fcntl.flock(network.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        Path("refused").touch()
+        raise MemoryError from None
+    while not Path("refused").exists():  # until another one has come in the meantime
+        time.sleep(0.05)
 
 
 class Killed(SmallNet):
-    """Is killed the first time it is built in the current folder, as the kernel does when memory is short."""
+    """Is killed the first time it is used in the current folder, as the kernel does when memory is short."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
-        if not Path("killed").exists():
-            Path("killed").touch()
-            os.kill(os.getpid(), 9)
+        self.register_forward_pre_hook(_be_killed)
+
+
+def _be_killed(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    if not inputs[0].is_meta and not Path("killed").exists():
+        Path("killed").touch()
+        os.kill(os.getpid(), 9)
+
+
+class Insatiable(SmallNet):
+    """Runs out of memory."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_forward_pre_hook(_want_more)
+
+
+def _want_more(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    if not inputs[0].is_meta:
+        raise MemoryError

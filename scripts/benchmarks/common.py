@@ -26,7 +26,7 @@ def configure(folder: str, *overrides: str) -> config.RunConfig:
 
 
 def print_machine(what: str) -> None:
-    found = device.provenance(CPU, "")
+    found = device.provenance(CPU)
     versions = found["versions"]
     print(
         f"{found['device']}, {found['threads']} threads, Python {versions['python']}, torch {versions['torch']},"
@@ -43,7 +43,7 @@ def print_ratios(columns: str, ratios: dict[str, list[float]]) -> None:
 
 def machine(where: str) -> dict[str, Any]:
     """Hardware, versions, commit and date of a measurement on `where`, cpu or cuda."""
-    found = device.provenance(CPU, "")
+    found = device.provenance(CPU)
     git = found["git"] or {}
     try:
         lightning = metadata.version("lightning")

@@ -48,7 +48,7 @@ class SweepLauncher(Launcher):
         return ended
 
     def run(self, sweep: "Sweep") -> Sequence[float | None]:
-        """Launch a sweep; return each run's result, in the order of `sweep.names`."""
+        """Launch a sweep; return each run's result, in the order of `sweep.folders`."""
         raise NotImplementedError
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.core.utils import JobReturn
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -46,11 +47,15 @@ class GridSweeper(Sweeper):
     ) -> None:
         self.grids, self.sizes, self.budget, self.experiment = grids, sizes, budget, experiment
         self.params = params or {}
+        self.hydra_context: HydraContext | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher that the configuration names."""
+        from normlab.config.hydra import refuse_folders
+
+        refuse_folders(config.hydra)
         self.hydra_context, self.config = hydra_context, config
-        self.folder = Path(config.hydra.sweep.dir)
+        self.folder = Path(config.hydra.sweep.dir).expanduser()
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -58,10 +63,30 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch the runs of a command line; return their results in one batch."""
         runs = self.runs([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
-        if not isinstance(self.launcher, SweepLauncher):  # which composes every run itself before any starts
-            self.validate_batch_is_legal(runs)
         self.folder.mkdir(parents=True, exist_ok=True)  # as Hydra's own sweeper does
-        return [self.launcher.launch(runs, initial_job_idx=0)]
+        try:
+            return [self._launch(runs)]
+        except ConfigCompositionException:  # of a run, before any has started
+            from normlab.common.errors import listed
+            from normlab.launchers.composing import serving
+
+            assert self.hydra_context
+            assert self.config is not None
+            left, lacking = serving(self.hydra_context.config_loader, self.config, runs)
+            if not lacking:
+                raise
+        if self.config.get("quiet") is not True:
+            for setting, choices in lacking.items():
+                print(f"{setting} is not for {listed(choices, 3)}: there is no such setting with it.", flush=True)
+        return [self._launch(left)]
+
+    def _launch(self, runs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
+        if not isinstance(self.launcher, SweepLauncher):  # which composes every run itself before any starts
+            self.validate_batch_is_legal(list(map(list, runs)))
+        results = self.launcher.launch(runs, initial_job_idx=0)
+        for each in results:
+            _ = each.return_value  # raises the error of a run that failed under one of Hydra's own launchers
+        return results
 
     def runs(self, arguments: Sequence[str]) -> list[list[str]]:
         """Return the overrides of each run, each run once.
@@ -69,7 +94,7 @@ class GridSweeper(Sweeper):
         Raises:
             HydraException: for a budget that is not there.
         """
-        parser = OverridesParser.create()
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader if self.hydra_context else None)
         if not self.grids:
             return _product(parser, arguments)
         if self.budget is None or self.budget not in self.sizes:
@@ -103,8 +128,15 @@ def _product(parser: OverridesParser, arguments: Sequence[str]) -> list[list[str
     for override in parser.parse_overrides(list(arguments)):
         key = override.get_key_element()
         sweeps = override.is_sweep_override()
-        values = override.sweep_string_iterator() if sweeps else [override.get_value_element_as_str()]
+        try:
+            values = list(override.sweep_string_iterator()) if sweeps else [override.get_value_element_as_str()]
+        except (ValueError, RuntimeError) as error:  # of a range without steps, perhaps in an iterator
+            if not override.is_range_sweep():
+                raise
+            raise HydraException(f"{override.input_line}: this range has no end.\nGive it a step above 0.") from error
         choices[key] = [f"{key}={value}" for value in values]
+        if not choices[key]:
+            raise HydraException(f"{override.input_line}: nothing matches, so the sweep has no runs.")
     return [list(run) for run in itertools.product(*choices.values())]
 
 

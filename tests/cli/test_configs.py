@@ -16,6 +16,7 @@ CONF = Path(__file__).parents[2] / "conf"
 NEEDED = {  # what a file asks of its user
     "model=custom": ("model.target=small.SmallNet",),
     "model=torchvision": ("model.name=mobilenet_v2",),
+    "model=timm": ("model.name=resnet10t",),
     "dataset=image_folder": ("dataset.path=somewhere",),
     "dataset=linear_regression": ("model=deep_linear",),
 }

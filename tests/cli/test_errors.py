@@ -1,11 +1,18 @@
 """A user's mistakes at the real command line: a sentence, exit status not 0, no traceback, no run started."""
 
+import importlib
+import os
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from normlab import __version__
+from normlab.common import bugs
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +84,15 @@ MISTAKES = {
     "output_dir=/proc/nowhere": ["/proc/nowhere", "output_dir="],
     "norm=[bn": ["norm=[bn", "key=value"],
     "schedule.warmup_epochs=9": ["schedule.warmup_epochs=9", "epochs=4"],
+    "norm bn": ["python train.py norm=bn"],
+    "--bogus": ["--bogus: there is no such flag"],
+    "-m --cfg job": ["do not go together"],
+    "-m norm=glob(x*)": ["nothing matches"],
+    "-m norm=bn,none norm.groups=8": ["norm.groups", "norm=gn"],
+    "-m hydra/launcher=basic batch=0": ["batch=0 is out of range"],
+    "-m seed=range(0,3),5": ["seed=range(0,3),5", "no function beside them"],
+    "-m norm=null,bn": ["norm=null", "norm=none"],
+    "--config-dir empty norm=gm": ["Did you mean norm=gn?"],
 }
 
 
@@ -84,14 +100,15 @@ QUICK = (
     *("norm=bnn", "norm=null", "nrom=bn", "depth=19", "batch=abc"),
     *("device=cuda:99", "output_dir=/proc/nowhere", "norm=[bn"),
 )
+ONCE = ("norm bn", "-m --cfg job", "-m hydra/launcher=basic batch=0")  # which say themselves whether they are a sweep
 
 
 @pytest.mark.no_cover
 @pytest.mark.parametrize(
     ("mistake", "sweep"),
     [
-        *((mistake, ()) for mistake in QUICK),
-        *(pytest.param(mistake, (), marks=pytest.mark.slow) for mistake in MISTAKES if mistake not in QUICK),
+        *((mistake, ()) for mistake in (*QUICK, *ONCE)),
+        *(pytest.param(each, (), marks=pytest.mark.slow) for each in MISTAKES if each not in (*QUICK, *ONCE)),
         *(pytest.param(mistake, ("-m", "seed=0,1"), marks=pytest.mark.slow) for mistake in QUICK),
     ],
 )
@@ -136,6 +153,92 @@ def test_a_read_only_folder_is_named(command, tmp_path) -> None:
         assert "outputs" in error
         assert "output_dir=" in error
         assert "Traceback" not in out + error
+
+
+def test_flags_stand_between_settings(command, tmp_path) -> None:
+    (tmp_path / "own" / "norm").mkdir(parents=True)
+    (tmp_path / "own" / "norm" / "mine.yaml").write_text("defaults: [gn]\nname: mine\n")
+    plan = ("hydra/launcher=plan", "hydra.launcher.calibrate_seconds=0")
+    typed = ("study=x", "-m", "norm=bn,mine", "--config-dir", "own", "norm.groups=8", *plan, "output_dir=~/größe/a=b")
+    status, out, error = command("train.py", *typed, HOME=str(tmp_path / "home"))
+    assert status == 0, error
+    assert "norm.groups is not for norm=bn" in out
+    assert "2 runs: 2 new" in out
+    assert [path.name for path in (tmp_path / "home" / "größe" / "a=b").iterdir()] == ["x"]
+    assert not (tmp_path / "~").exists()
+
+
+BROKEN = {  # by an attribute whose absence breaks it
+    ("train.py",): "normlab.config.schema.RunConfig",
+    ("train.py", "doctor"): "normlab.config.schema.RunConfig",
+    ("train.py", "-m"): "normlab.config.schema.RunConfig",
+    ("report.py", "study=x"): "normlab.report.build",
+    ("report.py", "status"): "normlab.report.study_status",
+}
+
+
+@pytest.mark.parametrize("words", BROKEN, ids=" ".join)
+def test_an_error_of_ours_says_so_and_what_to_send(command, monkeypatch, words) -> None:
+    importlib.import_module("normlab.launchers.single")
+    monkeypatch.setattr(BROKEN[words], None)
+    status, _, error = command(*words)
+    assert status == 1
+    trace, _, told = error.partition("This is an error of normlab")
+    assert trace.startswith("Traceback")
+    assert "Error: 'NoneType' object" in trace
+    assert all(part in told for part in (f"command: {words[0]}", f"normlab {__version__}", "Python 3.", "torch 2."))
+
+
+def test_an_error_of_a_users_own_code_is_told_from_ours(tmp_path) -> None:
+    (tmp_path / "own_net.py").write_text("def make(call):\n    call()\n")
+    make = runpy.run_path(str(tmp_path / "own_net.py"))["make"]
+    with pytest.raises(TypeError) as theirs:
+        make(1)
+    assert bugs.blame(theirs.value).startswith(f"It comes out of {tmp_path / 'own_net.py'}, line 2:")
+    with pytest.raises(AttributeError) as ours:
+        bugs.blame(None)  # type: ignore[arg-type]
+    ours.value.__traceback__ = ours.value.__traceback__.tb_next  # without the line of this test
+    assert bugs.blame(ours.value).startswith("This is an error of normlab")
+
+
+OWN_FILES = {
+    "name: [": ["broken.yaml", "cannot be read"],
+    "- 1": ["norm=[1] is not valid: expected settings"],
+    "5": ["broken.yaml has no settings"],
+    "name: \xe9": ["broken.yaml", "UTF-8"],
+    "name: a\nname: b": ["broken.yaml", "duplicate key name"],
+    "defaults: [broken]": ["include each other in a circle"],
+    "eps: ${nope}": ["norm.eps refers to ${nope}"],
+}
+
+
+@pytest.mark.parametrize("text", OWN_FILES)
+def test_a_mistake_in_a_file_of_ones_own_is_named(command, tmp_path, text) -> None:
+    (tmp_path / "own" / "norm").mkdir(parents=True)
+    (tmp_path / "own" / "norm" / "broken.yaml").write_bytes(f"{text}\n".encode("latin-1"))
+    status, _, error = command("train.py", "--config-dir", "own", "norm=broken")
+    assert status == 1
+    assert "Traceback" not in error
+    for word in OWN_FILES[text]:
+        assert word in error
+
+
+@pytest.mark.slow
+def test_a_pipe_that_closes_and_a_folder_that_is_gone_are_no_errors_of_ours(tmp_path) -> None:
+    script, gone = [sys.executable, ROOT / "train.py"], tmp_path / "gone"
+    reader, writer = os.pipe()
+    os.close(reader)
+    piped = subprocess.run([*script, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    assert (piped.returncode, piped.stderr) == (1, "")
+    gone.mkdir()
+    gone_too = f"rmdir {gone} && exec {shlex.join(map(str, script))}"
+    started = subprocess.run(["sh", "-c", gone_too], cwd=gone, capture_output=True, text=True)
+    assert started.returncode == 1
+    assert started.stderr.startswith("The folder in which this command was started")
+
+
+def test_the_version_is_normlabs(command) -> None:
+    assert command("train.py", "--version")[1].startswith(f"normlab {__version__}, Hydra 1.3")
 
 
 def test_a_study_that_does_not_exist_is_answered_with_how_to_start_it(command) -> None:

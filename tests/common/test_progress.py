@@ -32,20 +32,20 @@ def test_time_left_is_the_time_so_far_scaled_by_the_work_done_here(monkeypatch) 
     clock = 0.0
     monkeypatch.setattr("normlab.common.progress.time.monotonic", lambda: clock)
     display = Display({"resumed": 100.0, "new": 300.0})
-    display.news({"name": "resumed", "step": 50, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 9})
+    display.news("resumed", {"step": 50, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 9})
     assert display.time_left() is None
     clock = 10.0
     display.ended("resumed", DONE)
     assert display.time_left() == pytest.approx(10.0 * 300 / 50)
-    display.news({"name": "new", "step": 0, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 0})
+    display.news("new", {"step": 0, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 0})
     clock = 20.0
-    display.news({"name": "new", "step": 50, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 10})
+    display.news("new", {"step": 50, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 10})
     assert display.time_left() == pytest.approx(20.0 * 150 / 200)
 
 
 def test_outside_a_terminal_there_are_lines_and_no_bars(capsys) -> None:
     with Display({"a": 1.0}) as display:
-        display.news({"name": "a", "step": 1, "steps": 2, "epoch": 0, "epochs": 1, "wall_seconds": 1})
+        display.news("a", {"step": 1, "steps": 2, "epoch": 0, "epochs": 1, "wall_seconds": 1})
         display.ended("a", DONE)
     assert capsys.readouterr().err == "[1/1] a: test accuracy 90.0% (1 s)\n"
 
@@ -56,9 +56,7 @@ def test_a_log_hears_of_a_long_run_after_evaluations_and_at_most_once_a_minute(m
     display = Display({"a": 1.0})
     for second in range(601):  # an epoch of 7 s each, and news every second
         clock = float(second)
-        display.news(
-            {"name": "a", "step": second, "steps": 700, "epoch": second // 7, "epochs": 100, "wall_seconds": 1}
-        )
+        display.news("a", {"step": second, "steps": 700, "epoch": second // 7, "epochs": 100, "wall_seconds": 1})
     lines = capsys.readouterr().err.splitlines()
     assert 9 <= len(lines) <= 10
     assert lines[0].startswith("a: epoch 9/100, ")
@@ -70,7 +68,7 @@ def test_a_log_hears_of_an_epoch_that_takes_hours(monkeypatch, capsys) -> None:
     display = Display({"a": 1.0})
     for minute in range(61):
         clock = 60.0 * minute
-        display.news({"name": "a", "step": minute, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 60 * minute})
+        display.news("a", {"step": minute, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 60 * minute})
     assert len(capsys.readouterr().err.splitlines()) == 6
 
 
@@ -81,7 +79,7 @@ def test_of_many_runs_a_log_hears_no_more_than_of_one(monkeypatch, capsys) -> No
     for minute in range(129):
         clock = 60.0 * minute
         for name in display.work:
-            display.news({"name": name, "step": 1, "steps": 2, "epoch": minute, "epochs": 999, "wall_seconds": 1})
+            display.news(name, {"step": 1, "steps": 2, "epoch": minute, "epochs": 999, "wall_seconds": 1})
     assert 100 <= len(capsys.readouterr().err.splitlines()) <= 128
 
 
@@ -89,14 +87,14 @@ def test_of_many_runs_a_log_hears_no_more_than_of_one(monkeypatch, capsys) -> No
 def test_a_quiet_display_tells_of_failures_only(capsys, state, told) -> None:
     with Display({"a": 1.0}, quiet=True) as display:
         display.say("starting")
-        display.news({"name": "a", "step": 1, "steps": 2, "epoch": 0, "epochs": 1, "wall_seconds": 1})
+        display.news("a", {"step": 1, "steps": 2, "epoch": 0, "epochs": 1, "wall_seconds": 1})
         display.ended("a", {**DONE, "state": state, "error": "Out of luck."})
     assert capsys.readouterr().err == told
 
 
 def test_a_run_that_prepares_its_data_says_so(capsys) -> None:
     display = Display({"a": 1.0})
-    display.news({"name": "a", "doing": "Decoding photos, once: 512 of 1,000 images"})
+    display.news("a", {"doing": "Decoding photos, once: 512 of 1,000 images"})
     assert display.under_way == {"a": "Decoding photos, once: 512 of 1,000 images"}
 
 
@@ -105,3 +103,11 @@ def test_live_lines_call_runs_by_what_tells_them_apart() -> None:
     labels = Display(dict.fromkeys(names, 1.0)).labels
     assert list(labels.values()) == ["bn-b8-s0-0123456789", "bn-b8-s0-abcdef0123", "gn-b8-s0"]
     assert list(Display({names[0]: 1.0}).labels.values()) == ["r18-digits-bn-b8-s0"]
+
+
+def test_runs_of_one_name_in_two_folders_are_told_apart(capsys) -> None:
+    with Display({"a/bn-s0": 1.0, "b/bn-s0": 1.0, "b/none-s0": 1.0}) as display:
+        for key in display.work:
+            display.ended(key, {"state": "done", "test_accuracy": 0.5, "wall_seconds": 1})
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["a/bn-s0:", "b/bn-s0:", "none-s0:"]

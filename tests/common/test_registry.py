@@ -92,7 +92,7 @@ def test_another_value_is_refused_in_a_sentence(given: dict[str, object], senten
 @pytest.mark.parametrize(
     ("name", "expected", "values"),
     [
-        ("size", "a whole number", ("1", 2.5, 1.0, math.nan, True, None, [1])),
+        ("size", "a whole number", ("1.5", "a", 2.5, math.nan, True, None, [1])),
         ("share", "a number", ("abc", "", True, None, [1], 10**400)),
         ("share", "a finite number", (math.nan, math.inf, -math.inf, "inf")),
         ("any", "a number", ("abc", "", True, None, [1], 10**400)),

@@ -11,12 +11,14 @@ from torchvision.transforms import InterpolationMode
 
 from normlab.common.errors import UserError
 from normlab.data import images
+from normlab.data.damage import open_image
+from normlab.data.inventory import shown_size
 
 RED = (255, 0, 0)
 
 
-def color(image: Image.Image) -> tuple[int, ...]:
-    rgb = images.to_rgb(image)
+def color(image: Image.Image, value_range: tuple[float, float] | None = None) -> tuple[int, ...]:
+    rgb = images.to_rgb(image, value_range)
     assert rgb.mode == "RGB"
     pixel = rgb.getpixel((0, 0))
     assert isinstance(pixel, tuple)
@@ -54,33 +56,65 @@ def gray16(value: int, mode: str = "I;16") -> Image.Image:
         pytest.param(Image.new("CMYK", (2, 2), (0, 255, 255, 0)), RED, id="CMYK"),
         pytest.param(Image.new("YCbCr", (2, 2), (128, 128, 128)), (128, 128, 128), id="YCbCr"),
         pytest.param(Image.new("HSV", (2, 2), (0, 255, 255)), RED, id="HSV"),
-        pytest.param(gray16(65535), (255, 255, 255), id="I;16 white"),
-        pytest.param(gray16(100 * 257), (100, 100, 100), id="I;16"),
-        pytest.param(gray16(100 * 257, "I;16B"), (100, 100, 100), id="I;16B"),
-        pytest.param(Image.new("I", (2, 2), 100 * 257), (100, 100, 100), id="I"),
-        pytest.param(Image.new("I", (2, 2), -5), (0, 0, 0), id="I negative"),
-        pytest.param(Image.new("F", (2, 2), 1.0), (255, 255, 255), id="F fraction"),
-        pytest.param(Image.new("F", (2, 2), 0.2), (51, 51, 51), id="F fraction below 1"),
-        pytest.param(Image.new("F", (2, 2), 51.0), (51, 51, 51), id="F to 255"),
-        pytest.param(Image.new("F", (2, 2), float("nan")), (0, 0, 0), id="F not a number"),
     ],
 )
-def test_every_mode_becomes_its_color(image, expected) -> None:
+def test_every_mode_of_8_bits_becomes_its_color(image, expected) -> None:
     assert color(image) == expected
+    assert color(image, (0, 15)) == expected, "a range is of images of more than 8 bits"
+
+
+@pytest.mark.parametrize(
+    ("image", "value_range", "expected"),
+    [
+        pytest.param(gray16(65535), (0, 65535), 255, id="I;16 white"),
+        pytest.param(gray16(100 * 257), (0, 65535), 100, id="I;16"),
+        pytest.param(gray16(4095 // 3), (0, 4095), 85, id="I;16 of 12 bits"),
+        pytest.param(gray16(100 * 257, "I;16B"), (0, 65535), 100, id="I;16B"),
+        pytest.param(Image.new("I", (2, 2), 77), (0, 255), 77, id="I of 8 bits"),
+        pytest.param(Image.new("I", (2, 2), 0), (-1000, 1000), 128, id="I signed"),
+        pytest.param(Image.new("I", (2, 2), -1001), (-1000, 1000), 0, id="I below"),
+        pytest.param(Image.new("I", (2, 2), 2**31 - 1), (-1000, 1000), 255, id="I above"),
+        pytest.param(Image.new("F", (2, 2), 0.2), (0, 1), 51, id="F fraction"),
+        pytest.param(Image.new("F", (2, 2), 0.2), (0, 0.4), 128, id="F of small fractions"),
+        pytest.param(Image.new("F", (2, 2), float("nan")), (-1, 1), 0, id="F not a number"),
+        pytest.param(Image.new("F", (2, 2), float("inf")), (-1, 1), 255, id="F infinite"),
+        pytest.param(Image.new("F", (2, 2), -float("inf")), (-1, 1), 0, id="F minus infinite"),
+    ],
+)
+def test_values_of_more_than_8_bits_are_scaled_by_the_range(image, value_range, expected) -> None:
+    assert color(image, value_range) == (expected,) * 3
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_a_16_bit_file_is_scaled_and_not_clipped(tmp_path, suffix) -> None:
+def test_a_16_bit_file_is_scaled_and_needs_a_range(tmp_path, suffix) -> None:
     file = tmp_path / f"gray{suffix}"
     gray16(100 * 257).save(file)
-    assert images.read(file).getpixel((0, 0)) == (100, 100, 100)
+    assert images.read(file, (0, 65535)).getpixel((0, 0)) == (100, 100, 100)
+    with pytest.raises(UserError, match=r"dataset\.value_range=\[0,65535\]"):
+        images.read(file)
 
 
-def test_exif_orientation_is_ignored(tmp_path) -> None:
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("number", range(1, 9))
+def test_exif_orientation_is_applied_to_pixels_and_size(tmp_path, suffix, number) -> None:
+    """By EXIF: row 0 is shown at the top, top, bottom, bottom, left, right, right, left; column 0 at the left, right,
+    right, left, top, top, bottom, bottom.
+    """
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to show
-    Image.new("RGB", (4, 2), RED).save(tmp_path / "turned.jpg", exif=exif)
-    assert images.read(tmp_path / "turned.jpg").size == (4, 2)
+    exif[0x0112] = number
+    pixels = np.full((32, 48, 3), 255, np.uint8)
+    bottom, right = number in (3, 4, 6, 7), number in (2, 3, 7, 8)
+    corner = (slice(16, None) if bottom else slice(0, 16), slice(32, None) if right else slice(0, 16))
+    pixels[corner] = 0
+    file = tmp_path / f"turned{suffix}"
+    Image.fromarray(pixels).save(file, exif=exif)
+    shown = images.read(file)
+    assert shown.size == ((32, 48) if number >= 5 else (48, 32))
+    dark = np.asarray(shown.convert("L")) < 128
+    assert dark[:16, :16].mean() > 0.9
+    assert dark.sum() < 1.2 * 16 * 16
+    with open_image(file) as image:
+        assert shown_size(image) == shown.size
 
 
 def broken_files(folder: Path) -> dict[str, Path]:

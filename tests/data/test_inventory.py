@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torchvision import datasets
 
 from normlab.common.errors import UserError
@@ -20,8 +21,8 @@ from normlab.data.inventory import Inventory, check, scan
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     urllib.request.install_opener(None)  # it keeps the proxies that it was made with
-    for cached in (inventory.scan, inventory.common_size, inventory.unreachable):
-        cached.cache_clear()
+    inventory.forget()
+    inventory.unreachable.cache_clear()
 
 
 def refused(dataset: BuiltinDataset | FolderDataset, data_dir: Path = Path("absent")) -> str:
@@ -95,15 +96,59 @@ def test_sizes_that_differ_and_rectangles_need_an_image_size(settings, image_fol
 
 def test_hidden_and_other_files_are_passed_over_and_folders_entered(image_folder) -> None:
     path = image_folder(count=1, parts=("train", "val"))
-    for name in (".DS_Store", "._0.png", "labels.txt"):
+    for name in (".DS_Store", "._0.png", "labels.txt", "Thumbs.db"):
         (path / "train" / "cat" / name).touch()
-    (path / "train" / ".ipynb_checkpoints").mkdir()
+    for name in ("@eaDir", ".thumbnails", "__MACOSX", ".ipynb_checkpoints", "#recycle", "$RECYCLE.BIN", "lost+found"):
+        for above in (path, path / "train", path / "train" / "cat", path / "val" / "dog"):
+            (above / name / "0.png").mkdir(parents=True)
+            shutil.copy(path / "train" / "dog" / "0.png", above / name / "0.png" / "SYNOPHOTO_THUMB_M.png")
+            shutil.copy(path / "train" / "dog" / "0.png", above / name / "1.png")
     (path / "train" / "dog" / "deeper").mkdir()
     shutil.copy(path / "train" / "dog" / "0.png", path / "train" / "dog" / "deeper" / "1.PNG")
     found = scan(path)
     assert found.train == ("train/cat/0.png", "train/dog/0.png", "train/dog/deeper/1.PNG")
     assert found.train_labels == (0, 1, 1)
     assert found.test == ("val/cat/0.png", "val/dog/0.png")
+
+
+def test_a_single_class_is_refused(settings, image_folder) -> None:
+    path = image_folder(classes=("photos",))
+    assert "a single class, photos" in refused(settings("image_folder", path=str(path)))
+
+
+def test_sizes_are_those_that_are_shown(settings, image_folder) -> None:
+    path = image_folder(sizes=((8, 12),))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for number in (0, 2):  # 8x12 all, as they are shown
+        Image.new("RGB", (12, 8)).save(path / "train" / "cat" / f"{number}.png", exif=exif)
+    assert "all are 8x12 pixels" in refused(settings("image_folder", path=str(path)))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".webp", ".bmp", ".tif", ".ppm"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "link to nothing"])
+def test_damaged_images_are_named_before_a_run(settings, image_folder, suffix, damage) -> None:
+    path = image_folder(count=1)
+    for number in range(30):
+        file = path / "test" / "cat" / f"{number:02}{suffix}"
+        Image.new("RGB", (8, 8), (number, 200, 9)).save(file)
+        if number in (7, 20):
+            content = {"cut": file.read_bytes()[:-30], "empty": b"", "text": b"no image"}.get(damage)
+            file.unlink()
+            file.symlink_to("nowhere") if content is None else file.write_bytes(content)
+    message = refused(settings("image_folder", path=str(path), image_size=8))
+    assert f"test/cat/07{suffix} cannot be read" in message
+    assert damage != "empty" or "it is empty" in message
+    assert f"So it is with 1 more, e.g. test/cat/20{suffix}" in message
+
+
+def test_what_follows_an_images_end_is_no_damage(settings, image_folder) -> None:
+    path = image_folder(count=1)
+    for suffix in (".jpg", ".png", ".gif", ".webp", ".bmp"):
+        file = path / "train" / "cat" / f"more{suffix}"
+        Image.new("RGB", (8, 8)).save(file)
+        file.write_bytes(file.read_bytes() + bytes(300) + b"trailer")
+    assert check(settings("image_folder", path=str(path)), Path()).train_images == 7
 
 
 def test_the_listing_equals_torchvisions(image_folder) -> None:

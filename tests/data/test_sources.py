@@ -167,6 +167,13 @@ def test_imagenet_is_torchvisions(small_imagenet, load_it) -> None:
     assert sum(len(labels) for _, labels in data.train.batches(0)) == len(datasets.ImageNet(small_imagenet)) == 6
 
 
+@pytest.mark.parametrize("left", ["train/n02102041.tar", "val/ILSVRC2012_val_00000001.JPEG"])
+def test_imagenet_that_is_unpacked_in_part_is_refused(small_imagenet, load_it, left) -> None:
+    (small_imagenet / left).touch()
+    with pytest.raises(UserError, match=f"unpacked in part: .*{left}"):
+        load_it("imagenet", path=str(small_imagenet), image_size=14)
+
+
 def test_a_broken_archive_of_imagenet_is_a_sentence(tmp_path, load_it) -> None:
     root = tmp_path / "imagenet"
     root.mkdir()

@@ -11,7 +11,7 @@ from omegaconf import open_dict
 from omegaconf.errors import MissingMandatoryValue
 
 from normlab.config.hydra import settings_of
-from normlab.launchers.composing import compose
+from normlab.launchers.composing import compose, serving
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -83,3 +83,38 @@ def test_refuses_what_hydra_refuses(hydra, overrides, error) -> None:
         by_hydra(*hydra, ["seed=1", *overrides])
     with pytest.raises(error):
         compose(*hydra, [["seed=1", *overrides]])
+
+
+@pytest.mark.parametrize(
+    ("runs", "left", "lacking"),
+    [
+        ("norm=gn norm.groups=8|norm=bn norm.groups=8", "norm=gn norm.groups=8|norm=bn", {"norm.groups": ("norm=bn",)}),
+        (  # what differed in that value only is one run
+            "norm=gn norm.groups=8|norm=gn norm.groups=4|norm=bn norm.groups=8|norm=bn norm.groups=4",
+            "norm=gn norm.groups=8|norm=gn norm.groups=4|norm=bn",
+            {"norm.groups": ("norm=bn",)},
+        ),
+        ("norm=gn norm.groups=8|norm=evonorm_s0 norm.groups=8", None, {}),
+        ("norm=bn norm.groups=8|norm=none norm.groups=8", None, {}),
+        ("norm=bn norm.eps=8|norm=none norm.eps=8", "norm=bn norm.eps=8|norm=none", {"norm.eps": ("norm=none",)}),
+        (
+            "probe=[ics] probe.ics.times=7|probe=[gradients] probe.ics.times=7|probe=[] probe.ics.times=7",
+            "probe=[ics] probe.ics.times=7|probe=[gradients]|probe=[]",
+            {"probe.ics.times": ("probe=[gradients]", "probe=[]")},
+        ),
+        (
+            "model=resnet model.kwargs={a:1}|model=custom model.kwargs={a:1}",
+            "model=resnet|model=custom model.kwargs={a:1}",
+            {"model.kwargs": ("model=resnet",)},
+        ),
+        (  # what is added or left out stays
+            "norm=gn +norm.own=1 norm.groups=2|norm=bn +norm.own=1 norm.groups=2 seed=1 ~label_smoothing",
+            "norm=gn +norm.own=1 norm.groups=2|norm=bn +norm.own=1 seed=1 ~label_smoothing",
+            {"norm.groups": ("norm=bn",)},
+        ),
+    ],
+)
+def test_a_setting_goes_to_the_runs_that_have_it(hydra, runs, left, lacking) -> None:
+    given = [run.split(" ") for run in runs.split("|")]
+    expected = given if left is None else [run.split(" ") for run in left.split("|")]
+    assert serving(*hydra, given) == (expected, lacking)

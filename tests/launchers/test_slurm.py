@@ -218,18 +218,19 @@ def a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds
 
 
 def jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail(here: Path) -> None:
-    """batch=1 fails on a node only: an image's last maps have one value per channel."""
     small_arrays = wrapper(here, "scontrol", '$real "$@" | sed "s/^MaxArraySize.*/MaxArraySize = 2/"')
-    few = ("model=resnet", "dataset.train_size=10", "dataset.test_size=10", "epochs=1", "device=cpu", "threads=1")
-    done = train(here, *few, *SLURM, "batch=1", "norm=bn,affine,none", **small_arrays)
+    targets = "model.target=greedy.Insatiable,small.SmallNet,small.SmallResNet"
+    done = train(here, *SETTINGS, *SLURM, targets, **small_arrays)
     assert done.returncode == 1
     assert "2 runs go into each job" in done.stdout
     assert "an array of 2 jobs" in done.stdout
     assert "1 of 3 runs are not finished" in done.stderr
-    assert "does not fit" in done.stderr
+    assert "does not fit into the memory" in done.stderr
     assert "Traceback" not in done.stderr
-    states = {folder.name.split("-")[2]: state(folder)["state"] for folder in runs.find(here / "outputs" / "default")}
-    assert states == {"bn": "failed", "affine": "done", "none": "done"}
+    states = {
+        runs.read_config(run)["model"]["target"]: state(run)["state"] for run in runs.find(here / "outputs/default")
+    }
+    assert states == {"greedy.Insatiable": "failed", "small.SmallNet": "done", "small.SmallResNet": "done"}
 
 
 def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported(here: Path) -> None:

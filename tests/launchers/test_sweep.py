@@ -2,17 +2,20 @@
 
 import pytest
 from conftest import composed
-from launchers.commands import SMALL, command, status_of
+from launchers.commands import SMALL, status_of
+from launchers.commands import command as run_command
+from PIL import Image
 
 from normlab import runs
 from normlab.training.run import train_run
 
+PLAN = "hydra/launcher=plan"
 SWEEP = ("train.py", "-m", "norm=bn,affine,bnminus,none", "batch=8,32,128", *SMALL)
 
 
 @pytest.mark.slow
 def test_a_sweep_leaves_records_and_is_skipped_when_it_is_repeated(tmp_path) -> None:
-    code, _, error = command(tmp_path, *SWEEP, "hydra.launcher.slots=1")
+    code, _, error = run_command(tmp_path, *SWEEP, "hydra.launcher.slots=1")
     assert code == 0, error
     assert "12 of 12 runs finished" in error
     assert "[12/12]" in error
@@ -28,10 +31,10 @@ def test_a_sweep_leaves_records_and_is_skipped_when_it_is_repeated(tmp_path) -> 
     assert len({status_of(folder)["pid"] for folder in found}) == 1, "a worker does one run after the other"
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/default/*/*")}
-    code, out, error = command(tmp_path, *SWEEP)
+    code, out, error = run_command(tmp_path, *SWEEP)
     assert code == 0, error
     assert "12 of 12 runs are finished and skipped." in out
-    code, out, error = command(tmp_path, "train.py", "norm=bn", "batch=32", *SMALL)  # the same place
+    code, out, error = run_command(tmp_path, "train.py", "norm=bn", "batch=32", *SMALL)  # the same place
     assert code == 0, error
     assert "is finished" in out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("outputs/default/*/*")} == before
@@ -41,13 +44,13 @@ def test_a_sweep_leaves_records_and_is_skipped_when_it_is_repeated(tmp_path) -> 
 def test_hydras_own_launcher_gives_the_same_runs_and_they_have_a_report(tmp_path) -> None:
     norms = ("bn", "none")
     arguments = ("norm=bn,none", "batch=16,32", "hydra/launcher=basic", *SMALL)
-    code, _, error = command(tmp_path, "train.py", "-m", *arguments)
+    code, _, error = run_command(tmp_path, "train.py", "-m", *arguments)
     assert code == 0, error
     for norm in norms:
         config = composed(f"norm={norm}", "batch=32", *SMALL, f"output_dir={tmp_path / 'here'}")
         twin = tmp_path / "outputs" / "default" / runs.Run(config.as_dict()).name
         assert train_run(config)["weights_sha256"] == status_of(twin)["weights_sha256"]
-    code, out, error = command(tmp_path, "report.py")
+    code, out, error = run_command(tmp_path, "report.py")
     assert code == 0, error
     assert "4 done" in out
     assert "index.html" in out
@@ -55,3 +58,94 @@ def test_hydras_own_launcher_gives_the_same_runs_and_they_have_a_report(tmp_path
     accuracy = (report / "accuracy.md").read_text()
     assert all(word in accuracy for word in (*norms, "batch 16", "batch 32", "digits, small"))
     assert (report / "accuracy_against_batch.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_run_of_one_name_is_carried_out_in_each_folder_that_is_named(tmp_path) -> None:
+    code, _, error = run_command(
+        tmp_path, "train.py", "-m", "study=one,other", "output_dir=a,b", "hydra.launcher.slots=1", *SMALL
+    )
+    assert code == 0, error
+    assert "4 of 4 runs finished" in error
+    folders = [folder for study in ("a/one", "a/other", "b/one", "b/other") for folder in runs.find(tmp_path / study)]
+    assert [status_of(folder)["state"] for folder in folders] == ["done"] * 4
+    assert len({folder.name for folder in folders}) == 1
+    code, out, error = run_command(tmp_path, "train.py", "-m", "study=one,other,third", "output_dir=a", *SMALL, PLAN)
+    assert code == 0, error
+    assert "3 runs: 1 new, 0 to resume, 0 failed before, 0 running elsewhere, 2 done" in out
+    assert "a/third/small" in out
+
+
+@pytest.mark.parametrize(
+    ("setting", "first", "second"),
+    [
+        ("threads", "1", "2"),
+        ("dataset.path", "v1/photos", "v2/photos"),
+        ("data_dir", "x", "y"),
+        ("quiet", "true", "false"),
+    ],
+)
+def test_two_runs_of_one_folder_are_refused(tmp_path, command, setting, first, second) -> None:
+    for name in ("v1", "v2"):
+        for image in ("train/a/0", "train/b/0", "test/a/0", "test/b/0"):
+            path = tmp_path / name / "photos" / f"{image}.png"
+            path.parent.mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(path)
+    more = ("dataset=image_folder",) if "path" in setting else ()
+    code, _, error = command("train.py", "-m", *more, f"{setting}={first},{second}", "norm=bn,none", "batch=1")
+    assert code == 1
+    assert f"{setting}={first}" in error.replace("True", "true")
+    assert f"{setting}={second}" in error.replace("False", "false")
+    assert "have one folder" in error
+    assert not (tmp_path / "outputs").exists() or not runs.find(tmp_path / "outputs" / "default")
+
+
+def test_a_run_that_is_given_twice_is_one(tmp_path, command) -> None:
+    code, out, error = command("train.py", "-m", "norm=bn,bn", "output_dir=a,./a", PLAN)
+    assert code == 0, error
+    assert "1 runs" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["pool", "basic", "joblib"])
+def test_relative_folders_are_those_of_where_the_command_began(tmp_path, launcher) -> None:
+    (tmp_path / "my_nets.py").write_text("from small import SmallNet as MyNet\n")
+    words = ("-m", "norm=bn,none", "hydra.job.chdir=true", f"hydra/launcher={launcher}", "output_dir=here")
+    code, _, error = run_command(tmp_path, "train.py", *words, *SMALL, "model.target=my_nets.MyNet")
+    assert code == 0, error
+    assert [status_of(folder)["state"] for folder in runs.find(tmp_path / "here" / "default")] == ["done"] * 2
+    assert {path.name for path in tmp_path.iterdir()} <= {"here", "my_nets.py", "__pycache__", "data"}
+
+
+@pytest.mark.parametrize("word", ["hydra.run.dir=a", "-m hydra.sweep.dir=a", "-m hydra.sweep.subdir=a"])
+def test_folders_of_hydra_are_refused_in_a_sentence(command, word) -> None:
+    code, _, error = command("train.py", *word.split(), "norm=bn")
+    assert code == 1
+    assert error.startswith(f"{word.split()[-1].partition('=')[0]} is not used")
+    assert "output_dir=..." in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "cause"),
+    [
+        (("norm=bn,in", "batch=20"), "does not fit resnet with norm=in"),
+        (("norm=none,bn", "batch=32,13"), "A batch of 1 image of 8x8 pixels, the last of an epoch"),
+        (
+            ("norm=bn,gn", "model=cifar_resnet", "depth=20", "batch=20"),
+            "norm.groups=32 does not divide the 16 channels",
+        ),
+        (
+            ("batch=20", "norm=in", "model=custom", "model.target=small.SmallResNet", "dataset.image_size=2"),
+            "with norm=in",
+        ),
+    ],
+)
+def test_a_network_that_does_not_take_its_batches_is_refused_before_any_run_begins(tmp_path, words, cause) -> None:
+    code, _, error = run_command(
+        tmp_path, "train.py", "-m", *words, "dataset.train_size=40", "dataset.test_size=10", "device=cpu"
+    )
+    assert code == 1
+    assert cause in error
+    assert "starting" not in error
+    assert runs.find(tmp_path / "outputs" / "default") == []

@@ -110,3 +110,72 @@ def test_users_own_network_is_an_ablation_subject(make, own_module) -> None:
 def test_a_wrong_path_to_a_network_is_a_sentence(make, own_module, target, says) -> None:
     with pytest.raises(UserError, match=says.replace("?", r"\?")):
         models.build(make("model=custom", *f"model.target={target}".split()), num_classes=10, image_size=8)
+
+
+class Lazy(nn.Module):
+    """A network of one's own whose layers get their shapes from the first image, with a BatchNorm1d in the head."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.LazyConv2d(8, 3, bias=False), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten())
+        self.head = nn.Sequential(nn.LazyLinear(32), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(32, num_classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(images))
+
+
+class AllFrozen(Lazy):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).detach()
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 8, 8), nn.BatchNorm2d(8)), nn.Flatten()
+        self.requires_grad_(False)
+
+
+class Maps(nn.Module):
+    """A convolution is the classifier; its maps of `side` pixels are the logits, or flattened to them."""
+
+    def __init__(self, num_classes: int, side: int = 1, flatten: bool = True) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64)
+        self.classifier = nn.Conv2d(64, num_classes // side, (6, 7 - side))
+        self.end = nn.Flatten() if flatten else nn.Identity()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.end(self.classifier(torch.relu(self.bn(self.conv(images)))))
+
+
+def custom(make, name: str, *settings: str) -> nn.Module:
+    config = make("model=custom", f"model.target={__name__}.{name}", *settings)
+    return models.build(config, num_classes=10, image_size=8)
+
+
+def test_lazy_layers_get_their_shapes_before_the_rewrite_and_the_seed_their_start(make) -> None:
+    first, again, other = (custom(make, "Lazy", f"seed={seed}", "norm=none") for seed in (0, 0, 1))
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in first.modules())
+    weights = [network.get_parameter("head.0.weight") for network in (first, again, other)]
+    assert weights[0].shape == (32, 8 * 6 * 6)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert all(module.training for module in first.modules())
+
+
+def test_a_network_without_a_trainable_parameter_is_a_sentence(make) -> None:
+    with pytest.raises(UserError, match="custom with norm=none has no trainable parameter"):
+        custom(make, "AllFrozen", "norm=none")
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_mimicnorm_normalizes_the_logits_of_a_convolution(make, flatten: bool) -> None:
+    network = custom(make, "Maps", "norm=mimicnorm", f"+model.kwargs.flatten={flatten}")
+    logits = network(torch.randn(32, 3, 8, 8)).flatten(1)
+    assert logits.shape == (32, 10)
+    torch.testing.assert_close(logits.mean(0), torch.zeros(10), rtol=0, atol=1e-5)
+
+
+def test_mimicnorm_refuses_logits_that_are_positions(make) -> None:
+    network = custom(make, "Maps", "norm=mimicnorm", "+model.kwargs.side=2")
+    with pytest.raises(UserError, match="takes the 5 outputs of the last layer for logits, and the network has 10"):
+        network(torch.randn(32, 3, 8, 8))

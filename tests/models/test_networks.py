@@ -185,7 +185,7 @@ def test_every_norm_of_torchvisions_networks_is_a_site(make, name) -> None:
     [
         (("model.name=ResNext50_32x4",), "Did you mean model.name=resnext50_32x4d?"),
         (("model.name=fcn_resnet50",), "no classification network of torchvision"),
-        (("model.name=vit_b_16",), "has no BatchNorm2d layer"),
+        (("model.name=vit_b_16",), "has no batch normalization layer"),
         (("model.name=mobilenet_v2", "+model.kwargs.width=2"), "unexpected keyword argument 'width'"),
         (("model.name=googlenet", "+model.kwargs.aux_logits=true"), "model.kwargs.aux_logits is set already"),
         (("model.name=resnet18", "+model.kwargs.weights=DEFAULT"), "model.kwargs.weights is set already"),

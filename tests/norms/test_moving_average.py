@@ -1,6 +1,7 @@
 """MABN and PowerNorm against step-by-step transcriptions of both passes, in NumPy, with windows as lists."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from norms.oracle import CASES, compare, compare_rounded, images, members, relative_error
 from torch import Tensor, nn
 
-from normlab.norms import MABN, PowerNorm, Variant, batch_statistics
+from normlab.norms import MABN, PowerNorm, Steps, Variant, batch_statistics
 from normlab.norms.layer_statistics import keep_for_backward
 
 EPS = 1e-5
@@ -22,71 +23,42 @@ MABN_OPTIONS: dict[str, Any] = {
     "window": 3,
     "rmax": 5.0,
     "warmup": 0.25,
-    "r_from": 0.5,
+    "r_from": 0.625,
     "unit": "fraction",
 }
-POWER_OPTIONS: dict[str, Any] = {"eps": EPS, "alpha": 0.9, "alpha_backward": 0.8, "warmup": 0.25, "unit": "fraction"}
+POWER_OPTIONS: dict[str, Any] = {"eps": EPS, "alpha": 0.9, "alpha_backward": 0.8, "warmup": 0.5, "unit": "fraction"}
 
 
 class Transcription:
-    """What both papers share, group after group. `step` is the training step it is at."""
+    """What both papers share, group after group. `step` is the training step it is at, from 0."""
 
     step = 0
 
     def __init__(self, options: dict[str, Any], k: int | None = None) -> None:
         self.options, self.k = options, k
         self.running: Any = None
-        self.chis: list[Any] = []
-        self.ratios: list[Any] = []
+        self.batches = 0
 
-    @property
-    def warming(self) -> bool:
-        return self.before("warmup")
-
-    def before(self, option: str) -> bool:
-        return self.step / (STEPS if self.options["unit"] == "fraction" else 1) < self.options[option]
+    def until(self, option: str, step: int) -> bool:
+        return step / (STEPS if self.options["unit"] == "fraction" else 1) < self.options[option]
 
     def train(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        return ByHand.apply(x, parameters["weight"], parameters["bias"], self)  # type: ignore[no-any-return]
+        return ByHand.apply(self.before(x), parameters["weight"], parameters["bias"], self)  # type: ignore[no-any-return]
 
     def evaluate(self, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         divisor = torch.from_numpy(np.sqrt(self.running + EPS))[:, None, None]
-        return x / divisor * parameters["weight"][:, None, None] + parameters["bias"][:, None, None]
+        return self.before(x) / divisor * parameters["weight"][:, None, None] + parameters["bias"][:, None, None]
 
-    def forward(self, x: Any, gamma: Any, beta: Any) -> Any:
-        y = np.empty_like(x)
-        self.saved, mean_chi = [], 0.0
-        for index in members(len(x), self.k):
-            chi = (x[index] ** 2).mean((0, 2, 3))
-            s, r = self.divisor(chi)
-            z = x[index] / np.sqrt(s + EPS)[:, None, None]
-            y[index] = (gamma * r)[:, None, None] * z + beta[:, None, None]
-            self.saved.append((index, z, s, r))
-            self.ratios.append(r)
-            mean_chi = mean_chi + chi * len(index) / len(x)
-        self.chis.append(mean_chi)
-        newest = max(self.momentum(), 1 / len(self.chis))
-        self.running = mean_chi if self.running is None else (1 - newest) * self.running + newest * mean_chi
-        return y
+    def before(self, x: Tensor) -> Tensor:
+        return x
 
-    def backward(self, dy: Any, gamma: Any) -> tuple[Any, Any, Any]:
-        dx, dgamma = np.empty_like(dy), 0.0
-        mean_psi, mean_zz = 0.0, 0.0
-        for index, z, s, r in self.saved:
-            g = dy[index] * (gamma * r)[:, None, None]
-            psi, zz = (g * z).mean((0, 2, 3)), (z * z).mean((0, 2, 3))
-            used = psi if self.warming else self.psi(psi)
-            dx[index] = (g - z * used[:, None, None]) / np.sqrt(s + EPS)[:, None, None]
-            dgamma = dgamma + (dy[index] * z * r[:, None, None]).sum((0, 2, 3))
-            mean_psi = mean_psi + psi * len(index) / len(dy)
-            mean_zz = mean_zz + zz * len(index) / len(dy)
-        self.gradients(mean_psi, mean_zz)
-        return dx, dgamma, dy.sum((0, 2, 3))
+    def groups(self, x: Any) -> list[list[list[int]]]:
+        """The groups that are normalized together, in the order of the windows: the last, smaller one is apart."""
+        *full, last = members(len(x), self.k)
+        return [[*full, last]] if not full or len(full[0]) == len(last) else [full, [last]]
 
-    divisor: Callable[[Any], tuple[Any, Any]]
-    psi: Callable[[Any], Any]
-    gradients: Callable[[Any, Any], None]
-    momentum: Callable[[], float]
+    forward: Callable[[Any, Any, Any], Any]
+    backward: Callable[[Any, Any], tuple[Any, Any, Any]]
 
 
 class ByHand(torch.autograd.Function):
@@ -102,29 +74,51 @@ class ByHand(torch.autograd.Function):
 
 
 class MABNByHand(Transcription):
+    """The window is a list of groups, over which the newest groups of a batch slide one after the other."""
+
     def __init__(self, options: dict[str, Any] = MABN_OPTIONS, k: int | None = None) -> None:
         super().__init__(options, k)
+        self.chis: list[Any] = []
         self.psis: list[Any] = []
+        self.ratios: list[Any] = []
 
-    def windowed(self, history: list[Any], newest: Any) -> Any:
-        window = [*history, newest][-self.options["window"] :]
-        return sum(window) / len(window)
+    def forward(self, x: Any, gamma: Any, beta: Any) -> Any:
+        y = np.empty_like(x)
+        window, rmax = self.options["window"], self.options["rmax"]
+        self.saved, mean_s = [], 0.0
+        for together in self.groups(x):
+            own = self.until("warmup", self.step + 1) or len(self.chis) < window
+            for index in together:
+                self.chis.append((x[index] ** 2).mean((0, 2, 3)))
+                s = self.chis[-1] if own else np.mean(self.chis[-window:], axis=0)
+                r = np.ones_like(s)
+                if not self.until("r_from", self.step) and self.batches:
+                    r = np.clip(np.sqrt(s + EPS) / np.sqrt(self.running + EPS), 1 / rmax, rmax)
+                z = x[index] / np.sqrt(s + EPS)[:, None, None]
+                y[index] = (gamma * r)[:, None, None] * z + beta[:, None, None]
+                self.saved.append((index, z, s, r, own))
+                self.ratios.append(r)
+                of_ema = self.chis[-1] if self.options.get("ema_of") == "batch" else s
+                mean_s = mean_s + of_ema * len(index) / len(x)
+        first = self.options.get("ema_start") == "first"
+        momentum = max(self.options["momentum"], float(not self.batches) if first else 1 / (self.batches + 1))
+        self.running = mean_s * momentum + (0 if self.running is None else self.running * (1 - momentum))
+        self.batches += 1
+        return y
 
-    def divisor(self, chi: Any) -> tuple[Any, Any]:
-        s = chi if self.warming else self.windowed(self.chis, chi)
-        if self.before("r_from"):
-            return s, np.ones_like(s)
-        rmax = self.options["rmax"]
-        return s, np.clip(np.sqrt(s + EPS) / np.sqrt(self.running + EPS), 1 / rmax, rmax)
-
-    def psi(self, psi: Any) -> Any:  # type: ignore[override]
-        return self.windowed(self.psis, psi)
-
-    def gradients(self, psi: Any, zz: Any) -> None:  # type: ignore[override]
-        self.psis.append(psi)
-
-    def momentum(self) -> float:  # type: ignore[override]
-        return float(self.options["momentum"])
+    def backward(self, dy: Any, gamma: Any) -> tuple[Any, Any, Any]:
+        dx, dgamma = np.empty_like(dy), 0.0
+        *_, (last, *_) = self.saved
+        smaller = len(last) < len(self.saved[0][0])  # the last group's backward pass is first
+        for index, z, s, r, own in self.saved[-1:] + self.saved[:-1] if smaller else self.saved:
+            g = dy[index] * (gamma * r)[:, None, None]
+            self.psis.append((g * z).mean((0, 2, 3)))
+            psi = (
+                self.psis[-1] if own else np.sum(self.psis[-self.options["window"] :], axis=0) / self.options["window"]
+            )
+            dx[index] = (g - z * psi[:, None, None]) / np.sqrt(s + EPS)[:, None, None]
+            dgamma = dgamma + (dy[index] * z * r[:, None, None]).sum((0, 2, 3))
+        return dx, dgamma, dy.sum((0, 2, 3))
 
 
 class PowerNormByHand(Transcription):
@@ -132,18 +126,39 @@ class PowerNormByHand(Transcription):
         super().__init__(options, k)
         self.nu: Any = 0.0
 
-    def divisor(self, chi: Any) -> tuple[Any, Any]:
-        return (chi if self.warming else self.running), np.ones_like(chi)
+    def before(self, x: Tensor) -> Tensor:
+        if self.options.get("scale_channels", True):
+            return x / torch.sqrt((x**2).sum(1, keepdim=True) / x.shape[1] + EPS)
+        return x
 
-    def psi(self, psi: Any) -> Any:  # type: ignore[override]
-        return self.nu
+    def forward(self, x: Any, gamma: Any, beta: Any) -> Any:
+        y = np.empty_like(x)
+        self.saved, mean_chi = [], 0.0
+        running = np.ones(x.shape[1]) if self.running is None else self.running
+        for index in itertools.chain(*self.groups(x)):
+            chi = (x[index] ** 2).mean((0, 2, 3))
+            phi = chi if self.until("warmup", self.step) else running
+            z = x[index] / np.sqrt(phi + EPS)[:, None, None]
+            y[index] = gamma[:, None, None] * z + beta[:, None, None]
+            self.saved.append((index, z, phi if self.options.get("backward_rms") == "running" else chi))
+            mean_chi = mean_chi + chi * len(index) / len(x)
+        self.batches += 1
+        if self.until("warmup", self.step + 1):
+            running = running * (self.batches - 1) / self.batches + mean_chi / self.batches
+        self.running = self.options["alpha"] * running + (1 - self.options["alpha"]) * mean_chi
+        return y
 
-    def gradients(self, psi: Any, zz: Any) -> None:  # type: ignore[override]
-        new = 1 - self.options["alpha_backward"]
-        self.nu = self.nu * (1 - new * zz) + new * psi
-
-    def momentum(self) -> float:  # type: ignore[override]
-        return float(1 - self.options["alpha"])
+    def backward(self, dy: Any, gamma: Any) -> tuple[Any, Any, Any]:
+        """With the authors' nu, which is ours over 1 - alpha_backward."""
+        dx, dgamma, change = np.empty_like(dy), 0.0, 0.0
+        for index, z, square in self.saved:
+            q = dy[index] * gamma[:, None, None]
+            q = q - (1 - self.options["alpha_backward"]) * np.multiply(z, np.reshape(self.nu, (-1, 1, 1)))
+            dx[index] = q / np.sqrt(square + EPS)[:, None, None]
+            dgamma = dgamma + (dy[index] * z).sum((0, 2, 3))
+            change = change + (q * z).mean((0, 2, 3)) * len(index) / len(dy)
+        self.nu = self.nu + change
+        return dx, dgamma, dy.sum((0, 2, 3))
 
 
 BOTH = pytest.mark.parametrize(
@@ -160,7 +175,7 @@ def layer_of(variant: Variant, channels: int = 6) -> Any:
 def stepping(layer: Any, oracle: Transcription) -> Callable[[int], None]:
     def before_step(step: int) -> None:
         if step:
-            layer.after_step()
+            Steps(layer).end()
         oracle.step = step
         layer.clock.at_step(step, STEPS)
 
@@ -192,8 +207,18 @@ def test_mabn_equals_the_transcription_with_windows_of_all_lengths(window: int) 
 
 @BOTH
 def test_phases_can_be_in_steps(variant: Any, options: Any, oracle: Any) -> None:
-    options = options | {"unit": "steps", "warmup": 3} | ({"r_from": 6} if "r_from" in options else {})
+    options = options | {"unit": "steps", "warmup": 5} | ({"r_from": 6} if "r_from" in options else {})
     compare_with(layer_of(variant(**options)), oracle(options), CASES["plain"])
+
+
+@pytest.mark.parametrize("k", [None, 2])
+def test_settings_of_the_papers_where_the_authors_codes_differ(k: int | None) -> None:
+    for changed in ({"ema_of": "batch"}, {"ema_start": "first"}):
+        options = MABN_OPTIONS | changed
+        compare_with(layer_of(MABN(**options, norm_batch=k)), MABNByHand(options, k), CASES["plain"])
+    for changed in ({"scale_channels": False}, {"backward_rms": "running"}):
+        options = POWER_OPTIONS | changed
+        compare_with(layer_of(PowerNorm(**options, norm_batch=k)), PowerNormByHand(options, k), CASES["plain"])
 
 
 @pytest.mark.parametrize("factor", [10.0, 0.1])
@@ -216,7 +241,7 @@ def warm(variant: Any, options: Any, **more: Any) -> Any:
     for step in range(STEPS - 1):
         layer.clock.at_step(step, STEPS)
         layer(images(6, 6, 4, 4, seed=step)).backward(images(6, 6, 4, 4, seed=step + 50))
-        layer.after_step()
+        Steps(layer).end()
     layer.clock.at_step(STEPS - 1, STEPS)
     return layer
 
@@ -233,10 +258,10 @@ def test_a_forward_pass_without_backward_leaves_the_gradient_averages(variant: A
     layer(images(6, 6, 4, 4, seed=1))
     with torch.no_grad():
         layer(images(6, 6, 4, 4, seed=2))
-    layer.after_step()
+    Steps(layer).end()
     torch.testing.assert_close(gradient_state(layer), before, rtol=0, atol=0)
     layer(images(6, 6, 4, 4)).backward(images(6, 6, 4, 4))
-    layer.after_step()
+    Steps(layer).end()
     assert any((state != before[name]).any() for name, state in gradient_state(layer).items())
 
 
@@ -245,7 +270,7 @@ def test_gradients_that_overflowed_are_left_out_of_the_averages(variant: Any, op
     layer = warm(variant, options)
     before = gradient_state(layer)
     layer(images(6, 6, 4, 4)).backward(torch.full((6, 6, 4, 4), torch.inf, dtype=torch.float64))
-    layer.after_step()
+    Steps(layer).end()
     torch.testing.assert_close(gradient_state(layer), before, rtol=0, atol=0)
 
 
@@ -262,7 +287,7 @@ def test_batch_statistics_in_evaluation_are_the_groups_own_and_change_nothing(
     output.sum().backward()
     parts = [range(6)] if k is None else [range(4), range(4, 6)]
     for part in parts:
-        expected = exact(x[part], layer.weight, layer.bias)
+        expected = exact(oracle().before(x)[part], layer.weight, layer.bias)
         torch.testing.assert_close(output[part], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
@@ -299,7 +324,7 @@ def test_compiled_as_one_graph_it_is_the_same(variant: Any, options: Any, oracle
         for net, run, x in ((network, compiled, ours), (reference, reference, theirs)):
             net[1].clock.at_step(step, STEPS)
             run(x).square().sum().backward()
-            net[1].after_step()
+            Steps(net).end()
         torch.testing.assert_close(ours.grad, theirs.grad)
     torch.testing.assert_close(network.state_dict(), reference.state_dict())
 

@@ -62,8 +62,8 @@ class S0Oracle:
 
 
 class B0Oracle:
-    def __init__(self, channels: int = 6, norm_batch: int | None = None) -> None:
-        self.norm_batch = norm_batch
+    def __init__(self, channels: int = 6, norm_batch: int | None = None, *, unbiased: bool = False) -> None:
+        self.norm_batch, self.unbiased = norm_batch, unbiased
         self.running_var = torch.ones(channels, dtype=torch.float64)
 
     def divide(self, x: Tensor, batch_var: Tensor, parameters: dict[str, Tensor]) -> Tensor:
@@ -78,7 +78,9 @@ class B0Oracle:
             part = x[group]
             variance = ((part - part.mean((0, 2, 3), keepdim=True)) ** 2).mean((0, 2, 3), keepdim=True)
             outputs |= dict(zip(group, self.divide(part, variance, parameters), strict=True))
-            newest += variance.detach().flatten() * len(group) / len(x)
+            count = part.numel() / part.shape[1]
+            correction = count / (count - 1) if self.unbiased else 1
+            newest += variance.detach().flatten() * correction * len(group) / len(x)
         self.running_var = (1 - MOMENTUM) * self.running_var + MOMENTUM * newest
         return torch.stack([outputs[n] for n in range(len(x))])
 
@@ -121,6 +123,12 @@ def test_b0_in_groups_equals_the_formula_per_group(case: str, k: int) -> None:
     variant = EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=k)
     with pytest.raises(ValueError, match="more than one value") if has_single_values(case, k) else nullcontext():
         compare(layer_of(variant), B0Oracle(norm_batch=k), CASES[case])
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_b0_averages_the_unbiased_variance_if_asked(k: int | None) -> None:
+    variant = EvoNormB0(eps=EPS, momentum=MOMENTUM, norm_batch=k, unbiased_average=True)
+    compare(layer_of(variant), B0Oracle(norm_batch=k, unbiased=True), CASES["odd sizes"])
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from norms.oracle import CASES, compare, images, relative_error
 from torch import Tensor, fx, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from normlab import models
 from normlab.common.errors import UserError
 from normlab.norms import Fixup, NormalizerFree, find_branches, parameter_roles, rewrite
 from normlab.norms.normalizer_free import ScalarAffine, ScalarBias, ScalarScale, ScaledStandardConv2d, activation_gain
@@ -25,7 +27,7 @@ Parameters = dict[str, Tensor]
 ALPHA, EPS = 0.2, 1e-4
 RELU_GAIN = math.sqrt(2 / (1 - 1 / math.pi))
 LAYERS = (2, 1, 2, 1)  # stages with and without a second block, whose entry has another variance
-VARIANTS = {"fixup": Fixup(), "nf": NormalizerFree(alpha=ALPHA, eps=EPS)}
+VARIANTS = {"fixup": Fixup(), "fixup, paper": Fixup(stem_shift=True), "nf": NormalizerFree(alpha=ALPHA, eps=EPS)}
 BLOCKS = [BasicBlock, Bottleneck]
 
 
@@ -67,7 +69,7 @@ def blocks(block: type[nn.Module]) -> Iterator[tuple[str, bool, list[tuple[int, 
 
 
 def fixup_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
-    x = F.conv2d(x + p["conv1_shift.bias"], p["conv1.weight"], stride=2, padding=3)
+    x = F.conv2d(x + p.get("conv1_shift.bias", 0), p["conv1.weight"], stride=2, padding=3)
     x = F.max_pool2d(F.relu(x + p["bn1.bias"]), 3, 2, 1)
     for name, projected, sizes in blocks(block):
         first = y = x + p[f"{name}.conv1_shift.bias"]
@@ -110,7 +112,7 @@ def nf_by_hand(p: Parameters, x: Tensor, block: type[nn.Module]) -> Tensor:
     return F.linear(x.mean((2, 3)), p["fc.weight"], p["fc.bias"])
 
 
-BY_HAND = {"fixup": fixup_by_hand, "nf": nf_by_hand}
+BY_HAND = {"fixup": fixup_by_hand, "fixup, paper": fixup_by_hand, "nf": nf_by_hand}
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -139,8 +141,35 @@ def test_fixup_starts_with_the_output_zero_and_the_scaled_weights() -> None:
         torch.testing.assert_close(network.get_parameter(key), expected, rtol=1e-6, atol=0)
     scalars = {key: p.item() for key, p in network.named_parameters() if p.numel() == 1}
     assert all(value == (1.0 if "affine.weight" in key else 0.0) for key, value in scalars.items())
-    convolutions, joint = 1 + 6 * 2 + 3, 3  # in a block with a projection, two of them take the same
-    assert len(scalars) == (convolutions - joint) + (1 + 6) + 2 * 6 + 1  # convolutions, activations, branches, fc
+    assert len(scalars) == 6 * 2 + (1 + 6) + 2 * 6 + 1  # convolutions of branches, activations, branches, fc
+    paper = [p for p in started("fixup, paper").parameters() if p.numel() == 1]
+    assert len(paper) == len(scalars) + 1  # before the first convolution
+
+
+def test_a_shortcut_without_parameters_gets_the_first_bias_of_its_branch(make: Any) -> None:
+    """The ResNet of He et al. for 32x32 images, whose shortcuts take every second pixel and add channels of zeros."""
+    config = make("model=cifar_resnet", "depth=20", "norm=fixup")
+    network = models.build(config, num_classes=10, image_size=16).double()
+    with torch.no_grad():
+        for i, parameter in enumerate(network.parameters()):
+            parameter.add_(images(*parameter.shape, seed=i), alpha=0.1)
+    p, x = dict(network.named_parameters()), images(2, 3, 16, 16)
+    y = F.relu(F.conv2d(x, p["conv1.weight"], padding=1) + p["bn1.bias"])
+    names = [name.removesuffix(".conv2_affine.weight") for name in p if name.endswith(".conv2_affine.weight")]
+    assert len(names) == 9
+    for number, name in enumerate(names):
+        down = number in (3, 6)
+        first = y + p[f"{name}.conv1_shift.bias"]
+        z = F.relu(
+            F.conv2d(first, p[f"{name}.conv1.weight"], stride=2 if down else 1, padding=1) + p[f"{name}.bn1.bias"]
+        )
+        z = F.conv2d(z + p[f"{name}.conv2_shift.bias"], p[f"{name}.conv2.weight"], padding=1)
+        z = z * p[f"{name}.conv2_affine.weight"] + p[f"{name}.conv2_affine.bias"]
+        if down:
+            y = torch.cat([first[:, :, ::2, ::2], torch.zeros_like(first[:, :, ::2, ::2])], 1)
+        y = F.relu(y + z)
+    expected = F.linear(y.mean((2, 3)) + p["fc_shift.bias"], p["fc.weight"], p["fc.bias"])
+    torch.testing.assert_close(network(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_roles_of_parameters() -> None:

@@ -153,7 +153,7 @@ def test_a_norm_before_its_convolution_is_a_site_without_one() -> None:
 
 
 def test_a_network_without_batch_norm_is_refused_in_a_sentence() -> None:
-    with pytest.raises(UserError, match="has no BatchNorm2d layer"):
+    with pytest.raises(UserError, match="has no batch normalization layer"):
         find_sites(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
 
 

@@ -1,8 +1,11 @@
 import csv
+import json
+import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from normlab import report
 from normlab.common.errors import UserError
@@ -201,3 +204,48 @@ def test_an_unknown_command_is_answered_with_what_was_meant(word, meant, command
     assert (status, out) == (1, "")
     assert f"{word}: there is no such command" in error
     assert f"Did you mean {meant}?" in error
+
+
+ACTIVATIONS = {"step": 5, "layer": "a", "position": 0, "mean": 0.1, "variance": 1.0, "large": 0.1, "output_norm": 2.0}
+ODD = [  # what a record may hold that our runs do not write: file, its part, the value in its place (...: none)
+    ("metrics.jsonl", "images_per_second", [1, 2]),
+    ("metrics.jsonl", "test_accuracy", {"top1": 0.5}),
+    ("metrics.jsonl", "wall_seconds", [1]),
+    ("metrics.jsonl", "train_accuracy", "high"),
+    ("metrics.jsonl", "test_accuracy", 1e308),
+    ("config.yaml", "optimizer", "sgd"),
+    ("config.yaml", "schedule", 0.5),
+    ("config.yaml", "norm_batch", [4]),
+    ("config.yaml", "probe", 3),
+    ("config.yaml", "seed", 10**20),
+    ("config.yaml", "dataset", {"name": "digits", "kind": ["digits"]}),
+    ("status.json", "peak_memory_bytes", "1e999"),
+    ("provenance.json", "versions", {"torch": [2], "normlab": "0.2.0"}),
+    ("probes/activations.jsonl", "layer", [1]),
+    ("probes/activations.jsonl", "position", ...),
+    ("probes/activations.jsonl", "position", [1, 2]),
+    ("probes/activations.jsonl", "output_norm", {"a": 1}),
+    ("probes/activations.jsonl", "large", 1e308),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), ODD)
+def test_an_odd_record_costs_its_own_value_or_its_own_run_at_most(add_run, add_probe, study, file, key, value):
+    for norm in ("bn", "none"):
+        for seed in (0, 1):
+            add_probe(add_run(norm, seed=seed), "activations", [ACTIVATIONS, {**ACTIVATIONS, "step": 6}])
+    for path in study.glob(f"bn-*/{file}"):
+        rows = [
+            yaml.safe_load(text)
+            for text in (path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()])
+        ]
+        for row in rows:
+            row[key] = value
+            if value is ...:
+                del row[key]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build("study", study.parent, figures=False)
+    assert report.pack_study("study", study.parent, quiet=True).exists()
+    text = (study / "report" / "accuracy.md").read_text()
+    [line] = [line for line in text.splitlines() if re.match(r"\| none ", line)]
+    assert "90.0 ± 0.0 (n=2)" in line.replace("*", "")

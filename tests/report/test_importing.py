@@ -240,13 +240,13 @@ READ = [  # text, settings, what is printed, and columns of the evaluations
     (
         "arm,seed,epoch,test_loss,state\na,0,1,1,\na,0,2,0.9,done\na,1,1,nan,\na,2,1,2,\na,2,2,,diverged",
         {"set": TWO},
-        "Assumed: runs whose last loss is not finite have diverged.",
+        "Assumed: runs whose last loss is not finite have diverged: 1 of 3 runs, e.g. a, seed 1.",
         {"seed": [0, 0, 1, 2, 2], "state": [*["done"] * 2, *["diverged"] * 3]},
     ),
     (
         "arm,seed,epoch,test_accuracy\na,0,1,0.5\na,0,2,0.6\na,1,1,0.1\n",
         {"set": TWO},
-        "runs that end before epoch 2 were interrupted",
+        "runs that end early were interrupted, and are part of no mean: 1 of 2 runs, e.g. a, seed 1 (before epoch 2).",
         {"epoch": [1, 2, 1], "state": ["done", "done", "interrupted"]},
     ),
     (
@@ -280,7 +280,29 @@ def test_evaluations_between_epochs_are_of_the_epoch_that_they_are_in(bring, stu
     assert list(course["step"]) == [100 * epoch for epoch in range(1, 11)]
     assert list(course["test_accuracy"]) == pytest.approx([epoch / 10 for epoch in range(1, 11)])
     assert dict(zip(found.runs["arm"], found.runs["state"], strict=True)) == {"a": "done", "b": "interrupted"}
-    assert "runs that end before step 1000 were interrupted" in told
+    assert "interrupted, and are part of no mean: 1 of 2 runs, e.g. b, seed 0 (before step 1000)." in told
+
+
+def test_what_is_assumed_of_many_runs_is_one_sentence_of_its_kind_and_so_is_what_the_report_says(bring, study):
+    """Each with an end of its own; half of them have a last loss that is not finite."""
+    rows = [f"a{i},{10 + i},1,{0.1 if i % 2 else 'inf'}" for i in range(100)]
+    told = bring(
+        "arm,epochs,epoch,test_loss\n" + "\n".join(rows), set={k: v for k, v in WHERE.items() if k != "epochs"}
+    )
+    assert len(told.splitlines()) == 6, told
+    assert "50 of 100 runs, e.g. a1, seed 0 (before epoch 11); a3, seed 0 (before epoch 13); a5, seed" in told
+    assert "have diverged: 50 of 100 runs, e.g. a0, seed 0; a2, seed 0; a4, seed 0." in told
+    [warning] = load(study).warnings
+    assert warning.startswith(
+        "Arms a0, a1, a2 and 97 more: 100 runs were made elsewhere and imported from results.csv."
+    )
+
+
+def test_settings_that_are_near_each_other_are_of_different_runs(bring, study):
+    rows = ["9007199254740992", "9007199254740993", "0.9999999", "0.9999995"]
+    told = bring("arm,norm.x,test_loss\n" + "\n".join(f"mine,{x},1" for x in rows), set=WHERE)
+    assert "4 runs" in told
+    assert sorted(load(study).runs["arm"]) == sorted(f"mine (x={x})" for x in rows)
 
 
 def test_a_run_that_was_meant_to_be_shorter_is_another_one(bring, study):
@@ -351,7 +373,9 @@ def test_verdicts_use_no_imported_run(bring, add_run, study):
     )
     again = load(study)
     assert [(j.verdict, j.results) for j in judge(again)] == [(j.verdict, j.results) for j in judged]
-    assert len([warning for warning in again.warnings if "no verdict uses them" in warning]) == 2
+    [warning] = again.warnings
+    assert warning.startswith("Arms bn (imported), none (imported): 4 runs were made elsewhere and imported from")
+    assert "no verdict uses them" in warning
 
 
 def test_the_folder_of_an_import_is_that_of_any_run_and_names_no_path_of_this_machine(bring, study, tmp_path):

@@ -69,7 +69,7 @@ def means(folder, table):
         ("figure_size", "doble", "Did you mean figure_size=double?"),
         ("figure_style", "ggplt", "Did you mean figure_style=ggplot?"),
         ("figure_style", 3, "expected a style of matplotlib"),
-        ("thresholds", [0.5, 0.5000000001], "two are the same"),
+        ("thresholds", [0.5, 0.8, 0.5], "two are the same"),
         ("thresholds", [80], "Example: thresholds=[0.5,0.8,0.95]"),
         ("thresholds", 0.8, "expected a list of accuracies between 0 and 1"),
         ("thresholds", ["high"], "expected a list of accuracies between 0 and 1"),
@@ -89,7 +89,8 @@ def means(folder, table):
 def test_an_option_that_is_not_valid_is_named_with_what_was_expected(option, value, told):
     with pytest.raises(UserError) as error:
         dataclasses.replace(OPTIONS, **{option: value})
-    assert str(error.value).startswith(f"{option}={value} is not valid")
+    shown = {"['high']": "[high]", "[True]": "[true]"}.get(str(value), value)  # as one types it
+    assert str(error.value).startswith(f"{option}={shown} is not valid")
     assert told in str(error.value)
     assert len(str(error.value).splitlines()) <= 5
 

@@ -25,25 +25,29 @@ def backward(network: nn.Module) -> None:
     F.cross_entropy(network(images()), torch.arange(6)).backward()
 
 
+@pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("ratio", [1e-4, 0.01, 1e3])
-def test_adaptive_clipping_equals_the_formula_unit_by_unit(ratio) -> None:
+def test_adaptive_clipping_equals_the_formula_unit_by_unit(ratio, vectors) -> None:
     network = small_network()
     backward(network)
     with torch.no_grad():
         network[0].weight[2] = 0  # a unit shorter than the least norm
         network[2].weight.grad[1] = 0
+        network[2].bias.zero_()  # a vector shorter than the least norm
     before = {name: p.grad.numpy().copy() for name, p in network.named_parameters()}
-    AdaptiveClipping(network, ratio)()
+    AdaptiveClipping(network, ratio, vectors=vectors)()
     for name, parameter in network.named_parameters():
         weights, grads = parameter.detach().numpy(), before[name]
-        if name.startswith("4.") or grads.ndim == 1:  # the classifier, and what is no weight
+        if name == "4.weight" or (grads.ndim == 1 and not vectors):  # the classifier, and what is no weight
             expected = grads
         else:
+            units = [weights[None], grads[None]] if grads.ndim == 1 else [weights, grads]
             expected = np.empty_like(grads)
-            for unit, (w, g) in enumerate(zip(weights, grads, strict=True)):
+            for unit, (w, g) in enumerate(zip(*units, strict=True)):
                 length = np.sqrt((g**2).sum())
                 longest = ratio * max(np.sqrt((w**2).sum()), 1e-3)
-                expected[unit] = g * longest / length if length > longest else g
+                clipped = g * longest / length if length > longest else g
+                expected[... if grads.ndim == 1 else unit] = clipped
         np.testing.assert_allclose(parameter.grad.numpy(), expected, rtol=1e-12, atol=0)
 
 
@@ -65,7 +69,7 @@ class OutOfOrder(nn.Module):
 @pytest.mark.parametrize("layer", [nn.Linear, lambda a, b: nn.Conv2d(a, b, 1)])
 def test_the_classifier_is_what_is_executed_last(layer) -> None:
     network = OutOfOrder(layer(4, 3), layer(2, 4))
-    (clipped,) = AdaptiveClipping(network, 0.01).parameters
+    (clipped,) = AdaptiveClipping(network, 0.01, vectors=False).parameters
     assert clipped is network.hidden.weight
 
 

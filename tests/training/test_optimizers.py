@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from normlab import models
+from normlab import models, runs
 from normlab.training.optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
 STEPS, EPOCHS, BASE = 5, 8, 0.1
@@ -39,6 +39,45 @@ def test_schedule_per_epoch_equals_pytorchs(make, settings, make_scheduler) -> N
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=BASE)
     assert ours == pytest.approx(by_torch(make_scheduler(optimizer)), rel=1e-9)
     assert within == ours
+
+
+@pytest.mark.parametrize(
+    ("schedule", "make_scheduler"),
+    [
+        ("cosine", lambda o: lr_scheduler.CosineAnnealingLR(o, EPOCHS, eta_min=1e-4)),
+        # PyTorch's polynomial ends at 0: from 1e-4 on it is the rest.
+        ("polynomial", None),
+    ],
+)
+def test_parameters_that_learn_slowly_end_at_the_same_rate(make, schedule, make_scheduler) -> None:
+    config = make(f"schedule={schedule}", "schedule.final_lr=1e-4", *RUN, "norm=bn_scaled")
+    ours = [learning_rate(config, epoch * STEPS, STEPS, 100.0) for epoch in range(EPOCHS)]
+    if make_scheduler:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=BASE / 100)
+        expected = by_torch(make_scheduler(optimizer))
+    else:
+        expected = [1e-4 + (BASE / 100 - 1e-4) * (1 - epoch / EPOCHS) ** 2 for epoch in range(EPOCHS)]
+    assert ours == pytest.approx(expected, rel=1e-9)
+    divided = make(f"schedule={schedule}", "schedule.final_lr=1e-4", "schedule.divide_final_lr=true", *RUN)
+    pairs = [(learning_rate(divided, s, STEPS, 100.0), learning_rate(divided, s, STEPS)) for s in (0, 7, 39)]
+    assert all(slow == full / 100 for slow, full in pairs)
+
+
+def test_gammas_last_rate_is_the_one_of_davis_and_franks_code(make) -> None:
+    """Worked out in docs/papers.md, section 4, from their recipe: 180 epochs from 0.1 to 1e-8, c = 100."""
+    config = make("norm=bn_scaled", "epochs=180", "optimizer.lr=0.1")
+    assert learning_rate(config, 179 * STEPS, STEPS, 100.0) == pytest.approx(8.6152e-8, rel=1e-4)
+
+
+def test_new_settings_of_schedules_and_clipping_leave_the_identity_of_runs_that_they_do_not_concern(make) -> None:
+    plain = make("norm=bn", "schedule.divide_final_lr=false", "optimizer.agc_vectors=true").as_dict()
+    assert runs.run_id(plain) == runs.run_id(make("norm=bn", "schedule.divide_final_lr=true").as_dict())
+    for settings, setting in (
+        (("norm=bn_scaled",), "schedule.divide_final_lr"),
+        (("norm=nf",), "optimizer.agc_vectors"),
+    ):
+        ids = {runs.run_id(make(*settings, f"{setting}={value}").as_dict()) for value in ("true", "false")}
+        assert len(ids) == 2
 
 
 def test_schedule_per_step_moves_within_an_epoch(make) -> None:
@@ -118,6 +157,22 @@ def test_one_switch_decays_norms_and_biases(make, name, decay_all) -> None:
     decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
     others = 1e-4 if decay_all else 0.0
     assert decays == {"weight": 1e-4, "bias": others, "scale": others, "shift": others}
+
+
+def test_fixups_scalars_and_biases_learn_slowly_and_decay(make) -> None:
+    config = make("norm=fixup", "optimizer.lr=0.1")
+    network = models.build(config, num_classes=10, image_size=8)
+    slow = {name for name, p in network.named_parameters() if p.numel() == 1 or name == "fc.bias"}
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    for group in build_optimizer(config.optimizer, network).param_groups:
+        assert group["weight_decay"] == 1e-4
+        for parameter in group["params"]:
+            assert group["lr"] == pytest.approx(0.01 if names[parameter] in slow else 0.1)
+    plain = make("norm=fixup", "norm.scalar_lr_divisor=1", "norm.decay_scalars=false")
+    groups = build_optimizer(plain.optimizer, models.build(plain, num_classes=10, image_size=8)).param_groups
+    assert {(group["role"], group["lr"], group["weight_decay"]) for group in groups} == {
+        ("weight", 0.02, 1e-4), ("bias", 0.02, 0.0), ("scale", 0.02, 0.0), ("shift", 0.02, 0.0)
+    }  # fmt: skip
 
 
 def test_an_arm_without_norms_and_biases_still_has_an_optimizer(make) -> None:

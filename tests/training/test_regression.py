@@ -101,7 +101,7 @@ def test_a_last_batch_of_one_sample_is_a_sentence(make) -> None:
     with pytest.raises(UserError) as error:
         train_run(make(*SMALL, "norm=bn", "dataset.train_size=1001"))
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("A batch of 1 samples, the last of an epoch")
+    assert lines[0].startswith("A batch of 1 sample, the last of an epoch")
     assert lines[0].endswith("does not fit deep_linear with norm=bn:")
     assert "drop_last=true" in lines[-1]
     assert train_run(make(*SMALL, "norm=bn", "dataset.train_size=1001", "drop_last=true"))["state"] == "done"

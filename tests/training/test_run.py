@@ -17,7 +17,7 @@ from normlab.common.errors import InterruptedRunError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.data.datasets import load
-from normlab.training import checkpoint, engines, loop, setup, supervision, tasks
+from normlab.training import checkpoint, device, engines, loop, setup, supervision, tasks
 from normlab.training import run as training
 from normlab.training.record import Recorder
 from normlab.training.run import train_run
@@ -168,6 +168,26 @@ def test_a_resumed_run_keeps_its_number_of_threads(tiny, steps) -> None:
     assert json.loads((folder(config) / "provenance.json").read_text())["threads"] == 1
 
 
+def test_a_run_that_goes_on_under_other_circumstances_keeps_both(interrupted, steps, monkeypatch, capsys) -> None:
+    record = folder(interrupted) / "provenance.json"
+    before = json.loads(record.read_text())
+    steps.interrupt(interrupted, after=1)  # under the same: the next segment takes its place
+    assert "earlier" not in json.loads(record.read_text())
+    capsys.readouterr()
+
+    monkeypatch.setattr(device.checkout, "state", lambda: {"commit": "f00" * 10, "diff": ""})
+    made = json.loads(record.read_text()) | {"threads": 7, "versions": before["versions"] | {"numpy": "1.0"}}
+    record.write_text(json.dumps(made))
+    train_run(interrupted)
+    now = json.loads(record.read_text())
+    (earlier,) = now["earlier"]
+    assert earlier == made | {"until_step": 5}
+    assert now["git"]["commit"] == "f00" * 10
+    error = capsys.readouterr().err
+    for word in ("goes on under other circumstances", "f00f00f", "NumPy 1.0, then", "threads 7, then 1"):
+        assert word in error
+
+
 def linear(outputs: int):
     """In place of `models.build`."""
     return lambda *_, **__: nn.Sequential(nn.Flatten(), nn.Linear(192, outputs))
@@ -219,7 +239,7 @@ DIVERGING = ("norm=none", "optimizer.lr=1e10", "batch=2", "checkpoint_seconds=nu
 def test_what_the_last_step_of_an_epoch_breaks_is_divergence_too(tiny, monkeypatch) -> None:
     original = engines.learning_rate
     monkeypatch.setattr(
-        engines, "learning_rate", lambda c, step, n: float("inf") if step == 5 else original(c, step, n)
+        engines, "learning_rate", lambda c, step, *more: float("inf") if step == 5 else original(c, step, *more)
     )
     ended = train_run(tiny())
     assert (ended["state"], ended["diverged_step"]) == ("diverged", 6)

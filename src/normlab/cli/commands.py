@@ -8,34 +8,40 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from normlab.common.errors import UserError
-from normlab.common.installation import CONF
-from normlab.config.hydra import exit_with_error, run_main, settings_of, take_command
+from normlab.common.errors import UserError, as_typed
+from normlab.common.installation import CONF, command_name
+from normlab.config.command_line import CommandLine
+from normlab.config.hydra import (
+    exit_with_error,
+    run_main,
+    settings_of,
+    start_in_place,
+)
 
 REPORT_COMMANDS = ("status", "claims", "results", "import", "pack")
 
 
 def train() -> NoReturn:
     """Train one run, or a sweep with -m, as the command line says; `doctor` in front of the settings trains nothing."""
-    run_main(_train)
+    run_main("train", ("doctor",), _train)
 
 
 def report() -> NoReturn:
     """Write tables, figures and verdicts of a study, or run one of `REPORT_COMMANDS`, as the command line says."""
     gc.set_threshold(50_000, 50, 50)  # what imports and tables make stays to the end: fewer searches for cycles in it
-    run_main(_report)
+    run_main("report", REPORT_COMMANDS, _report)
 
 
-def _train() -> None:
-    command = take_command(sys.argv, ("doctor",), setting="norm")
-    if command:
-        if not {"-m", "--multirun"}.isdisjoint(sys.argv):
+def _train(line: CommandLine) -> None:
+    if line.command:
+        if "--multirun" in line.flags:
             raise UserError("doctor looks at one set of settings.\nLeave out -m and the lists of a sweep.")
         sys.argv.append("hydra.mode=RUN")  # an experiment is a sweep without -m
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def main(composed: DictConfig) -> float | None:
-        if command == "doctor":
+        start_in_place()
+        if line.command == "doctor":
             from normlab.cli import doctor
 
             doctor.run(composed)
@@ -46,17 +52,27 @@ def _train() -> None:
     main()
 
 
-def _report() -> None:
-    command = take_command(sys.argv, REPORT_COMMANDS)
+def _report(line: CommandLine) -> None:
+    command = line.command
+    if "--multirun" in line.flags:
+        raise UserError(
+            "A report is about one study at a time.\n"
+            f"Leave out -m, and give one value of each setting. All studies: {command_name('report')} results"
+        )
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
     def main(composed: DictConfig) -> None:
         from normlab.report import Options, build, build_claims, build_results, pack_study, study_status
 
+        start_in_place()
         settings = settings_of(composed)
         study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
         names = [field.name for field in fields(Options)]
         try:
+            if not study or not isinstance(study, str):
+                raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
+            if output_dir == "" or page == "":
+                raise UserError(f"{'page' if output_dir else 'output_dir'}= is empty: expected a path.")
             options = Options(**{name: settings.pop(name) for name in names})
             if command == "import":
                 from normlab.report.importing import import_runs  # slow to import, and no other command needs it
@@ -72,7 +88,7 @@ def _report() -> None:
                 build_results(output_dir, page, options)
             else:
                 build(study, output_dir, options)
-        except UserError as error:
-            exit_with_error(error)  # past Hydra, which would add a line of its own
+        except Exception as error:
+            exit_with_error(error, line)  # past Hydra, which would add a line of its own
 
     main()

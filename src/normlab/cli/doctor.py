@@ -20,7 +20,6 @@ from typing import IO, Literal, NoReturn, Self
 import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -72,7 +71,7 @@ def run(composed: DictConfig) -> NoReturn:
     """Check this machine and end the process, with status 0 if a run with these settings can train here, else 1."""
     try:
         config = schema.parse(settings_of(composed))
-    except (UserError, OmegaConfBaseException) as error:
+    except Exception as error:
         exit_with_error(error)  # past Hydra, which would add a line of its own
     sys.exit(not examine(config, HydraConfig.get().runtime.choices["hydra/launcher"]))
 

@@ -2,8 +2,14 @@
 
 import difflib
 import errno
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
+
+_NO_TEXT = re.compile(
+    r"[-+]?(\d[\d_]*\.?\d*|\.\d+|inf|nan)(e[-+]?\d+)?|true|false|null", re.IGNORECASE
+)  # without quotes
 
 
 class UserError(Exception):
@@ -70,10 +76,34 @@ def listed(words: Sequence[object], most: int, separator: str = ", ") -> str:
 
 
 def as_typed(value: object) -> object:
-    """Return a value as one writes it on the command line."""
+    """Return a value as one writes it on the command line: text that would be read as a number has quotes."""
     if value is None:
         return "null"
+    if isinstance(value, str):
+        return f"'{value}'" if _NO_TEXT.fullmatch(value) else value
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {as_typed(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(str(as_typed(each)) for each in value)}]"
     return str(value).lower() if isinstance(value, bool) else value
+
+
+def exact(number: float) -> str:
+    """Return a number as short as `%g` has it where that is the same number, else in all its digits."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
+
+
+def per_cent(share: float) -> str:
+    """Return a share of 1 as an exact number of per cent: 95 for 0.95, though 100 * 0.07 is not 7."""
+    return f"{(100 * Decimal(repr(share))).normalize():f}"
+
+
+def switch_meant(path: str, value: object) -> str:
+    """Return a line that proposes true or false for yes, off, 1 and the like; "" for anything else."""
+    meant = {**dict.fromkeys(("yes", "on", "1"), "true"), **dict.fromkeys(("no", "off", "0", "none", "null"), "false")}
+    word = meant.get(str(as_typed(value)).lower().strip("'"))
+    return f"\nDid you mean {path}={word}?" if word else ""
 
 
 def not_one_of(path: str, value: object, choices: Iterable[str]) -> str:

@@ -4,11 +4,18 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from normlab.common.errors import first_line
+
 
 @cache
-def state() -> dict[str, str] | None:
-    """Return commit and uncommitted difference of code and configuration; None outside a checkout of normlab."""
+def state() -> dict[str, str | None] | None:
+    """Return commit and uncommitted difference of code and configuration; None where normlab is installed.
+
+    Of a checkout whose commit cannot be read, the commit is None and `error` says why.
+    """
     here = Path(__file__)
+    if not (here.parents[3] / "pyproject.toml").exists():
+        return None
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -17,7 +24,21 @@ def state() -> dict[str, str] | None:
 
     try:
         if f"src/normlab/common/{here.name}" not in git("ls-files", "--full-name", here.name):
-            return None  # some other repository that this package happens to be installed in
+            return {"commit": None, "error": "the git repository around it does not track it"}
         return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD", "--", ":/src", ":/conf")}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except FileNotFoundError:
+        error = "git is not installed"
+    except subprocess.TimeoutExpired:
+        error = "git does not answer"
+    except subprocess.CalledProcessError as failed:
+        no_commit = "rev-parse" in failed.cmd
+        error = "it has no commit yet" if no_commit else first_line(failed.stderr).removeprefix("fatal: ")
+    except OSError as failed:
+        error = str(failed)
+    return {"commit": None, "error": error}
+
+
+def problem() -> str:
+    """Return a sentence for a checkout whose commit is not recorded with its runs; else nothing."""
+    error = (state() or {}).get("error")
+    return f"The runs' records will not name the commit of normlab's code: {error}." if error else ""

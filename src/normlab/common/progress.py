@@ -9,10 +9,11 @@ import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import PurePath
 from typing import Any, Self
 
 from rich.console import Console, RenderableType
@@ -112,7 +113,7 @@ class Display:
     The time left is the time so far, scaled by work.
 
     Args:
-        work: each run's cost in any unit, by its name.
+        work: each run's cost in any unit, by its folder or name.
         quiet: warnings and failures only.
     """
 
@@ -125,7 +126,8 @@ class Display:
         self.noted: dict[str, tuple[float, object]] = {}  # in a log: when a run had its last line, and its epoch then
         self.begun = time.monotonic()
         self.finished = 0
-        self.labels = _labels(self.work)
+        self.names = distinct_names(self.work)
+        self.labels = _labels(self.names)
         self.console = Console(stderr=True, highlight=False)
         to_terminal = sys.stdout.isatty()  # what goes to a file must get there
         options = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
@@ -152,35 +154,35 @@ class Display:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def news(self, status: Mapping[str, Any]) -> None:
+    def news(self, key: str, status: Mapping[str, Any]) -> None:
         """Show a run that is under way."""
-        name, progress = status["name"], Progress(status)
-        self.done[name] = progress.share
-        self.first.setdefault(name, progress.share)
-        self.under_way[name] = text = _under_way(progress)
+        progress = Progress(status)
+        self.done[key] = progress.share
+        self.first.setdefault(key, progress.share)
+        self.under_way[key] = text = _under_way(progress)
         if self.live:
             return
-        last, epoch = self.noted.setdefault(name, (time.monotonic(), status.get("epoch")))
+        last, epoch = self.noted.setdefault(key, (time.monotonic(), status.get("epoch")))
         waited = (time.monotonic() - last) / len(self.under_way)  # many runs make no more lines than one
         if waited >= LINE_SECONDS * (1 if epoch != status.get("epoch") else 10):
-            self.noted[name] = time.monotonic(), status.get("epoch")
-            self.say(f"{name}: {text}")
+            self.noted[key] = time.monotonic(), status.get("epoch")
+            self.say(f"{self.names[key]}: {text}")
 
-    def ended(self, name: str, status: Mapping[str, Any]) -> None:
+    def ended(self, key: str, status: Mapping[str, Any]) -> None:
         """Take a run off the live lines and leave a line about how it ended."""
         self.finished += 1
-        self.done[name] = 1.0
-        self.first.setdefault(name, 0.0)
-        self.under_way.pop(name, None)
+        self.done[key] = 1.0
+        self.first.setdefault(key, 0.0)
+        self.under_way.pop(key, None)
         left = self.time_left()
         tail = f"; about {span(left)} left" if left and self.finished < len(self.work) else ""
         show = self.say if status["state"] in ("done", "diverged") else self.warn
-        show(f"[{self.finished}/{len(self.work)}] {name}: {outcome(status)}{tail}")
+        show(f"[{self.finished}/{len(self.work)}] {self.names[key]}: {outcome(status)}{tail}")
 
-    def put_off(self, name: str, why: str) -> None:
+    def put_off(self, key: str, why: str) -> None:
         """Take a run off the live lines that is tried again later."""
-        self.under_way.pop(name, None)
-        self.warn(f"{name}: {why}")
+        self.under_way.pop(key, None)
+        self.warn(f"{self.names[key]}: {why}")
 
     @contextmanager
     def hearing(self) -> Iterator[Connection | None]:
@@ -209,17 +211,17 @@ class Display:
 
     def time_left(self) -> float | None:
         """Return the seconds until all runs are over, or None before any of the work is done."""
-        over = sum(self.work[name] * (share - self.first[name]) for name, share in list(self.done.items()))
-        left = sum(work * (1 - self.done.get(name, 0.0)) for name, work in self.work.items())
+        over = sum(self.work[key] * (share - self.first[key]) for key, share in list(self.done.items()))
+        left = sum(work * (1 - self.done.get(key, 0.0)) for key, work in self.work.items())
         return self.elapsed * left / over if over > 0 and self.elapsed > 2 else None
 
     def _lines(self) -> Table:
         """Return the live lines, as wide and as high as the terminal is at this moment."""
-        lines = [(self.labels[name], self.done[name], text) for name, text in list(self.under_way.items())]
+        lines = [(self.labels[key], self.done[key], text) for key, text in list(self.under_way.items())]
         if len(self.work) == 1:
             return _fitted(lines, self.console.width)
         total = sum(self.work.values()) or 1.0
-        over = sum(self.work[name] * share for name, share in list(self.done.items()))
+        over = sum(self.work[key] * share for key, share in list(self.done.items()))
         left = self.time_left()
         text = f"{self.finished} finished" + (f", about {span(left)} left" if left else "")
         room = max(0, self.console.height - 3)  # a line each for all runs, for those without one, for a new line
@@ -250,15 +252,22 @@ def _under_way(progress: Progress) -> str:
     return ", ".join(parts)
 
 
-def _labels(names: Mapping[str, float]) -> dict[str, str]:
-    """Name runs by what tells them apart: without the settings that all begin with, and identities where possible."""
-    parts = {name: name.split("-") for name in names}
+def distinct_names(folders: Iterable[str]) -> dict[str, str]:
+    """Return the name of each run by its folder: the folder's own, or its path where runs of several share it."""
+    names = {folder: PurePath(folder).name for folder in folders}
+    often = Counter(names.values())
+    return {folder: name if often[name] == 1 else folder for folder, name in names.items()}
+
+
+def _labels(names: Mapping[str, str]) -> dict[str, str]:
+    """Label runs by what tells them apart: without the settings that all begin with, and identities where possible."""
+    parts = {key: name.split("-") for key, name in names.items()}
     columns = zip(*parts.values(), strict=False)
     common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns))) if len(names) > 1 else 0
-    labels = {name: "-".join(of_name[common:]) for name, of_name in parts.items()}
-    short = {name: re.sub(r"-[0-9a-f]{10}$", "", label) for name, label in labels.items()}
+    labels = {key: "-".join(of_name[common:]) for key, of_name in parts.items()}
+    short = {key: re.sub(r"-[0-9a-f]{10}$", "", label) for key, label in labels.items()}
     often = Counter(short.values())
-    return {name: label if often[label] == 1 else labels[name] for name, label in short.items()}
+    return {key: label if often[label] == 1 else labels[key] for key, label in short.items()}
 
 
 def _fitted(lines: Sequence[tuple[str, float, str]], width: int) -> Table:

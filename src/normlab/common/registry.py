@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from normlab.common.errors import UserError, as_typed, nearest, not_one_of
+from normlab.common.errors import UserError, as_typed, nearest, not_one_of, switch_meant
 
 _Class = TypeVar("_Class", bound=type)
 _Kind = TypeVar("_Kind")
@@ -32,6 +32,8 @@ class Option:
         unit: the name of the option, declared before, that says whether this one is a "fraction" of the run, which is
             1 at most, or a number of "steps".
         names: whether a list of names can take the place of a number, which is 1 or more.
+        neutral: of an option that came after runs had been recorded, the value that they stand for (`runs.identity`).
+            None: they are runs of another method, which no value is.
     """
 
     default: Any
@@ -42,6 +44,7 @@ class Option:
     le: float | None = None
     unit: str | None = None
     names: bool = False
+    neutral: Any = None
 
     def check(self, path: str, value: Any, others: Mapping[str, Any]) -> Any:
         """Return `value` in its one spelling, e.g. 1.0 for 1 and for the text "1" if the default is a float.
@@ -68,7 +71,7 @@ class Option:
 
     def _check_number(self, path: str, value: Any, others: Mapping[str, Any]) -> float:
         whole = isinstance(self.default, int)
-        convert: Callable[[Any], float] = operator.index if whole else float
+        convert: Callable[[Any], float] = _whole if whole else float
         kind = "a whole number" if whole else "a number"
         if isinstance(value, bool) or not isinstance(value, Real | str):
             _refuse(path, value, kind)
@@ -112,13 +115,24 @@ class Option:
         for choice in choices:
             if isinstance(value, bool) == isinstance(choice, bool) and (value == choice or str(value) == str(choice)):
                 return choice
+            if isinstance(choice, bool) and isinstance(value, str) and value.lower() == str(choice).lower():
+                return choice
         if not self.choices:
-            _refuse(path, value, "true or false")
+            raise UserError(
+                f"{path}={as_typed(value)} is not valid: expected true or false.{switch_meant(path, value)}"
+            )
         raise UserError(not_one_of(path, value, map(str, self.choices)))
 
 
 def _refuse(path: str, value: Any, expected: str) -> NoReturn:
     raise UserError(f"{path}={as_typed(value)} is not valid: expected {expected}.")
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number that may come as text or as 1e2; anything else raises TypeError or ValueError."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return int(value) if isinstance(value, str) else operator.index(value)
 
 
 def _without_zero(number: float) -> str:

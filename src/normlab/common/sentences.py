@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from normlab.common.errors import as_typed, did_you_mean, not_one_of
+from normlab.common.errors import as_typed, did_you_mean, not_one_of, switch_meant
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -15,6 +15,9 @@ _EXPECTED = {
     "string_type": "text",
     "list_type": "a list, e.g. [0.5,0.75]",
     "finite_number": "a finite number",
+    "model_type": "settings, {name: value}",
+    "model_attributes_type": "settings, {name: value}",
+    "dict_type": "settings, {name: value}",
 }
 _BOUNDS = {
     "greater_than": "a number above {}",
@@ -59,14 +62,29 @@ def sentence(
             return not_one_of(path, value, _choices(context))
         case "string_pattern_mismatch":
             return f"{shown} is not valid: use letters, digits, '_', '-', '+' and '.', starting with a letter or digit."
+        case "string_too_short":
+            return f"{path}= is empty.\nGive it a value: {path}=..."
     if kind in _EXPECTED:
-        hint = f" Example: {path}={examples[path]}." if examples and path in examples else ""
-        return f"{shown} is not valid: expected {_EXPECTED[kind]}.{hint}"
+        problem = f"{shown} is empty" if value == "" else f"{shown} is not valid"
+        return f"{problem}: expected {_EXPECTED[kind]}.{_hint(path, value, kind, examples or {})}"
     if kind in _BOUNDS:
         bound = next(iter(context.values()))
         nearest_valid = f" Nearest valid: {path}={bound}." if kind.endswith("equal") else ""
         return f"{shown} is out of range: expected {_BOUNDS[kind].format(bound)}.{nearest_valid}"
     return f"{shown} is not valid: {error['msg']}."
+
+
+def _hint(path: str, value: Any, kind: str, examples: Mapping[str, Any]) -> str:
+    """Return what was probably meant by a value of the wrong type, or an example; nothing where there is neither."""
+    if kind == "bool_type":
+        return switch_meant(path, value)
+    if str(value).lower() == "none":
+        return f"\nIf it is to have no value: {path}=null."
+    if kind in ("int_type", "float_type") and isinstance(value, list) and value:
+        return f"\nSeveral values make a sweep, without brackets: -m {path}={','.join(map(str, value))}"
+    if kind == "string_type" and isinstance(value, int | float):
+        return f"\nQuotes make it text: \"{path}='{as_typed(value)}'\"."
+    return f" Example: {path}={examples[path]}." if path in examples else ""
 
 
 def _choices(context: Mapping[str, str]) -> list[str]:

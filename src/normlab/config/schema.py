@@ -27,9 +27,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError, exact, nearest
 from normlab.common.registry import check_options, declarations, refuse_unknown
 from normlab.common.sentences import sentence, wrong
+from normlab.common.source import own_code
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
@@ -57,9 +58,10 @@ def _dotted_path(value: str) -> str:
     return value
 
 
-def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-        close = nearest(value, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
+def _device(value: Any) -> Any:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
+        word = str(value)
+        close = f"cuda:{word}" if word.isdigit() else nearest(word, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
         raise wrong(f"device={value} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?")
     return value
 
@@ -69,8 +71,22 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Count = Annotated[StrictInt, Field(ge=1)]
-Whole = Annotated[StrictInt, Field(ge=0)]
+def _whole(value: Any) -> Any:
+    """Return a whole number that comes as text (depth='18', an environment variable) or as 1e2, as what it is."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+", value):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _switch(value: Any) -> Any:
+    """Return true and false that come as text as what they are."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+Integer = Annotated[StrictInt, BeforeValidator(_whole)]
+Switch = Annotated[StrictBool, BeforeValidator(_switch)]
+Count = Annotated[Integer, Field(ge=1)]
+Whole = Annotated[Integer, Field(ge=0)]
 Number = Annotated[FiniteFloat, BeforeValidator(_not_bool)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
@@ -82,7 +98,7 @@ StudyName = Annotated[
 ]
 
 
-Folder = Annotated[str, AfterValidator(os.path.expanduser)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 @dataclass(frozen=True)
@@ -188,6 +204,14 @@ class TorchvisionConfig(_Section):
     kwargs: dict[str, Any]
 
 
+class TimmConfig(_Section):
+    """Any classification network of timm in which sites are found."""
+
+    kind: Literal["timm"]
+    name: Name
+    kwargs: dict[str, Any]
+
+
 class GitmanCifarConfig(_Section):
     """The CIFAR network of Gitman & Ginsburg 2017."""
 
@@ -207,6 +231,7 @@ ModelConfig = Annotated[
     | CifarResNetConfig
     | VGGConfig
     | TorchvisionConfig
+    | TimmConfig
     | GitmanCifarConfig
     | DeepLinearConfig
     | CustomModelConfig,
@@ -220,7 +245,7 @@ class _Dataset(_Section):
     test_size: Count | None
     val_size: Whole
     split_seed: Whole
-    flip: StrictBool
+    flip: Switch
     crop_padding: Whole
     crop_size: Count | None
 
@@ -242,6 +267,7 @@ class FolderDataset(_Dataset):
     memory_limit_gb: Positive
     crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
     workers: Whole
+    value_range: Annotated[Annotated[list[Number], Field(min_length=2, max_length=2)] | None, Since(2, neutral=None)]
 
     @model_validator(mode="before")
     @classmethod
@@ -254,6 +280,8 @@ class FolderDataset(_Dataset):
 
     @model_validator(mode="after")
     def _check_crop(self) -> Self:
+        if self.value_range and self.value_range[0] >= self.value_range[1]:
+            raise wrong("dataset.value_range=[low,high] needs low < high")
         if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
             raise wrong("dataset.crop_scale=[low,high] needs low <= high")
         if self.crop_scale and self.storage == "memory":
@@ -295,7 +323,7 @@ class Paired(_Section):
     """Batches of batch / images_per_label labels, drawn with replacement, times images_per_label images."""
 
     name: Literal["paired"]
-    images_per_label: Annotated[StrictInt, Field(ge=2)]
+    images_per_label: Annotated[Integer, Field(ge=2)]
 
 
 SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
@@ -304,8 +332,9 @@ SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
 class _Optimizer(_Section):
     lr: Positive
     weight_decay: NonNegative
-    decay_norm_and_bias: StrictBool
+    decay_norm_and_bias: Switch
     agc: Positive | None
+    agc_vectors: Annotated[StrictBool, Since(2, neutral=False)]
     precondition: Literal["bnp"] | None
 
 
@@ -314,7 +343,7 @@ class SGD(_Optimizer):
 
     name: Literal["sgd"]
     momentum: Fraction
-    nesterov: StrictBool
+    nesterov: Switch
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> Self:
@@ -329,7 +358,7 @@ class Adam(_Optimizer):
     name: Literal["adam"]
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     eps: Positive
-    decoupled: StrictBool
+    decoupled: Switch
 
 
 class RMSprop(_Optimizer):
@@ -368,6 +397,7 @@ class Cosine(_Schedule):
 
     name: Literal["cosine"]
     final_lr: NonNegative
+    divide_final_lr: Annotated[StrictBool, Since(2, neutral=True)]
 
 
 class Polynomial(_Schedule):
@@ -376,6 +406,7 @@ class Polynomial(_Schedule):
     name: Literal["polynomial"]
     power: Positive
     final_lr: NonNegative
+    divide_final_lr: Annotated[StrictBool, Since(2, neutral=True)]
 
 
 ScheduleConfig = Annotated[Constant | Step | Cosine | Polynomial, Field(discriminator="name")]
@@ -485,14 +516,14 @@ class RunConfig(_Section):
     schedule: ScheduleConfig
     probe: dict[str, _AnyProbe]
 
-    depth: StrictInt | None = Field(examples=[18])
+    depth: Integer | None = Field(examples=[18])
     batch: Count = Field(examples=[128])
     norm_batch: Count | None = Field(examples=[4])
     epochs: Count = Field(examples=[10])
     label_smoothing: Fraction
-    drop_last: StrictBool
+    drop_last: Switch
     input_norm: Literal["dataset", "none", "bn"]
-    sync_stats: StrictBool
+    sync_stats: Switch
     calibration_images: Count
     weight_average: Annotated[Number, Field(gt=0, lt=1)] | None
     eval_stats: Literal["running", "precise", "batch"]
@@ -500,16 +531,16 @@ class RunConfig(_Section):
     eval_every: Count
     eval_batch: Count
 
-    device: Annotated[str, AfterValidator(_device)]
+    device: Annotated[str, BeforeValidator(_device)]
     precision: Literal["fp32", "tf32", "bf16", "fp16"]
-    deterministic: StrictBool
+    deterministic: Switch
     engine: Literal["auto", "eager", "graph", "compile"]
     memory_format: Literal["auto", "contiguous", "channels_last"]
     threads: Count | None
     checkpoint_seconds: NonNegative | None
-    save_weights: StrictBool
+    save_weights: Switch
     logger: LoggerConfig
-    quiet: StrictBool
+    quiet: Switch
     output_dir: Folder
     data_dir: Folder
 
@@ -554,7 +585,7 @@ class RunConfig(_Section):
             raise wrong("input_norm=bn normalizes images, and a regression has none.\nUse input_norm=none.")
         if self.label_smoothing:
             raise wrong(
-                f"label_smoothing={self.label_smoothing:g} is about classes, and a regression has none.\n"
+                f"label_smoothing={exact(self.label_smoothing)} is about classes, and a regression has none.\n"
                 "Use label_smoothing=0."
             )
         if isinstance(self.sampler, Paired):
@@ -607,7 +638,7 @@ class RunConfig(_Section):
     def _check_warmup(self) -> Self:
         if self.schedule.warmup_epochs >= self.epochs:
             raise wrong(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of epochs="
+                f"schedule.warmup_epochs={exact(self.schedule.warmup_epochs)} leaves nothing of epochs="
                 f"{self.epochs}.\nUse a shorter warm-up or more epochs.",
             )
         return self
@@ -622,7 +653,17 @@ class RunConfig(_Section):
             changes["precise_batches"] = IDLE_PRECISE_BATCHES
         if self.norm_batch == self.batch and self.eval_stats != "batch" and not self.starts_from_data:
             changes["norm_batch"] = None  # the groups of batches of other sizes would differ
+        if self.optimizer.agc is None:
+            changes["optimizer"] = self.optimizer.model_copy(update={"agc_vectors": False})
+        if isinstance(self.schedule, Cosine | Polynomial) and not (self.schedule.final_lr and self._divides_rates):
+            changes["schedule"] = self.schedule.model_copy(update={"divide_final_lr": True})
         return self.model_copy(update=changes)
+
+    @property
+    def _divides_rates(self) -> bool:
+        """Whether some parameters learn at a part of the rate, as far as the settings tell: a norm of one's own may."""
+        divisors = [value for name, value in self.norm.options.items() if name.endswith("lr_divisor")]
+        return any(divisor != 1 for divisor in divisors) or not self.norm.target.startswith("normlab.norms")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle plain values: the classes of probes, which are made at run time, cannot be looked up by a worker."""
@@ -631,6 +672,13 @@ class RunConfig(_Section):
     def as_dict(self) -> dict[str, Any]:
         """Return plain values only, as they are kept in a run's `config.yaml`."""
         return self.model_dump(mode="json", by_alias=True)
+
+    def own_code(self) -> dict[str, dict[str, Any]]:
+        """Return digests of the user's own code that the run is made of, by the setting that names it."""
+        named = {"norm._target_": self.norm.target}
+        if isinstance(self.model, CustomModelConfig):
+            named["model.target"] = self.model.target
+        return {setting: code for setting, dotted in named.items() if (code := own_code(dotted))}
 
     @property
     def starts_from_data(self) -> bool:

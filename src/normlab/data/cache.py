@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 
 from normlab.common.cpu import cores
 from normlab.common.errors import UserError
+from normlab.data.contents import known_contents_digest
 from normlab.data.images import Decoder
 
 Log = Callable[[str], None]
 Chunk = TypeVar("Chunk", bound=Sized)
 
-CACHE_FORMAT = 1  # raise it when the same files would decode to other pixels
+CACHE_FORMAT = 2  # raise it when the same files would decode to other pixels
 CHUNK = 512  # images that are decoded between two writes
 PROGRESS_SECONDS = 5.0  # between two lines about the progress of a preparation
 CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -29,8 +31,8 @@ CHECKSUM_BYTES = hashlib.sha256().digest_size
 def decoded(decoder: Decoder, paths: list[str], data_dir: Path, log: Log) -> tuple[NDArray[np.uint8], str]:
     """Return the pixels of `paths`, decoded now or at an earlier time, and their checksum.
 
-    The file is named by all that decides its content: the files' paths, sizes and times and the decoding.
-    A damaged file is decoded again. Of several processes at once, one decodes.
+    The file is named by all that decides its content: the files' relative paths and bytes, and the decoding. So a copy
+    of a folder shares it. A damaged file is decoded again. Of several processes at once, one decodes.
 
     Returns:
         uint8 (N, 3, S, S), mapped into memory: writing to it changes neither file nor other processes.
@@ -38,7 +40,7 @@ def decoded(decoder: Decoder, paths: list[str], data_dir: Path, log: Log) -> tup
     Raises:
         UserError: an image cannot be read, or `data_dir` cannot be written.
     """
-    name = f"{decoder.root.resolve().name}-{decoder.size}px-{_key(decoder, paths)}.npy"
+    name = f"{decoder.root.resolve().name}-{decoder.size}px-{_key(decoder, paths, data_dir)}.npy"
     file = data_dir / "cache" / name
     if (content := _open(file)) is None:
         with locked(file.with_suffix(".lock"), log):
@@ -78,12 +80,11 @@ def cannot_write(folder: Path, error: OSError) -> UserError:
     )
 
 
-def _key(decoder: Decoder, paths: list[str]) -> str:
-    digest = hashlib.sha256(repr((CACHE_FORMAT, decoder.size, decoder.short_side)).encode())
-    for path in paths:
-        status = (decoder.root / path).stat()
-        digest.update(repr((path, status.st_size, status.st_mtime_ns)).encode())
-    return digest.hexdigest()[:16]
+def _key(decoder: Decoder, paths: list[str], data_dir: Path) -> str:
+    contents = known_contents_digest(decoder.root, paths, data_dir)
+    pillow = version("pillow")  # its decoders differ by a level
+    decoding = (CACHE_FORMAT, pillow, decoder.size, decoder.short_side, decoder.one_size, decoder.value_range)
+    return hashlib.sha256(repr((decoding, contents)).encode()).hexdigest()[:16]
 
 
 def _open(file: Path) -> tuple[NDArray[np.uint8], str] | None:
@@ -118,6 +119,8 @@ def _write(file: Path, decoder: Decoder, paths: list[str], log: Log) -> None:
                 checksum.update(images.data)
                 out.write(images.data)  # not through a memory map: there a full disk is a crash, not an error
             out.write(checksum.digest())
+        if not file.stem.endswith(_key(decoder, paths, file.parent.parent)):
+            raise UserError(f"The images in {decoder.root} changed while they were read.\nStart again.")
         temporary.replace(file)
     except OSError as error:
         raise cannot_write(file.parent, error) from None

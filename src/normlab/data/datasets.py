@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from normlab.data.samplers import evaluation_order
 from normlab.data.sources import Source
 from normlab.data.splits import stratified, training_rows
 from normlab.data.streaming import Files
+from normlab.data.values import Values
 
 Loaded = dict[object, Any]  # sources, and what of them is on a device: for several runs of one process
 
@@ -29,6 +30,7 @@ class Data:
     Attributes:
         classes: names of the network's outputs: of a regression the components of y.
         fingerprint: of the content, so that a run is not resumed on other data.
+        values: of images of more than 8 bits.
     """
 
     classes: tuple[str, ...]
@@ -39,6 +41,7 @@ class Data:
     val: Split | None
     task: Literal["classification", "regression"] = "classification"
     channels: int = 3
+    values: Values = field(default_factory=Values)
 
     def calibration(self, count: int) -> Tensor:
         """Return the training images for a start from data, normalized and not augmented.
@@ -93,7 +96,7 @@ def _source(
 ) -> Source:
     """Return all images of a data set, from `loaded` if they are there."""
     name, data_dir = _name(config), Path(config.data_dir).expanduser()
-    inventory.scan.cache_clear()  # files count as they are from now on
+    inventory.forget()  # files count as they are from now on
     inventory.check(dataset, data_dir)
     if name in loaded:
         source: Source = loaded[name]
@@ -139,6 +142,7 @@ class _Images:
             val=self._evaluated("val", source.train, source.train_labels, val_rows, evaluation)
             if len(val_rows)
             else None,
+            values=source.values,
         )
 
     def _evaluated(

@@ -6,39 +6,50 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tf
 
-from normlab.data.inventory import open_image, require_one_size
+from normlab.common.errors import UserError
+from normlab.data.damage import open_image
+from normlab.data.inventory import orientation, require_one_size
+from normlab.data.values import ValueRange, is_deep, scaled
 
 
-def read(path: Path) -> Image.Image:
-    """Decode a file to mode RGB. Its EXIF orientation is ignored, as torchvision does.
+def read(path: Path, value_range: ValueRange | None = None) -> Image.Image:
+    """Decode a file to mode RGB, turned by its EXIF orientation.
+
+    Args:
+        path: the file.
+        value_range: the values that become black and white in images of more than 8 bits.
 
     Raises:
-        UserError: naming the file, if it cannot be decoded whole.
+        UserError: naming the file, if it cannot be decoded whole, or has more than 8 bits and no range is given.
     """
     with open_image(path) as image:
-        return to_rgb(image)
+        image.load()
+        deep = value_range is None and is_deep(image)
+        if not deep:
+            turned = ImageOps.exif_transpose(image) if orientation(image) != 1 else image
+            return to_rgb(turned, value_range)
+    raise UserError(
+        f"The image {path} has more than 8 bits, and which of its values are black and white is not known.\n"
+        "Set them, e.g. dataset.value_range=[0,65535]."
+    )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
     """Convert any mode to RGB. Transparency is laid on white; of several frames the first counts.
 
-    16-bit gray is divided by 257, so that 65535 becomes 255. Mode I is taken as 16 bit, too: it is how
-    Pillow holds 16-bit files of several formats. Mode F is a fraction if no value is above 1, else 0 to 255.
+    Args:
+        image: of any mode and of 8 bits or more.
+        value_range: the values that become black and white in images of more than 8 bits; needed for these.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         image.load()
         return image
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        fractions = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        scaled = fractions * 255 if np.all(fractions <= 1) else fractions
-        return Image.fromarray(scaled.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if value_range and is_deep(image):
+        return Image.fromarray(scaled(np.asarray(image), value_range)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -70,6 +81,7 @@ class Decoder:
     short_side: int  # of the resized image that the central square is cut from
     one_size: bool  # every file has to have `size` already, because nobody chose one
     crop_scale: tuple[float, float] | None
+    value_range: ValueRange | None = None  # of images of more than 8 bits
 
     def __call__(self, path: str, crop_seed: int | None = None) -> NDArray[np.uint8]:
         """Decode `root/path`, under the random resized crop of `crop_seed` if there is one.
@@ -77,7 +89,7 @@ class Decoder:
         Raises:
             UserError: naming the file, if it cannot be decoded or breaks `one_size`.
         """
-        image = read(self.root / path)
+        image = read(self.root / path, self.value_range)
         if self.one_size and image.size != (self.size, self.size):
             require_one_size({"the first training image": (self.size, self.size), path: image.size})
         if self.crop_scale and crop_seed is not None:

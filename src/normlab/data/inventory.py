@@ -8,7 +8,6 @@ import threading
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -17,12 +16,19 @@ from typing import TYPE_CHECKING
 
 from normlab.common.errors import UserError, nearest
 from normlab.config.schema import BuiltinDataset, FolderDataset, ImageDataset, RegressionDataset
+from normlab.data import damage
+from normlab.data.damage import open_image
 
 if TYPE_CHECKING:  # Pillow is imported where an image is opened
     from PIL import Image
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 ANSWER_SECONDS = 2.0  # a mistake is reported within 3 s, so the server of a download has this long to answer
+NO_CLASSES = {  # by systems and programs, in lower case; names that begin with a dot are left out, too
+    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+    *("__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+}
+TURNED = (5, 6, 7, 8)  # orientations of EXIF that exchange width and height
 SIZE_SAMPLE = 64  # training images whose size is read when all are expected to have the same
 
 
@@ -102,6 +108,7 @@ def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventor
     if dataset.kind == "imagenet" and not _imagenet_is_unpacked(Path(dataset.path).expanduser()):
         return _inventory(dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size)
     listing = list_images(dataset)
+    damage.check(listing.root, (*listing.train, *listing.test))
     image_size = dataset.image_size or common_size(listing)
     return _inventory(dataset, len(listing.train), len(listing.test), len(listing.classes), image_size)
 
@@ -142,24 +149,35 @@ def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image
 
 def list_images(dataset: FolderDataset) -> Listing:
     """Return the images below `dataset.path`, as `scan` lists them."""
-    test_names = ("val",) if dataset.kind == "imagenet" else ("test", "val")
-    return scan(Path(dataset.path).expanduser(), test_names)
+    root = Path(dataset.path).expanduser()
+    if dataset.kind != "imagenet":
+        return scan(root)
+    listing = scan(root, ("val",))
+    for part in ("train", "val"):  # where torchvision unpacks archives of classes, and images before it sorts them
+        with os.scandir(root / part) as entries:
+            left = next((entry.name for entry in entries if entry.name.endswith((".tar", ".JPEG"))), None)
+        if left:
+            raise UserError(
+                f"ImageNet is unpacked in part: {root / part / left} has not been put into its class.\n"
+                f"Delete {root / 'train'} and {root / 'val'}; they are unpacked again from the archives."
+            )
+    return listing
 
 
 @lru_cache(maxsize=8)  # a sweep checks every run
 def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
     """List `root/train/<class>/*` and the first of `root/<test_names>/<class>/*` that exists.
 
-    Classes are the folders' names in sorted order. Folders inside a class are entered, hidden files and
-    files without an extension of `IMAGE_EXTENSIONS` are left out.
+    Classes are the folders' names in sorted order. Folders inside a class are entered. Hidden files and folders,
+    those of `NO_CLASSES` and files without an extension of `IMAGE_EXTENSIONS` are left out.
 
     Raises:
-        UserError: the layout is not that, or the classes of the two parts differ.
+        UserError: the layout is not that, the classes of the two parts differ, or there is a single one.
     """
     layout = f"Expected {root}/train/<class>/* and {root}/{' or '.join(test_names)}/<class>/*."
     try:
         _require_folder(root)
-        parts = {entry.name for entry in os.scandir(root) if entry.is_dir()}
+        parts = {entry.name for entry in os.scandir(root) if _is_folder(entry)}
         test_name = next((name for name in test_names if name in parts), None)
         if not parts:
             raise UserError(f"The folder {root} has no folders in it.\n{layout}")
@@ -171,7 +189,18 @@ def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
         raise UserError(f"The folder {root} cannot be read: {error.strerror} ({error.filename}).") from None
     if train.keys() != test.keys():
         raise UserError(_class_difference(root, set(train), test_name, set(test)))
+    if len(train) == 1:
+        raise UserError(
+            f"The folder {root} has a single class, {next(iter(train))}: every network would be right about all images."
+            f"\n{layout}\nGive it two classes or more."
+        )
     return Listing(root, tuple(train), *_paths_and_labels(train), *_paths_and_labels(test))
+
+
+def forget() -> None:
+    """Let the next look at a folder read it anew."""
+    for remembered in (scan, common_size, damage.check):
+        remembered.cache_clear()
 
 
 def _paths_and_labels(classes: dict[str, list[str]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -195,7 +224,7 @@ def _require_folder(root: Path) -> None:
 
 def _classes(root: Path, part: str, layout: str) -> dict[str, list[str]]:
     """List the image paths of each class below `root/part`, both sorted."""
-    names = [e.name for e in os.scandir(root / part) if e.is_dir() and not e.name.startswith(".")]
+    names = [entry.name for entry in os.scandir(root / part) if _is_folder(entry)]
     if not names:
         raise UserError(f"The folder {root / part} has no class folders in it.\n{layout}")
     classes = {name: sorted(_images(root, f"{part}/{name}")) for name in sorted(names)}
@@ -212,12 +241,19 @@ def _classes(root: Path, part: str, layout: str) -> dict[str, list[str]]:
 def _images(root: Path, folder: str) -> Iterator[str]:
     with os.scandir(root / folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 yield from _images(root, f"{folder}/{entry.name}")
-            elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            elif _is_no_dotfile(entry) and entry.name.lower().endswith(IMAGE_EXTENSIONS):
                 yield f"{folder}/{entry.name}"
+
+
+def _is_no_dotfile(entry: os.DirEntry[str]) -> bool:
+    return not entry.name.startswith(".")
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder of the user's, and none that a system or a program keeps there."""
+    return _is_no_dotfile(entry) and entry.name.lower() not in NO_CLASSES and entry.is_dir()
 
 
 def _class_difference(root: Path, train: set[str], test_name: str, test: set[str]) -> str:
@@ -243,8 +279,24 @@ def common_size(listing: Listing) -> int:
     with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd files that it does read
         for path in listing.train[:: max(1, len(listing.train) // SIZE_SAMPLE)]:
             with open_image(listing.root / path) as image:
-                sizes[path] = image.size
+                sizes[path] = shown_size(image)
     return require_one_size(sizes)
+
+
+def shown_size(image: "Image.Image") -> tuple[int, int]:
+    """Return width and height as the image is shown: turned by its EXIF orientation."""
+    width, height = image.size
+    if image.format == "TIFF" or orientation(image) not in TURNED:  # Pillow has turned a TIFF's size already
+        return width, height
+    return height, width
+
+
+def orientation(image: "Image.Image") -> int:
+    """Return the EXIF orientation, 1 to 8; 1, as it is, where there is none that can be read."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # of a tag that breaks off: whatever Pillow's parsing meets; the pixels are whole
+        return 1
 
 
 def require_one_size(sizes: dict[str, tuple[int, int]]) -> int:
@@ -263,25 +315,6 @@ def require_one_size(sizes: dict[str, tuple[int, int]]) -> int:
         "Choose the side that they are resized and cropped to, e.g."
         f" dataset.image_size={short_sides[len(short_sides) // 2]}."
     )
-
-
-@contextmanager
-def open_image(path: Path) -> Iterator["Image.Image"]:
-    """Open an image file, whose header alone is read at first.
-
-    Raises:
-        UserError: naming the file, if it cannot be opened, or not be decoded inside the context.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            yield image
-    except Exception as error:  # Pillow's plugins raise whatever their parsing meets
-        reason = "it is not an image that Pillow knows" if "cannot identify" in str(error) else str(error)
-        raise UserError(
-            f"The image {path} cannot be read: {reason or type(error).__name__}.\nReplace the file or remove it."
-        ) from None
 
 
 def _imagenet_is_unpacked(root: Path) -> bool:

@@ -5,7 +5,7 @@ import importlib.util
 import urllib.request
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +21,23 @@ from normlab.common.errors import UserError
 from normlab.config.schema import FolderDataset
 from normlab.data import cache, inventory
 from normlab.data.cache import Log
+from normlab.data.contents import known_contents_digest
 from normlab.data.images import Decoder
 from normlab.data.resident import Resident
 from normlab.data.splits import stratified, without
 from normlab.data.streaming import Files
+from normlab.data.values import Values, find
 
 DOWNLOAD_CHUNK = 2**20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
 class Source:
-    """All images of a data set. In memory: uint8 (N, 3, H, W) on the CPU. Labels: int64 (N,) on the CPU."""
+    """All images of a data set. In memory: uint8 (N, 3, H, W) on the CPU. Labels: int64 (N,) on the CPU.
+
+    Attributes:
+        values: of images of more than 8 bits.
+    """
 
     classes: tuple[str, ...]
     image_size: int
@@ -40,6 +46,7 @@ class Source:
     train_labels: Tensor
     test: Resident | Files
     test_labels: Tensor
+    values: Values = field(default_factory=Values)
 
 
 def digits() -> Source:
@@ -151,6 +158,13 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
     root = Path(dataset.path).expanduser()
     names = _unpack_imagenet(root, log) if dataset.kind == "imagenet" else {}
     listing = inventory.list_images(dataset)
+    paths = [*listing.train, *listing.test]
+    if dataset.kind == "imagenet":  # a million files whose content is known are not read for a digest
+        contents, chosen = _names_digest(paths), dataset.value_range
+        values = Values((chosen[0], chosen[1]) if chosen else None)
+    else:
+        contents = known_contents_digest(root, paths, data_dir, log)
+        values = find(listing, dataset.value_range, contents, data_dir, log)
     size = dataset.image_size or inventory.common_size(listing)
     decoder = Decoder(
         root,
@@ -159,6 +173,7 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         short_side=round(size * 256 / 224) if dataset.crop_scale else size,
         one_size=dataset.image_size is None,
         crop_scale=(dataset.crop_scale[0], dataset.crop_scale[1]) if dataset.crop_scale else None,
+        value_range=values.value_range,
     )
     count, decoded_bytes = len(listing.train), (len(listing.train) + len(listing.test)) * 3 * size**2
     streams = dataset.storage == "stream" or (
@@ -169,9 +184,9 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
     if streams:
         log(f"Streaming {count:,} training images from {root} with {dataset.workers} workers.")
         train, test = (Files(decoder, paths, seed, dataset.workers, device) for paths in (listing.train, listing.test))
-        fingerprint = _fingerprint(listing, with_sizes=dataset.kind != "imagenet")
+        fingerprint = contents
     else:
-        array, fingerprint = cache.decoded(decoder, [*listing.train, *listing.test], data_dir, log)
+        array, fingerprint = cache.decoded(decoder, paths, data_dir, log)
         images = torch.from_numpy(array)
         train, test = Resident(images[:count]), Resident(images[count:])
     return Source(
@@ -182,17 +197,14 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         train_labels=torch.tensor(listing.train_labels),
         test=test,
         test_labels=torch.tensor(listing.test_labels),
+        values=values,
     )
 
 
-def _fingerprint(listing: inventory.Listing, with_sizes: bool) -> str:
-    """Hash names and, with `with_sizes`, sizes: a copied set keeps its fingerprint.
-
-    (A million sizes of ImageNet, whose content is known, would take minutes on a network's file system.)
-    """
+def _names_digest(paths: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for path in (*listing.train, *listing.test):
-        digest.update(repr((path, (listing.root / path).stat().st_size if with_sizes else 0)).encode())
+    for path in paths:
+        digest.update(repr((path, 0)).encode())
     return digest.hexdigest()
 
 

@@ -55,6 +55,52 @@ def compose(loader: ConfigLoader, config: DictConfig, runs: Sequence[Sequence[st
     return [settings(run) for run in runs]
 
 
+def serving(
+    loader: ConfigLoader, config: DictConfig, runs: Sequence[Sequence[str]]
+) -> tuple[list[list[str]], dict[str, tuple[str, ...]]]:
+    """Leave out of each run the values of settings that only other runs of the sweep have: norm=gn,bn norm.groups=8.
+
+    A setting that no run has stays, for Hydra to refuse.
+
+    Args:
+        loader: Hydra's.
+        config: the sweep's own configuration.
+        runs: each run's overrides.
+
+    Returns:
+        The overrides of each run that is left, once; and by the name of each setting that some runs lack, the choices
+        of groups of those that lack it.
+    """
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = {text: parser.parse_override(text) for text in {text for run in runs for text in run}}
+    groups = {name for name in {each.key_or_group for each in parsed.values()} if loader.get_group_options(name)}
+    settings = {
+        text: each.key_or_group
+        for text, each in parsed.items()
+        if _replaces(each) and not each.package and each.key_or_group not in groups
+    }
+
+    @cache
+    def paths(choices: tuple[str, ...]) -> frozenset[str]:
+        return _Base(loader, config, choices).paths
+
+    def has(run: Sequence[str], text: str) -> bool:
+        return settings[text] in paths(tuple(each for each in run if each not in settings))
+
+    had = {settings[text] for run in runs for text in run if text in settings and has(run, text)}
+    left: dict[tuple[str, ...], list[str]] = {}
+    lacking: dict[str, dict[str, None]] = {}
+    for run in runs:
+        without = [text for text in run if settings.get(text) in had and not has(run, text)]
+        kept = [text for text in run if text not in without]
+        left[tuple(kept)] = kept
+        for name in map(settings.__getitem__, without):
+            group = name.partition(".")[0]
+            choice = next((each for each in run if each.startswith(f"{group}=")), " ".join(run))
+            lacking.setdefault(name, {})[choice] = None
+    return list(left.values()), {name: tuple(choices) for name, choices in lacking.items()}
+
+
 def _replaces(override: Override) -> bool:
     return not (override.is_add() or override.is_force_add() or override.is_delete())
 
@@ -87,6 +133,11 @@ class _Base:
         return frozenset(path for path, text in leaves.items() if not is_open(path, text))
 
     @cached_property
+    def paths(self) -> frozenset[str]:
+        """Dotted paths of all settings, those of sections included."""
+        return frozenset(_paths(OmegaConf.to_container(self._composed, resolve=False)))
+
+    @cached_property
     def _settings(self) -> dict[str, Any]:
         return settings_of(self._composed)
 
@@ -109,3 +160,10 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted path of every value and every section of nested settings."""
+    for key, value in node.items() if isinstance(node, Mapping) else ():
+        yield f"{prefix}{key}"
+        yield from _paths(value, f"{prefix}{key}.")

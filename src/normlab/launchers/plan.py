@@ -17,7 +17,7 @@ from rich.table import Table
 
 from normlab import runs
 from normlab.common.errors import UserError
-from normlab.common.progress import span
+from normlab.common.progress import distinct_names, span
 from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
@@ -61,8 +61,9 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
         console = Console(highlight=False, width=WIDE)
     workers = workers_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
     costs = _costs(sweep, workers, calibrate_seconds, console)
-    states = {job.run.name: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, State.DONE)
-    _list(console, [(name, states[name], costs.get(name)) for name in dict.fromkeys(sweep.names)])
+    states = {job.run.folder: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, State.DONE)
+    names = distinct_names(map(str, sweep.folders))
+    _list(console, [(names[str(run)], states[run], costs.get(str(run))) for run in dict.fromkeys(sweep.folders)])
     counts = Counter(PLANS[state][0] for state in states.values())
     words = dict.fromkeys(word for word, _ in PLANS.values())
     console.print(f"\n{len(sweep)} runs: " + ", ".join(f"{counts[word]} {word}" for word in words))
@@ -135,7 +136,7 @@ def _estimate(job: Job, samples: Mapping[Hashable, Sequence[_Sample]]) -> _Cost:
 
 
 def _costs(sweep: Sweep, workers: Sequence[Worker], calibrate_seconds: float, console: Console) -> dict[str, _Cost]:
-    """Return the cost of each run that is left, by its name; nothing if no run is known."""
+    """Return the cost of each run that is left, by its folder; nothing if no run is known."""
     samples: dict[Hashable, list[_Sample]] = defaultdict(list)
 
     def add(sample: _Sample) -> None:
@@ -154,16 +155,14 @@ def _costs(sweep: Sweep, workers: Sequence[Worker], calibrate_seconds: float, co
         console.print(f"Trying a few steps of {kinds}, for {span(calibrate_seconds)} at most ...")
         for sample in _try_each(examples, workers[0], calibrate_seconds):
             add(sample)
-    return {job.run.name: _estimate(job, samples) for job in sweep.jobs} if samples else {}
+    return {job.key: _estimate(job, samples) for job in sweep.jobs} if samples else {}
 
 
 def _finished(sweep: Sweep) -> Iterator[_Sample]:
-    """Yield finished runs: of this sweep first, then of its study."""
-    if not sweep.jobs:
-        return
-    study = sweep.jobs[0].run.folder.parent
-    others = (folder for folder in runs.find(study) if folder.name not in sweep.finished)
-    for folder in itertools.islice(itertools.chain((study / name for name in sweep.finished), others), READ):
+    """Yield finished runs: of this sweep first, then of its studies."""
+    studies = dict.fromkeys(job.run.folder.parent for job in sweep.jobs)
+    others = itertools.chain.from_iterable(map(runs.find, studies))
+    for folder in itertools.islice(dict.fromkeys(itertools.chain(sweep.finished, others)), READ):
         with contextlib.suppress(UserError):  # damaged, or its data is not here any more
             status = runs.read_status(folder) or {}
             if status.get("state") == State.DONE and status.get("wall_seconds") and status.get("peak_memory_bytes"):

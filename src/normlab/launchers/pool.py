@@ -16,8 +16,9 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from normlab import runs
+from normlab.common import bugs
 from normlab.common.cpu import cores
-from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
+from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, as_typed
 from normlab.common.progress import Display, one_line
 from normlab.config import schema
 from normlab.launchers import preflight
@@ -42,9 +43,7 @@ def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[flo
         UserError: for a number out of range; at the end, if any run failed.
     """
     sweep.report_skipped()
-    for job in sweep.jobs:
-        job.run.freeze()
-    failed = train_jobs(sweep.jobs, slots, per_gpu, pack) if sweep.jobs else []
+    failed = train_jobs(sweep.jobs, slots, per_gpu, pack, check=True) if sweep.jobs else []
     if failed:
         raise UserError(f"{len(failed)} of {len(sweep)} runs failed. The same command tries them again.")
     return sweep.results()
@@ -142,7 +141,18 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
     except UserError as error:
         return {"state": State.FAILED, "error": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
     except (Exception, SystemExit) as error:  # with its traceback in run.log
-        return {"state": State.FAILED, "error": described(error), "crashed": True}
+        return {"state": State.FAILED, "error": bugs.told(error), "crashed": True}
+
+
+def check_networks(jobs: Sequence[Job]) -> None:
+    """Check that the networks of runs take their batches, in a worker.
+
+    Raises:
+        UserError: for the first that does not.
+    """
+    from normlab.training import shapes  # imports torch, as the runs will
+
+    shapes.check_sweep([(job.config, job.data) for job in jobs])
 
 
 def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int = 1) -> list[Worker]:
@@ -154,7 +164,7 @@ def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int 
     numbers = {"slots": 1 if slots is None else slots, "per_gpu": per_gpu, "pack": pack}
     for setting, value in numbers.items():
         if not isinstance(value, int) or value < 1:
-            raise UserError(f"hydra.launcher.{setting}={value} is out of range: expected 1 or more.")
+            raise UserError(f"hydra.launcher.{setting}={as_typed(value)} is out of range: expected 1 or more.")
     gpus = 0 if all(job.config.device == "cpu" for job in jobs) else preflight.gpu_count()
     number = min(slots or gpus * per_gpu or cores(), len(jobs))
     devices = [f"cuda:{index % gpus}" if gpus else "cpu" for index in range(number)]
@@ -178,32 +188,44 @@ def packs_for(jobs: Sequence[Job], workers: Sequence[Worker]) -> list[list[Job]]
 
 
 def _unshared(job: Job) -> str:
-    """Return the name of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
+    """Return the key of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
     dataset = job.config.dataset
     streamed = isinstance(dataset, schema.FolderDataset) and dataset.storage != "memory"
-    return job.run.name if streamed or job.config.engine == "compile" else ""
+    return job.key if streamed or job.config.engine == "compile" else ""
 
 
-def train_jobs(jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1) -> list[tuple[Job, str]]:
+def train_jobs(
+    jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1, *, check: bool = False
+) -> list[tuple[Job, str]]:
     """Train all jobs, several at a time; list those that were not finished, and return them with the reason.
 
     Runs that run out of memory beside others are tried again with a device to themselves.
 
+    Args:
+        jobs: what is left to train.
+        slots, per_gpu, pack: how many at a time.
+        check: whether to check first that each network takes its batches.
+
     Raises:
+        UserError: for a number out of range; for a network that does not, before any run has a folder.
         KeyboardInterrupt: after a request to stop (any of `SIGNALS`), once the runs under way wrote their checkpoints;
             at once after a second one.
     """
     workers = workers_for(jobs, slots, per_gpu, pack)
-    costs, quiet = {job.run.name: job.cost for job in jobs}, all(job.config.quiet for job in jobs)
+    costs, quiet = {job.key: job.cost for job in jobs}, all(job.config.quiet for job in jobs)
     with Display(costs, quiet=quiet) as display, display.hearing() as output, _signals_interrupt():
         where = "GPU" if workers[0].device != "cpu" else "CPU"
         threads = jobs[0].config.threads or workers[0].threads
         number = min(len(jobs), sum(worker.pack for worker in workers))
+        pool = _Pool(workers, display, output)
+        if check:
+            pool.check(jobs)
         display.say(
             f"Runs to train: {len(jobs)}, {number} at a time ({where}, threads of each: {threads})."
             " Ctrl-C stops after a checkpoint."
         )
-        pool = _Pool(workers, display, output)
+        for job in jobs:
+            job.run.freeze()
         pool.train(jobs)
         failed = pool.failed
         if pool.crowded:
@@ -249,7 +271,27 @@ class _Pool:
         runs_of = Counter(worker.device for worker in workers for _ in range(worker.pack))
         self._shared = {device for device, number in runs_of.items() if number > 1}
         self._active: dict[Future[list[Status]], tuple[Worker, list[Job]]] = {}
-        self._ended: set[str] = set()  # names of runs
+        self._ended: set[str] = set()  # keys of jobs
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Check in all workers that the networks take their batches.
+
+        Raises:
+            UserError: for the first that does not.
+        """
+        share = -(-len(jobs) // len(self._workers))
+        try:
+            checks = [
+                worker.submit(check_networks, jobs[number * share : (number + 1) * share])
+                for number, worker in enumerate(self._workers)
+            ]
+            for future in checks:
+                with contextlib.suppress(BrokenProcessPool):  # for want of memory, say: the runs will tell
+                    future.result()
+        except BaseException:
+            for worker in self._workers:
+                worker.close(wait=False)
+            raise
 
     def train(self, jobs: Sequence[Job]) -> None:
         """Train all jobs."""
@@ -280,7 +322,7 @@ class _Pool:
             statuses = future.result()
         except Exception as error:  # of the process: it was killed, or ended before a run began
             killed = isinstance(error, BrokenProcessPool)
-            why = "its process was killed, perhaps for want of memory" if killed else described(error)
+            why = "its process was killed, perhaps for want of memory" if killed else bugs.told(error)
             facts = {"out_of_memory": killed, "crashed": True}
             statuses = [record_end(job.run, State.FAILED, why, None if killed else error) | facts for job in pack]
         if any(status.get("crashed") for status in statuses):  # a CUDA error, say, spoils its process
@@ -292,25 +334,25 @@ class _Pool:
     def _refresh(self, worker: Worker, pack: list[Job]) -> None:
         """Show the progress of a pack, and runs of it that are over before the others."""
         for job in pack:
-            if job.run.name in self._ended:
+            if job.key in self._ended:
                 continue
             status = job.status()
             if status.get("state") == State.RUNNING:
-                self._display.news(status)
+                self._display.news(job.key, status)
             elif status.get("state") in runs.FINISHED and len(pack) > 1:
                 self._end(job, status, worker)
 
     def _end(self, job: Job, status: Status, worker: Worker) -> None:
         """Note the end of a run, once."""
-        if job.run.name in self._ended:
+        if job.key in self._ended:
             return
-        self._ended.add(job.run.name)
+        self._ended.add(job.key)
         blame_others = status.get("out_of_memory") or (status.get("crashed") and worker.pack > 1)
         if status["state"] == State.FAILED and blame_others and worker.device in self._shared:
             self.crowded.append(job)
-            self._display.put_off(job.run.name, f"{one_line(status['error'])} Tried again alone, later.")
+            self._display.put_off(job.key, f"{one_line(status['error'])} Tried again alone, later.")
             return
-        self._display.ended(job.run.name, status)
+        self._display.ended(job.key, status)
         if status["state"] not in (*runs.FINISHED, ELSEWHERE):
             self.failed.append((job, one_line(status.get("error"))))
 
@@ -338,7 +380,8 @@ def record_end(run: runs.Run, state: State, error: str, cause: Exception | None 
     with contextlib.suppress(UserError), run.lock(wait_seconds=DYING_SECONDS):
         if run.state in runs.FINISHED:
             return runs.read_status(run.folder) or {"state": run.state}
+        trace = [*traceback.format_exception(cause), bugs.report(cause), "\n"] if cause else []
         with contextlib.suppress(OSError), (run.folder / runs.LOG).open("a", encoding="utf-8") as log:
-            log.write(f"{runs.now()} ERROR {error}\n{''.join(traceback.format_exception(cause)) if cause else ''}")
+            log.write(f"{runs.now()} ERROR {error}\n{''.join(trace)}")
         return run.write_status(state, ended=runs.now(), error=error)
     return {"state": state, "error": error}

@@ -3,6 +3,7 @@
 Started several times by torchrun or srun, as the processes of one run: all do the same, and the first one prints.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -15,12 +16,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from normlab import runs
+from normlab.common import git
 from normlab.common.errors import InterruptedRunError, UserError
 from normlab.common.installation import command_name
 from normlab.common.progress import Display, outcome
 from normlab.config import schema
-from normlab.config.hydra import exit_interrupted, exit_with_error, settings_of
+from normlab.config.hydra import exit_interrupted, exit_with_error, refuse_folders, settings_of
 from normlab.launchers import preflight
+from normlab.launchers.unchanged import Unchanged
 from normlab.training.distributed.processes import Processes, find
 from normlab.training.interrupt import StopRequest
 
@@ -34,6 +37,7 @@ def run(composed: DictConfig) -> float | None:
     """
     processes, mode = Processes(), HydraConfig.get().mode
     try:
+        refuse_folders(HydraConfig.get())
         processes = find()
         if processes.world > 1:
             # torchrun sends it to those that are left once a process has ended: each ends with a status of its own.
@@ -44,17 +48,17 @@ def run(composed: DictConfig) -> float | None:
                     " run.\nStart the sweep with python: its launchers give every run a device. Or leave out -m."
                 )
         return train_config(schema.parse(settings_of(composed)), processes)
-    except (UserError, OmegaConfBaseException) as error:
-        if processes.rank:
-            sys.exit(1)
-        if mode == RunMode.RUN or processes.world > 1:
-            exit_with_error(error)  # here and not in Hydra, which would add a line of its own
-        raise
     except (InterruptedRunError, KeyboardInterrupt):
         if processes.rank:
             sys.exit(130)
         if mode == RunMode.RUN or processes.world > 1:
             exit_interrupted()
+        raise
+    except Exception as error:
+        if processes.rank and isinstance(error, UserError | OmegaConfBaseException):
+            sys.exit(1)
+        if mode == RunMode.RUN or processes.world > 1:
+            exit_with_error(error)  # here and not in Hydra, which would add a line of its own
         raise
 
 
@@ -72,6 +76,7 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
     run = runs.Run(config.as_dict())
     finished = run.over
     if finished and processes.world == 1:
+        Unchanged().check(run, config)
         status = runs.read_status(run.folder) or {}
     else:  # the first process decides for all whether the run is finished: a file server may show it to others later
         status = _train(config, run, processes, finished)
@@ -91,15 +96,17 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
     shown = processes.rank == 0 and not finished
     with StopRequest() as stop, Display({run.name: 1.0}, quiet=config.quiet) if shown else nullcontext() as display:
         if display:
+            if git.problem():
+                display.say(git.problem())
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
-            display.news({"name": run.name})
+            display.news(run.name, {})
         from normlab.training.distributed import process_group  # torch takes seconds to import
         from normlab.training.run import Resources, train_run
 
         with process_group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that all know of the error of one machine
-            on_status = display.news if display else lambda status: None
+            on_status = functools.partial(display.news, run.name) if display else lambda status: None
             resources = Resources(joined.device)
             status = train_run(config, stop=stop, resources=resources, on_status=on_status, group=joined)
         if display:

@@ -22,11 +22,13 @@ from typing import Any, Self
 from pydantic import BaseModel, StrictBool, ValidationError, model_validator
 
 from normlab import runs
+from normlab.common.cpu import cores
 from normlab.common.errors import UserError
 from normlab.common.installation import command_name
 from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
 from normlab.config.schema import Count, Positive, Whole
+from normlab.launchers.pool import Worker, check_networks
 from normlab.launchers.sweep import Job, Sweep, list_failures
 from normlab.runs import State, files
 
@@ -139,6 +141,11 @@ def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
             f" (job {', '.join(sorted(arrays))}) and not submitted again."
         )
     if unsubmitted:
+        worker = Worker("cpu", cores())
+        try:
+            worker.submit(check_networks, unsubmitted).result()
+        finally:
+            worker.close()
         arrays.add(_submit(unsubmitted, needs, sweep.report))
     if needs.wait:
         _wait_for(sweep, arrays)
@@ -282,11 +289,11 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
         UserError: at the end, if any run failed or has none.
     """
     failed: list[tuple[Job, str]] = []
-    with Display({job.run.name: job.cost for job in sweep.jobs}, quiet=sweep.quiet) as display:
+    with Display({job.key: job.cost for job in sweep.jobs}, quiet=sweep.quiet) as display:
         display.say(f"Waiting for {len(sweep.jobs)} runs. Ctrl-C leaves their jobs alone.")
         try:
             for job, status in _ends(sweep.jobs, display):
-                display.ended(job.run.name, status)
+                display.ended(job.key, status)
                 if status["state"] not in runs.FINISHED:
                     failed.append((job, one_line(status["error"])))
         except KeyboardInterrupt:
@@ -321,7 +328,7 @@ def _ends(jobs: Sequence[Job], display: Display) -> Iterator[tuple[Job, dict[str
                 yield job, {**status, "state": State.FAILED, "error": why}
             else:
                 if new.get("state") == State.RUNNING:
-                    display.news(status)
+                    display.news(job.key, status)
                 continue
             del left[folder]
         time.sleep(POLL_SECONDS if left else 0)

@@ -8,12 +8,14 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from normlab import runs
+from normlab.common import bugs
 from normlab.common.errors import InterruptedRunError, UserError
 from normlab.config import schema
 from normlab.launchers import pool, preflight, single
@@ -44,6 +46,11 @@ def main(order: Path) -> int:
     except UserError as error:
         _handle_signals(signal.SIG_IGN)
         print(error, file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        _handle_signals(signal.SIG_IGN)
+        traceback.print_exception(error)
+        print(bugs.report(error), file=sys.stderr, flush=True)
         return 1
 
 

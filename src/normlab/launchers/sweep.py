@@ -3,18 +3,21 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from normlab import runs
+from normlab.common import git
 from normlab.common.errors import UserError
 from normlab.common.progress import Display, span
 from normlab.config import schema
 from normlab.data.inventory import Inventory
 from normlab.launchers import preflight
 from normlab.launchers.composing import compose
+from normlab.launchers.unchanged import Unchanged
 from normlab.runs import State
 from normlab.runs.lock import holder
 
@@ -44,6 +47,11 @@ class Job:
     state: State = State.PLANNED
 
     @property
+    def key(self) -> str:
+        """The run's folder as text: a sweep over studies has runs of equal names."""
+        return str(self.run.folder)
+
+    @property
     def cost(self) -> float:
         """Estimated cost of the run, in arbitrary units."""
         return run_cost(self.config, self.data)
@@ -60,14 +68,14 @@ class Sweep:
     """The runs of one command with -m.
 
     Attributes:
-        names: the runs in the order of the command, perhaps repeated.
-        finished: status of each finished run, by name.
+        folders: of the runs in the order of the command, perhaps repeated.
+        finished: status of each finished run, by its folder.
         jobs: the other runs, each once.
         quiet: the setting.
     """
 
-    names: list[str] = field(default_factory=list)
-    finished: dict[str, dict[str, Any]] = field(default_factory=dict)
+    folders: list[Path] = field(default_factory=list)
+    finished: dict[Path, dict[str, Any]] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     quiet: bool = False
 
@@ -77,8 +85,8 @@ class Sweep:
 
     def results(self) -> list[float | None]:
         """Return each run's final test accuracy (test loss where there is none) as far as there is one, for Hydra."""
-        ended = self.finished | {job.run.name: job.status() for job in self.jobs}
-        return [ended[name].get("test_accuracy", ended[name].get("test_loss")) for name in self.names]
+        ended = self.finished | {job.run.folder: job.status() for job in self.jobs}
+        return [ended[folder].get("test_accuracy", ended[folder].get("test_loss")) for folder in self.folders]
 
     def report_skipped(self) -> None:
         """Print how many runs are finished, if any."""
@@ -101,22 +109,43 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
         here: whether the runs will be on this machine.
 
     Raises:
-        UserError: if a run is misconfigured, or cannot start on this machine.
+        UserError: if a run is misconfigured, or cannot start on this machine; if two runs have one folder.
     """
     sweep = Sweep(quiet=config.get("quiet") is True)
-    known: set[str] = set()
+    known: dict[Path, runs.Run] = {}
+    unchanged = Unchanged()
     for settings in compose(context.config_loader, config, overrides):
         parsed = schema.parse(settings)
         run = runs.Run(parsed.as_dict())
-        sweep.names.append(run.name)
-        if run.name in known:
-            continue
-        known.add(run.name)
-        if run.over:
-            sweep.finished[run.name] = runs.read_status(run.folder) or {}
+        other = known.setdefault(run.folder.resolve(), run)
+        sweep.folders.append(other.folder)
+        if other is not run:
+            _require_same(run, other)
+        elif run.over:
+            unchanged.check(run, parsed)
+            sweep.finished[run.folder] = runs.read_status(run.folder) or {}
         else:
             sweep.jobs.append(Job(parsed, run, preflight.check(parsed, here=here), _state(run)))
+    if sweep.jobs and git.problem():
+        sweep.report(git.problem())
     return sweep
+
+
+def _require_same(run: runs.Run, other: runs.Run) -> None:
+    """Check that two runs of one folder are one run, given twice.
+
+    Raises:
+        UserError: if they differ in settings that are no part of a run's identity, so that one would be lost.
+    """
+    first, second = runs.flatten(other.config), runs.flatten(run.config)
+    for name in dict.fromkeys([*first, *second]):
+        values = f"{name}={first.get(name)}", f"{name}={second.get(name)}"
+        if name != "output_dir" and values[0] != values[1]:  # which leads to one folder
+            raise UserError(
+                f"Two runs of this sweep have one folder, {run.folder}: {values[0]} and {values[1]}.\n"
+                "That setting does not make another run of it, so only one of them would be carried out.\n"
+                "Leave one out, or give each a study of its own: a command with study=..., and another one."
+            )
 
 
 def list_failures(display: Display, jobs: Sequence[Job], heading: str, failed: Sequence[tuple[Job, str]]) -> None:

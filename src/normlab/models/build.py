@@ -43,6 +43,11 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
             set_bias(convolution)
     if config.input_norm == "bn":
         network = nn.Sequential(OrderedDict(input_norm=_input_norm(config), network=network))
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UserError(
+            f"{config.model.name} with norm={config.norm.name} has no trainable parameter.\n"
+            "Let some of its parameters require gradients, so that there is something to train."
+        )
     return norms.synchronize(network) if config.sync_stats else network
 
 
@@ -50,7 +55,7 @@ def base(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
     """Build the network that variants rewrite, and initialize it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "init"))
-        network = networks.make(config, num_classes, image_size)
+        network = norms.separate(networks.make(config, num_classes, image_size))
     initialization.initialize(network, config.init.name, config.seed)
     return network
 

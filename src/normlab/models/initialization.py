@@ -11,6 +11,7 @@ from normlab.common.rng import stream
 from normlab.norms import ChannelAffine, MimicConv2d, Noise, Site, find_sites, fixup_start, zero_gamma
 from normlab.norms.layer_statistics import run_hooks
 from normlab.norms.steps import WEIGHT_LAYERS
+from normlab.norms.tracing import BatchNormalization
 
 RELU_GAIN = math.sqrt(2)
 
@@ -80,12 +81,13 @@ def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
         UserError: at a site with neither a convolution nor an affine layer to fold into.
     """
     base = copy.deepcopy(base).to(images)
-    norms = [module for module in base.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in base.modules() if isinstance(module, BatchNormalization)]
     folded: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def add(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(norm, nn.BatchNorm2d)
-        variance, mean = torch.var_mean(inputs[0].double(), (0, 2, 3), correction=0)
+        assert isinstance(norm, BatchNormalization)
+        over = (0, *range(2, inputs[0].dim()))
+        variance, mean = torch.var_mean(inputs[0].double(), over, correction=0)
         scale = torch.rsqrt(variance + norm.eps)
         shift = -mean * scale
         if norm.weight is not None:
@@ -122,4 +124,4 @@ def fold(network: nn.Module, base: nn.Module, images: Tensor) -> None:
 def can_fold(network: nn.Module, site: Site) -> bool:
     """Return whether a rewritten site does not normalize, so that `fold` may change it."""
     plain = site.convolution is None or type(network.get_submodule(site.convolution)) is nn.Conv2d
-    return plain and type(network.get_submodule(site.norm)) in (nn.Identity, ChannelAffine, Noise)
+    return plain and isinstance(network.get_submodule(site.norm), nn.Identity | ChannelAffine | Noise)

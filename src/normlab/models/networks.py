@@ -1,4 +1,4 @@
-"""The networks that `model` names, before a variant rewrites them: torchvision's, the papers', the user's own."""
+"""The networks that `model` names, before a variant rewrites them: torchvision's, timm's, papers', one's own."""
 
 import itertools
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError, did_you_mean
+from normlab.common.errors import UserError, described, did_you_mean
 from normlab.common.imports import locate
 from normlab.config import schema
 
@@ -29,12 +29,14 @@ def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Modu
             return _vgg(model, depth, num_classes, image_size)
         case schema.TorchvisionConfig() as model:
             return _torchvision(model, num_classes)
+        case schema.TimmConfig() as model:
+            return _timm(model, num_classes)
         case schema.GitmanCifarConfig():
             return GitmanCifarNet(num_classes)
         case schema.DeepLinearConfig():
             return DeepLinear(num_classes, depth)
         case schema.CustomModelConfig() as model:
-            return _custom(model, num_classes)
+            return _custom(model, num_classes, image_size)
 
 
 def _resnet(model: schema.ResNetConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
@@ -52,7 +54,7 @@ def _vgg(model: schema.VGGConfig, depth: int, num_classes: int, image_size: int)
     make = getattr(torchvision.models, f"vgg{depth}_bn")
     if (model.head or ("small" if image_size <= schema.SMALL_STEM_UP_TO else "imagenet")) == "imagenet":
         if model.width != 1:
-            raise UserError(f"model.width={model.width:g} needs model.head=small: the large head takes 512 filters.")
+            raise UserError(f"model.width={model.width} needs model.head=small: the large head takes 512 filters.")
         network: nn.Module = make(weights=None, num_classes=num_classes)
         return network
     with torch.device("meta"):  # the large head would be 120 million numbers drawn and thrown away
@@ -102,7 +104,33 @@ def _torchvision(model: schema.TorchvisionConfig, num_classes: int) -> nn.Module
     return network
 
 
-def _custom(model: schema.CustomModelConfig, num_classes: int) -> nn.Module:
+def _timm(model: schema.TimmConfig, num_classes: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            f"model=timm needs timm, and importing it failed: {error}.\nInstall it: pip install 'normlab[timm]'."
+        ) from error
+    names = timm.list_models()
+    if model.name not in names:
+        hint = did_you_mean(model.name, names, "model.name=") or "\nIts names: timm.list_models('*part_of_a_name*')."
+        raise UserError(f"model.name={model.name} is no network of timm {timm.__version__}.{hint}")
+    own: dict[str, Any] = {"pretrained": False, "num_classes": num_classes}
+    for key in own.keys() & model.kwargs.keys():
+        raise UserError(
+            f"model.kwargs.{key} is set already: a network has the classes of its data set and no trained weights.\n"
+            "Leave it out."
+        )
+    try:
+        network: nn.Module = timm.create_model(model.name, **own, **model.kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"model.name={model.name} cannot be made with model.kwargs={model.kwargs}: {described(error)}."
+        ) from error
+    return network
+
+
+def _custom(model: schema.CustomModelConfig, num_classes: int, image_size: int) -> nn.Module:
     make = locate(model.target, "model.target")
     if "num_classes" in model.kwargs:
         raise UserError("model.kwargs.num_classes is set already, to that of the data set.\nLeave it out.")
@@ -114,7 +142,24 @@ def _custom(model: schema.CustomModelConfig, num_classes: int) -> nn.Module:
         ) from error
     if not isinstance(network, nn.Module):
         raise UserError(f"model.target={model.target} gave a {type(network).__name__}, not an nn.Module.")
+    if any(getattr(module, "has_uninitialized_params", bool)() for module in network.modules()):
+        _give_shapes(network, image_size, model.target)
     return network
+
+
+def _give_shapes(network: nn.Module, image_size: int, target: str) -> None:
+    """Let lazy layers make their parameters, by one forward pass in evaluation."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception as error:
+        raise UserError(
+            f"model.target={target} has lazy layers, and fails on an image of {image_size}x{image_size} pixels, which"
+            f" would give them their shapes:\n{described(error)}."
+        ) from error
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def he_fan_out(network: nn.Module) -> None:

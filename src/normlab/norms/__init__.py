@@ -28,8 +28,9 @@ from normlab.norms.plain import Affine, ChannelAffine, NoNorm
 from normlab.norms.registry import named, rewrite, variants
 from normlab.norms.renorm import BatchRenorm
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
-from normlab.norms.sites import Site, Variant, find_sites, trace
-from normlab.norms.steps import Clock, Steps, parameter_roles
+from normlab.norms.sites import Site, Variant, find_sites
+from normlab.norms.steps import Clock, Steps, decayed_parameters, parameter_roles
+from normlab.norms.tracing import separate, trace
 from normlab.norms.weights import MeanOnlyWeightNorm, NormProp, TReLUWeightNorm, WeightNorm, data_dependent_start
 
 NAMED = {name: cls for name, (cls, _) in variants().items()}
@@ -71,6 +72,7 @@ __all__ = [
     "WeightNorm",
     "batch_statistics",
     "data_dependent_start",
+    "decayed_parameters",
     "find_branches",
     "find_sites",
     "fixup_start",
@@ -81,6 +83,7 @@ __all__ = [
     "precise_statistics",
     "register",
     "rewrite",
+    "separate",
     "statistics_layers",
     "synchronize",
     "trace",

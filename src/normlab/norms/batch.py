@@ -112,7 +112,7 @@ class BatchNorm(Variant):
         )
         if self.affine and norm.affine:  # the network's own start, e.g. zero in the last layer of a branch
             start = {"weight": norm.weight * self.scale_init, "bias": norm.bias}
-            layer.load_state_dict(start, strict=False)
+            layer.to(norm.weight.device, norm.weight.dtype).load_state_dict(start, strict=False)
             layer.lr_divisors = {"weight": self.scale_lr_divisor}
         return layer
 

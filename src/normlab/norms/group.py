@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from normlab.common.errors import UserError, nearest
 from normlab.common.registry import option, register
+from normlab.norms.adapter import FullPrecision
 from normlab.norms.layer_statistics import full_precision
 from normlab.norms.sites import Variant, copy_affine
 
 
-class GroupNorm2d(nn.GroupNorm):
+class GroupNorm2d(FullPrecision, nn.GroupNorm):
     """nn.GroupNorm with float32 statistics and the input's dtype.
 
     Raises:

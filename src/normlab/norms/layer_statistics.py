@@ -10,11 +10,12 @@ from torch import Tensor, library, nn
 from torch.utils.hooks import RemovableHandle
 
 from normlab.common.errors import UserError
+from normlab.norms.adapter import FullPrecision
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-class BatchStatistics(nn.Module):
+class BatchStatistics(FullPrecision):
     """A layer over x (N, C, H, W) with statistics per channel over the images of a group, and H and W.
 
     It has `weight` (C,) from 1, `bias` (C,) from 0, a buffer (C,) for each of `averages`, and an attribute for each
@@ -27,6 +28,7 @@ class BatchStatistics(nn.Module):
     averages: ClassVar[dict[str, float]] = {"running_mean": 0.0, "running_var": 1.0}  # name -> initial value
     counter: ClassVar[str | None] = None  # a buffer that counts batches; with it averages begin as plain means
     takes_single_values: ClassVar[bool] = False  # whether a group may have a single value per channel
+    slides_over_groups: ClassVar[bool] = False  # whether several processes must have as many groups each
     norm_batch: int | None = None  # images of a group; None: all of the batch
     synchronized = False  # one group over all processes of torch.distributed
     averages_over_processes = False  # groups of each process's own, and moving averages over all processes' groups

@@ -11,7 +11,10 @@ from normlab.common.registry import option, register
 from normlab.norms.batch import GroupedBatchNorm2d
 from normlab.norms.layer_statistics import BatchStatistics, processes
 from normlab.norms.plain import NoNorm, set_bias
+from normlab.norms.residual import Branch, find_branches, insert_after
 from normlab.norms.sites import Site
+
+LARGE = 50  # inputs of a filter, above which the authors' code for CIFAR centers a convolution
 
 
 class MimicConv2d(nn.Conv2d):
@@ -34,6 +37,18 @@ class MimicConv2d(nn.Conv2d):
         self.weight.sub_(self.weight.mean((1, 2, 3), keepdim=True))
 
 
+class LearnedScale(nn.Module):
+    """y = s · x for x of any shape and one learned s (1,)."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1,), start))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return s · x."""
+        return (input * self.weight).to(input.dtype)
+
+
 class LogitBatchNorm(GroupedBatchNorm2d):
     """Batch normalization of logits (N, K): each class is a channel, with one value per image.
 
@@ -44,10 +59,19 @@ class LogitBatchNorm(GroupedBatchNorm2d):
     takes_single_values = True
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize logits (N, K)."""
-        x = input[:, :, None, None]
-        y = BatchStatistics.forward(self, x) if len(x) == 1 else super().forward(x)
-        return y[:, :, 0, 0]
+        """Normalize logits (N, K) or (N, K, H, W).
+
+        Raises:
+            UserError: if there are not as many as the last layer has outputs.
+        """
+        if input.shape[1] != self.num_features:
+            raise UserError(
+                f"norm=mimicnorm takes the {self.num_features} outputs of the last layer for logits, and the network"
+                f" has {input.shape[1]}.\nLet it end in a linear layer, or in a convolution with a filter per class."
+            )
+        x = input.reshape(*input.shape[:2], -1, 1)
+        y: Tensor = BatchStatistics.forward(self, x) if len(x) == 1 else super().forward(x)
+        return y.reshape(input.shape)
 
     def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `BatchStatistics.normalize`."""
@@ -59,26 +83,37 @@ class LogitBatchNorm(GroupedBatchNorm2d):
 
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:
         """See `BatchStatistics.moments`."""
-        return super().moments(input[:, :, None, None])
+        return super().moments(input.reshape(*input.shape[:2], -1, 1))
 
 
 @register("mimicnorm", aliases=("mimic",), family="statistics of the batch", order=13)
 class MimicNorm(NoNorm):
-    """MimicNorm (2010.09278): no norm but one, over the logits, just before the loss.
+    """MimicNorm (2010.09278), as its authors' code has it: no norm but one, over the logits, just before the loss.
 
-    Each convolution that had a norm has its weight W (out, in, kh, kw) centered, W <- W - mean(W) over (in, kh, kw), at
-    the start [A] and after each update; its gradient and the optimizer's moments are as they come. The logits (N, K)
-    become, per class over the batch, gamma · (a - mean) / sqrt(var + eps) + beta.
+    The weight W (out, in, kh, kw) of a convolution is centered, W <- W - mean(W) over (in, kh, kw), at the start and
+    after each update; its gradient and the optimizer's moments are as they come. `centered` says which convolutions:
 
-    Invariant: without gradient through the centering, the output is the one of `none` with centered weights and a batch
-    normalization after it.
+    - large: those with more than 50 inputs of a filter, in · kh · kw (the code for CIFAR; no 3x3 stem, none depthwise)
+    - ungrouped: those of one group (the code for ImageNet);
+    - all: as the paper's formula.
+
+    The logits (N, K) become, per class over the batch, (a - mean) / sqrt(var + eps); `affine` adds gamma and beta.
+    Residual branch number b (from 1) of L convolutions is multiplied by one learned scalar from 1.2^L / b, and a
+    shortcut of L convolutions by one from 1.2^L, unless `branch_scale` is false. The authors start weights by
+    init=he_fan_in, and decay all parameters (optimizer.decay_norm_and_bias=true).
+
+    Invariant: without gradient through the centering, the output is the one of `none` with centered weights, scaled
+    branches and a batch normalization after it.
     """
 
     needs_convolution = True
 
     eps: float = option(1e-5, gt=0)
     momentum: float = option(0.1, gt=0, le=1)
-    conv_bias: bool = option(False)
+    conv_bias: bool = option(True)
+    affine: bool = option(False)
+    centered: str = option("large", choices=("large", "ungrouped", "all"))
+    branch_scale: bool = option(True)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -89,11 +124,16 @@ class MimicNorm(NoNorm):
             )
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
-        """Return a `MimicConv2d`."""
-        return MimicConv2d.of(set_bias(convolution) if self.conv_bias else convolution)
+        """Return the convolution, with a bias if `conv_bias`."""
+        return set_bias(convolution) if self.conv_bias else convolution
+
+    def _is_centered(self, convolution: nn.Conv2d) -> bool:
+        if self.centered == "large":
+            return convolution.weight[0].numel() > LARGE
+        return self.centered == "all" or convolution.groups == 1
 
     def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
-        """Put a `LogitBatchNorm` before the output."""
+        """Center convolutions, scale branches, and put a `LogitBatchNorm` before the output."""
         output = network.graph.output_node()
         logits = output.args[0]
         classes = _channels(network, logits) if isinstance(logits, fx.Node) else None
@@ -102,10 +142,29 @@ class MimicNorm(NoNorm):
                 "norm=mimicnorm normalizes the logits, but this network does not return one tensor from its last\n"
                 "linear layer or convolution. Use a network that returns logits (N, classes), or another norm."
             )
-        layer = LogitBatchNorm(classes, eps=self.eps, momentum=self.momentum, norm_batch=self.norm_batch)
+        for name, module in list(network.named_modules()):
+            if type(module) is nn.Conv2d and self._is_centered(module):
+                network.set_submodule(name, MimicConv2d.of(module))
+        if self.branch_scale:
+            for number, branch in enumerate(find_branches(network), start=1):
+                scale_branch(network, branch, number)
+        options = {"eps": self.eps, "momentum": self.momentum, "affine": self.affine}
+        layer = LogitBatchNorm(classes, norm_batch=self.norm_batch, **options)
         network.add_submodule("logit_norm", layer)
         with network.graph.inserting_before(output):
             output.args = (network.graph.call_module("logit_norm", (logits,)),)
+
+
+def scale_branch(network: fx.GraphModule, branch: Branch, number: int) -> None:
+    """Multiply the output of a residual branch, and of a shortcut that has convolutions, by a `LearnedScale`."""
+    start = 1.2 ** len(branch.convolutions) / number
+    scaled = insert_after(network, branch.end, f"{branch.convolutions[-1]}_scale", LearnedScale(start))
+    branch.sum.replace_input_with(branch.end, scaled)
+    if branch.shortcut_convolutions:
+        name = f"{branch.shortcut_convolutions[-1]}_scale"
+        start = 1.2 ** len(branch.shortcut_convolutions)
+        scaled = insert_after(network, branch.shortcut, name, LearnedScale(start))
+        branch.sum.replace_input_with(branch.shortcut, scaled)
 
 
 def _channels(network: fx.GraphModule, node: fx.Node | None) -> int | None:

@@ -25,12 +25,16 @@ from normlab.norms.weights import ReparametrizedConv2d
 class _Scaled(torch.autograd.Function):
     """y = gamma · r · z + beta with z = x / sqrt(s + eps), for x (k, G·C, H, W), gamma and beta (G·C,).
 
-    With g = dL/dz the input's gradient is (g - z · psi) / sqrt(s + eps). It is the exact one if s is the batch's own
-    mean square, r = 1 and psi = mean(g · z); here psi = share · mean(g · z) + past. The backward pass adds the means
-    of g · z - excess, weighted by images, to `noted` (C + 1,), and the images to its last entry.
-    `constants` (5, G·C) are s, r, share, past and excess; `settings` are eps, and whether psi is over all processes.
+    With g = dL/dz the input's gradient is (g - z · psi) / sqrt(b + eps). It is the exact one if s and b are the group's
+    own mean square, r = 1 and psi = mean(g · z), which psi is where own = 1. `constants` (6, G·C) are s, r, b, own,
+    mean(z²), and the psi of layers without a window. The backward pass leaves its statistics in `state`:
 
-    Nothing else that may be compiled writes `noted`: of two writers, a compiled one would be lost silently.
+    - with a window, `state` (window - 1, C) has the newest groups' mean(g · z), psi is the mean of the newest `window`
+      of them, this group's included (`_slide`), and the groups go into `state`;
+    - without one, it adds the groups' mean(g · z) - psi · mean(z²), weighted by images, to `state` (C + 1,), and the
+      images to its last entry.
+
+    Nothing else that may be compiled writes `state`: of two writers, a compiled one would be lost silently.
     """
 
     @staticmethod
@@ -40,49 +44,72 @@ class _Scaled(torch.autograd.Function):
         gamma: Tensor,
         beta: Tensor,
         constants: Tensor,
-        noted: Tensor | None,
-        settings: tuple[float, bool],
+        state: Tensor | None,
+        settings: tuple[float, int | None, bool, bool],
     ) -> Tensor:
         s, r = constants[0], constants[1]
         ctx.save_for_backward(x, gamma, constants)
-        ctx.noted, (ctx.eps, ctx.together) = noted, settings
-        return F.batch_norm(x, torch.zeros_like(s), s, gamma * r, beta, False, 0.0, ctx.eps)
+        ctx.state, ctx.settings = state, settings
+        return F.batch_norm(x, torch.zeros_like(s), s, gamma * r, beta, False, 0.0, settings[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, constants = ctx.saved_tensors
-        s, r, share, past, excess = constants.unbind()
+        s, r, b, own, zz, psi = constants.unbind()
+        eps, window, together, shared = ctx.settings
         dy = full_precision(dy)
-        images = len(x)
-        inverse = torch.rsqrt(s + ctx.eps)
+        images, values = len(x), x.numel() / x.shape[1]
+        inverse, inverse_b = torch.rsqrt(s + eps), torch.rsqrt(b + eps)
         dy_z = (dy * x).sum((0, 2, 3)) * inverse
         scale = gamma * r
-        gz = scale * dy_z * (x.shape[1] / x.numel())
-        if ctx.together:
+        gz = scale * dy_z / values
+        if together:
             gz = mean_over_processes(gz, images)
-        psi = torch.addcmul(past, share, gz)
-        if ctx.noted is not None:
-            groups = x.shape[1] // (len(ctx.noted) - 1)
-            statistic = (gz - excess).view(groups, -1).sum(0)
-            ctx.noted.add_(torch.cat([statistic, statistic.new_full((1,), groups)]), alpha=images)
-        dx = (dy * broadcast(scale * inverse)).addcmul_(x, broadcast(-psi * inverse.square()))
+        if ctx.state is None:
+            psi = gz
+        elif window is None:
+            psi = torch.where(own > 0, gz, psi)
+            groups = x.shape[1] // (len(ctx.state) - 1)
+            statistic = (gz - psi * zz).view(groups, -1).sum(0)
+            ctx.state.add_(torch.cat([statistic, statistic.new_full((1,), groups)]), alpha=images)
+        else:
+            means, newest = _slide(ctx.state, gz, shared)
+            psi = torch.where(own > 0, gz, means)
+            ctx.state.copy_(torch.where(newest.isfinite().all(0), newest, ctx.state))
+        dx = (dy * broadcast(scale * inverse_b)).addcmul_(x, broadcast(-psi * inverse * inverse_b))
         return dx.to(x.dtype), r * dy_z, dy.sum((0, 2, 3)), None, None, None
+
+
+def _slide(history: Tensor, statistic: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
+    """Return for each group the mean (G·C,) of a window that ends with it, and the history after all of them.
+
+    The window has a row more than `history` (rows, C), and slides over its rows and then the groups of `statistic`
+    (G·C,) in order. With `shared` the groups of all processes, n of rank r before n of rank r + 1, are in that order.
+    """
+    rows, channels = history.shape
+    newest = statistic.view(-1, channels)
+    groups = len(newest)
+    if shared:
+        parts = [torch.empty_like(newest) for _ in range(processes())]
+        dist.all_gather(parts, newest.contiguous())
+        newest = torch.stack(parts, 1).flatten(0, 1)
+    rows_and_groups = torch.cat([history, newest])
+    means = rows_and_groups.unfold(0, rows + 1, 1).mean(-1)
+    if shared:
+        means = means.view(groups, -1, channels)[:, dist.get_rank()]
+    return means.reshape(-1), rows_and_groups[len(newest) :]
 
 
 class MovingSquare(BatchStatistics):
     """Computes y = gamma · r · x / sqrt(s + eps) + beta by moving averages in both passes.
 
-    s, r and the gradient's psi (see `_Scaled`) come from moving averages of E[x²] and of E[g·z].
-    While the clock is below `warmup`, and at the first batch, s and psi are those of the group itself, and the
-    gradient is exact. Evaluation divides by `running_square`, the exponential average of E[x²]; it starts as the plain
-    mean of the first batches [A], for a start at 1 would last for half of a short run.
+    s, r and the gradient's psi (see `_Scaled`) come from moving averages of E[x²] and of E[g·z]. Evaluation divides by
+    `running_square`.
 
-    The backward pass notes its statistics in `noted`; after the step their mean, weighted by images, goes into the
-    averages. So several backward calls of a step (groups and the last, smaller group; parts of a batch) count as one,
-    and a forward pass without a backward pass changes nothing. Without a loop that calls `at_step` and `after_step`
-    the layer stays in its warm-up. Under a GradScaler the averages are of scaled gradients; what overflowed is left
-    out.
+    Averages of gradients move in the backward pass alone: a forward pass without one leaves them. Without a loop that
+    calls `at_step` and `after_step` the layer stays in its warm-up. Under a GradScaler the averages are of scaled
+    gradients; what overflowed is left out.
     """
 
     takes_single_values = True  # there is no mean to subtract
@@ -91,44 +118,42 @@ class MovingSquare(BatchStatistics):
     counter = "batches"
     running_square: Tensor
     batches: Tensor
-    noted: Tensor
     eps: float
     warmup: float
     clock: Clock
 
-    def __init__(self, channels: int, **options: Any) -> None:
-        super().__init__(channels, **options)
-        self.register_buffer("noted", torch.zeros(channels + 1))
+    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return s, r, b, own and psi (G·C,) of `_Scaled` by the groups' E[x²], and what `running_square` averages.
 
-    def statistics(self, square: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-        """Return s after the warm-up and r, from the groups' E[x²]; all (G·C,)."""
+        Averages that slide from group to group move here.
+        """
         raise NotImplementedError
 
-    def gradient_statistics(self, zz: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return share and past, of psi after the warm-up, and excess (`_Scaled`) by the groups' E[z²]; all (G·C,)."""
-        raise NotImplementedError
-
-    def take_gradient(self, statistic: Tensor, valid: Tensor) -> None:
-        """Take a step's mean of g · z - excess (C,) into the averages, where `valid` (C,)."""
+    def gradient_state(self) -> tuple[Tensor, int | None]:
+        """Return `state` of `_Scaled`, and its window."""
         raise NotImplementedError
 
     def normalize(self, input: Tensor, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See `BatchStatistics.normalize`."""
         with torch.no_grad():
             square = self.batch_mean(full_precision(input).square())
-            zero, one = torch.zeros_like(square), torch.ones_like(square)
-            s, r, share, past, excess = square, one, one, zero, zero
+            one = torch.ones_like(square)
+            (s, r, b, own, psi), averaged = (square, one, square, one, square), square
+            state, window = None, None
             if self.training:
-                warming = (self.clock.now < self.warmup) | (self.batches == 0)
-                s, r = self.statistics(square, groups)
-                s = torch.where(warming, square, s)
-                share, past, excess = self.gradient_statistics(square / (s + self.eps), groups)
-                share, past = torch.where(warming, one, share), torch.where(warming, zero, past)
-            constants = keep_for_backward(torch.stack([s, r, share, past, excess]))
+                (s, r, b, own, psi), averaged = self.statistics(square, groups)
+                state, window = self.gradient_state()
+            zz = square / (s + self.eps)
+            constants = keep_for_backward(torch.stack([s, r, b, own, zz, psi]))
         gamma, beta = per_group(self.weight, groups), per_group(self.bias, groups)
-        noted = self.noted if self.training else None
         together = self.synchronized and processes() > 1
-        return _Scaled.apply(input, gamma, beta, constants, noted, (self.eps, together)), (square,)
+        settings = (self.eps, window, together, self.shared)
+        return _Scaled.apply(input, gamma, beta, constants, state, settings), (averaged,)
+
+    @property
+    def shared(self) -> bool:
+        """Return whether other processes have groups of the same batch."""
+        return self.averages_over_processes and processes() > 1
 
     def evaluate(self, input: Tensor) -> Tensor:
         """See `BatchStatistics.evaluate`."""
@@ -139,98 +164,112 @@ class MovingSquare(BatchStatistics):
         """Return the mean square."""
         return moments[1:]
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Take what backward passes have noted into the averages."""
-        if (self.synchronized or self.averages_over_processes) and processes() > 1:
-            dist.all_reduce(self.noted)
-        total, images = self.noted[:-1], self.noted[-1]
-        self.take_gradient(total / images.clamp_min(1), (images > 0) & total.isfinite())
-        self.noted.zero_()
-
 
 class MovingAverageBatchNorm2d(MovingSquare):
-    """See `MABN`. Keeps the last `window` - 1 batches' E[x²] and E[g·z] (C,), means over groups."""
+    """See `MABN`. Keeps E[x²] and E[g·z] (C,) of the newest `window` - 1 groups; `seen` counts groups."""
+
+    slides_over_groups = True
 
     squares: Tensor
     gradients: Tensor
-    gradient_steps: Tensor
+    seen: Tensor
 
+    momentum: float
     window: int
     r_from: float
     rmax: float
+    ema_of: str
+    ema_start: str
 
     def __init__(self, channels: int, **options: Any) -> None:
         super().__init__(channels, **options)
         self.register_buffer("squares", torch.zeros(self.window - 1, channels))
         self.register_buffer("gradients", torch.zeros(self.window - 1, channels))
-        self.register_buffer("gradient_steps", torch.zeros(channels, dtype=torch.long))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
-    def statistics(self, square: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """See `MovingSquare.statistics`."""
-        share, past = _mean_with_newest(self.squares, self.batches)
-        sma = torch.addcmul(per_group(past, groups), square, share)
+        own = (self.clock.end < self.warmup) | (self.seen < self.window)
+        sma, newest = _slide(self.squares, square, self.shared)
+        self.squares.copy_(newest)
+        self.seen.add_(groups * (processes() if self.shared else 1))
+        s = torch.where(own, square, sma)
         ema = per_group(self.running_square, groups)
-        r = torch.sqrt((sma + self.eps) / (ema + self.eps)).clamp(1 / self.rmax, self.rmax)
-        return sma, torch.where(self.clock.now < self.r_from, 1.0, r)
+        r = torch.sqrt((s + self.eps) / (ema + self.eps)).clamp(1 / self.rmax, self.rmax)
+        r = torch.where((self.clock.now < self.r_from) | (self.batches == 0), 1.0, r)
+        return (s, r, s, own.to(s.dtype).expand_as(s), square), s if self.ema_of == "sma" else square
 
-    def gradient_statistics(self, zz: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `MovingSquare.gradient_statistics`."""
-        share, past = _mean_with_newest(self.gradients, self.gradient_steps)
-        return per_group(share, groups), per_group(past, groups), torch.zeros_like(zz)
-
-    def take_gradient(self, statistic: Tensor, valid: Tensor) -> None:
-        """See `MovingSquare.take_gradient`."""
-        _push(self.gradients, self.gradient_steps, statistic, valid)
-        self.gradient_steps.add_(valid)
+    def gradient_state(self) -> tuple[Tensor, int | None]:
+        """See `MovingSquare.gradient_state`."""
+        return self.gradients, self.window
 
     def update(self, *statistics: Tensor) -> None:
         """See `BatchStatistics.update`."""
-        (square,) = statistics
-        _push(self.squares, self.batches, square, torch.ones_like(square, dtype=torch.bool))
-        super().update(square)
-
-
-def _mean_with_newest(history: Tensor, pushed: Tensor) -> tuple[Tensor, Tensor]:
-    """Share and past, where share · x + past is the mean of x and the history.
-
-    That has the `pushed` rows (at most all) of `history` (rows, C), whose other rows are zero.
-    """
-    share = (pushed.clamp(max=len(history)) + 1).to(history.dtype).reciprocal()
-    return share, history.sum(0) * share
-
-
-def _push(history: Tensor, pushed: Tensor, newest: Tensor, valid: Tensor) -> None:
-    """Put `newest` (C,) in the place of the oldest of `history` (rows, C), where `valid` (C,)."""
-    if len(history):
-        row = (pushed % len(history)).expand(1, history.shape[1])
-        history.scatter_(0, row, torch.where(valid, newest, history.gather(0, row)[0])[None])
+        (averaged,) = statistics
+        count = self.batches.add_(1).to(averaged.dtype)
+        plain = count.reciprocal() if self.ema_start == "mean" else (count == 1).to(averaged.dtype)
+        self.running_square.lerp_(averaged, plain.clamp_min(self.momentum))
 
 
 class PowerNorm2d(MovingSquare):
-    """See `PowerNorm`."""
+    """See `PowerNorm`. `noted` has the sum of mean(g·z) - nu · mean(z²) over a step's groups, and their images."""
 
     nu: Tensor
+    noted: Tensor
 
     alpha: float
     alpha_backward: float
+    scale_channels: bool
+    backward_rms: str
 
     def __init__(self, channels: int, **options: Any) -> None:
-        super().__init__(channels, momentum=1 - options["alpha"], **options)
+        super().__init__(channels, **options)
+        self.register_buffer("noted", torch.zeros(channels + 1))
         self.register_buffer("nu", torch.zeros(channels))
 
-    def statistics(self, square: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, H, W), divided by its root mean square over the channels before."""
+        return super().forward(self._scaled(input)).to(input.dtype)
+
+    def _scaled(self, input: Tensor) -> Tensor:
+        if not self.scale_channels:
+            return input
+        x = full_precision(input)
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps)
+
+    def moments(self, input: Tensor) -> tuple[Tensor, ...]:
+        """See `BatchStatistics.moments`."""
+        return super().moments(self._scaled(input))
+
+    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """See `MovingSquare.statistics`."""
-        return per_group(self.running_square, groups), torch.ones_like(square)
+        s = torch.where(self.clock.now < self.warmup, square, per_group(self.running_square, groups))
+        b = square if self.backward_rms == "batch" else s
+        return (s, torch.ones_like(s), b, torch.zeros_like(s), per_group(self.nu, groups)), square
 
-    def gradient_statistics(self, zz: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `MovingSquare.gradient_statistics`."""
-        nu = per_group(self.nu, groups)
-        return torch.zeros_like(nu), nu, nu * zz
+    def gradient_state(self) -> tuple[Tensor, int | None]:
+        """See `MovingSquare.gradient_state`."""
+        return self.noted, None
 
-    def take_gradient(self, statistic: Tensor, valid: Tensor) -> None:
-        """See `MovingSquare.take_gradient`."""
-        self.nu.add_(torch.where(valid, statistic, 0), alpha=1 - self.alpha_backward)
+    def update(self, *statistics: Tensor) -> None:
+        """See `BatchStatistics.update`: the plain mean of the first batches, and then the exponential average."""
+        (square,) = statistics
+        count = self.batches.add_(1).to(square.dtype)
+        plain = torch.where(self.clock.end < self.warmup, count.reciprocal(), 0.0)
+        self.running_square.lerp_(square, plain).lerp_(square, 1 - self.alpha)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Take what backward passes have noted, a mean weighted by images, into `nu`.
+
+        So several backward passes of a step (groups and the last, smaller group; parts of a batch) count as one.
+        """
+        if (self.synchronized or self.averages_over_processes) and processes() > 1:
+            dist.all_reduce(self.noted)
+        total, images = self.noted[:-1], self.noted[-1]
+        valid = (images > 0) & total.isfinite()
+        self.nu.add_(torch.where(valid, total / images.clamp_min(1), 0), alpha=1 - self.alpha_backward)
+        self.noted.zero_()
 
 
 class CenteredConv2d(ReparametrizedConv2d):
@@ -270,21 +309,24 @@ class _MovingVariant(Variant):
 class MABN(_MovingVariant):
     """Moving average batch normalization (Yan et al., ICLR 2020), for norms over few images.
 
-    For x (N, C, H, W) from a convolution with centered weights (`CenteredConv2d`), per channel, and g = dL/dz:
+    For x (N, C, H, W) from a convolution with centered weights (`CenteredConv2d`), per channel and group of
+    `norm_batch` images, and g = dL/dz:
 
-        chi² = mean(x²);  SMA(chi²), SMA(psi): means over the newest `window` batches, this one included
+        chi² = mean(x²);  SMA(chi²), SMA(psi): means over the newest `window` groups, this one included
         z = x / sqrt(SMA(chi²) + eps);  y = gamma · r · z + beta
-        r = clip(sqrt((SMA(chi²) + eps) / (EMA(chi²) + eps)), 1/rmax, rmax)
+        r = clip(sqrt((SMA(chi²) + eps) / (EMA + eps)), 1/rmax, rmax)        a constant to the gradient
         psi = mean(g · z);  dL/dx = (g - z · SMA(psi)) / sqrt(SMA(chi²) + eps)
+        EMA <- (1 - momentum) · EMA + momentum · SMA(chi²), the latter's mean over a batch's groups
 
-    Evaluation: y = gamma · x / sqrt(EMA(chi²) + eps) + beta. No mean is subtracted: the weights are centered instead.
+    Evaluation: y = gamma · x / sqrt(EMA + eps) + beta. No mean is subtracted: the weights are centered instead. As in
+    the authors' code the window slides over the groups of a batch in order, and from those of the batch before; EMA is
+    the one before this step, and averages SMA(chi²) (`ema_of`; "batch": chi², as the paper's formula); a group has its
+    own chi² and psi until the window is full. EMA begins as the plain mean of the first batches, which short runs need
+    [A], or by `ema_start` = "first" as in the authors' ImageNet code at the first batch's value.
 
-    Phases: below `warmup` the batch's own chi² and psi, below `r_from` r = 1. The paper counts steps (100 and about
-    1000); by fraction of the run they are an assumption [A], as short runs would never leave them. The paper's window
-    is B_real / B, the images of a batch that needs no help over those of a group; here it is the number of batches
-    (16 groups of 2 images stand for 32). Further assumptions [A]: r is a constant to the gradient and EMA the one
-    before this step, as in batch renormalization; eps in every root; a window that is not full is the mean of what it
-    has; a group of `norm_batch` images uses its own chi² and psi as the newest, and means over groups as the older.
+    Phases: a group's own chi² and psi in the steps 1 to `warmup` - 1, r = 1 in those up to `r_from`. The authors' file
+    has 100 and 1000 steps, their ImageNet code 0 and 99; by fraction of the run they are an assumption [A], as short
+    runs would never leave them. A last, smaller group comes first in the window of psi [A].
 
     Invariant: with window = 1 and r = 1 it is the exact x / sqrt(mean(x²) + eps), forward and backward.
     """
@@ -297,6 +339,8 @@ class MABN(_MovingVariant):
     rmax: float = option(5.0, ge=1)
     warmup: float = option(0.05, ge=0, unit="unit")
     r_from: float = option(0.2, ge="warmup", unit="unit")
+    ema_of: str = option("sma", choices=("sma", "batch"))
+    ema_start: str = option("mean", choices=("mean", "first"))
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
         """Return a `CenteredConv2d`."""
@@ -305,18 +349,19 @@ class MABN(_MovingVariant):
 
 @register("powernorm", aliases=("power",), family="statistics of the batch", order=12)
 class PowerNorm(_MovingVariant):
-    """Power normalization (Shen et al. 2020, 2003.07845).
+    """Power normalization (Shen et al. 2020, 2003.07845), as its authors' code has it.
 
-    For x (N, C, H, W), per channel, with phi and nu from before this step, and g = dL/dz:
+    x (N, C, H, W) is first divided by its root mean square over the channels, sqrt(mean_c x² + eps), for each image and
+    position (`scale_channels`; the paper has no such division). Then, per channel, with phi and nu from before this
+    step, g = dL/dz, and b = mean(x²) of the batch, or phi with `backward_rms` = "running" as in the paper:
 
-        z = x / sqrt(phi + eps);  y = gamma · z + beta;  dL/dx = (g - z · nu) / sqrt(phi + eps)
+        z = x / sqrt(phi + eps);  y = gamma · z + beta;  dL/dx = (g - z · nu) / sqrt(b + eps)
         phi <- alpha · phi + (1 - alpha) · mean(x²)
         nu  <- nu · (1 - (1 - alpha') · mean(z²)) + (1 - alpha') · mean(g · z),  alpha' = alpha_backward
 
-    Evaluation is the same by phi. Below `warmup` it is x / sqrt(mean(x²) + eps) with its exact gradient, while phi and
-    nu collect; nu starts at 0, and its recursion is that of the authors' code. Assumptions [A] (docs/papers.md, section
-    6): eps, the warm-up's length and its exact gradient, phi as the plain mean of the first batches, and x as it comes,
-    which the authors' code first divides by its root mean square over the channels.
+    Evaluation is the same by phi. In the first `warmup` steps z = x / sqrt(mean(x²) + eps), and in all but the last of
+    them phi becomes the plain mean of the batches so far before it takes its step; nu starts at 0. The warm-up's length
+    as a fraction of the run is an assumption [A]; the authors' code has 10,000 steps, its selector 1,000.
 
     Invariant: after the warm-up the output of an image does not depend on the other images of its batch.
     """
@@ -326,3 +371,5 @@ class PowerNorm(_MovingVariant):
     alpha: float = option(0.9, ge=0, lt=1)
     alpha_backward: float = option(0.9, ge=0, lt=1)
     warmup: float = option(0.25, ge=0, unit="unit")
+    scale_channels: bool = option(True)
+    backward_rms: str = option("batch", choices=("batch", "running"))

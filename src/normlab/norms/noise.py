@@ -11,7 +11,7 @@ from normlab.norms.sites import Variant
 
 
 class Noise(nn.Module):
-    """y = s · a + m for a (N, C, H, W) in training, fresh at every call; y = a in evaluation [A].
+    """y = s · a + m for a (N, C, ...) in training, fresh at every call; y = a in evaluation [A].
 
     Per unit (channel; H and W count as batch), then per value of that unit:
 
@@ -22,6 +22,8 @@ class Noise(nn.Module):
     Invariant: dy/da = s.
     """
 
+    takes_any_shape = True
+
     def __init__(self, mu_range: float, sigma_low: float, sigma_high: float, spread: float) -> None:
         super().__init__()
         self.mu_range, self.sigma_low, self.sigma_high, self.spread = mu_range, sigma_low, sigma_high, spread
@@ -31,7 +33,7 @@ class Noise(nn.Module):
         if not self.training:
             return input
         a = full_precision(input)
-        mu = a.new_empty(1, a.shape[1], 1, 1).uniform_(-self.mu_range, self.mu_range)
+        mu = a.new_empty(1, a.shape[1], *[1] * (a.dim() - 2)).uniform_(-self.mu_range, self.mu_range)
         sigma = torch.empty_like(mu).uniform_(self.sigma_low, self.sigma_high)
         m = torch.empty_like(a).uniform_(-self.spread, self.spread).add_(mu)
         s = torch.empty_like(a).normal_(0.0, self.spread).add_(sigma)

@@ -173,6 +173,7 @@ class EvoNorm2dB0(BatchStatistics):
     averages: ClassVar[dict[str, float]] = {"running_var": 1.0}
     running_var: Tensor
     eps: float
+    unbiased_average: bool
 
     def __init__(self, channels: int, **options: Any) -> None:
         super().__init__(channels, **options)
@@ -184,7 +185,13 @@ class EvoNorm2dB0(BatchStatistics):
         mean, instance = spatial_moments(x)
         between = (mean - broadcast(self.batch_mean(mean))).square()
         batch = self.batch_mean(instance + between)  # variance within images plus variance between their means
-        return self._divide(x, batch, instance, groups).to(input.dtype), (batch.detach(),)
+        return self._divide(x, batch, instance, groups).to(input.dtype), (self._averaged(batch.detach(), x),)
+
+    def _averaged(self, variance: Tensor, x: Tensor) -> Tensor:
+        if not self.unbiased_average:
+            return variance
+        count = self.batch_count(x)
+        return variance * (count / (count - 1))
 
     def evaluate(self, input: Tensor) -> Tensor:
         """See `BatchStatistics.evaluate`."""
@@ -214,12 +221,14 @@ class EvoNormB0(_EvoNorm):
         y = gamma · x / max(sqrt(Var_batch + eps), v · x + sqrt(Var_inst + eps)) + beta      v (C,), starting at 1
 
     Evaluation uses a moving average of Var_batch, biased as in training [A], so that small groups do not shift one
-    against the other; Var_inst is always the image's own. Where the two parts of the maximum are equal, the gradient
-    goes to the first. It replaces norm and activation; a site without activation gets gamma · x + beta alone.
+    against the other; with `unbiased_average` of the unbiased variance, as in timm. Var_inst is always the image's own.
+    Where the two parts of the maximum are equal, the gradient goes to the first. It replaces norm and
+    activation; a site without activation gets gamma · x + beta alone.
     Invariant: scaling x by c > 0 changes nothing, up to eps.
     """
 
     momentum: float = option(0.1, gt=0, le=1)
+    unbiased_average: bool = option(False, neutral=False)
 
     def layer(self, channels: int) -> nn.Module:
         """Return an `EvoNorm2dB0`."""

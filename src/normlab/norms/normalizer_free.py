@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normlab.common.registry import option, register
-from normlab.norms.residual import Branch, find_branches, fixup_start
+from normlab.norms.residual import Branch, find_branches, fixup_start, insert_after
 from normlab.norms.sites import NO_GAMMA, Site, Variant, activation_of
 from normlab.norms.steps import WEIGHT_LAYERS, Role
 from normlab.norms.weights import ReparametrizedConv2d
@@ -77,9 +77,13 @@ class Fixup(Variant):
 
     Weights start as `fixup_start` says. With learned scalars a (from 1) and b (from 0), one each wherever they stand:
 
-        y = W * (x + b)             every convolution and linear layer; those that take the same x share b [A]
+        y = W * (x + b)             every convolution and linear layer; those that take the same x share b
         y = activation(x + b)       in the place of a norm before an activation
         y = h + (a · f(h) + b)      every residual branch f; this b is the one before the sum's activation
+
+    As in the authors' code, the first layer has no b before it (`stem_shift`: the paper has one before every layer); a
+    shortcut that is not the identity gets h + b with the b of its branch, whether it has weights or not; and all
+    scalars and biases learn at lr / `scalar_lr_divisor` and decay as weights do (`decay_scalars`).
 
     Invariant: at the start every residual sum equals its shortcut, and the network's output is 0.
     """
@@ -89,6 +93,10 @@ class Fixup(Variant):
         "init": NO_GAMMA["init"]
         | dict.fromkeys(("fixup", "lsuv"), "it has a start of its own, which this one would change")
     }
+
+    stem_shift: bool = option(False)
+    scalar_lr_divisor: float = option(10.0, gt=0)
+    decay_scalars: bool = option(True)
 
     def norm_and_activation(
         self, norm: nn.BatchNorm2d, activation: nn.Module | None
@@ -100,15 +108,39 @@ class Fixup(Variant):
         """Give branches and layers with weights their scalars, and weights their start."""
         fixup_start(network, "norm=fixup")
         for branch in find_branches(network):
-            affine = _insert_after(network, branch.end, f"{branch.convolutions[-1]}_affine", ScalarAffine())
+            affine = insert_after(network, branch.end, f"{branch.convolutions[-1]}_affine", ScalarAffine())
             branch.sum.replace_input_with(branch.end, affine)
+        self._shift_inputs(network)
+        for module in network.modules():
+            if isinstance(module, (ScalarBias, *WEIGHT_LAYERS)):
+                names = ("bias",) if isinstance(module, WEIGHT_LAYERS) else ("weight", "bias")
+                module.lr_divisors = dict.fromkeys(names, self.scalar_lr_divisor)  # type: ignore[assignment]
+                module.decays = frozenset(names) if self.decay_scalars else frozenset()  # type: ignore[assignment]
+
+    def _shift_inputs(self, network: fx.GraphModule) -> None:
+        """Put a `ScalarBias` before layers with weights, and before shortcuts that are not the identity."""
         shifted: dict[fx.Node, fx.Node] = {}
+
+        def shift(node: fx.Node, x: fx.Node, name: str) -> None:
+            if x not in shifted:
+                shifted[x] = insert_after(network, x, f"{name}_shift", ScalarBias())
+            node.replace_input_with(x, shifted[x])
+
+        inside: set[fx.Node] = set()  # layers that get the shift of their branch where it begins
+        for branch in find_branches(network):
+            if branch.shortcut is not branch.entry and _has_weights(network, branch.takers[0]):
+                for node in (*branch.takers, *branch.shortcut_takers):
+                    shift(node, branch.entry, str(branch.takers[0].target))
+                inside.update(node for node in network.graph.nodes if node.target in branch.shortcut_convolutions)
         for node in list(network.graph.nodes):
-            if node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), WEIGHT_LAYERS):
+            if _has_weights(network, node) and node not in inside:
                 x = node.all_input_nodes[0]
-                if x not in shifted:
-                    shifted[x] = _insert_after(network, x, f"{node.target}_shift", ScalarBias())
-                node.replace_input_with(x, shifted[x])
+                if x not in shifted.values() and (self.stem_shift or x.op != "placeholder"):
+                    shift(node, x, str(node.target))
+
+
+def _has_weights(network: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), WEIGHT_LAYERS)
 
 
 class ScaledStandardConv2d(ReparametrizedConv2d):
@@ -137,7 +169,7 @@ class ScaledStandardConv2d(ReparametrizedConv2d):
         v = super().effective_weight()
         fan = v[0].numel()
         rows = v.reshape(1, self.out_channels, fan)  # PyTorch's kernel, filters for channels: one pass each way
-        gain = self.gain * fan**-0.5
+        gain = self.gain.to(v.dtype) * fan**-0.5
         return F.batch_norm(rows, None, None, gain, None, True, 0.0, self.eps / fan).view_as(v)
 
 
@@ -200,7 +232,7 @@ class NormalizerFree(Variant):
         branches = find_branches(network)  # again, as gains are among their nodes now
         _downscale(network, branches, self.alpha)
         for branch in branches:
-            scale = _insert_after(network, branch.end, f"{branch.convolutions[-1]}_scale", ScalarScale(self.alpha))
+            scale = insert_after(network, branch.end, f"{branch.convolutions[-1]}_scale", ScalarScale(self.alpha))
             branch.sum.replace_input_with(branch.end, scale)
 
 
@@ -211,7 +243,7 @@ def _gain(network: fx.GraphModule, node: fx.Node) -> None:
     if activation is None or others:
         return
     users = list(user.users)
-    gained = _insert_after(network, user, f"{node.name}_gain", ConstantScale(activation_gain(activation)))
+    gained = insert_after(network, user, f"{node.name}_gain", ConstantScale(activation_gain(activation)))
     for after in users:
         after.replace_input_with(user, gained)
 
@@ -232,7 +264,7 @@ def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) ->
         else:
             variance[node] = next((variance[input] for input in node.all_input_nodes), 1.0)
         if node in takers and variance[node] != 1:
-            scaled = _insert_after(network, node, f"{node.name}_downscale", ConstantScale(variance[node] ** -0.5))
+            scaled = insert_after(network, node, f"{node.name}_downscale", ConstantScale(variance[node] ** -0.5))
             variance[scaled] = 1.0
             for taker in takers[node]:
                 taker.replace_input_with(node, scaled)
@@ -248,10 +280,3 @@ def activation_gain(activation: nn.Module) -> float:
     y = activation(z.clone())  # it may work in place
     mean = (weight * y).sum()
     return float((weight * (y - mean).square()).sum().rsqrt())
-
-
-def _insert_after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
-    """Return a new node that calls a new module on the output of `node`; nothing uses it yet."""
-    network.add_submodule(name, module)
-    with network.graph.inserting_after(node):
-        return network.graph.call_module(name, (node,))

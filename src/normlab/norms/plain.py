@@ -11,7 +11,7 @@ from normlab.norms.sites import NO_GAMMA, Variant, copy_affine
 
 
 def scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return input (N, C, H, W) times scale (C,) plus shift (C,), of input's dtype; differentiable in all three.
+    """Return input (N, C, ...) times scale (C,) plus shift (C,), of input's dtype; differentiable in all three.
 
     By the kernel of batch normalization for evaluation, with mean 0 and variance 1, which makes its result exact:
     one pass forward and one backward, where a product and a sum of their own take several.
@@ -27,7 +27,9 @@ def set_bias(convolution: nn.Conv2d) -> nn.Conv2d:
 
 
 class ChannelAffine(nn.Module):
-    """y = gamma · x + beta per channel of x (N, C, H, W); gamma starts at 1, beta at 0, both float32 (C,)."""
+    """y = gamma · x + beta per channel of x (N, C, ...); gamma starts at 1, beta at 0, both float32 (C,)."""
+
+    takes_any_shape = True
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -41,12 +41,16 @@ def named(name: str, **options: Any) -> Variant:
 
 
 def rewrite(network: nn.Module, variant: str | Variant, **options: Any) -> nn.Module:
-    """Put a variant in the place of every `nn.BatchNorm2d`, with the convolution before and the activation after it.
+    """Put a variant in the place of every batch normalization, with the convolution before and the activation after it.
 
     As in ``model = rewrite(torchvision.models.resnet18(), "gn", groups=16)``.
 
-    Networks are torch.fx's to trace: a forward pass must not branch on the values of tensors. Layers keep device, dtype
-    and mode, and gamma and beta their start; other norms (BatchNorm1d, LayerNorm, ...) stay as they are.
+    That is BatchNorm1d, 2d, 3d and SyncBatchNorm, and timm's layers that are norm and activation in one. Whatever else
+    normalizes by the batch is refused, and a network that is refused stays as it was; other norms (LayerNorm, ...)
+    stay in place. Layers keep device, dtype, mode and hooks, gamma and beta their start, and what is frozen stays
+    frozen; in half precision they compute in float32. eps and momentum are the variant's.
+
+    Networks are torch.fx's to trace: modules with batch normalization inside must not branch on tensors or their shape.
 
     Args:
         network: changed in place, right after its construction; use what is returned.
@@ -63,7 +67,7 @@ def rewrite(network: nn.Module, variant: str | Variant, **options: Any) -> nn.Mo
 
     Raises:
         UserError: for a name or an option that does not exist, a value out of range, a network that cannot be traced or
-            has no BatchNorm2d, and one that the variant cannot serve.
+            has no batch normalization, or one that the variant cannot serve.
     """
     if isinstance(variant, str):
         variant = named(variant, **options)

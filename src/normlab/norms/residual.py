@@ -7,8 +7,8 @@ import torch
 from torch import fx, nn
 
 from normlab.common.errors import UserError
-from normlab.norms.sites import Tracer, trace
 from normlab.norms.steps import WEIGHT_LAYERS
+from normlab.norms.tracing import BatchNormalization, Tracer, trace
 
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -78,7 +78,7 @@ def find_branches(traced: fx.GraphModule) -> list[Branch]:
             tuple(inside),
             tuple(node for node in inside if entry in node.all_input_nodes),
             _calls(traced, trunk, nn.Conv2d),
-            _calls(traced, trunk, nn.BatchNorm2d),
+            _calls(traced, trunk, BatchNormalization),
         )
 
     branches = []
@@ -112,6 +112,13 @@ def find_branches(traced: fx.GraphModule) -> list[Branch]:
 def _calls(network: nn.Module, nodes: list[fx.Node], kind: type[nn.Module]) -> tuple[str, ...]:
     calls = [str(node.target) for node in nodes if node.op == "call_module"]
     return tuple(name for name in calls if isinstance(network.get_submodule(name), kind))
+
+
+def insert_after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.Module) -> fx.Node:
+    """Return a new node that calls a new module on the output of `node`; nothing uses it yet."""
+    network.add_submodule(name, module)
+    with network.graph.inserting_after(node):
+        return network.graph.call_module(name, (node,))
 
 
 def _required(branches: list[Branch], name: str, setting: str) -> list[Branch]:

@@ -1,15 +1,34 @@
 """Sites: the (convolution, norm, activation) places of a network that a variant rewrites."""
 
-from collections.abc import Sequence
+import copy
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from normlab.common.errors import UserError, first_line
+from normlab.common.errors import UserError
 from normlab.common.registry import check_options, options_of, refuse_unknown
+from normlab.norms.adapter import Copy, fit
+from normlab.norms.layer_statistics import BatchStatistics
+from normlab.norms.tracing import (
+    BatchNormalization,
+    State,
+    Tracer,
+    batch_norms,
+    check_module,
+    hooked,
+    is_separate,
+    names_of,
+    separate,
+    take_hooks,
+    trace,
+)
 
 # The activations that networks for images have; further arguments of a call are taken to be its defaults.
 _ACTIVATIONS = (
@@ -19,9 +38,12 @@ _ACTIVATIONS = (
 _FUNCTIONS = {
     F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU, F.gelu: nn.GELU,
     F.hardswish: nn.Hardswish, F.leaky_relu: nn.LeakyReLU, F.elu: nn.ELU, F.mish: nn.Mish, F.softplus: nn.Softplus,
-    torch.tanh: nn.Tanh, torch.sigmoid: nn.Sigmoid,
+    F.selu: nn.SELU, F.celu: nn.CELU, F.hardtanh: nn.Hardtanh, F.hardsigmoid: nn.Hardsigmoid, F.relu_: nn.ReLU,
+    F.tanh: nn.Tanh, F.sigmoid: nn.Sigmoid, torch.tanh: nn.Tanh, torch.sigmoid: nn.Sigmoid, torch.selu: nn.SELU,
 }  # fmt: skip
-_METHODS = {"relu": nn.ReLU, "relu_": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+_METHODS = {
+    "relu": nn.ReLU, "relu_": nn.ReLU, "tanh": nn.Tanh, "tanh_": nn.Tanh, "sigmoid": nn.Sigmoid, "sigmoid_": nn.Sigmoid,
+}  # fmt: skip
 
 # `refused` of a variant that leaves nothing of gamma: the run would be that of init=default under another name.
 NO_GAMMA = {"init": {"zero_gamma": "it has no scale per channel that could start at zero"}}
@@ -29,10 +51,10 @@ NO_GAMMA = {"init": {"zero_gamma": "it has no scale per channel that could start
 
 @dataclass(frozen=True)
 class Site:
-    """One BatchNorm2d of a network by the names of its parts, as in `Module.get_submodule`."""
+    """One batch normalization of a network by the names of its parts, as in `Module.get_submodule`."""
 
     norm: str
-    convolution: str | None  # feeds the norm and nothing else
+    convolution: str | None  # an nn.Conv2d that feeds the norm and nothing else
     activation: str | None  # the module or function that alone takes the norm's output
 
 
@@ -91,6 +113,7 @@ def copy_affine(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
     Networks start them elsewhere than at 1 and 0 in places, e.g. at zero in the last norm of a branch.
     """
     if norm.affine:
+        layer.to(norm.weight.device, norm.weight.dtype)  # float64 not by way of float32
         layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
     return layer
 
@@ -108,66 +131,55 @@ class _Place:
         return Site(*(None if node is None else str(node.target) for node in vars(self).values()))  # type: ignore[arg-type]
 
 
-class Tracer(fx.Tracer):
-    """Traces a network down to the layers that sites are made of."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Return True also for our own layers, and torchvision's that a trace would freeze in one mode."""
-        own = type(module).__module__.startswith("normlab.norms")
-        return own or type(module).__name__ == "StochasticDepth" or super().is_leaf_module(module, qualified_name)
-
-
-def trace(network: nn.Module) -> fx.GraphModule:
-    """Return `network` as a graph over the same modules.
-
-    Raises:
-        UserError: if its forward pass cannot be traced.
-    """
-    try:
-        return fx.GraphModule(network, Tracer().trace(network), type(network).__name__)
-    except Exception as error:
-        raise UserError(
-            f"{type(network).__name__} cannot be traced by torch.fx, so its normalization layers cannot be found:\n"
-            f"{first_line(error) or type(error).__name__}.\n"
-            "Its forward pass must not branch on the values of tensors."
-        ) from error
-
-
 def find_sites(network: nn.Module) -> list[Site]:
-    """Return every BatchNorm2d of `network` in order of execution, with its neighbors.
+    """Return every batch normalization of `network` in order of execution, with its neighbors.
+
+    Of a layer that is norm and activation in one (timm's BatchNormAct2d) the norm is called ``<name>.norm``, as after a
+    rewrite.
 
     Raises:
-        UserError: if the network's forward pass cannot be traced, or it holds no BatchNorm2d.
+        UserError: see `rewrite_sites`.
     """
-    return [place.site for place in _places(trace(network))]
+    check_module(network)
+    separated = network if is_separate(network) else separate(copy.deepcopy(network))
+    return [place.site for place in _places(separated, trace(separated))]
 
 
-def _places(traced: fx.GraphModule) -> list[_Place]:
-    modules = dict(traced.named_modules())
+def _places(network: nn.Module, traced: fx.GraphModule) -> list[_Place]:
+    """The sites of a traced network, which are all of its batch normalizations."""
+    modules, name = dict(traced.named_modules()), type(network).__name__
+    calls = Counter(str(node.target) for node in traced.graph.nodes if node.op == "call_module")
 
-    def calls(node: fx.Node, kind: type[nn.Module]) -> bool:
+    def is_call(node: fx.Node, kind: type[nn.Module]) -> bool:
         return node.op == "call_module" and isinstance(modules[str(node.target)], kind)
 
     places: dict[str, _Place] = {}
     for node in traced.graph.nodes:
-        if not calls(node, nn.BatchNorm2d):
+        if not is_call(node, BatchNormalization):
             continue
-        if str(node.target) in places:
+        if calls[str(node.target)] > 1:
             raise UserError(
-                f"{node.target} of {type(traced).__name__} is called at two places, which no norm can tell apart.\n"
-                "Give each place a BatchNorm2d of its own."
+                f"{node.target} of {name} is called at two places, which no norm can tell apart.\n"
+                "Give each place a norm of its own."
             )
         before, after = node.all_input_nodes[0], list(node.users)
         activates = len(after) == 1 and activation_of(traced, after[0]) is not None
-        places[str(node.target)] = _Place(
-            node,
-            convolution=before if calls(before, nn.Conv2d) and len(before.users) == 1 else None,
-            activation=after[0] if activates else None,
+        own = is_call(before, nn.Conv2d) and len(before.users) == 1 and calls[str(before.target)] == 1
+        places[str(node.target)] = _Place(node, before if own else None, after[0] if activates else None)
+    existing = batch_norms(network)
+    missed = [norm for norm in existing if norm not in places]
+    if missed:
+        more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""
+        raise UserError(
+            f"{missed[0]} of {name}, a {type(existing[missed[0]]).__name__}{more}, is not called where torch.fx sees"
+            " it: unused, in another branch, or inside a layer.\n"
+            "Call it in the network's forward pass, or remove it."
         )
     if not places:
-        name = type(traced).__name__
+        others = {type(m).__name__ for m in network.modules() if "Norm" in type(m).__name__}
+        have = f" (it has {', '.join(sorted(others))}, which stay)" if others else ""
         raise UserError(
-            f"{name} has no BatchNorm2d layer, so there is nothing for norm=... to rewrite.\n"
+            f"{name} has no batch normalization layer, so there is nothing for norm=... to rewrite{have}.\n"
             "Build it with nn.BatchNorm2d where a normalizer belongs."
         )
     return list(places.values())
@@ -192,58 +204,154 @@ def rewrite_sites(network: nn.Module, variant: Variant) -> nn.Module:
     (torchvision's constructors initialize `weight` of every BatchNorm2d, which would crash on layers
     without one and overwrite a variant's own start.)
 
+    A network that is refused, or in which the variant raises any other error, stays exactly as it was.
+
     Raises:
-        UserError: if there is no site, or one that the variant cannot serve.
+        UserError: if there is no site, one that the variant cannot serve, or a batch normalization that is no site.
     """
-    traced = trace(network)
-    places = _places(traced)
-    name = f"norm={variant.name or type(variant).__name__}"
-    variant.check([traced.get_submodule(str(place.norm.target)).num_features for place in places])  # type: ignore[misc]
-    graph_changed = type(variant).graph is not Variant.graph
-    for place in places:
-        site = place.site
-        norm = traced.get_submodule(site.norm)
-        assert isinstance(norm, nn.BatchNorm2d)
-        activation = None if place.activation is None else activation_of(traced, place.activation)
-        if site.convolution:
-            convolution = traced.get_submodule(site.convolution)
-            assert isinstance(convolution, nn.Conv2d)
-            _replace(network, traced, site.convolution, variant.convolution(convolution), norm)
-        elif variant.needs_convolution:
+    check_module(network)
+    before = State(network, parameters=True)
+    try:
+        earlier = next((module.rewritten_as for module in network.modules() if hasattr(module, "rewritten_as")), None)
+        name = f"norm={variant.name or type(variant).__name__}"
+        if earlier:
             raise UserError(
-                f"{name} rewrites the convolution before each norm, and {site.norm} of {type(network).__name__}"
-                " has none of its own before it.\nUse a network with norms after convolutions, or another norm."
+                f"{type(network).__name__} has been rewritten already, by {earlier}.\n"
+                f"Give {name} the network as it was constructed."
             )
-        new_norm, new_activation = variant.norm_and_activation(norm, activation)
-        _replace(network, traced, site.norm, new_norm, norm)
-        if not site.convolution and hasattr(activation, "inplace"):
-            # It would overwrite the norm's own input now, which others may use.
-            activation.inplace = False  # type: ignore[union-attr]
+        rewritten = _Rewriting(network, variant, name).rewrite()
+        rewritten.rewritten_as = name  # type: ignore[assignment]
+        return rewritten
+    except BaseException:
+        before.restore()
+        raise
+
+
+class _Rewriting:
+    """The rewriting of one network by one variant."""
+
+    def __init__(self, network: nn.Module, variant: Variant, name: str) -> None:
+        self.network, self.variant = separate(network), variant
+        self.name, self.of = name, f"of {type(network).__name__}"  # as errors call them
+        self.changes_graph = type(variant).graph is not Variant.graph
+        self.traced = trace(network, strict=self.changes_graph)
+        self.places = _places(network, self.traced)
+        self.names = names_of(network)
+
+    def rewrite(self) -> nn.Module:
+        for place in self.places if self.variant.needs_convolution else ():
+            self._check_convolution(place)
+        norms = [self.traced.get_submodule(place.site.norm) for place in self.places]
+        self.variant.check([norm.num_features for norm in norms])  # type: ignore[misc]
+        for place in self.places:
+            self._rewrite(place)
+        if not self.changes_graph:
+            return self.network
+        hooks = hooked(self.network, self.traced)
+        if hooks:
+            raise UserError(
+                f"{hooks} {self.of} has hooks, and {self.name} makes the network a graph, which calls none"
+                " but those of layers.\nRegister them after the rewrite, or use another norm."
+            )
+        _check_equal_in_modes(self.network)
+        before = set(self.traced.modules())
+        self.variant.graph(self.traced, [place.site for place in self.places])
+        self.traced.graph.lint()
+        self.traced.recompile()
+        self.traced.delete_all_unused_submodules()
+        for module in set(self.traced.modules()) - before:  # the layers that the variant put between the sites
+            self._placed_as(norms[-1], module).train(self.network.training)
+        return self.traced
+
+    def _check_convolution(self, place: _Place) -> None:
+        """Refuse a site without a convolution that another layer can replace."""
+        if place.convolution is not None:
+            self._check_plain(str(place.convolution.target))
+            return
+        before = place.norm.all_input_nodes[0]
+        what = ""
+        if before.op == "call_module":
+            what = f", but {before.target}, a {type(self.network.get_submodule(str(before.target))).__name__}"
+        raise UserError(
+            f"{self.name} rewrites the convolution before each norm, and {place.norm.target} {self.of}"
+            f" has none of its own before it{what}.\nUse a network with norms after an nn.Conv2d each, or another norm."
+        )
+
+    def _check_plain(self, name: str) -> None:
+        """Refuse a convolution that does not convolve with its parameter `weight` as nn.Conv2d does."""
+        layer = self.network.get_submodule(name)
+        own_forward = type(layer).forward is not nn.Conv2d.forward or "forward" in vars(layer)
+        if own_forward or is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
+            raise UserError(
+                f"{self.name} rewrites the convolution before each norm, and {name} {self.of} is a"
+                f" {type(layer).__name__}\nwhose forward pass or weight is computed in a way of its own.\n"
+                "Use nn.Conv2d without a parametrization there, or another norm."
+            )
+
+    def _rewrite(self, place: _Place) -> None:
+        norm = self.traced.get_submodule(place.site.norm)
+        assert isinstance(norm, BatchNormalization)
+        activation = None if place.activation is None else activation_of(self.traced, place.activation)
+        if place.site.convolution:
+            self._rewrite_convolution(place.site.convolution)
+        layer, new_activation = self.variant.norm_and_activation(norm, activation)  # type: ignore[arg-type]
+        if not place.site.convolution:  # what works in place behind an identity would overwrite what others may use
+            if place.activation and place.activation.op == "call_module" and hasattr(activation, "inplace"):
+                activation.inplace = False  # type: ignore[union-attr]
+            elif isinstance(layer, nn.Identity):
+                layer = Copy()
+        if layer is not norm:
+            self._check_averages(place, norm, layer)
+            _keep_frozen(norm, layer)
+            self._put(norm, fit(layer, norm))
         if new_activation is not activation:
-            assert place.activation is not None
             assert new_activation is not None
-            _insert_activation(traced, place, _placed_as(norm, new_activation))
-            graph_changed = True
-    if not graph_changed:
-        return network
-    _check_equal_in_modes(network)
-    variant.graph(traced, [place.site for place in places])
-    traced.graph.lint()
-    traced.recompile()
-    traced.delete_all_unused_submodules()
-    assert isinstance(norm, nn.BatchNorm2d)
-    return _placed_as(norm, traced)  # also the layers that the variant put between the sites
+            _insert_activation(self.traced, place, self._placed_as(norm, fit(new_activation, norm)))
+            self.changes_graph = True
+
+    def _rewrite_convolution(self, name: str) -> None:
+        convolution = self.traced.get_submodule(name)
+        assert isinstance(convolution, nn.Conv2d)
+        own = set(convolution.parameters())
+        layer = self.variant.convolution(convolution)
+        if not convolution.weight.requires_grad:
+            _freeze(parameter for parameter in layer.parameters() if parameter not in own)
+        if layer is not convolution:
+            self._check_plain(name)
+            self._put(convolution, layer)
+
+    def _check_averages(self, place: _Place, norm: BatchNormalization, layer: nn.Module) -> None:
+        if not norm.track_running_stats and any(isinstance(module, BatchStatistics) for module in layer.modules()):
+            raise UserError(
+                f"{place.norm.target} {self.of} has track_running_stats=False, and {self.name} keeps running"
+                " statistics.\nBuild it with them, and evaluate by each batch's own: eval_stats=batch."
+            )
+
+    def _put(self, old: nn.Module, new: nn.Module) -> None:
+        """Put a layer in the place of another, under all names that this has."""
+        self._placed_as(old, take_hooks(new, old))
+        for name in self.names[old]:
+            self.network.set_submodule(name, new)
+        self.traced.set_submodule(self.names[old][0], new)
+
+    def _placed_as(self, old: nn.Module, module: nn.Module) -> nn.Module:
+        """Return `module` on the device, with the dtype and in the mode of the layer that it is for."""
+        tensor = next(chain(old.parameters(), old.buffers(), self.network.parameters()), None)
+        return (module if tensor is None else module.to(tensor.device, tensor.dtype)).train(old.training)
 
 
-def _replace(network: nn.Module, traced: fx.GraphModule, name: str, module: nn.Module, norm: nn.BatchNorm2d) -> None:
-    network.set_submodule(name, _placed_as(norm, module))
-    traced.set_submodule(name, module)
+def _keep_frozen(norm: BatchNormalization, layer: nn.Module) -> None:
+    """Freeze gamma and beta where the norm's are frozen, or are the constants 1 and 0; all, if all of it was frozen."""
+    own = dict(norm.named_parameters())
+    if own and not any(parameter.requires_grad for parameter in own.values()):
+        _freeze(layer.parameters())
+    frozen = [name for name in ("weight", "bias") if name not in own or not own[name].requires_grad]
+    _freeze(p for name, p in layer.named_parameters() if name.rpartition(".")[2] in frozen)
 
 
-def _placed_as(norm: nn.BatchNorm2d, module: nn.Module) -> nn.Module:
-    """Return `module` on the device, with the dtype and in the mode of the norm that it is for."""
-    tensor = next((t for t in (norm.weight, norm.running_mean) if t is not None), None)
-    return (module if tensor is None else module.to(tensor.device, tensor.dtype)).train(norm.training)
+def _freeze(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
 
 
 def _insert_activation(traced: fx.GraphModule, place: _Place, activation: nn.Module) -> None:
@@ -260,11 +368,13 @@ def _insert_activation(traced: fx.GraphModule, place: _Place, activation: nn.Mod
 
 def _check_equal_in_modes(network: nn.Module) -> None:
     """Refuse a network whose graph is another one in training than in evaluation."""
-    training, graphs = network.training, []
-    for mode in (True, False):
-        network.train(mode)
-        graphs.append(Tracer().trace(network).python_code("self").src)
-    network.train(training)
+    state, graphs = State(network, parameters=False), []
+    try:
+        for mode in (True, False):
+            network.train(mode)
+            graphs.append(Tracer(strict=True).trace(network).python_code("self").src)
+    finally:
+        state.restore()
     if graphs[0] != graphs[1]:
         raise UserError(
             f"{type(network).__name__} does different things in training and evaluation, outside of its modules,"

@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from normlab.norms.adapter import FullPrecision
+
 Role = Literal["weight", "scale", "shift", "bias"]
 WEIGHT_LAYERS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -13,26 +15,31 @@ WEIGHT_LAYERS = (
 )
 
 
-class Clock(nn.Module):
+class Clock(FullPrecision):
     """The progress of a run, for layers that change in its course; all layers of a variant share one.
 
     Args:
         unit: "fraction": `now` is the fraction of the run that is done, in [0, 1); "steps": the number of steps.
 
     Attributes:
-        now: float32 scalar on the layers' device; 0 until a training loop calls `at_step`.
+        now, end: float32 scalars on the layers' device, the time before and after the step under way; 0 until a
+            training loop calls `at_step`.
     """
 
     now: Tensor
+    end: Tensor
 
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
         self.register_buffer("now", torch.zeros(()))
+        self.register_buffer("end", torch.zeros(()), persistent=False)  # records of renorm go on without it
 
     def at_step(self, step: int, steps: int) -> None:
         """Set the time to before `step` (0-based) of `steps`."""
-        self.now.fill_(step if self.unit == "steps" else step / steps)
+        scale = 1 if self.unit == "steps" else steps
+        self.now.fill_(step / scale)
+        self.end.fill_((step + 1) / scale)
 
 
 class Steps:
@@ -58,9 +65,9 @@ def parameter_roles(network: nn.Module) -> Iterator[tuple[nn.Parameter, Role, fl
     """Yield each trainable parameter once, with its role and the divisor of its learning rate.
 
     By the type of the owning module: shapes and names misfile a 1-output Linear or a 1-channel norm. A module may
-    name the roles of parameters of its own in `roles`, e.g. ``{"g": "scale"}``, and their divisors in
-    `lr_divisors`. Otherwise convolutions and linear layers have weight and bias; elsewhere what is called bias is
-    a shift, all else a scale.
+    name the roles of parameters of its own in `roles`, e.g. ``{"g": "scale"}``, their divisors in `lr_divisors`, and
+    those that decay whatever their role in `decays` (`decayed_parameters`). Otherwise convolutions and linear layers
+    have weight and bias; elsewhere what is called bias is a shift, all else a scale.
     """
     seen: set[nn.Parameter] = set()
     for module in network.modules():
@@ -76,3 +83,13 @@ def parameter_roles(network: nn.Module) -> Iterator[tuple[nn.Parameter, Role, fl
             else:
                 usual = "shift" if name == "bias" else "scale"
             yield parameter, own.get(name, usual), divisors.get(name, 1.0)
+
+
+def decayed_parameters(network: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that decay as weights do, whatever their role: those that a module names in `decays`."""
+    return {
+        parameter
+        for module in network.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in getattr(module, "decays", ())
+    }

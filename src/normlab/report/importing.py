@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from normlab import runs
-from normlab.common.errors import UserError, did_you_mean, listed, storage_error
+from normlab.common.errors import UserError, as_typed, did_you_mean, exact, listed, storage_error
 from normlab.common.installation import command_name
 from normlab.common.sentences import sentence
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
@@ -46,6 +46,7 @@ COUNTS = ("batch", "norm_batch", "depth", "epochs")
 ACCURACIES, LOSSES = ("test_accuracy", "train_accuracy"), ("test_loss", "train_loss")
 MEASURED = (*ACCURACIES, *LOSSES, "wall_seconds", "images_per_second")
 OF_EVALUATIONS = ("epoch", "step", "state", *MEASURED)  # every other column is a setting of its run
+_Assumed = dict[str, list[str]]  # by kind: the runs it is about, none where it is about all of them
 UNNAMED = "(one without a name)"
 EXAMPLES = {"arm": "mine", "dataset.name": "cifar10", "model.name": "resnet", "depth": 18, "batch": 128, "epochs": 20}
 _GROUPS = ("norm", "model", "dataset", "sampler", "init", "optimizer", "schedule")
@@ -70,6 +71,8 @@ def _setting(value: Any) -> Any:
         return words[value.lower()]
     if not isinstance(value, str | float):
         return value
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,4000}", value):
+        return int(value)  # not by way of a float, to which 2**53 and the next are the same
     try:
         number = float(value)
     except ValueError:
@@ -187,8 +190,8 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
         name = str(first["loc"][0])
         if name == "study":
             raise UserError(sentence(first, {})) from None
-        value = "null" if settings[name] is None else settings[name]
-        raise UserError(f"{name}={value} is not valid: expected {Import.model_fields[name].description}.") from None
+        expected = Import.model_fields[name].description
+        raise UserError(f"{name}={as_typed(settings[name])} is not valid: expected {expected}.") from None
     folder = Path(output_dir) / options.study
     archive.refuse_new_runs(folder)
     path = Path(options.source)
@@ -407,7 +410,7 @@ def _runs(source: _Source, name: str, options: Import) -> tuple[list[_Made], lis
     given = _present(_checked(pd.DataFrame([options.set or {}], ["set="], dtype=object)))[0]
     if "seed" in table and table["seed"].isna().any():
         raise UserError(f"{table.index[table['seed'].isna()][0]} has no seed, and others have one.\nGive it one.")
-    assumed = [] if "seed" in {*table, *given} else [f"seed 0, as {name} has none."]
+    assumed: _Assumed = {} if "seed" in {*table, *given} else {f"seed 0, as {name} has none": []}
     rows = table.reindex(columns=OF_EVALUATIONS).astype(dict.fromkeys(("epoch", "step", *MEASURED), float))
     of_rows = _present(table.drop(columns=[*OF_EVALUATIONS], errors="ignore"))
     settings = [{"seed": 0, **given, **row} for row in of_rows]
@@ -423,12 +426,20 @@ def _runs(source: _Source, name: str, options: Import) -> tuple[list[_Made], lis
         row = json.loads(str(key))
         title = ", ".join(f"{key} {value}" for key, value in {"arm": row["arm"], "seed": row["seed"], **row}.items())
         evaluations = _evaluations(of_run, options.steps_per_epoch, assumed)
-        state = _state(of_run, evaluations, f"{of_run.index[-1]}: {title}", assumed)
+        state, why, example = _state(of_run, evaluations, f"{of_run.index[-1]}: {title}")
+        if why:
+            assumed.setdefault(why, []).append(f"{row['arm']}, seed {row['seed']}{example}")
         run = _make(row, evaluations, state, options.study)
         if run.name in made:
             raise UserError(f"{of_run.index[-1]}: {title} is the same run as another one of {name}.\nRemove one.")
         made[run.name] = run
-    return list(made.values()), list(dict.fromkeys(assumed))
+    return list(made.values()), [_assumption(kind, examples, len(made)) for kind, examples in assumed.items()]
+
+
+def _assumption(kind: str, examples: Sequence[str], runs_made: int) -> str:
+    """Return the sentence of one kind of assumption, with the number of its runs and the first three."""
+    of_runs = f": {len(examples)} of {runs_made} runs, e.g. {'; '.join(examples[:3])}" if examples else ""
+    return f"{kind}{of_runs}."
 
 
 def _need_settings(settings: Mapping[str, Any], place: str) -> None:
@@ -452,7 +463,7 @@ def _scale(rows: pd.DataFrame, *, percent: bool) -> None:
             wrong = values
         if not wrong.empty:
             raise UserError(
-                f"{wrong.index[0]}: {column}={wrong.iloc[0]:g} is not valid with percent={str(percent).lower()}.\n"
+                f"{wrong.index[0]}: {column}={exact(wrong.iloc[0])} is not valid with percent={str(percent).lower()}.\n"
                 "Expected percent=true for accuracies in per cent, from 1 to 100; percent=false for shares of 1."
             )
         rows[column] /= 100 if percent else 1
@@ -490,24 +501,27 @@ def _time(rows: pd.DataFrame, options: Import) -> None:
         )
 
 
-def _evaluations(rows: pd.DataFrame, per_epoch: int | None, assumed: list[str]) -> list[dict[str, Any]]:
+def _evaluations(rows: pd.DataFrame, per_epoch: int | None, assumed: _Assumed) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl, one per epoch: the last measured values of each column."""
     last = rows.sort_values("step", kind="stable", na_position="first").groupby("epoch").last()
     if last["step"].isna().any() and not per_epoch:
-        assumed.append("one step per epoch, as their number is not given; it matters to axes of figures only.")
+        assumed["one step per epoch, as their number is not given; it matters to axes of figures only"] = []
     last["step"] = last["step"].fillna(pd.Series(last.index * (per_epoch or 1), last.index))
     whole = zip(last.index.astype(int), last["step"].astype(int), _present(last[[*MEASURED]]), strict=True)
     return [{"epoch": int(epoch), "step": int(step), **values} for epoch, step, values in whole]
 
 
-def _state(rows: pd.DataFrame, evaluations: Sequence[Mapping[str, Any]], title: str, assumed: list[str]) -> str:
-    """Return done, diverged or interrupted: by the source's column `state`, else by the last evaluation."""
+def _state(rows: pd.DataFrame, evaluations: Sequence[Mapping[str, Any]], title: str) -> tuple[str, str, str]:
+    """Return done, diverged or interrupted: by the source's column `state`, else by the last evaluation.
+
+    Then what was assumed for that, "" if nothing was, and what an example of it adds.
+    """
     end, epochs, last_step = evaluations[-1], rows["epochs"].iloc[0], rows["last_step"].max()
     cut = ""
     if end["epoch"] < epochs:
         cut = f"epoch {epochs}"
     elif end["step"] < last_step:
-        cut = f"step {last_step:g}"
+        cut = f"step {last_step:.0f}"
     lost = any(not math.isfinite(end.get(loss, 0)) for loss in LOSSES)
     states = rows.sort_values(["epoch", "step"])["state"].dropna()
     stated = states.iloc[-1] if len(states) else None
@@ -525,14 +539,12 @@ def _state(rows: pd.DataFrame, evaluations: Sequence[Mapping[str, Any]], title: 
             " it the state diverged; if it was cut short, leave its state empty."
         )
     if stated == "diverged":
-        return "diverged"
+        return "diverged", "", ""
     if lost:
-        assumed.append("runs whose last loss is not finite have diverged.")
-        return "diverged"
+        return "diverged", "runs whose last loss is not finite have diverged", ""
     if cut:
-        assumed.append(f"runs that end before {cut} were interrupted, and are part of no mean.")
-        return "interrupted"
-    return "done"
+        return "interrupted", "runs that end early were interrupted, and are part of no mean", f" (before {cut})"
+    return "done", "", ""
 
 
 def _make(settings: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], state: str, study: str) -> _Made:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from normlab.common.errors import UserError, did_you_mean, listed
+from normlab.common.errors import UserError, as_typed, did_you_mean, listed, switch_meant
 from normlab.common.installation import CONF
 from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
 from normlab.runs import files
@@ -86,8 +86,8 @@ class Options:
         for name, (is_valid, expected) in _EXPECTED.items():
             if not is_valid(getattr(self, name)):
                 self._refuse(name, expected)
-        if len({f"{threshold:g}" for threshold in self.thresholds}) < len(self.thresholds):
-            raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same, to six digits.")
+        if len(set(self.thresholds)) < len(self.thresholds):
+            raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 names = ["null" if choice is None else choice for choice in choices]
@@ -104,8 +104,8 @@ class Options:
 
     def _refuse(self, name: str, expected: str, choices: Sequence[str] = ()) -> NoReturn:
         given = getattr(self, name)
-        hint = did_you_mean(given, choices, f"{name}=")
-        raise UserError(f"{name}={given} is not valid: expected {expected}{hint}")
+        hint = did_you_mean(given, choices, f"{name}=") or (switch_meant(name, given) if "true" in expected else "")
+        raise UserError(f"{name}={as_typed(given)} is not valid: expected {expected}{hint}")
 
     @property
     def selection(self) -> str:

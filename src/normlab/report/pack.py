@@ -1,5 +1,6 @@
 """Pack a study into one file for others to read, with a description that archives of research data understand."""
 
+import itertools
 import json
 import shlex
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from normlab.report.study.load import Study, load
 from normlab.report.study.status import read_packed
 from normlab.runs import archive, files, find, probe_files
 from normlab.runs.folder import STATUS
+from normlab.runs.provenance import segments
 
 _VERSION = "https://w3id.org/ro/crate/1.1"
 _CITATION = "CITATION.cff"
@@ -221,9 +223,10 @@ def _references(entities: Iterable[Mapping[str, Any]]) -> Any:
 def _software(study: Study) -> list[dict[str, Any]]:
     """Return this version of normlab, and each version of each package that made the runs."""
     found: dict[tuple[Any, Any], None] = {("normlab", __version__): None}
-    for made in study.provenance.values():
+    for made in itertools.chain.from_iterable(map(segments, study.provenance.values())):
         versions = made.get("versions")
-        found |= dict.fromkeys(sorted(versions.items()) if isinstance(versions, dict) else ())
+        known = versions.items() if isinstance(versions, dict) else ()
+        found |= dict.fromkeys(sorted((name, version) for name, version in known if isinstance(version, str)))
     return [
         {
             "@id": f"#{quote(f'{name}-{version}')}",

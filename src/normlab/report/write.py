@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.common.errors import UserError, did_you_mean, first_line
+from normlab.common.errors import UserError, as_typed, did_you_mean, first_line
 from normlab.common.installation import command_name
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
@@ -20,7 +20,7 @@ from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
 from normlab.report.study.find import find_studies, find_study
 from normlab.report.study.load import Study, load
-from normlab.report.study.provenance import Provenance, mixed_provenance, provenance_of
+from normlab.report.study.provenance import Provenance, continued, mixed_cells, mixed_provenance, provenance_of
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status
 from normlab.runs import files
@@ -56,7 +56,8 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         for suffix, text in render(table, chosen.name, provenance).items():
             _write(folder / f"{table.name}.{suffix}", text.encode())
     drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
-    warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options), *mixed_provenance(chosen)]
+    warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options)]
+    warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(chosen, made, shown, warnings).encode())
     html = html_page(chosen, made, judgements, drawings, metric, warnings)
@@ -140,7 +141,7 @@ def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool
         UserError: for a study that does not exist and a folder that cannot be read.
     """
     if not isinstance(watch, bool):
-        raise UserError(f"watch={watch} is not valid: expected true or false.")
+        raise UserError(f"watch={as_typed(watch)} is not valid: expected true or false.")
     name, path = find_study(str(study), _folder("output_dir", output_dir))
     show_status(name, path, watch=watch, quiet=quiet)
 
@@ -152,7 +153,7 @@ def pack_study(study: str, output_dir: str | Path, *, replace: bool = False, qui
         UserError: for a study that does not exist, a file that cannot be written, and one that has other runs.
     """
     if not isinstance(replace, bool):
-        raise UserError(f"replace={replace} is not valid: expected true or false.")
+        raise UserError(f"replace={as_typed(replace)} is not valid: expected true or false.")
     from normlab.report.pack import pack  # slow to import, and no other command needs it
 
     return pack(str(study), _folder("output_dir", output_dir), replace=replace, quiet=quiet)
@@ -186,7 +187,7 @@ def _make_report_folder(study: Study, folder: Path) -> None:
 
 def _folder(setting: str, value: object) -> Path:
     if not isinstance(value, str | Path):
-        raise UserError(f"{setting}={'null' if value is None else value} is not valid: expected a path.")
+        raise UserError(f"{setting}={as_typed(value)} is not valid: expected a path.")
     return Path(value)
 
 

@@ -12,10 +12,11 @@ from normlab.runs.folder import (
     read_config,
     read_metrics,
     read_probes,
+    read_provenance,
     read_rows,
     read_status,
 )
-from normlab.runs.identity import completed, identity, run_id, run_name
+from normlab.runs.identity import compared, completed, flatten, identity, run_id, run_name
 from normlab.runs.states import FINISHED, State
 
 __all__ = [
@@ -26,14 +27,17 @@ __all__ = [
     "PROVENANCE",
     "Run",
     "State",
+    "compared",
     "completed",
     "find",
+    "flatten",
     "identity",
     "now",
     "probe_files",
     "read_config",
     "read_metrics",
     "read_probes",
+    "read_provenance",
     "read_rows",
     "read_status",
     "run_id",

@@ -108,6 +108,23 @@ def read_status(folder: RecordPath) -> dict[str, Any] | None:
     return status
 
 
+def read_provenance(folder: RecordPath) -> dict[str, Any]:
+    """Return what is recorded of how a run was made; nothing if it cannot be read: the record can do without.
+
+    Equal ones share their parts: they are to be read only.
+    """
+    try:
+        return _provenance((folder / PROVENANCE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+@lru_cache(maxsize=256)
+def _provenance(text: bytes) -> dict[str, Any]:
+    value = json.loads(text)
+    return value if isinstance(value, dict) else {}
+
+
 def read_metrics(folder: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the evaluations that can be read, and a sentence about each line that cannot."""
     return read_rows(folder / METRICS_FILE)

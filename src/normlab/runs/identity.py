@@ -3,14 +3,16 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
+
+from normlab.common.registry import declarations
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-FORMAT = 1  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
+FORMAT = 2  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
 
 # Where and how a run is carried out; everything else is part of its identity.
 CARRIED_OUT = frozenset(
@@ -47,15 +49,26 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _later_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     """Yield group ("" for none), name and neutral value of each setting that came after format 1."""
-    if FORMAT == 1:  # there is none, and a report does not wait for the schema's import
-        return
     for key, neutral in _marked(_schema()).items():
         yield "", key, neutral
     for group, values in config.items():
+        if group == "norm":
+            for key, neutral in _later_options(str(values.get("_target_")), str(values.get("name"))).items():
+                yield group, key, neutral
         if isinstance(values, Mapping):
             section = _section(_schema(), group, str(values.get("kind")), str(values.get("name")))
             for key, neutral in (_marked(section) if section else {}).items():
                 yield group, key, neutral
+
+
+@cache
+def _later_options(target: str, name: str) -> dict[str, Any]:
+    """Return the neutral value of each option of a norm of normlab that came after runs had been recorded."""
+    norms = declarations("norms").values() if target.startswith("normlab.norms.") else ()
+    of_class = {norm.name: norm for norm in norms if norm.class_name == target.rpartition(".")[2]}
+    declared = of_class.get(name) or next(iter(of_class.values()), None)
+    options = declared.options if declared else {}
+    return {key: option.neutral for key, option in options.items() if option.neutral is not None}
 
 
 def _schema() -> "type[BaseModel]":
@@ -89,6 +102,30 @@ def _section(model: "type[BaseModel]", group: str, kind: str, name: str) -> "typ
             if (kind if tag == "kind" else name) in get_args(section.model_fields[tag].annotation):
                 return section
     return None
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Hashable]:
+    """Return nested settings by their names on the command line: optimizer.lr; lists as JSON."""
+    flat: dict[str, Hashable] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, Hashable) else json.dumps(value)
+    return flat
+
+
+def compared(config: Mapping[str, Any]) -> dict[str, Hashable]:
+    """Return the flat settings by which runs are compared, those that its format did not have yet included.
+
+    schedule.divide_final_lr belongs to arms that divide the rate of some parameters: others, and those that have its
+    default, are without it.
+    """
+    flat = flatten(completed(config))
+    divides = any(key.startswith("norm.") and key.endswith("lr_divisor") and flat[key] != 1 for key in flat)
+    if not (divides and flat.get("schedule.divide_final_lr")):
+        flat.pop("schedule.divide_final_lr", None)
+    return flat
 
 
 def run_id(config: Mapping[str, Any]) -> str:

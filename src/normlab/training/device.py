@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import resource
+import socket
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
@@ -119,8 +120,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
-    """Return where a result was made: versions, commit, command, machine, data."""
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Return where a result is made: versions, commit, command, machine."""
     packages = ("torchvision", "hydra-core", "numpy")
     return {
         "versions": {
@@ -131,11 +132,11 @@ def provenance(device: torch.device, data_fingerprint: str) -> dict[str, Any]:
         },
         "git": checkout.state(),
         "command": sys.argv,
+        "host": socket.gethostname(),
         "platform": platform.platform(),
         "device": name_of(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "data_fingerprint": data_fingerprint,
     }
 
 

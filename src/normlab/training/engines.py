@@ -5,6 +5,7 @@ All train on the same batches by the same formulas; `engine` chooses (conf/confi
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -128,15 +129,15 @@ class Engine:
         """Train on the batch of the position and keep its loss and correct classifications there, on the device."""
         (images, labels), batch = self.next_batch(), self.position.batch
         self._next = None
-        set_learning_rate(self.train_on.optimizer, self._learning_rate(batch))
+        set_learning_rate(self.train_on.optimizer, partial(self._learning_rate, batch))
         loss, correct = self.train_on(images, labels, self.train.images_of(batch))
         # Reading them here would make every step wait for the GPU (as fp16's scaler does).
         self.position.losses[batch] = loss
         self.position.correct[batch] = correct
 
-    def _learning_rate(self, batch: int) -> float:
+    def _learning_rate(self, batch: int, divisor: float) -> float:
         steps = self.train.steps
-        return learning_rate(self.config, self.epoch * steps + batch, steps)
+        return learning_rate(self.config, self.epoch * steps + batch, steps, divisor)
 
     def _count_as_capture(self, seconds: float) -> None:
         self.capture_seconds += seconds
@@ -175,7 +176,7 @@ class Graphed(Engine):
         self.state = "warming up"  # then "captured", or "eager" if it cannot be
         self.warm_steps = 0
         self.images: Epoch
-        self.rates = torch.zeros(train.steps, device=step.device)
+        self.rates = torch.zeros(len(step.optimizer.param_groups), train.steps, device=step.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=step.device)  # of the batch
         self.places = torch.arange(train.batch, device=step.device)
 
@@ -187,7 +188,9 @@ class Graphed(Engine):
             self.images.copy_(fresh)
         else:
             self.images = fresh
-        self.rates.copy_(torch.tensor([self._learning_rate(batch) for batch in range(self.train.steps)]))
+        divisors = [group["lr_divisor"] for group in self.train_on.optimizer.param_groups]
+        rates = [[self._learning_rate(batch, divisor) for batch in range(self.train.steps)] for divisor in divisors]
+        self.rates.copy_(torch.tensor(rates))
         self.number.fill_(self.position.batch)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
@@ -229,8 +232,8 @@ class Graphed(Engine):
 
     def _whole_step(self) -> None:
         images, labels = self._batch(self.places + self.number * self.train.batch)
-        for group in self.train_on.optimizer.param_groups:
-            group["lr"].copy_((self.rates.index_select(0, self.number) / group["lr_divisor"]).squeeze())
+        for group, rates in zip(self.train_on.optimizer.param_groups, self.rates, strict=True):
+            group["lr"].copy_(rates.index_select(0, self.number).squeeze())
         loss, correct = self.train_on(images, labels, self.train.batch)
         self.position.losses.index_copy_(0, self.number, loss[None].to(self.position.losses.dtype))
         self.position.correct.index_copy_(0, self.number, correct[None])

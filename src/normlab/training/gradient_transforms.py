@@ -25,7 +25,7 @@ def build_transform(config: OptimizerConfig, network: nn.Module) -> Callable[[],
     if config.precondition == "bnp":
         transforms.append(Preconditioner(network))
     if config.agc is not None:
-        transforms.append(AdaptiveClipping(network, config.agc))
+        transforms.append(AdaptiveClipping(network, config.agc, vectors=config.agc_vectors))
     return _InTurn(transforms) if transforms else None
 
 
@@ -48,15 +48,17 @@ class AdaptiveClipping:
 
         G_i <- G_i · min(1, ratio · max(||W_i||, 1e-3) / ||G_i||)
 
-    Biases, gains and scalars are left alone [A]: a branch's scalar that starts at 0 could hardly leave it.
+    With `vectors`, as in the authors' code, every vector and scalar (bias, gain, a branch's scalar, also the
+    classifier's bias) counts as one unit. One that starts at 0 then takes at most 1e-3 · ratio of a gradient at first.
     Invariant: no unit's gradient is longer than `ratio` times its weights, which keeps relative updates small.
     """
 
-    def __init__(self, network: nn.Module, ratio: float) -> None:
+    def __init__(self, network: nn.Module, ratio: float, *, vectors: bool) -> None:
         self.ratio = ratio
         left_alone = set(network.get_submodule(classifier_of(network)).parameters())
-        parameters = network.parameters()
-        self.parameters = [p for p in parameters if p.requires_grad and p.dim() > 1 and p not in left_alone]
+        self.parameters = [
+            p for p in network.parameters() if p.requires_grad and (vectors if _is_vector(p) else p not in left_alone)
+        ]
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -69,9 +71,14 @@ class AdaptiveClipping:
                 parameter.grad.mul_((longest / lengths).clamp_max(1.0))
 
 
+def _is_vector(tensor: Tensor) -> bool:
+    return tensor.dim() <= 1
+
+
 def _unit_norms(tensor: Tensor) -> Tensor:
-    """L2 norm per row of the first dimension, (O, 1, ...)."""
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), keepdim=True)
+    """L2 norm per row of the first dimension, (O, 1, ...); of all of a vector."""
+    dims = None if _is_vector(tensor) else tuple(range(1, tensor.dim()))
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
     return norms
 
 

@@ -84,7 +84,8 @@ def measure(state: TrainingState, probes: Probes, supervisor: Supervisor) -> Non
     supervisor.gather_losses()
     supervisor.stopwatch.lap(training=True)
     lr = learning_rate(config, state.step_number, state.data.train.steps)
-    set_learning_rate(step.optimizer, lr)  # a probe may compute the update that the step will make
+    rate = partial(learning_rate, config, state.step_number, state.data.train.steps)
+    set_learning_rate(step.optimizer, rate)  # a probe may compute the update that the step will make
     step.optimizer.zero_grad(set_to_none=True)
     images, targets = state.engine.next_batch()
     snapshot = StepSnapshot(

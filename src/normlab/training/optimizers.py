@@ -1,28 +1,36 @@
 """Optimizers with parameter groups by module type, and learning-rate schedules as pure functions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from normlab.config.schema import SGD, Adam, Cosine, OptimizerConfig, Polynomial, RunConfig, Step
-from normlab.norms import parameter_roles
+from normlab.norms import decayed_parameters, parameter_roles
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     """Return one group per role of parameters and per divisor of the learning rate: `params`, `role`, `lr_divisor`.
 
-    Roles are "weight", "bias", "scale" and "shift", by the type of the owning module.
+    Roles are "weight", "bias", "scale" and "shift", by the type of the owning module. `decays` says whether a group
+    decays whatever the settings say of its role.
     """
-    groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
+    always = decayed_parameters(network)
     for parameter, role, divisor in parameter_roles(network):
-        groups.setdefault((role, divisor), []).append(parameter)
-    return [{"params": params, "role": role, "lr_divisor": divisor} for (role, divisor), params in groups.items()]
+        groups.setdefault((role, divisor, role == "weight" or parameter in always), []).append(parameter)
+    return [
+        {"params": params, "role": role, "lr_divisor": divisor, "decays": decays}
+        for (role, divisor, decays), params in groups.items()
+    ]
 
 
 def build_optimizer(config: OptimizerConfig, network: nn.Module, *, for_graph: bool = False) -> torch.optim.Optimizer:
-    """Return the optimizer of a run. Weights decay; biases, shifts and scales only with `decay_norm_and_bias`.
+    """Return the optimizer of a run.
+
+    Weights decay, and what a variant lets decay; other biases, shifts and scales only with `decay_norm_and_bias`.
 
     An update is one operation for all parameters where PyTorch has one (SGD and Adam).
 
@@ -31,7 +39,7 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, *, for_graph: b
     """
     groups = parameter_groups(network)
     for group in groups:
-        decays = group["role"] == "weight" or config.decay_norm_and_bias
+        decays = group["decays"] or config.decay_norm_and_bias
         group["weight_decay"] = config.weight_decay if decays else 0.0
     device = next(network.parameters()).device
     on_gpu = for_graph and device.type == "cuda"  # the only ones that PyTorch lets be capturable
@@ -65,13 +73,18 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     optimizer.load_state_dict({**saved, "param_groups": [{**own, "params": other["params"]} for own, other in groups]})
 
 
-def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of `step` (0-based) of a run.
+def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float = 1.0) -> float:
+    """Return the learning rate of `step` (0-based) of a run, of parameters that learn at the rate over `divisor`.
 
     After a linear warm-up that reaches `base` at its end, the schedule runs over the rest, t in [0, 1):
     step: base · gamma^(milestones passed, as fractions of the whole run); cosine: from base to final_lr by
-    half a cosine; polynomial: final_lr + (base - final_lr) · (1 - t)^power.
+    half a cosine; polynomial: final_lr + (base - final_lr) · (1 - t)^power. `divisor` divides base, and final_lr only
+    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate.
     """
+    return _undivided_rate(config, step, steps_per_epoch, divisor) / divisor
+
+
+def _undivided_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float) -> float:
     schedule, base, epochs = config.schedule, config.optimizer.lr, config.epochs
     warmup = schedule.warmup_epochs
     epoch = step / steps_per_epoch
@@ -83,18 +96,23 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     if isinstance(schedule, Step):
         return base * math.pow(schedule.gamma, sum(epoch + 1e-9 >= one * epochs for one in schedule.milestones))
     if isinstance(schedule, Cosine):
-        final = min(schedule.final_lr, base)
+        final = _final_rate(schedule, base, divisor)
         return final + (base - final) * (1 + math.cos(math.pi * t)) / 2
     if isinstance(schedule, Polynomial):
-        final = min(schedule.final_lr, base)
+        final = _final_rate(schedule, base, divisor)
         return final + (base - final) * math.pow(1 - t, schedule.power)
     return base
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group its share of `lr`."""
+def _final_rate(schedule: Cosine | Polynomial, base: float, divisor: float) -> float:
+    return min(schedule.final_lr if schedule.divide_final_lr else schedule.final_lr * divisor, base)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | Callable[[float], float]) -> None:
+    """Give each group its learning rate: a function of its divisor, or its share of one number."""
     for group in optimizer.param_groups:
+        rate = lr(group["lr_divisor"]) if callable(lr) else lr / group["lr_divisor"]
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr / group["lr_divisor"])
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = lr / group["lr_divisor"]
+            group["lr"] = rate

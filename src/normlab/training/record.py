@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from normlab import loggers, runs
-from normlab.runs import files
+from normlab.data.recorded import image_files
+from normlab.runs import files, provenance
 from normlab.training import checkpoint, device
 from normlab.training.state import TrainingState
 
@@ -32,20 +33,36 @@ class Recorder:
         self.log.info("%s", text)
         self._on_status(self.run.write_status("running", durable=False, doing=text))
 
-    def start(self, state: TrainingState) -> None:
+    def start(self, state: TrainingState, *, resumed: bool) -> None:
         """Begin to record a run that is set up, or go on; measurements that it will make again are dropped."""
         evaluated = state.steps_until(state.position.epoch)
         for warning in self.run.keep_rows_until(evaluated, state.step_number):
             self.log.warning("%s", warning)
         if state.group.is_main:
-            facts = {
-                **device.provenance(state.device, state.data.fingerprint),
-                "processes": state.group.world,
-                "memory_format": state.memory_format,
-                "packed": state.interleaver.packed,
-            }
-            files.write_json(self.run.folder / runs.PROVENANCE, facts)
+            self._write_provenance(state, resumed=resumed)
             self._logger.begin(runs.read_metrics(self.run.folder)[0])
+
+    def _write_provenance(self, state: TrainingState, *, resumed: bool) -> None:
+        images = image_files(state.config)
+        now = {
+            **device.provenance(state.device),
+            "own_code": state.config.own_code(),
+            "data": images.describe() if images else None,
+            "data_fingerprint": state.data.fingerprint,
+            "value_range": state.data.values.value_range,
+            "processes": state.group.world,
+            "memory_format": state.memory_format,
+            "packed": state.interleaver.packed,
+        }
+        before = runs.read_provenance(self.run.folder) if resumed else {}
+        if changed := provenance.differences(before, now):
+            self.log.warning(
+                "%s goes on under other circumstances than it began with: %s. Its record keeps both.",
+                self.run.name,
+                "; ".join(changed),
+            )
+        earlier = provenance.earlier_segments(before, now, state.step_number) if before else []
+        files.write_json(self.run.folder / runs.PROVENANCE, now | ({"earlier": earlier} if earlier else {}))
 
     def heartbeat(self, state: TrainingState) -> None:
         """Write that the run is under way, and how far."""

@@ -7,6 +7,7 @@ from typing import Any
 from normlab import runs
 from normlab.common.errors import UserError, first_line
 from normlab.config.schema import RunConfig
+from normlab.data.recorded import image_files
 from normlab.training import checkpoint
 from normlab.training.optimizers import restore_optimizer
 from normlab.training.state import TrainingState
@@ -29,9 +30,12 @@ def restore(state: TrainingState, saved: Mapping[str, Any], run: runs.Run) -> No
     Raises:
         UserError: if images or network have changed since.
     """
-    if saved["data_fingerprint"] != state.data.fingerprint:
+    images = image_files(state.config)
+    change = images.change(runs.read_provenance(run.folder).get("data")) if images else ""
+    if change or saved["data_fingerprint"] != state.data.fingerprint:
         raise UserError(
-            f"The images of dataset={state.config.dataset.name} have changed since {run.name} was interrupted.\n"
+            f"The images of dataset={state.config.dataset.name} have changed since {run.name} was interrupted"
+            f"{f' ({change})' if change else ''}.\n"
             f"Bring the old ones back, or delete {run.folder} to start it anew, or give the new ones"
             " another dataset.name."
         )

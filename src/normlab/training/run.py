@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from normlab import loggers, runs
+from normlab.common import bugs
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
 from normlab.config.schema import RunConfig
 from normlab.runs import files
@@ -105,7 +106,7 @@ def _train(
     if saved:
         resume.restore(state, saved, recorder.run)
         recorder.log.info("going on at epoch %d, batch %d", state.position.epoch + 1, state.position.batch)
-    recorder.start(state)
+    recorder.start(state, resumed=bool(saved))
     try:
         train(state, recorder, stop)
     except DivergedError as error:
@@ -137,6 +138,8 @@ def _recorded(error: BaseException, run: runs.Run, log: logging.Logger) -> BaseE
             "Use a smaller batch, fewer runs at a time (hydra.launcher.slots=1), or another device."
         )
         error = OutOfMemoryError(message)
+    if not isinstance(error, UserError | KeyboardInterrupt):
+        log.error("%s", bugs.report(error))
     state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     run.write_status(state, ended=runs.now(), error=message)
     return error

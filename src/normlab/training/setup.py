@@ -15,7 +15,7 @@ from normlab.data.datasets import Data, Loaded, load
 from normlab.norms import Steps, find_sites, independent_processes
 from normlab.norms.layer_statistics import is_random
 from normlab.probes import ProbedNetwork, Probes
-from normlab.training import device, engines, taps
+from normlab.training import device, engines, shapes, taps
 from normlab.training.average import Average
 from normlab.training.distributed import checks
 from normlab.training.distributed.process_group import ProcessGroup
@@ -57,6 +57,8 @@ def set_up(
     kept = saved["threads"] if saved and saved["processes"] == group.world else resources.threads
     device.prepare(config, where, config.threads or kept)
     data = load(config, where, log=recorder.preparing, rank=group.rank, world=group.world, loaded=resources.loaded)
+    for warning in data.values.warnings:
+        recorder.log.warning("%s", warning)
     if group.broadcast(data.fingerprint) != data.fingerprint:
         raise UserError(
             f"The processes of this run see different images of dataset={config.dataset.name}.\n"
@@ -89,7 +91,7 @@ def build_network(config: RunConfig, data: Data, where: torch.device, group: Pro
     """
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     checks.prepare_layers(config, network, data, group.world)
-    check_shapes(config, network, data)
+    shapes.check(config, network, shapes.of_data(config, data))
     network = network.to(where)
     if new and config.starts_from_data:
         images = data.calibration(config.calibration_images)
@@ -170,56 +172,3 @@ def _probe_subject(config: RunConfig, network: nn.Module, data: Data) -> ProbedN
     base = models.base(config, num_classes=len(data.classes), image_size=data.image_size)
     prefix = "network." if config.input_norm == "bn" else ""
     return ProbedNetwork(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)
-
-
-def check_shapes(config: RunConfig, network: nn.Module, data: Data) -> None:
-    """Check each size of batch that will occur, on the meta device, where a forward pass costs nothing.
-
-    Raises:
-        UserError: if the images are too small for the network or too few for a layer's statistics, or the
-            network's output is not one number per image and class.
-    """
-    sizes = _batch_sizes(config, data)
-    shown = copy.deepcopy(network).to("meta").train()
-    for size in sorted(sizes, reverse=True):  # an error of the whole batch is one that no other size mends
-        try:
-            with independent_processes():
-                output = shown(torch.empty(size, data.channels, data.image_size, data.image_size, device="meta"))
-        except NotImplementedError:  # some operation of the user's network has no meta form
-            return
-        except (ValueError, RuntimeError) as error:
-            if "device" in str(error):  # a tensor that the user's network keeps to itself
-                return
-            raise _does_not_fit(config, data, size, sizes[size], error) from error
-        expected = (size, len(data.classes))
-        if not isinstance(output, Tensor) or tuple(output.shape) != expected:
-            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise UserError(
-                f"{config.model.name} gives {given} for a batch of {size} images.\n"
-                f"Expected a tensor {expected}: one number per image and class of {config.dataset.name}."
-            )
-
-
-def _batch_sizes(config: RunConfig, data: Data) -> dict[int, str]:
-    """Return the sizes of batch that occur, each with the setting that changes it; those of training go first."""
-    sizes: dict[int, str] = {}
-    for split, setting in ((data.train, "batch"), (data.val, "eval_batch"), (data.test, "eval_batch")):
-        if split and (split is data.train or config.eval_stats == "batch"):
-            each = 1 if config.sync_stats else split.processes  # the smallest share, where statistics are of shares
-            last = " or drop_last=true" if split is data.train else ""
-            sizes.setdefault(min(split.batch, split.images) // each, f"another {setting}")
-            sizes.setdefault(split.images % split.batch // each, f"another {setting}{last}")
-    sizes.pop(0, None)
-    return sizes
-
-
-def _does_not_fit(config: RunConfig, data: Data, size: int, setting: str, error: Exception) -> UserError:
-    images, larger = f"images of {data.image_size}x{data.image_size} pixels", "larger images, "
-    if data.task == "regression":
-        images, larger = "samples", ""
-    last = "" if size in (config.batch, config.eval_batch) else ", the last of an epoch or evaluation,"
-    return UserError(
-        f"A batch of {size} {images}{last} does not fit {config.model.name} with norm={config.norm.name}:\n"
-        f"{first_line(error)}\n"
-        f"Use {larger}another norm (one over a single value is undefined) or {setting}."
-    )

@@ -134,6 +134,30 @@ def test_a_pair_is_diverged_if_either_run_is(add_run, tables):
     assert cell(tables()["difference"], "none", 8) == "+0.00 (n=1, 2 of 3 diverged)"
 
 
+def test_a_test_of_the_pairs_that_survived_says_so_beside_its_p_and_below_the_table(add_run, tables):
+    plant(add_run, bn={8: [0.9, 0.91, 0.93, 0.9]}, none={8: [0.8, 0.83, None, 0.79]}, gn={8: [0.9, 0.8, 0.85, 0.7]})
+    difference = tables()["difference"]
+    assert "(n=3, 1 of 4 diverged, survivors' p = " in cell(difference, "none", 8)
+    assert "(n=4, p = " in cell(difference, "gn", 8)
+    assert "Survivors' p and d_z" in difference.caption
+    assert "Survivors" not in tables(baseline="none")["accuracy"].caption
+
+
+def test_a_mean_of_some_of_the_done_runs_says_of_how_many(add_run, add_probe, tables, probe_tables_of):
+    for seed, converged in ((0, True), (1, False), (2, True)):
+        row = {"step": 5, "eigenvalue": 4.0, "converged": converged, "weight_norm": 7.0}
+        add_probe(add_run(seed=seed), "sharpness", [row])
+    [texts] = texts_of(probe_tables_of()["probe_sharpness"]).values()
+    assert (texts["largest eigenvalue"].item(), texts["‖weights‖"].item()) == ("4 [4, 4] (2 of 3)", "7.000 ± 0.000")
+
+
+def test_an_arm_whose_measured_runs_all_diverged_has_a_row_that_says_so(add_run, add_probe, probe_tables_of):
+    add_probe(add_run(), "sharpness", [{"step": 5, "eigenvalue": 4.0, "converged": True, "weight_norm": 7.0}])
+    add_run("none", accuracies=(), state="diverged", probe={"sharpness": {"times": 3}})
+    [texts] = texts_of(probe_tables_of()["probe_sharpness"]).values()
+    assert texts.set_index("arm").loc["none"].tolist() == ["8", "0 of 1, 1 diverged", "--", "--", "--"]
+
+
 def test_convergence_and_cost_are_of_the_done_runs(add_run, tables):
     add_run(seed=0, accuracies=(0.5, 0.9, 0.8))
     add_run(seed=1, accuracies=(0.1,), state="diverged")
@@ -155,6 +179,12 @@ def test_an_accuracy_is_reached_at_the_first_evaluation_that_shows_it(add_run, t
     assert row(built["seconds_to_accuracy"], quantity="seconds_to_0.8")["mean"] == 3.0
     [texts] = texts_of(built["epochs_to_accuracy"])["digits, resnet18"].to_dict("records")
     assert (texts["95 %"], texts["99 %"]) == ("3.0 (1 of 2)", "not reached")
+
+
+def test_thresholds_that_are_near_each_other_have_columns_of_their_own(add_run, tables):
+    add_run(accuracies=(0.9999997, 0.9, 1.0))
+    texts = texts_of(tables(thresholds=(0.07, 0.9999995, 0.9999999))["epochs_to_accuracy"])["digits, resnet18"]
+    assert texts[["7 %", "99.99995 %", "99.99999 %"]].iloc[0].tolist() == ["1.0", "1.0", "3.0"]
 
 
 def test_runs_without_accuracies_are_compared_by_their_loss(add_run, add_losses, study, tables):

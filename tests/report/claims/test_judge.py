@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from planted import Planted, planted, simulate, study_for
@@ -335,7 +336,9 @@ def test_runs_without_the_measurement_that_they_were_to_have_are_told():
         return verdict(planted(runs), "santurkar2018-ics")
 
     some, every = judged(2), judged(5)
-    assert some.verdict == SUPPORTED
+    assert judged(0, unmeasured=2).verdict == SUPPORTED
+    assert some.verdict == INCONCLUSIVE
+    assert "no test: it would be of the runs that survived alone" in some.results[0].remarks
     assert "2 runs of none diverged and have no such value" in some.results[0].remarks
     assert "seeds 0, 1 are not in all cells and are left out" in some.results[0].remarks
     assert every.verdict == INCONCLUSIVE
@@ -344,6 +347,83 @@ def test_runs_without_the_measurement_that_they_were_to_have_are_told():
     told = judged(2, unmeasured=3, seeds=8).results[0].remarks
     assert "2 runs of none diverged and have no such value" in told
     assert "3 runs of none have no such value" in told
+
+
+def test_a_run_that_diverged_is_compared_by_the_steps_before_with_others_up_to_the_same_step():
+    shifts = {seed: {"bn": (4.0, 4.0 + seed, 0.01), "none": (1.0, 1.0, 0.0025)} for seed in range(3)}
+    shifts |= {seed: {"bn": (4.0, 4.0 + seed, 0.01), "none": (8.0, 9.0)} for seed in (3, 4)}
+    runs, rows = [], []
+    for seed, arms in shifts.items():
+        for arm, l2 in arms.items():
+            rows += [{"run": f"run{len(runs)}", "step": step, "l2": x, "cosine": 0.5} for step, x in enumerate(l2)]
+            state = "done" if len(l2) == 3 else "diverged"
+            runs.append(Planted({"norm.name": arm, "probe.ics.every": 1}, seed, {}, state))
+    study = planted(runs)
+    study.probes["ics"] = pd.DataFrame(rows)
+    result = verdict(study, "santurkar2018-ics").results[0]
+    expected = [(math.log(4) + math.log(4 + seed) + math.log(4)) / 3 for seed in range(3)]
+    expected += [(math.log(4 / 8) + math.log((4 + seed) / 9)) / 2 for seed in (3, 4)]
+    assert list(result.contrasts.values()) == pytest.approx(expected)
+    assert result.verdict == INCONCLUSIVE  # the three seeds that survived would have supported it
+    assert (
+        "2 of 5 runs of none diverged and count up to their last measured step, as do the runs that they are compared"
+        " with"
+    ) in result.remarks
+
+
+PROBED = {claim.id: claim for claim in claims() if any(c.measure.probe for c in claim.comparisons)}
+
+
+@pytest.mark.parametrize("claim", PROBED.values(), ids=PROBED)
+def test_no_claim_about_a_probe_is_supported_by_the_runs_that_survived_alone(claim):
+    study = study_for(claim, "for", range(8))
+    assert verdict(study, claim.id).verdict == SUPPORTED
+    arm = claim.comparisons[0].sides[0].where["norm.name"]
+    of_lost = (study.runs["arm"] == arm) & (study.runs["seed"] < 4)
+    study.runs.loc[of_lost, "state"] = "diverged"
+    for comparison in claim.comparisons:
+        probe, before = comparison.measure.probe, comparison.measure.diverged == "before"
+        rows = study.probes[probe]
+        study.probes[probe] = rows[~rows["run"].isin(study.runs["run"][of_lost])] if before else rows
+        for config in study.configs.values():
+            config.setdefault("probe", {})[probe] = {"every": 5}
+    found = verdict(study, claim.id)
+    assert found.verdict == INCONCLUSIVE
+    for result in found.results:
+        assert re.search(rf"4 (of 8 )?runs of {arm} diverged", " ".join(result.remarks))
+
+
+@pytest.mark.parametrize(
+    ("differences", "expectation", "remark"),
+    [
+        ([1.0, 1.1, 0.9, 1.05, -9.0], INCONCLUSIVE, "rests on seed 4: without it supported"),
+        ([-9.0, 1.0, 1.1, 0.9, 1.05], INCONCLUSIVE, "rests on seed 0: without it supported"),
+        ([-1.0, -1.1, -0.9, 9.0, -1.05], INCONCLUSIVE, "rests on seed 3: without it contradicted"),
+        ([0.4, 0.0, 0.3, 0.9, 0.1, 0.6], SUPPORTED, "rests on seed 3: without it inconclusive"),
+        ([1.0, 1.1, 0.9, 1.05, 0.95], SUPPORTED, None),
+        ([1.0, -1.1, 0.9, -1.05, 0.1], INCONCLUSIVE, None),
+        ([1.0, 1.1, -9.0], INCONCLUSIVE, None),  # of two seeds there is no verdict
+    ],
+)
+def test_a_verdict_that_rests_on_one_outlying_seed_says_so(differences, expectation, remark):
+    none = [50.0 + 3 * seed for seed in range(len(differences))]
+    bn = [value + difference for value, difference in zip(none, differences, strict=True)]
+    found = verdict(planted(accuracies(bn=bn, none=none)))
+    assert found.verdict == expectation
+    assert [text for text in found.results[0].remarks if "rests" in text] == ([remark] if remark else [])
+
+
+def test_what_rests_on_a_seed_is_the_verdict_after_holms_correction():
+    """The p-value without seed 4 is below 0.05, and four times it is not."""
+    none = [50.0, 53.0, 51.0, 58.0, 54.0]
+    others = [value + x for value, x in zip(none, (-1.0, 1.2, -0.9, 1.1, 0.1), strict=True)]
+    differences = (1.0, 2.2, 0.9, 1.7, -9.0)
+    bn = [value + difference for value, difference in zip(none, differences, strict=True)]
+    alone = stats.ttest_1samp(differences[:4], 0).pvalue
+    assert 0.05 / 4 < alone < 0.05
+    assert "rests on seed 4" in " ".join(verdict(planted(accuracies(bn=bn, none=none))).results[0].remarks)
+    more = accuracies(bn=bn, none=none, affine=others, bnminus=others, renorm=others)
+    assert "rests" not in " ".join(verdict(planted(more)).results[0].remarks)
 
 
 # ---- which runs are compared

@@ -1,10 +1,15 @@
 """What is drawn of a planted study, by its values: the oracle is what `add_run` was told."""
 
+import math
+
 import pytest
 from matplotlib.collections import PolyCollection
 
+from normlab.report import figures
 from normlab.report.analysis.metrics import LOSS
+from normlab.report.analysis.tables import build_tables
 from normlab.report.figures import style
+from normlab.report.study.load import load
 
 
 def bands(ax):
@@ -25,6 +30,25 @@ def test_there_are_bands_only_with_several_seeds_and_a_diverged_run_is_drawn_up_
     assert ax.get_title() == "batch 8 (n = 1 to 2)"
     [dotted] = [line for line in ax.lines if line.get_linestyle() == ":"]
     assert (list(dotted.get_xdata()), list(dotted.get_ydata())) == ([10, 20], [30, 20])
+
+
+def test_later_epochs_that_some_seeds_lack_are_no_mean_and_the_caption_says_so(add_run, add_losses, study):
+    add_losses("bn", (3.0, 2.0, 1.0, 0.5), seed=0)
+    folder = add_losses("bn", (5.0, 4.0, 3.0, 0.5), seed=1)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[2] = lines[2].replace("3.0", "null")
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    found = load(study)
+    [main, *_] = build_tables(found, LOSS, None, (), 0.95)
+    by_name = {figure.name: figure for figure in figures.draw(found, main, LOSS, 0.95)}
+    curves = by_name["learning_curves"]
+    [ax] = curves.figure.axes
+    [mean] = [line for line in solid(ax) if line.get_gid() is None]
+    assert list(mean.get_ydata()) == pytest.approx([4.0, 3.0, math.nan, 0.5], nan_ok=True)
+    assert curves.caption.endswith("Thin: single seeds of arms whose seeds do not all have a value everywhere.")
+    [ax] = by_name["train_against_test"].figure.axes
+    assert len(ax.lines[1].get_xdata()) == 3
+    assert "Thin" not in by_name["train_against_test"].caption
 
 
 def test_learning_curves_show_test_values_solid_and_training_values_dashed(add_run, drawn):

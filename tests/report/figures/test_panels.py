@@ -104,6 +104,17 @@ def test_one_seed_has_no_band():
     assert not trend(rows(0, "done", [1.0, 2.0])).collections
 
 
+def test_a_mean_is_only_where_every_seed_has_a_value_and_single_seeds_are_thin_lines_then():
+    ax = trend(
+        rows(0, "done", [1.0, 2.0, math.nan, 4.0]), rows(1, "done", [3.0, 6.0, 9.0]), rows(2, "done", [math.nan])
+    )
+    first, second, mean = ax.lines
+    assert (list(first.get_ydata()), list(second.get_ydata())) == ([1, 2, 4], [3, 6, 9])
+    assert {first.get_gid(), second.get_gid()} == {panels.SINGLE_SEED}
+    assert (list(mean.get_xdata()), mean.get_gid()) == ([0, 1, 2], None)
+    assert list(mean.get_ydata()) == pytest.approx([2, 4, math.nan], nan_ok=True)  # and none of seed 0 alone at 3
+
+
 def test_a_diverged_run_is_dotted_up_to_its_last_value_and_no_part_of_the_mean():
     ax = trend(rows(0, "done", [1.0, 2.0]), rows(1, "diverged", [5.0, 9.0, math.nan]))
     mean, dotted, end = ax.lines

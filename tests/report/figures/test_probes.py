@@ -205,3 +205,19 @@ def test_a_run_that_is_not_finished_is_not_drawn(add_run, add_probe, drawn):
     add_run("none")
     add_probe(add_run("bn", state="running", accuracies=()), "sharpness", [{"step": 0, "eigenvalue": 1.0}])
     assert "sharpness" not in drawn()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("probe", "measured", "key"),
+    [("ics", ics, "position"), ("landscape", landscape, "loss_high"), ("activations", activations, "output_norm")],
+)
+@pytest.mark.parametrize("value", [..., [1, 2], {"a": 1}])
+def test_what_a_record_lacks_or_has_something_odd_for_is_not_drawn(plant, drawn, probe, measured, key, value):
+    def odd(level, step):
+        for row in measured(level, step):
+            yield {k: v for k, v in {**row, key: value}.items() if v is not ...}
+
+    plant(probe, odd)
+    for figure in drawn().values():
+        figure.draw_without_rendering()

@@ -88,6 +88,12 @@ def test_a_single_seed_that_equals_the_mean_has_no_error_bar(figure) -> None:
     assert "half" not in seeds
 
 
+def test_steps_are_exact_and_measured_values_have_five_digits(figure) -> None:
+    figure.subplots().plot([1234566, 1234567], [0.123456, 12345.67], marker="o")
+    [panel], _ = charts(figure)
+    assert (panel["traces"][0]["x"], panel["traces"][0]["y"]) == ([1234566.0, 1234567.0], [0.12346, 12346.0])
+
+
 def test_a_band_is_filled_between_its_ends_and_says_nothing(figure) -> None:
     ax = figure.subplots()
     ax.fill_between([0, 1], [0, 1], [2, 3], color="#D55E00", alpha=0.25)

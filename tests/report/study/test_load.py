@@ -55,6 +55,38 @@ def test_any_other_setting_that_varies_is_another_table(add_run, study, setting,
     assert len(set(settings)) == 2
 
 
+@pytest.mark.parametrize(
+    ("setting", "values", "ends"),
+    [
+        ("optimizer__momentum", (0.9999999, 0.9999995), ("momentum=0.9999995", "momentum=0.9999999")),
+        ("optimizer__lr", (0.1, 0.1 + 1e-9), ("lr=0.1", "lr=0.100000001")),
+        ("norm__eps", (1e-5, 1.0000001e-5), ("(eps=1.0000001e-05)", "(eps=1e-05)")),
+        ("norm__window", (1234567, 1234568), ("(window=1234567)", "(window=1234568)")),
+        ("model__kwargs", ({"a": True}, {"a": 1}), ("kwargs.a=1", "kwargs.a=true")),
+        ("model__kwargs", ({"a": None}, {"a": "null"}), ("kwargs.a='null'", "kwargs.a=null")),
+        ("model__kwargs", ({"a": "", "b": 0}, {"b": 0}), ("kwargs.a=''", "kwargs.a=")),
+    ],
+)
+def test_runs_of_different_settings_are_never_one_cell_however_near_these_are(add_run, study, setting, values, ends):
+    for value in values:
+        add_run("bn", **{setting: value})
+    found = load(study)
+    assert found.states()["done"] == 2
+    assert found.warnings == []
+    assert len({*labels(study)}) == 2
+    assert all(
+        any(f"{where}, {arm}".endswith(f"{end}, bn") or arm.endswith(end) for where, arm, _ in labels(study))
+        for end in ends
+    )
+
+
+def test_an_imported_arm_that_is_called_like_a_label_stays_an_arm_of_its_own(add_run, study):
+    add_run("bn", norm__eps=1e-3)
+    add_run("bn", norm__eps=1e-5)
+    add_run("bn (eps=0.001)", norm__imported=True)
+    assert [arm for _, arm, _ in labels(study)] == ["bn (eps=0.001)", "bn (eps=0.001) (imported)", "bn (eps=1e-05)"]
+
+
 def test_where_a_run_was_carried_out_is_no_setting(add_run, study):
     add_run("bn", dataset__path="/a", output_dir="outputs")
     add_run("none", dataset__path="/b", output_dir="elsewhere")

@@ -71,12 +71,16 @@ def p_text(p: float, equals: str = "") -> str:
 
 
 def with_test(row: Any, decimals: int | None) -> str:
-    """Return `+1.20 ± 0.80 (n=5, p = 0.012, d_z = 2.1)`: a difference as `with_counts` has it, with its test."""
+    """Return `+1.20 ± 0.80 (n=5, p = 0.012, d_z = 2.1)`: a difference as `with_counts` has it, with its test.
+
+    Where pairs diverged, the test is of the others alone, and says so: `survivors' p = 0.012`.
+    """
     text = with_counts(row, decimals, "+")
     if math.isnan(row.p_holm):
         return text
     size = "" if math.isnan(row.d_z) else f", d_z = {row.d_z:.1f}"
-    return f"{text.removesuffix(')')}, p {p_text(row.p_holm, '= ')}{size})"
+    whose = "survivors' " if row.diverged else ""
+    return f"{text.removesuffix(')')}, {whose}p {p_text(row.p_holm, '= ')}{size})"
 
 
 def with_interval(row: Any, decimals: int | None, sign: str = "") -> str:
@@ -98,7 +102,7 @@ def with_geometric_interval(row: Any) -> str:
 
 def _format(size: float) -> str:
     """Return the format of three or four digits of numbers up to `size`: 0.123, 1.234, 12.34, 1,234; 1.23e+07."""
-    exponent = math.floor(math.log10(size)) if size > 0 else 0
+    exponent = math.floor(math.log10(size)) if 0 < size < math.inf else 0
     if not -4 <= exponent < 7:
         return ".3g"
     return f",.{max((3 if exponent >= 0 else 2) - exponent, 0)}f"
@@ -134,7 +138,10 @@ def grids(tidy: pd.DataFrame, text: Text, higher_is_better: Mapping[str, bool] |
 def lists(
     tidy: pd.DataFrame, headings: Mapping[str, str], text: Text, higher_is_better: Mapping[str, bool] | None = None
 ) -> dict[str, list[Row]]:
-    """Return per setting one row per arm and batch size, with the headings of the quantities."""
+    """Return per setting one row per arm and batch size, with the headings of the quantities.
+
+    A mean over fewer runs than are done says over how many: `12.3 ± 4.5 (2 of 5)`.
+    """
     lines: dict[tuple[str, str, int], Row] = {}
     lists: dict[str, list[Row]] = defaultdict(list)
     for row, mark in zip(named_rows(tidy), highlights(tidy, higher_is_better or {}), strict=True):
@@ -143,7 +150,8 @@ def lists(
             batch, runs = TableCell(str(row.batch), row.batch, row.batch), TableCell(_runs(row), row.done, row.batch)
             lines[key] = {"arm": TableCell(row.arm), "batch": batch, "runs": runs}
             lists[row.setting].append(lines[key])
-        lines[key][headings[row.quantity]] = TableCell(text(row), row.mean, row.batch, mark)
+        partly = f" ({row.n} of {row.done})" if 0 < row.n < row.done else ""
+        lines[key][headings[row.quantity]] = TableCell(text(row) + partly, row.mean, row.batch, mark)
     return dict(lists)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from normlab.common.errors import exact
 from normlab.report.analysis import statistics
 from normlab.report.analysis.metrics import Metric, chance
 from normlab.report.analysis.statistics import ENOUGH, Interval
@@ -57,15 +58,15 @@ def outcomes(study: Study, metric: Metric, thresholds: Sequence[float] = ()) -> 
     for threshold in thresholds:
         reached = np.flatnonzero(test >= threshold * metric.scale)
         first = curves.iloc[reached[~curves.index[reached].duplicated()]]
-        values[f"epochs_to_{threshold:g}"] = column_of(first, "epoch")
-        values[f"seconds_to_{threshold:g}"] = column_of(first, "wall_seconds")
+        values[f"epochs_to_{exact(threshold)}"] = column_of(first, "epoch")
+        values[f"seconds_to_{exact(threshold)}"] = column_of(first, "wall_seconds")
     names = quantities(thresholds)
     return values[["run", *CELL, "seed", *names]].astype(dict.fromkeys(names, float))
 
 
 def quantities(thresholds: Sequence[float]) -> list[str]:
     """Return the names of what `outcomes` gives of each run."""
-    reached = [f"{kind}_to_{threshold:g}" for kind in ("epochs", "seconds") for threshold in thresholds]
+    reached = [f"{kind}_to_{exact(threshold)}" for kind in ("epochs", "seconds") for threshold in thresholds]
     return ["final", "best", "train", "gap", *COST, *reached]
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from normlab.common.errors import UserError, did_you_mean
+from normlab.report.study.columns import as_numbers
 
 FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
@@ -40,7 +41,8 @@ class Metric:
         higher_is_better: None where no direction is better.
         decimals: decimals in tables; None: as many as show three or four digits.
         diverged: the number of a run that diverged. "chance": the accuracy of guessing; "worst": infinitely large;
-            "missing": none.
+            "before": that of the steps until then, with which other runs' numbers of the same steps compare;
+            "missing": none, as it is about an end that the run did not reach.
         epoch: the epoch that a study is compared at, `FINAL` or `BEST`; "" for metrics that are not of `EVALUATED`.
     """
 
@@ -55,7 +57,7 @@ class Metric:
     log: bool = False
     higher_is_better: bool | None = None
     decimals: int | None = None
-    diverged: Literal["chance", "worst", "missing"] | float = "missing"
+    diverged: Literal["chance", "worst", "before", "missing"] | float = "missing"
     epoch: str = ""
 
     def read(self, rows: pd.DataFrame) -> float:
@@ -108,7 +110,7 @@ def chance(config: Mapping[str, Any], classes: float = math.nan) -> float:
         classes: number of classes as the run recorded it, nan if it did not.
     """
     dataset = config["dataset"]
-    classes = classes if classes > 0 else CLASSES.get(dataset.get("kind", dataset.get("name")), math.nan)
+    classes = classes if classes > 0 else CLASSES.get(str(dataset.get("kind", dataset.get("name"))), math.nan)
     return 0.0 if math.isnan(classes) else 100.0 / classes
 
 
@@ -154,7 +156,7 @@ def _trained(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _column(rows: pd.DataFrame, name: str) -> Values:
     """Return a column as float64; nan where it was not measured."""
-    return np.asarray(rows[name] if name in rows else np.full(len(rows), math.nan), dtype=float)
+    return np.asarray(as_numbers(rows[name]) if name in rows else np.full(len(rows), math.nan), dtype=float)
 
 
 def _ratio(column: str, to: str) -> Callable[[pd.DataFrame], Values]:
@@ -201,7 +203,8 @@ def _log_last(values: Values) -> float:
 
 def _mean(values: Values) -> float:
     known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
+    with np.errstate(over="ignore", invalid="ignore"):  # of numbers near the largest: infinite
+        return float(known.mean()) if len(known) else math.nan
 
 
 def _mean_log(values: Values) -> float:
@@ -211,14 +214,15 @@ def _mean_log(values: Values) -> float:
 
 def _median_log(values: Values) -> float:
     """Return the logarithm of the median; what is not a number (a loss that overflowed) counts as infinite."""
-    return _log(float(np.median(np.where(np.isnan(values), math.inf, values)))) if len(values) else math.nan
+    with np.errstate(over="ignore"):
+        return _log(float(np.median(np.where(np.isnan(values), math.inf, values)))) if len(values) else math.nan
 
 
 def _log_growth(values: Values) -> float:
     """Return the logarithm of the last value over the first."""
     if not len(values) or not values[0] > 0 or not values[-1] > 0:
         return math.nan
-    return math.log(values[-1] / values[0])
+    return _log(float(values[-1]) / float(values[0]))
 
 
 def _drops(values: Values) -> float:
@@ -256,23 +260,24 @@ _TABLE = [
            unit="%", diverged="chance"),
     Metric("setbacks", "training accuracy lost between evaluations, in all", "train_accuracy", _drops,
            unit="%", diverged=100.0),
-    Metric("ics", "internal covariate shift, L2", "l2", _mean_log, "ics", "‖G - G'‖", log=True),
+    Metric("ics", "internal covariate shift, L2", "l2", _mean_log, "ics", "‖G - G'‖", log=True, diverged="before"),
     Metric("relative_ics", "relative internal covariate shift", _ratio("l2", "gradient_norm"), _mean_log,
-           "ics", "‖G - G'‖ / ‖G‖", log=True),
-    Metric("ics_cosine", "internal covariate shift, cosine", _shifted_cosine, _mean, "ics", "cosine of G and G'"),
+           "ics", "‖G - G'‖ / ‖G‖", log=True, diverged="before"),
+    Metric("ics_cosine", "internal covariate shift, cosine", _shifted_cosine, _mean, "ics", "cosine of G and G'",
+           diverged="before"),
     Metric("loss_band", "width of the loss band along the gradient", _band("loss"), _median_log,
            "landscape", "band of the loss", log=True, diverged="worst"),
     Metric("gradient_band", "width of the band of gradient differences", _band("predictiveness"), _median_log,
            "landscape", "band of the gradient's change", log=True, diverged="worst"),
     Metric("beta", "effective beta-smoothness", "beta", _median_log, "landscape", "beta", log=True, diverged="worst"),
     Metric("mean_change", "change of the activations' mean from step to step", "mean_change", _mean_log,
-           "activations", "change of mean", step_to_step, log=True),
+           "activations", "change of mean", step_to_step, log=True, diverged="before"),
     Metric("variance_change", "change of the activations' variance from step to step", "variance_change", _mean_log,
-           "activations", "change of variance", step_to_step, log=True),
-    Metric("skewness", "skewness of the activations", "skewness", _mean, "activations", "skewness"),
-    Metric("large", "activations beyond 3", "large", _mean, "activations", "beyond 3 (%)", unit="%"),
+           "activations", "change of variance", step_to_step, log=True, diverged="before"),
+    Metric("skewness", "skewness of the activations", "skewness", _mean, "activations", "skewness", diverged="before"),
+    Metric("large", "activations beyond 3", "large", _mean, "activations", "beyond 3 (%)", unit="%", diverged="before"),
     Metric("large_share", "normalized values beyond 3", "large_normalised", _mean,
-           "activations", "beyond 3 std (%)", unit="%"),
+           "activations", "beyond 3 std (%)", unit="%", diverged="before"),
     Metric("output_growth", "growth of the outputs over the layers", "output_norm", _log_growth,
            "activations", "growth", _last_step_by_layer, log=True),
     Metric("scale_mean", "mean of gamma", "scale_mean", _mean, "affine", "gamma", _last_step),
@@ -280,9 +285,10 @@ _TABLE = [
            "affine", "drift of gamma / start", _trained),
     Metric("shift_mean", "mean of beta", "shift_mean", _mean, "affine", "beta", _last_step),
     Metric("shift_drift", "drift of beta", "shift_drift", _mean, "affine", "drift of beta", _trained),
-    Metric("gradient_norm", "norm of the gradients", "norm", _mean_log, "gradients", "‖gradient‖", log=True),
+    Metric("gradient_norm", "norm of the gradients", "norm", _mean_log, "gradients", "‖gradient‖", log=True,
+           diverged="before"),
     Metric("relative_gradient", "norm of the gradients relative to the weights", _ratio("norm", "weight_norm"),
-           _mean_log, "gradients", "‖gradient‖ / ‖weight‖", log=True),
+           _mean_log, "gradients", "‖gradient‖ / ‖weight‖", log=True, diverged="before"),
     Metric("gradient_growth", "growth of the gradients over the layers", "norm", _log_growth,
            "gradients", "last / first layer", _last_step_by_layer, log=True),
     Metric("sharpness", "largest Hessian eigenvalue at the end", _converged_eigenvalue, _log_last,

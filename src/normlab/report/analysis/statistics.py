@@ -45,12 +45,13 @@ def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
     sample = np.asarray(list(values), dtype=float)
     sample = sample[~np.isnan(sample)]
     n = len(sample)
-    mean = float(sample.mean()) if n else math.nan
-    if n < 2 or not np.isfinite(sample).all():
+    with np.errstate(invalid="ignore", over="ignore"):
+        mean, deviation = float(sample.mean()) if n else math.nan, float(sample.std(ddof=1)) if n > 1 else math.nan
+    if n < 2 or not math.isfinite(deviation):
         return Interval(mean, math.nan, math.nan, n)
     from scipy.special import stdtrit  # here: a report of single seeds is quicker without scipy
 
-    half = float(stdtrit(n - 1, (1 + confidence) / 2) * sample.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
@@ -65,7 +66,8 @@ def spread(differences: Sequence[float]) -> float:
     sample = np.asarray(differences, dtype=float)
     if len(sample) < 2 or not np.isfinite(sample).all():
         return math.nan
-    deviation = float(sample.std(ddof=1))
+    with np.errstate(over="ignore"):
+        deviation = float(sample.std(ddof=1))
     return deviation if deviation > 1e-9 * float(np.abs(sample).max()) else 0.0
 
 
@@ -148,6 +150,7 @@ def _resamples(samples: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
 
 def _percentiles(samples: Sequence[Any], draws: Sequence[Any], confidence: float) -> Interval:
     """Return the mean over samples with the percentiles of the mean over their draws."""
-    low, high = np.quantile(np.mean(draws, axis=0), [(1 - confidence) / 2, (1 + confidence) / 2])
-    mean = float(np.mean([sample.mean() for sample in samples]))
+    with np.errstate(over="ignore", invalid="ignore"):
+        low, high = np.quantile(np.mean(draws, axis=0), [(1 - confidence) / 2, (1 + confidence) / 2])
+        mean = float(np.mean([sample.mean() for sample in samples]))
     return Interval(mean, float(low), float(high), sum(map(len, samples)))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from normlab.common.errors import exact, per_cent
 from normlab.report.analysis import cells, frames
 from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, grids, lists
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
@@ -54,7 +55,7 @@ class _Summary:
 
     def texts(self, name: str, **words: object) -> dict[str, str]:
         """Return title and caption of a table."""
-        metric, percent = self.metric, f"{100 * self.confidence:g} %"
+        metric, percent = self.metric, f"{per_cent(self.confidence)} %"
         seeds = "seeds" if self.complete() else "the n seeds whose run is done"
         return _texts(
             name,
@@ -115,6 +116,8 @@ def _difference_table(summary: _Summary, baseline: str) -> Iterator[Table]:
         return
     decimals = None if metric.decimals is None else metric.decimals + 1
     few = "".join(f" n = {n}: {TOO_FEW}." for n in sorted(set(tidy["n"])) if 0 < n < ENOUGH)
+    if (tidy["diverged"].gt(0) & tidy["p_holm"].notna()).any():
+        few += f" {_CAPTIONS['words']['survivors']}"
     rows = grids(tidy, lambda row: cells.with_test(row, decimals))
     yield Table("difference", **summary.texts("difference", baseline=baseline, notes=few), tidy=tidy, rows=rows)
 
@@ -183,9 +186,9 @@ def _reached_table(summary: _Summary, kind: str, decimals: int) -> Table:
     def text(row: Any) -> str:
         if not row.done or not row.n:
             return "not reached" if row.done else NOTHING
-        return cells.with_interval(row, decimals) + (f" ({row.n} of {row.done})" if row.n < row.done else "")
+        return cells.with_interval(row, decimals)
 
-    headings = {f"{kind}_to_{t:g}": f"{100 * t:g} %" for t in summary.thresholds}
+    headings = {f"{kind}_to_{exact(t)}": f"{per_cent(t)} %" for t in summary.thresholds}
     tidy = summary.of(*headings)
     name = f"{kind}_to_accuracy"
     rows = lists(tidy, headings, text, dict.fromkeys(headings, False))
@@ -236,20 +239,24 @@ def probe_tables(study: Study, confidence: float) -> list[Table]:
 
 def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]:
     metrics = {metric.name: metric for metric in METRICS.values() if metric.probe == probe and metric.heading}
-    values = frames.probe_outcomes(study.probes[probe], list(metrics.values()))
+    rows = study.probes[probe]
+    values = frames.probe_outcomes(rows, list(metrics.values()))
     if values.empty:
         return
-    here = study.runs.merge(values[CELL].drop_duplicates(), on=CELL)
+    lost = study.runs[study.runs["state"] == "diverged"]
+    lost = lost[lost["run"].map(lambda run: probe in (study.configs[run].get("probe") or {})).astype(bool)]
+    here = study.runs.merge(pd.concat([values[CELL], lost[CELL]]).drop_duplicates(), on=CELL)
     # Of a cell's runs some may have had the probe: a done one without it is no gap.
     measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
     tidy = frames.summarize(measured, values, list(metrics), confidence)
     logs = tidy["quantity"].isin([name for name, metric in metrics.items() if metric.log])
-    tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
-    rows = lists(
+    with np.errstate(over="ignore"):  # a wide interval's end: infinite
+        tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
+    shown = lists(
         tidy,
         {name: metric.heading for name, metric in metrics.items()},
         lambda row: cells.with_geometric_interval(row) if metrics[row.quantity].log else cells.with_interval(row, None),
     )
-    words = _texts("words", percent=f"{100 * confidence:g} %")
+    words = _texts("words", percent=f"{per_cent(confidence)} %")
     texts = _texts(f"probe_{probe}", **words)
-    yield Table(f"probe_{probe}", **texts, tidy=tidy, rows=rows, runs=list(measured["run"]))
+    yield Table(f"probe_{probe}", **texts, tidy=tidy, rows=shown, runs=list(measured["run"]))

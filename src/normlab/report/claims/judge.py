@@ -9,7 +9,9 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
+from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
 from normlab.report.claims.claims import Claim, Comparison, Side, claims
 from normlab.report.claims.pairing import FinishedRun, Selection, finished_runs, select
@@ -107,7 +109,30 @@ def judge(study: Study, confidence: float = 0.95, alpha: float = 0.05) -> list[J
     every = [result for judgement in judgements for result in judgement.results]
     for result, adjusted in zip(every, holm([result.p for result in every]), strict=True):
         result.p_holm = adjusted
+    for result in every:
+        result.remarks += tuple(_outlying_seeds(result, every))
     return judgements
+
+
+def _outlying_seeds(result: ComparisonResult, every: Sequence[ComparisonResult]) -> Iterator[str]:
+    """Yield a sentence if the verdict would be another one without the seed that is farthest from the others.
+
+    Args:
+        result: the comparison.
+        every: all comparisons that Holm's correction is over, this one among them.
+    """
+    contrasts = result.contrasts
+    finite = [value for value in contrasts.values() if math.isfinite(value)]
+    if math.isnan(result.p) or len(contrasts) <= ENOUGH or not finite:
+        return
+    distances = {seed: abs(value - median(finite)) for seed, value in contrasts.items()}
+    for seed in (seed for seed, distance in distances.items() if distance == max(distances.values()) > 0):
+        rest = {other: value for other, value in contrasts.items() if other != seed}
+        p, favors = _test(result.comparison, list(rest.values()))
+        adjusted = holm([p, *(other.p for other in every if other is not result)])[0]
+        without = dataclasses.replace(result, contrasts=rest, favors=favors, p_holm=adjusted)
+        if without.verdict != result.verdict:
+            yield f"rests on seed {seed}: without it {without.verdict}"
 
 
 def _compare(
@@ -154,6 +179,8 @@ def _obstacle(selection: Selection) -> str:
         return f"n = {len(seeds)}: {TOO_FEW}"
     if all(run.diverged for run in selection.runs):
         return "nothing to compare"
+    if selection.survivors:
+        return "no test: it would be of the runs that survived alone"
     if comparison.tolerates_equality and comparison.measure.diverged == "chance" and not _any_side_learned(selection):
         return "no arm learned"
     return ""
@@ -171,10 +198,9 @@ def _any_side_learned(selection: Selection) -> bool:
 
 def _contrasts(selection: Selection, seed: int) -> list[float]:
     """Return the weighted sum of the sides' values in each cell. Two infinite sides are a tie."""
-    sides, measure = selection.comparison.sides, selection.comparison.measure
+    weights = [side.weight for side in selection.comparison.sides]
     sums = [
-        sum(side.weight * by_seed[seed].value(measure) for side, by_seed in zip(sides, cell, strict=True))
-        for cell in selection.cells
+        sum(weight * value for weight, value in zip(weights, values, strict=True)) for values in selection.values(seed)
     ]
     return [0.0 if math.isnan(total) else total for total in sums]
 
@@ -222,14 +248,20 @@ def _remarks_on_side(selection: Selection, position: int) -> Iterator[str]:
     used = {cell[position][seed].name: cell[position][seed] for cell in selection.cells for seed in selection.seeds}
     diverged = [run for run in used.values() if run.diverged]
     if diverged:
-        substitute = "infinitely large" if measure.diverged == "worst" else f"{diverged[0].value(measure):g} %"
-        yield f"{len(diverged)} of {len(used)} runs of {arm} diverged and count as {substitute}"
+        yield f"{len(diverged)} of {len(used)} runs of {arm} diverged and count {_as_what(diverged[0], measure)}"
     missing = selection.missing[position]
     lost = sum(run.diverged for run in missing)
     if lost:
         yield f"{lost} runs of {arm} diverged and have no such value"
     if len(missing) > lost:
         yield f"{len(missing) - lost} runs of {arm} have no such value"
+
+
+def _as_what(diverged: FinishedRun, measure: Metric) -> str:
+    """Return what a diverged run counts as."""
+    if measure.diverged == "before":
+        return "up to their last measured step, as do the runs that they are compared with"
+    return "as infinitely large" if measure.diverged == "worst" else f"as {diverged.value(measure):g} %"
 
 
 def _contrast_text(comparison: Comparison) -> str:

@@ -13,12 +13,14 @@ import pandas as pd
 from normlab import runs
 from normlab.report.analysis.metrics import Metric, chance
 from normlab.report.claims.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Comparison, Side
-from normlab.report.study.arms import OF_THE_ARM, cell_key, flatten, natural
+from normlab.report.study.arms import OF_THE_ARM, cell_key, natural
 from normlab.report.study.load import Study
 from normlab.runs.identity import CARRIED_OUT, DATASET_CARRIED_OUT
 
-# Settings that change no result, and the seed, by which runs are paired.
-_NOT_COMPARED = CARRIED_OUT | {"probe", "seed"} | {f"dataset.{name}" for name in DATASET_CARRIED_OUT}
+# Settings that change no result, the seed, by which runs are paired, and what only one side of slow parameters has.
+_NOT_COMPARED = (
+    CARRIED_OUT | {"probe", "seed", "schedule.divide_final_lr"} | {f"dataset.{name}" for name in DATASET_CARRIED_OUT}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,26 +59,32 @@ class FinishedRun:
     probes: frozenset[str]
     chance: float
     rows_of: Callable[[str | None], Mapping[str, pd.DataFrame]]
-    _values: dict[str, float] = field(default_factory=dict)
+    _values: dict[tuple[str, float], float] = field(default_factory=dict)
 
-    def value(self, measure: Metric) -> float:
-        """Return its number by a measure, nan if it was not measured."""
-        if measure.name not in self._values:
-            self._values[measure.name] = self._read(measure)
-        return self._values[measure.name]
+    def value(self, measure: Metric, until: float = math.inf) -> float:
+        """Return its number by a measure, by the rows up to a step; nan if it was not measured."""
+        if (measure.name, until) not in self._values:
+            self._values[measure.name, until] = self._read(measure, until)
+        return self._values[measure.name, until]
 
-    def _read(self, measure: Metric) -> float:
+    def _read(self, measure: Metric, until: float) -> float:
         rows = self.rows_of(measure.probe).get(self.name)
-        if rows is None and (measure.probe or not self.diverged):
+        if rows is None and not (self.diverged and (measure.probe is None or measure.probe in self.probes)):
             return math.nan
-        if rows is not None and not self.diverged:
-            return float(measure.read(rows))
-        substitutes = {"chance": self.chance, "worst": math.inf, "missing": math.nan}
+        if rows is not None and (not self.diverged or measure.diverged == "before"):
+            rows = rows[rows["step"] <= until] if until < math.inf else rows
+            return float(measure.read(rows)) if len(rows) else math.nan
+        substitutes = {"chance": self.chance, "worst": math.inf, "before": math.nan, "missing": math.nan}
         return substitutes[measure.diverged] if isinstance(measure.diverged, str) else measure.diverged
 
-    def is_missing(self, measure: Metric) -> bool:
+    def last_step(self, measure: Metric) -> float:
+        """Return the last step that was measured, infinity if none was."""
+        rows = self.rows_of(measure.probe).get(self.name)
+        return math.inf if rows is None else float(rows["step"].max())
+
+    def is_missing(self, measure: Metric, until: float = math.inf) -> bool:
         """Return whether a probe of its configuration measured nothing, e.g. because it diverged before."""
-        return measure.probe in self.probes and math.isnan(self.value(measure))
+        return measure.probe in self.probes and math.isnan(self.value(measure, until))
 
 
 def finished_runs(study: Study) -> dict[tuple[str, str], list[FinishedRun]]:
@@ -113,7 +121,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Hashable]:
     """Return the settings that can change a result, but for the seed; norm_batch only where it is not the batch."""
     settings = {
         key: value
-        for key, value in flatten(runs.completed(config)).items()
+        for key, value in runs.compared(config).items()
         if key not in _NOT_COMPARED and key.partition(".")[0] not in _NOT_COMPARED
     }
     if settings.get("norm_batch") == settings["batch"]:
@@ -129,18 +137,27 @@ class Selection:
         comparison: the comparison, with numbers in place of `LOWEST` and `HIGHEST`.
         cells: per cell, per side: the runs that have a value, by seed.
         missing: per side: the runs that lack a value that they were to have.
+        survivors: whether seeds are left out because a run of theirs diverged.
         repeated: number of runs left out, as another one has the same cell, arm and seed.
     """
 
     comparison: Comparison
     cells: Sequence[Sequence[Mapping[int, FinishedRun]]]
     missing: Sequence[Sequence[FinishedRun]]
+    survivors: bool
     repeated: int
 
     @property
     def runs(self) -> list[FinishedRun]:
         """Return all runs that have a value."""
         return [run for cell in self.cells for side in cell for run in side.values()]
+
+    def values(self, seed: int) -> list[list[float]]:
+        """Return per cell the values of its sides. Where a run diverged, the others count up to its last step."""
+        measure = self.comparison.measure
+        return [
+            [side[seed].value(measure, _last_step_of_all(cell, seed, measure)) for side in cell] for cell in self.cells
+        ]
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -184,19 +201,36 @@ def select(comparison: Comparison, free: frozenset[str], here: Sequence[Finished
     paired = list(_pair(sides))
     if not paired:
         return None
+    missing: list[dict[str, FinishedRun]] = [{} for _ in sides]
+    lost: set[tuple[int, int]] = set()  # cells and seeds
+    for number, cell in enumerate(paired):
+        for lacking, side in zip(missing, cell, strict=True):
+            for seed, run in side.items():
+                if run.is_missing(measure, _last_step_of_all(cell, seed, measure)):
+                    lacking[run.name] = run
+                    lost.add((number, seed))
     valued = [
-        [{seed: run for seed, run in side.items() if not run.is_missing(measure)} for side in cell] for cell in paired
-    ]
-    missing = [
-        {run.name: run for cell in paired for run in cell[position].values() if run.is_missing(measure)}
-        for position in range(len(sides))
+        [
+            {seed: run for seed, run in side.items() if run.name not in lacking}
+            for lacking, side in zip(missing, cell, strict=True)
+        ]
+        for cell in paired
     ]
     return Selection(
         resolved,
         cells=[cell for cell in valued if all(cell)],
-        missing=[list(by_name.values()) for by_name in missing],
+        missing=[list(lacking.values()) for lacking in missing],
+        survivors=any(side[seed].diverged for number, seed in lost for side in paired[number] if seed in side),
         repeated=len(set().union(*repeated)),
     )
+
+
+def _last_step_of_all(cell: Sequence[Mapping[int, FinishedRun]], seed: int, measure: Metric) -> float:
+    """Return the step up to which the runs of a seed compare: the last that those have measured which diverged."""
+    if measure.diverged != "before":
+        return math.inf
+    diverged = [side[seed] for side in cell if seed in side and side[seed].diverged]
+    return min((run.last_step(measure) for run in diverged), default=math.inf)
 
 
 def _with_numbers(comparison: Comparison, named: frozenset[str], here: Sequence[FinishedRun]) -> Comparison | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
+from normlab.common.errors import exact, per_cent
 from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, p_text
 from normlab.report.claims.claims import Claim, Comparison, claims
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, NOT_RUN, SUPPORTED, ComparisonResult, Judgement
@@ -13,10 +14,10 @@ from normlab.report.render.markdown import markdown
 
 _CAPTION = (
     "The papers' claims that these runs can speak to. Contrasts are paired by seed and averaged over the cells that"
-    " have all their sides; effect: mean over seeds, ± half of the {percent:g} % t-interval (factors: ends of the"
+    " have all their sides; effect: mean over seeds, ± half of the {percent} % t-interval (factors: ends of the"
     " interval); n counts seeds; p: t-test against what is expected (equality: two one-sided tests), with Holm's"
     " correction over all comparisons of this table; d_z: distance from what is expected in standard deviations of the"
-    " contrast. supported: p at most {alpha:g} for all of a claim's comparisons (where one is enough: for one);"
+    " contrast. supported: p at most {alpha} for all of a claim's comparisons (where one is enough: for one);"
     " contradicted: the same the other way; inconclusive: neither, or fewer than 3 seeds. Margins are ours;"
     " docs/statistics.md explains them."
 )
@@ -31,7 +32,7 @@ def verdict_table(judgements: Sequence[Judgement], confidence: float) -> Table:
     return Table(
         name="verdicts",
         title="Verdicts on the papers' claims",
-        caption=_CAPTION.format(percent=100 * confidence, alpha=results[0][1].alpha),
+        caption=_CAPTION.format(percent=per_cent(confidence), alpha=exact(results[0][1].alpha)),
         tidy=pd.DataFrame([_tidy_row(judgement, result) for judgement, result in results]),
         rows=rows,
         prose=("claim", "paper says", "remarks"),
@@ -54,7 +55,7 @@ def claims_page(judgements: Sequence[Judgement]) -> str:
     tally = Counter(judgement.verdict for judgement in judgements)
     counted = ", ".join(f"{tally[verdict]} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE))
     levels = sorted({result.alpha for judgement in judgements for result in judgement.results})
-    level = f" at p <= {' or '.join(f'{alpha:g}' for alpha in levels)}" if levels else ""
+    level = f" at p <= {' or '.join(map(exact, levels))}" if levels else ""
     sections = [
         "# The papers' claims",
         f"{len(by_claim)} claims; verdicts{level}: {counted}; {len(missing)} claims not run.",

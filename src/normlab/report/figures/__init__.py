@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
+from normlab.common.errors import per_cent
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import outcomes
 from normlab.report.analysis.metrics import Metric
 from normlab.report.figures import accuracy, probe_figures
-from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, common_setting, paged, split
+from normlab.report.figures.panels import SINGLE_SEED, Drawing, Panel, Theme, arrange, common_setting, paged, split
 from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, styles
 from normlab.report.study.load import Study
 from normlab.runs import FINISHED, files
@@ -51,7 +52,7 @@ def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas:
     common = f"{common_setting(study)}. ".removeprefix(". ")
     theme = Theme(styles(arrange(study, study.placed)["variant"]), canvas)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
-    words: dict[str, Any] = {"percent": 100 * confidence, "label": metric.label}
+    words: dict[str, Any] = {"percent": per_cent(confidence), "label": metric.label}
     words |= {"compared": metric.full_label.capitalize(), "images": metric.images.capitalize()}
     parts = {name: part.format(**words) for name, part in _CAPTIONS["parts"].items()}
     for prefix, kinds in (
@@ -62,7 +63,14 @@ def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas:
         for kind, drawings in kinds:
             caption = common + _CAPTIONS["captions"][kind].format(**words, **parts)
             for i, drawing in enumerate(drawings):
-                yield NamedFigure(f"{prefix}{kind}_{i + 1}" if i else f"{prefix}{kind}", caption, *drawing)
+                name = f"{prefix}{kind}_{i + 1}" if i else f"{prefix}{kind}"
+                yield NamedFigure(name, caption + _of_single_seeds(drawing[0]), *drawing)
+
+
+def _of_single_seeds(figure: Figure) -> str:
+    """Return the sentence on lines of single seeds, "" where there are none."""
+    lines = (line for ax in figure.axes for line in ax.lines)
+    return f" {_CAPTIONS['single_seeds']}" if any(line.get_gid() == SINGLE_SEED for line in lines) else ""
 
 
 def _finished(rows: pd.DataFrame) -> pd.DataFrame:

@@ -14,12 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from normlab.common.errors import exact
 from normlab.report.analysis.frames import CELL
 from normlab.report.analysis.metrics import Metric
 from normlab.report.figures.panels import (
     Panel,
     Theme,
     by_variant,
+    common,
     grid,
     multiples,
     n_seeds,
@@ -79,7 +81,7 @@ def learning_curves(panels: Sequence[Panel], metric: Metric, theme: Theme, x: st
         ticks(ax, panel.rows[x], 5)
     limit(axes[0][0], "y", every[shown].melt()["value"] * metric.scale, share=metric.unit == "%")
     per_epoch = (every["step"] / every["epoch"]).dropna().unique()
-    steps = f" ({per_epoch[0]:g} per epoch)" if len(per_epoch) == 1 and per_epoch[0] > 1 else ""
+    steps = f" ({exact(per_epoch[0])} per epoch)" if len(per_epoch) == 1 and per_epoch[0] > 1 else ""
     figure.supxlabel(f"training step{steps}" if x == "step" else x)
     figure.supylabel(metric.axis_label.removeprefix(f"{metric.images} ") if len(shown) > 1 else metric.axis_label)
     return figure
@@ -110,7 +112,7 @@ def train_against_test(panels: Sequence[Panel], metric: Metric, theme: Theme) ->
         ax.axline((1, 1), (2, 2), color="0.6", lw=0.7, ls="--", zorder=1)
         for arm, rows in by_variant(panel.rows):
             style = theme.styles[arm]
-            path = rows.groupby("epoch")[pair].mean() * metric.scale
+            path = common(rows, ["epoch"], pair).groupby("epoch")[pair].mean() * metric.scale
             ends = rows[rows["epoch"] == rows["epoch"].max()][pair] * metric.scale
             ax.plot(*path.to_numpy().T, color=style.color, lw=0.9, alpha=0.8)
             ax.plot(*ends.to_numpy().T, color=style.color, marker=style.marker, ls="none", zorder=3)
@@ -294,7 +296,7 @@ def against_option(panels: Sequence[Panel], finals: Finals, canvas: Canvas) -> F
             of_line = rows[rows["line"] == name].sort_values("x")
             estimates(Axis(ax, "x", at), of_line, finals.values, of_lines[name])
         ax.set_xscale("log" if logarithmic else "linear")
-        ax.set_xticks(places, labels=[f"{x:g}" for x in places])
+        ax.set_xticks(places, labels=[exact(x) for x in places])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel(rows["x_name"].iloc[0])
         ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
@@ -320,7 +322,7 @@ def option_panels(study: Study, tidy: pd.DataFrame) -> list[Panel]:
             if not 1 <= len(varied) <= 2 or counts.iloc[0] < 3:
                 continue
             table = table.dropna(subset=varied)
-            line = [f"{varied[1]}={value:g}" for value in table[varied[1]]] if len(varied) > 1 else ""
+            line = [f"{varied[1]}={exact(value)}" for value in table[varied[1]]] if len(varied) > 1 else ""
             placed = rows.loc[table.index].assign(x=table[varied[0]], line=line, x_name=varied[0])
             panels.append(Panel(f"{name}, {condition} ({n_seeds(rows)})", placed))
     return panels

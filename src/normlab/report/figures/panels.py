@@ -17,6 +17,7 @@ from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend
 from normlab.report.study.arms import FAMILIES, in_order, natural
 from normlab.report.study.load import Study
 
+SINGLE_SEED = "single seed"  # marks the lines of single seeds where not every seed has a value
 Drawing = tuple[Figure, pd.DataFrame]  # with the rows that it shows: setting, arm, batch and, of single runs, run
 
 
@@ -209,11 +210,28 @@ def ticks(ax: Axes, values: pd.Series, number: int = 4) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(number, integer=True))
 
 
+def common(rows: pd.DataFrame, places: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """Return the rows at the places that every seed has: elsewhere a mean would be of other seeds than beside it.
+
+    Where a value of one seed is nan, those of the others are so, too: a gap. Seeds without any value do not count.
+
+    Args:
+        rows: of one arm, with the column seed.
+        places: columns of steps, epochs or layers.
+        values: columns of numbers.
+    """
+    valued = rows[rows.groupby("seed")[[*values]].transform("count").gt(0).all(axis=1)]
+    at = valued[valued.groupby([*places])["seed"].transform("nunique") == valued["seed"].nunique()]
+    whole = at[[*values]].notna().all(axis=1).groupby([at[place] for place in places]).transform("all")
+    return at.assign(**{value: at[value].where(whole) for value in values})
+
+
 def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, scale: float = 1.0, **line: Any) -> None:
     """Draw one arm along the training: the mean over the done seeds and a band from the lowest to the highest.
 
-    There is no band of one seed. Every diverged run is a dotted line that ends in a cross, part of no mean. A run's
-    value is its mean over layers.
+    There is no band of one seed. Where not every seed has a value, each that has one is a thin line, for the mean
+    would be of other seeds than beside it. Every diverged run is a dotted line that ends in a cross, part of no mean. A
+    run's value is its mean over layers.
 
     Args:
         rows: of one arm: seed, state, `x`, `y`.
@@ -222,7 +240,11 @@ def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, scale: flo
     values = rows.groupby(["seed", "state", x], as_index=False)[y].mean()
     values[y] *= scale
     done = values[values["state"] == "done"]
-    curve = done.groupby(x)[y].agg(["mean", "min", "max"])
+    in_common = common(done, [x], [y])
+    curve = in_common.groupby(x)[y].agg(["mean", "min", "max"])
+    if in_common[y].count() < done[y].count():
+        for _, seed in done.dropna(subset=[y]).groupby("seed"):
+            ax.plot(seed[x], seed[y], color=style.color, lw=0.5, alpha=0.7, gid=SINGLE_SEED)
     every = max(1, math.ceil(len(curve) / 6))
     form = {"color": style.color, "marker": style.marker, "markevery": every, "ms": 3, **line}
     if len(curve):

@@ -3,6 +3,7 @@
 Each takes the rows of one probe in finished runs, arranged by `panels.arrange`, and gives one figure or several.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from normlab.report.figures.panels import (
     Panel,
     Theme,
     by_variant,
+    common,
     grid,
     n_seeds,
     ordered,
@@ -33,7 +35,13 @@ from normlab.report.figures.panels import (
     wrapped,
 )  # fmt: skip
 from normlab.report.figures.style import Canvas, Style, handles, legend, limit
+from normlab.report.study.columns import as_numbers
 
+_NUMBERS = (
+    *("position", "l2", "cosine", "loss_low", "loss_high", "predictiveness_low", "predictiveness_high", "beta"),
+    *("eigenvalue", "mean", "variance", "large", "large_normalised", "output_norm", "norm"),
+    *("scale_start", "scale_drift", "shift_drift"),
+)  # columns of our probes that a record may lack, or hold something else in
 Make = Callable[[pd.DataFrame, Theme], Iterator[Drawing]]
 Density = tuple[np.ndarray, np.ndarray]  # middles of the bins, and the share of values in each, per unit of the axis
 
@@ -42,7 +50,14 @@ def figures(probes: Mapping[str, pd.DataFrame], theme: Theme) -> Iterator[tuple[
     """Yield each kind of figure that the rows of these probes allow, with its pages."""
     for probe, kind, make in _FIGURES:
         if probe in probes and len(probes[probe]):
-            yield kind, make(probes[probe], theme)
+            yield kind, make(_whole(probes[probe]), theme)
+
+
+def _whole(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with the columns that figures take for granted, nan where nothing was measured."""
+    odd = [name for name in _NUMBERS if name not in rows or rows[name].dtype == object]
+    rows = rows.assign(**{name: as_numbers(rows[name]) if name in rows else math.nan for name in odd})
+    return rows if "layer" in rows else rows.assign(layer="")
 
 
 def _trends(scale: float = 1.0, **quantities: str) -> Make:
@@ -93,7 +108,7 @@ def _trend_figure(page: Sequence[Panel], quantities: Mapping[str, str], theme: T
 def _band(ax: Axes, rows: pd.DataFrame, x: str, name: str, style: Style, scale: float) -> None:
     """Fill from the mean of the low to the mean of the high ends over the done seeds; ends of diverged runs: dotted."""
     low, high = f"{name}_low", f"{name}_high"
-    done = scale * rows[rows["state"] == "done"].groupby(x)[[low, high]].mean()
+    done = scale * common(rows[rows["state"] == "done"], [x], [low, high]).groupby(x)[[low, high]].mean()
     ax.fill_between(done.index, done[low], done[high], color=style.color, alpha=0.25, lw=0)
     for end in (low, high):
         trend(ax, rows, x, end, style, scale, marker="", lw=0.6)
@@ -161,7 +176,7 @@ def _along_the_layers(panels: Sequence[Panel], column: str, label: str, canvas: 
     across = canvas.columns(len(panels))
     figure, axes = grid(len(panels), across, canvas)
     for ax, panel in zip(axes, panels, strict=True):
-        done = panel.rows[panel.rows["state"] == "done"]
+        done = common(panel.rows[panel.rows["state"] == "done"], ["step", "position"], [column])
         for step in steps:
             curve = done[done["step"] == step].groupby("position")[column].agg(["mean", "min", "max"])
             if len(curve):
@@ -174,7 +189,7 @@ def _along_the_layers(panels: Sequence[Panel], column: str, label: str, canvas: 
         ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
         ticks(ax, panel.rows["position"])
     limit(axes[0], "y", every[column])
-    more: list[Artist] = [Line2D([], [], color=color, label=f"step {step:g}") for step, color in colors.items()]
+    more: list[Artist] = [Line2D([], [], color=color, label=f"step {step:.0f}") for step, color in colors.items()]
     if (every["state"] == "diverged").any():
         more.append(Line2D([], [], color="0.4", ls=":", label="before a divergence"))
     figure.supxlabel("layer, in the order of execution")
@@ -229,7 +244,7 @@ def _ridges(panels: Sequence[Panel], theme: Theme) -> Figure:
                 ax.step(ridge[0], top, where="mid", color=color, lw=0.7, zorder=2 + i)
         ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
         ax.grid(visible=False, axis="y")
-    axes[0].set_yticks(range(len(steps)), labels=[f"{step:g}" for step in reversed(steps)])
+    axes[0].set_yticks(range(len(steps)), labels=[f"{step:.0f}" for step in reversed(steps)])
     axes[0].set_ylim(-0.2, len(steps) + 0.8)
     axes[0].set_xlim(*_support([ridge for ridges in densities for ridge in ridges if ridge]))
     figure.supxlabel("value of the sampled activation")

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from normlab import runs
 from normlab.common.errors import listed
 from normlab.common.installation import CONF
 from normlab.report.study.arms import in_order, natural
@@ -69,17 +70,17 @@ def _protocol(study: Study) -> Iterator[str]:
         "Epochs": [config.get("epochs") for config in configs],
         "Training images": [config["dataset"].get("train_size") or "all" for config in configs],
         "Test images": [config["dataset"].get("test_size") or "all" for config in configs],
-        "Optimizer": [_group(config.get("optimizer")) for config in configs],
-        "Schedule": [_group(config.get("schedule")) for config in configs],
+        "Optimizer": [_group(runs.identity(config).get("optimizer")) for config in configs],
+        "Schedule": [_group(runs.identity(config).get("schedule")) for config in configs],
         "Precision": [config.get("precision") for config in configs],
     }
     for name, values in parts.items():
         yield f"{name}: {_either(values)}"
 
 
-def _group(group: Mapping[str, Any] | None) -> str:
-    if not group:
-        return "n/a"
+def _group(group: object) -> str:
+    if not isinstance(group, Mapping):
+        return "n/a" if group is None else str(group)
     options = ", ".join(f"{key}={value}" for key, value in group.items() if key != "name")
     return f"{group.get('name')} ({options})" if options else str(group.get("name"))
 

@@ -1,6 +1,7 @@
 """The rows of files as columns, and those of all runs as one tidy DataFrame."""
 
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from types import NoneType
@@ -12,7 +13,7 @@ import pandas as pd
 TEXTS = ("layer",)  # columns that hold texts
 
 # By name, in the order of the rows' keys: a float64 array, nan where there is no number; or, where a row has a text or
-# a list, all values as JSON has them. Empty for a file without rows.
+# a list, all values as JSON has them; of `TEXTS`, texts. Empty for a file without rows.
 Columns = dict[str, Any]
 
 
@@ -26,8 +27,10 @@ def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
 
 
 def _column(name: str, values: list[Any]) -> Any:
+    if name in TEXTS:
+        return [value if isinstance(value, str | float | None) else json.dumps(value) for value in values]
     numbers = set(map(type, values)) <= {float, int, bool, NoneType}
-    return np.array(values, dtype=float) if numbers and name not in TEXTS else values
+    return np.array(values, dtype=float) if numbers else values
 
 
 def length(columns: Columns) -> int:
@@ -39,6 +42,7 @@ def tidy(measured: Mapping[str, Columns], runs: pd.DataFrame, key: Sequence[str]
     """Return the rows of all runs, each behind its run's row, in the order of the key.
 
     A run that went on from a checkpoint may have measured a step twice: of rows with an equal key the last is kept.
+    A column of a probe may hold lists, if it holds nothing else. Whatever else is no number is nan.
 
     Args:
         measured: by run; those of runs that `runs` lacks are left out.
@@ -47,7 +51,7 @@ def tidy(measured: Mapping[str, Columns], runs: pd.DataFrame, key: Sequence[str]
     """
     files = [columns for columns in measured.values() if columns]
     names = list(dict.fromkeys(itertools.chain.from_iterable(files))) or list(key[1:])
-    every = pd.DataFrame({name: _joined(name, files) for name in names})
+    every = pd.DataFrame({name: _joined(name, files, lists="epoch" not in key) for name in names})
     position = {run: i for i, run in enumerate(runs["run"])}
     of_runs = [position.get(run, -1) for run in measured]
     order = pd.DataFrame({"run": np.repeat(np.array(of_runs, int), [length(rows) for rows in measured.values()])})
@@ -66,12 +70,18 @@ def _ascend(order: pd.DataFrame) -> bool:
     return bool(((np.diff(run) > 0) | (np.diff(run) == 0) & (np.diff(time) > 0)).all())
 
 
-def _joined(name: str, files: Sequence[Columns]) -> Any:
-    """Return one column of all files, nan where one lacks it: float64, or as it is if it holds texts or lists."""
+def _joined(name: str, files: Sequence[Columns], *, lists: bool) -> Any:
+    """Return one column of all files, nan where one lacks it: texts, lists where they are allowed, or float64."""
     parts = [columns[name] if name in columns else np.full(length(columns), np.nan) for columns in files]
     if not any(isinstance(part, list) for part in parts):
         return np.concatenate([np.empty(0), *parts])
     values = pd.Series(list(itertools.chain.from_iterable(parts)))
-    if name in TEXTS or any(isinstance(value, list) for value in values):
-        return values
+    kinds = {type(value) for value in values if value is not None and value == value}  # nan is not itself
+    return values if name in TEXTS or (lists and kinds == {list}) else as_numbers(values)
+
+
+def as_numbers(values: pd.Series) -> pd.Series:
+    """Return float64 values, nan for all that are no numbers."""
+    if values.dtype == object:
+        values = values.where(values.map(lambda value: isinstance(value, str | float | int)))
     return pd.to_numeric(values, errors="coerce").astype(float)

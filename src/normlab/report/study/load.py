@@ -1,22 +1,21 @@
 """A study's records as tidy DataFrames: one row per run, one row per evaluation."""
 
 import itertools
-import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from normlab import runs
-from normlab.common.errors import UserError, first_line
-from normlab.report.study.arms import Place, cell_key, flat_cells, places, varying
-from normlab.report.study.columns import Columns, tidy
+from normlab.common.errors import UserError, first_line, listed
+from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, places, varying
+from normlab.report.study.columns import Columns, length, tidy
 from normlab.report.study.find import find_study, packed_name
 from normlab.report.study.index import Index
 from normlab.runs import archive, lock
@@ -213,7 +212,7 @@ class _Records:
         """
         run = path.name
         self.configs[run] = _config(path)
-        self.provenance[run] = _provenance(path)
+        self.provenance[run] = runs.read_provenance(path)
         row["epochs"] = self.configs[run].get("epochs")
         for file in runs.probe_files(path):
             self.probes[file.stem][run] = self._columns(index, run, f"{runs.PROBES_FOLDER}/{file.name}")
@@ -236,7 +235,7 @@ class _Records:
         if row["state"] not in RECORDED:
             row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
             row["state"] = State.UNREADABLE
-        if row["state"] == "done" and (not measured or measured["epoch"][-1] != row["epochs"]):
+        if row["state"] == "done" and (not length(measured) or measured["epoch"][-1] != row["epochs"]):
             # An earlier epoch's accuracy must not pass for the final one.
             row["state"], row["note"] = State.UNREADABLE, "done, but its last evaluation cannot be read"
             self.warnings.append(
@@ -255,11 +254,17 @@ def _notes(folder: RecordPath) -> str:
 def _config(path: RecordPath) -> dict[str, Any]:
     config = runs.read_config(path)
     groups = [config.get(group) for group in ("norm", "model", "dataset")]
-    whole = [config.get(name) for name in ("batch", "seed")]
-    if all(isinstance(group, dict) and "name" in group for group in groups) and all(isinstance(n, int) for n in whole):
+    others = [config.get(group) or {} for group in ("probe", "init", "sampler", "optimizer", "schedule")]
+    norm_batch = config.get("norm_batch")
+    whole = [config.get("batch"), config.get("seed"), 1 if norm_batch is None else norm_batch]
+    if (
+        all(isinstance(group, dict) and isinstance(group.get("name"), str) for group in groups)
+        and all(isinstance(group, dict) for group in others)
+        and all(type(number) is int and 0 <= number < 2**63 for number in whole)
+    ):
         return config
     raise UserError(
-        f"{path / 'config.yaml'} lacks settings of a run (norm.name, model, dataset, batch, seed).\n"
+        f"{path / 'config.yaml'} lacks settings of a run (norm.name, model, dataset, batch, seed), or has odd ones.\n"
         "Move the run's folder away and start the run again."
     )
 
@@ -326,29 +331,17 @@ def _gaps(have: Collection[Place]) -> Iterator[Place]:
 def _imported(
     table: pd.DataFrame, configs: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Yield a sentence per arm and source that is not of our own training."""
-    sources = Counter(
-        (arm, (provenance[run].get("imported") or {}).get("source", "an unknown source"))
-        for run, arm in zip(table["run"], table["arm"], strict=True)
-        if run in configs and configs[run]["norm"].get("imported")
-    )
-    for (arm, source), number in sources.items():
+    """Yield a sentence per source that is not of our own training."""
+    sources: dict[str, Counter[str]] = defaultdict(Counter)
+    for run, arm in zip(table["run"], table["arm"], strict=True):
+        if run in configs and configs[run]["norm"].get("imported"):
+            imported = provenance[run].get("imported")
+            source = imported.get("source") if isinstance(imported, Mapping) else None
+            sources[str(source or "an unknown source")][arm] += 1
+    for source, arms in sources.items():
+        who, number = f"Arm{'s' * (len(arms) > 1)} {listed(in_order(arms), 3)}", arms.total()
         yield (
-            f"Arm {arm}: {number} run{'s were' if number > 1 else ' was'} made elsewhere and imported from {source}."
+            f"{who}: {number} run{'s were' if number > 1 else ' was'} made elsewhere and imported from {source}."
             " Their initial weights and batches are not paired with others', their settings are not checked, and no"
             " verdict uses them."
         )
-
-
-def _provenance(path: RecordPath) -> dict[str, Any]:
-    """Return a run's provenance, or nothing: the report can do without."""
-    try:
-        return _parsed((path / runs.PROVENANCE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-@lru_cache(maxsize=256)
-def _parsed(text: bytes) -> dict[str, Any]:
-    value = json.loads(text)
-    return value if isinstance(value, dict) else {}

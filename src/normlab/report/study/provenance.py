@@ -1,7 +1,8 @@
 """The provenance of a table or a figure: its runs, and the code and the hardware that made them."""
 
-import hashlib
+import itertools
 import json
+import math
 import shlex
 import sys
 from collections import Counter
@@ -14,9 +15,9 @@ import pandas as pd
 
 from normlab import __version__
 from normlab.common import git as checkout
+from normlab.common.errors import listed
 from normlab.report.study.load import Study
-
-UNKNOWN = "not recorded"
+from normlab.runs import provenance as made_by
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def provenance_of(study: Study, rows: pd.DataFrame) -> Provenance:
     """Return that of a table or figure which shows these rows: of single runs (with the column run), or of cells."""
     runs = _runs_of(study, rows)
     made = [study.provenance.get(run, {}) for run in runs]
-    reporter = _version({"versions": {"normlab": __version__}, "git": checkout.state()})
+    reporter = made_by.code({"versions": {"normlab": __version__}, "git": checkout.state()})
     return Provenance(runs, _tally(map(_code, made)), _tally(map(_hardware, made)), _command(), reporter)
 
 
@@ -74,13 +75,41 @@ def mixed_provenance(study: Study) -> Iterator[str]:
     mixtures: dict[str, list[str]] = {}
     for setting, runs in study.finished.groupby("setting", sort=False)["run"]:
         made = [study.provenance.get(run, {}) for run in runs]
-        tallies = {"versions of the code": _tally(map(_code, made)), "kinds of hardware": _tally(map(_hardware, made))}
-        for kinds, tally in tallies.items():
+        for kinds, name in _KINDS.items():
+            tally = _tally(filter(None, map(name, made)))
             if len(tally) > 1:
                 mixtures.setdefault(f"{len(tally)} {kinds}: {_counted(tally)}", []).append(str(setting))
     for mixture, (first, *more) in mixtures.items():
         where = f"{first} and {len(more)} more settings" if more else first
         yield f"{where}: the runs of one table come from {mixture}. A difference between arms may be one between these."
+
+
+def mixed_cells(study: Study) -> Iterator[str]:
+    """Yield a sentence for each thing that seeds of a cell should share, and do not."""
+    mixtures: dict[str, list[str]] = {}
+    finished = study.finished
+    sizes = dict(zip(finished["run"], finished["parameters"], strict=True))
+    for (setting, arm, batch), runs in finished.groupby(["setting", "arm", "batch"], sort=False)["run"]:
+        if len(runs) == 1:
+            continue
+        for what, value in _SHARED.items():
+            tally = _tally(filter(None, (value(study.provenance.get(run, {}), sizes[run]) for run in runs)))
+            if len(tally) > 1:
+                mixtures.setdefault(f"{what}: {_counted(tally)}", []).append(f"{arm}, batch {batch} ({setting})")
+    for mixture, cells in mixtures.items():
+        yield f"The seeds of {listed(cells, 1)} differ in their {mixture}. Their spread is not one of seeds alone."
+
+
+def continued(study: Study) -> Iterator[str]:
+    """Yield a sentence about the runs that went on with other code, versions or hardware than they began with."""
+    found: dict[str, list[str]] = {}
+    for run in study.finished["run"]:
+        parts = made_by.segments(study.provenance.get(run, {}))
+        for before, after in itertools.pairwise(parts):
+            for difference in made_by.differences(before, after):
+                found.setdefault(difference, []).append(f"{run} from step {before.get('until_step')} on")
+    for difference, runs in found.items():
+        yield f"Interrupted and continued under other circumstances ({difference}): {listed(runs, 1)}."
 
 
 def _command() -> str:
@@ -94,24 +123,19 @@ def _command() -> str:
 def _code(made: dict[str, Any]) -> str:
     if "imported" in made:
         return "not of normlab"
-    versions = made.get("versions")
-    if not isinstance(versions, dict):
-        return UNKNOWN
-    torch = f", torch {versions['torch']}" if "torch" in versions else ""
-    return _version(made) + torch
-
-
-def _version(made: dict[str, Any]) -> str:
-    git = made.get("git")
-    if not isinstance(git, dict):
-        return f"normlab {made['versions'].get('normlab')}"
-    diff = str(git.get("diff") or "")
-    changed = f" with changes {hashlib.sha256(diff.encode()).hexdigest()[:7]}" if diff else ""
-    return f"normlab {made['versions'].get('normlab')}, commit {str(git.get('commit'))[:7]}{changed}"
+    if not isinstance(made.get("versions"), dict):
+        return made_by.UNKNOWN
+    found = made_by.circumstances(made)
+    return found["code"] + (f", torch {found['torch']}" if "torch" in found else "")
 
 
 def _hardware(made: dict[str, Any]) -> str:
-    return str(made.get("device") or UNKNOWN)
+    return str(made.get("device") or made_by.UNKNOWN)
+
+
+def _libraries(made: dict[str, Any]) -> str:
+    found = made_by.circumstances(made)
+    return ", ".join(f"{name} {found[name]}" for name in ("Python", "NumPy", "torchvision") if name in found)
 
 
 def _tally(names: Iterable[str]) -> dict[str, int]:
@@ -122,3 +146,35 @@ def _tally(names: Iterable[str]) -> dict[str, int]:
 def _counted(tally: dict[str, int]) -> str:
     counted = [f"{name} ({number} run{'s' if number > 1 else ''})" for name, number in tally.items()]
     return "; ".join(counted if len(tally) > 1 else tally)
+
+
+def _images(made: dict[str, Any], parameters: float) -> str:
+    return str(made.get("data_fingerprint") or "")[:10]
+
+
+def _files(made: dict[str, Any], parameters: float) -> str:
+    data = made.get("data")
+    return str(data.get("contents") or "")[:10] if isinstance(data, dict) else ""
+
+
+def _size(made: dict[str, Any], parameters: float) -> str:
+    return "" if math.isnan(parameters) else f"{parameters:,.0f}"
+
+
+def _own_code(made: dict[str, Any], parameters: float) -> str:
+    found = made_by.circumstances(made)
+    return ", ".join(f"{name} {found[name]}" for name in made_by.OWN_CODE if name in found)
+
+
+def _threads(made: dict[str, Any], parameters: float) -> str:
+    return str(made.get("threads") or "")
+
+
+_SHARED = {  # by the seeds of a cell
+    "images (digest)": _images,
+    "files of images (digest)": _files,
+    "number of parameters": _size,
+    "own code": _own_code,
+    "threads": _threads,
+}
+_KINDS = {"versions of the code": _code, "kinds of hardware": _hardware, "sets of library versions": _libraries}

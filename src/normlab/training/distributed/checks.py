@@ -89,5 +89,10 @@ def prepare_layers(config: RunConfig, network: nn.Module, data: Data, world: int
             f"norm_batch={group} makes groups of images across processes: each of {world} has {share} of"
             f" batch={config.batch}.\nNearest valid: norm_batch={nearest}, a divisor of {share}."
         )
+    if last % world and any(layer.slides_over_groups for layer in layers):
+        raise UserError(
+            f"norm={config.norm.name} averages over as many groups of each of {world} processes, and the last batch of"
+            f" an epoch has {last} images.\nUse drop_last=true, or one process."
+        )
     for layer in layers:
         layer.averages_over_processes = True

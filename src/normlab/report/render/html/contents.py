@@ -23,7 +23,6 @@ from normlab.report.claims.judge import Judgement
 from normlab.report.claims.texts import format_effect, format_expectation
 from normlab.report.render.description import facts, question
 from normlab.report.render.layout import filled, split_number
-from normlab.report.study.arms import flatten
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
 
@@ -187,7 +186,7 @@ def _runs(study: Study, numbers: Mapping[CellKey, int], metric: Metric) -> dict[
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, str]:
-    flat = flatten({key: value for key, value in config.items() if key not in _OF_A_RUN})
+    flat = runs.flatten({key: value for key, value in config.items() if key not in _OF_A_RUN})
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in flat.items()}
 
 
@@ -208,8 +207,10 @@ def _curve(rows: pd.DataFrame | None, metric: Metric, axes: dict[tuple[int, ...]
 
 
 def rounded(value: float) -> float | None:
-    """Return a number with `DIGITS` digits; None where it is not finite, as JSON has no nan."""
-    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    """Return a number with `DIGITS` digits, a whole one as it is (a step); None where it is not finite, as in JSON."""
+    if not math.isfinite(value):
+        return None
+    return value if value.is_integer() else float(f"{value:.{DIGITS}g}")
 
 
 def _end_of_log(folder: Path, state: str) -> str:

@@ -94,7 +94,8 @@
       hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), font: { color: variable("--text") } },
     };
   };
-  const digits = (value) => (value === null ? "" : Number(value.toPrecision(5)).toString());
+  const digits = (value) =>
+    value === null ? "" : (Number.isInteger(value) ? value : Number(value.toPrecision(5))).toString();
   const traceOf = (trace, hidden) => {
     const { half, text, ...rest } = trace;
     const told = (x, y, i) => {

@@ -1,0 +1,103 @@
+"""Damaged image files, found before a run starts, as far as that is cheap; without torch."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from normlab.common.cpu import cores
+from normlab.common.errors import UserError
+
+if TYPE_CHECKING:  # Pillow is imported where an image is opened
+    from PIL import Image
+
+MOST_FILES = 10_000  # whose ends are read, in half a second; of more files as many, evenly spread
+MOST_DECODED = 64  # that have no end to be checked, evenly spread
+END_BYTES = 64
+
+
+@lru_cache(maxsize=8)  # a sweep checks every run
+def check(root: Path, paths: Sequence[str]) -> None:
+    """Check that files end as their format does, and decode those that do not, and some whose format has no end.
+
+    Cut and empty files are found, and files that are no images. Damage in the middle is found on decoding.
+
+    Raises:
+        UserError: naming the files.
+    """
+    looked_at = _spread(paths, MOST_FILES)
+    with ThreadPoolExecutor(4 * cores()) as pool:
+        ends = list(pool.map(lambda path: _has_its_end(root / path), looked_at))
+    cut = [path for path, whole in zip(looked_at, ends, strict=True) if whole is False]
+    unknown = [path for path, whole in zip(looked_at, ends, strict=True) if whole is None]
+    damaged = {
+        path: reason
+        for path in (*_spread(cut, MOST_DECODED), *_spread(unknown, MOST_DECODED))
+        if (reason := _damage(root / path))
+    }
+    if damaged:
+        (_, reason), *others = damaged.items()
+        more = f"\nSo it is with {len(others)} more, e.g. {others[0][0]}." if others else ""
+        raise UserError(f"{reason}{more}")
+
+
+def _spread(paths: Sequence[str], most: int) -> Sequence[str]:
+    return paths[:: -(-len(paths) // most)] if paths else paths
+
+
+def _has_its_end(file: Path) -> bool | None:
+    """Return whether a file ends as its format does; None if that cannot be told from its ends."""
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            opened.seek(0)
+            head = opened.read(END_BYTES)
+            opened.seek(max(0, size - END_BYTES))
+            tail = opened.read()
+    except OSError:
+        return False
+    if head.startswith(b"\xff\xd8"):
+        return tail.rstrip(b"\0").endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG"):
+        return b"IEND" in tail
+    if head.startswith(b"GIF8"):
+        return tail.endswith(b";")
+    if head.startswith(b"RIFF"):
+        return int.from_bytes(head[4:8], "little") + 8 <= size
+    if head.startswith((b"II*\0", b"MM\0*", b"BM", b"P")):
+        return None
+    return False
+
+
+def _damage(file: Path) -> str:
+    """Return why an image cannot be decoded; "" if it can."""
+    with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd files that it does read
+        try:
+            with open_image(file) as image:
+                image.load()
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+@contextmanager
+def open_image(path: Path) -> Iterator["Image.Image"]:
+    """Open an image file, whose header alone is read at first.
+
+    Raises:
+        UserError: naming the file, if it cannot be opened, or not be decoded inside the context.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow's plugins raise whatever their parsing meets
+        reason = "it is not an image that Pillow knows" if "cannot identify" in str(error) else str(error)
+        reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
+        raise UserError(
+            f"The image {path} cannot be read: {reason or type(error).__name__}.\nReplace the file or remove it."
+        ) from None

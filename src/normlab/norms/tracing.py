@@ -1,0 +1,336 @@
+"""A network as a graph of the layers that sites are made of, or a sentence that says why it cannot be one."""
+
+import inspect
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
+
+from normlab.common.errors import UserError, first_line
+
+BatchNormalization = _BatchNorm  # BatchNorm1d, 2d, 3d, SyncBatchNorm and what is derived from them
+
+_WRAPPERS = {
+    "OptimizedModule": "compile what the rewrite returns",
+    "DataParallel": "wrap what the rewrite returns; it wraps `.module`",
+    "DistributedDataParallel": "wrap what the rewrite returns; it wraps `.module`",
+    "FullyShardedDataParallel": "wrap what the rewrite returns",
+}
+_FUNCTIONS = {"batch_norm", "native_batch_norm", "cudnn_batch_norm"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+
+
+class State:
+    """The modules of a network, their attributes and hooks, and the values of its tensors, to be restored."""
+
+    def __init__(self, network: nn.Module, *, parameters: bool) -> None:
+        self._modules = [(vars(module), dict(vars(module))) for module in network.modules()]
+        self._contents = [
+            (value, value.copy())
+            for _, saved in self._modules
+            for value in saved.values()
+            if isinstance(value, dict | set)
+        ]
+        tensors = chain(network.buffers(), network.parameters() if parameters else ())
+        self._tensors = [(tensor, tensor.requires_grad, tensor.detach().clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make the network what it was."""
+        for attributes, saved in self._modules:
+            attributes.clear()
+            attributes.update(saved)
+        for container, content in self._contents:
+            container.clear()
+            container.update(content)
+        for tensor, requires_grad, value in self._tensors:
+            tensor.requires_grad_(requires_grad).copy_(value)
+
+
+@contextmanager
+def _to_be_traced(network: nn.Module) -> Iterator[None]:
+    """Put a network into training mode without hooks inside, and take back what its forward pass does to itself.
+
+    In training a network calls what it calls in evaluation, and e.g. auxiliary classifiers.
+    """
+    state = State(network, parameters=False)
+    for module in network.modules():
+        module.training = True
+        for kind in _HOOKS:
+            vars(module)[kind].clear()
+    try:
+        yield
+    finally:
+        state.restore()
+
+
+class Tracer(fx.Tracer):
+    """Traces a network down to the layers that sites are made of.
+
+    A module that cannot be traced is taken as one layer if no batch normalization is inside, unless `strict`.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        super().__init__()
+        self.strict = strict
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Trace a network for the defaults of the arguments that have one, as it may branch on them."""
+        arguments = inspect.signature(type(root).forward).parameters.values()
+        defaults = {a.name: a.default for a in arguments if isinstance(a.default, bool | int | float | str | None)}
+        return super().trace(root, defaults | (concrete_args or {}))
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        """Return True also for norms, our own layers, and torchvision's that a trace would freeze in one mode."""
+        own = type(module).__module__.startswith("normlab.norms") or isinstance(module, BatchNormalization)
+        return own or type(module).__name__ == "StochasticDepth" or super().is_leaf_module(module, qualified_name)
+
+    def call_module(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace into a module, or call it as one."""
+        before, stack = len(self.graph.nodes), self.module_stack.copy()
+        try:
+            return super().call_module(module, forward, args, kwargs)
+        except Exception:
+            if self.strict or any(isinstance(inner, BatchNormalization) for inner in module.modules()):
+                raise
+            for node in reversed(list(self.graph.nodes)[before:]):
+                self.graph.erase_node(node)
+            self.module_stack.clear()
+            self.module_stack.update(stack)
+            return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
+
+
+def trace(network: nn.Module, *, strict: bool = False) -> fx.GraphModule:
+    """Return `network` as a graph over the same modules.
+
+    Args:
+        network: stays as it is, in mode and hooks, too.
+        strict: whether every module has to be traced, also those without batch normalization inside.
+
+    Raises:
+        UserError: if it is no network that can be rewritten, or its forward pass cannot be traced, or has a batch
+            normalization that no rewrite could reach.
+    """
+    check_module(network)
+    name = type(network).__name__
+    tracer = Tracer(strict=strict)
+    with _to_be_traced(network):
+        try:
+            graph = tracer.trace(network)
+        except Exception as error:
+            raise UserError(
+                f"{name} cannot be traced by torch.fx, so its normalization layers cannot be found:\n"
+                + _reason(error, strict)
+            ) from error
+        _check_functions(network, graph)
+        traced = fx.GraphModule(network, graph, name)
+    modes = {name: module.training for name, module in network.named_modules()}
+    for inner, module in traced.named_modules():  # it has containers of its own
+        module.training = modes.get(inner, network.training)
+    return traced
+
+
+def _reason(error: Exception, strict: bool) -> str:
+    """Where in the user's code a trace ended, why, and what to do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f for f in reversed(frames) if not f.filename.startswith((_TORCH, _OURS))), None)
+    where = f"{Path(place.filename).name}, line {place.lineno}: `{place.line}`: " if place and place.line else ""
+    text = first_line(error) or type(error).__name__
+    if not isinstance(error, fx.proxy.TraceError):
+        text = f"{type(error).__name__}: {text}" if first_line(error) else text
+    own = "" if strict else ", or move it into a module without norms inside, which needs no trace"
+    if isinstance(error, fx.proxy.TraceError) and place and (place.line or "").startswith("assert"):
+        advice = "An assertion about a tensor or its shape cannot be traced: use torch._assert, or leave it out."
+    elif isinstance(error, fx.proxy.TraceError):
+        advice = f"Its forward pass must not branch on the values or the shape of tensors: decide in __init__{own}."
+    elif "proxy" in text.lower() or "symbolic" in text.lower():
+        advice = f"A tensor, or its size, is used as a Python number or list there: use tensor operations{own}."
+    else:
+        advice = "The forward pass itself raises this error: try the network on a batch of images first."
+    return f"{where}{text}.\n{advice}"
+
+
+def check_module(network: nn.Module) -> None:
+    """Refuse, as a UserError, what is no network, is wrapped, or has layers without a shape."""
+    if not isinstance(network, nn.Module):
+        kind = f"the class {network.__name__}" if isinstance(network, type) else f"a {type(network).__name__}"
+        raise UserError(f"Only an nn.Module can be rewritten, and this is {kind}.\nGive the network itself.")
+    for name, module in network.named_modules():
+        what = f"{name} of {type(network).__name__}" if name else "The network"
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(
+                f"{what} is a {kind} of TorchScript, whose layers cannot be replaced.\n"
+                "Rewrite the nn.Module that it was made of, and script the result."
+            )
+        if kind in _WRAPPERS and type(module).__module__.startswith("torch."):
+            raise UserError(f"{what} is a {kind}, a wrapper.\nRewrite the network before: {_WRAPPERS[kind]}.")
+        if getattr(module, "has_uninitialized_params", bool)():
+            raise UserError(
+                f"{what} is a {kind}, which has no shape before its first forward pass.\n"
+                "Run one batch of images through the network before it is rewritten."
+            )
+    if isinstance(network, BatchNormalization):
+        raise UserError(
+            f"The network itself is a {type(network).__name__}, so there is no place to put another norm.\n"
+            "Put it into an nn.Sequential."
+        )
+
+
+def batch_norms(network: nn.Module) -> dict[str, BatchNormalization]:
+    """Return the batch normalizations of a network by name.
+
+    Raises:
+        UserError: for one that cannot be replaced by another layer without a change to what else it does.
+    """
+    found = {name: module for name, module in network.named_modules() if isinstance(module, BatchNormalization)}
+    owners: dict[nn.Parameter, str] = {}
+    for name, module in network.named_modules():
+        reason = _own_normalization(module)
+        for parameter in module.parameters(recurse=False):
+            other = owners.setdefault(parameter, name)
+            if other != name and {name, other} & found.keys():
+                reason = f"shares a parameter with {other}, which a rewrite would end"
+        if reason:
+            raise UserError(
+                f"{name} of {type(network).__name__} is a {type(module).__name__}, which {reason}.\n"
+                "Use nn.BatchNorm2d (or 1d, 3d, SyncBatchNorm) itself there, and layers of their own for the rest."
+            )
+    return found
+
+
+def _own_normalization(module: nn.Module) -> str | None:
+    """Why a module is a batch normalization that cannot be replaced; None for any other module."""
+    kind = type(module)
+    if isinstance(module, BatchNormalization):
+        if kind.forward.__module__ not in ("torch.nn.modules.batchnorm", "normlab.norms.batch"):
+            return "is batch normalization and more, in a forward pass of its own"
+        if "forward" in vars(module):
+            return "has a forward pass of its own"
+        return "has a parametrization" if is_parametrized(module) else None
+    if isinstance(module, _InstanceNorm) or kind.__module__.startswith("normlab.norms"):
+        return None
+    averages = {"running_mean", "running_var"} & {name for name, _ in module.named_buffers(recurse=False)}
+    named = not any(module.children()) and "batchnorm" in kind.__name__.lower().replace("_", "")
+    return "is a batch normalization not of PyTorch's kind" if averages or named else None
+
+
+def _check_functions(network: nn.Module, graph: fx.Graph) -> None:
+    """Refuse calls of batch normalization as a function of the network's input; of weights they are something else."""
+    from_input: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "placeholder" and not from_input.intersection(node.all_input_nodes):
+            continue
+        from_input.add(node)
+        if node.op == "call_function" and _is_batch_norm(node.target):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            path = stack[-1][0] if stack else ""
+            _refuse_function(network, path, getattr(node.target, "__name__", str(node.target)))
+    leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    for name in sorted(leaves):
+        for inner, module in network.get_submodule(name).named_modules(prefix=name):
+            methods = chain.from_iterable(vars(kind).items() for kind in type(module).__mro__ if _is_own(kind))
+            codes = [m.__code__ for key, m in methods if inspect.isfunction(m) and key != "__init__"]
+            if any(map(_mentions_batch_norm, codes)):
+                _refuse_function(network, inner, "batch_norm")
+
+
+def _refuse_function(network: nn.Module, path: str, function: str) -> None:
+    where = f"{path} of {type(network).__name__}" if path else type(network).__name__
+    raise UserError(
+        f"{where} calls {function} as a function, which no rewrite can replace.\nUse nn.BatchNorm2d, a module, there."
+    )
+
+
+def _is_own(kind: Any) -> bool:
+    return not kind.__module__.startswith(("torch.", "normlab.norms", "builtins"))
+
+
+def _is_batch_norm(function: object) -> bool:
+    name = getattr(function, "__name__", str(function))
+    if "batch_norm" in name:
+        return True
+    return inspect.isfunction(function) and _is_own(function) and _mentions_batch_norm(function.__code__)
+
+
+def _mentions_batch_norm(code: CodeType) -> bool:
+    """Whether a function calls anything of that name: all that can be known of code that is not traced."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return not _FUNCTIONS.isdisjoint(code.co_names) or any(map(_mentions_batch_norm, inner))
+
+
+def hooked(network: nn.Module, inside: fx.GraphModule) -> str | None:
+    """Return the name of a module with hooks that a graph, which calls only layers, would not call; or None."""
+    called = set(inside.modules())
+    for name, module in network.named_modules():
+        if module not in called and any(vars(module)[kind] for kind in _HOOKS):
+            return name or type(network).__name__
+    return None
+
+
+def take_hooks(layer: nn.Module, old: nn.Module) -> nn.Module:
+    """Return `layer` with the hooks of the module that it replaces; handles that remove them go on working."""
+    vars(layer).update({name: value for name, value in vars(old).items() if "hook" in name and value})
+    return layer
+
+
+def separate(network: nn.Module) -> nn.Module:
+    """Put a norm and its activation in the place of each layer that is both, as timm's BatchNormAct2d; in place.
+
+    ``bn1`` becomes ``bn1.norm``, ``bn1.drop`` and ``bn1.act`` with the same parameters, those that do something.
+    """
+    for joint, places in names_of(network).items():
+        if not _is_joint(joint):
+            continue
+        parts: OrderedDict[str, nn.Module] = OrderedDict(norm=_plain(joint))
+        for name in ("drop", "act"):
+            part = getattr(joint, name, None)
+            if part is not None and not isinstance(part, nn.Identity):
+                parts[name] = part
+        whole = nn.Sequential(parts) if len(parts) > 1 else parts["norm"]
+        whole.training = joint.training
+        for place in places:
+            network.set_submodule(place, take_hooks(whole, joint))
+    return network
+
+
+def is_separate(network: nn.Module) -> bool:
+    """Return whether `separate` has nothing to do."""
+    return not any(map(_is_joint, network.modules()))
+
+
+def _is_joint(module: nn.Module) -> bool:
+    return isinstance(module, BatchNormalization) and type(module).forward.__module__ == "timm.layers.norm_act"
+
+
+def _plain(joint: nn.Module) -> nn.Module:
+    assert isinstance(joint, BatchNormalization)
+    kind = nn.SyncBatchNorm if isinstance(joint, nn.SyncBatchNorm) else nn.BatchNorm2d
+    options = (joint.num_features, joint.eps, joint.momentum, joint.affine, joint.track_running_stats)
+    norm = kind(*options, device="meta")
+    for name, tensor in chain(joint.named_parameters(recurse=False), joint.named_buffers(recurse=False)):
+        setattr(norm, name, tensor)
+    norm.training = joint.training
+    return norm
+
+
+def names_of(network: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return all names of each module of a network, which may have it at several places."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names

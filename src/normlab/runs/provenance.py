@@ -1,0 +1,67 @@
+"""Compare what is recorded of how runs were made: code, versions, machine, threads.
+
+provenance.json describes the process that trained last. Of a run that went on under other circumstances, `earlier` has
+those of the segments before, oldest first, each with `until_step`: the number of steps after which the next one began.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+UNKNOWN = "not recorded"
+OWN_CODE = ("model.target", "norm._target_")  # settings that may name a user's own
+_VERSIONS = {"torch": "torch", "torchvision": "torchvision", "numpy": "NumPy", "python": "Python"}
+_FACTS = ("device", "threads", "processes")
+
+
+def code(made: Mapping[str, Any]) -> str:
+    """Return the version of normlab and, of a checkout, its commit, with a digest of changes that are not in it."""
+    versions, git = made.get("versions"), made.get("git")
+    version = f"normlab {versions.get('normlab') if isinstance(versions, Mapping) else UNKNOWN}"
+    if not isinstance(git, Mapping):
+        return version
+    if not git.get("commit"):
+        return f"{version}, commit {UNKNOWN}"
+    diff = str(git.get("diff") or "")
+    changed = f" with changes {hashlib.sha256(diff.encode()).hexdigest()[:7]}" if diff else ""
+    return f"{version}, commit {str(git['commit'])[:7]}{changed}"
+
+
+def circumstances(made: Mapping[str, Any]) -> dict[str, str]:
+    """Return what can change a result although no setting says so, in words, as far as it is recorded."""
+    versions, own = made.get("versions"), made.get("own_code")
+    own = own if isinstance(own, Mapping) else {}
+    found = {}
+    if isinstance(versions, Mapping):
+        found = {"code": code(made)} | {
+            word: str(versions[name]) for name, word in _VERSIONS.items() if name in versions
+        }
+    found |= {name: str(made[name]) for name in _FACTS if name in made}
+    codes = {name: own[name].get("code") for name in OWN_CODE if isinstance(own.get(name), Mapping)}
+    return found | {name: f"code {str(digest)[:7]}" for name, digest in codes.items()}
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two provenances, e.g. `threads 1, then 2`; what one of them lacks is left out."""
+    old, new = circumstances(before), circumstances(after)
+    return [f"{name} {old[name]}, then {new[name]}" for name in old if old[name] != new.get(name, old[name])]
+
+
+def segments(made: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the provenance of each segment of a run, the last one's at the end."""
+    earlier = made.get("earlier")
+    return [*(part for part in earlier if isinstance(part, Mapping)), made] if isinstance(earlier, list) else [made]
+
+
+def earlier_segments(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> Sequence[Mapping[str, Any]]:
+    """Return the segments of a run that goes on, without those that were like the one that follows.
+
+    Args:
+        before: the provenance that the run has.
+        now: that of the process that goes on.
+        step: the number of steps before it.
+    """
+    *earlier, last = segments(before)
+    if not last or not (differences(last, now) or last.get("host") != now.get("host")):
+        return earlier
+    return [*earlier, {key: value for key, value in last.items() if key != "earlier"} | {"until_step": step}]

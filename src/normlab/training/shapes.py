@@ -1,0 +1,147 @@
+"""Check that a network takes the batches of a run, on the meta device, where a forward pass costs nothing."""
+
+import copy
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from normlab import models
+from normlab.common.errors import UserError, first_line
+from normlab.config.schema import Paired, RegressionDataset, RunConfig
+from normlab.data.datasets import Data
+from normlab.data.inventory import Inventory
+from normlab.norms import independent_processes
+
+CHECKED_SECONDS = 20.0  # for a sweep before it starts; what is left over, each run finds out by itself
+# What makes no other network, and no other sizes of batches.
+_NEITHER = {"study", "experiment", "budget", "output_dir", "data_dir", "seed", "epochs", "optimizer", "schedule"}
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The inputs of a run's network.
+
+    Attributes:
+        outputs: classes; components of y of a regression.
+        batches: the numbers of images in a batch that occur, each with the setting that changes it; training's first.
+    """
+
+    channels: int
+    image_size: int
+    outputs: int
+    batches: dict[int, str]
+
+
+def of_data(config: RunConfig, data: Data) -> Shapes:
+    """Return the shapes of a run whose data is loaded, in one of its processes."""
+    images = [(part.images if part else 0) for part in (data.train, data.val, data.test)]
+    return Shapes(data.channels, data.image_size, len(data.classes), _batches(config, images, data.train.processes))
+
+
+def of_inventory(config: RunConfig, data: Inventory) -> Shapes | None:
+    """Return the shapes of a run before its data is read, in one process; None if the size is not known."""
+    dataset, whole = config.dataset, data.train_images // config.batch * config.batch
+    trained = whole if config.drop_last else data.train_images
+    if isinstance(config.sampler, Paired):  # whose batches are all full
+        trained = -(-data.train_images // config.batch) * config.batch
+    if isinstance(dataset, RegressionDataset):
+        batches = _batches(config, [trained, 0, data.test_images], 1)
+        return Shapes(dataset.features, 1, dataset.features, batches)
+    size = dataset.crop_size or data.image_size
+    if size is None or data.classes is None:
+        return None
+    return Shapes(3, size, data.classes, _batches(config, [trained, dataset.val_size, data.test_images], 1))
+
+
+def check_sweep(runs: Sequence[tuple[RunConfig, Inventory]]) -> None:
+    """Check each kind of network and batch among runs, for `CHECKED_SECONDS` at most.
+
+    Raises:
+        UserError: for the first run whose network cannot be built, or does not take its batches.
+    """
+    deadline = time.monotonic() + CHECKED_SECONDS
+    kinds: dict[str, list[tuple[RunConfig, Shapes]]] = defaultdict(list)
+    for config, data in runs:
+        if found := of_inventory(config, data):
+            rest = config.model_dump(mode="json", exclude=_NEITHER | {"batch", "eval_batch"}, by_alias=True)
+            kinds[json.dumps(rest, sort_keys=True)].append((config, found))
+    for alike in kinds.values():
+        try:
+            _check_kind(alike)
+        except UserError:
+            raise
+        except (Exception, SystemExit):  # of the user's network: its run will record it with its traceback
+            continue
+        if time.monotonic() > deadline:
+            return
+
+
+def _check_kind(runs: Sequence[tuple[RunConfig, Shapes]]) -> None:
+    """Check runs of one network, which is built once."""
+    config, shapes = runs[0]
+    network = models.build(config, num_classes=shapes.outputs, image_size=shapes.image_size)
+    seen: set[int] = set()
+    for config, shapes in runs:
+        new = {size: setting for size, setting in shapes.batches.items() if size not in seen}
+        seen |= set(new)
+        check(config, network, replace(shapes, batches=new))
+
+
+def check(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
+    """Check each size of batch that will occur.
+
+    Raises:
+        UserError: if the images are too small for the network or too few for a layer's statistics, or the
+            network's output is not one number per image and class.
+    """
+    shown = copy.deepcopy(network).to("meta").train()
+    side = shapes.image_size
+    for size in sorted(shapes.batches, reverse=True):  # an error of the whole batch is one that no other size mends
+        try:
+            with independent_processes():
+                output = shown(torch.empty(size, shapes.channels, side, side, device="meta"))
+        except NotImplementedError:  # some operation of the user's network has no meta form
+            return
+        except (ValueError, RuntimeError) as error:
+            if "device" in str(error):  # a tensor that the user's network keeps to itself
+                return
+            raise _does_not_fit(config, shapes, size, error) from error
+        expected = (size, shapes.outputs)
+        if not isinstance(output, Tensor) or tuple(output.shape) != expected:
+            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UserError(
+                f"{config.model.name} gives {given} for a batch of {size} images.\n"
+                f"Expected a tensor {expected}: one number per image and class of {config.dataset.name}."
+            )
+
+
+def _batches(config: RunConfig, images: Sequence[int], processes: int) -> dict[int, str]:
+    """Return the sizes of batch of the images to train on, to validate on and to test on."""
+    train, *evaluated = images
+    shares = 1 if config.sync_stats else processes  # the smallest share, where statistics are of shares
+    sizes = {min(config.batch, train) // shares: "another batch"}
+    sizes.setdefault(train % config.batch // shares, "another batch or drop_last=true")
+    for count in evaluated if config.eval_stats == "batch" else ():
+        for size in (min(config.eval_batch, count), count % config.eval_batch):
+            sizes.setdefault(size, "another eval_batch")
+    sizes.pop(0, None)
+    return sizes
+
+
+def _does_not_fit(config: RunConfig, shapes: Shapes, size: int, error: Exception) -> UserError:
+    side = shapes.image_size
+    many = "s" * (size > 1)
+    images, larger = f"image{many} of {side}x{side} pixels", "larger images, "
+    if isinstance(config.dataset, RegressionDataset):
+        images, larger = f"sample{many}", ""
+    last = "" if size in (config.batch, config.eval_batch) else ", the last of an epoch or evaluation,"
+    return UserError(
+        f"A batch of {size} {images}{last} does not fit {config.model.name} with norm={config.norm.name}:\n"
+        f"{first_line(error)}\n"
+        f"Use {larger}another norm (one over a single value is undefined) or {shapes.batches[size]}."
+    )
