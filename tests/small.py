@@ -1,5 +1,9 @@
 """Networks small enough for tests that are about something else."""
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -37,3 +41,41 @@ class SmallResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.blocks(self.relu(self.bn1(self.conv1(images)))).mean((2, 3)))
+
+
+class Net(nn.Module):
+    """Layers of a dictionary, called one after another, or by a function of ours."""
+
+    def __init__(self, call: Callable[["Net", Tensor], Tensor] | None = None, **layers: nn.Module) -> None:
+        super().__init__()
+        self.call = call
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.call:
+            return self.call(self, x)
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+def conv_bn(**layers: nn.Module) -> nn.Module:
+    return Net(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4), **layers)
+
+
+def state(network: nn.Module) -> tuple[Any, ...]:
+    """Modules, parameters, buffers, their values and flags, attributes, hooks and modes, by identity."""
+    modules = [(name, id(module), type(module), module.training) for name, module in network.named_modules()]
+    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    values = [
+        (name, id(tensor), tensor.requires_grad, "lazy" if "Uninit" in type(tensor).__name__ else tensor.tolist())
+        for name, tensor in tensors
+    ]
+    attributes = [
+        (name, key, id(value), [*map(id, value.values())] if isinstance(value, dict) else None)
+        for name, module in network.named_modules()
+        for key, value in vars(module).items()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    return modules, values, attributes

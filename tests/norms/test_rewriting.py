@@ -2,12 +2,11 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import SmallNet, SmallResNet
+from small import Net, SmallNet, SmallResNet, conv_bn, state
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
@@ -24,23 +23,6 @@ def remaining(network: nn.Module) -> list[str]:
     """The batch normalizations that are not ours."""
     found = {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
     return [name for name, module in found.items() if not type(module).__module__.startswith("normlab.")]
-
-
-class Net(nn.Module):
-    """Layers of a dictionary, called one after another, or by a function of ours."""
-
-    def __init__(self, call: Callable[["Net", Tensor], Tensor] | None = None, **layers: nn.Module) -> None:
-        super().__init__()
-        self.call = call
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.call:
-            return self.call(self, x)
-        for layer in self.children():
-            x = layer(x)
-        return x
 
 
 # --- Every kind of batch normalization ----------------------------------------------------------------
@@ -178,7 +160,7 @@ def test_what_is_frozen_stays_frozen(name: str) -> None:
     base.fc.requires_grad_(True)
     network = norms.rewrite(base, name)
     # What a variant adds between the layers belongs to none of them, and nor does the norm of the logits.
-    added = {"fixup": "_shift. _affine.", "nf": "_scale.", "mimicnorm": "logit_norm."}.get(name, "").split()
+    added = {"fixup": "_shift. _affine.", "nf": "_scale.", "mimicnorm": "logit_norm. _scale."}.get(name, "").split()
     trained = [key for key, p in network.named_parameters() if p.requires_grad and not any(a in key for a in added)]
     assert trained == ["fc.weight", "fc.bias"]
 
@@ -345,10 +327,6 @@ class Late(Variant):
         return nn.Identity()
 
 
-def conv_bn(**layers: nn.Module) -> nn.Module:
-    return Net(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4), **layers)
-
-
 class Branch(nn.Module):
     """A norm that only another branch calls."""
 
@@ -441,23 +419,6 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], str | Variant, str]] = {
     "compiled": (lambda: torch.compile(SmallNet(10)), "none", "The network is a OptimizedModule, a wrapper"),
     "script": (lambda: torch.jit.script(conv_bn().bn), "none", "The network is a RecursiveScriptModule of TorchScript"),
 }  # fmt: skip
-
-
-def state(network: nn.Module) -> tuple[Any, ...]:
-    """Modules, parameters, buffers, their values and flags, attributes, hooks and modes, by identity."""
-    modules = [(name, id(module), type(module), module.training) for name, module in network.named_modules()]
-    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
-    values = [
-        (name, id(tensor), tensor.requires_grad, "lazy" if "Uninit" in type(tensor).__name__ else tensor.tolist())
-        for name, tensor in tensors
-    ]
-    attributes = [
-        (name, key, id(value), [*map(id, value.values())] if isinstance(value, dict) else None)
-        for name, module in network.named_modules()
-        for key, value in vars(module).items()
-        if not isinstance(module, torch.jit.ScriptModule)
-    ]
-    return modules, values, attributes
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:.*torch.jit")

@@ -9,6 +9,7 @@
 
 from normlab.common.registry import option, register
 from normlab.norms.batch import BatchNorm, BatchNormMinus, GroupedBatchNorm2d
+from normlab.norms.batch_norm_calls import batch_norm_refused
 from normlab.norms.group import GroupNorm, InstanceNorm, LayerNorm
 from normlab.norms.layer_statistics import (
     BatchStatistics,
@@ -70,6 +71,7 @@ __all__ = [
     "TReLUWeightNorm",
     "Variant",
     "WeightNorm",
+    "batch_norm_refused",
     "batch_statistics",
     "data_dependent_start",
     "decayed_parameters",

@@ -277,6 +277,6 @@ def activation_gain(activation: nn.Module) -> float:
     weight[1:-1:2] *= 4
     weight[2:-1:2] *= 2
     weight /= weight.sum()
-    y = activation(z.clone())  # it may work in place
+    y = activation.forward(z.clone())  # without hooks; it may work in place
     mean = (weight * y).sum()
     return float((weight * (y - mean).square()).sum().rsqrt())

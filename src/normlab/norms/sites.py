@@ -22,10 +22,12 @@ from normlab.norms.tracing import (
     Tracer,
     batch_norms,
     check_module,
+    has_hooks,
     hooked,
     is_separate,
     names_of,
     separate,
+    shallow_copy,
     take_hooks,
     trace,
 )
@@ -246,6 +248,7 @@ class _Rewriting:
         for place in self.places:
             self._rewrite(place)
         if not self.changes_graph:
+            self._check_result()
             return self.network
         hooks = hooked(self.network, self.traced)
         if hooks:
@@ -262,6 +265,24 @@ class _Rewriting:
         for module in set(self.traced.modules()) - before:  # the layers that the variant put between the sites
             self._placed_as(norms[-1], module).train(self.network.training)
         return self.traced
+
+    def _check_result(self) -> None:
+        """Refuse a network whose forward pass, now that its norms are others, does not call them, or reads the old.
+
+        It was traced in training; what else it does in evaluation (and a trace cannot follow, perhaps) is seen now.
+        """
+        try:
+            trace(self.network, training=False)
+        except UserError as error:
+            cause = error.__cause__
+            if isinstance(cause, AttributeError):
+                raise UserError(
+                    f"The forward pass {self.of} reads more of a norm than its output, and {self.name} has put another"
+                    f" layer there:\n{str(error).splitlines()[1]}\n"
+                    "Call norms as modules, and read nothing of them, or use another norm."
+                ) from error
+            if cause is None or isinstance(cause, NameError):  # a function, or a layer that is not the network's
+                raise
 
     def _check_convolution(self, place: _Place) -> None:
         """Refuse a site without a convolution that another layer can replace."""
@@ -294,18 +315,24 @@ class _Rewriting:
         activation = None if place.activation is None else activation_of(self.traced, place.activation)
         if place.site.convolution:
             self._rewrite_convolution(place.site.convolution)
-        layer, new_activation = self.variant.norm_and_activation(norm, activation)  # type: ignore[arg-type]
+        given = _complete(norm)
+        layer, new_activation = self.variant.norm_and_activation(given, activation)  # type: ignore[arg-type]
         if not place.site.convolution:  # what works in place behind an identity would overwrite what others may use
             if place.activation and place.activation.op == "call_module" and hasattr(activation, "inplace"):
                 activation.inplace = False  # type: ignore[union-attr]
             elif isinstance(layer, nn.Identity):
                 layer = Copy()
-        if layer is not norm:
+        if layer is not given:
             self._check_averages(place, norm, layer)
             _keep_frozen(norm, layer)
             self._put(norm, fit(layer, norm))
         if new_activation is not activation:
             assert new_activation is not None
+            if activation is not None and has_hooks(activation):
+                raise UserError(
+                    f"{place.site.activation} {self.of} has hooks, and {self.name} puts another activation there.\n"
+                    "Register them after the rewrite, or use another norm."
+                )
             _insert_activation(self.traced, place, self._placed_as(norm, fit(new_activation, norm)))
             self.changes_graph = True
 
@@ -338,6 +365,15 @@ class _Rewriting:
         """Return `module` on the device, with the dtype and in the mode of the layer that it is for."""
         tensor = next(chain(old.parameters(), old.buffers(), self.network.parameters()), None)
         return (module if tensor is None else module.to(tensor.device, tensor.dtype)).train(old.training)
+
+
+def _complete(norm: BatchNormalization) -> BatchNormalization:
+    """Return a norm that has a beta, of zeros, if it has a gamma (bias=False)."""
+    if norm.weight is None or norm.bias is not None:
+        return norm
+    norm = shallow_copy(norm)
+    vars(norm)["_parameters"] = vars(norm)["_parameters"] | {"bias": nn.Parameter(torch.zeros_like(norm.weight))}
+    return norm
 
 
 def _keep_frozen(norm: BatchNormalization, layer: nn.Module) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from normlab.common.errors import UserError, first_line
+from normlab.norms.batch_norm_calls import calls_batch_norm, is_batch_norm
 
 BatchNormalization = _BatchNorm  # BatchNorm1d, 2d, 3d, SyncBatchNorm and what is derived from them
 
@@ -26,8 +26,13 @@ _WRAPPERS = {
     "DistributedDataParallel": "wrap what the rewrite returns; it wraps `.module`",
     "FullyShardedDataParallel": "wrap what the rewrite returns",
 }
-_FUNCTIONS = {"batch_norm", "native_batch_norm", "cudnn_batch_norm"}
+# What a class may have of its own and still be PyTorch's batch normalization.
+_HARMLESS = {
+    "__init__", "__doc__", "__repr__", "extra_repr", "_get_name", "reset_parameters", "reset_running_stats",
+    "_check_input_dim", "_load_from_state_dict", "_save_to_state_dict",
+}  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BATCH_NORM = inspect.getfile(_BatchNorm)
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).parent)
 
@@ -60,16 +65,22 @@ class State:
 
 
 @contextmanager
-def _to_be_traced(network: nn.Module) -> Iterator[None]:
-    """Put a network into training mode without hooks inside, and take back what its forward pass does to itself.
+def _to_be_traced(network: nn.Module, training: bool) -> Iterator[None]:
+    """Put a network into a mode without hooks inside, and take back what its forward pass does to itself.
 
-    In training a network calls what it calls in evaluation, and e.g. auxiliary classifiers.
+    Each norm is another object inside, so that a call by another reference than the one that a rewrite replaces is none
+    of a layer of the network.
     """
     state = State(network, parameters=False)
     for module in network.modules():
-        module.training = True
+        module.training = training
         for kind in _HOOKS:
             vars(module)[kind].clear()
+    for norm, places in names_of(network).items():
+        if isinstance(norm, BatchNormalization):
+            other = shallow_copy(norm)
+            for place in places:
+                network.set_submodule(place, other)
     try:
         yield
     finally:
@@ -114,12 +125,14 @@ class Tracer(fx.Tracer):
             return self.create_proxy("call_module", self.path_of_module(module), args, kwargs)
 
 
-def trace(network: nn.Module, *, strict: bool = False) -> fx.GraphModule:
+def trace(network: nn.Module, *, strict: bool = False, training: bool = True) -> fx.GraphModule:
     """Return `network` as a graph over the same modules.
 
     Args:
         network: stays as it is, in mode and hooks, too.
         strict: whether every module has to be traced, also those without batch normalization inside.
+        training: whether to trace it in training mode, in which networks call what they call in evaluation, and e.g.
+            auxiliary classifiers.
 
     Raises:
         UserError: if it is no network that can be rewritten, or its forward pass cannot be traced, or has a batch
@@ -128,7 +141,7 @@ def trace(network: nn.Module, *, strict: bool = False) -> fx.GraphModule:
     check_module(network)
     name = type(network).__name__
     tracer = Tracer(strict=strict)
-    with _to_be_traced(network):
+    with _to_be_traced(network, training):
         try:
             graph = tracer.trace(network)
         except Exception as error:
@@ -138,6 +151,9 @@ def trace(network: nn.Module, *, strict: bool = False) -> fx.GraphModule:
             ) from error
         _check_functions(network, graph)
         traced = fx.GraphModule(network, graph, name)
+    for inner, module in list(traced.named_modules()):
+        if isinstance(module, BatchNormalization):
+            traced.set_submodule(inner, network.get_submodule(inner))
     modes = {name: module.training for name, module in network.named_modules()}
     for inner, module in traced.named_modules():  # it has containers of its own
         module.training = modes.get(inner, network.training)
@@ -149,6 +165,14 @@ def _reason(error: Exception, strict: bool) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = next((f for f in reversed(frames) if not f.filename.startswith((_TORCH, _OURS))), None)
     where = f"{Path(place.filename).name}, line {place.lineno}: `{place.line}`: " if place and place.line else ""
+    if any(frame.name == "forward" and frame.filename == _BATCH_NORM for frame in frames):
+        return f"{where}a norm is called by its method forward there.\nCall it as a module: self.norm(x)."
+    if isinstance(error, NameError) and "not installed as a submodule" in str(error):
+        return (
+            f"{where}a layer is called there that is no attribute of a module of the network (but in a plain list, in"
+            " a closure, made in the forward pass ...).\n"
+            "Make it one in __init__ (nn.ModuleList for a list), and call it by that attribute."
+        )
     text = first_line(error) or type(error).__name__
     if not isinstance(error, fx.proxy.TraceError):
         text = f"{type(error).__name__}: {text}" if first_line(error) else text
@@ -217,16 +241,29 @@ def _own_normalization(module: nn.Module) -> str | None:
     """Why a module is a batch normalization that cannot be replaced; None for any other module."""
     kind = type(module)
     if isinstance(module, BatchNormalization):
-        if kind.forward.__module__ not in ("torch.nn.modules.batchnorm", "normlab.norms.batch"):
-            return "is batch normalization and more, in a forward pass of its own"
-        if "forward" in vars(module):
-            return "has a forward pass of its own"
-        return "has a parametrization" if is_parametrized(module) else None
+        return _own_behavior(module)
     if isinstance(module, _InstanceNorm) or kind.__module__.startswith("normlab.norms"):
         return None
     averages = {"running_mean", "running_var"} & {name for name, _ in module.named_buffers(recurse=False)}
     named = not any(module.children()) and "batchnorm" in kind.__name__.lower().replace("_", "")
     return "is a batch normalization not of PyTorch's kind" if averages or named else None
+
+
+def _own_behavior(norm: BatchNormalization) -> str | None:
+    """Why a batch normalization does more than PyTorch's or normlab's."""
+    if is_parametrized(norm):
+        return "has a parametrization"
+    if not {"weight", "bias"} <= vars(norm)["_parameters"].keys():
+        return "computes its weight or bias from other parameters, as pruning and weight_norm do"
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    if any(getattr(parameter, kind) for parameter in norm.parameters() for kind in hooks):
+        return "has a hook on a parameter, which a rewrite would end"
+    own = {name for name in vars(norm) if hasattr(type(norm), name)}
+    for kind in type(norm).__mro__:
+        if not kind.__module__.startswith(("torch.nn.modules.", "normlab.norms", "builtins")):
+            own |= {name for name, value in vars(kind).items() if callable(value) or hasattr(type(value), "__get__")}
+    own = own.intersection(dir(nn.BatchNorm2d(1, device="meta"))) - _HARMLESS
+    return f"is batch normalization and more: {', '.join(sorted(own))} of its own" if own else None
 
 
 def _check_functions(network: nn.Module, graph: fx.Graph) -> None:
@@ -236,16 +273,14 @@ def _check_functions(network: nn.Module, graph: fx.Graph) -> None:
         if node.op != "placeholder" and not from_input.intersection(node.all_input_nodes):
             continue
         from_input.add(node)
-        if node.op == "call_function" and _is_batch_norm(node.target):
+        if node.op == "call_function" and is_batch_norm(node.target):
             stack = list(node.meta.get("nn_module_stack", {}).values())
             path = stack[-1][0] if stack else ""
             _refuse_function(network, path, getattr(node.target, "__name__", str(node.target)))
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for name in sorted(leaves):
         for inner, module in network.get_submodule(name).named_modules(prefix=name):
-            methods = chain.from_iterable(vars(kind).items() for kind in type(module).__mro__ if _is_own(kind))
-            codes = [m.__code__ for key, m in methods if inspect.isfunction(m) and key != "__init__"]
-            if any(map(_mentions_batch_norm, codes)):
+            if calls_batch_norm(module):
                 _refuse_function(network, inner, "batch_norm")
 
 
@@ -256,30 +291,18 @@ def _refuse_function(network: nn.Module, path: str, function: str) -> None:
     )
 
 
-def _is_own(kind: Any) -> bool:
-    return not kind.__module__.startswith(("torch.", "normlab.norms", "builtins"))
-
-
-def _is_batch_norm(function: object) -> bool:
-    name = getattr(function, "__name__", str(function))
-    if "batch_norm" in name:
-        return True
-    return inspect.isfunction(function) and _is_own(function) and _mentions_batch_norm(function.__code__)
-
-
-def _mentions_batch_norm(code: CodeType) -> bool:
-    """Whether a function calls anything of that name: all that can be known of code that is not traced."""
-    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
-    return not _FUNCTIONS.isdisjoint(code.co_names) or any(map(_mentions_batch_norm, inner))
-
-
 def hooked(network: nn.Module, inside: fx.GraphModule) -> str | None:
     """Return the name of a module with hooks that a graph, which calls only layers, would not call; or None."""
     called = set(inside.modules())
     for name, module in network.named_modules():
-        if module not in called and any(vars(module)[kind] for kind in _HOOKS):
+        if module not in called and has_hooks(module):
             return name or type(network).__name__
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether something is to be called before or after a module's forward or backward pass."""
+    return any(vars(module)[kind] for kind in _HOOKS)
 
 
 def take_hooks(layer: nn.Module, old: nn.Module) -> nn.Module:
@@ -311,6 +334,13 @@ def separate(network: nn.Module) -> nn.Module:
 def is_separate(network: nn.Module) -> bool:
     """Return whether `separate` has nothing to do."""
     return not any(map(_is_joint, network.modules()))
+
+
+def shallow_copy(layer: BatchNormalization) -> BatchNormalization:
+    """Return another object with the same attributes, which copy.copy refuses for parametrized layers."""
+    other = object.__new__(type(layer))
+    vars(other).update(vars(layer))
+    return other
 
 
 def _is_joint(module: nn.Module) -> bool:

@@ -91,7 +91,10 @@ def build_network(config: RunConfig, data: Data, where: torch.device, group: Pro
     """
     network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
     checks.prepare_layers(config, network, data, group.world)
-    shapes.check(config, network, shapes.of_data(config, data))
+    given = shapes.of_data(config, data)
+    shapes.check(config, network, given)
+    if new:
+        shapes.check_calls(network, given)
     network = network.to(where)
     if new and config.starts_from_data:
         images = data.calibration(config.calibration_images)

@@ -1,4 +1,4 @@
-"""Check that a network takes the batches of a run, on the meta device, where a forward pass costs nothing."""
+"""Check that a network takes the batches of a run, and that its norms are the run's, where a forward pass is cheap."""
 
 import copy
 import json
@@ -15,11 +15,13 @@ from normlab.common.errors import UserError, first_line
 from normlab.config.schema import Paired, RegressionDataset, RunConfig
 from normlab.data.datasets import Data
 from normlab.data.inventory import Inventory
-from normlab.norms import independent_processes
+from normlab.norms import batch_norm_refused, independent_processes
 
 CHECKED_SECONDS = 20.0  # for a sweep before it starts; what is left over, each run finds out by itself
 # What makes no other network, and no other sizes of batches.
 _NEITHER = {"study", "experiment", "budget", "output_dir", "data_dir", "seed", "epochs", "optimizer", "schedule"}
+
+_KNOWN = ("torch.", "torchvision.", "normlab.")  # networks of which tests know what a rewrite leaves
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def _check_kind(runs: Sequence[tuple[RunConfig, Shapes]]) -> None:
     config, shapes = runs[0]
     network = models.build(config, num_classes=shapes.outputs, image_size=shapes.image_size)
     seen: set[int] = set()
+    check_calls(network, shapes)
     for config, shapes in runs:
         new = {size: setting for size, setting in shapes.batches.items() if size not in seen}
         seen |= set(new)
@@ -118,6 +121,29 @@ def check(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
                 f"{config.model.name} gives {given} for a batch of {size} images.\n"
                 f"Expected a tensor {expected}: one number per image and class of {config.dataset.name}."
             )
+
+
+def check_calls(network: nn.Module, shapes: Shapes) -> None:
+    """Check that nothing but normlab's layers normalizes by the batch in a network that has code of the user's.
+
+    Raises:
+        UserError: see `normlab.norms.batch_norm_refused`.
+    """
+    if all(type(module).__module__.startswith(_KNOWN) for module in network.modules()):
+        return
+    shape = (2, shapes.channels, shapes.image_size, shapes.image_size)
+    for device in ("meta", "cpu"):  # not everything can be computed without numbers
+        shown = copy.deepcopy(network).to(device)
+        try:
+            with independent_processes(), torch.random.fork_rng(devices=[]), torch.no_grad():
+                for training in (True, False):
+                    with batch_norm_refused(shown.train(training)):
+                        shown(torch.zeros(shape, device=device))
+        except UserError:
+            raise
+        except Exception:  # `check` says which batches do not fit, and of all else the run itself
+            continue
+        return
 
 
 def _batches(config: RunConfig, images: Sequence[int], processes: int) -> dict[int, str]:
