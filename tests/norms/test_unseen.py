@@ -135,6 +135,14 @@ UNSEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
+def test_a_network_that_reads_its_norms_is_refused_where_activations_change() -> None:
+    network = Net(
+        lambda net, x: net.bn(net.conv(x)) * net.bn.weight.sum(), conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4)
+    )
+    with pytest.raises(UserError, match="reads more of a norm than its output, and norm=nf"):
+        norms.rewrite(network, "nf")
+
+
 @pytest.mark.parametrize("case", UNSEEN)
 def test_batch_normalization_that_a_trace_does_not_show_is_refused(case: str) -> None:
     make, sentence = UNSEEN[case]

@@ -303,7 +303,7 @@ CALIBRATION = "calibration images does not fit resnet"
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        (("batch=13",), "Use larger images, another norm (one over a single value is undefined) or another batch or"),
+        (("batch=13",), "Use larger images or another norm (one over a single value is undefined) or another batch or"),
         (("batch=1",), "does not fit"),
         (("batch=10", "eval_stats=batch", "eval_batch=19"), "undefined) or another eval_batch."),
         (("batch=10", "norm=in"), "another norm"),

@@ -256,7 +256,7 @@ class _Rewriting:
                 f"{hooks} {self.of} has hooks, and {self.name} makes the network a graph, which calls none"
                 " but those of layers.\nRegister them after the rewrite, or use another norm."
             )
-        _check_equal_in_modes(self.network)
+        self._check_equal_in_modes()
         before = set(self.traced.modules())
         self.variant.graph(self.traced, [place.site for place in self.places])
         self.traced.graph.lint()
@@ -276,13 +276,35 @@ class _Rewriting:
         except UserError as error:
             cause = error.__cause__
             if isinstance(cause, AttributeError):
-                raise UserError(
-                    f"The forward pass {self.of} reads more of a norm than its output, and {self.name} has put another"
-                    f" layer there:\n{str(error).splitlines()[1]}\n"
-                    "Call norms as modules, and read nothing of them, or use another norm."
-                ) from error
+                raise self._reads_more(str(error).splitlines()[1]) from error
             if cause is None or isinstance(cause, NameError):  # a function, or a layer that is not the network's
                 raise
+
+    def _check_equal_in_modes(self) -> None:
+        """Refuse a network whose graph is another one in training than in evaluation."""
+        network = self.network
+        state, graphs = State(network, parameters=False), []
+        try:
+            for mode in (True, False):
+                network.train(mode)
+                graphs.append(Tracer(strict=True).trace(network).python_code("self").src)
+        except AttributeError as error:
+            raise self._reads_more(str(error)) from error
+        finally:
+            state.restore()
+        if graphs[0] != graphs[1]:
+            raise UserError(
+                f"{type(network).__name__} does different things in training and evaluation, outside of its modules,"
+                " so that this norm, which rewrites activations, cannot serve it.\n"
+                "Use modules (nn.Dropout, not F.dropout) there, or a norm that leaves activations as they are."
+            )
+
+    def _reads_more(self, where: str) -> UserError:
+        return UserError(
+            f"The forward pass {self.of} reads more of a norm than its output, and {self.name} has put another"
+            f" layer there:\n{where}\n"
+            "Call norms as modules, and read nothing of them, or use another norm."
+        )
 
     def _check_convolution(self, place: _Place) -> None:
         """Refuse a site without a convolution that another layer can replace."""
@@ -400,20 +422,3 @@ def _insert_activation(traced: fx.GraphModule, place: _Place, activation: nn.Mod
         new = traced.graph.call_module(name, (place.norm,))
     old.replace_all_uses_with(new)
     traced.graph.erase_node(old)
-
-
-def _check_equal_in_modes(network: nn.Module) -> None:
-    """Refuse a network whose graph is another one in training than in evaluation."""
-    state, graphs = State(network, parameters=False), []
-    try:
-        for mode in (True, False):
-            network.train(mode)
-            graphs.append(Tracer(strict=True).trace(network).python_code("self").src)
-    finally:
-        state.restore()
-    if graphs[0] != graphs[1]:
-        raise UserError(
-            f"{type(network).__name__} does different things in training and evaluation, outside of its modules,"
-            " so that this norm, which rewrites activations, cannot serve it.\n"
-            "Use modules (nn.Dropout, not F.dropout) there, or a norm that leaves activations as they are."
-        )

@@ -228,7 +228,7 @@ def batch_norms(network: nn.Module) -> dict[str, BatchNormalization]:
         for parameter in module.parameters(recurse=False):
             other = owners.setdefault(parameter, name)
             if other != name and {name, other} & found.keys():
-                reason = f"shares a parameter with {other}, which a rewrite would end"
+                reason = f"shares a parameter with {other or 'the network itself'}, which a rewrite would end"
         if reason:
             raise UserError(
                 f"{name} of {type(network).__name__} is a {type(module).__name__}, which {reason}.\n"

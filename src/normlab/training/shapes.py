@@ -4,8 +4,9 @@ import copy
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,17 +104,27 @@ def check(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
             network's output is not one number per image and class.
     """
     shown = copy.deepcopy(network).to("meta").train()
+
+    def run(images: int, side: int) -> Any:
+        with independent_processes():
+            return shown(torch.empty(images, shapes.channels, side, side, device="meta"))
+
     side = shapes.image_size
     for size in sorted(shapes.batches, reverse=True):  # an error of the whole batch is one that no other size mends
         try:
-            with independent_processes():
-                output = shown(torch.empty(size, shapes.channels, side, side, device="meta"))
+            output = run(size, side)
         except NotImplementedError:  # some operation of the user's network has no meta form
             return
         except (ValueError, RuntimeError) as error:
             if "device" in str(error):  # a tensor that the user's network keeps to itself
                 return
-            raise _does_not_fit(config, shapes, size, error) from error
+            larger = side > 1 and any(_works(run, size, side * factor) for factor in (2, 4, 8, 16, 32))
+            remedies = ["larger images"] * larger
+            if "more than one value" in str(error):
+                remedies.append("another norm (one over a single value is undefined)")
+            if _works(run, 2 * size, side):
+                remedies.append(shapes.batches[size])
+            raise _does_not_fit(config, shapes, size, error, remedies) from error
         expected = (size, shapes.outputs)
         if not isinstance(output, Tensor) or tuple(output.shape) != expected:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -159,15 +170,23 @@ def _batches(config: RunConfig, images: Sequence[int], processes: int) -> dict[i
     return sizes
 
 
-def _does_not_fit(config: RunConfig, shapes: Shapes, size: int, error: Exception) -> UserError:
+def _works(run: Callable[[int, int], Any], images: int, side: int) -> bool:
+    try:
+        run(images, side)
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _does_not_fit(config: RunConfig, shapes: Shapes, size: int, error: Exception, remedies: list[str]) -> UserError:
     side = shapes.image_size
     many = "s" * (size > 1)
-    images, larger = f"image{many} of {side}x{side} pixels", "larger images, "
-    if isinstance(config.dataset, RegressionDataset):
-        images, larger = f"sample{many}", ""
+    images = (
+        f"sample{many}" if isinstance(config.dataset, RegressionDataset) else f"image{many} of {side}x{side} pixels"
+    )
     last = "" if size in (config.batch, config.eval_batch) else ", the last of an epoch or evaluation,"
     return UserError(
         f"A batch of {size} {images}{last} does not fit {config.model.name} with norm={config.norm.name}:\n"
         f"{first_line(error)}\n"
-        f"Use {larger}another norm (one over a single value is undefined) or {shapes.batches[size]}."
+        f"Use {' or '.join(remedies or ['another network'])}."
     )
