@@ -74,15 +74,22 @@ class CommandLine:
         word = readable(setting)
         return _as_list(word) if word.split(".")[0] in self._swept else word
 
+    @property
+    def _of_experiment(self) -> bool:
+        return any(word.startswith("experiment=") for word in self.settings)
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the line asks for several runs."""
+        return self._of_experiment or "--multirun" in self.flags or "hydra.mode=MULTIRUN" in self.settings
+
     @cached_property
     def _swept(self) -> set[str]:
         """Return the groups of which a sweep has several choices, or may have: an experiment's."""
-        experiment = any(word.startswith("experiment=") for word in self.settings)
-        sweep = experiment or "--multirun" in self.flags or "hydra.mode=MULTIRUN" in self.settings
-        if self.script != "train" or self.command or not sweep:
+        if self.script != "train" or self.command or not self.is_sweep:
             return set()
         groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {*_OF_SWEEP}
-        if experiment:
+        if self._of_experiment:
             return groups
         given = [word.partition("=") for word in self.settings]
         return {name for name, _, value in given if re.search("[,(]", value)} & groups
@@ -239,6 +246,8 @@ def _bare_word(line: CommandLine, word: str, commands: Sequence[str]) -> UserErr
     problem += " or settings, key=value."
     if line.command and word in commands:
         return UserError(f"{word}: there is a command already, {line.command}.\nGive one of them.")
+    if f"--{word}" in FLAGS:
+        return UserError(f"{word} is a flag, and flags begin with dashes.\nDid you mean: {line.typed([], f'--{word}')}")
     words = _joined(line.settings, line.script)
     if not any("=" not in each for each in words):
         return UserError(f"{problem}\nDid you mean: {line.typed(words)}")
@@ -300,6 +309,17 @@ def _check_flags(line: CommandLine) -> None:
             f"{' and '.join(modes)} do not go together: give one of them."
             f"{plan if line.script == 'train' and '--multirun' in modes else ''}"
         )
+    launcher = [word for word in line.settings if re.match(r"hydra/launcher=|hydra\.launcher\.", word)]
+    sweep = line.is_sweep or {"--cfg", "--info"} & flags.keys()
+    if launcher and line.script == "train" and not line.command and not sweep:
+        raise UserError(
+            f"{launcher[0]} is about the runs of a sweep, and a sweep needs -m, also if it has one run:\n"
+            f"  {line.typed(line.settings, '-m')}"
+        )
+    other = {"train": "report", "report": "config"}[line.script]
+    if flags.get("--config-name", "") in (other, f"{other}.yaml") and "--config-dir" not in flags:
+        script = {"report": "report", "config": "train"}[other]
+        raise UserError(f"--config-name {other} is the menu of {command_name(script)}.\nLeave it out here.")
     for flag in ("--resolve", "--package"):
         if flag in flags and "--cfg" not in flags:
             raise UserError(f"{flag} says how --cfg shows settings.\nAdd --cfg job, or leave it out.")

@@ -205,7 +205,20 @@ def _exists_already(found: re.Match[str], _: Exception, line: CommandLine) -> Us
 def _not_deleted(found: re.Match[str], _: Exception, line: CommandLine) -> UserError:
     if found[2].startswith(". The value"):
         return UserError(f"~{found[1]}: {_stripped(found[2][2:])}\nTo leave it out whatever it is: ~{found[1]}")
-    return _unknown(f"~{found[1]}", "setting or group", found[1], _known_settings(line), prefix="~")
+    known = _known_settings(line)
+    if found[1] in known:
+        return UserError(
+            f"~{found[1]}: there is nothing to leave out, as no {found[1]} is chosen.\nLeave out the word."
+        )
+    return _unknown(f"~{found[1]}", "setting or group", found[1], known, prefix="~")
+
+
+def _reference_of_group(found: re.Match[str], _: Exception, line: CommandLine) -> UserError:
+    word = next((word for word in line.settings if found[1] in word), found[1])
+    return UserError(
+        f"{word}: a group takes the name of one of its files, and no reference to a setting.\n"
+        f"Give the name itself: {word.partition('=')[0]}=..."
+    )
 
 
 def _wrong_for_hydra(found: re.Match[str], error: Exception, _: CommandLine) -> UserError:
@@ -237,6 +250,7 @@ _SENTENCES: tuple[tuple[str, Callable[["re.Match[str]", Exception, CommandLine],
     (r"Ambiguous value for argument '(.*?)'\n", _list_without_sweep),
     (r"Sweep parameters '(.*)' requires --multirun", _list_without_sweep),
     (r"Sweeping over Hydra's configuration is not supported : '(.*)'", _of_sweep),
+    (r"Error resolving interpolation '(.*?)'", _reference_of_group),
     (r"Can only enumerate CHOICE and RANGE", _interval),
     (r"Could not append to config. An item is already at '([^']*)'", _exists_already),
     (r"(\S+) appears more than once in the final defaults list", _exists_already),
@@ -278,6 +292,9 @@ def _no_such_choice(group: str, choice: str, options: Sequence[str] | None) -> U
 
 def _no_such_setting(name: str, line: CommandLine) -> UserError:
     group, _, key = name.rpartition(".")
+    top = name.partition(".")[0]
+    if f"~{top}" in line.settings:
+        return UserError(f"~{top} leaves out {top}, which every run has.\nGive another choice of it: {top}=...")
     if name.startswith("hydra."):
         files = [file for file in (CONF / "hydra" / "launcher").glob("*.yaml") if group == "hydra.launcher"]
         keys = {found for file in files for found in re.findall(r"(?m)^([a-z]\w*):", file.read_text("utf-8"))}

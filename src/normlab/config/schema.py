@@ -62,6 +62,8 @@ def _device(value: Any) -> Any:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
         word = str(value)
         close = f"cuda:{word}" if word.isdigit() else nearest(word, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
+        if gpu := re.fullmatch(r"gpus?:?(\d*)|nvidia", word.lower()):
+            close = f"cuda:{gpu[1]}" if gpu[1] else "cuda"
         raise wrong(f"device={value} is not valid: expected auto, cpu, cuda or cuda:N.\nDid you mean device={close}?")
     return value
 
