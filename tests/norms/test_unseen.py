@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from normlab import norms
 from normlab.common.errors import UserError
-from normlab.norms import batch_norm_refused
+from normlab.norms import Variant, batch_norm_refused
 
 
 def held(hold: Callable[[nn.Module], Any], call: Callable[[Any, Tensor], Tensor]) -> nn.Module:
@@ -213,6 +213,19 @@ def test_no_layer_of_ours_is_refused(name: str) -> None:
     for mode in (True, False):
         with batch_norm_refused(network.train(mode)):
             network(torch.randn(4, 3, 8, 8))
+
+
+class OfOnesOwn(Variant):
+    """Normalizes by the batch, as anybody's normalizer may."""
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        return nn.Sequential(Aliasing(None), Net(lambda net, x: net.held[0](x), held=nn.ModuleList([norm])))
+
+
+def test_a_layer_of_a_variant_of_ones_own_may_normalize_by_the_batch() -> None:
+    network = norms.rewrite(SmallResNet(10), OfOnesOwn())
+    with batch_norm_refused(network):
+        network(torch.randn(4, 3, 8, 8))
 
 
 @pytest.mark.parametrize("own", [ByAnyName(True, "instance"), ByAnyName(True, "batch", 1, 3, 4), nn.InstanceNorm2d(3)])

@@ -21,6 +21,11 @@ _OURS = "normlab.norms"
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
+def of_variant(module: nn.Module) -> bool:
+    """Return whether a layer is one of normlab's, or one that a rewrite has put there."""
+    return type(module).__module__.startswith(_OURS) or getattr(module, "placed", False) is True
+
+
 def is_own(something: Any) -> bool:
     """Return whether a class or a function is neither PyTorch's nor normlab's."""
     module = getattr(something, "__module__", None) or ""
@@ -84,7 +89,7 @@ def _names(code: CodeType) -> Iterable[str]:
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses batch normalization of several images that no layer of normlab computes."""
+    """Refuses batch normalization of several images that no layer of a variant computes."""
 
     def __init__(self, network: nn.Module, running: list[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -92,7 +97,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "batch_norm" in str(func) and "backward" not in str(func):
-            ours = any(type(module).__module__.startswith(_OURS) for module in self.running)
+            ours = any(map(of_variant, self.running))
             # Instance normalization and the standardization of weights are batch normalization of one "image".
             if not ours and isinstance(args[0], Tensor) and args[0].shape[0] > 1:
                 raise UserError(self._sentence())
@@ -114,7 +119,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def batch_norm_refused(network: nn.Module) -> Iterator[None]:
-    """Refuse, as a UserError, batch normalization outside normlab's layers in forward passes of a rewritten network.
+    """Refuse, as a UserError, batch normalization outside a variant's layers in forward passes of a rewritten network.
 
     It is seen wherever it runs, also in code that no trace enters, if it is over two images at least.
     """

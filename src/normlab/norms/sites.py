@@ -384,8 +384,9 @@ class _Rewriting:
         self.traced.set_submodule(self.names[old][0], new)
 
     def _placed_as(self, old: nn.Module, module: nn.Module) -> nn.Module:
-        """Return `module` on the device, with the dtype and in the mode of the layer that it is for."""
+        """Return `module`, marked, on the device, with the dtype and in the mode of the layer that it is for."""
         tensor = next(chain(old.parameters(), old.buffers(), self.network.parameters()), None)
+        module.placed = True  # type: ignore[assignment]
         return (module if tensor is None else module.to(tensor.device, tensor.dtype)).train(old.training)
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from normlab.common.errors import UserError, first_line
-from normlab.norms.batch_norm_calls import calls_batch_norm, is_batch_norm
+from normlab.norms.batch_norm_calls import calls_batch_norm, is_batch_norm, of_variant
 
 BatchNormalization = _BatchNorm  # BatchNorm1d, 2d, 3d, SyncBatchNorm and what is derived from them
 
@@ -104,9 +104,13 @@ class Tracer(fx.Tracer):
         return super().trace(root, defaults | (concrete_args or {}))
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Return True also for norms, our own layers, and torchvision's that a trace would freeze in one mode."""
-        own = type(module).__module__.startswith("normlab.norms") or isinstance(module, BatchNormalization)
-        return own or type(module).__name__ == "StochasticDepth" or super().is_leaf_module(module, qualified_name)
+        """Return True also for norms, a variant's layers, and torchvision's that a trace would freeze in one mode."""
+        return (
+            of_variant(module)
+            or isinstance(module, BatchNormalization)
+            or type(module).__name__ == "StochasticDepth"
+            or super().is_leaf_module(module, qualified_name)
+        )
 
     def call_module(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -279,7 +283,8 @@ def _check_functions(network: nn.Module, graph: fx.Graph) -> None:
             _refuse_function(network, path, getattr(node.target, "__name__", str(node.target)))
     leaves = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     for name in sorted(leaves):
-        for inner, module in network.get_submodule(name).named_modules(prefix=name):
+        leaf = network.get_submodule(name)
+        for inner, module in () if of_variant(leaf) else leaf.named_modules(prefix=name):
             if calls_batch_norm(module):
                 _refuse_function(network, inner, "batch_norm")
 
