@@ -253,6 +253,7 @@ EXPLAINED = {
     "hydra.mode=BOTH": ["hydra.mode=BOTH is not valid: expected one of RUN, MULTIRUN"],
     "hydra.job.chdir=x": ["hydra.job.chdir=x is not valid: expected true or false"],
     "-m hydra.launcher.slots=1,2": ["one value"],
+    "norm._target_=": ["norm._target_= is not valid: expected a dotted path"],
     "device=gpu": ["Did you mean device=cuda?"],
     "norm=bn;none": ["Did you mean norm=none?"],
     "quiet=yes": ["Did you mean quiet=true?"],

@@ -50,12 +50,15 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
-def _dotted_path(value: str) -> str:
-    if not re.fullmatch(r"\w+(\.\w+)+", value):
-        raise wrong(
-            f"model.target={value} is not valid: expected a dotted path, e.g. model.target=my_package.my_module.MyNet."
-        )
-    return value
+def _dotted_path(setting: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(r"\w+(\.\w+)+", value):
+            raise wrong(
+                f"{setting}={value} is not valid: expected a dotted path, e.g. {setting}=my_package.my_module.MyClass."
+            )
+        return value
+
+    return AfterValidator(check)
 
 
 def _device(value: Any) -> Any:
@@ -138,7 +141,7 @@ class NormConfig(_Section):
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
     name: Name
-    target: str = Field(alias="_target_")
+    target: Annotated[str, _dotted_path("norm._target_")] = Field(alias="_target_")
 
     @model_validator(mode="after")
     @_sentences()
@@ -178,7 +181,7 @@ class CustomModelConfig(_Section):
 
     kind: Literal["custom"]
     name: Name
-    target: Annotated[str, AfterValidator(_dotted_path)]
+    target: Annotated[str, _dotted_path("model.target")]
     kwargs: dict[str, Any]
 
 
