@@ -157,6 +157,9 @@ REFUSED = {  # by our own reading of the words
     "hydra/launcher=plan norm=bn": ["a sweep needs -m", "  python train.py -m hydra/launcher=plan norm=bn\n"],
     "hydra.launcher.slots=1": ["a sweep needs -m", "python train.py -m hydra.launcher.slots=1\n"],
     "help norm=bn": ["Did you mean: python train.py --help\n"],
+    "plan norm=bn,none": ["Did you mean: python train.py -m hydra/launcher=plan norm=bn,none\n"],
+    "report study=x": ["Did you mean: python report.py study=x\n"],
+    "train norm=bn": ["Leave train out: python train.py norm=bn\n"],
     "-cn report": ["the menu of python report.py"],
     "--cfg= norm=bn": ["--cfg needs a value"],
     "study=\udcff": ["UTF-8"],
@@ -172,6 +175,12 @@ def test_what_is_no_setting_is_answered_with_what_was_meant(typed, monkeypatch) 
     assert len(str(error.value).splitlines()) <= 5
     for word in REFUSED[typed]:
         assert word in f"{error.value}\n"
+
+
+def test_a_setting_that_another_replaces_is_told() -> None:
+    assert line("norm=bn seed=1 -m norm=none seed=1").replaced() == [
+        "norm=bn has no effect: norm=none after it replaces it."
+    ]
 
 
 def test_the_words_of_a_report_are_known() -> None:
@@ -254,6 +263,10 @@ EXPLAINED = {
     "hydra.job.chdir=x": ["hydra.job.chdir=x is not valid: expected true or false"],
     "-m hydra.launcher.slots=1,2": ["one value"],
     "norm._target_=": ["norm._target_= is not valid: expected a dotted path"],
+    "schedule=step schedule.milestones=0.5,0.9": [
+        "Write: python train.py schedule=step 'schedule.milestones=[0.5,0.9]'"
+    ],
+    "norm=syncbn": ["norm=bn", "sync_stats=true"],
     "device=gpu": ["Did you mean device=cuda?"],
     "norm=bn;none": ["Did you mean norm=none?"],
     "quiet=yes": ["Did you mean quiet=true?"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import SmallNet
 from torch import nn
 
 from normlab import models
@@ -165,6 +166,15 @@ def test_lazy_layers_get_their_shapes_before_the_rewrite_and_the_seed_their_star
 def test_a_network_without_a_trainable_parameter_is_a_sentence(make) -> None:
     with pytest.raises(UserError, match="custom with norm=none has no trainable parameter"):
         custom(make, "AllFrozen", "norm=none")
+
+
+def doubled(num_classes: int) -> nn.Module:
+    return SmallNet(num_classes).double()
+
+
+def test_a_network_that_is_not_in_float32_is_a_sentence(make) -> None:
+    with pytest.raises(UserError, match="body.0.weight of custom is float64, and images are float32.\nLeave"):
+        custom(make, "doubled")
 
 
 @pytest.mark.parametrize("flatten", [True, False])

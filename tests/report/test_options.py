@@ -65,6 +65,7 @@ def means(folder, table):
     ("option", "value", "told"),
     [
         ("metric", "test_acuracy", "Did you mean metric=test_accuracy?"),
+        ("metric", "accuracy", "Did you mean metric=test_accuracy?"),
         ("value", "last", "expected one of final, best"),
         ("figure_size", "doble", "Did you mean figure_size=double?"),
         ("figure_style", "ggplt", "Did you mean figure_style=ggplot?"),

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from outcome import SPEED, folder, outcome, rows, status, weights
+from small import SmallNet
 from torch import nn
 
 from normlab import models, runs
@@ -320,6 +321,18 @@ def test_statistics_over_a_single_value_are_refused_before_training(make, settin
     assert advice in str(error.value)
     assert len(str(error.value).splitlines()) <= 5
     assert not runs.read_metrics(folder(config))[0]
+
+
+def one_channel(num_classes: int) -> nn.Module:
+    network = SmallNet(num_classes)
+    network.body[0] = nn.Conv2d(1, 8, 3)
+    return network
+
+
+def test_a_network_for_gray_images_is_told_what_images_have(make) -> None:
+    target = f"model.target={__name__}.one_channel"
+    with pytest.raises(UserError, match="custom takes images of 1 channel, and those of dataset=digits have 3"):
+        train_run(make("model=custom", target, "dataset.train_size=40", "batch=20"))
 
 
 def test_a_batch_of_one_trains_without_statistics(tiny) -> None:

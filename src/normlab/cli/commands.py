@@ -65,10 +65,10 @@ def _report(line: CommandLine) -> None:
         from normlab.report import Options, build, build_claims, build_results, pack_study, study_status
 
         start_in_place()
-        settings = settings_of(composed)
-        study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
         names = [field.name for field in fields(Options)]
         try:
+            settings = settings_of(composed)
+            study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
             if not study or not isinstance(study, str):
                 raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
             if output_dir == "" or page == "":

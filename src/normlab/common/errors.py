@@ -59,6 +59,11 @@ def nearest(word: object, choices: Iterable[object]) -> str | None:
     if isinstance(word, int | float) and numbers:
         return str(min(numbers, key=lambda c: abs(c - word)))
     by_name = {str(option).lower(): str(option) for option in options}
+    ending = next((name for low, name in by_name.items() if low.endswith(f"_{word}".lower())), None)
+    if (
+        ending and str(word).lower() not in by_name
+    ):  # accuracy: test_accuracy rather than val_accuracy, which is shorter
+        return ending
     found = difflib.get_close_matches(str(word).lower(), by_name, n=1, cutoff=0.5)
     return by_name[found[0]] if found else None
 

@@ -66,6 +66,15 @@ class CommandLine:
         flags = [flag if value is None else f"{flag}={value}" for flag, value in self.flags.items()]
         return [*flags, *map(self._for_hydra, self.settings)]
 
+    def replaced(self) -> list[str]:
+        """Return a sentence for each setting that another one after it replaces."""
+        last = {word.partition("=")[0]: word for word in self.settings if "=" in word}
+        return [
+            f"{word} has no effect: {last[key]} after it replaces it."
+            for word in self.settings
+            if (key := word.partition("=")[0]) in last and last[key] != word
+        ]
+
     def original(self, word: str) -> str:
         """Return the word that was typed for one that Hydra was given."""
         return next((each for each in self.settings if word in (each, self._for_hydra(each))), word)
@@ -248,6 +257,11 @@ def _bare_word(line: CommandLine, word: str, commands: Sequence[str]) -> UserErr
         return UserError(f"{word}: there is a command already, {line.command}.\nGive one of them.")
     if f"--{word}" in FLAGS:
         return UserError(f"{word} is a flag, and flags begin with dashes.\nDid you mean: {line.typed([], f'--{word}')}")
+    rest = [each for each in line.settings if each != word]
+    if word in (line.script, "run"):
+        return UserError(f"{problem}\nLeave {word} out: {line.typed(rest)}")
+    if line.script == "train" and (CONF / "hydra" / "launcher" / f"{word}.yaml").is_file():
+        return UserError(f"{problem}\nDid you mean: {line.typed([f'hydra/launcher={word}', *rest], '-m')}")
     words = _joined(line.settings, line.script)
     if not any("=" not in each for each in words):
         return UserError(f"{problem}\nDid you mean: {line.typed(words)}")
@@ -259,8 +273,9 @@ def _bare_word(line: CommandLine, word: str, commands: Sequence[str]) -> UserErr
                 several = [f"{before},{after}" if each == before else each for each in words if each != after]
                 sweep = () if "--multirun" in line.flags else ("-m",)
                 return UserError(f"{problem}\nDid you mean: {line.typed(several, *sweep)}")
-        if word in ("status", "claims", "results", "import", "pack"):
-            return UserError(f"{problem}\nDid you mean: {command_name('report')} {word}")
+        if word in ("report", "status", "claims", "results", "import", "pack"):
+            report = CommandLine("report", None if word == "report" else word)
+            return UserError(f"{problem}\nDid you mean: {report.typed(rest)}")
         meant = {name: f"{name}=..." for name in setting_names(line.script)} | known | {each: each for each in commands}
         close = nearest(word, meant)
         return UserError(problem + (f"\nDid you mean {meant[close]}?" if close else ""))

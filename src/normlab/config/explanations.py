@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from normlab.common.errors import UserError, nearest
@@ -156,6 +156,9 @@ def _list_without_sweep(found: re.Match[str], _: Exception, line: CommandLine) -
             return UserError(f"{word} has several values.\nGive one of them: {first}\n{_comma(key, value)}")
         listed = line.typed([f"{key}=[{value}]" if each == word else each for each in line.settings])
         return UserError(f"{word} has several values.\nA list is in brackets: {listed}")
+    if _is_list(key, line):
+        as_list = line.typed([f"{key}=[{value}]" if each == word else each for each in line.settings])
+        return UserError(f"{word}: a list of values for one run is in brackets.\nWrite: {as_list}")
     showing = next((flag for flag in ("--cfg", "--info", "--help") if flag in line.flags), "")
     if line.command or showing:
         what = f"{line.command} looks at" if line.command else f"{showing} shows"
@@ -165,6 +168,11 @@ def _list_without_sweep(found: re.Match[str], _: Exception, line: CommandLine) -
         f"{word} has several values, which is a sweep, and a sweep needs -m:\n"
         f"  {line.typed(line.settings, '-m')}{as_list}\n{_comma(key, value)}"
     )
+
+
+def _is_list(key: str, line: CommandLine) -> bool:
+    composed = _composed(line)
+    return composed is not None and OmegaConf.is_list(OmegaConf.select(composed, key))
 
 
 def _comma(key: str, value: str) -> str:
@@ -287,7 +295,10 @@ def _no_such_choice(group: str, choice: str, options: Sequence[str] | None) -> U
     # For a group whose choice is a list Hydra knows no options.
     known = [str(option) for option in options or (file.stem for file in (CONF / group).glob("*.yaml"))]
     meant = _norm_with_alias(choice) if group == "norm" else None
-    return _unknown(f"{group}={choice}", f"option of {group}", meant or choice, known, prefix=f"{group}=")
+    error = _unknown(f"{group}={choice}", f"option of {group}", meant or choice, known, prefix=f"{group}=")
+    if group == "norm" and "sync" in choice.lower():
+        return UserError(f"{error}\nStatistics over all processes of a run: sync_stats=true.")
+    return error
 
 
 def _no_such_setting(name: str, line: CommandLine) -> UserError:
@@ -348,17 +359,22 @@ def _unknown(given: str, kind: str, word: str, options: list[str], prefix: str =
 
 def _known_settings(line: CommandLine) -> list[str]:
     """Return every group and dotted key of the menu as it is with the choices of groups that were given."""
+    composed = _composed(line)
+    return [] if composed is None else list(_keys(OmegaConf.to_container(composed)))
+
+
+def _composed(line: CommandLine) -> DictConfig | None:
+    """Return the menu with the choices of groups that were given, as far as they are ones."""
     choices = [word for word in line.settings if re.fullmatch(r"[a-z]+=\w+", word)]
     groups = [word for word in choices if (CONF / f"{word.replace('=', '/')}.yaml").exists()]
     for given in (groups, []):
         GlobalHydra.instance().clear()
         try:
             with initialize_config_dir(str(CONF), version_base="1.3"):
-                composed = compose("config" if line.script == "train" else "report", given)
+                return compose("config" if line.script == "train" else "report", given)
         except (HydraException, OmegaConfBaseException):
             continue
-        return list(_keys(OmegaConf.to_container(composed)))
-    return []
+    return None
 
 
 def _keys(node: object, prefix: str = "") -> Iterator[str]:

@@ -1,6 +1,7 @@
 """From a configuration to a network."""
 
 from collections import OrderedDict
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
         UserError: if the user's own network or variant cannot be made, or has no sites, or does not fit `init`.
     """
     network = base(config, num_classes, image_size)
+    _check_dtype(config, network)
     rewriting = variant(config)
     probes = (("probe", name) for name in config.probe)
     for setting, value in (("init", config.init.name), ("precision", config.precision), *probes):
@@ -49,6 +51,16 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
             "Let some of its parameters require gradients, so that there is something to train."
         )
     return norms.synchronize(network) if config.sync_stats else network
+
+
+def _check_dtype(config: RunConfig, network: nn.Module) -> None:
+    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{name} of {config.model.name} is {dtype}, and images are float32.\n"
+                "Leave the network in float32; precision=bf16 or fp16 trains it in less where a device can."
+            )
 
 
 def base(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -104,11 +116,17 @@ def variant(config: RunConfig) -> norms.Variant:
         UserError: if it cannot be made.
     """
     kind = locate(config.norm.target, "norm._target_")
+    if isinstance(kind, type) and not issubclass(kind, norms.Variant):
+        raise _no_variant(config)
     try:
         made = kind(**config.norm.options, norm_batch=config.norm_batch)
     except TypeError as error:
         raise UserError(f"norm={config.norm.name} cannot be made with these options: {error}.") from error
     if not isinstance(made, norms.Variant):
-        raise UserError(f"norm._target_={config.norm.target} is no variant: derive it from normlab.norms.Variant.")
+        raise _no_variant(config)
     made.name = config.norm.name
     return made
+
+
+def _no_variant(config: RunConfig) -> UserError:
+    return UserError(f"norm._target_={config.norm.target} is no variant: derive it from normlab.norms.Variant.")

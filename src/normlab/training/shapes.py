@@ -105,9 +105,9 @@ def check(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
     """
     shown = copy.deepcopy(network).to("meta").train()
 
-    def run(images: int, side: int) -> Any:
+    def run(images: int, side: int, channels: int = shapes.channels) -> Any:
         with independent_processes():
-            return shown(torch.empty(images, shapes.channels, side, side, device="meta"))
+            return shown(torch.empty(images, channels, side, side, device="meta"))
 
     side = shapes.image_size
     for size in sorted(shapes.batches, reverse=True):  # an error of the whole batch is one that no other size mends
@@ -118,6 +118,12 @@ def check(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
         except (ValueError, RuntimeError) as error:
             if "device" in str(error):  # a tensor that the user's network keeps to itself
                 return
+            if other := next((channels for channels in (1, 2, 4) if _works(run, size, side, channels)), 0):
+                raise UserError(
+                    f"{config.model.name} takes images of {other} channel{'s' * (other > 1)}, and those of"
+                    f" dataset={config.dataset.name} have {shapes.channels}.\n"
+                    f"Give its first layer {shapes.channels}: gray images come with three equal channels."
+                ) from error
             larger = side > 1 and any(_works(run, size, side * factor) for factor in (2, 4, 8, 16, 32))
             remedies = ["larger images"] * larger
             if str(error).startswith("Expected more than"):
@@ -170,9 +176,9 @@ def _batches(config: RunConfig, images: Sequence[int], processes: int) -> dict[i
     return sizes
 
 
-def _works(run: Callable[[int, int], Any], images: int, side: int) -> bool:
+def _works(run: Callable[..., Any], *sizes: int) -> bool:
     try:
-        run(images, side)
+        run(*sizes)
     except (ValueError, RuntimeError):
         return False
     return True
