@@ -80,3 +80,11 @@ def test_nothing_to_go_by_and_nothing_to_do(tmp_path) -> None:
     plant(tmp_path, "done", 10.0, 2**30)
     _, out, _ = command(tmp_path, "train.py", *PLAN)
     assert "Nothing is left to do." in out
+
+
+@pytest.mark.slow
+def test_what_a_sweep_refuses_a_plan_refuses(tmp_path) -> None:
+    code, out, error = command(tmp_path, "train.py", *PLAN, "model=resnet", "batch=8", "norm=in,bn")
+    assert code == 1
+    assert "does not fit resnet with norm=in" in error
+    assert "new" not in out

@@ -21,7 +21,7 @@ from normlab.common.progress import distinct_names, span
 from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
-from normlab.launchers.pool import Worker, workers_for
+from normlab.launchers.pool import Worker, check_in_worker, workers_for
 from normlab.launchers.sweep import Job, Sweep, run_cost
 from normlab.runs import State
 
@@ -54,12 +54,18 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
         sweep: the runs.
         slots: as of the pool.
         per_gpu: as of the pool.
-        calibrate_seconds: time for trying a few steps of runs that no finished run of the study is like; 0: none.
+        calibrate_seconds: time for trying a few steps of runs that no finished run of the study is like; 0: none, and
+            networks are not built.
+
+    Raises:
+        UserError: if a network does not take its batches, or a value is out of range.
     """
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDE)
     workers = workers_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
+    if calibrate_seconds > 0:
+        check_in_worker(sweep.jobs)
     costs = _costs(sweep, workers, calibrate_seconds, console)
     states = {job.run.folder: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, State.DONE)
     names = distinct_names(map(str, sweep.folders))
@@ -184,7 +190,7 @@ def _try_each(jobs: Sequence[Job], worker: Worker, limit_seconds: float) -> Iter
                 seconds, memory = future.result()
             except BrokenProcessPool:  # out of memory, say
                 return
-            except (UserError, RuntimeError):
+            except Exception:
                 continue  # the run itself will report it
             yield _Sample(job.config, seconds * job.config.epochs / job.cost, memory, tried=True)
     finally:

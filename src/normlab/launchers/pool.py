@@ -155,6 +155,22 @@ def check_networks(jobs: Sequence[Job]) -> None:
     shapes.check_sweep([(job.config, job.data) for job in jobs])
 
 
+def check_in_worker(jobs: Sequence[Job]) -> None:
+    """Check in a process of its own, as torch takes long to import, that the networks of runs take their batches.
+
+    Raises:
+        UserError: for the first that does not.
+    """
+    if not jobs:
+        return
+    worker = Worker("cpu", cores())
+    try:
+        with contextlib.suppress(BrokenProcessPool):  # for want of memory, say: the runs will tell
+            worker.submit(check_networks, jobs).result()
+    finally:
+        worker.close()
+
+
 def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int = 1) -> list[Worker]:
     """Return `slots` workers, or `per_gpu` for each GPU, or one per CPU core; no more than jobs, and the cores shared.
 

@@ -22,13 +22,12 @@ from typing import Any, Self
 from pydantic import BaseModel, StrictBool, ValidationError, model_validator
 
 from normlab import runs
-from normlab.common.cpu import cores
 from normlab.common.errors import UserError
 from normlab.common.installation import command_name
 from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
 from normlab.config.schema import Count, Positive, Whole
-from normlab.launchers.pool import Worker, check_networks
+from normlab.launchers.pool import check_in_worker
 from normlab.launchers.sweep import Job, Sweep, list_failures
 from normlab.runs import State, files
 
@@ -141,11 +140,7 @@ def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
             f" (job {', '.join(sorted(arrays))}) and not submitted again."
         )
     if unsubmitted:
-        worker = Worker("cpu", cores())
-        try:
-            worker.submit(check_networks, unsubmitted).result()
-        finally:
-            worker.close()
+        check_in_worker(unsubmitted)
         arrays.add(_submit(unsubmitted, needs, sweep.report))
     if needs.wait:
         _wait_for(sweep, arrays)
