@@ -84,7 +84,7 @@ def test_nothing_to_go_by_and_nothing_to_do(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_what_a_sweep_refuses_a_plan_refuses(tmp_path) -> None:
-    code, out, error = command(tmp_path, "train.py", *PLAN, "model=resnet", "batch=8", "norm=in,bn")
+    code, out, error = command(tmp_path, "train.py", *PLAN, "batch=8", "norm=gn,bn", "norm.groups=3")
     assert code == 1
-    assert "does not fit resnet with norm=in" in error
+    assert "norm.groups=3 does not divide the 8 channels" in error
     assert "new" not in out

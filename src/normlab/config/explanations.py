@@ -326,7 +326,7 @@ def _no_such_setting(name: str, line: CommandLine) -> UserError:
     if having:
         first = str(unknown).splitlines()[0]
         section = group.partition(".")[0]
-        given = next((word for word in line.settings if word.startswith(f"{section}=")), "")
+        given = next((word for word in reversed(line.settings) if word.startswith(f"{section}=")), "")
         which = f"with {given}" if given else f"with the choice of {section}"
         return UserError(f"{first.rstrip('.')} {which}.\nIt belongs to {', '.join(having)}.")
     return unknown
