@@ -106,6 +106,8 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
         with process_group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that all know of the error of one machine
+            elif processes.world > 1 and processes.rank == 0:
+                Unchanged().check(run, config)
             on_status = functools.partial(display.news, run.name) if display else lambda status: None
             resources = Resources(joined.device)
             status = train_run(config, stop=stop, resources=resources, on_status=on_status, group=joined)
