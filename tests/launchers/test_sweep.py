@@ -142,8 +142,9 @@ def test_a_run_that_is_given_twice_to_a_launcher_of_hydra_is_carried_out_once(tm
 def test_relative_folders_are_those_of_where_the_command_began(tmp_path, launcher) -> None:
     (tmp_path / "my_nets.py").write_text("from small import SmallNet as MyNet\n")
     words = ("-m", "norm=bn,none", "hydra.job.chdir=true", f"hydra/launcher={launcher}", "output_dir=here")
-    code, _, error = run_command(tmp_path, "train.py", *words, *SMALL, "model.target=my_nets.MyNet")
+    code, out, error = run_command(tmp_path, "train.py", *words, *SMALL, "model.target=my_nets.MyNet")
     assert code == 0, error
+    assert out.count("report.py study=default output_dir=here\n") == (0 if launcher == "pool" else 2)
     assert [status_of(folder)["state"] for folder in runs.find(tmp_path / "here" / "default")] == ["done"] * 2
     assert {path.name for path in tmp_path.iterdir()} <= {"here", "my_nets.py", "__pycache__", "data"}
 
