@@ -173,3 +173,4 @@ def test_what_makes_no_difference_is_none(finished, command) -> None:
     (finished / "my_nets.py").unlink()
     status, out, error = command("train.py", *RUN)
     assert "Nothing to do" in out
+    assert error == "The code of model.target=my_nets.MyNet is not found now: it is not compared.\n"

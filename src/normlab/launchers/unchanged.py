@@ -18,9 +18,10 @@ class Unchanged:
 
     def __init__(self) -> None:
         self._files: dict[str, ImageFiles | UserError | None] = {}
+        self._said: set[str] = set()
 
     def check(self, run: runs.Run, config: RunConfig) -> None:
-        """Check a finished run. What is not recorded is not compared; of images that are gone, a line says so.
+        """Check a finished run. What is not recorded is not compared; of what is gone, a line says so.
 
         Raises:
             UserError: if something has changed: what, how to keep the result, how to begin anew; if the images cannot
@@ -31,7 +32,11 @@ class Unchanged:
             self._check_images(run, config, made["data"])
         recorded = made.get("own_code")
         recorded = recorded if isinstance(recorded, dict) else {}
-        for setting, code in config.own_code().items():
+        now = config.own_code()
+        for setting in sorted(recorded.keys() - now.keys()):
+            target = config.norm.target if setting == "norm._target_" else getattr(config.model, "target", "")
+            self._say(f"The code of {setting}={target} is not found now: it is not compared.")
+        for setting, code in now.items():
             before = recorded.get(setting)
             if isinstance(before, dict) and (modules := changed_modules(before, code)):
                 subject, change = f"The code of {setting}={code['object']}", f"module {', '.join(modules)}"
@@ -62,13 +67,19 @@ class Unchanged:
         if key not in self._files:
             self._files[key] = None
             if isinstance(config.dataset, FolderDataset) and is_gone(config.dataset):
-                print(f"{config.dataset.path} has no images now: they are not compared.", file=sys.stderr, flush=True)
+                self._say(f"{config.dataset.path} has no images now: they are not compared.")
                 return None
             try:
                 self._files[key] = image_files(config)
             except UserError as error:
                 self._files[key] = error
         return self._files[key]
+
+    def _say(self, text: str) -> None:
+        """Print a line once, also if quiet."""
+        if text not in self._said:
+            self._said.add(text)
+            print(text, file=sys.stderr, flush=True)
 
 
 def _changed(subject: str, change: str, run: runs.Run, pattern: str, name: str) -> UserError:
