@@ -136,6 +136,59 @@ def test_values_that_are_not_finite_have_no_say_and_are_counted(folder_of, setti
     assert any(line.startswith("2 images") and "not finite" in line for line in lines)
 
 
+def patched(array: np.ndarray, value: float, pixels: int = 1) -> np.ndarray:
+    return np.where(np.arange(SIZE * SIZE).reshape(SIZE, SIZE) < pixels, value, array).astype(array.dtype)
+
+
+def masks(foreground: int, dtype: type) -> list[np.ndarray]:
+    return [patched(constant(0, dtype), foreground, 20)] * 4
+
+
+DIM = ramp(0, 300, np.uint16)
+WASTED = {
+    "a hot pixel": ([*[DIM] * 20, patched(DIM, 65535)], "0 is black and 65535 white", "value_range=[0,300]"),
+    "no data, low": (
+        [patched(ramp(0, 30, np.float32), -9999, 7)] * 4,
+        "-9999 is black and 30 white",
+        "value_range=[LOW,HIGH]",
+    ),
+    "no data, high": ([patched(DIM, 65535, 7)] * 4, "0 is black and 65535 white", "value_range=[LOW,HIGH]"),
+    "no data, masks": (
+        [patched(image, 65535, 7) for image in masks(1, np.uint16)],
+        "0 is black and 65535 white",
+        "value_range=[LOW,HIGH]",
+    ),
+    "one bright image": (
+        [*[DIM] * 119, ramp(0, 65535, np.uint16)],
+        "0 is black and 65535 white",
+        "value_range=[LOW,HIGH]",
+    ),
+    "masks of 16 bits": (masks(1, np.uint16), "0 is black and 255 white", "within [0, 1]. dataset.value_range=[0,1]"),
+    "masks of 8 bits": (masks(1, np.uint8), "0 is black and 255 white", "use 0.4% of the range"),
+    "white": ([constant(251, np.uint8), constant(255, np.uint8)] * 2, "0 is black and 255 white", "use 1.6% of"),
+}
+USED = {
+    "12 bits": [ramp(0, 4095, np.uint16)] * 4,
+    "an offset": [ramp(30000, 30100, np.uint16)] * 4,
+    "whole masks": masks(65535, np.uint16),
+    "whole masks of 8 bits": masks(255, np.uint8),
+    "few values": [ramp(0, 1, np.float32).round(1)] * 4,
+    "a hot pixel that does little": [*[DIM] * 20, patched(DIM, 1000)],
+    "8 bits": [ramp(0, 255, np.uint8)] * 4,
+}
+
+
+@pytest.mark.parametrize("case", [*WASTED, *USED])
+def test_a_range_of_which_next_to_nothing_is_used_is_warned_of(folder_of, tmp_path, case) -> None:
+    images, *words = WASTED.get(case) or (USED[case],)
+    listing = scan(folder_of(images, images[:2], ".tif"))
+    for _ in ("measured", "kept"):
+        warnings = values.find(listing, None, "contents", tmp_path / "data", lambda line: None).warnings
+        assert len(warnings) == bool(words), warnings
+        assert all(word in "".join(warnings) for word in words)
+        assert all("dataset.value_range" in each and "of their pixels" in each for each in warnings)
+
+
 def test_images_of_8_bits_stay_beside_those_of_more(folder_of, settings, tmp_path) -> None:
     root = folder_of([ramp(0, 4095, np.uint16), constant(10, np.uint8)], [constant(255, np.uint8)] * 2, ".png")
     assert in_memory_and_streamed(settings, root, tmp_path, [])[1:, 0, 0].tolist() == [10, 255, 255]

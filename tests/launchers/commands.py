@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,27 @@ def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
     with start(folder, script, *arguments) as process:
         out, error = process.communicate(timeout=300)
     return process.returncode, out, error
+
+
+def by_two_tasks(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """`srun --ntasks=2 python train.py ...`, as far as a process can see.
+
+    Returns:
+        The exit status, which is that of all, and the output of the first one; the others print nothing.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        python(folder, ROOT / "train.py", *arguments, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        for rank in ("0", "1")
+    ]
+    (out, error), *others = [process.communicate(timeout=120) for process in processes]
+    assert others == [("", "")], others
+    exited, other = (process.returncode for process in processes)
+    assert exited == other, error
+    return exited, out, error
 
 
 def status_of(run: Path) -> dict[str, Any]:

@@ -369,5 +369,11 @@ def test_a_job_s_script_has_the_needs_and_the_cluster_s_options_first() -> None:
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
+def test_a_little_memory_is_not_all_of_a_node() -> None:
+    """Of --mem=0 SLURM makes all memory."""
+    script = slurm.job_script(slurm.parse({**NEEDS, "memory_gb": 1e-4}), "study", Path("/order.json"), 1)
+    assert "#SBATCH --mem=1M\n" in script
+
+
 def test_options_of_sbatch_may_be_words_numbers_or_flags() -> None:
     assert slurm.parse(NEEDS).cluster.options == {"exclusive": True, "mail-type": "FAIL", "nice": "5"}

@@ -77,33 +77,64 @@ def test_a_run_of_one_name_is_carried_out_in_each_folder_that_is_named(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("setting", "first", "second"),
+    ("setting", "first", "second", "choices"),
     [
-        ("threads", "1", "2"),
-        ("dataset.path", "v1/photos", "v2/photos"),
-        ("data_dir", "x", "y"),
-        ("quiet", "true", "false"),
+        ("threads", "1", "2", ()),
+        ("dataset.path", "v1/photos", "v2/photos", ()),
+        ("data_dir", "x", "y", ()),
+        ("quiet", "true", "false", ()),
+        ("dataset.path", "v1/photos", "v2/photos", ("hydra/launcher=joblib",)),
+        ("threads", "1", "2", ("hydra/launcher=basic",)),
+        ("engine", "eager", "auto", ("hydra/launcher=basic", "hydra/sweeper=basic")),
     ],
+    ids=str,
 )
-def test_two_runs_of_one_folder_are_refused(tmp_path, command, setting, first, second) -> None:
+def test_two_runs_of_one_folder_are_refused(tmp_path, command, setting, first, second, choices) -> None:
     for name in ("v1", "v2"):
         for image in ("train/a/0", "train/b/0", "test/a/0", "test/b/0"):
             path = tmp_path / name / "photos" / f"{image}.png"
             path.parent.mkdir(parents=True)
             Image.new("RGB", (40, 40)).save(path)
     more = ("dataset=image_folder",) if "path" in setting else ()
-    code, _, error = command("train.py", "-m", *more, f"{setting}={first},{second}", "norm=bn,none", "batch=1")
+    words = (*choices, *more, f"{setting}={first},{second}", "norm=bn,none", "batch=1")
+    code, _, error = command("train.py", "-m", *words)
     assert code == 1
-    assert f"{setting}={first}" in error.replace("True", "true")
-    assert f"{setting}={second}" in error.replace("False", "false")
-    assert "have one folder" in error
+    assert error.startswith("Two runs of this sweep have one folder, outputs/default/")
+    assert f": {setting}={first} and {setting}={second}.\n" in error
     assert not (tmp_path / "outputs").exists() or not runs.find(tmp_path / "outputs" / "default")
 
 
-def test_a_run_that_is_given_twice_is_one(tmp_path, command) -> None:
-    code, out, error = command("train.py", "-m", "norm=bn,bn", "output_dir=a,./a", PLAN)
+@pytest.mark.parametrize(
+    ("words", "number", "told"),
+    [
+        (("norm=bn,bn",), 2, "each is carried out once.\n"),
+        (("output_dir=a,./a",), 2, "output_dir=a and output_dir=./a are one folder.\n"),
+        (("output_dir=a,linked",), 2, "output_dir=a and output_dir=linked are one folder.\n"),
+        (("study=s,t", "output_dir=a"), 2, "study=s and study=t are one folder.\n"),
+        (("data_dir=a,a/s/..", "norm=bn,bn"), 4, "data_dir=a and data_dir=a/s/.. are one folder.\n"),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_given_twice_is_one_and_that_is_told(tmp_path, command, words, number, told) -> None:
+    (tmp_path / "a" / "s").mkdir(parents=True)
+    (tmp_path / "a" / "t").symlink_to("s")
+    (tmp_path / "linked").symlink_to("a")
+    code, out, error = command("train.py", "-m", *words, PLAN)
     assert code == 0, error
-    assert "1 runs" in out
+    assert f"The command gives {number} runs, of which 1 is different" in out
+    assert told in out
+    assert "\n1 runs: 1 new" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_run_that_is_given_twice_to_a_launcher_of_hydra_is_carried_out_once(tmp_path, launcher) -> None:
+    words = ("-m", "seed=1,1", "output_dir=a,./a", f"hydra/launcher={launcher}", *SMALL)
+    code, out, error = run_command(tmp_path, "train.py", *words)
+    assert code == 0, error
+    assert "The command gives 4 runs, of which 1 is different" in out
+    assert error.count("starting") == 1
+    assert "is finished" not in out
 
 
 @pytest.mark.slow
@@ -111,8 +142,9 @@ def test_a_run_that_is_given_twice_is_one(tmp_path, command) -> None:
 def test_relative_folders_are_those_of_where_the_command_began(tmp_path, launcher) -> None:
     (tmp_path / "my_nets.py").write_text("from small import SmallNet as MyNet\n")
     words = ("-m", "norm=bn,none", "hydra.job.chdir=true", f"hydra/launcher={launcher}", "output_dir=here")
-    code, _, error = run_command(tmp_path, "train.py", *words, *SMALL, "model.target=my_nets.MyNet")
+    code, out, error = run_command(tmp_path, "train.py", *words, *SMALL, "model.target=my_nets.MyNet")
     assert code == 0, error
+    assert out.count("report.py study=default output_dir=here\n") == (0 if launcher == "pool" else 2)
     assert [status_of(folder)["state"] for folder in runs.find(tmp_path / "here" / "default")] == ["done"] * 2
     assert {path.name for path in tmp_path.iterdir()} <= {"here", "my_nets.py", "__pycache__", "data"}
 

@@ -10,7 +10,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext
+from hydra.types import HydraContext, RunMode
 
 from hydra_plugins.normlab_sweepers import GridSweeper
 from normlab.common.errors import UserError
@@ -83,10 +83,12 @@ class Failing(Launcher):
         return results
 
 
-def test_a_run_that_failed_under_a_launcher_of_hydra_fails_the_sweep(tmp_path, monkeypatch) -> None:
+def test_a_run_that_failed_under_a_launcher_of_hydra_fails_the_sweep(tmp_path) -> None:
     own = GridSweeper(grids=[], sizes={}, budget=None, experiment=None)
     own.launcher, own.folder = Failing(), tmp_path / "new"
-    monkeypatch.setattr(own, "validate_batch_is_legal", lambda runs: None)
-    with pytest.raises(UserError, match="the second run failed"):
-        own.sweep(["seed=0,1"])
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        own.hydra_context = sweeper().hydra_context
+        own.config = own.hydra_context.config_loader.load_configuration("config", [], RunMode.MULTIRUN)
+        with pytest.raises(UserError, match="the second run failed"):
+            own.sweep(["seed=0,1"])
     assert own.folder.is_dir()

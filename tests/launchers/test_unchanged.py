@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from launchers.commands import by_two_tasks
 from PIL import Image
 
 NET = """
@@ -102,6 +103,53 @@ def test_what_changed_is_told_and_nothing_is_trained(finished, command, change) 
     assert len(list(finished.glob(pattern))) == 1
 
 
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a class renamed in one part": (
+        lambda photos: (photos / "train/a").rename(photos / "train/c"),
+        "Only in train: c.",
+    ),
+    "a class emptied": (lambda photos: [file.unlink() for file in (photos / "test/a").iterdir()], "without images"),
+    "no test images": (lambda photos: shutil.rmtree(photos / "test"), "has no folder test or val"),
+    "a single class": (lambda photos: [shutil.rmtree(photos / part / "a") for part in ("train", "test")], "single"),
+    "a file": (lambda photos: [shutil.rmtree(photos), photos.touch()], "is a file"),
+}
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_no_data_set_any_more_is_told(finished, command) -> None:
+    photos = finished / "photos"
+    shutil.copytree(photos, finished / "kept")
+    for make, words in BROKEN.values():
+        make(photos)
+        for sweep in ((), ("-m", "seed=0,1", "hydra/launcher=plan")):
+            status, out, error = command("train.py", *sweep, *RUN)
+            assert status == 1, out
+            assert error.startswith("mine-photos-bn-b4-s0")
+            assert "is finished, but its images cannot be read any more as they were.\n" in error
+            assert words in error
+            assert len(error.splitlines()) <= 5
+        photos.unlink() if photos.is_file() else shutil.rmtree(photos)
+        shutil.copytree(finished / "kept", photos)
+    status, out, error = command("train.py", *RUN)
+    assert (status, error) == (0, "")
+    for remove in (lambda: shutil.rmtree(photos), photos.mkdir):  # deleted, or not mounted
+        remove()
+        status, out, error = command("train.py", *RUN)
+        assert status == 0, error
+        assert "Nothing to do" in out
+        assert error == "photos has no images now: they are not compared.\n"
+
+
+@pytest.mark.slow
+def test_several_processes_are_told_as_well(finished) -> None:
+    replace_an_image(finished)
+    rewrite(finished / "my_norms.py", "pass", "x = 1")
+    status, out, error = by_two_tasks(finished, *RUN)
+    assert status == 1, out
+    assert "other files or contents" in error
+    assert len(error.splitlines()) <= 5
+
+
 @pytest.mark.slow
 def test_hydras_own_launcher_ends_with_the_error_of_one_run(finished, command) -> None:
     add_a_class(finished)
@@ -122,7 +170,7 @@ def test_what_makes_no_difference_is_none(finished, command) -> None:
     shutil.copytree(finished / "photos", finished / "elsewhere" / "photos")
     status, out, error = command("train.py", *RUN, "dataset.path=elsewhere/photos")
     assert "Nothing to do" in out
-    shutil.rmtree(finished / "photos")  # a finished run needs no images
     (finished / "my_nets.py").unlink()
     status, out, error = command("train.py", *RUN)
     assert "Nothing to do" in out
+    assert error == "The code of model.target=my_nets.MyNet is not found now: it is not compared.\n"

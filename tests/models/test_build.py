@@ -79,6 +79,15 @@ class Net(nn.Module):
     def forward(self, x):
         return self.fc(self.bn(self.conv(x)).relu().mean((2, 3)))
 
+    @classmethod
+    def narrow(cls, num_classes, width=2):
+        return cls(num_classes, width)
+
+    class Inner:
+        @staticmethod
+        def make(num_classes, width=3):
+            return Net(num_classes, width)
+
 def not_a_network(num_classes):
     return num_classes
 """
@@ -87,6 +96,9 @@ def not_a_network(num_classes):
 @pytest.fixture
 def own_module(tmp_path, monkeypatch) -> str:
     (tmp_path / "own_nets.py").write_text(OWN_NETWORK)
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "nets.py").write_text(OWN_NETWORK)
+    (tmp_path / "own_package" / "broken.py").write_text("import own_package.not_there")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     return "own_nets"
@@ -100,8 +112,26 @@ def test_users_own_network_is_an_ablation_subject(make, own_module) -> None:
 
 
 @pytest.mark.parametrize(
+    ("target", "width"),
+    [
+        ("own_nets.Net.narrow", 2),
+        ("own_nets.Net.Inner.make", 3),
+        ("own_package.nets.Net", 4),
+        ("own_package.nets.Net.narrow", 2),
+    ],
+)
+def test_a_target_may_be_inside_of_a_class_or_a_package(make, own_module, target, width) -> None:
+    config = make("model=custom", f"model.target={target}")
+    assert models.build(config, num_classes=10, image_size=8).conv.out_channels == width
+    assert set(config.own_code()["model.target"]["modules"]) == {target.partition(".Net")[0]}
+
+
+@pytest.mark.parametrize(
     ("target", "says"),
     [
+        ("own_nets.Net.narow", "own_nets.Net has no narow.\nDid you mean model.target=own_nets.Net.narrow?"),
+        ("own_package.netz.Net", "own_package has no netz"),
+        ("own_package.broken.Net", "importing own_package.broken failed: ModuleNotFoundError"),
         ("own_nets.Nett", "Did you mean model.target=own_nets.Net?"),
         ("own_nets.not_a_network", "not an nn.Module"),
         ("own_nets.Net +model.kwargs.num_classes=3", "model.kwargs.num_classes is set already"),

@@ -2,14 +2,18 @@
 
 import importlib
 import inspect
+import itertools
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import normlab
 
@@ -20,6 +24,23 @@ def test_the_version_is_that_of_the_installed_package_the_changelog_and_the_cita
     headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert [version("normlab"), headings[0], citation["version"]] == [normlab.__version__] * 3
+
+
+def test_the_versions_that_ci_installs_are_of_all_requirements_and_sorted() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert len(pinned) == sum("==" in line for line in lines), "one line for each"
+    assert list(pinned) == sorted(pinned, key=str.lower)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    listed = [
+        project["dependencies"],
+        *(extras[name] for name in ("test", "docs", "tensorboard", "mlflow", "wandb", "timm")),
+    ]
+    versions = {canonicalize_name(name): version for name, version in pinned.items()}
+    for requirement in map(Requirement, itertools.chain(*listed)):
+        if requirement.name != "normlab":
+            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 
 def test_the_citation_has_the_five_papers_by_the_names_that_the_claims_have() -> None:

@@ -107,9 +107,12 @@ def test_an_unknown_study_is_answered_with_the_nearest(add_run, tmp_path):
     assert "Did you mean study=digits_small?" in str(error.value)
 
 
-def test_without_any_study_the_error_says_how_to_start_one(tmp_path):
-    with pytest.raises(UserError, match=r"python train\.py -m study=default"):
-        build("default", tmp_path)
+def test_without_any_study_the_error_says_how_to_start_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"train.py -m study=default 'output_dir={tmp_path}/my runs' ")):
+        build("default", tmp_path / "my runs")
+    with pytest.raises(UserError, match=r"train\.py -m study=default norm=bn,none"):
+        build("default", "outputs")
 
 
 def test_a_study_without_a_finished_run_tells_its_states(add_run, tmp_path):
@@ -120,6 +123,7 @@ def test_a_study_without_a_finished_run_tells_its_states(add_run, tmp_path):
     assert "no finished run yet: 1 failed, 1 missing" in str(error.value)
     assert "OSError: no space" in str(error.value)
     assert "train.py" in str(error.value)
+    assert str(error.value).endswith(f"report.py status study=study output_dir={tmp_path}/outputs")
     assert len(str(error.value).splitlines()) <= 5
 
 

@@ -75,6 +75,7 @@ theirs,0,32,0.50,0.6
 def test_a_row_per_run_is_in_the_accuracy_table_with_exactly_its_means(bring, study):
     told = bring(SHORT, set=WITHOUT_BATCH)
     assert "4 runs for study study: 4 new, 0 replaced, 0 there already" in told
+    assert told.endswith(f"report.py study=study output_dir={study.parent}\n")
     assert means(study) == pytest.approx({("mine", 32): 92.0, ("mine", 64): 80.0, ("theirs", 32): 50.0}, abs=1e-12)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import several
 import torch
 from conftest import composed
 from hydra.types import RunMode
-from launchers.commands import ROOT, python, wait_for_progress
+from launchers.commands import ROOT, by_two_tasks, python, wait_for_progress
 from omegaconf import OmegaConf
 from outcome import folder, rows, status
 from PIL import Image
@@ -247,27 +246,6 @@ COMMAND = (
 )
 
 
-def by_two_tasks(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """`srun --ntasks=2 python train.py ...`, as far as a process can see.
-
-    Returns:
-        The exit status, which is that of all, and the output of the first one; the others print nothing.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        python(folder, ROOT / "train.py", *arguments, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
-        for rank in ("0", "1")
-    ]
-    (out, error), *others = [process.communicate(timeout=120) for process in processes]
-    assert others == [("", "")], others
-    exited, other = (process.returncode for process in processes)
-    assert exited == other, error
-    return exited, out, error
-
-
 @pytest.mark.slow
 def test_torchrun_is_interrupted_with_a_checkpoint_and_tasks_of_slurm_go_on(tmp_path) -> None:
     """One process speaks, and all end alike."""
@@ -297,7 +275,8 @@ def test_a_busy_run_is_left_alone_by_all(tmp_path) -> None:
 
 
 def test_a_sweep_under_several_processes_is_refused_by_the_first(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(single.HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.MULTIRUN))
+    command = SimpleNamespace(mode=RunMode.MULTIRUN, overrides=SimpleNamespace(hydra=[]))
+    monkeypatch.setattr(single.HydraConfig, "get", lambda: command)
     ignored = Mock()
     monkeypatch.setattr(signal, "signal", ignored)
     for rank, words in (("0", "A sweep (-m) under 4 processes"), ("1", "")):

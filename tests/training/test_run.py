@@ -8,6 +8,7 @@ import signal
 from unittest.mock import Mock
 
 import pytest
+import timm
 import torch
 from outcome import SPEED, folder, outcome, rows, status, weights
 from small import SmallNet
@@ -47,6 +48,18 @@ def test_a_run_leaves_the_promised_record(tiny) -> None:
     assert provenance["versions"]["torch"] == torch.__version__
     assert not list(record.glob("*.pt"))
     assert train_run(config) == ended, "a finished run is left alone"
+
+
+def of_a_library(num_classes: int) -> nn.Module:
+    return nn.Sequential(timm.layers.ConvNormAct(3, 4, 3), nn.Flatten(), nn.Linear(256, num_classes))
+
+
+def test_the_version_of_a_library_that_a_network_comes_from_is_recorded(tiny) -> None:
+    config = tiny(f"model.target={__name__}.of_a_library", "epochs=1")
+    train_run(config)
+    versions = json.loads((folder(config) / "provenance.json").read_text())["versions"]
+    assert versions["timm"] == timm.__version__
+    assert set(versions) == {"python", "normlab", "torch", "torchvision", "hydra-core", "numpy", "timm"}
 
 
 def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypatch) -> None:

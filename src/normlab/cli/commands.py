@@ -6,7 +6,9 @@ from dataclasses import fields
 from typing import NoReturn
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from omegaconf import DictConfig, OmegaConf
 
 from normlab.common.errors import UserError, as_typed
 from normlab.common.installation import CONF, command_name
@@ -37,6 +39,9 @@ def _train(line: CommandLine) -> None:
         if "--multirun" in line.flags:
             raise UserError("doctor looks at one set of settings.\nLeave out -m and the lists of a sweep.")
         sys.argv.append("hydra.mode=RUN")  # an experiment is a sweep without -m
+    Plugins.instance()  # makes Hydra's own choices known
+    # Hydra's product of lists with the checks of ours: the basic sweeper knows nothing of runs that share a folder.
+    ConfigStore.instance().store("basic", OmegaConf.load(CONF / "hydra/sweeper/grid.yaml"), group="hydra/sweeper")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def main(composed: DictConfig) -> float | None:

@@ -3,13 +3,14 @@
 import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from normlab.common.errors import UserError, did_you_mean
 
 
 def locate(dotted: str, setting: str) -> Any:
-    """Import the object that `dotted` names; the current folder is importable.
+    """Import the object that `dotted` names: of a module, or inside of a class. The current folder is importable.
 
     Raises:
         UserError: naming the setting, if there is no such module or name, or importing it fails.
@@ -17,16 +18,29 @@ def locate(dotted: str, setting: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    module_name, _, name = dotted.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"{setting}={dotted}: importing {module_name} failed: {type(error).__name__}: {error}.\n"
-            "It must be importable from the current folder or be installed in this environment."
-        ) from error
-    if not hasattr(module, name):
-        public = [n for n in vars(module) if not n.startswith("_")]
-        hint = did_you_mean(name, public, f"{setting}={module_name}.")
-        raise UserError(f"{setting}={dotted}: {module_name} has no {name}.{hint}")
-    return getattr(module, name)
+    found: Any
+    found, path = _module(dotted, setting)
+    for name in dotted.removeprefix(f"{path}.").split("."):
+        if not hasattr(found, name):
+            public = [each for each in vars(found) if not each.startswith("_")] if hasattr(found, "__dict__") else []
+            hint = did_you_mean(name, public, f"{setting}={path}.")
+            raise UserError(f"{setting}={dotted}: {path} has no {name}.{hint}")
+        found, path = getattr(found, name), f"{path}.{name}"
+    return found
+
+
+def _module(dotted: str, setting: str) -> tuple[ModuleType, str]:
+    """Import the longest part of `dotted` that is a module, its last name left out; return it with that part."""
+    name = dotted.rpartition(".")[0]
+    while True:
+        try:
+            return importlib.import_module(name), name
+        except Exception as error:
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing and "." in missing and f"{name}.".startswith(f"{missing}."):  # it may be a class
+                name = missing.rpartition(".")[0]
+                continue
+            raise UserError(
+                f"{setting}={dotted}: importing {name} failed: {type(error).__name__}: {error}.\n"
+                "It must be importable from the current folder or be installed in this environment."
+            ) from error

@@ -4,6 +4,7 @@ The wheel holds the repository's conf/ as normlab/conf (pyproject.toml); a check
 beside src/.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,3 +16,9 @@ def command_name(name: str) -> str:
     """Return the command `name`, train or report, as the user types it: normlab-train, or python train.py."""
     installed = CONF == _PACKAGED or Path(sys.argv[0]).name.startswith("normlab-")
     return f"normlab-{name}" if installed else f"python {name}.py"
+
+
+def study_words(study: str, output_dir: str | Path) -> str:
+    """Return the settings by which a command finds a study, as the user types them; without a default output_dir."""
+    words = [f"study={study}", *([f"output_dir={output_dir}"] if str(output_dir) != "outputs" else [])]
+    return shlex.join(words)

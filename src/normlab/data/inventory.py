@@ -164,6 +164,12 @@ def list_images(dataset: FolderDataset) -> Listing:
     return listing
 
 
+def is_gone(dataset: FolderDataset) -> bool:
+    """Return whether there is nothing at `dataset.path`, or an empty folder, as of a disk that is not mounted."""
+    root = Path(dataset.path).expanduser()
+    return not root.exists() or (root.is_dir() and os.access(root, os.R_OK) and not any(root.iterdir()))
+
+
 @lru_cache(maxsize=8)  # a sweep checks every run
 def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
     """List `root/train/<class>/*` and the first of `root/<test_names>/<class>/*` that exists.

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from normlab import runs
 from normlab.common import git
 from normlab.common.errors import InterruptedRunError, UserError
-from normlab.common.installation import command_name
+from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, outcome
 from normlab.config import schema
 from normlab.config.hydra import exit_interrupted, exit_with_error, refuse_folders, settings_of
@@ -83,7 +83,8 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
     if processes.rank == 0 and not config.quiet:
         if finished:
             print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
-        print(f"Its record is in {run.folder}; tables and figures: {command_name('report')} study={config.study}")
+        words = study_words(config.study, config.output_dir)
+        print(f"Its record is in {run.folder}; tables and figures: {command_name('report')} {words}")
     value = status.get("test_accuracy", status.get("test_loss"))
     return None if value is None else float(value)
 
@@ -106,6 +107,8 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
         with process_group.join(processes, config.device) as joined:
             if processes.world > 1 and not finished:
                 preflight.check(config)  # together, so that all know of the error of one machine
+            elif processes.world > 1 and processes.rank == 0:
+                Unchanged().check(run, config)
             on_status = functools.partial(display.news, run.name) if display else lambda status: None
             resources = Resources(joined.device)
             status = train_run(config, stop=stop, resources=resources, on_status=on_status, group=joined)

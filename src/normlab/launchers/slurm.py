@@ -7,6 +7,7 @@ jobs hold, whoever submitted them from wherever.
 """
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -23,7 +24,7 @@ from pydantic import BaseModel, StrictBool, ValidationError, model_validator
 
 from normlab import runs
 from normlab.common.errors import UserError
-from normlab.common.installation import command_name
+from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
 from normlab.config.schema import Count, Positive, Whole
@@ -205,7 +206,8 @@ def _submit(jobs: Sequence[Job], needs: Needs, report: Callable[[str], None]) ->
         report(f"An array may have {allowed[1]} tasks here: {per_job} runs go into each job.")
     entries = [{"folder": _folder(job), "settings": job.config.as_dict()} for job in jobs]
     tasks = [entries[first : first + per_job] for first in range(0, len(jobs), per_job)]
-    study, folder = jobs[0].config.study, jobs[0].config.study_folder / "slurm"
+    study, output_dir = jobs[0].config.study, jobs[0].config.output_dir
+    folder = jobs[0].config.study_folder / "slurm"
     files.make_folder(folder)
     order = (folder / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.json").resolve()
     for job in jobs:
@@ -226,8 +228,8 @@ def _submit(jobs: Sequence[Job], needs: Needs, report: Callable[[str], None]) ->
     number = f"an array of {len(tasks)} jobs" if len(tasks) > 1 else "one job"
     report(
         f"Submitted: {len(jobs)} runs as job {array}, {number}. What they print: {folder}/{array}_*.out\n"
-        f"How far they are: {command_name('report')} status study={study}, squeue --array --jobs={array}."
-        f" To cancel: scancel {array}"
+        f"How far they are: {command_name('report')} status {study_words(study, output_dir)},"
+        f" squeue --array --jobs={array}. To cancel: scancel {array}"
     )
     return array
 
@@ -248,7 +250,7 @@ def job_script(needs: Needs, study: str, order: Path, tasks: int) -> str:
         "ntasks-per-node": needs.tasks,
         "cpus-per-task": needs.cpus,
         "gpus-per-node": needs.gpus or None,
-        "mem": f"{round(1024 * needs.memory_gb)}M" if needs.memory_gb else None,
+        "mem": f"{math.ceil(1024 * needs.memory_gb)}M" if needs.memory_gb else None,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from normlab import runs
 from normlab.common import git
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, as_typed, listed
 from normlab.common.progress import Display, span
 from normlab.config import schema
 from normlab.data.inventory import Inventory
@@ -20,6 +20,9 @@ from normlab.launchers.composing import compose
 from normlab.launchers.unchanged import Unchanged
 from normlab.runs import State
 from normlab.runs.lock import holder
+
+_LEADS_TO_RUNS = ("output_dir", "study")  # of runs in one folder, two spellings of its path
+_FOLDERS = ("data_dir", "dataset.path")
 
 
 def run_cost(config: schema.RunConfig, data: Inventory) -> float:
@@ -112,16 +115,11 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
         UserError: if a run is misconfigured, or cannot start on this machine; if two runs have one folder.
     """
     sweep = Sweep(quiet=config.get("quiet") is True)
-    known: dict[Path, runs.Run] = {}
     unchanged = Unchanged()
-    for settings in compose(context.config_loader, config, overrides):
-        parsed = schema.parse(settings)
-        run = runs.Run(parsed.as_dict())
-        other = known.setdefault(run.folder.resolve(), run)
-        sweep.folders.append(other.folder)
-        if other is not run:
-            _require_same(run, other)
-        elif run.over:
+    given = compose_runs(context, config, overrides)
+    sweep.folders.extend(run.folder for _, run in given)
+    for parsed, run in dict(zip(sweep.folders, given, strict=True)).values():
+        if run.over:
             unchanged.check(run, parsed)
             sweep.finished[run.folder] = runs.read_status(run.folder) or {}
         else:
@@ -131,21 +129,61 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
     return sweep
 
 
-def _require_same(run: runs.Run, other: runs.Run) -> None:
-    """Check that two runs of one folder are one run, given twice.
+def compose_runs(
+    context: HydraContext, config: DictConfig, overrides: Sequence[Sequence[str]]
+) -> list[tuple[schema.RunConfig, runs.Run]]:
+    """Compose the runs of a sweep; one that is given again is the first one again, and that is printed.
+
+    Args:
+        context: of Hydra.
+        config: the sweep's own configuration.
+        overrides: of each run.
+
+    Raises:
+        UserError: if a run is misconfigured; if two runs have one folder.
+    """
+    known: dict[Path, tuple[schema.RunConfig, runs.Run]] = {}
+    given, spellings = [], list[str]()
+    for settings in compose(context.config_loader, config, overrides):
+        parsed = schema.parse(settings)
+        run = runs.Run(parsed.as_dict())
+        first = known.setdefault(run.folder.resolve(), (parsed, run))
+        if first[1] is not run:
+            spellings += _require_same(run, first[1])
+        given.append(first)
+    if len(known) < len(given) and config.get("quiet") is not True:
+        why = f": {listed(list(dict.fromkeys(spellings)), 3, '; ')}" if spellings else ""
+        number = f"{len(known)} {'is' if len(known) == 1 else 'are'} different"
+        print(f"The command gives {len(given)} runs, of which {number}: each is carried out once{why}.", flush=True)
+    return given
+
+
+def _require_same(run: runs.Run, other: runs.Run) -> list[str]:
+    """Check that two runs of one folder are one run, given twice; return how their folders are spelled otherwise.
 
     Raises:
         UserError: if they differ in settings that are no part of a run's identity, so that one would be lost.
     """
     first, second = runs.flatten(other.config), runs.flatten(run.config)
+    spellings = []
     for name in dict.fromkeys([*first, *second]):
-        values = f"{name}={first.get(name)}", f"{name}={second.get(name)}"
-        if name != "output_dir" and values[0] != values[1]:  # which leads to one folder
+        before, after = first.get(name), second.get(name)
+        if before == after:
+            continue
+        if name in _LEADS_TO_RUNS or (name in _FOLDERS and _real(before) == _real(after)):
+            spellings.append(f"{name}={before} and {name}={after} are one folder")
+        else:
             raise UserError(
-                f"Two runs of this sweep have one folder, {run.folder}: {values[0]} and {values[1]}.\n"
+                f"Two runs of this sweep have one folder, {run.folder}:"
+                f" {name}={as_typed(before)} and {name}={as_typed(after)}.\n"
                 "That setting does not make another run of it, so only one of them would be carried out.\n"
                 "Leave one out, or give each a study of its own: a command with study=..., and another one."
             )
+    return spellings
+
+
+def _real(path: object) -> Path:
+    return Path(str(path)).expanduser().resolve()
 
 
 def list_failures(display: Display, jobs: Sequence[Job], heading: str, failed: Sequence[tuple[Job, str]]) -> None:

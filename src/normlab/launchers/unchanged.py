@@ -3,12 +3,13 @@
 They are no settings, so they are no part of a run's identity: a new seed would share a cell with runs of another kind.
 """
 
-import contextlib
+import sys
 
 from normlab import runs
 from normlab.common.errors import UserError
 from normlab.common.source import changed_modules
-from normlab.config.schema import RunConfig
+from normlab.config.schema import FolderDataset, RunConfig
+from normlab.data.inventory import is_gone
 from normlab.data.recorded import ImageFiles, image_files
 
 
@@ -16,25 +17,26 @@ class Unchanged:
     """Compares finished runs with what is there now; of one sweep, whose folders of images it lists once."""
 
     def __init__(self) -> None:
-        self._files: dict[str, ImageFiles | None] = {}
+        self._files: dict[str, ImageFiles | UserError | None] = {}
+        self._said: set[str] = set()
 
     def check(self, run: runs.Run, config: RunConfig) -> None:
-        """Check a finished run. What is not recorded, or not there any more, is not compared.
+        """Check a finished run. What is not recorded is not compared; of what is gone, a line says so.
 
         Raises:
-            UserError: if something has changed: what, how to keep the result, how to begin anew.
+            UserError: if something has changed: what, how to keep the result, how to begin anew; if the images cannot
+                be listed or read any more.
         """
         made = runs.read_provenance(run.folder)
-        files, change = self._files_of(config), ""
-        with contextlib.suppress(UserError):  # the folder is not to be read now
-            change = files.change(made.get("data")) if files else ""
-        if files and change:
-            name = config.dataset.name
-            subject = f"The images of dataset={name} in {files.path}"
-            raise _changed(subject, change, run, f"*-{name}-*", "dataset.name=...")
+        if made.get("data"):
+            self._check_images(run, config, made["data"])
         recorded = made.get("own_code")
         recorded = recorded if isinstance(recorded, dict) else {}
-        for setting, code in config.own_code().items():
+        now = config.own_code()
+        for setting in sorted(recorded.keys() - now.keys()):
+            target = config.norm.target if setting == "norm._target_" else getattr(config.model, "target", "")
+            self._say(f"The code of {setting}={target} is not found now: it is not compared.")
+        for setting, code in now.items():
             before = recorded.get(setting)
             if isinstance(before, dict) and (modules := changed_modules(before, code)):
                 subject, change = f"The code of {setting}={code['object']}", f"module {', '.join(modules)}"
@@ -42,13 +44,42 @@ class Unchanged:
                     raise _changed(subject, change, run, f"{config.model.name.lstrip('.')}*", "model.name=...")
                 raise _changed(subject, change, run, f"*-{config.norm.name}-b*", "another file of conf/norm")
 
-    def _files_of(self, config: RunConfig) -> ImageFiles | None:
+    def _check_images(self, run: runs.Run, config: RunConfig, recorded: object) -> None:
+        files = self._files_of(config)
+        if files is None:
+            return
+        try:
+            if isinstance(files, UserError):
+                raise files
+            change = files.change(recorded)
+        except UserError as error:
+            raise UserError(
+                f"{run.name} is finished, but its images cannot be read any more as they were.\n{error}"
+            ) from None
+        if change:
+            name = config.dataset.name
+            subject = f"The images of dataset={name} in {files.path}"
+            raise _changed(subject, change, run, f"*-{name}-*", "dataset.name=...")
+
+    def _files_of(self, config: RunConfig) -> ImageFiles | UserError | None:
+        """Return the images of a run, or why they cannot be listed; None for those known by name, or gone."""
         key = config.dataset.model_dump_json()
         if key not in self._files:
             self._files[key] = None
-            with contextlib.suppress(UserError):
+            if isinstance(config.dataset, FolderDataset) and is_gone(config.dataset):
+                self._say(f"{config.dataset.path} has no images now: they are not compared.")
+                return None
+            try:
                 self._files[key] = image_files(config)
+            except UserError as error:
+                self._files[key] = error
         return self._files[key]
+
+    def _say(self, text: str) -> None:
+        """Print a line once, also if quiet."""
+        if text not in self._said:
+            self._said.add(text)
+            print(text, file=sys.stderr, flush=True)
 
 
 def _changed(subject: str, change: str, run: runs.Run, pattern: str, name: str) -> UserError:

@@ -32,7 +32,7 @@ from pydantic import (
 
 from normlab import runs
 from normlab.common.errors import UserError, as_typed, did_you_mean, exact, listed, storage_error
-from normlab.common.installation import command_name
+from normlab.common.installation import command_name, study_words
 from normlab.common.sentences import sentence
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
 from normlab.runs import archive, files
@@ -218,7 +218,7 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
         print(f"Left out: {listed(source.left_out, 12)}.")
     if not new and not changed:
         print("Nothing was changed.")
-    print(f"Tables and figures: {command_name('report')} study={options.study}")
+    print(f"Tables and figures: {command_name('report')} {study_words(options.study, output_dir)}")
 
 
 # ---- reading

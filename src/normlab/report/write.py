@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.common.errors import UserError, as_typed, did_you_mean, first_line
-from normlab.common.installation import command_name
+from normlab.common.installation import command_name, study_words
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.analysis.tables import build_tables, probe_tables
@@ -43,7 +43,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     """
     whole = load(str(study), _folder("output_dir", output_dir))
     chosen = select(whole, options.arms, options.batches, options.seeds, options.settings)
-    _check_finished(chosen, options)
+    _check_finished(chosen, study_words(str(study), output_dir), options)
     metric = metric_of(chosen.evaluations, options.metric, options.value)
     tables = _tables(chosen, metric, options)
     judgements = judge(chosen, options.confidence, options.alpha)
@@ -128,7 +128,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         measured = f" and {options.metric}" if options.metric else ""
         raise UserError(
             f"There is no study with a finished run{measured} in {folder}.\n"
-            f"To start one: {command_name('train')} -m norm=bn,none"
+            f"To start one: {command_name('train')} -m {study_words('default', folder)} norm=bn,none"
         )
     files.make_folder(page.parent)
     return _write_claims_page(page, results_page(studies, judgements), judgements, warnings, options)
@@ -161,7 +161,7 @@ def pack_study(study: str, output_dir: str | Path, *, replace: bool = False, qui
 
 def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, str]:
     """Return the texts of a table's files by suffix: md, csv (full precision, tidy), tex, and its provenance."""
-    label = f"tab:{study_name.replace('/', '-')}-{table.name}"
+    label = f"tab:{study_name}-{table.name}"
     environments = [latex(table, setting, f"{label}{f'_{i + 1}' if i else ''}") for i, setting in enumerate(table.rows)]
     paragraphs = [f"# {table.title}", *markdown_table(table), table.caption + table.rule, provenance.sentence()]
     return {
@@ -199,7 +199,7 @@ def _refuse_selection(command: str, options: Options) -> None:
         )
 
 
-def _check_finished(study: Study, options: Options) -> None:
+def _check_finished(study: Study, words: str, options: Options) -> None:
     if not study.finished.empty:
         return
     failed = study.runs[study.runs["state"] == "failed"]
@@ -208,8 +208,8 @@ def _check_finished(study: Study, options: Options) -> None:
         f" {study.counted() or 'none at all'}."
         + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
         + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
-        f"\n  {command_name('train')} -m study={study.name} norm=bn,none"
-        f"\nHow far its runs are: {command_name('report')} status study={study.name}"
+        f"\n  {command_name('train')} -m {words} norm=bn,none"
+        f"\nHow far its runs are: {command_name('report')} status {words}"
     )
 
 

@@ -5,12 +5,17 @@ those of the segments before, oldest first, each with `until_step`: the number o
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import sys
+import sysconfig
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 UNKNOWN = "not recorded"
 OWN_CODE = ("model.target", "norm._target_")  # settings that may name a user's own
 _VERSIONS = {"torch": "torch", "torchvision": "torchvision", "numpy": "NumPy", "python": "Python"}
+_NOT_COMPARED = ("normlab", "hydra-core")  # the first is in `code`, the other computes nothing
 _FACTS = ("device", "threads", "processes")
 
 
@@ -36,9 +41,33 @@ def circumstances(made: Mapping[str, Any]) -> dict[str, str]:
         found = {"code": code(made)} | {
             word: str(versions[name]) for name, word in _VERSIONS.items() if name in versions
         }
+        found |= libraries(made)
     found |= {name: str(made[name]) for name in _FACTS if name in made}
     codes = {name: own[name].get("code") for name in OWN_CODE if isinstance(own.get(name), Mapping)}
     return found | {name: f"code {str(digest)[:7]}" for name, digest in codes.items()}
+
+
+def libraries(made: Mapping[str, Any]) -> dict[str, str]:
+    """Return the versions of the libraries that a run's network comes from, beside torch and torchvision."""
+    versions = made.get("versions")
+    known = versions.items() if isinstance(versions, Mapping) else ()
+    return {name: str(version) for name, version in known if name not in {*_VERSIONS, *_NOT_COMPARED}}
+
+
+def versions_of(modules: Iterable[str]) -> dict[str, str]:
+    """Return the version of each installed library that one of these modules is of.
+
+    Not of torch and torchvision, which every run records, and not of one's own code.
+    """
+    packages = {module.partition(".")[0] for module in modules} - {"torch", "torchvision", "normlab"}
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")]
+    found = {}
+    for package in sorted(packages):
+        file = getattr(sys.modules.get(package), "__file__", None)
+        if file and any(Path(file).resolve().is_relative_to(folder) for folder in installed):
+            for name in metadata.packages_distributions().get(package, []):
+                found[name] = metadata.version(name)
+    return found
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

@@ -44,7 +44,7 @@ class Recorder:
 
     def _write_provenance(self, state: TrainingState, *, resumed: bool) -> None:
         images = image_files(state.config)
-        now = {
+        now: dict[str, Any] = {
             **device.provenance(state.device),
             "own_code": state.config.own_code(),
             "data": images.describe() if images else None,
@@ -54,6 +54,7 @@ class Recorder:
             "memory_format": state.memory_format,
             "packed": state.interleaver.packed,
         }
+        now["versions"] |= provenance.versions_of(type(module).__module__ for module in state.step.network.modules())
         before = runs.read_provenance(self.run.folder) if resumed else {}
         if changed := provenance.differences(before, now):
             self.log.warning(

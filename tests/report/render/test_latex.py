@@ -56,7 +56,7 @@ def test_latex_is_a_booktabs_table_with_the_first_column_left():
     for part in (
         r"\begin{table}",
         r"\caption{Accuracy. digits. Accuracy, in \%.}",
-        r"\label{tab:a-b-c_d}",
+        r"\label{tab:a+25+b/c_d}",
         r"\begin{tabular}{@{}lr@{}}",
         r"\toprule",
         r"wn\_trelu & 50.0 \\",

@@ -168,6 +168,30 @@ def test_a_copy_of_a_run_does_not_count_twice(add_run, study):
     assert "a-copy is the same run" in found.warnings[0]
 
 
+def test_faults_of_one_kind_are_one_warning_with_their_number_and_the_first_names(add_run, study):
+    norms = ("bn", "none", "gn", "ln", "in")
+    folders = {norm: add_run(norm) for norm in norms} | {f"{norm} again": add_run(norm, seed=1) for norm in norms}
+    whole = add_run("bn", seed=2)
+    for norm in norms:
+        (folders[norm] / "status.json").write_text("{")
+        rows = (folders[f"{norm} again"] / "metrics.jsonl").read_text().splitlines()
+        (folders[f"{norm} again"] / "metrics.jsonl").write_text("\n".join([*rows[:2], "{bad", "{worse"]))
+        (whole.with_name(f"copy-{norm}")).mkdir()
+        (whole.with_name(f"copy-{norm}") / "config.yaml").write_bytes((whole / "config.yaml").read_bytes())
+    told = load(study).warnings
+    counted = {
+        "5 runs cannot be read": [folders[norm].name for norm in norms],
+        "10 lines of records cannot be read": [f"{folders[f'{norm} again'].name}/metrics.jsonl" for norm in norms],
+        "5 runs lack the evaluation": [folders[f"{norm} again"].name for norm in norms],
+        "5 folders hold the same runs": [f"copy-{norm}" for norm in norms],
+    }
+    assert len(told) == len(counted)
+    for begins, names in counted.items():
+        [sentence] = [each for each in told if each.startswith(begins)]
+        assert f"{', '.join(sorted(names)[:3])} and 2 more." in sentence
+        assert "\n" not in sentence
+
+
 def test_measurements_have_their_runs_place_and_numbers_where_there_are_numbers(add_run, add_probe, study):
     rows = [
         {"step": 3, "layer": "conv1", "position": 0, "norm": 0.5, "edges": [0.0, 1.0]},
@@ -192,7 +216,9 @@ def test_a_measurement_that_cannot_be_read_costs_itself_and_leaves_a_warning(add
     add_probe(run, "ics", [{"step": 2, "layer": "fc", "l2": 3.0}])
     found = load(study)
     assert found.probes["ics"]["l2"].tolist() == [1.0, 3.0]
-    assert [warning.split(",")[1].split()[:2] for warning in found.warnings] == [["line", "2"], ["line", "3"]]
+    [warning] = found.warnings
+    assert warning.startswith(f"2 lines of records cannot be read and are left out, of {run.name}/probes/ics.jsonl.")
+    assert "ics.jsonl, line 2 cannot be read" in warning
     assert found.states()["done"] == 1
 
 

@@ -73,6 +73,17 @@ def test_libraries_of_several_versions_in_a_table_are_a_warning(add_run, study, 
     assert "9.9" in warning
 
 
+def test_a_library_of_a_network_in_several_versions_is_a_warning_and_one_that_an_arm_lacks_is_none(
+    add_run, study
+) -> None:
+    made(add_run("bn"), versions=MADE["versions"] | {"timm": "1.0", "norms": "3"})
+    made(add_run("none"), versions=MADE["versions"] | {"timm": "1.0"})
+    assert list(mixed_provenance(load(study))) == []
+    made(add_run("gn"), versions=MADE["versions"] | {"timm": "1.1"})
+    (warning,) = mixed_provenance(load(study))
+    assert "2 versions of timm: timm 1.0 (2 runs); timm 1.1 (1 run)" in warning
+
+
 def test_a_commit_that_could_not_be_read_is_told(add_run, study) -> None:
     made(add_run("bn"), git={"commit": None, "error": "it has no commit yet"})
     made(add_run("none"))
@@ -82,12 +93,13 @@ def test_a_commit_that_could_not_be_read_is_told(add_run, study) -> None:
 
 def test_runs_that_went_on_under_other_circumstances_are_a_warning(add_run, study) -> None:
     before = MADE | {"threads": 2, "versions": MADE["versions"] | {"torch": "1.9"}, "until_step": 30}
-    first = made(add_run("bn"), earlier=[before])
-    made(add_run("none"), earlier=[before])
+    before["versions"]["timm"] = "1.0"
+    first = made(add_run("bn"), earlier=[before], versions=MADE["versions"] | {"timm": "1.1"})
+    made(add_run("none"), earlier=[before], versions=MADE["versions"] | {"timm": "1.1"})
     made(add_run("gn"), earlier=[MADE | {"host": "another", "until_step": 3}])
     made(add_run("ln"), earlier="damaged")
     told = list(continued(load(study)))
     assert told == [
         f"Interrupted and continued under other circumstances ({difference}): {first.name} from step 30 on and 1 more."
-        for difference in ("torch 1.9, then 2.0", "threads 2, then 1")
+        for difference in ("torch 1.9, then 2.0", "timm 1.0, then 1.1", "threads 2, then 1")
     ]

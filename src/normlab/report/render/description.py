@@ -16,6 +16,7 @@ _HARDWARE = {  # by path in a run's provenance
     "threads": "Threads of a run",
     "versions.torch": "torch",
     "versions.torchvision": "torchvision",
+    "versions.timm": "timm",
     "git.commit": "Commit",
 }
 

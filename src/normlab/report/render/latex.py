@@ -115,7 +115,8 @@ def latex(table: Table, setting: str, label: str) -> str:
     environment = "table" if one_column else "table*"
     title = f"{table.title}. {setting}."
     caption = latex_escape(f"{title} {table.caption}{table.rule}{CLOSE if table.rule else ''}{seeds}")
-    heads = [rf"\caption{{{caption}}}", f"\\label{{{re.sub(r'[^A-Za-z0-9:._-]', '-', label)}}}"]
+    key = re.sub(r"[^A-Za-z0-9:._/-]", lambda letter: f"+{ord(letter[0]):x}+", label)  # of two labels never the same
+    heads = [rf"\caption{{{caption}}}", rf"\label{{{key}}}"]
     lines = []
     for i in range(0, len(tabulars), per_float):
         lines += [

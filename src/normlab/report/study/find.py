@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from normlab.common.errors import UserError, did_you_mean, listed
-from normlab.common.installation import command_name
+from normlab.common.installation import command_name, study_words
 from normlab.runs.archive import SUFFIX
 
 
@@ -53,5 +53,5 @@ def find_study(study: str | Path, output_dir: Path) -> tuple[str, Path]:
         f"There is no study {study} in {output_dir}."
         + (f"\nStudies there: {listed(names, 5)}." if names else " It holds no study yet.")
         + did_you_mean(study, names, "study=")
-        + f"\nTo start it: {command_name('train')} -m study={study} norm=bn,none"
+        + f"\nTo start it: {command_name('train')} -m {study_words(str(study), output_dir)} norm=bn,none"
     )

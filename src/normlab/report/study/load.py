@@ -28,6 +28,16 @@ _PLACE = ["run", *Place._fields, "state"]
 _NUMBERS = ["epochs", "wall_seconds", "peak_memory_bytes", "parameters", "classes"]
 _NOT_VARIED = ("batch", "seed", "epochs", "probe", "norm._target_")  # in columns of their own, or changing no result
 
+_SEVERAL = {  # of one kind of fault, about all runs that have it
+    "unreadable": "{number} runs cannot be read and are left out: {names}. The first: {first}",
+    "lines": "{number} lines of records cannot be read and are left out, of {names}. The first: {first}",
+    "unfinished": (
+        "{number} runs lack the evaluation after their last epoch and are left out of the tables: {names}."
+        " Delete their folders and start them again."
+    ),
+    "copies": "{number} folders hold the same runs as others and are left out: {names}. The first: {first}",
+}
+
 
 @dataclass(frozen=True, repr=False)
 class Study:
@@ -172,7 +182,7 @@ def load(
         provenance=records.provenance,
         remarks=remarks,
         notes=records.notes,
-        warnings=[*records.warnings, *_imported(table, records.configs, records.provenance)],
+        warnings=[*records.warnings(), *_imported(table, records.configs, records.provenance)],
     )
 
 
@@ -182,6 +192,7 @@ class _Records:
     Attributes:
         rows: one per run, without its place.
         probes: by probe and run.
+        faults: by kind (of `_SEVERAL`) the run, and the sentence about it alone.
     """
 
     def __init__(self, folder: RecordPath, now: datetime) -> None:
@@ -190,7 +201,7 @@ class _Records:
         self.evaluations: dict[str, Columns] = {}
         self.probes: dict[str, dict[str, Columns]] = defaultdict(dict)
         self.provenance: dict[str, dict[str, Any]] = {}
-        self.warnings: list[str] = []
+        self.faults: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self.notes = _notes(folder)
         self._now = now
         index = Index(folder)
@@ -199,7 +210,7 @@ class _Records:
             try:
                 self._read(path, row, index)
             except UserError as error:
-                self.warnings.append(str(error))
+                self.faults["unreadable"].append((path.name, str(error)))
                 row |= {"state": State.UNREADABLE, "note": first_line(error)}
             self.rows.append(row)
         index.write()
@@ -226,7 +237,7 @@ class _Records:
 
     def _columns(self, index: Index, run: str, file: str) -> Columns:
         columns, warnings = index.read(run, file)
-        self.warnings += warnings
+        self.faults["lines"] += [(f"{run}/{file}", warning) for warning in warnings]
         return columns
 
     def _check(self, path: RecordPath, row: dict[str, Any]) -> None:
@@ -238,10 +249,20 @@ class _Records:
         if row["state"] == "done" and (not length(measured) or measured["epoch"][-1] != row["epochs"]):
             # An earlier epoch's accuracy must not pass for the final one.
             row["state"], row["note"] = State.UNREADABLE, "done, but its last evaluation cannot be read"
-            self.warnings.append(
+            sentence = (
                 f"{path / 'metrics.jsonl'} lacks the evaluation after epoch {row['epochs']}, so the run is"
                 " left out of the tables. Delete the run's folder and start the run again."
             )
+            self.faults["unfinished"].append((path.name, sentence))
+
+    def warnings(self) -> Iterator[str]:
+        """Yield a sentence for each kind of fault, with the first runs that have it."""
+        for kind, found in self.faults.items():
+            names = list(dict.fromkeys(name for name, _ in found))
+            if len(found) == 1:
+                yield found[0][1]
+            elif found:
+                yield _SEVERAL[kind].format(number=len(found), names=listed(names, 3), first=first_line(found[0][1]))
 
 
 def _notes(folder: RecordPath) -> str:
@@ -313,7 +334,9 @@ def _without_copies(records: _Records, where: Mapping[str, Place]) -> list[dict[
     for row in sorted((row for row in records.rows if row["run"] in where), key=preference):
         chosen.setdefault(where[row["run"]], row["run"])
     copies = {run: chosen[place] for run, place in where.items() if chosen[place] != run}
-    records.warnings += [f"{run} is the same run as {other} and is left out." for run, other in copies.items()]
+    records.faults["copies"] += [
+        (run, f"{run} is the same run as {other} and is left out.") for run, other in copies.items()
+    ]
     return [row for row in records.rows if row["run"] not in copies]
 
 

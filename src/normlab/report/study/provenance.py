@@ -75,8 +75,12 @@ def mixed_provenance(study: Study) -> Iterator[str]:
     mixtures: dict[str, list[str]] = {}
     for setting, runs in study.finished.groupby("setting", sort=False)["run"]:
         made = [study.provenance.get(run, {}) for run in runs]
-        for kinds, name in _KINDS.items():
-            tally = _tally(filter(None, map(name, made)))
+        kinds_of = {kinds: list(map(name, made)) for kinds, name in _KINDS.items()}
+        for library in sorted({library for each in made for library in made_by.libraries(each)}):
+            versions = [made_by.libraries(each).get(library) for each in made]
+            kinds_of[f"versions of {library}"] = [f"{library} {version}" if version else "" for version in versions]
+        for kinds, names in kinds_of.items():
+            tally = _tally(filter(None, names))
             if len(tally) > 1:
                 mixtures.setdefault(f"{len(tally)} {kinds}: {_counted(tally)}", []).append(str(setting))
     for mixture, (first, *more) in mixtures.items():
