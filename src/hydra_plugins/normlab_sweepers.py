@@ -81,13 +81,15 @@ class GridSweeper(Sweeper):
         return [self._launch(left)]
 
     def _launch(self, runs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:
-        if not isinstance(self.launcher, SweepLauncher):  # which composes every run itself before any starts
-            from normlab.launchers.sweep import compose_runs
+        if not isinstance(self.launcher, SweepLauncher):  # which checks every run itself before any starts
+            from normlab.launchers import pool, sweep
 
             assert self.hydra_context
             assert self.config is not None
-            folders = [run.folder for _, run in compose_runs(self.hydra_context, self.config, runs)]
-            runs = list(dict(zip(reversed(folders), reversed(runs), strict=True)).values())[::-1]
+            read = sweep.read(self.hydra_context, self.config, runs, here=False)
+            if read.jobs:
+                pool.check_networks(read.jobs)
+            runs = list(dict(zip(reversed(read.folders), reversed(runs), strict=True)).values())[::-1]
         results = self.launcher.launch(runs, initial_job_idx=0)
         for each in results:
             _ = each.return_value  # raises the error of a run that failed under one of Hydra's own launchers

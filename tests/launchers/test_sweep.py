@@ -128,6 +128,16 @@ def test_a_run_that_is_given_twice_is_one_and_that_is_told(tmp_path, command, wo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_network_that_does_not_take_its_batches_stops_any_launcher_before_the_first_run(tmp_path, launcher) -> None:
+    words = ("norm=affine,gn", "norm.groups=3", f"hydra/launcher={launcher}", *SMALL)
+    code, out, error = run_command(tmp_path, "train.py", "-m", *words)
+    assert code == 1
+    assert "norm.groups=3 does not divide the 8 channels" in error
+    assert "starting" not in out + error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_run_that_is_given_twice_to_a_launcher_of_hydra_is_carried_out_once(tmp_path, launcher) -> None:
     words = ("-m", "seed=1,1", "output_dir=a,./a", f"hydra/launcher={launcher}", *SMALL)
     code, out, error = run_command(tmp_path, "train.py", *words)
