@@ -49,9 +49,10 @@ def find_study(study: str | Path, output_dir: Path) -> tuple[str, Path]:
     if isinstance(study, Path):
         raise UserError(f"The folder {study} holds no runs.\nGive a study's name, or the folder that its runs are in.")
     names = find_studies(output_dir)
+    words = study_words(study.removesuffix(SUFFIX), output_dir)
     raise UserError(
         f"There is no study {study} in {output_dir}."
         + (f"\nStudies there: {listed(names, 5)}." if names else " It holds no study yet.")
         + did_you_mean(study, names, "study=")
-        + f"\nTo start it: {command_name('train')} -m {study_words(str(study), output_dir)} norm=bn,none"
+        + f"\nTo start it: {command_name('train')} -m {words} norm=bn,none"
     )
