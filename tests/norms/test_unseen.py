@@ -1,6 +1,9 @@
 """Batch normalization that is not the attribute of a module, or more than PyTorch's: nothing of it remains unseen."""
 
+import copy
 import functools
+import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +216,98 @@ def test_no_layer_of_ours_is_refused(name: str) -> None:
     for mode in (True, False):
         with batch_norm_refused(network.train(mode)):
             network(torch.randn(4, 3, 8, 8))
+
+
+def branching(net: nn.Module, x: Tensor) -> Tensor:
+    for layer in net.layers:
+        x = layer(x)
+        if isinstance(layer, nn.BatchNorm2d):
+            x = x.relu()
+    return x
+
+
+def without_gradient(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        x = net.stem(x)
+    return net.act(net.bn(net.conv(x)))
+
+
+def random_depth(net: nn.Module, x: Tensor) -> Tensor:
+    return net.act(net.bn(net.conv(x))) if random.random() >= 0 else x
+
+
+def conv_bn_act(call: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    layers = {"stem": nn.Conv2d(3, 3, 1), "conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4), "act": nn.ReLU()}
+    return Net(call, **layers)
+
+
+CHANGED_BY_A_GRAPH: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "kind of layer": (
+        lambda: Net(branching, layers=nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)])),
+        "none",
+        "does other things after norm=none has replaced its norms",
+    ),
+    "no_grad": (lambda: conv_bn_act(without_gradient), "frn", "computes without gradients"),
+    "random": (lambda: conv_bn_act(random_depth), "frn", "draws random numbers"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED_BY_A_GRAPH)
+def test_a_network_that_a_rewrite_would_change_elsewhere_is_refused(case: str) -> None:
+    make, variant, sentence = CHANGED_BY_A_GRAPH[case]
+    with pytest.raises(UserError, match=sentence):
+        norms.rewrite(make(), variant)
+    if variant == "frn":  # whose graph has neither; a variant that leaves activations serves them
+        norms.rewrite(make(), "none")
+
+
+class Remembering(nn.Module):
+    """Has what is no batch normalization but looks like it, and keeps what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.own = nn.BatchNorm2d(3, eps=1e-3), Named()
+        self.batch_norm, self.kept = False, {"all": [[], deque()]}
+        self.register_buffer("mean", torch.zeros(3, 1, 1).expand(3, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for values in self.kept["all"]:
+            values.append(x)
+        n, c, h, w = 4, 3, 4, 4
+        return F.batch_norm(self.own(self.bn(x - self.mean)).reshape(1, n * c, h, w), None, None, training=True)
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = False
+
+    def freeze_batch_norm(self) -> None:
+        self.batch_norm = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[0] < 2 or self.batch_norm else x * 2
+
+
+class Spelled(nn.BatchNorm2d):
+    eps, momentum = 1e-3, 0.01
+
+
+def test_names_and_constants_are_no_batch_normalization_and_nothing_is_left_behind() -> None:
+    network = Remembering()
+    norms.rewrite(network, "gn", groups=3)
+    assert not any(network.kept["all"])
+    copy.deepcopy(network)(torch.zeros(4, 3, 4, 4))
+    norms.rewrite(Net(bn=Spelled(3)), "none")
+    state = random.getstate()
+    norms.rewrite(conv_bn_act(random_depth), "none")
+    assert random.getstate() == state
+
+
+def test_a_copy_of_a_rewritten_network_is_known_as_one() -> None:
+    for name in ("mimicnorm", "gn", "frn"):
+        with pytest.raises(UserError, match=f"has been rewritten already, by norm={name}"):
+            norms.rewrite(copy.deepcopy(norms.rewrite(SmallResNet(10), name)), "none")
 
 
 class OfOnesOwn(Variant):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from normlab.common.errors import UserError
 
-_NAMES = {"batch_norm", "native_batch_norm", "cudnn_batch_norm"}
+WEIGHT_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _OURS = "normlab.norms"
 _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 def of_variant(module: nn.Module) -> bool:
     """Return whether a layer is one of normlab's, or one that a rewrite has put there."""
-    return type(module).__module__.startswith(_OURS) or getattr(module, "placed", False) is True
+    return type(module).__module__.startswith(_OURS) or hasattr(module, "placed_by")
 
 
 def is_own(something: Any) -> bool:
@@ -33,12 +34,17 @@ def is_own(something: Any) -> bool:
 
 
 def is_batch_norm(function: object) -> bool:
-    """Return whether a function is batch normalization, or calls it as far as its code shows."""
-    return _calls(function, set())
+    """Return whether a function is batch normalization, by its name or by what its code calls."""
+    return "batch_norm" in getattr(function, "__name__", str(function)) or _calls(function, set())
 
 
 def calls_batch_norm(module: nn.Module) -> bool:
-    """Return whether a method of a module, or a function that it holds, is or calls batch normalization."""
+    """Return whether a method of a module, or a function that it holds, is or calls batch normalization.
+
+    Convolutions and linear layers are left out: weights are standardized by batch normalization of a batch of one.
+    """
+    if isinstance(module, WEIGHT_LAYERS):
+        return False
     methods = [
         value for kind in type(module).__mro__ if is_own(kind) for key, value in vars(kind).items() if key != "__init__"
     ]
@@ -58,20 +64,20 @@ def _calls(function: Any, seen: set[int]) -> bool:
         return _calls(function.__func__, seen)
     if not inspect.isroutine(function):
         return False
-    if "batch_norm" in getattr(function, "__name__", ""):
-        return True
-    return inspect.isfunction(function) and is_own(function) and any(_calls(each, seen) for each in _used(function))
+    if not is_own(function):
+        return "batch_norm" in getattr(function, "__name__", "")
+    return inspect.isfunction(function) and any(_calls(each, seen) for each in _used(function))
 
 
 def _used(function: FunctionType) -> Iterator[Any]:
     """Yield what a function refers to by global names, by attributes of modules, and by its closure."""
     names = set(_names(function.__code__))
-    if names & _NAMES:
-        yield torch.batch_norm
-    values = [function.__globals__.get(name) for name in names]
-    modules = [value for value in values if isinstance(value, ModuleType) and is_own(function)]
-    yield from values
-    yield from (vars(module).get(name) for module in modules for name in names)
+    found = [function.__globals__.get(name, sys.modules.get(name)) for name in names]
+    for value in found:  # which grows by the attributes of modules: torch, torch.nn, torch.nn.functional ...
+        if isinstance(value, ModuleType):
+            inner = [vars(value)[name] for name in names & vars(value).keys()]
+            found += [each for each in inner if not any(each is other for other in found)]
+    yield from found
     yield getattr(function, "__wrapped__", None)
     yield from function.__defaults__ or ()
     for cell in function.__closure__ or ():

@@ -19,7 +19,6 @@ from normlab.norms.layer_statistics import BatchStatistics
 from normlab.norms.tracing import (
     BatchNormalization,
     State,
-    Tracer,
     batch_norms,
     check_module,
     has_hooks,
@@ -214,16 +213,14 @@ def rewrite_sites(network: nn.Module, variant: Variant) -> nn.Module:
     check_module(network)
     before = State(network, parameters=True)
     try:
-        earlier = next((module.rewritten_as for module in network.modules() if hasattr(module, "rewritten_as")), None)
+        earlier = next((module.placed_by for module in network.modules() if hasattr(module, "placed_by")), None)
         name = f"norm={variant.name or type(variant).__name__}"
         if earlier:
             raise UserError(
                 f"{type(network).__name__} has been rewritten already, by {earlier}.\n"
                 f"Give {name} the network as it was constructed."
             )
-        rewritten = _Rewriting(network, variant, name).rewrite()
-        rewritten.rewritten_as = name  # type: ignore[assignment]
-        return rewritten
+        return _Rewriting(network, variant, name).rewrite()
     except BaseException:
         before.restore()
         raise
@@ -271,33 +268,34 @@ class _Rewriting:
 
         It was traced in training; what else it does in evaluation (and a trace cannot follow, perhaps) is seen now.
         """
+        if _calls(self._again(strict=False)) != _calls(self.traced):
+            raise UserError(
+                f"The forward pass {self.of} does other things after {self.name} has replaced its norms.\n"
+                "It must not depend on what kind of layers they are."
+            )
         try:
-            trace(self.network, training=False)
+            self._again(strict=False, training=False)
         except UserError as error:
-            cause = error.__cause__
-            if isinstance(cause, AttributeError):
-                raise self._reads_more(str(error).splitlines()[1]) from error
-            if cause is None or isinstance(cause, NameError):  # a function, or a layer that is not the network's
+            if error.__cause__ is None or isinstance(error.__cause__, NameError | UserError):
                 raise
 
     def _check_equal_in_modes(self) -> None:
         """Refuse a network whose graph is another one in training than in evaluation."""
-        network = self.network
-        state, graphs = State(network, parameters=False), []
-        try:
-            for mode in (True, False):
-                network.train(mode)
-                graphs.append(Tracer(strict=True).trace(network).python_code("self").src)
-        except AttributeError as error:
-            raise self._reads_more(str(error)) from error
-        finally:
-            state.restore()
-        if graphs[0] != graphs[1]:
+        if self._again(strict=True).code != self._again(strict=True, training=False).code:
             raise UserError(
-                f"{type(network).__name__} does different things in training and evaluation, outside of its modules,"
-                " so that this norm, which rewrites activations, cannot serve it.\n"
+                f"{type(self.network).__name__} does different things in training and evaluation, outside of its"
+                " modules, so that this norm, which rewrites activations, cannot serve it.\n"
                 "Use modules (nn.Dropout, not F.dropout) there, or a norm that leaves activations as they are."
             )
+
+    def _again(self, *, strict: bool, training: bool = True) -> fx.GraphModule:
+        """Trace the network after its norms were replaced."""
+        try:
+            return trace(self.network, strict=strict, training=training)
+        except UserError as error:
+            if isinstance(error.__cause__, AttributeError):
+                raise self._reads_more(str(error).splitlines()[1]) from error
+            raise
 
     def _reads_more(self, where: str) -> UserError:
         return UserError(
@@ -386,8 +384,13 @@ class _Rewriting:
     def _placed_as(self, old: nn.Module, module: nn.Module) -> nn.Module:
         """Return `module`, marked, on the device, with the dtype and in the mode of the layer that it is for."""
         tensor = next(chain(old.parameters(), old.buffers(), self.network.parameters()), None)
-        module.placed = True  # type: ignore[assignment]
+        module.placed_by = self.name  # type: ignore[assignment]
         return (module if tensor is None else module.to(tensor.device, tensor.dtype)).train(old.training)
+
+
+def _calls(traced: fx.GraphModule) -> list[tuple[str, str]]:
+    """Return what a network does, in order, without the parameters and constants that it refers to."""
+    return [(node.op, str(node.target)) for node in traced.graph.nodes if node.op != "get_attr"]
 
 
 def _complete(norm: BatchNormalization) -> BatchNormalization:

@@ -1,8 +1,9 @@
 """A network as a graph of the layers that sites are made of, or a sentence that says why it cannot be one."""
 
 import inspect
+import random
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -42,12 +43,8 @@ class State:
 
     def __init__(self, network: nn.Module, *, parameters: bool) -> None:
         self._modules = [(vars(module), dict(vars(module))) for module in network.modules()]
-        self._contents = [
-            (value, value.copy())
-            for _, saved in self._modules
-            for value in saved.values()
-            if isinstance(value, dict | set)
-        ]
+        values = chain.from_iterable(saved.values() for _, saved in self._modules)
+        self._contents = [(each, each.copy()) for value in values for each in _containers(value)]
         tensors = chain(network.buffers(), network.parameters() if parameters else ())
         self._tensors = [(tensor, tensor.requires_grad, tensor.detach().clone()) for tensor in tensors]
 
@@ -59,9 +56,19 @@ class State:
             attributes.update(saved)
         for container, content in self._contents:
             container.clear()
-            container.update(content)
+            (container.update if isinstance(container, dict | set) else container.extend)(content)
         for tensor, requires_grad, value in self._tensors:
-            tensor.requires_grad_(requires_grad).copy_(value)
+            tensor.requires_grad_(requires_grad)
+            if not tensor.is_meta and not torch.equal(tensor, value):  # an expanded one has no memory for each value
+                tensor.copy_(value)
+
+
+def _containers(value: Any) -> Iterator[Any]:
+    """Yield a dict, set, list or deque, and those that are in it."""
+    if isinstance(value, dict | set | list | deque):
+        yield value
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _containers(each)
 
 
 @contextmanager
@@ -87,6 +94,17 @@ def _to_be_traced(network: nn.Module, training: bool) -> Iterator[None]:
         state.restore()
 
 
+@contextmanager
+def _random_numbers_kept() -> Iterator[Callable[[], bool]]:
+    """Give back what a forward pass draws from Python's and PyTorch's generators; yield whether it has drawn any."""
+    before = random.getstate(), torch.get_rng_state()
+    try:
+        yield lambda: random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1])
+    finally:
+        random.setstate(before[0])
+        torch.set_rng_state(before[1])
+
+
 class Tracer(fx.Tracer):
     """Traces a network down to the layers that sites are made of.
 
@@ -96,6 +114,14 @@ class Tracer(fx.Tracer):
     def __init__(self, *, strict: bool = False) -> None:
         super().__init__()
         self.strict = strict
+        self.without_gradient: list[str] = []  # of what a graph would compute with one
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Make a node, and note whether it is inside of torch.no_grad()."""
+        node = super().create_node(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.without_gradient.append(str(node.target))
+        return node
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a network for the defaults of the arguments that have one, as it may branch on them."""
@@ -145,7 +171,7 @@ def trace(network: nn.Module, *, strict: bool = False, training: bool = True) ->
     check_module(network)
     name = type(network).__name__
     tracer = Tracer(strict=strict)
-    with _to_be_traced(network, training):
+    with _to_be_traced(network, training), _random_numbers_kept() as drawn, torch.enable_grad():
         try:
             graph = tracer.trace(network)
         except Exception as error:
@@ -154,6 +180,14 @@ def trace(network: nn.Module, *, strict: bool = False, training: bool = True) ->
                 + _reason(error, strict)
             ) from error
         _check_functions(network, graph)
+        what = ["computes without gradients (torch.no_grad)"] * bool(tracer.without_gradient)
+        what += ["draws random numbers"] * drawn()
+        if strict and what:
+            raise UserError(
+                f"{name} {' and '.join(what)} outside of its modules, and this norm, which rewrites activations, makes"
+                " the network a graph, which does not.\n"
+                "Use modules there (nn.Dropout, frozen parameters), or a norm that leaves activations as they are."
+            )
         traced = fx.GraphModule(network, graph, name)
     for inner, module in list(traced.named_modules()):
         if isinstance(module, BatchNormalization):
@@ -262,7 +296,7 @@ def _own_behavior(norm: BatchNormalization) -> str | None:
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     if any(getattr(parameter, kind) for parameter in norm.parameters() for kind in hooks):
         return "has a hook on a parameter, which a rewrite would end"
-    own = {name for name in vars(norm) if hasattr(type(norm), name)}
+    own = {name for name, value in vars(norm).items() if callable(value) and hasattr(type(norm), name)}
     for kind in type(norm).__mro__:
         if not kind.__module__.startswith(("torch.nn.modules.", "normlab.norms", "builtins")):
             own |= {name for name, value in vars(kind).items() if callable(value) or hasattr(type(value), "__get__")}
@@ -277,7 +311,7 @@ def _check_functions(network: nn.Module, graph: fx.Graph) -> None:
         if node.op != "placeholder" and not from_input.intersection(node.all_input_nodes):
             continue
         from_input.add(node)
-        if node.op == "call_function" and is_batch_norm(node.target):
+        if node.op == "call_function" and is_batch_norm(node.target) and not _of_one_image(node):
             stack = list(node.meta.get("nn_module_stack", {}).values())
             path = stack[-1][0] if stack else ""
             _refuse_function(network, path, getattr(node.target, "__name__", str(node.target)))
@@ -287,6 +321,17 @@ def _check_functions(network: nn.Module, graph: fx.Graph) -> None:
         for inner, module in () if of_variant(leaf) else leaf.named_modules(prefix=name):
             if calls_batch_norm(module):
                 _refuse_function(network, inner, "batch_norm")
+
+
+def _of_one_image(node: fx.Node) -> bool:
+    """Return whether the input is viewed as one image, by which batch normalization is instance normalization."""
+    given = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(given, fx.Node) or given.op != "call_method" or given.target not in ("view", "reshape"):
+        return False
+    first = given.args[1] if len(given.args) > 1 else None
+    if isinstance(first, tuple | list):
+        first = first[0] if first else None
+    return isinstance(first, int) and first == 1
 
 
 def _refuse_function(network: nn.Module, path: str, function: str) -> None:
