@@ -63,6 +63,18 @@ class Aliasing(Hidden):
         return by_alias(x) if x.shape[0] > 1 else x
 
 
+class Importing(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.nn.functional import batch_norm as renamed
+
+        return renamed(x, None, None, training=True) if x.shape[0] > 1 else x
+
+
+class Dotted(Hidden):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.batch_norm(x, None, None, training=True) if x.shape[0] > 1 else x
+
+
 class Decorated(Aliasing):
     forward = decorated(Aliasing.forward)
 
@@ -114,6 +126,8 @@ UNSEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "a layer is called there that is no attribute",
     ),
     "alias": (lambda: conv_bn(own=Aliasing(None)), "own of Net calls batch_norm as a function"),
+    "imported inside": (lambda: conv_bn(own=Importing(None)), "own of Net calls batch_norm"),
+    "dotted": (lambda: conv_bn(own=Dotted(None)), "own of Net calls batch_norm"),
     "decorated": (lambda: conv_bn(own=Decorated(None)), "own of Net calls batch_norm"),
     "static": (lambda: conv_bn(own=Static(None)), "own of Net calls batch_norm"),
     "attribute": (lambda: conv_bn(own=Hidden(F.batch_norm)), "own of Net calls batch_norm"),
@@ -286,7 +300,7 @@ class Named(nn.Module):
         self.batch_norm = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if x.shape[0] < 2 or self.batch_norm else x * 2
+        return x if x.shape[0] < 2 or self.batch_norm else F.relu(x)
 
 
 class Spelled(nn.BatchNorm2d):

@@ -1,10 +1,11 @@
 """Finds batch normalization that is called as a function, or by a layer that a rewrite does not reach."""
 
+import dis
 import functools
 import inspect
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -71,13 +72,7 @@ def _calls(function: Any, seen: set[int]) -> bool:
 
 def _used(function: FunctionType) -> Iterator[Any]:
     """Yield what a function refers to by global names, by attributes of modules, and by its closure."""
-    names = set(_names(function.__code__))
-    found = [function.__globals__.get(name, sys.modules.get(name)) for name in names]
-    for value in found:  # which grows by the attributes of modules: torch, torch.nn, torch.nn.functional ...
-        if isinstance(value, ModuleType):
-            inner = [vars(value)[name] for name in names & vars(value).keys()]
-            found += [each for each in inner if not any(each is other for other in found)]
-    yield from found
+    yield from _references(function.__code__, function.__globals__)
     yield getattr(function, "__wrapped__", None)
     yield from function.__defaults__ or ()
     for cell in function.__closure__ or ():
@@ -87,11 +82,25 @@ def _used(function: FunctionType) -> Iterator[Any]:
             continue
 
 
-def _names(code: CodeType) -> Iterable[str]:
-    yield from code.co_names
+def _references(code: CodeType, names: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the values of global and imported names, and of dotted ones, as torch.nn.functional.batch_norm."""
+    value: Any = None
+    imported: Any = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            value = names.get(str(step.argval))
+        elif step.opname == "IMPORT_NAME":
+            imported = sys.modules.get(str(step.argval))
+        elif step.opname == "IMPORT_FROM":
+            value = getattr(imported, str(step.argval), None)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, ModuleType):
+            value = getattr(value, str(step.argval), None)
+        else:
+            value = None
+        yield value
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _references(constant, names)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
