@@ -177,6 +177,16 @@ def test_what_is_no_setting_is_answered_with_what_was_meant(typed, monkeypatch) 
         assert word in f"{error.value}\n"
 
 
+def test_an_experiment_of_one_run_is_no_sweep(tmp_path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nepochs: 2\n")
+    typed = f"--config-dir {tmp_path} experiment=mine dataset.train_size=64"
+    assert line(typed).words()[-1] == "dataset.train_size=64"
+    shown = line("experiment=small_batch dataset.train_size=64 --cfg job")
+    assert shown.words()[-1] == "dataset.train_size=64"
+    assert line("experiment=small_batch dataset.train_size=64").words()[-1] == "dataset.train_size=choice(64)"
+
+
 def test_a_setting_that_another_replaces_is_told() -> None:
     assert line("norm=bn seed=1 -m norm=none seed=1").replaced() == [
         "norm=bn has no effect: norm=none after it replaces it."

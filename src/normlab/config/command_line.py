@@ -83,9 +83,14 @@ class CommandLine:
         word = readable(setting)
         return _as_list(word) if word.split(".")[0] in self._swept else word
 
-    @property
+    @cached_property
     def _of_experiment(self) -> bool:
-        return any(word.startswith("experiment=") for word in self.settings)
+        """Whether the line names an experiment that is a sweep, as those of the menu are."""
+        folders = [Path(folder) for folder in (self.flags.get("--config-dir"), CONF) if folder]
+        names = [word.partition("=")[2] for word in self.settings if word.startswith("experiment=")]
+        files = [folder / "experiment" / f"{name}.yaml" for name in names for folder in folders]
+        found = [file.read_text("utf-8", "replace") for file in files if file.is_file()]
+        return any("MULTIRUN" in text for text in found) if found else bool(names)
 
     @property
     def is_sweep(self) -> bool:
@@ -95,7 +100,7 @@ class CommandLine:
     @cached_property
     def _swept(self) -> set[str]:
         """Return the groups of which a sweep has several choices, or may have: an experiment's."""
-        if self.script != "train" or self.command or not self.is_sweep:
+        if self.script != "train" or self.command or not self.is_sweep or {"--cfg", "--info"} & self.flags.keys():
             return set()
         groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {*_OF_SWEEP}
         if self._of_experiment:
