@@ -1,5 +1,8 @@
 """The digest of a user's own code: what changes it, and what does not."""
 
+import importlib.abc
+import importlib.util
+import sys
 import textwrap
 
 import pytest
@@ -100,3 +103,21 @@ def test_an_object_inside_of_a_class_has_the_code_of_its_module(digest, target) 
 )
 def test_what_is_installed_or_missing_has_none(digest, target) -> None:
     assert digest(target=target) is None
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_a_package_that_a_hook_finds_is_own(digest, monkeypatch, tmp_path, imported) -> None:
+    """As an editable install of a flat layout does, before and after the package is imported."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "hooked.py").write_text("width = 4\n")
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            return importlib.util.spec_from_file_location(name, folder / "hooked.py") if name == "hooked" else None
+
+    monkeypatch.setattr("sys.meta_path", [*sys.meta_path, Finder()])
+    monkeypatch.delitem(sys.modules, "hooked", raising=False)
+    if imported:
+        monkeypatch.setitem(sys.modules, "hooked", importlib.import_module("hooked"))
+    assert list(digest(target="hooked.width")["modules"]) == ["hooked"]

@@ -174,3 +174,18 @@ def test_what_makes_no_difference_is_none(finished, command) -> None:
     status, out, error = command("train.py", *RUN)
     assert "Nothing to do" in out
     assert error == "The code of model.target=my_nets.MyNet is not found now: it is not compared.\n"
+
+
+@pytest.mark.slow
+def test_what_is_found_by_importing_alone_is_not_compared_and_that_is_told(tmp_path, command) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "own_widths.py").write_text("WIDTH = 4\n")
+    add = "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).with_name('lib')))\n"
+    (tmp_path / "my_nets.py").write_text(f"{add}import own_widths\n{NET}")
+    run = ("model=custom", "model.target=my_nets.MyNet", "dataset.train_size=20", "batch=4", "epochs=1", "device=cpu")
+    status, _, error = command("train.py", *run)
+    assert status == 0, error
+    status, out, error = command("train.py", *run)
+    assert status == 0, error
+    assert "Nothing to do" in out
+    assert "module own_widths is not found without importing it, and is not compared.\n" in error

@@ -255,6 +255,26 @@ def conv_bn_act(call: Callable[[Any, Tensor], Tensor]) -> nn.Module:
     return Net(call, **layers)
 
 
+def in_full_precision(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return net.act(net.bn(net.conv(x)))
+
+
+def counting() -> nn.Module:
+    def call(net: Any, x: Tensor) -> Tensor:
+        net.calls.add_(1)
+        return net.act(net.bn(net.conv(x))) / net.calls
+
+    network = conv_bn_act(call)
+    network.register_buffer("calls", torch.zeros(()))
+    return network
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.bernoulli(torch.full((len(x), 1, 1, 1), 0.5)) if self.training else x
+
+
 CHANGED_BY_A_GRAPH: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "kind of layer": (
         lambda: Net(branching, layers=nn.ModuleList([nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)])),
@@ -263,6 +283,8 @@ CHANGED_BY_A_GRAPH: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     ),
     "no_grad": (lambda: conv_bn_act(without_gradient), "frn", "computes without gradients"),
     "random": (lambda: conv_bn_act(random_depth), "frn", "draws random numbers"),
+    "autocast": (lambda: conv_bn_act(in_full_precision), "frn", r"sets a precision \(torch.autocast\)"),
+    "buffer": (counting, "frn", "changes its buffers"),
 }
 
 
@@ -316,6 +338,13 @@ def test_names_and_constants_are_no_batch_normalization_and_nothing_is_left_behi
     state = random.getstate()
     norms.rewrite(conv_bn_act(random_depth), "none")
     assert random.getstate() == state
+
+
+def test_a_layer_that_differs_between_modes_is_one_in_a_graph() -> None:
+    network = norms.rewrite(Net(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4), act=nn.ReLU(), drop=DropPath()), "frn")
+    zeros = [(network(torch.ones(64, 3, 2, 2)).flatten(1) == 0).all(1).sum() for _ in range(2)]
+    assert zeros[0] != zeros[1] or zeros[0] > 0
+    assert torch.equal(*(network.eval()(torch.ones(2, 3, 2, 2)) for _ in range(2)))
 
 
 def test_a_copy_of_a_rewritten_network_is_known_as_one() -> None:

@@ -89,8 +89,9 @@ def _own_file(module: str, places: Sequence[str]) -> Path | None:
     """Return the file of a module in the user's folders, found as an import would, without importing it."""
     package, *parts = module.split(".")
     spec = PathFinder.find_spec(package, places)
-    if spec is None and package not in sys.modules:
-        spec = importlib.util.find_spec(package)  # by a hook of an editable install, for one
+    if spec is None:
+        loaded = sys.modules.get(package)  # by a hook of an editable install, for one
+        spec = getattr(loaded, "__spec__", None) if loaded else importlib.util.find_spec(package)
     for part in parts:
         if spec is None or spec.submodule_search_locations is None:
             return None

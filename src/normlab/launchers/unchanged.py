@@ -38,8 +38,11 @@ class Unchanged:
             self._say(f"The code of {setting}={target} is not found now: it is not compared.")
         for setting, code in now.items():
             before = recorded.get(setting)
-            if isinstance(before, dict) and (modules := changed_modules(before, code)):
-                subject, change = f"The code of {setting}={code['object']}", f"module {', '.join(modules)}"
+            modules = changed_modules(before, code) if isinstance(before, dict) else []
+            subject, change = f"The code of {setting}={code['object']}", f"module {', '.join(modules)}"
+            if modules and not code["modules"].keys() & set(modules):  # by a path that only importing the code adds
+                self._say(f"{subject}: {change} is not found without importing it, and is not compared.")
+            elif modules:
                 if setting == "model.target":
                     raise _changed(subject, change, run, f"{config.model.name.lstrip('.')}*", "model.name=...")
                 raise _changed(subject, change, run, f"*-{config.norm.name}-b*", "another file of conf/norm")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
@@ -27,10 +27,10 @@ _WRAPPERS = {
     "DistributedDataParallel": "wrap what the rewrite returns; it wraps `.module`",
     "FullyShardedDataParallel": "wrap what the rewrite returns",
 }
-# What a class may have of its own and still be PyTorch's batch normalization.
-_HARMLESS = {
-    "__init__", "__doc__", "__repr__", "extra_repr", "_get_name", "reset_parameters", "reset_running_stats",
-    "_check_input_dim", "_load_from_state_dict", "_save_to_state_dict",
+# What of a class makes it another batch normalization than PyTorch's.
+_BEHAVIOR = {
+    "forward", "__call__", "train", "eval", "momentum", "eps", "affine", "track_running_stats", "training", "weight",
+    "bias", "running_mean", "running_var", "num_batches_tracked",
 }  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BATCH_NORM = inspect.getfile(_BatchNorm)
@@ -48,6 +48,10 @@ class State:
         tensors = chain(network.buffers(), network.parameters() if parameters else ())
         self._tensors = [(tensor, tensor.requires_grad, tensor.detach().clone()) for tensor in tensors]
 
+    def changed(self) -> bool:
+        """Return whether a tensor of the network has other values now."""
+        return any(not _equal(tensor, value) for tensor, _, value in self._tensors)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Make the network what it was."""
@@ -59,8 +63,13 @@ class State:
             (container.update if isinstance(container, dict | set) else container.extend)(content)
         for tensor, requires_grad, value in self._tensors:
             tensor.requires_grad_(requires_grad)
-            if not tensor.is_meta and not torch.equal(tensor, value):  # an expanded one has no memory for each value
+            if not _equal(tensor, value):  # an expanded one has no memory for each value
                 tensor.copy_(value)
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether two tensors have the same values, nan included."""
+    return tensor.is_meta or torch.equal(tensor, value) or torch.equal(tensor.nan_to_num(1.5), value.nan_to_num(1.5))
 
 
 def _containers(value: Any) -> Iterator[Any]:
@@ -72,7 +81,7 @@ def _containers(value: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _to_be_traced(network: nn.Module, training: bool) -> Iterator[None]:
+def _to_be_traced(network: nn.Module, training: bool) -> Iterator[State]:
     """Put a network into a mode without hooks inside, and take back what its forward pass does to itself.
 
     Each norm is another object inside, so that a call by another reference than the one that a rewrite replaces is none
@@ -89,7 +98,7 @@ def _to_be_traced(network: nn.Module, training: bool) -> Iterator[None]:
             for place in places:
                 network.set_submodule(place, other)
     try:
-        yield
+        yield state
     finally:
         state.restore()
 
@@ -103,6 +112,22 @@ def _random_numbers_kept() -> Iterator[Callable[[], bool]]:
     finally:
         random.setstate(before[0])
         torch.set_rng_state(before[1])
+
+
+@contextmanager
+def _autocasts_noted() -> Iterator[list[Any]]:
+    """Yield a list of the contexts of torch.autocast that are entered, which a graph does not enter."""
+    enter, entered = torch.autocast.__enter__, list[Any]()
+
+    def noted(context: Any) -> Any:
+        entered.append(context)
+        return enter(context)  # type: ignore[no-untyped-call]
+
+    torch.autocast.__enter__ = noted  # type: ignore[method-assign]
+    try:
+        yield entered
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 class Tracer(fx.Tracer):
@@ -130,11 +155,11 @@ class Tracer(fx.Tracer):
         return super().trace(root, defaults | (concrete_args or {}))
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        """Return True also for norms, a variant's layers, and torchvision's that a trace would freeze in one mode."""
+        """Return True also for norms, a variant's layers, and those that a trace would freeze in one mode."""
         return (
             of_variant(module)
             or isinstance(module, BatchNormalization)
-            or type(module).__name__ == "StochasticDepth"
+            or _is_of_mode(module)
             or super().is_leaf_module(module, qualified_name)
         )
 
@@ -171,7 +196,12 @@ def trace(network: nn.Module, *, strict: bool = False, training: bool = True) ->
     check_module(network)
     name = type(network).__name__
     tracer = Tracer(strict=strict)
-    with _to_be_traced(network, training), _random_numbers_kept() as drawn, torch.enable_grad():
+    with (
+        _to_be_traced(network, training) as state,
+        _random_numbers_kept() as drawn,
+        _autocasts_noted() as autocasts,
+        torch.enable_grad(),
+    ):
         try:
             graph = tracer.trace(network)
         except Exception as error:
@@ -181,7 +211,8 @@ def trace(network: nn.Module, *, strict: bool = False, training: bool = True) ->
             ) from error
         _check_functions(network, graph)
         what = ["computes without gradients (torch.no_grad)"] * bool(tracer.without_gradient)
-        what += ["draws random numbers"] * drawn()
+        what += ["sets a precision (torch.autocast)"] * bool(autocasts)
+        what += ["draws random numbers"] * drawn() + ["changes its buffers"] * state.changed()
         if strict and what:
             raise UserError(
                 f"{name} {' and '.join(what)} outside of its modules, and this norm, which rewrites activations, makes"
@@ -224,6 +255,12 @@ def _reason(error: Exception, strict: bool) -> str:
     else:
         advice = "The forward pass itself raises this error: try the network on a batch of images first."
     return f"{where}{text}.\n{advice}"
+
+
+def _is_of_mode(module: nn.Module) -> bool:
+    """Return whether a layer does another thing in training than in evaluation, as DropPath and StochasticDepth."""
+    code = getattr(type(module).forward, "__code__", None)
+    return not any(module.children()) and code is not None and "training" in code.co_names
 
 
 def check_module(network: nn.Module) -> None:
@@ -300,7 +337,7 @@ def _own_behavior(norm: BatchNormalization) -> str | None:
     for kind in type(norm).__mro__:
         if not kind.__module__.startswith(("torch.nn.modules.", "normlab.norms", "builtins")):
             own |= {name for name, value in vars(kind).items() if callable(value) or hasattr(type(value), "__get__")}
-    own = own.intersection(dir(nn.BatchNorm2d(1, device="meta"))) - _HARMLESS
+    own &= _BEHAVIOR
     return f"is batch normalization and more: {', '.join(sorted(own))} of its own" if own else None
 
 
