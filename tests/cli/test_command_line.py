@@ -187,8 +187,8 @@ def test_an_experiment_of_one_run_is_no_sweep(tmp_path) -> None:
     assert line("experiment=small_batch dataset.train_size=64").words()[-1] == "dataset.train_size=choice(64)"
 
 
-def test_a_setting_that_another_replaces_is_told() -> None:
-    assert line("norm=bn seed=1 -m norm=none seed=1").replaced() == [
+def test_a_choice_that_another_replaces_is_told() -> None:
+    assert line("norm=bn seed=1 batch=8 -m norm=none seed=1 batch=16 dataset=digits dataset=digits").replaced() == [
         "norm=bn has no effect: norm=none after it replaces it."
     ]
 

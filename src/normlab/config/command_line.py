@@ -67,12 +67,12 @@ class CommandLine:
         return [*flags, *map(self._for_hydra, self.settings)]
 
     def replaced(self) -> list[str]:
-        """Return a sentence for each setting that another one after it replaces."""
+        """Return a sentence for each choice of a group that a later one replaces; scripts do so with other settings."""
         last = {word.partition("=")[0]: word for word in self.settings if "=" in word}
         return [
             f"{word} has no effect: {last[key]} after it replaces it."
             for word in self.settings
-            if (key := word.partition("=")[0]) in last and last[key] != word
+            if (key := word.partition("=")[0]) in last and last[key] != word and (CONF / key).is_dir()
         ]
 
     def original(self, word: str) -> str:

@@ -82,7 +82,7 @@ def run_main(
         _require_folder()
         line = read(sys.argv[1:], script, commands)
         sys.argv[1:] = line.words()
-        for sentence in line.replaced():
+        for sentence in () if "quiet=true" in line.settings else line.replaced():
             print(f"Warning: {sentence}", file=sys.stderr)
         if "--version" in line.flags:
             print(f"normlab {normlab.__version__}, Hydra {hydra.__version__}")
