@@ -16,6 +16,7 @@ from normlab.common.errors import UserError
 from normlab.config.schema import SGD, Adam, RunConfig, Since
 from normlab.runs import archive, files
 from normlab.runs.folder import FormatError
+from normlab.runs.identity import FORMAT
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 RECORDED = sorted(REFERENCE.glob(f"*{archive.SUFFIX}"))
@@ -159,10 +160,10 @@ def test_a_setting_that_comes_later_to_one_kind_of_group_does_not_come_to_others
 
 def test_a_record_of_a_newer_format_is_a_sentence_and_stays(run) -> None:
     path = run.folder / "config.yaml"
-    path.write_text(path.read_text().replace("format: 2", "format: 3"))
+    path.write_text(path.read_text().replace(f"format: {FORMAT}", f"format: {FORMAT + 1}"))
     before = path.read_text()
     for read in (run.freeze, lambda: runs.read_config(run.folder)):
-        with pytest.raises(FormatError, match=r"record of format 3, and this version of normlab reads up to format 2"):
+        with pytest.raises(FormatError, match=f"record of format {FORMAT + 1}, and this version of normlab reads up to format {FORMAT}"):
             read()
     assert path.read_text() == before
 
