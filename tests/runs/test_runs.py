@@ -163,7 +163,7 @@ def test_a_record_of_a_newer_format_is_a_sentence_and_stays(run) -> None:
     path.write_text(path.read_text().replace(f"format: {FORMAT}", f"format: {FORMAT + 1}"))
     before = path.read_text()
     for read in (run.freeze, lambda: runs.read_config(run.folder)):
-        with pytest.raises(FormatError, match=f"record of format {FORMAT + 1}, and this version of normlab reads up to format {FORMAT}"):
+        with pytest.raises(FormatError, match=f"record of format {FORMAT + 1}, and .* reads up to format {FORMAT}"):
             read()
     assert path.read_text() == before
 
