@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from normlab.common.source import _own_code, changed_modules, own_code
+from normlab.common.source import _own_modules, changed_modules, own_code
 
 NETS = """
     '''Networks of mine.'''
@@ -50,7 +50,7 @@ def digest(tmp_path, monkeypatch):
                     text = text.replace(old, new)
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(textwrap.dedent(text))
-        _own_code.cache_clear()
+        _own_modules.cache_clear()
         return own_code(target)
 
     return make
@@ -75,7 +75,7 @@ def test_what_is_behind_an_object_is_found(digest) -> None:
         (("my_package/deep.py", "3", "3 +"), ["my_package.deep"]),  # broken, and another part may not use it
     ],
 )
-def test_a_change_of_own_code_is_named(digest, change, modules) -> None:
+def test_a_change_of_own_modules_is_named(digest, change, modules) -> None:
     assert changed_modules(digest(), digest([change])) == modules
 
 

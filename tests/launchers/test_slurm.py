@@ -315,7 +315,7 @@ def test_a_device_is_checked_where_the_run_will_be(make) -> None:
 
 NEEDS = {
     **dict.fromkeys(("time", "cpus", "runs_per_job", "slots", "nodes", "tasks"), 1),
-    **{"grace_seconds": 30, "gpus": 0, "memory_gb": None, "array_parallelism": None, "wait": True},
+    **{"grace_seconds": 30, "gpus": 0, "memory_gb": None, "array_parallelism": None, "freeze_code": True, "wait": True},
     "cluster": {
         **dict.fromkeys(("partition", "account", "qos", "constraint", "python")),
         "setup": [],

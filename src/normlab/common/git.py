@@ -4,6 +4,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+from normlab.common import frozen
 from normlab.common.errors import first_line
 
 
@@ -11,9 +12,13 @@ from normlab.common.errors import first_line
 def state() -> dict[str, str | None] | None:
     """Return commit and uncommitted difference of code and configuration; None where normlab is installed.
 
-    Of a checkout whose commit cannot be read, the commit is None and `error` says why.
+    In a snapshot of a checkout they are those of when it was taken. Of a checkout whose commit cannot be read, the
+    commit is None and `error` says why.
     """
     here = Path(__file__)
+    snapshot = frozen.folder()
+    if snapshot and here.resolve().is_relative_to(snapshot.resolve()):
+        return frozen.checkout()
     if not (here.parents[3] / "pyproject.toml").exists():
         return None
 

@@ -1,4 +1,4 @@
-"""Digests of a user's own code, read from its source and not executed.
+"""The user's own code: its modules, and their digests, read from the source and not executed.
 
 Own are the module of a network or norm and all that it imports from the user's folders, directly and through others.
 The whole file of each counts, without comments, formatting and docstrings. Installed packages, the standard library and
@@ -12,13 +12,38 @@ import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import PathFinder
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
+from normlab.common import frozen
+
 _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-_NORMLAB = Path(__file__).resolve().parents[1]
+# Of the user, of the system, or of a cluster's module that sets PYTHONPATH: not in the paths of a virtual environment.
+_OF_PACKAGES = {"site-packages", "dist-packages"}
+NORMLAB = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class OwnModule:
+    """A module in the user's folders.
+
+    Attributes:
+        file: its source, or its compiled code.
+        package: whether modules can be inside of it.
+        code: SHA-256 of its code, comments left out; empty for compiled code.
+    """
+
+    file: Path
+    package: bool
+    code: str = ""
+
+
+def is_installed(path: Path) -> bool:
+    """Return whether a file, its links resolved, belongs to the interpreter or to an installed package."""
+    return not _OF_PACKAGES.isdisjoint(path.parts) or any(path.is_relative_to(folder) for folder in _INSTALLED)
 
 
 def own_code(dotted: str) -> dict[str, Any] | None:
@@ -29,14 +54,21 @@ def own_code(dotted: str) -> dict[str, Any] | None:
         code: SHA-256 of all of it, comments left out.
         modules: SHA-256 of each module's code, by its dotted name.
     """
-    return _own_code(dotted, Path.cwd())
+    modules = {name: module.code for name, module in sorted(own_modules(dotted).items()) if module.code}
+    code = hashlib.sha256(repr(list(modules.items())).encode()).hexdigest()
+    return {"object": dotted, "code": code, "modules": modules} if modules else None
+
+
+def own_modules(dotted: str) -> Mapping[str, OwnModule]:
+    """Return the modules of the code behind a dotted path, by dotted name; none if it is not the user's own."""
+    return _own_modules(dotted, Path.cwd())
 
 
 @cache  # a process imports a module once, however its file changes
-def _own_code(dotted: str, folder: Path) -> dict[str, Any] | None:
+def _own_modules(dotted: str, folder: Path) -> dict[str, OwnModule]:
     here = str(folder)  # importable, see common.imports
     places = sys.path if here in sys.path else [here, *sys.path]
-    modules: dict[str, str] = {}
+    modules: dict[str, OwnModule] = {}
     left, seen = [dotted], set[str]()  # the object itself may be a module, or be inside of a class
     while left:
         name = left.pop()
@@ -44,12 +76,33 @@ def _own_code(dotted: str, folder: Path) -> dict[str, Any] | None:
             continue
         seen.add(name)
         left.append(name.rpartition(".")[0])  # a package, which importing carries out, too
-        file = _own_file(name, places)
-        if file:
-            modules[name], imported = _read(file, name)
+        spec = _spec(name, places)
+        file = _own_file(spec.origin if spec else None)
+        if spec and file:
+            package = spec.submodule_search_locations is not None
+            code, imported = _read(file, name if package else name.rpartition(".")[0])
+            modules[name] = OwnModule(file, package, code)
             left += imported
-    code = hashlib.sha256(repr(sorted(modules.items())).encode()).hexdigest()
-    return {"object": dotted, "code": code, "modules": dict(sorted(modules.items()))} if modules else None
+    return modules
+
+
+def loaded_modules() -> dict[str, OwnModule]:
+    """Return the user's own modules that this process has imported, however they were named."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        file = _own_file(getattr(module, "__file__", None))
+        if file and not name.startswith("__"):  # __mp_main__, for one
+            found[name] = OwnModule(file, hasattr(module, "__path__"))
+    return found
+
+
+def outside_of_snapshot() -> list[str]:
+    """Return own modules that this process imported, but not from the snapshot of code that it runs from, if any."""
+    place = frozen.folder()
+    if place is None:
+        return []
+    found = {name: module.file for name, module in sorted(loaded_modules().items())}
+    return [f"{name} ({file})" for name, file in found.items() if not file.is_relative_to(place)]
 
 
 def changed_modules(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -58,14 +111,15 @@ def changed_modules(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
     return [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
 
 
-def _read(file: Path, name: str) -> tuple[str, list[str]]:
-    """Return the digest of a module's code, and the names that it imports, which may be modules."""
+def _read(file: Path, package: str) -> tuple[str, list[str]]:
+    """Return the digest of the code of a module of `package`, and the names that it imports, which may be modules."""
+    if file.suffix != ".py":
+        return "", []
     content = file.read_bytes()
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError, RecursionError):
         return hashlib.sha256(content).hexdigest(), []
-    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     imported = list(_imports(tree, package))
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body
@@ -85,8 +139,8 @@ def _imports(tree: ast.Module, package: str) -> Iterator[str]:
             yield from (f"{source}.{alias.name}" for alias in node.names)
 
 
-def _own_file(module: str, places: Sequence[str]) -> Path | None:
-    """Return the file of a module in the user's folders, found as an import would, without importing it."""
+def _spec(module: str, places: Sequence[str]) -> ModuleSpec | None:
+    """Find a module as an import would, without importing it."""
     package, *parts = module.split(".")
     spec = PathFinder.find_spec(package, places)
     if spec is None:
@@ -97,7 +151,12 @@ def _own_file(module: str, places: Sequence[str]) -> Path | None:
             return None
         package = f"{package}.{part}"
         spec = PathFinder.find_spec(package, list(spec.submodule_search_locations))
-    path = Path(spec.origin).resolve() if spec and spec.origin else None
-    if path is None or path.suffix != ".py" or any(path.is_relative_to(folder) for folder in (*_INSTALLED, _NORMLAB)):
+    return spec
+
+
+def _own_file(origin: object) -> Path | None:
+    """Return the file of a module if it is in the user's folders."""
+    if not isinstance(origin, str) or not origin.endswith((".py", *EXTENSION_SUFFIXES)):
         return None
-    return path
+    path = Path(origin).resolve()
+    return None if is_installed(path) or path.is_relative_to(NORMLAB) else path

@@ -155,20 +155,22 @@ def check_networks(jobs: Sequence[Job]) -> None:
     shapes.check_sweep([(job.config, job.data) for job in jobs])
 
 
-def check_in_worker(jobs: Sequence[Job]) -> None:
-    """Check in a process of its own, as torch takes long to import, that the networks of runs take their batches.
+def check_in_worker(jobs: Sequence[Job], check: Callable[[Sequence[Job]], T]) -> T | None:
+    """Check the networks of runs by `check`, such as `check_networks`, in a process of its own: torch imports slowly.
+
+    Returns:
+        What `check` does; None if its process was killed.
 
     Raises:
-        UserError: for the first that does not.
+        UserError: for the first network that does not take its batches.
     """
-    if not jobs:
-        return
     worker = Worker("cpu", cores())
     try:
         with contextlib.suppress(BrokenProcessPool):  # for want of memory, say: the runs will tell
-            worker.submit(check_networks, jobs).result()
+            return worker.submit(check, jobs).result()
     finally:
         worker.close()
+    return None
 
 
 def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int = 1) -> list[Worker]:

@@ -3,7 +3,7 @@
 An order, outputs/<study>/slurm/<time>.json, holds the full settings of the runs of each task of the array, which
 `launchers.slurm_task` trains. It is on disk before sbatch is called, and its jobs name it
 in their comment. So a submitter that is killed leaves a whole array or none, and SLURM's queue shows which runs its
-jobs hold, whoever submitted them from wherever.
+jobs hold, whoever submitted them from wherever. The jobs run from a copy of the code (`launchers.snapshot`).
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shlex
+import stat
 import subprocess
 import sys
 import time
@@ -23,12 +24,14 @@ from typing import Any, Self
 from pydantic import BaseModel, StrictBool, ValidationError, model_validator
 
 from normlab import runs
+from normlab.common import frozen
 from normlab.common.errors import UserError
 from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
 from normlab.config.schema import Count, Positive, Whole
-from normlab.launchers.pool import check_in_worker
+from normlab.launchers import snapshot
+from normlab.launchers.pool import check_in_worker, check_networks
 from normlab.launchers.sweep import Job, Sweep, list_failures
 from normlab.runs import State, files
 
@@ -38,6 +41,7 @@ POLL_SECONDS = 2.0  # between two looks at the runs' files
 QUEUE_SECONDS = 10.0  # between two queries of SLURM's queue, which is to be queried rarely
 GONE_SECONDS = 20.0  # a job that has left the queue may have written files that a network file system does not show yet
 ANSWER_SECONDS = 60.0  # SLURM's commands wait long for a controller that is down
+MOST_BYTES = 256 << 20  # of an order: a run has 4 kB of settings, an array a few thousand runs
 
 
 # At its end: a task that a signal kills (128 + USR1, USR2 or TERM) was to stop before it could handle signals. A job
@@ -47,7 +51,7 @@ _SCRIPT = """\
 {options}
 
 {setup}
-srun --unbuffered --output={output} --cpus-per-task={cpus} {python} -u -m normlab.launchers.slurm_task {order}
+srun --unbuffered --output={output} --cpus-per-task={cpus} {python} -u {program} {order}
 
 status=$?
 case $status in
@@ -85,6 +89,7 @@ class Needs(BaseModel, extra="forbid", frozen=True):
     slots: Count
     nodes: Count
     tasks: Count
+    freeze_code: StrictBool
     wait: StrictBool
     cluster: Cluster
 
@@ -101,6 +106,43 @@ class Needs(BaseModel, extra="forbid", frozen=True):
                 f" on nodes={self.nodes} one run in several processes.\nUse one of the two."
             )
         return self
+
+
+class Entry(BaseModel):
+    """A run in an order: its folder, from the root, and its settings."""
+
+    folder: str = ""
+    settings: dict[str, Any]
+
+
+class Order(BaseModel):
+    """The runs of each task of an array, and how many of a task are trained at a time."""
+
+    slots: Count
+    tasks: list[list[Entry]]
+
+
+def read_order(path: Path) -> Order:
+    """Read the order of an array.
+
+    Raises:
+        UserError: if it cannot be read, or is none.
+    """
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise UserError(f"The list of a job's runs, {path}, cannot be read: {error.strerror}.") from None
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_BYTES:
+        raise UserError(
+            f"{path} is no list of a job's runs: it is no plain file, or larger than {MOST_BYTES >> 20} MB."
+        )
+    try:
+        return Order.model_validate(files.read_json(path), strict=True)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"{path} is no list of a job's runs: {place} is not as hydra/launcher=slurm writes it."
+        ) from None
 
 
 def parse(settings: Mapping[str, Any]) -> Needs:
@@ -138,14 +180,33 @@ def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
     if arrays:
         sweep.report(
             f"{len(sweep.jobs) - len(unsubmitted)} of {len(sweep)} runs are queued or running already"
-            f" (job {', '.join(sorted(arrays))}) and not submitted again."
+            f" (job {', '.join(sorted(arrays))}) and not submitted again:"
+            " they use the code that was there when they were."
         )
     if unsubmitted:
-        check_in_worker(unsubmitted)
-        arrays.add(_submit(unsubmitted, needs, sweep.report))
+        arrays.add(_submit(unsubmitted, needs, _code_of(unsubmitted, needs), sweep.report))
     if needs.wait:
         _wait_for(sweep, arrays)
     return sweep.results()
+
+
+def _code_of(jobs: Sequence[Job], needs: Needs) -> Path | None:
+    """Check the networks of runs; return the snapshot of their code, None if jobs are to import it as it is then.
+
+    Raises:
+        UserError: for a network that does not take its batches; if the snapshot cannot be written.
+    """
+    if not needs.freeze_code:
+        check_in_worker(jobs, check_networks)
+        return None
+    used = check_in_worker(jobs, snapshot.check_networks) or snapshot.Used()
+    return snapshot.take(jobs[0].config.study_folder, jobs, used, lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _call(command: Sequence[str], **how: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", **how
+    )  # a comment may be any bytes
 
 
 def _query(*command: str) -> str:
@@ -155,7 +216,7 @@ def _query(*command: str) -> str:
         UserError: if there is no such command, or it fails.
     """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=ANSWER_SECONDS).stdout
+        return _call(command, timeout=ANSWER_SECONDS, check=True).stdout
     except FileNotFoundError:
         raise UserError(
             f"hydra/launcher=slurm needs SLURM, and there is no {command[0]} here.\n"
@@ -174,19 +235,20 @@ def _queued() -> dict[str, str]:
         UserError: if SLURM does not answer.
     """
     lines = _query("squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F_%K %k").splitlines()
-    orders: dict[str, list[list[dict[str, Any]]]] = {}
+    orders: dict[str, list[list[Entry]]] = {}
     queue: dict[str, str] = {}
     for line in lines:
         task, _, comment = line.partition(" ")
         if not comment.startswith(COMMENT):
             continue
-        path = comment.removeprefix(COMMENT)
+        index, path = task.partition("_")[2], comment.removeprefix(COMMENT)
+        if not index.isdecimal() or not path.startswith("/"):  # another program's
+            continue
         if path not in orders:
             orders[path] = []
             with contextlib.suppress(UserError):  # whoever removed the study has not cancelled its jobs
-                orders[path] = files.read_json(Path(path))["tasks"]
-        index = int(task.partition("_")[2])
-        queue |= {run["folder"]: task for job_runs in orders[path][index : index + 1] for run in job_runs}
+                orders[path] = read_order(Path(path)).tasks
+        queue |= {run.folder: task for job_runs in orders[path][int(index) : int(index) + 1] for run in job_runs}
     return queue
 
 
@@ -194,14 +256,14 @@ def _folder(job: Job) -> str:
     return str(job.run.folder.resolve())
 
 
-def _submit(jobs: Sequence[Job], needs: Needs, report: Callable[[str], None]) -> str:
-    """Submit one array; return its job id.
+def _submit(jobs: Sequence[Job], needs: Needs, code: Path | None, report: Callable[[str], None]) -> str:
+    """Submit one array, whose jobs run from the snapshot `code`; return its job id.
 
     Raises:
         UserError: if SLURM refuses it.
     """
     allowed = re.search(r"^MaxArraySize\s*=\s*(\d+)", _query("scontrol", "show", "config"), re.MULTILINE)
-    per_job = max(needs.runs_per_job, -(-len(jobs) // int(allowed[1]))) if allowed else needs.runs_per_job
+    per_job = max(needs.runs_per_job, -(-len(jobs) // max(1, int(allowed[1])))) if allowed else needs.runs_per_job
     if allowed and per_job > needs.runs_per_job:
         report(f"An array may have {allowed[1]} tasks here: {per_job} runs go into each job.")
     entries = [{"folder": _folder(job), "settings": job.config.as_dict()} for job in jobs]
@@ -212,10 +274,11 @@ def _submit(jobs: Sequence[Job], needs: Needs, report: Callable[[str], None]) ->
     order = (folder / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.json").resolve()
     for job in jobs:
         job.run.freeze()
-    files.write_json(order, {"command": sys.argv, "submitted": runs.now(), "slots": needs.slots, "tasks": tasks})
-    script = job_script(needs, study, order, len(tasks))
+    about = {"command": sys.argv, "submitted": runs.now(), "code": code.name if code else None}
+    files.write_json(order, {**about, "slots": needs.slots, "tasks": tasks})
+    script = job_script(needs, study, order, len(tasks), code)
     command = ["sbatch", "--parsable"]
-    submitted = subprocess.run(command, input=script, capture_output=True, text=True, env=_environment(), check=False)
+    submitted = _call(command, input=script, env=_environment())
     if submitted.returncode:
         order.unlink()
         raise UserError(
@@ -234,8 +297,16 @@ def _submit(jobs: Sequence[Job], needs: Needs, report: Callable[[str], None]) ->
     return array
 
 
-def job_script(needs: Needs, study: str, order: Path, tasks: int) -> str:
-    """Return the script of an array of `tasks` jobs; the cluster's own options go first, false leaves one out."""
+def job_script(needs: Needs, study: str, order: Path, tasks: int, code: Path | None = None) -> str:
+    """Return the script of an array of `tasks` jobs; the cluster's own options go first, false leaves one out.
+
+    Args:
+        needs: of each job.
+        study: the array's name.
+        order: the file of its runs.
+        tasks: the number of jobs.
+        code: the snapshot to run from; None: from what is importable when a job starts.
+    """
     cluster, output = needs.cluster, f"{order.parent}/%A_%a"
     options = {
         "job-name": study,
@@ -267,6 +338,7 @@ def job_script(needs: Needs, study: str, order: Path, tasks: int) -> str:
         output=shlex.quote(f"{output}_%t_log.out"),
         cpus=needs.cpus,  # a step does not take over the job's cores by itself since SLURM 22.05
         python=cluster.python or shlex.quote(sys.executable),
+        program=shlex.quote(str(code / frozen.START)) if code else "-m normlab.launchers.slurm_task",
         order=shlex.quote(str(order)),
         requeue=REQUEUE_STATUS,
     )
@@ -321,7 +393,10 @@ def _ends(jobs: Sequence[Job], display: Display) -> Iterator[tuple[Job, dict[str
             if job.run.over or new.get("state") in (*runs.FINISHED, State.FAILED):
                 yield job, status
             elif gone:
-                why = "its job has left SLURM's queue without finishing it: cancelled, killed or never started"
+                why = (
+                    "its job has left SLURM's queue without finishing it: cancelled, killed or never started;"
+                    f" what it printed is in {job.config.study_folder / 'slurm'}"
+                )
                 yield job, {**status, "state": State.FAILED, "error": why}
             else:
                 if new.get("state") == State.RUNNING:

@@ -1,7 +1,8 @@
 """Train the runs of one job of the SLURM launcher's array: `python -m normlab.launchers.slurm_task order.json`.
 
-Runs that are finished are left alone. When SLURM sends it a signal to stop, because the time limit is near or another
-job goes first, the runs under way write their checkpoints, and it ends with `REQUEUE_STATUS`.
+In a snapshot of code, `python start.py order.json` does it. Runs that are finished are left alone. When SLURM sends it
+a signal to stop, because the time limit is near or another job goes first, the runs under way write their checkpoints,
+and it ends with `REQUEUE_STATUS`.
 """
 
 import os
@@ -15,28 +16,28 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from normlab import runs
-from normlab.common import bugs
-from normlab.common.errors import InterruptedRunError, UserError
+from normlab.common import bugs, frozen
+from normlab.common.errors import InterruptedRunError, UserError, described
 from normlab.config import schema
 from normlab.launchers import pool, preflight, single
-from normlab.launchers.slurm import REQUEUE_STATUS
+from normlab.launchers.slurm import REQUEUE_STATUS, Order, read_order
 from normlab.launchers.sweep import Job
-from normlab.runs import State, files
+from normlab.runs import State
 from normlab.training.distributed.processes import find
 from normlab.training.interrupt import SIGNALS
 
 
 def main(order: Path) -> int:
     """Train the runs of this task; return the exit status: 1 if a run failed, `REQUEUE_STATUS` if it was stopped."""
-    index = os.environ["SLURM_ARRAY_TASK_ID"]
-    task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
-    print(f"{runs.now()} job {task} on {socket.gethostname()}, process {os.getpid()}", flush=True)
+    array, index = (os.environ.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
+    code = f", code {place.name}" if (place := frozen.folder()) else ""
+    print(f"{runs.now()} job {array}_{index} on {socket.gethostname()}, process {os.getpid()}{code}", flush=True)
     try:
         _handle_signals(_interrupt)
-        todo = files.read_json(order)
-        settings = [runs.completed(entry["settings"]) for entry in todo["tasks"][int(index)]]
+        todo = read_order(order)
+        settings = _settings(order, todo, index)
         train = _train_together if find().world > 1 else _train_with_pool
-        failed = train(settings, todo["slots"])
+        failed = train(settings, todo.slots)
         _handle_signals(signal.SIG_IGN)  # nothing is left to stop
         return 1 if failed else 0
     except (KeyboardInterrupt, InterruptedRunError):
@@ -52,6 +53,26 @@ def main(order: Path) -> int:
         traceback.print_exception(error)
         print(bugs.report(error), file=sys.stderr, flush=True)
         return 1
+
+
+def _settings(order: Path, todo: Order, index: str) -> list[dict[str, Any]]:
+    """Return the settings of the runs of task number `index`.
+
+    Raises:
+        UserError: if there is no such task, or its runs have no settings of runs.
+    """
+    if not index.isdecimal() or int(index) >= len(todo.tasks):
+        raise UserError(
+            f"SLURM_ARRAY_TASK_ID={index} is none of the {len(todo.tasks)} tasks in {order}.\n"
+            "This command is for the jobs of hydra/launcher=slurm, in which SLURM sets that variable."
+        )
+    try:
+        settings = [runs.completed(entry.settings) for entry in todo.tasks[int(index)]]
+        for each in settings:
+            runs.Run(each)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{order} is damaged: task {index} has no settings of runs ({described(error)}).") from None
+    return settings
 
 
 def _interrupt(number: int, _: object) -> NoReturn:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from normlab import __version__
+from normlab.common import frozen
 from normlab.common import git as checkout
 from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
@@ -131,6 +132,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             **{name: version(name) for name in packages},
         },
         "git": checkout.state(),
+        "snapshot": snapshot.name if (snapshot := frozen.folder()) else None,
         "command": sys.argv,
         "host": socket.gethostname(),
         "platform": platform.platform(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab import loggers, runs
+from normlab.common import source
 from normlab.data.recorded import image_files
 from normlab.runs import files, provenance
 from normlab.training import checkpoint, device
@@ -62,6 +63,8 @@ class Recorder:
                 self.run.name,
                 "; ".join(changed),
             )
+        if live := source.outside_of_snapshot():
+            self.log.warning("Not in the snapshot of code, so imported as they are now: %s.", "; ".join(live))
         earlier = provenance.earlier_segments(before, now, state.step_number) if before else []
         files.write_json(self.run.folder / runs.PROVENANCE, now | ({"earlier": earlier} if earlier else {}))
 

@@ -1,0 +1,219 @@
+"""Copy the code that queued runs will use, so that it may be edited before they start.
+
+A snapshot, outputs/<study>/slurm/code/<digest>/, holds normlab where it runs from a checkout, and the user's own
+modules (`common.source`); `common.frozen` says how it is laid out and starts jobs from it. The same code is stored
+once. Data is not copied: of the files that a network reads beside its code, small ones are, and to the others there is
+a link.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+from normlab.common import frozen, git, source
+from normlab.common.errors import storage_error
+from normlab.config.schema import CustomModelConfig
+from normlab.launchers import pool
+from normlab.launchers.sweep import Job
+from normlab.runs import files
+
+MOST_FILES, MOST_BYTES = 2_000, 32 << 20  # of a package that is copied whole
+MOST_ENTRIES = 20_000  # of files and folders in it, whatever they are
+MOST_BYTES_OF_RESOURCE = 256 << 10  # of a file that is no code
+_CODE = (".py", *EXTENSION_SUFFIXES)
+_RESOURCES = (".yaml", ".yml", ".json", ".toml", ".ini", ".cfg", ".txt")
+_OF_CHECKOUT = ("normlab", "hydra_plugins")
+
+
+@dataclass(frozen=True)
+class Used:
+    """What building networks took in a process.
+
+    Attributes:
+        modules: the user's own, imported in whatever way, by dotted name.
+        files: others that were opened.
+    """
+
+    modules: Mapping[str, source.OwnModule] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+
+
+def check_networks(jobs: Sequence[Job]) -> Used:
+    """Check that the networks of runs take their batches, and return what that took; in a worker.
+
+    Raises:
+        UserError: for the first that does not.
+    """
+    opened = set[str]()
+
+    def note(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], str) and not arguments[0].endswith((*_CODE, ".pyc")):
+            opened.add(arguments[0])
+
+    sys.addaudithook(note)
+    pool.check_networks(jobs)
+    read = sorted(path for path in (Path(name).resolve() for name in list(opened)) if path.is_file())
+    return Used(source.loaded_modules(), [path for path in read if not source.is_installed(path)])
+
+
+def take(study_folder: Path, jobs: Sequence[Job], used: Used, warn: Callable[[str], object]) -> Path | None:
+    """Write a snapshot of the code of runs, unless there is one; return its folder, None if all of it is installed.
+
+    Args:
+        study_folder: of the runs.
+        jobs: the runs.
+        used: by their networks.
+        warn: called with a sentence about each package that is too large to be copied whole.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    folder = (study_folder / "slurm" / "code").resolve()
+    try:
+        wanted = _checkout(warn) | _own(jobs, used, study_folder.resolve(), warn)
+        if not wanted:
+            return None
+        files.make_folder(folder)
+        return _store(folder, wanted)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
+def _store(folder: Path, wanted: Mapping[str, Path]) -> Path:
+    """Write the snapshot of `wanted`, files by their place among modules; return its folder."""
+    placed = {f"{frozen.MODULES}/{name}": path for name, path in sorted(wanted.items())}
+    links = {name: str(path) for name, path in placed.items() if _is_linked(path)}
+    contents = {name: path.read_bytes() for name, path in placed.items() if name not in links}
+    contents[frozen.START] = Path(frozen.__file__).read_bytes()
+    manifest = {
+        "git": git.state(),
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())},
+        "links": links,
+    }
+    content = json.dumps(manifest, indent=1).encode()
+    stored = folder / frozen.digest_of(content)
+    if stored.is_dir() and not frozen.fault(stored):
+        return stored
+    draft = folder / f".{secrets.token_hex(4)}{files.TEMPORARY}"
+    try:
+        for name, each in {**contents, frozen.MANIFEST: content}.items():
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).write_bytes(each)
+            (draft / name).chmod((draft / name).stat().st_mode & 0o555)  # told by editors
+        for name, target in links.items():
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).symlink_to(target)
+        with contextlib.suppress(OSError):  # there is none, or another submitter was faster
+            if frozen.fault(stored):
+                stored.rename(draft.with_suffix(".damaged"))
+        try:
+            draft.rename(stored)
+        except OSError:
+            if frozen.fault(stored):  # else another submitter was faster
+                raise
+    finally:
+        for left in (draft, draft.with_suffix(".damaged")):
+            shutil.rmtree(left, ignore_errors=True)
+    return stored
+
+
+def _is_linked(path: Path) -> bool:
+    return not path.name.endswith(_CODE) and path.stat().st_size > MOST_BYTES_OF_RESOURCE
+
+
+def _checkout(warn: Callable[[str], object]) -> dict[str, Path]:
+    """Return the files of normlab by their place among modules; none where it is installed."""
+    if source.is_installed(source.NORMLAB):
+        return {}
+    root = source.NORMLAB.parent
+    found = {}
+    for name in _OF_CHECKOUT:
+        inside = _tree(root / name)
+        if inside is None:
+            warn(_too_large(name, root))
+        found.update({path.relative_to(root).as_posix(): path for path in inside or ()})
+    return found
+
+
+def _own(jobs: Sequence[Job], used: Used, study: Path, warn: Callable[[str], object]) -> dict[str, Path]:
+    """Return the user's own files by their place among modules."""
+    targets = {job.config.norm.target for job in jobs}
+    targets |= {job.config.model.target for job in jobs if isinstance(job.config.model, CustomModelConfig)}
+    modules = {
+        name: module
+        for target in sorted(targets)
+        for name, module in source.own_modules(target).items()
+        if name.partition(".")[0] not in sys.stdlib_module_names  # what is loaded already goes first
+    }
+    modules |= used.modules
+    packages = {name: module.file.parent for name, module in sorted(modules.items()) if module.package}
+    found: dict[str, Path] = {}
+    for name, root in packages.items():
+        if any(name.startswith(f"{above}.") for above in packages):
+            continue
+        inside = _tree(root)
+        if inside is None:
+            warn(_too_large(name, root.parent))
+            modules = {each: module for each, module in modules.items() if not f"{each}.".startswith(f"{name}.")}
+        place = name.replace(".", "/")
+        found |= {f"{place}/{path.relative_to(root).as_posix()}": path for path in inside or ()}
+    found |= {_place(name, module): module.file for name, module in modules.items()}
+    folders = {module.file.parent: Path(_place(name, module)).parent for name, module in modules.items()}
+    for path in used.files:
+        above = next((folder for folder in path.parents if folder in folders), None)
+        if above and path not in found.values() and not path.is_relative_to(study) and not _is_hidden(path, above):
+            found[(folders[above] / path.relative_to(above)).as_posix()] = path
+    return found
+
+
+def _too_large(package: str, folder: Path) -> str:
+    return (
+        f"The package {package} in {folder} is too large to be copied (over {MOST_FILES} files or"
+        f" {MOST_BYTES >> 20} MB): jobs import it from there, as it is when they start."
+    )
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _place(name: str, module: source.OwnModule) -> str:
+    """Return the place of a module among modules, e.g. nets/blocks.py."""
+    suffix = next(suffix for suffix in sorted(_CODE, key=len, reverse=True) if module.file.name.endswith(suffix))
+    return f"{name.replace('.', '/')}{'/__init__' if module.package else ''}{suffix}"
+
+
+def _tree(root: Path) -> list[Path] | None:
+    """Return code and small texts below a package's folder; None if they, or all that is there, are too much.
+
+    What is behind links, hidden, or in an environment's folder is left out.
+    """
+    found: list[Path] = []
+    seen = size = 0
+    for place, folders, names in os.walk(root):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith((".", "__pycache__"))
+            and name not in ("site-packages", "node_modules")
+            and not (Path(place) / name / "pyvenv.cfg").exists()
+        )
+        for path in (Path(place) / name for name in sorted(names) if name.endswith((*_CODE, *_RESOURCES))):
+            if path.is_symlink() or not path.is_file():
+                continue
+            of_file = path.stat().st_size
+            if path.name.endswith(_CODE) or of_file <= MOST_BYTES_OF_RESOURCE:
+                found.append(path)
+                size += of_file
+        seen += len(names) + len(folders)
+        if len(found) > MOST_FILES or size > MOST_BYTES or seen > MOST_ENTRIES:
+            return None
+    return found
