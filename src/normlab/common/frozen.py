@@ -71,13 +71,13 @@ def main() -> int:
     if wrong := fault(place):
         print(
             f"The snapshot of code {place} is damaged: {wrong}. No run was started.\n"
-            "The same command that submitted the job makes it whole and submits the runs again.",
+            "The command that submitted the job submits its runs again, with the code as it is then.",
             file=sys.stderr,
             flush=True,
         )
         return 1
-    here, modules = str(Path.cwd()), str(place / MODULES)
-    sys.path[:] = [modules, here, *(each for each in sys.path if each not in (str(place), modules, here))]
+    modules = str(place / MODULES)
+    sys.path[:] = [modules, *(each for each in sys.path if each not in (str(place), modules))]
     # Of processes that are started otherwise than by multiprocessing, which hands on sys.path.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [modules, os.environ.get("PYTHONPATH", "")]))
     os.environ[VARIABLE] = str(place)

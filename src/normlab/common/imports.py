@@ -6,7 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from normlab.common import frozen
 from normlab.common.errors import UserError, did_you_mean
+
+
+def search_path() -> list[str]:
+    """Return where imports are searched: first in the current folder, but in a job after its snapshot of code."""
+    here, first = str(Path.cwd()), 1 if frozen.folder() else 0
+    return sys.path if here in sys.path else [*sys.path[:first], here, *sys.path[first:]]
 
 
 def locate(dotted: str, setting: str) -> Any:
@@ -15,9 +22,7 @@ def locate(dotted: str, setting: str) -> Any:
     Raises:
         UserError: naming the setting, if there is no such module or name, or importing it fails.
     """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    sys.path[:] = search_path()
     found: Any
     found, path = _module(dotted, setting)
     for name in dotted.removeprefix(f"{path}.").split("."):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.common import frozen
+from normlab.common.imports import search_path
 
 _INSTALLED = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 # Of the user, of the system, or of a cluster's module that sets PYTHONPATH: not in the paths of a virtual environment.
@@ -61,13 +62,12 @@ def own_code(dotted: str) -> dict[str, Any] | None:
 
 def own_modules(dotted: str) -> Mapping[str, OwnModule]:
     """Return the modules of the code behind a dotted path, by dotted name; none if it is not the user's own."""
-    return _own_modules(dotted, Path.cwd())
+    return _own_modules(dotted, Path.cwd())  # which is importable
 
 
 @cache  # a process imports a module once, however its file changes
 def _own_modules(dotted: str, folder: Path) -> dict[str, OwnModule]:
-    here = str(folder)  # importable, see common.imports
-    places = sys.path if here in sys.path else [here, *sys.path]
+    places = search_path()
     modules: dict[str, OwnModule] = {}
     left, seen = [dotted], set[str]()  # the object itself may be a module, or be inside of a class
     while left:
@@ -90,7 +90,7 @@ def loaded_modules() -> dict[str, OwnModule]:
     """Return the user's own modules that this process has imported, however they were named."""
     found = {}
     for name, module in list(sys.modules.items()):
-        file = _own_file(getattr(module, "__file__", None))
+        file = _own_file(getattr(getattr(module, "__spec__", None), "origin", None))  # torch.ops has an untrue __file__
         if file and not name.startswith("__"):  # __mp_main__, for one
             found[name] = OwnModule(file, hasattr(module, "__path__"))
     return found

@@ -200,7 +200,7 @@ def _code_of(jobs: Sequence[Job], needs: Needs) -> Path | None:
         check_in_worker(jobs, check_networks)
         return None
     used = check_in_worker(jobs, snapshot.check_networks) or snapshot.Used()
-    return snapshot.take(jobs[0].config.study_folder, jobs, used, lambda text: print(text, file=sys.stderr, flush=True))
+    return snapshot.take([job.config for job in jobs], used, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def _call(command: Sequence[str], **how: Any) -> "subprocess.CompletedProcess[str]":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from normlab.common import frozen, git, source
 from normlab.common.errors import storage_error
-from normlab.config.schema import CustomModelConfig
+from normlab.config.schema import CustomModelConfig, RunConfig
 from normlab.launchers import pool
 from normlab.launchers.sweep import Job
 from normlab.runs import files
@@ -64,21 +64,21 @@ def check_networks(jobs: Sequence[Job]) -> Used:
     return Used(source.loaded_modules(), [path for path in read if not source.is_installed(path)])
 
 
-def take(study_folder: Path, jobs: Sequence[Job], used: Used, warn: Callable[[str], object]) -> Path | None:
+def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]) -> Path | None:
     """Write a snapshot of the code of runs, unless there is one; return its folder, None if all of it is installed.
 
     Args:
-        study_folder: of the runs.
-        jobs: the runs.
+        configs: of the runs, all of one study.
         used: by their networks.
         warn: called with a sentence about each package that is too large to be copied whole.
 
     Raises:
         UserError: if it cannot be written.
     """
-    folder = (study_folder / "slurm" / "code").resolve()
+    study = configs[0].study_folder.resolve()
+    folder = study / "slurm" / "code"
     try:
-        wanted = _checkout(warn) | _own(jobs, used, study_folder.resolve(), warn)
+        wanted = _checkout(warn) | _own(configs, used, study, warn)
         if not wanted:
             return None
         files.make_folder(folder)
@@ -143,10 +143,10 @@ def _checkout(warn: Callable[[str], object]) -> dict[str, Path]:
     return found
 
 
-def _own(jobs: Sequence[Job], used: Used, study: Path, warn: Callable[[str], object]) -> dict[str, Path]:
+def _own(configs: Sequence[RunConfig], used: Used, study: Path, warn: Callable[[str], object]) -> dict[str, Path]:
     """Return the user's own files by their place among modules."""
-    targets = {job.config.norm.target for job in jobs}
-    targets |= {job.config.model.target for job in jobs if isinstance(job.config.model, CustomModelConfig)}
+    targets = {config.norm.target for config in configs}
+    targets |= {config.model.target for config in configs if isinstance(config.model, CustomModelConfig)}
     modules = {
         name: module
         for target in sorted(targets)
