@@ -254,6 +254,22 @@ def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_repor
     assert "Traceback" not in error
 
 
+def queued_jobs_run_the_code_that_was_submitted(here: Path) -> None:
+    """Of a network that is edited before its job starts; tests/launchers/test_snapshot.py has the other parts."""
+    network = here / "quick.py"
+    network.write_text("from small import SmallNet as Quick\n")
+    mine = (*SETTINGS, "model.target=quick.Quick", "model.name=quick")
+    assert train(here, *mine, "study=pool").returncode == 0
+    held = train(here, *mine, *SLURM, "hydra.launcher.wait=false", "+cluster.options.hold=true")
+    network.write_text("raise SystemExit('edited')\n")
+    call("scontrol", "release", array(held))
+    study = here / "outputs" / "default"
+    until("the job's end", lambda: ended(study) == ["done"])
+    assert results(study) == results(here / "outputs" / "pool")
+    (run,) = runs.find(study)
+    assert (study / "slurm" / "code" / runs.read_provenance(run)["snapshot"] / "start.py").exists()
+
+
 def a_refusal_of_slurm_is_reported_in_its_words(here: Path) -> None:
     done = train(here, *SETTINGS, *SLURM, "cluster.partition=nowhere")
     assert done.returncode == 1
@@ -273,13 +289,14 @@ def hydras_launcher_by_submitit_carries_out_a_sweep(here: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_six_commands_on_one_cluster_at_a_time(cluster, tmp_path) -> None:
+def test_seven_commands_on_one_cluster_at_a_time(cluster, tmp_path) -> None:
     """So that their waits overlap."""
     commands = (
         a_run_in_several_tasks_stops_on_request_goes_on_and_finishes,
         a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds,
         jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail,
         interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported,
+        queued_jobs_run_the_code_that_was_submitted,
         a_refusal_of_slurm_is_reported_in_its_words,
         hydras_launcher_by_submitit_carries_out_a_sweep,
     )
@@ -289,6 +306,31 @@ def test_six_commands_on_one_cluster_at_a_time(cluster, tmp_path) -> None:
     with ThreadPoolExecutor(len(commands)) as threads:
         for future in [threads.submit(*job) for job in zip(commands, folders, strict=True)]:
             future.result()
+
+
+def test_jobs_of_other_programs_are_none_of_ours(tmp_path, monkeypatch) -> None:
+    """Whatever their comments are: their words begin as ours do, or name what is no list of runs."""
+    os.mkfifo(tmp_path / "fifo")
+    for name, content in (
+        ("odd", '{"tasks": 3}'),
+        ("deep", "[" * 100_000),
+        ("true", '{"slots": 1, "tasks": [[{"folder": "/x/run", "settings": {}}]]}'),
+    ):
+        (tmp_path / name).write_text(content)
+    names = ("fifo", "odd", "deep", "missing", "", "true")
+    lines = [f"7_{index} normlab {tmp_path}/{name}" for name in names for index in ("N/A", "9", "0")]
+    lines += [
+        "8_0 normlab true",
+        "9_N/A normlab notes",
+        "9_1 normlab",
+        "9_1",
+        "10_0 \\xff\\x00",
+        "11_0 normlab /dev/zero",
+    ]
+    shown = "".join(f"printf '{line}\\n'\n" for line in lines)
+    for name, text in wrapper(tmp_path, "squeue", f"{shown}exit 0").items():
+        monkeypatch.setenv(name, text)
+    assert slurm._queued() == {"/x/run": "7_0"}
 
 
 def test_without_slurm_the_command_ends_in_a_sentence(tmp_path) -> None:
