@@ -264,7 +264,7 @@ def queued_jobs_run_the_code_that_was_submitted(here: Path) -> None:
     network.write_text("raise SystemExit('edited')\n")
     call("scontrol", "release", array(held))
     study = here / "outputs" / "default"
-    until("the job's end", lambda: ended(study) == ["done"])
+    until("the job's end", lambda: [state(run).get("state") for run in runs.find(study)] == ["done"])
     assert results(study) == results(here / "outputs" / "pool")
     (run,) = runs.find(study)
     assert (study / "slurm" / "code" / runs.read_provenance(run)["snapshot"] / "start.py").exists()

@@ -15,7 +15,8 @@ from outcome import folder, status
 import normlab
 from normlab import runs
 from normlab.common import frozen, git, source
-from normlab.launchers import slurm_task, snapshot
+from normlab.common.errors import UserError
+from normlab.launchers import slurm, slurm_task, snapshot
 from normlab.runs import files
 
 NET = """
@@ -109,6 +110,17 @@ def test_a_snapshot_has_the_code_that_runs_import_once_per_version_and_no_data(c
     assert runs.find(first.parents[2]) == []
 
 
+def test_nothing_is_written_through_a_link(config, tmp_path) -> None:
+    study = config.study_folder
+    (study / "slurm").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (study / "slurm" / "code").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a link"):
+        take(config, tmp_path)
+    assert not list(elsewhere.iterdir())
+
+
 def replace(file: Path, make) -> None:
     file.unlink()
     make(file)
@@ -199,6 +211,7 @@ def handlers():
         ({"slots": 1, "tasks": [[{"settings": 3}]]}, "0", "tasks.0.0.settings is not as"),
         ({"slots": "abc", "tasks": []}, "0", "slots is not as"),
         ({"tasks": {"0": []}}, "0", "slots is not as"),
+        ({"slots": 1, "tasks": [[[]]]}, "0", "tasks.0.0 is not as"),
         (None, "0", "no plain file"),
     ],
 )
@@ -216,3 +229,13 @@ def test_an_odd_order_or_task_is_refused_in_a_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) <= 5
+
+
+def test_an_order_that_was_edited_since_is_none(tmp_path) -> None:
+    content = files.to_json({"slots": 1, "tasks": [[]]}).encode()
+    order = tmp_path / f"20260101-000000-abcd-{slurm._digest(content)}.json"
+    order.write_bytes(content)
+    assert slurm.read_order(order).slots == 1
+    order.write_bytes(content.replace(b"1", b"2"))
+    with pytest.raises(UserError, match="was changed since it was submitted"):
+        slurm.read_order(order)

@@ -1,12 +1,13 @@
 """The SLURM launcher: submit what is left of a sweep as one array of jobs.
 
-An order, outputs/<study>/slurm/<time>.json, holds the full settings of the runs of each task of the array, which
-`launchers.slurm_task` trains. It is on disk before sbatch is called, and its jobs name it
+An order, outputs/<study>/slurm/<time>-<digest>.json, holds the full settings of the runs of each task of the array,
+which `launchers.slurm_task` trains. It is on disk before sbatch is called, and its jobs name it
 in their comment. So a submitter that is killed leaves a whole array or none, and SLURM's queue shows which runs its
 jobs hold, whoever submitted them from wherever. The jobs run from a copy of the code (`launchers.snapshot`).
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import re
@@ -41,6 +42,7 @@ POLL_SECONDS = 2.0  # between two looks at the runs' files
 QUEUE_SECONDS = 10.0  # between two queries of SLURM's queue, which is to be queried rarely
 GONE_SECONDS = 20.0  # a job that has left the queue may have written files that a network file system does not show yet
 ANSWER_SECONDS = 60.0  # SLURM's commands wait long for a controller that is down
+_DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{16})$")  # of an order
 MOST_BYTES = 256 << 20  # of an order: a run has 4 kB of settings, an array a few thousand runs
 
 
@@ -136,6 +138,11 @@ def read_order(path: Path) -> Order:
         raise UserError(
             f"{path} is no list of a job's runs: it is no plain file, or larger than {MOST_BYTES >> 20} MB."
         )
+    digest = _DIGEST_IN_NAME.search(path.stem)  # not of those before version 0.4
+    if digest and _digest(path.read_bytes()) != digest[1]:
+        raise UserError(
+            f"The list of a job's runs, {path}, was changed since it was submitted. No run of it is started."
+        )
     try:
         return Order.model_validate(files.read_json(path), strict=True)
     except ValidationError as error:
@@ -143,6 +150,10 @@ def read_order(path: Path) -> Order:
         raise UserError(
             f"{path} is no list of a job's runs: {place} is not as hydra/launcher=slurm writes it."
         ) from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def parse(settings: Mapping[str, Any]) -> Needs:
@@ -269,13 +280,14 @@ def _submit(jobs: Sequence[Job], needs: Needs, code: Path | None, report: Callab
     entries = [{"folder": _folder(job), "settings": job.config.as_dict()} for job in jobs]
     tasks = [entries[first : first + per_job] for first in range(0, len(jobs), per_job)]
     study, output_dir = jobs[0].config.study, jobs[0].config.output_dir
-    folder = jobs[0].config.study_folder / "slurm"
-    files.make_folder(folder)
-    order = (folder / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.json").resolve()
+    folder = snapshot.make_folder(jobs[0].config.study_folder, "slurm")
     for job in jobs:
         job.run.freeze()
     about = {"command": sys.argv, "submitted": runs.now(), "code": code.name if code else None}
-    files.write_json(order, {**about, "slots": needs.slots, "tasks": tasks})
+    content = files.to_json({**about, "slots": needs.slots, "tasks": tasks}, indent=1).encode()
+    name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}-{_digest(content)}.json"
+    order = (folder / name).resolve()
+    files.write_atomically(order, lambda file: file.write(content))
     script = job_script(needs, study, order, len(tasks), code)
     command = ["sbatch", "--parsable"]
     submitted = _call(command, input=script, env=_environment())

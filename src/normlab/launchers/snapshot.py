@@ -19,7 +19,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from normlab.common import frozen, git, source
-from normlab.common.errors import storage_error
+from normlab.common.errors import UserError, storage_error
 from normlab.config.schema import CustomModelConfig, RunConfig
 from normlab.launchers import pool
 from normlab.launchers.sweep import Job
@@ -81,10 +81,25 @@ def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
         wanted = _checkout(warn) | _own(configs, used, study, warn)
         if not wanted:
             return None
-        files.make_folder(folder)
+        make_folder(study, "slurm", "code")
         return _store(folder, wanted)
     except OSError as error:
         raise storage_error(folder, error) from error
+
+
+def make_folder(study: Path, *parts: str) -> Path:
+    """Make a folder of a study and return it.
+
+    Raises:
+        UserError: if it cannot be made, or would be elsewhere: a link is none of the study's folders.
+    """
+    folder = study
+    for part in parts:
+        folder /= part
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link, and nothing is written through it.\nMove it away, or remove it.")
+        files.make_folder(folder)
+    return folder
 
 
 def _store(folder: Path, wanted: Mapping[str, Path]) -> Path:
