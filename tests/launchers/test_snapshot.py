@@ -26,6 +26,7 @@ import normlab
 from small import SmallNet
 from blocks.head import head
 late = importlib.import_module("late" + "comer")
+importlib.import_module("unre" + "lated")
 WIDTH = json.loads(Path(__file__).with_name("arch.json").read_text())["width"]
 
 class Net(SmallNet):
@@ -51,6 +52,8 @@ FILES = {
     "blocks/.hidden/x.py": "",
     "blocks/venv/pyvenv.cfg": "",
     "blocks/venv/x.py": "",
+    "blocks/outputs/x.py": "",
+    "blocks/photos/labels.json": "",
     "random.py": "of nobody's interest",
 }
 OWN = {
@@ -70,7 +73,9 @@ def config(tiny, tmp_path, monkeypatch):
     (tmp_path / "blocks" / "linked").symlink_to(tmp_path)
     importlib.invalidate_caches()
     source._own_modules.cache_clear()
-    yield tiny("model.target=net.Net", "model.name=net", "epochs=1")
+    folders = (f"output_dir={tmp_path}/blocks/outputs", f"data_dir={tmp_path}/blocks/photos")
+    made = tiny("model.target=net.Net", "model.name=net", "epochs=1")
+    yield made.model_copy(update=dict(each.split("=") for each in folders))
     source._own_modules.cache_clear()
 
 
@@ -159,7 +164,7 @@ def test_a_job_tells_of_a_damaged_snapshot_and_trains_nothing(config, tmp_path) 
 def test_a_package_that_is_too_large_stays_where_it_is_and_a_line_says_so(config, monkeypatch, limit) -> None:
     monkeypatch.setattr(snapshot, limit, 2)
     told: list[str] = []
-    found = snapshot._own([config], snapshot.Used(), config.study_folder, told.append)
+    found = snapshot._own([config], snapshot.Used(), told.append)
     assert set(found) == {"net.py", "small.py"}
     assert ["The package blocks in" in line for line in told] == [True]
 
@@ -185,6 +190,8 @@ def test_a_job_runs_the_code_of_its_submission_though_all_was_edited_since(confi
     assert "self.body[-1].p" in seen["source"]
     assert seen["weights"] == snapshot.MOST_BYTES_OF_RESOURCE + 1
     assert status(config)["parameters"] == 24 * 9 + 16 + 8 * 16 * 9 + 32 + 170 + 4  # arch.json as it was
+    log = (folder(config) / runs.LOG).read_text()
+    assert f"Not in the snapshot of code, so imported as they are now: unrelated ({tmp_path}/unrelated.py)." in log
     made = runs.read_provenance(folder(config))
     assert made["own_code"] == before
     assert made["snapshot"] == taken.name

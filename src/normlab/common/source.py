@@ -159,4 +159,6 @@ def _own_file(origin: object) -> Path | None:
     if not isinstance(origin, str) or not origin.endswith((".py", *EXTENSION_SUFFIXES)):
         return None
     path = Path(origin).resolve()
-    return None if is_installed(path) or path.is_relative_to(NORMLAB) else path
+    if is_installed(path) or path.is_relative_to(NORMLAB) or not path.is_file():  # but in an archive, say
+        return None
+    return path

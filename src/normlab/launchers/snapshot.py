@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -78,7 +78,7 @@ def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
     study = configs[0].study_folder.resolve()
     folder = study / "slurm" / "code"
     try:
-        wanted = _checkout(warn) | _own(configs, used, study, warn)
+        wanted = _checkout(warn) | _own(configs, used, warn)
         if not wanted:
             return None
         make_folder(study, "slurm", "code")
@@ -158,8 +158,9 @@ def _checkout(warn: Callable[[str], object]) -> dict[str, Path]:
     return found
 
 
-def _own(configs: Sequence[RunConfig], used: Used, study: Path, warn: Callable[[str], object]) -> dict[str, Path]:
+def _own(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]) -> dict[str, Path]:
     """Return the user's own files by their place among modules."""
+    data = {Path(folder).expanduser().resolve() for config in configs for folder in _folders(config)}
     targets = {config.norm.target for config in configs}
     targets |= {config.model.target for config in configs if isinstance(config.model, CustomModelConfig)}
     modules = {
@@ -174,7 +175,7 @@ def _own(configs: Sequence[RunConfig], used: Used, study: Path, warn: Callable[[
     for name, root in packages.items():
         if any(name.startswith(f"{above}.") for above in packages):
             continue
-        inside = _tree(root)
+        inside = _tree(root, data)
         if inside is None:
             warn(_too_large(name, root.parent))
             modules = {each: module for each, module in modules.items() if not f"{each}.".startswith(f"{name}.")}
@@ -184,9 +185,14 @@ def _own(configs: Sequence[RunConfig], used: Used, study: Path, warn: Callable[[
     folders = {module.file.parent: Path(_place(name, module)).parent for name, module in modules.items()}
     for path in used.files:
         above = next((folder for folder in path.parents if folder in folders), None)
-        if above and path not in found.values() and not path.is_relative_to(study) and not _is_hidden(path, above):
+        if above and path not in found.values() and not (_is_hidden(path, above) or data & {path, *path.parents}):
             found[(folders[above] / path.relative_to(above)).as_posix()] = path
     return found
+
+
+def _folders(config: RunConfig) -> list[str]:
+    """Return the folders of a run's data and record, which may be inside of a package's."""
+    return [config.output_dir, config.data_dir, *filter(None, [getattr(config.dataset, "path", None)])]
 
 
 def _too_large(package: str, folder: Path) -> str:
@@ -206,10 +212,10 @@ def _place(name: str, module: source.OwnModule) -> str:
     return f"{name.replace('.', '/')}{'/__init__' if module.package else ''}{suffix}"
 
 
-def _tree(root: Path) -> list[Path] | None:
+def _tree(root: Path, data: Collection[Path] = ()) -> list[Path] | None:
     """Return code and small texts below a package's folder; None if they, or all that is there, are too much.
 
-    What is behind links, hidden, or in an environment's folder is left out.
+    What is behind links, hidden, or in the folder of an environment or of `data` is left out.
     """
     found: list[Path] = []
     seen = size = 0
@@ -220,6 +226,7 @@ def _tree(root: Path) -> list[Path] | None:
             if not name.startswith((".", "__pycache__"))
             and name not in ("site-packages", "node_modules")
             and not (Path(place) / name / "pyvenv.cfg").exists()
+            and Path(place) / name not in data
         )
         for path in (Path(place) / name for name in sorted(names) if name.endswith((*_CODE, *_RESOURCES))):
             if path.is_symlink() or not path.is_file():
