@@ -409,6 +409,8 @@ def test_a_job_s_script_has_the_needs_and_the_cluster_s_options_first() -> None:
     assert "--output='/a {folder}/%A_%a_%t_log.out' --cpus-per-task=3" in command
     assert command.endswith("-u -m normlab.launchers.slurm_task '/a {folder}/order.json'")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    from_a_copy = slurm.job_script(parsed, "my study", Path("/order.json"), 5, Path("/a {folder}/code"))
+    assert " -u '/a {folder}/code/start.py' /order.json\n" in from_a_copy
 
 
 def test_a_little_memory_is_not_all_of_a_node() -> None:

@@ -126,6 +126,12 @@ def test_nothing_is_written_through_a_link(config, tmp_path) -> None:
     assert not list(elsewhere.iterdir())
 
 
+def test_code_that_cannot_be_read_is_named(config, tmp_path) -> None:
+    gone = snapshot.Used({"gone": source.OwnModule(tmp_path / "gone.py", False)})
+    with pytest.raises(UserError, match=r"gone\.py is a part of the runs' code and cannot be copied"):
+        snapshot.take([config], gone, pytest.fail)
+
+
 def replace(file: Path, make) -> None:
     file.unlink()
     make(file)

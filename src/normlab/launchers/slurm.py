@@ -191,8 +191,8 @@ def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
     if arrays:
         sweep.report(
             f"{len(sweep.jobs) - len(unsubmitted)} of {len(sweep)} runs are queued or running already"
-            f" (job {', '.join(sorted(arrays))}) and not submitted again:"
-            " they use the code that was there when they were."
+            f" (job {', '.join(sorted(arrays))}) and not submitted again;"
+            " they run the code of their submission."
         )
     if unsubmitted:
         arrays.add(_submit(unsubmitted, needs, _code_of(unsubmitted, needs), sweep.report))

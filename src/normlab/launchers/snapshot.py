@@ -73,7 +73,7 @@ def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
         warn: called with a sentence about each package that is too large to be copied whole.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if it cannot be written, or a part of the code cannot be read.
     """
     study = configs[0].study_folder.resolve()
     folder = study / "slurm" / "code"
@@ -106,7 +106,7 @@ def _store(folder: Path, wanted: Mapping[str, Path]) -> Path:
     """Write the snapshot of `wanted`, files by their place among modules; return its folder."""
     placed = {f"{frozen.MODULES}/{name}": path for name, path in sorted(wanted.items())}
     links = {name: str(path) for name, path in placed.items() if _is_linked(path)}
-    contents = {name: path.read_bytes() for name, path in placed.items() if name not in links}
+    contents = {name: _read(path) for name, path in placed.items() if name not in links}
     contents[frozen.START] = Path(frozen.__file__).read_bytes()
     manifest = {
         "git": git.state(),
@@ -138,6 +138,16 @@ def _store(folder: Path, wanted: Mapping[str, Path]) -> Path:
         for left in (draft, draft.with_suffix(".damaged")):
             shutil.rmtree(left, ignore_errors=True)
     return stored
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} is a part of the runs' code and cannot be copied for their jobs: {error.strerror}.\n"
+            "Make it readable, or let jobs import what is there when they start: hydra.launcher.freeze_code=false."
+        ) from None
 
 
 def _is_linked(path: Path) -> bool:
