@@ -166,13 +166,21 @@ def test_a_job_tells_of_a_damaged_snapshot_and_trains_nothing(config, tmp_path) 
     assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("limit", ["MOST_FILES", "MOST_BYTES", "MOST_ENTRIES"])
-def test_a_package_that_is_too_large_stays_where_it_is_and_a_line_says_so(config, monkeypatch, limit) -> None:
-    monkeypatch.setattr(snapshot, limit, 2)
+@pytest.mark.parametrize(
+    ("limit", "value", "kept"),
+    [
+        *(("MOST_FILES", 2, {"net.py", "small.py"}), ("MOST_ENTRIES", 2, {"net.py", "small.py"})),
+        ("MOST_BYTES", 2, set()),
+    ],
+)
+def test_a_package_that_is_too_large_stays_where_it_is_and_a_line_says_so(
+    config, monkeypatch, limit, value, kept
+) -> None:
+    monkeypatch.setattr(snapshot, limit, value)
     told: list[str] = []
     found = snapshot._own([config], snapshot.Used(), told.append)
-    assert set(found) == {"net.py", "small.py"}
-    assert ["The package blocks in" in line for line in told] == [True]
+    assert set(found) == kept
+    assert [line.partition(" in /")[0] for line in told] == ["The package blocks", "The code"][: 1 + (not kept)]
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def _checkout(warn: Callable[[str], object]) -> dict[str, Path]:
     for name in _OF_CHECKOUT:
         inside = _tree(root / name)
         if inside is None:
-            warn(_too_large(name, root))
+            warn(_too_large(f"package {name}", root))
         found.update({path.relative_to(root).as_posix(): path for path in inside or ()})
     return found
 
@@ -180,18 +180,7 @@ def _own(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
         if name.partition(".")[0] not in sys.stdlib_module_names  # what is loaded already goes first
     }
     modules |= used.modules
-    packages = {name: module.file.parent for name, module in sorted(modules.items()) if module.package}
-    found: dict[str, Path] = {}
-    for name, root in packages.items():
-        if any(name.startswith(f"{above}.") for above in packages):
-            continue
-        inside = _tree(root, data)
-        if inside is None:
-            warn(_too_large(name, root.parent))
-            modules = {each: module for each, module in modules.items() if not f"{each}.".startswith(f"{name}.")}
-        place = name.replace(".", "/")
-        found |= {f"{place}/{path.relative_to(root).as_posix()}": path for path in inside or ()}
-    found |= {_place(name, module): module.file for name, module in modules.items()}
+    found = _packages(modules, data, warn)
     folders = {module.file.parent: Path(_place(name, module)).parent for name, module in modules.items()}
     for path in used.files:
         above = next((folder for folder in path.parents if folder in folders), None)
@@ -200,14 +189,40 @@ def _own(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
     return found
 
 
+def _packages(
+    modules: dict[str, source.OwnModule], data: Collection[Path], warn: Callable[[str], object]
+) -> dict[str, Path]:
+    """Return the files of modules and of their packages by their place; take out of `modules` what is too large."""
+    found: dict[str, Path] = {}
+    packages = {name: module.file.parent for name, module in sorted(modules.items()) if module.package}
+    single = set(modules)
+    for name, root in packages.items():
+        if name not in single:  # inside of another one
+            continue
+        inside = _tree(root, data)
+        of_package = {each for each in modules if f"{each}.".startswith(f"{name}.")}
+        single -= of_package
+        if inside is None:
+            warn(_too_large(f"package {name}", root.parent))
+            for each in of_package:
+                del modules[each]
+        found |= {f"{name.replace('.', '/')}/{path.relative_to(root).as_posix()}": path for path in inside or ()}
+    size = sum(modules[name].file.stat().st_size for name in single if modules[name].file.exists())
+    if len(single) > MOST_FILES or size > MOST_BYTES:
+        warn(_too_large("code", modules[min(single)].file.parent))
+        for each in single:
+            del modules[each]
+    return found | {_place(name, module): module.file for name, module in modules.items()}
+
+
 def _folders(config: RunConfig) -> list[str]:
     """Return the folders of a run's data and record, which may be inside of a package's."""
     return [config.output_dir, config.data_dir, *filter(None, [getattr(config.dataset, "path", None)])]
 
 
-def _too_large(package: str, folder: Path) -> str:
+def _too_large(what: str, folder: Path) -> str:
     return (
-        f"The package {package} in {folder} is too large to be copied (over {MOST_FILES} files or"
+        f"The {what} in {folder} is too large to be copied (over {MOST_FILES} files or"
         f" {MOST_BYTES >> 20} MB): jobs import it from there, as it is when they start."
     )
 
