@@ -180,7 +180,7 @@ def scan(root: Path, *, imagenet: bool = False) -> Layout:
         if "test" not in names and "val" in names:
             names["test"] = names.pop("val")
         no_files: set[str] = set()
-        parts = {part: _classes(root, name, no_files) for part, name in names.items()}
+        parts = {part: _classes(root, name, names, no_files) for part, name in names.items()}
         _require_equal_classes(root, names, parts)
     except OSError as error:
         raise UserError(f"The folder {root} cannot be read: {error.strerror} ({error.filename}).") from None
@@ -214,7 +214,7 @@ def _part_names(root: Path, *, imagenet: bool) -> dict[str, str]:
     """Return the names of the folders of the parts; {"train": ""} of classes without a split."""
     folders = _folders(root)
     if not folders:
-        raise UserError(_no_classes(root, "", f"The folder {root} has no folders in it"))
+        raise UserError(_no_classes(root, "", f"The folder {root} has no folders in it", {}))
     if imagenet:
         found = {part: [name for name in folders if name == part] for part in ("train", "val")}
     else:
@@ -289,12 +289,12 @@ def _has_images(root: Path, folder: str) -> bool:
     return next(_images(root, folder, set(), set()), None) is not None
 
 
-def _classes(root: Path, part: str, no_files: set[str]) -> Classes:
+def _classes(root: Path, part: str, parts: Mapping[str, str], no_files: set[str]) -> Classes:
     """List the image paths of each class below `root/part`, both sorted; add those that are no files."""
     above = {_place(folder) for folder in (root / part, root, *root.resolve().parents)}
     names = [name for name in _folders(root / part) if _place(root / part / name) not in above]
     if not names:
-        raise UserError(_no_classes(root, part, f"The folder {root / part} has no class folders in it"))
+        raise UserError(_no_classes(root, part, f"The folder {root / part} has no class folders in it", parts))
     prefix = f"{part}/" if part else ""
     classes = {name: tuple(sorted(_images(root, f"{prefix}{name}", set(above), no_files))) for name in names}
     empty = [shown(name) for name, paths in classes.items() if not paths]
@@ -307,7 +307,7 @@ def _classes(root: Path, part: str, no_files: set[str]) -> Classes:
     return classes
 
 
-def _no_classes(root: Path, part: str, problem: str) -> str:
+def _no_classes(root: Path, part: str, problem: str, parts: Mapping[str, str]) -> str:
     """Return what to do about a part whose images are not in folders of their classes."""
     with os.scandir(root / part) as entries:
         images = any(_is_image(entry) for entry in entries)
@@ -317,14 +317,11 @@ def _no_classes(root: Path, part: str, problem: str) -> str:
         lines[0] += f" Labels in a table ({shown(tables[0])}) are not read."
     if images:
         lines.append("Move the images into a folder for each class.")
-    if part and PARTS["train"][0] != part.lower() and (train := _train_folder(root)):
-        lines.append(f"Without them: dataset.path={train} dataset.test_fraction=0.2, or move {root / part} away.")
+    if part and part != parts["train"]:
+        train = f"dataset.path={root / parts['train']} dataset.test_fraction=0.2"
+        lines.append(f"Without them: {train if len(parts) == 2 else f'move {root / part} away'}.")
     lines.append(f"Expected {_expected(root)}")
     return "\n".join(lines)
-
-
-def _train_folder(root: Path) -> Path | None:
-    return next((root / name for name in _folders(root) if name.lower() in PARTS["train"]), None)
 
 
 def _tables(folder: Path) -> list[str]:
