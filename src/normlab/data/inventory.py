@@ -163,16 +163,17 @@ def usable_images(dataset: FolderDataset, data_dir: Path, log: Callable[[str], N
     """
     layout = _layout(dataset)
     everything = images_of(layout, dataset.test_fraction, dataset.split_seed)
+    paths = tuple(sorted(everything.paths))  # the same of every split
     if not dataset.skip_unreadable:
-        damage.check(layout.root, everything.paths, layout.no_files)
+        damage.check(layout.root, paths, layout.no_files)
         return everything
     left_out: Collection[str] | None
     if log:
-        left_out = unreadable.find(layout.root, everything.paths, layout.no_files, data_dir, log)
+        left_out = unreadable.find(layout.root, paths, layout.no_files, data_dir, log)
     else:
-        left_out = unreadable.known(layout.root, everything.paths, data_dir)
+        left_out = unreadable.known(layout.root, paths, data_dir)
     if left_out is None:
-        left_out = damage.find(layout.root, everything.paths, layout.no_files)
+        left_out = damage.find(layout.root, paths, layout.no_files)
     return images_of(layout, dataset.test_fraction, dataset.split_seed, left_out)
 
 
