@@ -85,6 +85,7 @@ def test_a_folders_own_validation_part_is_where_val_size_would_be(settings, imag
         ("mv test/cat/* test; rm -r test/*/", None, "dataset.path={path}/train dataset.test_fraction=0.2"),
         ("mv train/cat/* .; rm -r train test; touch labels.csv", 0.2, "Labels in a table (labels.csv) are not read"),
         ("mv test/cat test/images; rm -r test/dog; touch test/a.txt", None, "labels of {path}/test are in a.txt"),
+        ("for c in cat dog; do mkdir $c; mv train/$c $c/train; mv test/$c $c/test; done; rmdir t*", 0.2, "cat/train"),
         ("mv train seg_train; mv test seg_test", 0.2, "look like a split"),
         ("mv train/* .; rm -r train test; rm dog/[1-9]*", 0.2, "there is one of dog"),
     ],
@@ -96,6 +97,20 @@ def test_a_layout_that_is_not_read_is_refused_with_what_to_do(settings, image_fo
         check(settings("image_folder", path=str(path), test_fraction=fraction), Path())
     assert words.format(path=path) in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 5
+
+
+def test_files_in_formats_that_are_not_read_are_counted(settings, image_folder) -> None:
+    path = image_folder()
+    for name in (
+        "train/cat/a.HEIC",
+        "test/dog/b.heic",
+        "train/dog/c.jfif",
+        "train/dog/._d.heic",
+        "train/dog/notes.txt",
+    ):
+        (path / name).touch()
+    (remark,) = check(settings("image_folder", path=str(path)), Path()).remarks
+    assert remark.endswith("passed over: 2 .heic, 1 .jfif.")
 
 
 def test_links_are_followed_and_loops_of_them_end(settings, image_folder, tmp_path) -> None:

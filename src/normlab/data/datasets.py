@@ -143,7 +143,7 @@ class _Images:
             test=self._evaluated("test", source.test, source.test_labels, test_rows, evaluation),
             val=self._validation(val_rows, evaluation),
             values=source.values,
-            warnings=(*filter(None, [source.remark]), *source.values.warnings),
+            warnings=(*source.remarks, *source.values.warnings),
         )
 
     def _validation(self, rows: Tensor, settings: dict[str, Any]) -> Split | None:

@@ -4,8 +4,9 @@ import errno
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from normlab.common.errors import UserError, exact, listed, nearest
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
+NOT_READ = (".heic", ".heif", ".avif", ".jfif", ".jpe", ".jp2", ".tga", ".dng", ".cr2", ".nef", ".svg", ".npy", ".dcm")
 TABLE_EXTENSIONS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xml", ".xls", ".xlsx", ".parquet", ".mat")
 NO_CLASSES = {  # by systems and programs, in lower case; names that begin with a dot are left out, too
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
@@ -38,12 +40,14 @@ class Layout:
         names: of the folder of each part, by "train", "val" and "test"; of classes without a split, "" for "train".
         parts: their classes, equal in all.
         no_files: of the paths, pipes, devices and links to nowhere, which are never opened.
+        not_read: the numbers of files in the formats of `NOT_READ`, by their extension.
     """
 
     root: Path
     names: Mapping[str, str]
     parts: Mapping[str, Classes]
     no_files: frozenset[str]
+    not_read: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Listing:
     Attributes:
         val: of a validation part of its own; nothing without.
         left_out: paths of files that cannot be read.
+        not_read: as of `Layout`, in pairs.
     """
 
     root: Path
@@ -64,6 +69,7 @@ class Listing:
     val: tuple[str, ...] = ()
     val_labels: tuple[int, ...] = ()
     left_out: tuple[str, ...] = ()
+    not_read: tuple[tuple[str, int], ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -100,7 +106,8 @@ def images_of(
     if test_fraction is not None:
         parts = _split(layout, parts["train"], test_fraction, split_seed)
     train, test, val = (_paths_and_labels(parts.get(part, {})) for part in ("train", "test", "val"))
-    return Listing(layout.root, tuple(parts["train"]), *train, *test, *val, tuple(sorted(left_out)))
+    not_read = tuple(sorted(layout.not_read.items()))
+    return Listing(layout.root, tuple(parts["train"]), *train, *test, *val, tuple(sorted(left_out)), not_read)
 
 
 def _no_test(layout: Layout) -> str:
@@ -179,8 +186,8 @@ def scan(root: Path, *, imagenet: bool = False) -> Layout:
         names = _part_names(root, imagenet=imagenet)
         if "test" not in names and "val" in names:
             names["test"] = names.pop("val")
-        no_files: set[str] = set()
-        parts = {part: _classes(root, name, names, no_files) for part, name in names.items()}
+        odd = _Odd()
+        parts = {part: _classes(root, name, names, odd) for part, name in names.items()}
         _require_equal_classes(root, names, parts)
     except OSError as error:
         raise UserError(f"The folder {root} cannot be read: {error.strerror} ({error.filename}).") from None
@@ -189,7 +196,15 @@ def scan(root: Path, *, imagenet: bool = False) -> Layout:
             f"The folder {root} has a single class, {shown(next(iter(parts['train'])))}: every network would be right"
             f" about all images.\nExpected {_expected(root)}\nGive it two classes or more."
         )
-    return Layout(root, names, parts, frozenset(no_files))
+    return Layout(root, names, parts, frozenset(odd.no_files), odd.not_read)
+
+
+@dataclass(eq=False)
+class _Odd:
+    """Files of classes that are none, or are not read."""
+
+    no_files: set[str] = field(default_factory=set)
+    not_read: Counter[str] = field(default_factory=Counter)
 
 
 def _expected(root: Path) -> str:
@@ -261,6 +276,11 @@ def _refuse_other_splits(root: Path, folders: Sequence[str]) -> None:
             f"Rename them train and test, each with a folder for each class in it.\nExpected {_expected(root)}"
         )
     deeper = [name for name in folders if any(each.lower() in PARTS["train"] for each in _folders(root / name))]
+    if len(deeper) > 1:
+        raise UserError(
+            f"The classes of {root} have parts in them, e.g. {shown(deeper[0])}/train; parts have classes in them.\n"
+            f"Expected {_expected(root)}"
+        )
     if inner := _nested(root / (deeper or folders)[0]) if deeper or len(folders) == 1 else None:
         raise UserError(f"The data set of {root} lies deeper in it.\nUse dataset.path={inner}.")
 
@@ -286,17 +306,17 @@ def _is_flat(folder: Path) -> bool:
 
 
 def _has_images(root: Path, folder: str) -> bool:
-    return next(_images(root, folder, set(), set()), None) is not None
+    return next(_images(root, folder, set(), _Odd()), None) is not None
 
 
-def _classes(root: Path, part: str, parts: Mapping[str, str], no_files: set[str]) -> Classes:
-    """List the image paths of each class below `root/part`, both sorted; add those that are no files."""
+def _classes(root: Path, part: str, parts: Mapping[str, str], odd: _Odd) -> Classes:
+    """List the image paths of each class below `root/part`, both sorted; add to `odd` what is found of these."""
     above = {_place(folder) for folder in (root / part, root, *root.resolve().parents)}
     names = [name for name in _folders(root / part) if _place(root / part / name) not in above]
     if not names:
         raise UserError(_no_classes(root, part, f"The folder {root / part} has no class folders in it", parts))
     prefix = f"{part}/" if part else ""
-    classes = {name: tuple(sorted(_images(root, f"{prefix}{name}", set(above), no_files))) for name in names}
+    classes = {name: tuple(sorted(_images(root, f"{prefix}{name}", set(above), odd))) for name in names}
     empty = [shown(name) for name, paths in classes.items() if not paths]
     if empty:
         raise UserError(
@@ -363,7 +383,7 @@ def _require_equal_classes(root: Path, names: Mapping[str, str], parts: Mapping[
 # --- Files ------------------------------------------------------------------------------------------
 
 
-def _images(root: Path, folder: str, seen: set[tuple[int, int]], no_files: set[str]) -> Iterator[str]:
+def _images(root: Path, folder: str, seen: set[tuple[int, int]], odd: _Odd) -> Iterator[str]:
     """Yield the paths of a folder's images. Folders of `seen`, to which links lead back, are not entered again."""
     left = [folder]
     while left:
@@ -371,16 +391,19 @@ def _images(root: Path, folder: str, seen: set[tuple[int, int]], no_files: set[s
         if (place := _place(root / folder)) in seen:
             continue
         seen.add(place)
+        deeper = []
         with os.scandir(root / folder) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name, reverse=True)
-        for entry in inside:
-            path = f"{folder}/{entry.name}"
-            if _is_folder(entry):
-                left.append(path)
-            elif _is_image(entry):
-                if not _is_file(entry):
-                    no_files.add(path)
-                yield path
+            for entry in entries:
+                path, name = f"{folder}/{entry.name}", entry.name.lower()
+                if _is_folder(entry):
+                    deeper.append(path)
+                elif _is_image(entry):
+                    if not _is_file(entry):
+                        odd.no_files.add(path)
+                    yield path
+                elif name.endswith(NOT_READ) and not name.startswith("."):
+                    odd.not_read[name[name.rindex(".") :]] += 1
+        left += sorted(deeper, reverse=True)  # so that it depends on no order of a disk which of two links is entered
 
 
 def _place(folder: Path) -> tuple[int, int]:

@@ -37,7 +37,7 @@ class Inventory:
         classes: None for a regression.
         image_size: side in pixels, before any crop; None if the settings do not fix it.
         val_images: split off the training images, or of a part of their own.
-        remark: a sentence about files that are left out, as far as they are known; "" if there are none.
+        remarks: sentences about files that are left out, as far as they are known.
     """
 
     train_images: int
@@ -45,7 +45,7 @@ class Inventory:
     classes: int | None
     image_size: int | None
     val_images: int = 0
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,18 @@ def check(
         )
     image_size = dataset.image_size or common_size(images, lenient=dataset.skip_unreadable)
     found = _inventory(dataset, len(images.train), len(images.test), len(images.classes), image_size)
-    return replace(found, val_images=len(images.val) or found.val_images, remark=remark(images))
+    return replace(found, val_images=len(images.val) or found.val_images, remarks=remarks(images))
 
 
-def remark(images: Listing) -> str:
-    """Return a sentence about files that are left out; "" if there are none."""
-    whole = len(images.paths) + len(images.left_out)
-    return unreadable.remark(images.root, images.left_out, whole) if images.left_out else ""
+def remarks(images: Listing) -> tuple[str, ...]:
+    """Return sentences about files that are left out."""
+    found = []
+    if images.left_out:
+        found.append(unreadable.remark(images.root, images.left_out, len(images.paths) + len(images.left_out)))
+    if images.not_read:
+        counts = ", ".join(f"{number:,} {extension}" for extension, number in images.not_read)
+        found.append(f"Files of {images.root} have formats that are not read, and are passed over: {counts}.")
+    return tuple(found)
 
 
 def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image_size: int | None) -> Inventory:

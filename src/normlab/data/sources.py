@@ -38,7 +38,7 @@ class Source:
     Attributes:
         values: of images of more than 8 bits.
         val: of a validation part of its own, like `train`; None without.
-        remark: about files that are left out.
+        remarks: sentences about files that are left out.
     """
 
     classes: tuple[str, ...]
@@ -51,7 +51,7 @@ class Source:
     values: Values = field(default_factory=Values)
     val: Resident | Files | None = None
     val_labels: Tensor | None = None
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
 
 def digits() -> Source:
@@ -205,7 +205,7 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         values=values,
         val=val if listing.val else None,
         val_labels=torch.tensor(listing.val_labels, dtype=torch.int64) if listing.val else None,
-        remark=inventory.remark(listing),
+        remarks=inventory.remarks(listing),
     )
 
 
