@@ -86,6 +86,7 @@ def test_a_folders_own_validation_part_is_where_val_size_would_be(settings, imag
         ("mv train/cat/* .; rm -r train test; touch labels.csv", 0.2, "Labels in a table (labels.csv) are not read"),
         ("mv test/cat test/images; rm -r test/dog; touch test/a.txt", None, "labels of {path}/test are in a.txt"),
         ("for c in cat dog; do mkdir $c; mv train/$c $c/train; mv test/$c $c/test; done; rmdir t*", 0.2, "cat/train"),
+        ("for p in *; do rm -r $p/cat; ln -s gone $p/cat; done", None, "the link leads nowhere"),
         ("mv train seg_train; mv test seg_test", 0.2, "look like a split"),
         ("mv train/* .; rm -r train test; rm dog/[1-9]*", 0.2, "there is one of dog"),
     ],

@@ -293,9 +293,9 @@ def _nested(folder: Path, depth: int = 3) -> Path | None:
     return _nested(folder / folders[0], depth - 1) if folders and depth else None
 
 
-def _folders(folder: Path) -> list[str]:
+def _folders(folder: Path, *, needed: bool = False) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if _is_folder(entry))
+        return sorted(entry.name for entry in entries if _is_folder(entry, needed=needed))
 
 
 def _is_flat(folder: Path) -> bool:
@@ -312,7 +312,7 @@ def _has_images(root: Path, folder: str) -> bool:
 def _classes(root: Path, part: str, parts: Mapping[str, str], odd: _Odd) -> Classes:
     """List the image paths of each class below `root/part`, both sorted; add to `odd` what is found of these."""
     above = {_place(folder) for folder in (root / part, root, *root.resolve().parents)}
-    names = [name for name in _folders(root / part) if _place(root / part / name) not in above]
+    names = [name for name in _folders(root / part, needed=True) if _place(root / part / name) not in above]
     if not names:
         raise UserError(_no_classes(root, part, f"The folder {root / part} has no class folders in it", parts))
     prefix = f"{part}/" if part else ""
@@ -395,7 +395,7 @@ def _images(root: Path, folder: str, seen: set[tuple[int, int]], odd: _Odd) -> I
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 path, name = f"{folder}/{entry.name}", entry.name.lower()
-                if _is_folder(entry):
+                if _is_folder(entry, needed=True):
                     deeper.append(path)
                 elif _is_image(entry):
                     if not _is_file(entry):
@@ -422,16 +422,23 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder of the user's, and none that a system or a program keeps there."""
+def _is_folder(entry: os.DirEntry[str], *, needed: bool = False) -> bool:
+    """Return whether an entry is a folder of the user's, and none that a system or a program keeps there.
+
+    Raises:
+        OSError: nobody can tell; with `needed`, of a link that leads nowhere now and is called as a folder is.
+    """
     if entry.name.startswith(".") or entry.name.lower() in NO_CLASSES:
         return False
     try:
-        return entry.is_dir()
+        found = entry.is_dir()
     except OSError as error:
         if error.errno == errno.ELOOP or _is_image(entry):  # a link to itself; an image that cannot be read
             return False
         raise
+    if needed and not found and entry.is_symlink() and not _is_file(entry) and not Path(entry.name).suffix:
+        raise FileNotFoundError(errno.ENOENT, "the link leads nowhere", entry.path)
+    return found
 
 
 def shown(name: str) -> str:
