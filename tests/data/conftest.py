@@ -33,7 +33,7 @@ def settings() -> Settings:
         values: dict[str, Any] = {"kind": kind, "name": kind, **common}
         if kind in ("image_folder", "imagenet"):
             values |= {"image_size": None, "storage": "auto", "memory_limit_gb": 1.0, "crop_scale": None, "workers": 0}
-            values["value_range"] = None
+            values |= {"value_range": None, "test_fraction": None, "skip_unreadable": False}
             return FolderDataset(**(values | changes))
         return BuiltinDataset(**(values | {"image_size": None} | changes))
 

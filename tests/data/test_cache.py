@@ -10,8 +10,8 @@ from PIL import Image
 
 from normlab.common.errors import UserError
 from normlab.data import cache
+from normlab.data.folders import images_of, scan
 from normlab.data.images import Decoder
-from normlab.data.inventory import scan
 from normlab.data.streaming import worker_context
 
 
@@ -20,7 +20,7 @@ class Decoding:
 
     def __init__(self, root: Path, data_dir: Path, size: int = 8) -> None:
         scan.cache_clear()
-        found = scan(root)
+        found = images_of(scan(root), None, 0)
         self.paths = [*found.train, *found.test]
         self.decoder = Decoder(root, size, size, one_size=False, crop_scale=None)
         self.data_dir = data_dir
@@ -39,7 +39,7 @@ def test_the_array_holds_the_pixels_of_the_files_and_a_second_load_decodes_nothi
     first, second = Decoding(root, tmp_path), Decoding(root, tmp_path)
     array = first.run()
     assert array.shape == (20, 3, 8, 8)
-    for pixels, path in zip(array, scan(root).train, strict=False):
+    for pixels, path in zip(array, images_of(scan(root), None, 0).train, strict=False):
         assert np.array_equal(pixels.transpose(1, 2, 0), np.array(Image.open(root / path)))
     assert first.decoded
     array_again = second.run()

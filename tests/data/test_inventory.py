@@ -15,7 +15,8 @@ from torchvision import datasets
 from normlab.common.errors import UserError
 from normlab.config.schema import BuiltinDataset, FolderDataset
 from normlab.data import inventory
-from normlab.data.inventory import Inventory, check, scan
+from normlab.data.folders import images_of, scan
+from normlab.data.inventory import Inventory, check
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +106,7 @@ def test_hidden_and_other_files_are_passed_over_and_folders_entered(image_folder
             shutil.copy(path / "train" / "dog" / "0.png", above / name / "1.png")
     (path / "train" / "dog" / "deeper").mkdir()
     shutil.copy(path / "train" / "dog" / "0.png", path / "train" / "dog" / "deeper" / "1.PNG")
-    found = scan(path)
+    found = images_of(scan(path), None, 0)
     assert found.train == ("train/cat/0.png", "train/dog/0.png", "train/dog/deeper/1.PNG")
     assert found.train_labels == (0, 1, 1)
     assert found.test == ("val/cat/0.png", "val/dog/0.png")
@@ -153,7 +154,7 @@ def test_what_follows_an_images_end_is_no_damage(settings, image_folder) -> None
 
 def test_the_listing_equals_torchvisions(image_folder) -> None:
     path = image_folder(count=12, classes=("b", "a", "c"))
-    found, oracle = scan(path), datasets.ImageFolder(path / "train")
+    found, oracle = images_of(scan(path), None, 0), datasets.ImageFolder(path / "train")
     assert list(found.classes) == oracle.classes
     assert [str(path / name) for name in found.train] == [name for name, _ in oracle.samples]
     assert list(found.train_labels) == oracle.targets
@@ -236,7 +237,7 @@ def test_imagenet_without_its_files_says_which_go_where(settings, tmp_path) -> N
         assert archive in message
         (tmp_path / "imagenet" / archive).touch()
     assert str(tmp_path / "imagenet") in message
-    assert check(dataset, Path()) == Inventory(1_280_000, 50_000, 1000, 224), "known before it is unpacked"
+    assert check(dataset, Path()) == Inventory(1_280_000, 50_000, 1000, 224, 1167), "known before it is unpacked"
 
 
 def test_imagenets_file_names_are_torchvisions() -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 from normlab import runs
 from normlab.common.errors import UserError
 from normlab.data import sources, values
-from normlab.data.inventory import scan
+from normlab.data.folders import images_of, scan
 from normlab.data.values import standard_range
 from normlab.training.run import train_run
 
@@ -181,7 +181,7 @@ USED = {
 @pytest.mark.parametrize("case", [*WASTED, *USED])
 def test_a_range_of_which_next_to_nothing_is_used_is_warned_of(folder_of, tmp_path, case) -> None:
     images, *words = WASTED.get(case) or (USED[case],)
-    listing = scan(folder_of(images, images[:2], ".tif"))
+    listing = images_of(scan(folder_of(images, images[:2], ".tif")), None, 0)
     for _ in ("measured", "kept"):
         warnings = values.find(listing, None, "contents", tmp_path / "data", lambda line: None).warnings
         assert len(warnings) == bool(words), warnings
@@ -235,7 +235,7 @@ def test_16_bit_colors_of_which_pillow_leaves_nothing_are_refused(image_folder, 
 
 def test_the_range_is_read_once_for_each_content(folder_of, tmp_path, monkeypatch) -> None:
     root = folder_of([ramp(0, 4095, np.uint16)] * 2, [ramp(0, 4095, np.uint16)] * 2)
-    listing = scan(root)
+    listing = images_of(scan(root), None, 0)
 
     def find(contents: str) -> values.ValueRange | None:
         return values.find(listing, None, contents, tmp_path / "data", lambda line: None).value_range

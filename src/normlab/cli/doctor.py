@@ -279,7 +279,8 @@ def _chosen(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Findin
         return Finding(subject, "synthetic, made when it is needed")
     where = f" in {dataset.path}" if isinstance(dataset, FolderDataset) else ""
     size = f" of {found.image_size}x{found.image_size} pixels" if found.image_size else ""
-    return Finding(subject, f"{found.train_images:,} images{size} to train on, {found.classes} classes{where}")
+    text = f"{found.train_images:,} images{size} to train on, {found.classes} classes{where}"
+    return Finding(subject, text, "note", " ".join(found.remarks)) if found.remarks else Finding(subject, text)
 
 
 def cifar(kind: str, data_dir: Path) -> Finding:

@@ -263,7 +263,7 @@ class BuiltinDataset(_Dataset):
 
 
 class FolderDataset(_Dataset):
-    """Images in ImageNet's layout, decoded into memory or streamed."""
+    """Images in folders of their classes, decoded into memory or streamed."""
 
     kind: Literal["image_folder", "imagenet"]
     path: Folder
@@ -273,6 +273,8 @@ class FolderDataset(_Dataset):
     crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
     workers: Whole
     value_range: Annotated[Annotated[list[Number], Field(min_length=2, max_length=2)] | None, Since(2, neutral=None)]
+    test_fraction: Annotated[Annotated[Number, Field(gt=0, lt=1)] | None, Since(3, neutral=None)]
+    skip_unreadable: Annotated[Switch, Since(3, neutral=False)]
 
     @model_validator(mode="before")
     @classmethod
@@ -284,9 +286,14 @@ class FolderDataset(_Dataset):
         return data
 
     @model_validator(mode="after")
-    def _check_crop(self) -> Self:
+    def _check_folder(self) -> Self:
         if self.value_range and self.value_range[0] >= self.value_range[1]:
             raise wrong("dataset.value_range=[low,high] needs low < high")
+        if self.kind == "imagenet" and self.test_fraction:
+            raise wrong(
+                f"dataset.test_fraction={exact(self.test_fraction)} is for folders without test images, and ImageNet's"
+                " are those of val/.\nUse dataset.test_fraction=null, or dataset=image_folder."
+            )
         if self.crop_scale and self.crop_scale[0] > self.crop_scale[1]:
             raise wrong("dataset.crop_scale=[low,high] needs low <= high")
         if self.crop_scale and self.storage == "memory":

@@ -1,7 +1,7 @@
 """Damaged image files, found before a run starts, as far as that is cheap; without torch."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from normlab.common.cpu import cores
 from normlab.common.errors import UserError
+from normlab.data.folders import shown
 
 if TYPE_CHECKING:  # Pillow is imported where an image is opened
     from PIL import Image
@@ -17,31 +18,46 @@ if TYPE_CHECKING:  # Pillow is imported where an image is opened
 MOST_FILES = 10_000  # whose ends are read, in half a second; of more files as many, evenly spread
 MOST_DECODED = 64  # that have no end to be checked, evenly spread
 END_BYTES = 64
+REMEDY = "Replace the file or remove it. Or leave out all that cannot be read: dataset.skip_unreadable=true."
 
 
-@lru_cache(maxsize=8)  # a sweep checks every run
-def check(root: Path, paths: Sequence[str]) -> None:
-    """Check that files end as their format does, and decode those that do not, and some whose format has no end.
-
-    Cut and empty files are found, and files that are no images. Damage in the middle is found on decoding.
+def check(root: Path, paths: tuple[str, ...], no_files: frozenset[str]) -> None:
+    """Check that none of the files is found to be damaged.
 
     Raises:
         UserError: naming the files.
     """
-    looked_at = _spread(paths, MOST_FILES)
+    if damaged := find(root, paths, no_files):
+        (_, reason), *others = damaged.items()
+        more = f"\nSo it is with {len(others)} more, e.g. {shown(others[0][0])}." if others else ""
+        raise UserError(f"{reason}{more}")
+
+
+@lru_cache(maxsize=8)  # a sweep checks every run
+def find(root: Path, paths: tuple[str, ...], no_files: frozenset[str]) -> Mapping[str, str]:
+    """Check that files end as their format does, and decode those that do not, and some whose format has no end.
+
+    Cut and empty files are found, and files that are no images. Damage in the middle is found on decoding.
+
+    Args:
+        root: the folder that paths are relative to.
+        paths: of all images.
+        no_files: of these, pipes, devices and links to nowhere.
+
+    Returns:
+        a sentence why a file cannot be read, by its path.
+    """
+    looked_at = _spread([path for path in paths if path not in no_files], MOST_FILES)
     with ThreadPoolExecutor(4 * cores()) as pool:
         ends = list(pool.map(lambda path: _has_its_end(root / path), looked_at))
     cut = [path for path, whole in zip(looked_at, ends, strict=True) if whole is False]
     unknown = [path for path, whole in zip(looked_at, ends, strict=True) if whole is None]
-    damaged = {
+    odd = "it is no file, but a pipe, a device or a link to nothing that is there"
+    return {path: _refusal(root / path, odd) for path in sorted(no_files)} | {
         path: reason
         for path in (*_spread(cut, MOST_DECODED), *_spread(unknown, MOST_DECODED))
         if (reason := _damage(root / path))
     }
-    if damaged:
-        (_, reason), *others = damaged.items()
-        more = f"\nSo it is with {len(others)} more, e.g. {others[0][0]}." if others else ""
-        raise UserError(f"{reason}{more}")
 
 
 def _spread(paths: Sequence[str], most: int) -> Sequence[str]:
@@ -97,7 +113,10 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
             yield image
     except Exception as error:  # Pillow's plugins raise whatever their parsing meets
         reason = "it is not an image that Pillow knows" if "cannot identify" in str(error) else str(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
         reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
-        raise UserError(
-            f"The image {path} cannot be read: {reason or type(error).__name__}.\nReplace the file or remove it."
-        ) from None
+        raise UserError(_refusal(path, reason or type(error).__name__)) from None
+
+
+def _refusal(path: Path, reason: str) -> str:
+    return f"The image {shown(str(path))} cannot be read: {reason}.\n{REMEDY}"

@@ -31,6 +31,7 @@ class Data:
         classes: names of the network's outputs: of a regression the components of y.
         fingerprint: of the content, so that a run is not resumed on other data.
         values: of images of more than 8 bits.
+        warnings: sentences about images that are left out, or whose values are clipped.
     """
 
     classes: tuple[str, ...]
@@ -42,6 +43,7 @@ class Data:
     task: Literal["classification", "regression"] = "classification"
     channels: int = 3
     values: Values = field(default_factory=Values)
+    warnings: tuple[str, ...] = ()
 
     def calibration(self, count: int) -> Tensor:
         """Return the training images for a start from data, normalized and not augmented.
@@ -97,7 +99,7 @@ def _source(
     """Return all images of a data set, from `loaded` if they are there."""
     name, data_dir = _name(config), Path(config.data_dir).expanduser()
     inventory.forget()  # files count as they are from now on
-    inventory.check(dataset, data_dir)
+    inventory.check(dataset, data_dir, log)
     if name in loaded:
         source: Source = loaded[name]
     elif isinstance(dataset, FolderDataset):
@@ -139,11 +141,17 @@ class _Images:
             fingerprint=source.fingerprint,
             train=self._split(source.train, source.train_labels, rows, training | more),
             test=self._evaluated("test", source.test, source.test_labels, test_rows, evaluation),
-            val=self._evaluated("val", source.train, source.train_labels, val_rows, evaluation)
-            if len(val_rows)
-            else None,
+            val=self._validation(val_rows, evaluation),
             values=source.values,
+            warnings=(*source.remarks, *source.values.warnings),
         )
+
+    def _validation(self, rows: Tensor, settings: dict[str, Any]) -> Split | None:
+        """Return the validation part that a folder has, or the `rows` of the training images."""
+        source = self.source
+        if source.val is not None and source.val_labels is not None:
+            return self._evaluated("val", source.val, source.val_labels, torch.arange(len(source.val_labels)), settings)
+        return self._evaluated("val", source.train, source.train_labels, rows, settings) if len(rows) else None
 
     def _evaluated(
         self, part: str, images: Resident | Files, labels: Tensor, chosen: Tensor, settings: dict[str, Any]
@@ -157,7 +165,7 @@ class _Images:
         labels = labels[chosen]
         if isinstance(images, Resident) and self.device.type != "cpu":  # only the images of a split go to the device
             rows = hashlib.sha256(chosen.numpy().tobytes()).digest()
-            part = (_name(self.config), str(self.device), rows, images is self.source.train)
+            part = (_name(self.config), str(self.device), rows, id(images))
             if part not in self.loaded:
                 self.loaded[part] = Resident(images.images[chosen].to(self.device))
                 torch.cuda.synchronize(self.device)  # other runs will read them on streams of their own

@@ -7,27 +7,22 @@ import os
 import threading
 import urllib.request
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from normlab.common.errors import UserError, nearest
+from normlab.common.errors import UserError
 from normlab.config.schema import BuiltinDataset, FolderDataset, ImageDataset, RegressionDataset
-from normlab.data import damage
+from normlab.data import damage, unreadable
 from normlab.data.damage import open_image
+from normlab.data.folders import Layout, Listing, images_of, scan
 
 if TYPE_CHECKING:  # Pillow is imported where an image is opened
     from PIL import Image
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
 ANSWER_SECONDS = 2.0  # a mistake is reported within 3 s, so the server of a download has this long to answer
-NO_CLASSES = {  # by systems and programs, in lower case; names that begin with a dot are left out, too
-    *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
-    *("__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
-}
 TURNED = (5, 6, 7, 8)  # orientations of EXIF that exchange width and height
 SIZE_SAMPLE = 64  # training images whose size is read when all are expected to have the same
 
@@ -41,24 +36,16 @@ class Inventory:
         test_images: after `test_size`.
         classes: None for a regression.
         image_size: side in pixels, before any crop; None if the settings do not fix it.
+        val_images: split off the training images, or of a part of their own.
+        remarks: sentences about files that are left out, as far as they are known.
     """
 
     train_images: int
     test_images: int
     classes: int | None
     image_size: int | None
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a folder, by class and then by name; `/`-separated paths relative to `root`."""
-
-    root: Path
-    classes: tuple[str, ...]
-    train: tuple[str, ...]
-    train_labels: tuple[int, ...]
-    test: tuple[str, ...]
-    test_labels: tuple[int, ...]
+    val_images: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,8 +78,15 @@ IMAGENET_ARCHIVES = {  # by what torchvision unpacks them to (a test compares th
 }
 
 
-def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventory:
+def check(
+    dataset: ImageDataset | RegressionDataset, data_dir: Path, log: Callable[[str], None] | None = None
+) -> Inventory:
     """Locate the data set and check the settings that depend on it.
+
+    Args:
+        dataset: its settings.
+        data_dir: where data sets are, and what is kept of folders.
+        log: as of `usable_images`: the data is about to be used.
 
     Raises:
         UserError: the data is missing, incomplete or unusable, or a subset does not fit it.
@@ -107,10 +101,26 @@ def check(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Inventor
         return _inventory(dataset, train=50_000, test=10_000, classes=classes, image_size=size)
     if dataset.kind == "imagenet" and not _imagenet_is_unpacked(Path(dataset.path).expanduser()):
         return _inventory(dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size)
-    listing = list_images(dataset)
-    damage.check(listing.root, (*listing.train, *listing.test))
-    image_size = dataset.image_size or common_size(listing)
-    return _inventory(dataset, len(listing.train), len(listing.test), len(listing.classes), image_size)
+    images = usable_images(dataset, data_dir, log)
+    if images.val and dataset.val_size:
+        raise UserError(
+            f"dataset.val_size={dataset.val_size} would split off validation images, and {images.root} has"
+            f" {len(images.val)} of its own.\nLeave it out: dataset.val_size=0."
+        )
+    image_size = dataset.image_size or common_size(images, lenient=dataset.skip_unreadable)
+    found = _inventory(dataset, len(images.train), len(images.test), len(images.classes), image_size)
+    return replace(found, val_images=len(images.val) or found.val_images, remarks=remarks(images))
+
+
+def remarks(images: Listing) -> tuple[str, ...]:
+    """Return sentences about files that are left out."""
+    found = []
+    if images.left_out:
+        found.append(unreadable.remark(images.root, images.left_out, len(images.paths) + len(images.left_out)))
+    if images.not_read:
+        counts = ", ".join(f"{number:,} {extension}" for extension, number in images.not_read)
+        found.append(f"Files of {images.root} have formats that are not read, and are passed over: {counts}.")
+    return tuple(found)
 
 
 def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image_size: int | None) -> Inventory:
@@ -141,18 +151,51 @@ def _inventory(dataset: ImageDataset, train: int, test: int, classes: int, image
             f" {dataset.name}.\nAn evaluation sees the central crop of an image, without crop_padding.\n"
             f"Nearest valid: dataset.crop_size={image_size}, or dataset.crop_size=null for whole images."
         )
-    return Inventory(dataset.train_size or left, dataset.test_size or test, classes, image_size)
+    return Inventory(dataset.train_size or left, dataset.test_size or test, classes, image_size, dataset.val_size)
 
 
 # --- Folders ----------------------------------------------------------------------------------------
 
 
+def usable_images(dataset: FolderDataset, data_dir: Path, log: Callable[[str], None] | None = None) -> Listing:
+    """Return the images of a folder that a run uses.
+
+    With `skip_unreadable`, without those that cannot be read. With `log`, which is called with sentences about
+    progress, all images are decoded once to find them; else those are left out that are known or quickly found.
+
+    Raises:
+        UserError: the layout is another, or files are damaged, or too many.
+    """
+    layout = _layout(dataset)
+    everything = images_of(layout, dataset.test_fraction, dataset.split_seed)
+    paths = tuple(sorted(everything.paths))  # the same of every split
+    if not dataset.skip_unreadable:
+        damage.check(layout.root, paths, layout.no_files)
+        return everything
+    left_out: Collection[str] | None
+    if log:
+        left_out = unreadable.find(layout.root, paths, layout.no_files, data_dir, log)
+    else:
+        left_out = unreadable.known(layout.root, paths, data_dir)
+    if left_out is None:
+        left_out = damage.find(layout.root, paths, layout.no_files)
+    return images_of(layout, dataset.test_fraction, dataset.split_seed, left_out)
+
+
 def list_images(dataset: FolderDataset) -> Listing:
-    """Return the images below `dataset.path`, as `scan` lists them."""
+    """Return all images of a folder, those that cannot be read included, without opening one.
+
+    Raises:
+        UserError: the layout is another.
+    """
+    return images_of(_layout(dataset), dataset.test_fraction, dataset.split_seed)
+
+
+def _layout(dataset: FolderDataset) -> Layout:
     root = Path(dataset.path).expanduser()
     if dataset.kind != "imagenet":
         return scan(root)
-    listing = scan(root, ("val",))
+    layout = scan(root, imagenet=True)
     for part in ("train", "val"):  # where torchvision unpacks archives of classes, and images before it sorts them
         with os.scandir(root / part) as entries:
             left = next((entry.name for entry in entries if entry.name.endswith((".tar", ".JPEG"))), None)
@@ -161,7 +204,7 @@ def list_images(dataset: FolderDataset) -> Listing:
                 f"ImageNet is unpacked in part: {root / part / left} has not been put into its class.\n"
                 f"Delete {root / 'train'} and {root / 'val'}; they are unpacked again from the archives."
             )
-    return listing
+    return layout
 
 
 def is_gone(dataset: FolderDataset) -> bool:
@@ -170,122 +213,34 @@ def is_gone(dataset: FolderDataset) -> bool:
     return not root.exists() or (root.is_dir() and os.access(root, os.R_OK) and not any(root.iterdir()))
 
 
-@lru_cache(maxsize=8)  # a sweep checks every run
-def scan(root: Path, test_names: tuple[str, ...] = ("test", "val")) -> Listing:
-    """List `root/train/<class>/*` and the first of `root/<test_names>/<class>/*` that exists.
-
-    Classes are the folders' names in sorted order. Folders inside a class are entered. Hidden files and folders,
-    those of `NO_CLASSES` and files without an extension of `IMAGE_EXTENSIONS` are left out.
-
-    Raises:
-        UserError: the layout is not that, the classes of the two parts differ, or there is a single one.
-    """
-    layout = f"Expected {root}/train/<class>/* and {root}/{' or '.join(test_names)}/<class>/*."
-    try:
-        _require_folder(root)
-        parts = {entry.name for entry in os.scandir(root) if _is_folder(entry)}
-        test_name = next((name for name in test_names if name in parts), None)
-        if not parts:
-            raise UserError(f"The folder {root} has no folders in it.\n{layout}")
-        if "train" not in parts or test_name is None:
-            missing = "train" if "train" not in parts else " or ".join(test_names)
-            raise UserError(f"The folder {root} has no folder {missing}; it has {_abridged(sorted(parts))}.\n{layout}")
-        train, test = _classes(root, "train", layout), _classes(root, test_name, layout)
-    except OSError as error:
-        raise UserError(f"The folder {root} cannot be read: {error.strerror} ({error.filename}).") from None
-    if train.keys() != test.keys():
-        raise UserError(_class_difference(root, set(train), test_name, set(test)))
-    if len(train) == 1:
-        raise UserError(
-            f"The folder {root} has a single class, {next(iter(train))}: every network would be right about all images."
-            f"\n{layout}\nGive it two classes or more."
-        )
-    return Listing(root, tuple(train), *_paths_and_labels(train), *_paths_and_labels(test))
-
-
 def forget() -> None:
     """Let the next look at a folder read it anew."""
-    for remembered in (scan, common_size, damage.check):
+    for remembered in (scan, common_size, damage.find):
         remembered.cache_clear()
 
 
-def _paths_and_labels(classes: dict[str, list[str]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    labels = (label for label, paths in enumerate(classes.values()) for _ in paths)
-    return tuple(chain.from_iterable(classes.values())), tuple(labels)
-
-
-def _require_folder(root: Path) -> None:
-    if root.is_dir():
-        return
-    if root.exists():
-        raise UserError(f"dataset.path={root} is a file.\nExpected a folder with train/ and test/ or val/ in it.")
-    siblings = [entry.name for entry in root.parent.iterdir()] if root.parent.is_dir() else []
-    close = nearest(root.name, siblings)
-    raise UserError(
-        f"The folder dataset.path={root} does not exist"
-        + (f"; did you mean {root.parent / close}?" if close else ".")
-        + "\nExpected a folder with train/<class>/* and test/<class>/* (or val/) in it."
-    )
-
-
-def _classes(root: Path, part: str, layout: str) -> dict[str, list[str]]:
-    """List the image paths of each class below `root/part`, both sorted."""
-    names = [entry.name for entry in os.scandir(root / part) if _is_folder(entry)]
-    if not names:
-        raise UserError(f"The folder {root / part} has no class folders in it.\n{layout}")
-    classes = {name: sorted(_images(root, f"{part}/{name}")) for name in sorted(names)}
-    empty = [name for name, paths in classes.items() if not paths]
-    if empty:
-        raise UserError(
-            f"{'Classes' if len(empty) > 1 else 'A class'} without images in {root / part}: {_abridged(empty)}.\n"
-            f"Files count as images by their extension: {' '.join(IMAGE_EXTENSIONS)}.\n"
-            "Add images, or remove the folder from both parts."
-        )
-    return classes
-
-
-def _images(root: Path, folder: str) -> Iterator[str]:
-    with os.scandir(root / folder) as entries:
-        for entry in entries:
-            if _is_folder(entry):
-                yield from _images(root, f"{folder}/{entry.name}")
-            elif _is_no_dotfile(entry) and entry.name.lower().endswith(IMAGE_EXTENSIONS):
-                yield f"{folder}/{entry.name}"
-
-
-def _is_no_dotfile(entry: os.DirEntry[str]) -> bool:
-    return not entry.name.startswith(".")
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether an entry is a folder of the user's, and none that a system or a program keeps there."""
-    return _is_no_dotfile(entry) and entry.name.lower() not in NO_CLASSES and entry.is_dir()
-
-
-def _class_difference(root: Path, train: set[str], test_name: str, test: set[str]) -> str:
-    lines = [f"The classes in train and {test_name} of {root} differ."]
-    for only, part in ((train - test, "train"), (test - train, test_name)):
-        if only:
-            lines.append(f"Only in {part}: {_abridged(sorted(only))}.")
-    return "\n".join([*lines, "Give both the same class folders: rename or remove those."])
-
-
-def _abridged(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 @lru_cache(maxsize=8)
-def common_size(listing: Listing) -> int:
+def common_size(images: Listing, *, lenient: bool = False) -> int:
     """Return the side in pixels that all images seem to have, by the headers of `SIZE_SAMPLE` training images.
 
+    Args:
+        images: of the folder.
+        lenient: pass over headers that cannot be read.
+
     Raises:
-        UserError: sizes differ or are not square, so that `dataset.image_size` has to be chosen.
+        UserError: a header cannot be read; sizes differ or are not square, and `dataset.image_size` has to be chosen.
     """
     sizes = {}
     with warnings.catch_warnings(action="ignore"):  # Pillow's remarks on odd files that it does read
-        for path in listing.train[:: max(1, len(listing.train) // SIZE_SAMPLE)]:
-            with open_image(listing.root / path) as image:
-                sizes[path] = shown_size(image)
+        for path in images.train[:: max(1, len(images.train) // SIZE_SAMPLE)]:
+            try:
+                with open_image(images.root / path) as image:
+                    sizes[path] = shown_size(image)
+            except UserError:
+                if not lenient:
+                    raise
+    if not sizes:
+        raise UserError(f"None of the images of {images.root} that were looked at can be read, e.g. {images.train[0]}.")
     return require_one_size(sizes)
 
 

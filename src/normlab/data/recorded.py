@@ -1,5 +1,6 @@
 """The images of a folder as a run records them, and whether they are still the same."""
 
+import hashlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -7,49 +8,72 @@ from typing import Any
 
 from normlab.config.schema import FolderDataset, RunConfig
 from normlab.data.contents import known_contents_digest, listing_digest
-from normlab.data.inventory import Listing, list_images
+from normlab.data.folders import shown
+from normlab.data.inventory import list_images, usable_images
+
+RECORDED = 20  # names of files that are left out
 
 
 class ImageFiles:
     """The image files of a folder: listed when that is first needed, and read only if they have to be.
 
+    Those that cannot be read and are left out belong to them. So whether they are the same is known without decoding.
+
     Args:
-        images: those of the folder.
+        dataset: the settings of the folder.
         data_dir: keeps the digest of what was read, so that not every run reads it.
     """
 
-    def __init__(self, images: Listing, data_dir: Path) -> None:
-        self._images, self._data_dir = images, data_dir
-        self._paths = (*images.train, *images.test)
-        self.path = images.root.resolve()
+    def __init__(self, dataset: FolderDataset, data_dir: Path) -> None:
+        self._dataset, self._data_dir = dataset, data_dir
+        self._images = list_images(dataset)
+        self.path = self._images.root.resolve()
 
     @cached_property
     def listing(self) -> str:
         """SHA-256 of names, sizes and times."""
-        return listing_digest(self._images.root, self._paths)
+        return self._listing(self._images.paths)
 
     @cached_property
     def contents(self) -> str:
         """SHA-256 of names and bytes."""
-        return known_contents_digest(self.path, self._paths, self._data_dir)
+        return self._contents(self._images.paths)
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a run records: path, numbers of classes and images, and both digests."""
+    def _listing(self, paths: tuple[str, ...]) -> str:
+        return listing_digest(self._images.root, paths, lenient=self._dataset.skip_unreadable)
+
+    def _contents(self, paths: tuple[str, ...]) -> str:
+        return known_contents_digest(self.path, paths, self._data_dir, lenient=self._dataset.skip_unreadable)
+
+    def _counts(self) -> dict[str, int]:
         return {
-            "path": str(self.path),
             "classes": len(self._images.classes),
-            "images": len(self._paths),
-            "listing": self.listing,
-            "contents": self.contents,
+            "images": len(self._images.paths),
+            "validation_images": len(self._images.val),
         }
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a run records: path, numbers of classes and files, both digests, and the files left out."""
+        described = {"path": str(self.path), **self._counts(), "listing": self.listing, "contents": self.contents}
+        if not self._dataset.skip_unreadable:
+            return described
+        left_out = usable_images(self._dataset, self._data_dir, log=lambda sentence: None).left_out
+        names = [shown(path) for path in left_out]
+        digest = hashlib.sha256("\0".join(names).encode()).hexdigest()
+        return {**described, "left_out": {"images": len(names), "first": names[:RECORDED], "names": digest}}
+
     def change(self, recorded: object) -> str:
-        """Return how the files differ from what was recorded, e.g. `2 classes then, 3 now`; "" if they do not."""
-        if not isinstance(recorded, Mapping) or self.listing == recorded.get("listing"):
+        """Return how the files differ from what was recorded, e.g. `2 classes then, 3 now`; "" if they do not.
+
+        Before format 3 a validation part was not looked at, and is no part of what was recorded.
+        """
+        if not isinstance(recorded, Mapping):
             return ""
-        now = self.describe()
-        if now["contents"] == recorded.get("contents"):
+        paths = (*self._images.train, *self._images.test)
+        known = self._images.paths if "validation_images" in recorded else paths
+        if self._listing(known) == recorded.get("listing") or self._contents(known) == recorded.get("contents"):
             return ""
+        now = self._counts()
         counts = (count for count in ("classes", "images") if now[count] != recorded.get(count))
         return next(
             (f"{recorded.get(each)} {each} then, {now[each]} now" for each in counts), "other files or contents"
@@ -64,4 +88,4 @@ def image_files(config: RunConfig) -> ImageFiles | None:
     """
     if not isinstance(config.dataset, FolderDataset) or config.dataset.kind != "image_folder":
         return None
-    return ImageFiles(list_images(config.dataset), Path(config.data_dir).expanduser())
+    return ImageFiles(config.dataset, Path(config.data_dir).expanduser())

@@ -37,6 +37,8 @@ class Source:
 
     Attributes:
         values: of images of more than 8 bits.
+        val: of a validation part of its own, like `train`; None without.
+        remarks: sentences about files that are left out.
     """
 
     classes: tuple[str, ...]
@@ -47,6 +49,9 @@ class Source:
     test: Resident | Files
     test_labels: Tensor
     values: Values = field(default_factory=Values)
+    val: Resident | Files | None = None
+    val_labels: Tensor | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def digits() -> Source:
@@ -150,15 +155,15 @@ def resized(source: Source, size: int | None) -> Source:
 
 
 def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.device, log: Log) -> Source:
-    """Decode images in ImageNet's layout into memory, or prepare to stream them; the same pixels either way.
+    """Decode the images of a folder into memory, or prepare to stream them; the same pixels either way.
 
     Raises:
         UserError: the layout is another, a file cannot be read, or `data_dir` cannot be written.
     """
     root = Path(dataset.path).expanduser()
     names = _unpack_imagenet(root, log) if dataset.kind == "imagenet" else {}
-    listing = inventory.list_images(dataset)
-    paths = [*listing.train, *listing.test]
+    listing = inventory.usable_images(dataset, data_dir, log)
+    paths = list(listing.paths)
     if dataset.kind == "imagenet":  # a million files whose content is known are not read for a digest
         contents, chosen = _names_digest(paths), dataset.value_range
         values = Values((chosen[0], chosen[1]) if chosen else None)
@@ -175,20 +180,20 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         crop_scale=(dataset.crop_scale[0], dataset.crop_scale[1]) if dataset.crop_scale else None,
         value_range=values.value_range,
     )
-    count, decoded_bytes = len(listing.train), (len(listing.train) + len(listing.test)) * 3 * size**2
+    parts = (listing.train, listing.test, listing.val)
+    decoded_bytes = len(paths) * 3 * size**2
     streams = dataset.storage == "stream" or (
         dataset.storage == "auto" and (dataset.crop_scale is not None or decoded_bytes > dataset.memory_limit_gb * 1e9)
     )
-    train: Resident | Files
-    test: Resident | Files
+    loaded: list[Resident | Files]
     if streams:
-        log(f"Streaming {count:,} training images from {root} with {dataset.workers} workers.")
-        train, test = (Files(decoder, paths, seed, dataset.workers, device) for paths in (listing.train, listing.test))
+        log(f"Streaming {len(listing.train):,} training images from {root} with {dataset.workers} workers.")
+        loaded = [Files(decoder, part, seed, dataset.workers, device) for part in parts]
         fingerprint = contents
     else:
         array, fingerprint = cache.decoded(decoder, paths, data_dir, log)
-        images = torch.from_numpy(array)
-        train, test = Resident(images[:count]), Resident(images[count:])
+        loaded = [Resident(images) for images in torch.split(torch.from_numpy(array), [len(part) for part in parts])]
+    train, test, val = loaded
     return Source(
         classes=tuple(names.get(name, name) for name in listing.classes),
         image_size=size,
@@ -198,6 +203,9 @@ def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.devi
         test=test,
         test_labels=torch.tensor(listing.test_labels),
         values=values,
+        val=val if listing.val else None,
+        val_labels=torch.tensor(listing.val_labels, dtype=torch.int64) if listing.val else None,
+        remarks=inventory.remarks(listing),
     )
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from normlab.common.cpu import cores
 from normlab.common.errors import UserError
 from normlab.data.damage import open_image
-from normlab.data.inventory import Listing
+from normlab.data.folders import Listing
 from normlab.runs.files import make_folder, write_atomically
 
 if TYPE_CHECKING:  # Pillow is imported where an image is opened
@@ -44,6 +44,7 @@ class Extremes:
     Attributes:
         train: low and high of each training image; of one without a finite value, nothing.
         test: the same of the test images.
+        val: the same of the images of a validation part of its own.
         whole: all values are whole numbers.
         not_finite: images with a NaN or an infinity.
         deepest_color: the largest value, 0 to 255, that Pillow reads from color images of 16 bits; None without them.
@@ -57,6 +58,7 @@ class Extremes:
     deepest_color: int | None
     quantiles: list[float] = field(default_factory=list)
     quantiles_of_8_bits: list[float] = field(default_factory=list)
+    val: list[ValueRange] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -105,18 +107,18 @@ def find(
             f"Of such files the upper 8 bits are read, which would leave {found.deepest_color + 1} levels.\n"
             "Scale their values to 8 bits, or to all of the 16."
         )
-    if not (found.train or found.test or found.not_finite):
+    if not (found.train or found.test or found.val or found.not_finite):
         if chosen:
             raise UserError(
                 f"dataset.value_range={list(chosen)} is for gray images of more than 8 bits, and {listing.root} has"
                 " none.\nLeave it out: dataset.value_range=null."
             )
         return Values(None, tuple(_remarks_on_8_bits(found, listing.root)))
-    low, high = chosen if chosen else standard_range(found.train or found.test, whole=found.whole)
+    low, high = chosen if chosen else standard_range(found.train or found.test or found.val, whole=found.whole)
     text = f"Images of more than 8 bits: {low:.10g} becomes black and {high:.10g} white"
     log(f"{text} (dataset.value_range{'' if chosen else ' sets other values'}).")
     warnings = [*_remarks_on_range(found, (low, high), listing.root), *_remarks_on_8_bits(found, listing.root)]
-    for part, extremes in (("training", found.train), ("test", found.test)):
+    for part, extremes in (("training", found.train), ("test", found.test), ("validation", found.val)):
         beyond = sum(a < low or b > high for a, b in extremes)
         if beyond:
             warnings.append(
@@ -244,18 +246,19 @@ def _measure(listing: Listing) -> Extremes:
         return _of_image(listing.root / path, most, of_8_bits=path in looked_at)
 
     with ThreadPoolExecutor(4 * cores()) as pool, catch_warnings(action="ignore"):  # Pillow's remarks
-        parts = [list(pool.map(measure, paths)) for paths in (listing.train, listing.test)]
-    both = [*parts[0], *parts[1]]
-    train, test = ([each.extremes for each in part if each.extremes] for part in parts)
-    colors = [each.color for each in both if each.color is not None]
+        parts = [list(pool.map(measure, paths)) for paths in (listing.train, listing.test, listing.val)]
+    every = [each for part in parts for each in part]
+    train, test, val = ([each.extremes for each in part if each.extremes] for part in parts)
+    colors = [each.color for each in every if each.color is not None]
     return Extremes(
         train,
         test,
-        whole=all(each.whole for each in both),
-        not_finite=sum(not each.finite for each in both),
+        whole=all(each.whole for each in every),
+        not_finite=sum(not each.finite for each in every),
         deepest_color=max(colors, default=None),
         quantiles=_quantiles(each.pixels for each in parts[0] if each.deep),
         quantiles_of_8_bits=_quantiles(each.pixels for each in parts[0] if not each.deep),
+        val=val,
     )
 
 

@@ -71,6 +71,8 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
     names = distinct_names(map(str, sweep.folders))
     _list(console, [(names[str(run)], states[run], costs.get(str(run))) for run in dict.fromkeys(sweep.folders)])
     counts = Counter(PLANS[state][0] for state in states.values())
+    for remark in dict.fromkeys(remark for job in sweep.jobs for remark in job.data.remarks):
+        console.print(remark)
     words = dict.fromkeys(word for word, _ in PLANS.values())
     console.print(f"\n{len(sweep)} runs: " + ", ".join(f"{counts[word]} {word}" for word in words))
     if not sweep.jobs:

@@ -57,7 +57,7 @@ def set_up(
     kept = saved["threads"] if saved and saved["processes"] == group.world else resources.threads
     device.prepare(config, where, config.threads or kept)
     data = load(config, where, log=recorder.preparing, rank=group.rank, world=group.world, loaded=resources.loaded)
-    for warning in data.values.warnings:
+    for warning in data.warnings:
         recorder.log.warning("%s", warning)
     if group.broadcast(data.fingerprint) != data.fingerprint:
         raise UserError(

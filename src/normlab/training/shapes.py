@@ -58,7 +58,7 @@ def of_inventory(config: RunConfig, data: Inventory) -> Shapes | None:
     size = dataset.crop_size or data.image_size
     if size is None or data.classes is None:
         return None
-    return Shapes(3, size, data.classes, _batches(config, [trained, dataset.val_size, data.test_images], 1))
+    return Shapes(3, size, data.classes, _batches(config, [trained, data.val_images, data.test_images], 1))
 
 
 def check_sweep(runs: Sequence[tuple[RunConfig, Inventory]]) -> None:

@@ -18,6 +18,7 @@ _HARDWARE = {  # by path in a run's provenance
     "versions.torchvision": "torchvision",
     "versions.timm": "timm",
     "git.commit": "Commit",
+    "data.left_out.images": "Images left out, which cannot be read",
 }
 
 
@@ -70,13 +71,18 @@ def _protocol(study: Study) -> Iterator[str]:
     parts: dict[str, list[object]] = {
         "Epochs": [config.get("epochs") for config in configs],
         "Training images": [config["dataset"].get("train_size") or "all" for config in configs],
-        "Test images": [config["dataset"].get("test_size") or "all" for config in configs],
+        "Test images": [_test_images(config["dataset"]) for config in configs],
         "Optimizer": [_group(runs.identity(config).get("optimizer")) for config in configs],
         "Schedule": [_group(runs.identity(config).get("schedule")) for config in configs],
         "Precision": [config.get("precision") for config in configs],
     }
     for name, values in parts.items():
         yield f"{name}: {_either(values)}"
+
+
+def _test_images(dataset: Mapping[str, Any]) -> str:
+    chosen, fraction = dataset.get("test_size") or "all", dataset.get("test_fraction")
+    return f"{chosen} of {fraction} of each class (split_seed={dataset.get('split_seed')})" if fraction else str(chosen)
 
 
 def _group(group: object) -> str:
