@@ -152,7 +152,14 @@ def check_networks(jobs: Sequence[Job]) -> None:
     """
     from normlab.training import shapes  # imports torch, as the runs will
 
-    shapes.check_sweep([(job.config, job.data) for job in jobs])
+    said: set[str] = set()
+
+    def say(sentence: str) -> None:
+        if sentence not in said and not all(job.config.quiet for job in jobs):
+            print(sentence, flush=True)
+        said.add(sentence)
+
+    shapes.check_sweep([(job.config, job.data) for job in jobs], say)
 
 
 def check_in_worker(jobs: Sequence[Job]) -> None:
