@@ -16,12 +16,18 @@ from small import SmallResNet
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from normlab import models
-from normlab.common.errors import UserError
+from normlab import models, runs
+from normlab.cli import doctor
+from normlab.common.errors import InterruptedRunError, UserError
 from normlab.config.schema import parse
 from normlab.launchers import preflight
+from normlab.launchers.pool import check_networks
+from normlab.launchers.sweep import Job
+from normlab.launchers.unchanged import Unchanged
 from normlab.models import pretrained
 from normlab.models.build import variant
+from normlab.training import device
+from normlab.training.run import train_run
 
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 SMALL = ("model=custom", "model.target=small.SmallResNet", "model.name=small_resnet")
@@ -289,8 +295,6 @@ def test_folding_starts_affine_as_the_trained_network(make, tmp_path: Path) -> N
 
 
 def test_a_file_identifies_a_run_by_its_name_and_not_by_its_folder(make, tmp_path: Path) -> None:
-    from normlab import runs
-
     def identity(weights: str | None) -> str:
         settings = make(*SMALL).as_dict()
         return runs.run_id(parse({**settings, "model": {**settings["model"], "weights": weights}}).as_dict())
@@ -300,3 +304,53 @@ def test_a_file_identifies_a_run_by_its_name_and_not_by_its_folder(make, tmp_pat
     old = copy.deepcopy(make(*SMALL).as_dict())
     del old["model"]["weights"]
     assert runs.run_id(old) == identity(None)
+
+
+def start_of(tiny, tmp_path: Path) -> str:
+    network = models.build(tiny(), num_classes=10, image_size=8)
+    return saved(tmp_path, trained(network=network).state_dict())
+
+
+def test_a_finished_run_is_compared_with_the_file_as_it_is_now(tiny, tmp_path: Path, capsys) -> None:
+    path = start_of(tiny, tmp_path)
+    config = tiny(f"model.weights={path}")
+    train_run(config)
+    run = runs.Run(config.as_dict())
+    record = runs.read_provenance(run.folder)["weights"]
+    assert record == {"weights": path, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    Unchanged().check(run, config)
+    content = torch.load(path)
+    content[next(iter(content))].add_(1)
+    saved(tmp_path, content)
+    with pytest.raises(UserError, match=r"The file of model\.weights=.* changed after"):
+        Unchanged().check(run, config)
+    Path(path).unlink()
+    Unchanged().check(run, config)
+    assert "is not there now: it is not compared" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_needs_the_weights_no_more(tiny, tmp_path: Path, steps) -> None:
+    """And ends as one that was not interrupted; its record keeps the digest."""
+    path = start_of(tiny, tmp_path)
+    settings = (f"model.weights={path}", "norm=bn_frozen", "checkpoint_seconds=0")
+    whole = train_run(tiny(*settings, f"output_dir={tmp_path}/whole"))
+    config = tiny(*settings)
+    with pytest.raises(InterruptedRunError):
+        steps.interrupt(config, after=3)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    Path(path).unlink()
+    assert train_run(config)["weights_sha256"] == whole["weights_sha256"]
+    assert runs.read_provenance(runs.Run(config.as_dict()).folder)["weights"]["sha256"] == digest
+
+
+def test_the_idle_accelerator_of_a_machine_is_told_once_per_sweep(tiny, monkeypatch) -> None:
+    """Simulated: none of these machines has one."""
+    assert device.left_idle() is None
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    config = tiny("device=auto")
+    assert device.choose(config.device).type == "cpu"
+    jobs = [Job(config, runs.Run(config.as_dict()), preflight.check(config))] * 3
+    assert sum("has not been tried on this machine's mps" in line for line in check_networks(jobs)) == 1
+    assert not any("mps" in line for line in check_networks(jobs, False))
+    (finding,) = (each for each in doctor.gpus("auto") if each.subject == "GPU")
+    assert "mps" in finding.text
