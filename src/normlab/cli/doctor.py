@@ -26,6 +26,7 @@ from rich.text import Text
 
 from normlab import __version__
 from normlab.common.cpu import cores
+from normlab.common.download import unreachable
 from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
 from normlab.config.hydra import exit_with_error, settings_of
@@ -195,6 +196,8 @@ def gpus(device: str) -> Iterator[Finding]:
 def _without_gpu(wanted: bool, complaint: str) -> Finding:
     import torch
 
+    from normlab.training.device import left_idle
+
     driver, seen = _driver(), preflight.gpu_count()
     if seen and torch.version.cuda is None:
         text = f"the driver shows {seen}, but this torch ({torch.__version__}) is built for CPUs"
@@ -213,7 +216,7 @@ def _without_gpu(wanted: bool, complaint: str) -> Finding:
     elif wanted:
         text, fix = "no NVIDIA driver", "Use device=cpu, or a machine with a GPU."
     else:
-        return Finding("GPU", "no NVIDIA driver: runs train on the CPU")
+        return Finding("GPU", left_idle() or "no NVIDIA driver: runs train on the CPU")
     return Finding("GPU", text, "problem" if wanted else "note", fix)
 
 
@@ -291,7 +294,7 @@ def cifar(kind: str, data_dir: Path) -> Finding:
         return Finding(subject, f"unpacked in {data_dir}")
     if (data_dir / facts.archive).is_file():
         return Finding(subject, f"its archive is in {data_dir}")
-    reason = inventory.unreachable(facts.url)
+    reason = unreachable(facts.url)
     if not reason:
         return Finding(subject, f"is downloaded to {data_dir} on first use")
     text = f"not in {data_dir}, and cannot be downloaded: {reason}"

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from normlab.common.cpu import cores
+from normlab.common.download import with_progress
 from normlab.common.errors import UserError, listed
 from normlab.data.contents import listing_digest
 from normlab.data.folders import NAMED, shown
@@ -55,7 +56,6 @@ def find(
 
 
 def _undecodable(root: Path, paths: list[str], log: Callable[[str], None]) -> list[str]:
-    from normlab.data.cache import with_progress
     from normlab.data.images import read
 
     def is_damaged(path: str) -> bool:

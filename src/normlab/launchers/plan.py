@@ -21,7 +21,7 @@ from normlab.common.progress import distinct_names, span
 from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
-from normlab.launchers.pool import Worker, check_in_worker, check_networks, workers_for
+from normlab.launchers.pool import Worker, check_elsewhere, check_in_worker, print_once, workers_for
 from normlab.launchers.sweep import Job, Sweep, run_cost
 from normlab.runs import State
 
@@ -65,7 +65,7 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
         console = Console(highlight=False, width=WIDE)
     workers = workers_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
     if sweep.jobs and calibrate_seconds > 0:
-        check_in_worker(sweep.jobs, check_networks)
+        print_once(sweep.jobs, check_in_worker(sweep.jobs, check_elsewhere) or ())
     costs = _costs(sweep, workers, calibrate_seconds, console)
     states = {job.run.folder: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, State.DONE)
     names = distinct_names(map(str, sweep.folders))

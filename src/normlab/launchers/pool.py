@@ -4,10 +4,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from normlab import runs
 from normlab.common import bugs
 from normlab.common.cpu import cores
+from normlab.common.download import DOWNLOADING
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, as_typed
 from normlab.common.progress import Display, one_line
 from normlab.config import schema
@@ -144,15 +146,42 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
         return {"state": State.FAILED, "error": bugs.told(error), "crashed": True}
 
 
-def check_networks(jobs: Sequence[Job]) -> None:
-    """Check that the networks of runs take their batches, in a worker.
+def check_networks(jobs: Sequence[Job], here: bool = True) -> list[str]:
+    """Check that the networks of runs take their batches, in a worker; return sentences about how they will start.
+
+    Args:
+        jobs: the runs.
+        here: whether they will be on this machine.
 
     Raises:
         UserError: for the first that does not.
     """
-    from normlab.training import shapes  # imports torch, as the runs will
+    from normlab.training import device, shapes  # imports torch, as the runs will
 
-    shapes.check_sweep([(job.config, job.data) for job in jobs])
+    said: list[str] = []
+
+    def say(sentence: str) -> None:
+        if not sentence.startswith(DOWNLOADING):
+            said.append(sentence)
+        elif not all(job.config.quiet for job in jobs):
+            print(sentence, file=sys.stderr, flush=True)  # at once, as it takes a while
+
+    if here and any(job.config.device == "auto" for job in jobs) and (idle := device.left_idle()):
+        say(idle)
+    shapes.check_sweep([(job.config, job.data) for job in jobs], say)
+    return said
+
+
+def check_elsewhere(jobs: Sequence[Job]) -> list[str]:
+    """Return what `check_networks` does for runs that will be on another machine, or on none."""
+    return check_networks(jobs, here=False)
+
+
+def print_once(jobs: Sequence[Job], sentences: Iterable[str]) -> None:
+    """Print each sentence once, unless all runs are quiet."""
+    if not all(job.config.quiet for job in jobs):
+        for sentence in dict.fromkeys(sentences):
+            print(sentence, flush=True)
 
 
 def check_in_worker(jobs: Sequence[Job], check: Callable[[Sequence[Job]], T]) -> T | None:
@@ -303,9 +332,12 @@ class _Pool:
                 worker.submit(check_networks, jobs[number * share : (number + 1) * share])
                 for number, worker in enumerate(self._workers)
             ]
+            said: list[str] = []
             for future in checks:
                 with contextlib.suppress(BrokenProcessPool):  # for want of memory, say: the runs will tell
-                    future.result()
+                    said += future.result()
+            for sentence in dict.fromkeys(said):
+                self._display.say(sentence)
         except BaseException:
             for worker in self._workers:
                 worker.close(wait=False)

@@ -32,7 +32,7 @@ from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
 from normlab.config.schema import Count, Positive, Whole
 from normlab.launchers import snapshot
-from normlab.launchers.pool import check_in_worker, check_networks
+from normlab.launchers.pool import check_elsewhere, check_in_worker, print_once
 from normlab.launchers.sweep import Job, Sweep, list_failures
 from normlab.runs import State, files
 
@@ -208,9 +208,10 @@ def _code_of(jobs: Sequence[Job], needs: Needs) -> Path | None:
         UserError: for a network that does not take its batches; if the snapshot cannot be written.
     """
     if not needs.freeze_code:
-        check_in_worker(jobs, check_networks)
+        print_once(jobs, check_in_worker(jobs, check_elsewhere) or ())
         return None
     used = check_in_worker(jobs, snapshot.check_networks) or snapshot.Used()
+    print_once(jobs, used.said)
     return snapshot.take([job.config for job in jobs], used, lambda text: print(text, file=sys.stderr, flush=True))
 
 

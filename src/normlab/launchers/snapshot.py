@@ -40,10 +40,12 @@ class Used:
     Attributes:
         modules: the user's own, imported in whatever way, by dotted name.
         files: others that were opened.
+        said: sentences about how the networks will start.
     """
 
     modules: Mapping[str, source.OwnModule] = field(default_factory=dict)
     files: Sequence[Path] = ()
+    said: Sequence[str] = ()
 
 
 def check_networks(jobs: Sequence[Job]) -> Used:
@@ -59,9 +61,9 @@ def check_networks(jobs: Sequence[Job]) -> Used:
             opened.add(arguments[0])
 
     sys.addaudithook(note)
-    pool.check_networks(jobs)
+    said = pool.check_networks(jobs, here=False)
     read = sorted(path for path in (Path(name).resolve() for name in list(opened)) if path.is_file())
-    return Used(source.loaded_modules(), [path for path in read if not source.is_installed(path)])
+    return Used(source.loaded_modules(), [path for path in read if not source.is_installed(path)], said)
 
 
 def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]) -> Path | None:

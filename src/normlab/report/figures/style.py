@@ -118,13 +118,14 @@ class Style(NamedTuple):
 
 BLUE, VERMILION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 PURPLE, SKY, ORANGE, GREY, BROWN = "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A"
+WINE = "#882255"
 _MARKERS = "os^DvPX*<"
 
 
 def _known_styles() -> dict[str, Style]:
     """Return the style of each known arm: within a family no color comes twice; blue is BN's alone, black none's."""
     known = {}
-    colors = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE)
+    colors: tuple[str, ...] = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE, WINE)
     for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms have one style
         for i, arm in enumerate(family):
             known[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
