@@ -12,9 +12,10 @@ from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
+from normlab.report.render.csv import as_csv
 from normlab.report.render.html import PageFigure, html_page
 from normlab.report.render.latex import latex
-from normlab.report.render.markdown import markdown_table, page
+from normlab.report.render.markdown import caption, escaped, markdown_table, page, sources_sentence
 from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
@@ -164,10 +165,10 @@ def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, s
     """Return the texts of a table's files by suffix: md, csv (full precision, tidy), tex, and its provenance."""
     label = f"tab:{study_name}-{table.name}"
     environments = [latex(table, setting, f"{label}{f'_{i + 1}' if i else ''}") for i, setting in enumerate(table.rows)]
-    paragraphs = [f"# {table.title}", *markdown_table(table), table.caption + table.rule, provenance.sentence()]
+    paragraphs = [f"# {escaped(table.title)}", *markdown_table(table), caption(table), sources_sentence(provenance)]
     return {
         "md": "\n\n".join(paragraphs) + "\n",
-        "csv": table.tidy.to_csv(index=False, lineterminator="\n"),
+        "csv": as_csv(table.tidy),
         "tex": "\n".join(["% needs \\usepackage{booktabs}", f"% {provenance.sentence()}", *environments]),
         "sources.json": provenance.as_json(),
     }
