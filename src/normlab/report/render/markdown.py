@@ -14,15 +14,23 @@ from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
 
 _SPECIAL = re.compile(  # what Markdown takes for more than text: anywhere, around words, and where a line begins
-    r"[\\`*\[\]|{]|(?<!\w)_|_(?!\w)|^[#>]|^[-+](?=[\s-]|$)|(?<=^\d)[.)](?=\s|$)|(?<=^\d\d)[.)](?=\s|$)"
+    r"[\\`*|{]|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[-+](?=\s)|(?<=^\d)[.)](?=\s|$)|(?<=^\d\d)[.)](?=\s|$)"
 )
-_ENTITIES = str.maketrans({"<": "&lt;", "~": "&#126;", "$": "&#36;"})  # not every reader knows them with a \ in front
+_ENTITIES = (  # where not every reader of Markdown knows a \ in front
+    (re.compile(r"&(?=#?\w+;)"), "&amp;"),
+    (re.compile(r"<(?=[A-Za-z/!?])"), "&lt;"),
+    (re.compile(r"\](?=\s*[(\[:])"), "&#93;"),
+    (re.compile("~"), "&#126;"),
+    (re.compile(r"\$"), "&#36;"),
+)
 
 
 def escaped(text: object) -> str:
     """Return Markdown that shows a text as it is, on one line."""
-    line = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(plain(str(text)).split()))
-    return _SPECIAL.sub(r"\\\g<0>", line).translate(_ENTITIES)
+    line = _SPECIAL.sub(r"\\\g<0>", " ".join(plain(str(text)).split()))
+    for sign, entity in _ENTITIES:
+        line = sign.sub(entity, line)
+    return line
 
 
 def as_code(text: str) -> str:
@@ -36,10 +44,11 @@ def notes(text: str) -> str:
     HTML is shown as text, an image is a link to it, a link leads to the web or to a file beside, and a block of code
     that does not end does so at the end.
     """
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", plain(text))
-    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    text = plain(text)
+    for sign, entity in _ENTITIES[:2]:
+        text = sign.sub(entity, text)
     text = re.sub(r"!(?=\[)", "", text)
-    text = re.sub(r"\](\s*[(:]\s*)(\S*)", _link, text)
+    text = re.sub(r"\](?=\s*[(:]\s*([^)]{0,300}))", _link, text)
     fence = ""
     for mark in re.findall(r"^ {0,3}(`{3,}|~{3,})", text, re.MULTILINE):
         if not fence:
@@ -50,8 +59,8 @@ def notes(text: str) -> str:
 
 
 def _link(found: re.Match[str]) -> str:
-    safe = ":" not in found[2] or found[2].startswith(("http://", "https://", "mailto:"))
-    return found[0] if safe else f"&#93;{found[1]}{found[2]}"
+    safe = ":" not in found[1] or found[1].startswith(("http://", "https://", "mailto:"))
+    return found[0] if safe else "&#93;"
 
 
 def markdown(frame: pd.DataFrame, bold: Collection[tuple[int, str]] = ()) -> str:
