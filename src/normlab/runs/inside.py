@@ -42,11 +42,12 @@ def make_own_folder(folder: Path, above: Path) -> None:
         UserError: if it cannot be made, or if it, a folder between the two or anything inside of it is a link, a pipe
             or a device.
     """
-    for part in [*reversed(folder.relative_to(above).parents[:-1]), folder.relative_to(above)]:
-        if (above / part).is_symlink():
-            raise _leads_elsewhere(above / part, "a link")
-    make_folder(folder)
     try:
+        for part in [*reversed(folder.relative_to(above).parents[:-1]), folder.relative_to(above)]:
+            path = above / part
+            if path.is_symlink() or (path.exists() and not path.is_dir()):
+                raise _leads_elsewhere(path, "a link" if path.is_symlink() else "not a folder")
+        make_folder(folder)
         _check(folder)
     except OSError as error:
         raise storage_error(folder, error) from error

@@ -39,7 +39,8 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    with suppress(OSError), os.scandir(folder) as entries:
+    # A ValueError: of a name with a NUL.
+    with suppress(OSError, ValueError), os.scandir(folder) as entries:
         yield from entries
 
 
