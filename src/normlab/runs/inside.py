@@ -45,8 +45,8 @@ def make_own_folder(folder: Path, above: Path) -> None:
     try:
         for part in [*reversed(folder.relative_to(above).parents[:-1]), folder.relative_to(above)]:
             path = above / part
-            if path.is_symlink() or (path.exists() and not path.is_dir()):
-                raise _leads_elsewhere(path, "a link" if path.is_symlink() else "not a folder")
+            if path.is_symlink() or (path.exists() and not path.is_dir() and not path.is_file()):
+                raise _leads_elsewhere(path, "a link" if path.is_symlink() else "neither a file nor a folder")
         make_folder(folder)
         _check(folder)
     except OSError as error:
