@@ -36,10 +36,9 @@ from normlab.common.installation import command_name, study_words
 from normlab.common.sentences import sentence
 from normlab.common.terminal import say
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
-from normlab.runs import archive, files
-from normlab.runs.folder import CONFIG, STATUS
-from normlab.runs.identity import CARRIED_OUT, FORMAT
-from normlab.runs.inside import open_file
+from normlab.runs import archive, files, reading
+from normlab.runs.folder import write_record
+from normlab.runs.identity import CARRIED_OUT
 
 LARGEST = 2**53  # up to which whole numbers are exact wherever the report puts them
 MOST_BYTES, MOST_COLUMNS = 64 << 20, 10_000  # of a source; a hundred thousand evaluations of 20 columns have 20 MB
@@ -277,7 +276,7 @@ def _read_csv(path: Path, options: Import) -> _Source:
 
 def _content(path: Path, expected: object) -> bytes:
     try:
-        with open_file(path, links=True) as file:
+        with reading.opened(path.resolve()) as file:  # it may be a link, being no part of a study
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         close = did_you_mean(path, path.parent.glob("*"), "source=") if isinstance(error, FileNotFoundError) else ""
@@ -640,8 +639,4 @@ def _write(made: Sequence[_Made], gone: Sequence[str], folder: Path, provenance:
 
 
 def _write_run(run: _Made, folder: Path, provenance: Mapping[str, Any]) -> None:
-    files.make_folder(folder)
-    files.write_yaml(folder / CONFIG, {"format": FORMAT, **run.config})
-    files.write_json(folder / runs.PROVENANCE, provenance)
-    files.write_atomically(folder / runs.METRICS_FILE, lambda file: file.write(run.metrics))
-    files.write_json(folder / STATUS, run.status)
+    write_record(folder, run.config, run.status, provenance, run.metrics)

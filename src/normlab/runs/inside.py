@@ -1,34 +1,14 @@
-"""What a study holds is its own: links, pipes and devices inside of it are neither written through nor read.
+"""What a study holds is its own: nothing is written through links, pipes and devices inside of it.
 
 A study may come from anybody. The folder of the study itself, and what is above it, may be links: outputs are often on
 a disk for them.
 """
 
-import errno
 import os
-import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from normlab.common.errors import UserError, storage_error
 from normlab.runs.files import make_folder
-
-
-def open_file(path: Path, *, links: bool = False) -> BinaryIO:
-    """Open a file to read it; it waits for no pipe, and opens no device.
-
-    Args:
-        path: the file.
-        links: whether it may be a link, as a file that the user names may.
-
-    Raises:
-        OSError: if there is no such file, or it is not a file.
-    """
-    if not links and path.is_symlink():
-        raise OSError(errno.ELOOP, "it is a link", str(path))
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a device can do things
-        raise OSError(errno.EINVAL, "it is not a file", str(path))
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def make_own_folder(folder: Path, above: Path) -> None:
