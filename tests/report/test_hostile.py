@@ -1,8 +1,11 @@
 """Studies that lead elsewhere, and what is beside them."""
 
+import html
+import json
 import os
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from normlab import report
@@ -79,3 +82,16 @@ def test_a_study_under_way_has_a_report_of_what_is_there(state, add_run, tmp_pat
     page = report.build("study", outputs, TABLES_ONLY).read_text()
     assert "No run has finished yet" in page
     assert '"values": [50.0, 80.0, 90.0]' in page
+
+
+@pytest.mark.parametrize("name", ["$x_$", "=1+1|<b>[x](javascript:a)$\\frac{", "[red]x[/]"])
+def test_an_odd_name_is_in_every_file_of_a_report_as_it_is(name, add_run, tmp_path, capsys):
+    for batch, norm in ((8, "bn"), (8, "none"), (32, "none")):
+        add_run(norm, batch, norm__name=name if norm == "none" else norm, dataset__name=name)
+    folder = report.build("study", tmp_path / "outputs", report.options()).parent
+    assert (folder / "accuracy_against_batch.png").exists()
+    assert name in capsys.readouterr().out
+    assert pd.read_csv(folder / "accuracy.csv")["arm"].str.removeprefix("'").tolist()[-1] == name
+    page = (folder / "index.html").read_text()
+    assert html.escape(name).replace("&#x27;", "&#39;") in page
+    assert json.dumps(f"{name}, batch 8")[1:-12].replace("<", "\\u003c").replace(">", "\\u003e") in page

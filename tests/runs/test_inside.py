@@ -37,3 +37,12 @@ def test_folders_of_studies_and_those_above_may_be_links(others, tmp_path) -> No
     (tmp_path / "study").symlink_to(others / "folder")
     make_own_folder(tmp_path / "study" / "report" / "part", tmp_path / "study")
     assert (others / "folder" / "report" / "part").is_dir()
+
+
+def test_links_of_a_logger_that_stay_inside_of_a_run_do_no_harm(tmp_path) -> None:
+    (tmp_path / "run" / "wandb" / "run-1").mkdir(parents=True)
+    (tmp_path / "run" / "wandb" / "latest-run").symlink_to("run-1")
+    make_own_folder(tmp_path / "run", tmp_path)
+    (tmp_path / "run" / "wandb" / "out").symlink_to("../../others")
+    with pytest.raises(UserError, match="out is a link, to"):
+        make_own_folder(tmp_path / "run", tmp_path)
