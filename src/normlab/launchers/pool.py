@@ -22,6 +22,7 @@ from normlab.common.cpu import cores
 from normlab.common.download import DOWNLOADING
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, as_typed
 from normlab.common.progress import Display, one_line
+from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.launchers import preflight
 from normlab.launchers.sweep import Job, Sweep, list_failures
@@ -160,15 +161,15 @@ def check_networks(jobs: Sequence[Job], here: bool = True) -> list[str]:
 
     said: list[str] = []
 
-    def say(sentence: str) -> None:
+    def note(sentence: str) -> None:
         if not sentence.startswith(DOWNLOADING):
             said.append(sentence)
         elif not all(job.config.quiet for job in jobs):
-            print(sentence, file=sys.stderr, flush=True)  # at once, as it takes a while
+            say(sentence, file=sys.stderr, flush=True)  # at once, as it takes a while
 
     if here and any(job.config.device == "auto" for job in jobs) and (idle := device.left_idle()):
-        say(idle)
-    shapes.check_sweep([(job.config, job.data) for job in jobs], say)
+        note(idle)
+    shapes.check_sweep([(job.config, job.data) for job in jobs], note)
     return said
 
 
@@ -181,7 +182,7 @@ def print_once(jobs: Sequence[Job], sentences: Iterable[str]) -> None:
     """Print each sentence once, unless all runs are quiet."""
     if not all(job.config.quiet for job in jobs):
         for sentence in dict.fromkeys(sentences):
-            print(sentence, flush=True)
+            say(sentence, flush=True)
 
 
 def check_in_worker(jobs: Sequence[Job], check: Callable[[Sequence[Job]], T]) -> T | None:

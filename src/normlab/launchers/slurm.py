@@ -30,6 +30,7 @@ from normlab.common.errors import UserError
 from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
+from normlab.common.terminal import say
 from normlab.config.schema import Count, Positive, Whole
 from normlab.launchers import snapshot
 from normlab.launchers.pool import check_elsewhere, check_in_worker, print_once
@@ -212,7 +213,7 @@ def _code_of(jobs: Sequence[Job], needs: Needs) -> Path | None:
         return None
     used = check_in_worker(jobs, snapshot.check_networks) or snapshot.Used()
     print_once(jobs, used.said)
-    return snapshot.take([job.config for job in jobs], used, lambda text: print(text, file=sys.stderr, flush=True))
+    return snapshot.take([job.config for job in jobs], used, lambda text: say(text, file=sys.stderr, flush=True))
 
 
 def _call(command: Sequence[str], **how: Any) -> "subprocess.CompletedProcess[str]":

@@ -9,6 +9,7 @@ from typing import Any
 
 from normlab import loggers, runs
 from normlab.common import source
+from normlab.common.terminal import PlainFormatter
 from normlab.data.recorded import image_files
 from normlab.models import pretrained
 from normlab.runs import files, provenance
@@ -68,7 +69,7 @@ class Recorder:
         if live := source.outside_of_snapshot():
             self.log.warning("Not in the snapshot of code, so imported as they are now: %s.", "; ".join(live))
         earlier = provenance.earlier_segments(before, now, state.step_number) if before else []
-        files.write_json(self.run.folder / runs.PROVENANCE, now | ({"earlier": earlier} if earlier else {}))
+        self.run.write_provenance(now | ({"earlier": earlier} if earlier else {}))
 
     def heartbeat(self, state: TrainingState) -> None:
         """Write that the run is under way, and how far."""
@@ -137,10 +138,11 @@ def open_log(folder: Path, *, write: bool) -> logging.Logger:
         log.addHandler(logging.NullHandler())
         return log
     file = _LogFile(folder / runs.LOG, encoding="utf-8", delay=True)
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
+    formatter = PlainFormatter("%(asctime)sZ %(levelname)s %(message)s")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)
     terminal = logging.StreamHandler()
+    terminal.setFormatter(PlainFormatter())
     terminal.addFilter(lambda record: record.levelno == logging.WARNING)
     log.addHandler(file)
     log.addHandler(terminal)

@@ -16,7 +16,7 @@ from normlab.report.importing import import_runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 LINES = "(link) => { const r = document.createRange(); r.selectNodeContents(link); return r.getClientRects().length; }"
-EVIL = "<script>document.title='harmed'</script></script><b>&\"'"
+EVIL = "<script>document.title='harmed'</script></script><b>&\"' $x_$"
 MEANS = {"bn": [90.0, 91.0], "none": [70.0, 71.0], "gn": [80.0, 99.0]}  # by batch size: 8, 32
 
 

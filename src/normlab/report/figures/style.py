@@ -17,6 +17,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 from PIL import Image
 
 from normlab.report.study.arms import FAMILIES, in_order
@@ -99,7 +100,15 @@ class Canvas(NamedTuple):
         return style.context([RC, self.style, dots])
 
     def shape(self, figure: Figure) -> Figure:
-        """Return the finished figure; for a slide in the slide's shape, and larger if its contents are."""
+        """Return the finished figure; for a slide in the slide's shape, and larger if its contents are.
+
+        Its texts are texts, and no formulas of matplotlib: a name may hold dollar signs.
+        """
+        axes = [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) if axis.get_scale() == "log"]
+        powers = {id(tick.label1) for axis in axes for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())}
+        for text in figure.findobj(Text):
+            if isinstance(text, Text) and id(text) not in powers:
+                text.set_parse_math(False)
         if self.size == "slide":
             height = max(figure.get_figheight(), figure.get_figwidth() * 9 / 16)
             figure.set_size_inches(height * 16 / 9, height)

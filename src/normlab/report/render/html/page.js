@@ -63,7 +63,8 @@
     return window.Plotly;
   };
   const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const literal = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;"); // Plotly reads some HTML
+  const entities = { "&": "&amp;", "<": "&lt;", $: "&#36;" }; // Plotly reads some HTML, and formulas
+  const literal = (text) => String(text).replace(/[&<$]/g, (sign) => entities[sign]);
   const inTheme = (color) => {
     const hex = /^#(..)(..)(..)$/.exec(color);
     if (!isDark() || !hex) return color;
