@@ -20,6 +20,7 @@ from typing import Any
 from normlab.common.errors import UserError, storage_error
 from normlab.runs import files, lock, reading, sums
 from normlab.runs.identity import FORMAT, run_id, run_name
+from normlab.runs.inside import make_own_folder
 from normlab.runs.record import (
     CONFIG,
     PROBES_FOLDER,
@@ -130,9 +131,9 @@ class Run:
 
         Raises:
             FormatError: if there is one of a format that this version does not know.
-            UserError: if the folder cannot be written.
+            UserError: if the folder cannot be written, or it leads elsewhere (`runs.inside`).
         """
-        files.make_folder(self.folder)
+        make_own_folder(self.folder, self.folder.parent)
         try:
             written = run_id(read_config(self.folder)) == self.run_id and not self._config_fault()
         except FormatError:
@@ -159,6 +160,7 @@ class Run:
             RunBusyError: if another process holds it; from a write, if another one has taken it over.
             UserError: if the folder cannot be written.
         """
+        make_own_folder(self.folder, self.folder.parent)
         with lock.held(self.folder, wait_seconds) as self._claim:
             try:
                 yield
@@ -226,8 +228,9 @@ class Run:
         """Replace provenance.json."""
         self._verify()
         content = (files.to_json(made, indent=1) + "\n").encode()
-        self._known()[PROVENANCE] = sums.sum_of(content, self.run_id)
+        self._list([PROVENANCE])
         files.write_atomically(self.folder / PROVENANCE, lambda file: file.write(content))
+        self._known()[PROVENANCE] = sums.sum_of(content, self.run_id)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation to metrics.jsonl."""
@@ -241,9 +244,23 @@ class Run:
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         self._verify()
         known, text = self._known(), _as_lines(rows)
-        before = known.get(name, sums.nothing(self.run_id))
+        if name not in known:
+            self._list([name])
         _append(self.folder / name, text)
-        known[name] = sums.extended(before, text.encode())
+        known[name] = sums.extended(known[name], text.encode())
+
+    def _list(self, names: Iterable[str]) -> None:
+        """Write a status that names files which are about to be written, with the sums of no bytes.
+
+        A process that is killed before its next status leaves files that are named, and none that is wrong by its sum.
+        """
+        self._known().update(dict.fromkeys(names, sums.nothing(self.run_id)))
+        try:
+            status = read_status(self.folder)
+        except UserError:
+            return
+        if status is not None:
+            self.write_status(str(status["state"]))
 
     def _known(self) -> dict[str, sums.Sum]:
         """Return the sums of what this process writes, which begin with what is there."""
@@ -270,29 +287,13 @@ class Run:
         }
         if warnings or rows:  # if all are kept, too: the last may lack the end of its line
             kept[METRICS_FILE] = [row for row in rows if row["step"] <= evaluated]
-        others = [name for name in (PROVENANCE,) if reading.is_there(self.folder / name)]
-        if kept or others:
-            self._rewrite({name: _as_lines(of_file).encode() for name, of_file in kept.items()}, others)
+        listed = [*kept, *(name for name in (PROVENANCE,) if reading.is_there(self.folder / name))]
+        if listed:  # the provenance is about to be written again
+            self._list(listed)
+        for name, of_file in kept.items():
+            self._rewrite(name, _as_lines(of_file).encode())
         return [*([changes] if changes else []), *warnings, *complaints]
 
-    def _rewrite(self, contents: Mapping[str, bytes], others: Iterable[str]) -> None:
-        """Replace files of rows.
-
-        Until the next status is written, the sums are of no bytes: a process that is killed in between leaves files of
-        which none is wrong by them. `others` are about to be written again.
-        """
-        known = self._known()
-        known |= dict.fromkeys([*contents, *others], sums.nothing(self.run_id))
-        status = self._status_before()
-        if status is not None:
-            self.write_status(str(status["state"]))
-        for name, content in contents.items():
-            path = self.folder / name
-            files.write_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
-            known[name] = sums.sum_of(content, self.run_id)
-
-    def _status_before(self) -> dict[str, Any] | None:
-        try:
-            return read_status(self.folder)
-        except UserError:
-            return None
+    def _rewrite(self, name: str, content: bytes) -> None:
+        files.write_atomically(self.folder / name, lambda file: file.write(content))
+        self._known()[name] = sums.sum_of(content, self.run_id)
