@@ -281,15 +281,15 @@ class Run:
         changes = check(self.folder)
         rows, warnings = read_metrics(self.folder)
         probes, complaints = read_probes(self.folder)
-        self._sums = {CONFIG: self._sum_now(CONFIG)}
+        others = [name for name in (CONFIG, PROVENANCE) if reading.is_there(self.folder / name)]
+        self._sums = {name: self._sum_now(name) for name in others}
         kept = {
             f"{PROBES_FOLDER}/{probe}.jsonl": [r for r in rows if r["step"] < step] for probe, rows in probes.items()
         }
         if warnings or rows:  # if all are kept, too: the last may lack the end of its line
             kept[METRICS_FILE] = [row for row in rows if row["step"] <= evaluated]
-        listed = [*kept, *(name for name in (PROVENANCE,) if reading.is_there(self.folder / name))]
-        if listed:  # the provenance is about to be written again
-            self._list(listed)
+        if kept:
+            self._list(kept)
         for name, of_file in kept.items():
             self._rewrite(name, _as_lines(of_file).encode())
         return [*([changes] if changes else []), *warnings, *complaints]
