@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -16,10 +17,12 @@ from yaml import YAMLError
 from normlab import __version__
 from normlab.common.errors import UserError, first_line, listed
 from normlab.common.installation import CONF, command_name
+from normlab.report.options import Options
 from normlab.report.render.description import question, run_counts
 from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
 from normlab.report.study.status import read_packed
+from normlab.report.tables import csv_tables, table_options
 from normlab.runs import archive, files, find, probe_files
 from normlab.runs.folder import STATUS
 from normlab.runs.provenance import segments
@@ -32,17 +35,19 @@ Url = Annotated[str, Field(pattern=r"^https?://\S+$")]
 SpdxName = Annotated[str, Field(pattern=r"^[A-Za-z0-9.+-]+$")]
 
 
-def pack(study: str, output_dir: Path, *, replace: bool, quiet: bool = False) -> Path:
-    """Write the records of a study to NAME.normlab.zip beside its folder and return that path.
+def pack(study: str, output_dir: Path, options: Options, *, replace: bool, quiet: bool = False) -> Path:
+    """Write the records of a study and its tables to NAME.normlab.zip beside its folder and return that path.
 
     Args:
         study: its name, or the path of its folder.
         output_dir: the folder that holds studies.
+        options: those of the tables.
         replace: replace a file that has runs which the folder lacks.
         quiet: print the file's path alone.
 
     Raises:
-        UserError: if there is no such study, or the file cannot be written or would lose runs.
+        UserError: if there is no such study, it lacks what the options name, or the file cannot be written or would
+            lose runs.
     """
     name, folder = find_study(study, output_dir)
     if folder.is_file():
@@ -54,7 +59,8 @@ def pack(study: str, output_dir: Path, *, replace: bool, quiet: bool = False) ->
     if not replace and path.exists():
         _check_replaced(path, {name.split("/")[0] for name in entries})
     source, citation = _citation(folder)
-    entries[archive.CRATE] = (files.to_json(crate(records, _last_record(entries), citation), indent=1) + "\n").encode()
+    entries |= _tables(name, entries, options)
+    entries[archive.CRATE] = _as_json(crate(records, _last_record(entries), citation))
     archive.write(path, name, entries)
     if quiet:
         print(path)
@@ -89,6 +95,20 @@ def _records(folder: Path) -> dict[str, bytes]:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     return entries
+
+
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return (files.to_json(value, indent=1) + "\n").encode()
+
+
+def _tables(name: str, entries: Mapping[str, bytes], options: Options) -> dict[str, bytes]:
+    """Return the tables of these records, made as whoever reads the file makes them, by their names in the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"records{archive.SUFFIX}")
+        archive.write(path, name, entries)
+        tables = csv_tables(load(path), options)
+    texts = {f"{archive.TABLES}/{table}.csv": text.encode() for table, text in tables.items()}
+    return texts | {f"{archive.TABLES}/{archive.OPTIONS}": _as_json(table_options(options))}
 
 
 def _check_replaced(path: Path, runs: set[str]) -> None:
@@ -192,9 +212,11 @@ def crate(study: Study, date: str, citation: Citation) -> dict[str, Any]:
     software, made = _software(study), _commands(study)
     packed = _action("#pack", f"{command_name('report')} pack study={study.name}", [software[0]])
     notes = {"@id": archive.NOTES, "@type": "File", "name": "Remarks", "encodingFormat": "text/markdown"}
+    tables = {"@id": f"{archive.TABLES}/", "@type": "Dataset", "name": "Tables of the report as CSV"}
     parts = [
         {"@id": archive.MANIFEST, "@type": "File", "name": "SHA-256 digests", "encodingFormat": "application/json"},
         *([notes] if study.notes else []),
+        tables,
         *({"@id": f"{quote(run)}/", "@type": "Dataset", "name": run} for run in sorted(study.configs)),
     ]
     root = {
