@@ -9,10 +9,11 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,9 +233,7 @@ def _circumstances(made: Mapping[str, Any], now: Mapping[str, Any], config: Mapp
 def _judged(study: Study, run: str, again: Path, alpha: float) -> tuple[Outcome, str]:
     """Judge the final value of a run that need not come out to the bit by the other seeds of its cell.
 
-    Two runs whose values are independent draws of a normal distribution differ by less than t(n-1) * s * sqrt(2), with
-    probability 1 - alpha, where s is the standard deviation of n other draws. The recorded value is no part of s, so
-    one that is made up does not widen the bound.
+    The recorded value is not among these, so one that is made up does not widen what is allowed.
     """
     cells = study.finished.set_index("run")
     place = ["setting", "arm", "batch"]
@@ -250,17 +249,27 @@ def _judged(study: Study, run: str, again: Path, alpha: float) -> tuple[Outcome,
     recorded, now = float(last[run]), math.nan if new[column] is None else float(new[column])
     seeds = last.reindex(others.index[others["state"] == State.DONE]).dropna()
     text = f"ends at {_shown(now, column)}, its record at {_shown(recorded, column)}"
-    deviation = float(seeds.std(ddof=1)) if len(seeds) > 1 else 0.0
-    if not deviation > 0 or math.isnan(now - recorded):
+    bound = allowed_difference(seeds.to_list(), alpha)
+    if not bound > 0 or math.isnan(now - recorded):
         return Outcome.OPEN, f"{text}; {len(seeds)} other seeds do not tell by how much seeds differ."
-    from scipy.special import stdtrit
-
-    bound = float(stdtrit(len(seeds) - 1, 1 - alpha / 2)) * deviation * math.sqrt(2)
     inside = abs(now - recorded) <= bound
-    text += f"; {len(seeds)} other seeds allow a difference of {_shown(bound, column)}"
+    text += f"; {len(seeds)} other seeds allow a difference of {_shown(bound, column).replace('%', 'points')}"
     if inside and len(seeds) < ENOUGH:
         return Outcome.OPEN, f"{text}, but {len(seeds)} are too few to say that it holds."
     return (Outcome.HOLDS if inside else Outcome.FAILS), f"{text}{'' if inside else ' and no more'}."
+
+
+def allowed_difference(seeds: Sequence[float], alpha: float) -> float:
+    """Return the difference that two further runs exceed with probability `alpha`; nan if the seeds do not tell.
+
+    It is t(n - 1) * s * sqrt(2), with the standard deviation s of n seeds and the quantile t at 1 - alpha / 2: exact
+    for independent draws of one normal distribution, and too large for runs that are alike for sharing a seed.
+    """
+    if len(seeds) < 2:
+        return math.nan
+    from scipy.special import stdtrit
+
+    return float(stdtrit(len(seeds) - 1, 1 - alpha / 2)) * statistics.stdev(seeds) * math.sqrt(2)
 
 
 def _shown(value: float, column: str) -> str:

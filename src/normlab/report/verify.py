@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from normlab.report.reruns import Rerun
 from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
 from normlab.report.tables import csv_tables, read_table_options
-from normlab.runs import archive
+from normlab.runs import State, archive
 from normlab.runs.files import RecordPath
 from normlab.runs.folder import CONFIG, STATUS
 
@@ -96,12 +96,26 @@ def _records(study: Study, folder: RecordPath) -> Check:
             wrong.append(f"{run.name}: its {CONFIG} is that of {named}")
         elif status.get("run_id", identity) != identity:
             wrong.append(f"{run.name}: its {STATUS} is that of run {one_line(status['run_id'])}")
+        elif unlike := _unlike_end(run, status):
+            wrong.append(f"{run.name}: {unlike}")
     number = len(study.configs)
     if wrong:
         return Check(
-            Outcome.FAILS, "Records", f"of {len(wrong)} of {number} runs are not of one run: {listed(wrong, 2, '; ')}."
+            Outcome.FAILS, "Records", f"of {len(wrong)} of {number} runs do not go together: {listed(wrong, 2, '; ')}."
         )
-    return Check(Outcome.HOLDS, "Records", f"of all {number} runs have the name and the identity of their settings.")
+    return Check(
+        Outcome.HOLDS, "Records", f"of all {number} runs go together: names, settings, status and last evaluation."
+    )
+
+
+def _unlike_end(run: RecordPath, status: Mapping[str, object]) -> str:
+    """Return how the last evaluation of a run that is done differs from the values in its status; "" if it does not."""
+    rows, _ = runs.read_metrics(run)
+    last = rows[-1] if rows and status.get("state") == State.DONE else {}
+    for key in ("step", "train_loss", "test_loss", "test_accuracy"):
+        if key in last and key in status and last[key] != status[key]:
+            return f"{key} is {one_line(last[key])} in its last evaluation and {one_line(status[key])} in its {STATUS}"
+    return ""
 
 
 # ---- tables
