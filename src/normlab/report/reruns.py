@@ -30,6 +30,8 @@ from normlab.runs.files import RecordPath
 
 CHANGES = ("dataset.path", "dataset.workers", "data_dir", "device")  # settings that a reviewer may give: `set`
 MOST_TIMES, MOST_SECONDS = 20, 600  # a run is given up after this many times what it took, and no sooner than that
+MOST_RECORDED_SECONDS = 30 * 86_400  # that are believed; nobody waits longer for a rerun
+MOST_THREADS = 1024  # that are believed
 ENOUGH = 3  # other seeds, to say that a value lies within what seeds differ by
 _UNREPEATED = ("images_per_second", "wall_seconds")  # columns of rows
 _NEEDED = ("code", "torch", "NumPy", "device", "threads")  # to demand that a run comes out to the bit
@@ -105,7 +107,7 @@ def _as_here(recorded: Mapping[str, Any], rerun: Rerun) -> tuple[schema.RunConfi
             here[key] = value
     try:
         config = schema.parse(here)
-    except UserError as error:
+    except (UserError, AttributeError, TypeError, ValueError) as error:
         return None, f"their settings are not valid: {one_line(error)}"
     named = [] if rerun.trust else foreign(config)
     if named:
@@ -136,7 +138,7 @@ def _names(value: object) -> bool:
 def recorded_seconds(status: Mapping[str, Any]) -> float:
     """Return the seconds that a run took by its status; nan if it does not say."""
     seconds = status.get("wall_seconds")
-    return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < math.inf else math.nan
+    return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < MOST_RECORDED_SECONDS else math.nan
 
 
 def carry_out(study: Study, run: str, recorded: RecordPath, config: schema.RunConfig, alpha: float) -> Check:
@@ -150,10 +152,7 @@ def carry_out(study: Study, run: str, recorded: RecordPath, config: schema.RunCo
         alpha: the probability that a run which holds is said not to, where it need not come out to the bit.
     """
     made = study.provenance.get(run, {})
-    settings = config.as_dict()
-    for key, kinds in (("threads", int), ("memory_format", str)):
-        if type(made.get(key)) is kinds:
-            settings[key] = made[key]  # auto and null leave it to the machine
+    settings = config.as_dict() | _left_to_the_machine(made)
     with tempfile.TemporaryDirectory(prefix="normlab-rerun-") as folder:
         settings["output_dir"] = folder
         order = Path(folder, "order.json")
@@ -172,6 +171,13 @@ def carry_out(study: Study, run: str, recorded: RecordPath, config: schema.RunCo
             why = one_line(ended.stderr.strip()) or f"exit status {ended.returncode}"
             return Check(Outcome.OPEN, run, f"cannot be carried out here: {why}")
         return _compared(study, run, recorded, Path(folder, "rerun", runs.run_name(settings)), alpha)
+
+
+def _left_to_the_machine(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what settings such as auto and null came to where a run was made."""
+    threads, memory_format = made.get("threads"), made.get("memory_format")
+    found = {"threads": threads} if type(threads) is int and 0 < threads <= MOST_THREADS else {}
+    return found | ({"memory_format": memory_format} if memory_format in ("contiguous", "channels_last") else {})
 
 
 def _compared(study: Study, run: str, recorded: RecordPath, again: Path, alpha: float) -> Check:
@@ -203,8 +209,8 @@ def _first_difference(recorded: RecordPath, again: RecordPath) -> str:
         if len(rows) != len(anew):
             return f"{len(rows)} rows of {name} recorded, {len(anew)} now"
         for row, new in zip(rows, anew, strict=True):
-            for key in row.keys() - set(_UNREPEATED):
-                if row[key] != new.get(key):
+            for key in row:
+                if key not in _UNREPEATED and row[key] != new.get(key):
                     where = f"{name}, step {row['step']}, {key}"
                     return f"{where}: {one_line(as_typed(row[key]))} recorded, {one_line(as_typed(new.get(key)))} now"
     status, ended = runs.read_status(recorded) or {}, runs.read_status(again) or {}
@@ -245,7 +251,7 @@ def _judged(study: Study, run: str, again: Path, alpha: float) -> tuple[Outcome,
         return (Outcome.HOLDS if state == ended or alike else Outcome.OPEN), text
     new = runs.read_metrics(again)[0][-1]
     column = "test_accuracy" if "test_accuracy" in new else "test_loss"
-    last = study.evaluations.drop_duplicates("run", keep="last").set_index("run")[column]
+    last = study.evaluations.drop_duplicates("run", keep="last").set_index("run").reindex(columns=[column])[column]
     recorded, now = float(last[run]), math.nan if new[column] is None else float(new[column])
     seeds = last.reindex(others.index[others["state"] == State.DONE]).dropna()
     text = f"ends at {_shown(now, column)}, its record at {_shown(recorded, column)}"
