@@ -68,6 +68,7 @@ class GridSweeper(Sweeper):
             return [self._launch(runs)]
         except ConfigCompositionException:  # of a run, before any has started
             from normlab.common.errors import listed
+            from normlab.common.terminal import say
             from normlab.launchers.composing import serving
 
             assert self.hydra_context
@@ -77,7 +78,7 @@ class GridSweeper(Sweeper):
                 raise
         if self.config.get("quiet") is not True:
             for setting, choices in lacking.items():
-                print(f"{setting} is not for {listed(choices, 3)}: there is no such setting with it.", flush=True)
+                say(f"{setting} is not for {listed(choices, 3)}: there is no such setting with it.", flush=True)
         return [self._launch(left)]
 
     def _launch(self, runs: Sequence[Sequence[str]]) -> Sequence[JobReturn]:

@@ -20,11 +20,11 @@ from typing import IO, Literal, NoReturn, Self
 import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from normlab import __version__
+from normlab.common.console import Console
 from normlab.common.cpu import cores
 from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
@@ -78,7 +78,7 @@ def run(composed: DictConfig) -> NoReturn:
 
 def examine(config: RunConfig, launcher: str, console: Console | None = None) -> bool:
     """Print the findings; return whether a run with these settings can train here."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     grid = Table.grid(padding=(0, 2, 0, 0))
     for wrap in (False, False, True):
         grid.add_column(no_wrap=not wrap, overflow="fold")

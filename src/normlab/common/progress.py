@@ -16,11 +16,14 @@ from multiprocessing.connection import Connection
 from pathlib import PurePath
 from typing import Any, Self
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from normlab.common.console import Console
+from normlab.common.terminal import say
 
 LINE_SECONDS = 60.0  # between two lines about runs under way in a log
 BAR = 20  # columns
@@ -128,7 +131,7 @@ class Display:
         self.finished = 0
         self.names = distinct_names(self.work)
         self.labels = _labels(self.names)
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True)
         to_terminal = sys.stdout.isatty()  # what goes to a file must get there
         options = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
         self.live = None if quiet else live_view(self.console, self._lines, **options)
@@ -152,7 +155,7 @@ class Display:
         if self.live:
             self.console.print(Text(text), soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, file=sys.stderr, flush=True)
 
     def news(self, key: str, status: Mapping[str, Any]) -> None:
         """Show a run that is under way."""

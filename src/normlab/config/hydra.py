@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 import normlab
 from normlab.common.errors import InterruptedRunError, UserError, storage_error
 from normlab.common.installation import CONF, command_name
+from normlab.common.terminal import say
 from normlab.config.command_line import CommandLine, read
 from normlab.config.explanations import explain
 
@@ -83,9 +84,9 @@ def run_main(
         line = read(sys.argv[1:], script, commands)
         sys.argv[1:] = line.words()
         for sentence in () if "quiet=true" in line.settings else line.replaced():
-            print(f"Warning: {sentence}", file=sys.stderr)
+            say(f"Warning: {sentence}", file=sys.stderr)
         if "--version" in line.flags:
-            print(f"normlab {normlab.__version__}, Hydra {hydra.__version__}")
+            say(f"normlab {normlab.__version__}, Hydra {hydra.__version__}")
         else:
             main(line)
         sys.stdout.flush()
@@ -111,7 +112,7 @@ def _require_folder() -> None:
 def exit_interrupted(*, goes_on: bool = True) -> NoReturn:
     """End the process as one that was interrupted, with exit status 130; `goes_on`: it trained, and can go on."""
     more = " The same command goes on from the last checkpoint." if goes_on else ""
-    print(f"Interrupted.{more}", file=sys.stderr, flush=True)
+    say(f"Interrupted.{more}", file=sys.stderr, flush=True)
     sys.exit(130)
 
 
@@ -128,11 +129,11 @@ def exit_with_error(error: Exception, line: CommandLine | None = None) -> NoRetu
     if sentence is None:
         from normlab.common import bugs  # whose imports take time, and few errors need them
 
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
         lines = [bugs.report(error)]
     else:
         lines = [line for line in str(sentence).splitlines() if line.strip()][:5]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    say("\n".join(lines), file=sys.stderr, flush=True)
     sys.exit(1)
 
 

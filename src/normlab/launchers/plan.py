@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from normlab import runs
+from normlab.common.console import Console
 from normlab.common.errors import UserError
 from normlab.common.progress import distinct_names, span
 from normlab.config import schema
@@ -60,9 +61,9 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
     Raises:
         UserError: if a network does not take its batches, or a value is out of range.
     """
-    console = Console(highlight=False)
+    console = Console()
     if not console.is_terminal:
-        console = Console(highlight=False, width=WIDE)
+        console = Console(width=WIDE)
     workers = workers_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
     if calibrate_seconds > 0:
         check_in_worker(sweep.jobs)
@@ -100,7 +101,7 @@ def _list(console: Console, plans: Sequence[tuple[str, State, _Cost | None]]) ->
     for name, state, cost in plans[:LISTED]:
         word, color = PLANS[state]
         estimate = (span(cost.seconds), _gigabytes(cost.memory), cost.source) if cost else ()
-        table.add_row(name, f"[{color}]{word}[/]", *estimate)
+        table.add_row(name, Text(word, color), *estimate)
     console.print(table)
     if len(plans) > LISTED:
         console.print(f"and {len(plans) - LISTED} more")

@@ -11,6 +11,7 @@ from typing import Any
 
 from normlab import runs
 from normlab.common.errors import InterruptedRunError, UserError, described, first_line
+from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.data.recorded import image_files
 from normlab.launchers import single
@@ -33,9 +34,9 @@ def main(order: Path) -> int:
     except (KeyboardInterrupt, InterruptedRunError):
         return 130
     except UserError as error:
-        print(" ".join(str(error).split("\n")), file=sys.stderr)
+        say(" ".join(str(error).split("\n")), file=sys.stderr)
     except Exception as error:
-        print(first_line(described(error)), file=sys.stderr)
+        say(first_line(described(error)), file=sys.stderr)
     return 1
 
 

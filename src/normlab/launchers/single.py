@@ -20,6 +20,7 @@ from normlab.common import git
 from normlab.common.errors import InterruptedRunError, UserError
 from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, outcome
+from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.config.hydra import exit_interrupted, exit_with_error, refuse_folders, settings_of
 from normlab.launchers import preflight
@@ -82,9 +83,9 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
         status = _train(config, run, processes, finished)
     if processes.rank == 0 and not config.quiet:
         if finished:
-            print(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
+            say(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
         words = study_words(config.study, config.output_dir)
-        print(f"Its record is in {run.folder}; tables and figures: {command_name('report')} {words}")
+        say(f"Its record is in {run.folder}; tables and figures: {command_name('report')} {words}")
     value = status.get("test_accuracy", status.get("test_loss"))
     return None if value is None else float(value)
 

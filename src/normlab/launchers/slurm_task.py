@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from normlab import runs
 from normlab.common import bugs
 from normlab.common.errors import InterruptedRunError, UserError
+from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.launchers import pool, preflight, single
 from normlab.launchers.slurm import REQUEUE_STATUS
@@ -30,7 +31,7 @@ def main(order: Path) -> int:
     """Train the runs of this task; return the exit status: 1 if a run failed, `REQUEUE_STATUS` if it was stopped."""
     index = os.environ["SLURM_ARRAY_TASK_ID"]
     task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
-    print(f"{runs.now()} job {task} on {socket.gethostname()}, process {os.getpid()}", flush=True)
+    say(f"{runs.now()} job {task} on {socket.gethostname()}, process {os.getpid()}", flush=True)
     try:
         _handle_signals(_interrupt)
         todo = files.read_json(order)
@@ -45,12 +46,12 @@ def main(order: Path) -> int:
         return REQUEUE_STATUS if os.environ.get("SLURM_PROCID", "0") == "0" else 0
     except UserError as error:
         _handle_signals(signal.SIG_IGN)
-        print(error, file=sys.stderr, flush=True)
+        say(error, file=sys.stderr, flush=True)
         return 1
     except Exception as error:
         _handle_signals(signal.SIG_IGN)
         traceback.print_exception(error)
-        print(bugs.report(error), file=sys.stderr, flush=True)
+        say(bugs.report(error), file=sys.stderr, flush=True)
         return 1
 
 
@@ -79,7 +80,7 @@ def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
             jobs.append(Job(config, run, preflight.check(config)))
         except UserError as error:  # of this node, as the launcher has checked the rest
             failed = True
-            print(f"{run.name}: {error}", file=sys.stderr, flush=True)
+            say(f"{run.name}: {error}", file=sys.stderr, flush=True)
             pool.record_end(run, State.FAILED, str(error))
     return bool(jobs and pool.train_jobs(jobs, slots)) or failed
 
@@ -92,7 +93,7 @@ def _train_together(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
             single.train_config(schema.parse(each))
         except UserError as error:
             failed = True
-            print(error, file=sys.stderr, flush=True)
+            say(error, file=sys.stderr, flush=True)
     return failed
 
 

@@ -13,6 +13,7 @@ from normlab import runs
 from normlab.common import git
 from normlab.common.errors import UserError, as_typed, listed
 from normlab.common.progress import Display, span
+from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.data.inventory import Inventory
 from normlab.launchers import preflight
@@ -99,7 +100,7 @@ class Sweep:
     def report(self, text: str) -> None:
         """Print a line, unless `quiet`."""
         if not self.quiet:
-            print(text, flush=True)
+            say(text, flush=True)
 
 
 def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence[str]], *, here: bool = True) -> Sweep:
@@ -154,7 +155,7 @@ def compose_runs(
     if len(known) < len(given) and config.get("quiet") is not True:
         why = f": {listed(list(dict.fromkeys(spellings)), 3, '; ')}" if spellings else ""
         number = f"{len(known)} {'is' if len(known) == 1 else 'are'} different"
-        print(f"The command gives {len(given)} runs, of which {number}: each is carried out once{why}.", flush=True)
+        say(f"The command gives {len(given)} runs, of which {number}: each is carried out once{why}.", flush=True)
     return given
 
 

@@ -8,6 +8,7 @@ import sys
 from normlab import runs
 from normlab.common.errors import UserError
 from normlab.common.source import changed_modules
+from normlab.common.terminal import say
 from normlab.config.schema import FolderDataset, RunConfig
 from normlab.data.inventory import is_gone
 from normlab.data.recorded import ImageFiles, image_files
@@ -82,7 +83,7 @@ class Unchanged:
         """Print a line once, also if quiet."""
         if text not in self._said:
             self._said.add(text)
-            print(text, file=sys.stderr, flush=True)
+            say(text, file=sys.stderr, flush=True)
 
 
 def _changed(subject: str, change: str, run: runs.Run, pattern: str, name: str) -> UserError:

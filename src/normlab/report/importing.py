@@ -34,6 +34,7 @@ from normlab import runs
 from normlab.common.errors import UserError, as_typed, did_you_mean, exact, listed, storage_error
 from normlab.common.installation import command_name, study_words
 from normlab.common.sentences import sentence
+from normlab.common.terminal import say
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
 from normlab.runs import archive, files
 from normlab.runs.folder import CONFIG, STATUS
@@ -208,17 +209,17 @@ def import_runs(study: str, output_dir: str | Path, settings: Mapping[str, Any],
     imported = {"source": path.name, "sha256": source.sha256, "time": runs.now(), "assumed": assumed}
     _write([*new, *changed], [run.name for run in changed], folder, {"imported": imported})
     if quiet:
-        print(folder)
+        say(folder)
         return
     counts = f"{len(new)} new, {len(changed)} replaced, {len(made) - len(new) - len(changed)} there already"
-    print(f"{path.name}: {len(made)} run{'s' * (len(made) != 1)} for study {options.study}: {counts}.")
+    say(f"{path.name}: {len(made)} run{'s' * (len(made) != 1)} for study {options.study}: {counts}.")
     for assumption in assumed:
-        print(f"Assumed: {assumption}")
+        say(f"Assumed: {assumption}")
     if source.left_out:
-        print(f"Left out: {listed(source.left_out, 12)}.")
+        say(f"Left out: {listed(source.left_out, 12)}.")
     if not new and not changed:
-        print("Nothing was changed.")
-    print(f"Tables and figures: {command_name('report')} {study_words(options.study, output_dir)}")
+        say("Nothing was changed.")
+    say(f"Tables and figures: {command_name('report')} {study_words(options.study, output_dir)}")
 
 
 # ---- reading

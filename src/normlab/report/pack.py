@@ -17,6 +17,7 @@ from yaml import YAMLError
 from normlab import __version__
 from normlab.common.errors import UserError, first_line, listed
 from normlab.common.installation import CONF, command_name
+from normlab.common.terminal import say
 from normlab.report.options import Options
 from normlab.report.render.description import question, run_counts
 from normlab.report.study.find import find_study
@@ -63,14 +64,14 @@ def pack(study: str, output_dir: Path, options: Options, *, replace: bool, quiet
     entries[archive.CRATE] = _as_json(crate(records, _last_record(entries), citation))
     archive.write(path, name, entries)
     if quiet:
-        print(path)
+        say(path)
         return path
-    print(f"Packed {run_counts(records)} {path.stat().st_size / 1e3:.0f} kB: {path}")
+    say(f"Packed {run_counts(records)} {path.stat().st_size / 1e3:.0f} kB: {path}")
     if source:
-        print(f"Title, authors and license are those of {source}.")
+        say(f"Title, authors and license are those of {source}.")
     else:
-        print(f"Authors and license are not in it, for which archives ask: there is no {_CITATION} in {folder}.")
-    print(f"Anybody reads it as it is: {command_name('report')} {shlex.quote(f'study={path}')}")
+        say(f"Authors and license are not in it, for which archives ask: there is no {_CITATION} in {folder}.")
+    say(f"Anybody reads it as it is: {command_name('report')} {shlex.quote(f'study={path}')}")
     return path
 
 

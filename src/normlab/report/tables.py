@@ -9,6 +9,7 @@ from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import TABLE_OPTIONS, Options, options
+from normlab.report.render.csv import as_csv
 from normlab.report.study.load import Study
 from normlab.report.study.select import select
 
@@ -28,11 +29,6 @@ def judged_tables(study: Study, metric: Metric, options: Options) -> tuple[list[
     return tables, judgements
 
 
-def csv_text(table: Table) -> str:
-    """Return the tidy frame of a table as CSV, in full precision."""
-    return table.tidy.to_csv(index=False, lineterminator="\n")
-
-
 def csv_tables(study: Study, options: Options) -> dict[str, str]:
     """Return all tables of a study as CSV, by name; none of a study without a finished run.
 
@@ -43,7 +39,7 @@ def csv_tables(study: Study, options: Options) -> dict[str, str]:
     if chosen.finished.empty:
         return {}
     tables, _ = judged_tables(chosen, metric_of(chosen.evaluations, options.metric, options.value), options)
-    return {table.name: csv_text(table) for table in tables}
+    return {table.name: as_csv(table.tidy) for table in tables}
 
 
 def table_options(options: Options) -> dict[str, object]:

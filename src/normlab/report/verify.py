@@ -13,6 +13,7 @@ from pathlib import Path
 from normlab import runs
 from normlab.common.errors import UserError, first_line, listed
 from normlab.common.progress import one_line, span
+from normlab.common.terminal import say
 from normlab.report import reruns
 from normlab.report.checks import Check, Outcome
 from normlab.report.options import Options
@@ -51,17 +52,16 @@ def verify(study: str, output_dir: Path, options: Options, rerun: Rerun) -> bool
     counts = Counter(check.outcome for check in found)
     if not options.quiet:
         words = {Outcome.HOLDS: "hold", Outcome.OPEN: "are open", Outcome.FAILS: "fail"}
-        print(f"{name}: of {len(found)} checks {', '.join(f'{counts[each]} {word}' for each, word in words.items())}.")
+        say(f"{name}: of {len(found)} checks {', '.join(f'{counts[each]} {word}' for each, word in words.items())}.")
     return not counts[Outcome.FAILS]
 
 
 def _show(check: Check, *, quiet: bool) -> None:
-    text = f"{check.subject} {check.text}"
-    line = f"{check.outcome:<6} {''.join(each if each.isprintable() else '?' for each in text)}"
+    line = f"{check.outcome:<6} {check.subject} {check.text}"
     if not quiet:
-        print(line, flush=True)
+        say(line, flush=True)
     elif check.outcome != Outcome.HOLDS:
-        print(line, file=sys.stderr, flush=True)
+        say(line, file=sys.stderr, flush=True)
 
 
 def _checks(study: Study, folder: RecordPath, options: Options, rerun: Rerun) -> Iterator[Check]:
@@ -235,6 +235,6 @@ def _reruns(study: Study, folder: RecordPath, rerun: Rerun, *, quiet: bool) -> I
         seconds = [reruns.recorded_seconds(runs.read_status(folder / name) or {}) for name in names]
         took = span(sum(seconds)) if all(map(math.isfinite, seconds)) else "an unknown time"
         words = f"Carrying out {len(names)} of {len(able)} runs again, which took {took}: rerun_seed={rerun.choice}"
-        print(words, flush=True)
+        say(words, flush=True)
     for name in names:
         yield reruns.carry_out(study, name, folder / name, able[name], FALSE_ALARM / len(names))

@@ -13,9 +13,10 @@ from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
 from normlab.report.options import options as menu_options
+from normlab.report.render.csv import as_csv
 from normlab.report.render.html import PageFigure, html_page
 from normlab.report.render.latex import latex
-from normlab.report.render.markdown import markdown_table, page
+from normlab.report.render.markdown import caption, escaped, markdown_table, page, sources_sentence
 from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
@@ -24,8 +25,9 @@ from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Provenance, continued, mixed_cells, mixed_provenance, provenance_of
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status
-from normlab.report.tables import csv_text, judged_tables, make_tables, table_options
+from normlab.report.tables import judged_tables, make_tables, table_options
 from normlab.runs import archive, files
+from normlab.runs.inside import make_own_folder
 
 if TYPE_CHECKING:
     from normlab.report.figures import NamedFigure
@@ -53,15 +55,15 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     made = [(table, provenance_of(chosen, table.origin)) for table in tables]
     for table, provenance in made:
         for suffix, text in render(table, chosen.name, provenance).items():
-            _write(folder / f"{table.name}.{suffix}", text.encode())
+            _write(folder / f"{table.name}.{suffix}", text)
     files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
     drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
     warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options)]
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
-    _write(folder / "report.md", page(chosen, made, shown, warnings).encode())
+    _write(folder / "report.md", page(chosen, made, shown, warnings))
     html = html_page(chosen, made, judgements, drawings, metric, warnings)
-    _write(folder / "index.html", html.encode())
+    _write(folder / "index.html", html)
     _remove_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options.figures)
     if options.quiet:
         show_path(folder / "index.html", warnings)
@@ -202,10 +204,10 @@ def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, s
     """Return the texts of a table's files by suffix: md, csv (full precision, tidy), tex, and its provenance."""
     label = f"tab:{study_name}-{table.name}"
     environments = [latex(table, setting, f"{label}{f'_{i + 1}' if i else ''}") for i, setting in enumerate(table.rows)]
-    paragraphs = [f"# {table.title}", *markdown_table(table), table.caption + table.rule, provenance.sentence()]
+    paragraphs = [f"# {escaped(table.title)}", *markdown_table(table), caption(table), sources_sentence(provenance)]
     return {
         "md": "\n\n".join(paragraphs) + "\n",
-        "csv": csv_text(table),
+        "csv": as_csv(table.tidy),
         "tex": "\n".join(["% needs \\usepackage{booktabs}", f"% {provenance.sentence()}", *environments]),
         "sources.json": provenance.as_json(),
     }
@@ -213,7 +215,7 @@ def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, s
 
 def _make_report_folder(study: Study, folder: Path) -> None:
     try:
-        files.make_folder(folder)
+        make_own_folder(folder, study.folder.parent if study.packed else study.folder)
     except UserError as error:
         if study.packed:
             advice = f"Copy {study.folder} to a folder that can be written, and report it there."
@@ -280,11 +282,10 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
 def _drawings(study: Study, first: Table, metric: Metric, options: Options, folder: Path) -> Iterator[PageFigure]:
     from normlab.report.render.html.charts import charts
 
-    for drawn in _figures(study, first, metric, options, folder, ("pdf", "png")):
+    for drawn, images in _figures(study, first, metric, options, folder, ("pdf", "png")):
         provenance = provenance_of(study, drawn.rows)
-        _write(folder / f"{drawn.name}.sources.json", provenance.as_json().encode())
-        png = (folder / f"{drawn.name}.png").read_bytes()
-        yield PageFigure(drawn.name, drawn.caption, *charts(drawn.figure), png, provenance)
+        _write(folder / f"{drawn.name}.sources.json", provenance.as_json())
+        yield PageFigure(drawn.name, drawn.caption, *charts(drawn.figure), images["png"], provenance)
 
 
 def _figures_of_page(
@@ -292,30 +293,31 @@ def _figures_of_page(
 ) -> Iterator[tuple[str, str]]:
     """Yield path as seen from the page, and caption."""
     folder = page.parent / "figures" / study.name
-    files.make_folder(folder)
+    make_own_folder(folder, page.parent)
     for earlier in folder.glob("*.png"):
-        earlier.unlink()
-    for figure in _figures(study, first, metric, options, folder, ("png",)):
+        earlier.unlink(missing_ok=True)  # another report may be made at the same time
+    for figure, _ in _figures(study, first, metric, options, folder, ("png",)):
         yield f"figures/{study.name}/{figure.name}.png", figure.caption
 
 
 def _figures(
     study: Study, first: Table, metric: Metric, options: Options, folder: Path, suffixes: Sequence[str]
-) -> Iterator["NamedFigure"]:
-    """Draw into `folder`."""
+) -> Iterator[tuple["NamedFigure", dict[str, bytes]]]:
+    """Draw into `folder`; yield each figure and, by suffix, its images."""
     from normlab.report.figures import Canvas, draw, encode  # matplotlib is slow to import; tables can do without
 
     canvas = Canvas(options.figure_size, options.figure_style)
     for drawn in draw(study, first, metric, options.confidence, canvas):
-        for suffix in suffixes:
-            _write(folder / f"{drawn.name}.{suffix}", encode(drawn.figure, suffix, canvas))
-        yield drawn
+        images = {suffix: encode(drawn.figure, suffix, canvas) for suffix in suffixes}
+        for suffix, image in images.items():
+            _write(folder / f"{drawn.name}.{suffix}", image)
+        yield drawn, images
 
 
 def _write_claims_page(
     page: Path, text: str, judgements: Sequence[Judgement], warnings: Sequence[str], options: Options
 ) -> Path:
-    _write(page, text.encode())
+    _write(page, text)
     if options.quiet:
         show_path(page, warnings)
     else:
@@ -333,5 +335,6 @@ def _remove_earlier(folder: Path, made: Collection[str], figures: bool) -> None:
             (folder / f"{name}.{suffix}").unlink(missing_ok=True)
 
 
-def _write(path: Path, content: bytes) -> None:
-    files.write_atomically(path, lambda file: file.write(content), durable=False)
+def _write(path: Path, content: str | bytes) -> None:
+    data = content.encode() if isinstance(content, str) else content
+    files.write_atomically(path, lambda file: file.write(data), durable=False)

@@ -25,6 +25,7 @@ from normlab.common.errors import UserError, storage_error
 from normlab.runs import files, lock
 from normlab.runs.files import RecordPath
 from normlab.runs.identity import FORMAT, completed, run_id, run_name
+from normlab.runs.inside import make_own_folder
 from normlab.runs.states import FINISHED, State, recorded_state
 
 CONFIG, STATUS, METRICS_FILE, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
@@ -229,7 +230,7 @@ class Run:
             FormatError: if there is one of a format that this version does not know.
             UserError: if the folder cannot be written.
         """
-        files.make_folder(self.folder)
+        make_own_folder(self.folder, self.folder.parent)
         try:
             written = run_id(read_config(self.folder))
         except FormatError:
@@ -247,6 +248,7 @@ class Run:
             RunBusyError: if another process holds it; from a write, if another one has taken it over.
             UserError: if the folder cannot be written.
         """
+        make_own_folder(self.folder, self.folder.parent)
         with lock.held(self.folder, wait_seconds) as self._claim:
             try:
                 yield

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab import loggers, runs
+from normlab.common.terminal import PlainFormatter
 from normlab.data.recorded import image_files
 from normlab.runs import files, provenance
 from normlab.training import checkpoint, device
@@ -132,10 +133,11 @@ def open_log(folder: Path, *, write: bool) -> logging.Logger:
         log.addHandler(logging.NullHandler())
         return log
     file = _LogFile(folder / runs.LOG, encoding="utf-8", delay=True)
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s")
+    formatter = PlainFormatter("%(asctime)sZ %(levelname)s %(message)s")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)
     terminal = logging.StreamHandler()
+    terminal.setFormatter(PlainFormatter())
     terminal.addFilter(lambda record: record.levelno == logging.WARNING)
     log.addHandler(file)
     log.addHandler(terminal)

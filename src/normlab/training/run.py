@@ -13,6 +13,7 @@ from torch import nn
 from normlab import loggers, runs
 from normlab.common import bugs
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
+from normlab.common.terminal import say
 from normlab.config.schema import RunConfig
 from normlab.runs import files
 from normlab.training import checkpoint, device, resume
@@ -76,7 +77,7 @@ def _open_record(config: RunConfig, run: runs.Run, group: ProcessGroup, on_statu
     logger = loggers.start_logger(config.logger, run, log.warning) if group.is_main else loggers.Logger()
     try:
         if group.is_main:
-            group.on_hang(lambda why: print(_recorded(UserError(why), run, log), file=sys.stderr, flush=True))
+            group.on_hang(lambda why: say(_recorded(UserError(why), run, log), file=sys.stderr, flush=True))
         yield Recorder(run, log, logger, on_status)
     except RunBusyError as error:  # taken over: the record is another process's now
         log.warning("%s", error)

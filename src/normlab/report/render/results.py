@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 
@@ -11,7 +12,7 @@ from normlab.report.analysis.cells import Table
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 from normlab.report.claims.texts import claims_page, judgements_by_claim
 from normlab.report.render.description import facts, run_counts
-from normlab.report.render.markdown import markdown, markdown_table, paragraphs
+from normlab.report.render.markdown import caption, escaped, markdown, markdown_table, notes, paragraphs
 from normlab.report.study.load import Study
 
 _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "verdicts")
@@ -41,15 +42,15 @@ def results_page(
 
 
 def _section(study: Study, tables: Sequence[Table], figures: Sequence[tuple[str, str]]) -> Iterator[str]:
-    yield from (f"### {study.name}", run_counts(study))
-    yield from (f"- {fact}" for fact in facts(study))
+    yield from (f"### {escaped(study.name)}", run_counts(study))
+    yield from (f"- {escaped(fact)}" for fact in facts(study))
     for table in tables:
         if table.name not in _LEFT_OUT:
-            yield from (f"#### {table.title}", *markdown_table(table), table.caption + table.rule)
-    for path, caption in figures:
-        yield from (f"![{Path(path).stem}]({path})", caption)
+            yield from (f"#### {escaped(table.title)}", *markdown_table(table), caption(table))
+    for path, words in figures:
+        yield from (f"![{escaped(Path(path).stem)}]({quote(path, errors='surrogateescape')})", escaped(words))
     if study.notes:
-        yield from ("#### What we checked", study.notes)
+        yield from ("#### What we checked", notes(study.notes))
 
 
 def _summary(judgements: Sequence[Judgement]) -> pd.DataFrame:

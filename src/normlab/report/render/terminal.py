@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from normlab.common.console import Console
+from normlab.common.terminal import say
 from normlab.report.analysis.cells import Row, Table
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 from normlab.report.claims.texts import judgements_by_claim, verdict_lines
@@ -30,7 +31,7 @@ def show(
     console: Console | None = None,
 ) -> None:
     """Print the state of the study, notes and warnings, the accuracy table, the verdicts and the path of the report."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     console.print(_state(study))
     for run in study.noted():
         _line(console, f"  {run.run}: {run.state} ({run.note})")
@@ -49,7 +50,7 @@ def show_claims(
     judgements: Sequence[Judgement], page: Path, warnings: Sequence[str], console: Console | None = None
 ) -> None:
     """Print every claim's verdicts over all studies, then those that are not run with their commands."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     _warnings(console, warnings)
     ordered = sorted(judgements, key=lambda judgement: (judgement.study, judgement.place))
     for title, found in itertools.groupby(ordered, key=lambda judgement: f"{judgement.study}: {judgement.place}"):
@@ -67,8 +68,8 @@ def show_claims(
 def show_path(page: Path, warnings: Sequence[str]) -> None:
     """Print no more than a quiet command does: the path of the page on stdout, warnings on stderr."""
     for warning in warnings:
-        print(f"Warning: {warning}", file=sys.stderr)
-    print(page)
+        say(f"Warning: {warning}", file=sys.stderr)
+    say(page)
 
 
 def _warnings(console: Console, warnings: Sequence[str]) -> None:

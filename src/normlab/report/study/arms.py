@@ -56,8 +56,9 @@ def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str,
     fixed = [key for key in splitting if key.startswith(_ALWAYS_SPLIT)]
     by_batch = [(*(_text(row.get(key, _ABSENT)) for key in fixed), row.get("batch")) for row in flat]
     following = [key for key in splitting if key not in fixed and _determines(by_batch, flat, key)]
-    settings = _setting_titles(flat, [key for key in splitting if key not in following])
-    of_cell = dict(zip(cells, zip(settings, _arm_labels(flat), strict=True), strict=True))
+    settings = [*map(_on_a_line, _setting_titles(flat, [key for key in splitting if key not in following]))]
+    arms = map(_on_a_line, _arm_labels(flat))
+    of_cell = dict(zip(cells, zip(settings, arms, strict=True), strict=True))
     in_tables = [Place(*of_cell[cell_key(config)], config["batch"], config["seed"]) for config in configs]
     return in_tables, _remarks(settings, flat, following)
 
@@ -202,6 +203,11 @@ def _remarks(
             listed = ", ".join(f"{_text(value)} at {batch}" for batch, value in sorted(values.items()))
             sentences[setting].append(f"{key} follows the batch size: {listed}.")
     return {setting: " ".join(listed) for setting, listed in sentences.items()}
+
+
+def _on_a_line(label: str) -> str:
+    """Return a label that could be mistaken for several lines, or for another one, with its odd characters named."""
+    return label if label.isprintable() else label.encode("unicode_escape").decode()
 
 
 def _text(value: object) -> str:

@@ -16,6 +16,7 @@ import pandas as pd
 from normlab import __version__
 from normlab.common import git as checkout
 from normlab.common.errors import listed
+from normlab.common.terminal import plain
 from normlab.report.study.load import Study
 from normlab.runs import provenance as made_by
 
@@ -36,17 +37,17 @@ class Provenance:
     command: str
     reporter: str
 
+    def counts(self) -> str:
+        """Return the numbers of runs by code and hardware."""
+        return f"{len(self.runs)} runs; code: {_counted(self.code)}; hardware: {_counted(self.hardware)}"
+
     def sentence(self) -> str:
         """Return it in short and on one line, for whoever reads the table."""
-        text = (
-            f"{len(self.runs)} runs; code: {_counted(self.code)}; hardware: {_counted(self.hardware)};"
-            f" made by `{self.command}` ({self.reporter})."
-        )
-        return " ".join(text.split())
+        return " ".join(plain(f"{self.counts()}; made by `{self.command}` ({self.reporter}).").split())
 
     def as_json(self) -> str:
         """Return it as the text of a file."""
-        return json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(vars(self), indent=1) + "\n"
 
 
 def provenance_of(study: Study, rows: pd.DataFrame) -> Provenance:

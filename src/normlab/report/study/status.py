@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from normlab.common.console import Console
 from normlab.common.errors import UserError, first_line
 from normlab.common.progress import Progress, live_view, one_line, span
 from normlab.report.study.load import seconds_since
@@ -297,7 +298,7 @@ def _poll(survey: Survey) -> Iterator[list[RunStatus]]:
 
 def _console() -> Console:
     """Wide where nobody's terminal sets the width, so that a log's lines are whole."""
-    console = Console(highlight=False)
+    console = Console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 200
     return console

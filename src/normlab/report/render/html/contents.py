@@ -1,6 +1,7 @@
 """The contents of the page, gathered from a study; `index.html.j2` lays them out."""
 
 import base64
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import jinja2
 import pandas as pd
 
 from normlab import runs
+from normlab.common.terminal import plain
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import CELL, evenly, named_rows, outcomes
 from normlab.report.analysis.highlight import CLOSE
@@ -25,6 +27,7 @@ from normlab.report.render.description import facts, question
 from normlab.report.render.layout import filled, split_number
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
+from normlab.runs.inside import open_file
 
 POINTS = 60  # of a run's curve
 DIGITS = 5  # of a number on the page
@@ -65,6 +68,7 @@ def html_page(
         "figures": [{"panels": drawing.panels, "legend": drawing.legend} for drawing in drawings],
     }
     parts = [(table, list(_parts(table, numbers, lost)), sources) for table, sources in tables]
+    plotly = _plotly() if drawings or data["runs"] else ""
     return (
         _environment()
         .get_template("index.html.j2")
@@ -79,8 +83,9 @@ def html_page(
             drawings=[(drawing, base64.b64encode(drawing.png).decode()) for drawing in drawings],
             facts=facts(study),
             warnings=warnings,
-            data=data,
-            plotly=_plotly() if drawings or data["runs"] else "",
+            data=_shown(data),
+            plotly=plotly,
+            scripts=" ".join(map(_digest, (_text("page.js"), plotly))),
             made_by=tables[0][1],
         )
     )
@@ -90,13 +95,32 @@ def html_page(
 def _environment() -> jinja2.Environment:
     loader = jinja2.FunctionLoader(_text)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # a browser would read none of it
     environment.filters |= {"split_number": split_number, "effect": format_effect, "expectation": format_expectation}
     environment.tests["nan"] = math.isnan
     environment.globals |= {"close": CLOSE, "style": _text("page.css"), "script": _text("page.js")}
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """Return JSON whose texts are as `plain` has them."""
+    if isinstance(value, str):
+        return plain(value)
+    if isinstance(value, Mapping):
+        return {plain(key): _shown(each) for key, each in value.items()}
+    return list(map(_shown, value)) if isinstance(value, list | tuple) else value
+
+
+def _digest(script: str) -> str:
+    """Return the source that lets a page run a script, and no other (Content Security Policy)."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _text(name: str) -> str:
@@ -216,8 +240,10 @@ def rounded(value: float) -> float | None:
 def _end_of_log(folder: Path, state: str) -> str:
     """Return the last lines of run.log; "" if there is none."""
     length = LOG_BYTES.get(state, LOG_BYTES_OF_OTHERS)
+    if folder.is_symlink():
+        return ""
     try:
-        with (folder / runs.LOG).open("rb") as file:
+        with open_file(folder / runs.LOG) as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - length))
             text = file.read().decode(errors="replace")
@@ -228,4 +254,4 @@ def _end_of_log(folder: Path, state: str) -> str:
 
 def _href(study: Study, run: str) -> str:
     """Return the link from the page to the folder of a run; "" where it has none."""
-    return f"../{quote(run)}/" if run and not study.packed else ""
+    return f"../{quote(run, errors='surrogateescape')}/" if run and not study.packed else ""
