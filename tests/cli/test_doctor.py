@@ -16,7 +16,7 @@ from normlab.launchers import preflight
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    monkeypatch.setattr(inventory, "unreachable", lambda url: "no network")
+    monkeypatch.setattr(doctor, "unreachable", lambda url: "no network")
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_cifar_is_found_unpacked_as_an_archive_or_in_reach(tmp_path, monkeypatch
     assert missing.level == "note"
     assert "no network" in missing.text
     assert facts.archive in missing.fix
-    monkeypatch.setattr(inventory, "unreachable", lambda url: None)
+    monkeypatch.setattr(doctor, "unreachable", lambda url: None)
     assert "on first use" in doctor.cifar("cifar10", tmp_path).text
     (tmp_path / facts.archive).write_text("")
     assert "its archive" in doctor.cifar("cifar10", tmp_path).text

@@ -211,7 +211,7 @@ def test_pillows_remarks_are_not_errors(image_folder, tmp_path) -> None:
 
 def test_the_log_has_the_progress_of_the_decoding(image_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cache, "CHUNK", 8)
-    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("normlab.common.download.PROGRESS_SECONDS", 0.0)
     ours = Decoding(image_folder(), tmp_path)
     ours.run()
     expected = [f"Decoding images, once: {number} of 20 images" for number in (0, 8, 16, 20)]

@@ -219,7 +219,7 @@ def test_a_host_that_answers_is_reachable_also_through_a_proxy(monkeypatch) -> N
 
 
 def test_a_host_that_is_silent_is_given_up_in_time(monkeypatch) -> None:
-    monkeypatch.setattr(inventory, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("normlab.common.download.ANSWER_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

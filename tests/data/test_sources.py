@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from normlab.common.errors import UserError
-from normlab.data import cache, inventory, sources
+from normlab.data import inventory, sources
 from normlab.data.inventory import check
 
 # --- digits -----------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_cifar_is_unpacked_from_its_archive_once_and_without_a_network(small_cif
 def test_cifar_is_downloaded_with_its_progress_in_the_log(small_cifar, tmp_path, monkeypatch, capsys) -> None:
     served = partial(http.server.SimpleHTTPRequestHandler, directory=str(small_cifar))
     lines: list[str] = []
-    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("normlab.common.download.PROGRESS_SECONDS", 0.0)
     with http.server.HTTPServer(("127.0.0.1", 0), served) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         reader = datasets.CIFAR10

@@ -341,7 +341,8 @@ def test_code_that_a_study_names_runs_only_if_it_is_trusted(tmp_path, capsys, mo
             ["model.kwargs.norm_layer=os.system"],
         ),
         (("model=torchvision", "model.name=resnet18", "+model.kwargs.weights=[[/x]]"), ["model.kwargs.weights=[[/x]]"]),
-        (("model=torchvision", "model.name=resnet18", "+model.kwargs.dropout=0.5", "norm=gn"), []),
+        (("model.weights=/home/me/secret.pt",), ["model.weights=/home/me/secret.pt"]),
+        (("model=torchvision", "model.name=resnet18", "+model.kwargs.dropout=0.5", "model.weights=DEFAULT"), []),
     ],
 )
 def test_settings_that_name_code_or_files_are_known(make, overrides, named):

@@ -26,6 +26,7 @@ from rich.text import Text
 from normlab import __version__
 from normlab.common.console import Console
 from normlab.common.cpu import cores
+from normlab.common.download import unreachable
 from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
 from normlab.config.hydra import exit_with_error, settings_of
@@ -290,7 +291,7 @@ def cifar(kind: str, data_dir: Path) -> Finding:
         return Finding(subject, f"unpacked in {data_dir}")
     if (data_dir / facts.archive).is_file():
         return Finding(subject, f"its archive is in {data_dir}")
-    reason = inventory.unreachable(facts.url)
+    reason = unreachable(facts.url)
     if not reason:
         return Finding(subject, f"is downloaded to {data_dir} on first use")
     text = f"not in {data_dir}, and cannot be downloaded: {reason}"

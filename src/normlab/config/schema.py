@@ -31,6 +31,7 @@ from normlab.common.errors import UserError, exact, nearest
 from normlab.common.registry import check_options, declarations, refuse_unknown
 from normlab.common.sentences import sentence, wrong
 from normlab.common.source import own_code
+from normlab.config import weights
 
 RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
@@ -167,7 +168,20 @@ class NormConfig(_Section):
         return dict(self.model_extra or {})
 
 
-class ResNetConfig(_Section):
+def _weights(value: Any) -> Any:
+    value = {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+    if isinstance(value, bool):
+        return weights.DEFAULT if value else None
+    return str(Path(value).expanduser()) if weights.is_file(value) else value
+
+
+class _Trainable(_Section):
+    """A network that can start from trained weights."""
+
+    weights: Annotated[Annotated[str, Field(min_length=1)] | None, BeforeValidator(_weights), Since(3, neutral=None)]
+
+
+class ResNetConfig(_Trainable):
     """torchvision's ResNet of the top-level `depth`."""
 
     kind: Literal["resnet"]
@@ -176,7 +190,7 @@ class ResNetConfig(_Section):
     dropout: Fraction
 
 
-class CustomModelConfig(_Section):
+class CustomModelConfig(_Trainable):
     """A network of the user's own, by dotted path."""
 
     kind: Literal["custom"]
@@ -185,14 +199,14 @@ class CustomModelConfig(_Section):
     kwargs: dict[str, Any]
 
 
-class CifarResNetConfig(_Section):
+class CifarResNetConfig(_Trainable):
     """The ResNets that He et al. 2016 built for 32x32 images, of the top-level `depth`."""
 
     kind: Literal["cifar_resnet"]
     name: Name
 
 
-class VGGConfig(_Section):
+class VGGConfig(_Trainable):
     """torchvision's VGG with batch normalization, of the top-level `depth`."""
 
     kind: Literal["vgg"]
@@ -201,7 +215,7 @@ class VGGConfig(_Section):
     width: UnitInterval
 
 
-class TorchvisionConfig(_Section):
+class TorchvisionConfig(_Trainable):
     """Any classification network of torchvision in which sites are found."""
 
     kind: Literal["torchvision"]
@@ -209,7 +223,7 @@ class TorchvisionConfig(_Section):
     kwargs: dict[str, Any]
 
 
-class TimmConfig(_Section):
+class TimmConfig(_Trainable):
     """Any classification network of timm in which sites are found."""
 
     kind: Literal["timm"]
@@ -598,6 +612,23 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        given = self.weights
+        if given is None:
+            return self
+        if self.init.name not in ("default", "bn_folded"):
+            raise wrong(
+                f"init={self.init.name} would write over the weights of model.weights={given}.\n"
+                "Use init=default, or init=bn_folded for norms that do not normalize."
+            )
+        if self.model.kind in ("custom", "cifar_resnet") and not weights.is_file(given):
+            raise wrong(
+                f"model.weights={given} is no file, and model={self.model.kind} has no library of trained weights.\n"
+                f"Give a file: its path, or a name that ends in {', '.join(weights.SUFFIXES)}."
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_sampler(self) -> Self:
         if not isinstance(self.sampler, Paired):
             return self
@@ -684,6 +715,11 @@ class RunConfig(_Section):
         if isinstance(self.model, CustomModelConfig):
             named["model.target"] = self.model.target
         return {setting: code for setting, dotted in named.items() if (code := own_code(dotted))}
+
+    @property
+    def weights(self) -> str | None:
+        """Return the trained weights that the network starts from, the name of a library's or a file; None: random."""
+        return getattr(self.model, "weights", None)
 
     @property
     def starts_from_data(self) -> bool:

@@ -3,28 +3,26 @@
 import hashlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from normlab.common.cpu import cores
+from normlab.common.download import with_progress
 from normlab.common.errors import UserError
 from normlab.data.contents import known_contents_digest
 from normlab.data.images import Decoder
 
 Log = Callable[[str], None]
-Chunk = TypeVar("Chunk", bound=Sized)
 
 CACHE_FORMAT = 2  # raise it when the same files would decode to other pixels
 CHUNK = 512  # images that are decoded between two writes
-PROGRESS_SECONDS = 5.0  # between two lines about the progress of a preparation
 CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 
@@ -127,15 +125,3 @@ def _write(file: Path, decoder: Decoder, paths: list[str], log: Log) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     log(f"Decoded {len(paths):,} images of {decoder.root} in {time.monotonic() - started:.0f} s, kept as {file}.")
-
-
-def with_progress(chunks: Iterable[Chunk], text: Callable[[int], str], log: Log) -> Iterator[Chunk]:
-    """Yield `chunks`, and log `text(total length of those that are done)`, at first and then every few seconds."""
-    done, last = 0, time.monotonic()
-    log(text(done))
-    for chunk in chunks:
-        yield chunk
-        done += len(chunk)
-        if time.monotonic() - last >= PROGRESS_SECONDS:
-            last = time.monotonic()
-            log(text(done))

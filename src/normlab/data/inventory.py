@@ -4,8 +4,6 @@ Here is every check of a data set's settings that can be made without decoding a
 """
 
 import os
-import threading
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from normlab.common.download import unreachable
 from normlab.common.errors import UserError, nearest
 from normlab.config.schema import BuiltinDataset, FolderDataset, ImageDataset, RegressionDataset
 from normlab.data import damage
@@ -23,7 +22,6 @@ if TYPE_CHECKING:  # Pillow is imported where an image is opened
     from PIL import Image
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")
-ANSWER_SECONDS = 2.0  # a mistake is reported within 3 s, so the server of a download has this long to answer
 NO_CLASSES = {  # by systems and programs, in lower case; names that begin with a dot are left out, too
     *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
     *("__macosx", "$recycle.bin", "system volume information", "lost+found", "__pycache__"),
@@ -360,22 +358,3 @@ def cifar_missing(kind: str, data_dir: Path, reason: str) -> UserError:
         f"into {data_dir}, or name the folder that has it: data_dir=...\n"
         "Without any download: dataset=digits."
     )
-
-
-@lru_cache(maxsize=8)
-def unreachable(url: str) -> str | None:
-    """Return why `url` does not answer within `ANSWER_SECONDS`, or None if it does. Proxies are honored."""
-    answer: list[str | None] = []
-
-    def request() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_SECONDS):
-                answer.append(None)
-        except (OSError, ValueError) as error:
-            answer.append(str(getattr(error, "reason", error)))
-
-    # A thread, because the timeout of a connection does not bound the look-up of the host's name.
-    thread = threading.Thread(target=request, daemon=True)
-    thread.start()
-    thread.join(ANSWER_SECONDS)
-    return answer[0] if answer else f"no answer within {ANSWER_SECONDS:g} s"

@@ -17,6 +17,7 @@ from torchvision.datasets.imagenet import ImageNet, load_meta_file
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional
 
+from normlab.common.download import with_progress
 from normlab.common.errors import UserError
 from normlab.config.schema import FolderDataset
 from normlab.data import cache, inventory
@@ -132,7 +133,7 @@ def _download(url: str, file: Path, title: str, log: Log) -> None:
         def text(count: int) -> str:
             return f"Downloading {title}: {count / 1e6:.0f}{total} MB"
 
-        for chunk in cache.with_progress(iter(lambda: response.read(DOWNLOAD_CHUNK), b""), text, log):
+        for chunk in with_progress(iter(lambda: response.read(DOWNLOAD_CHUNK), b""), text, log):
             out.write(chunk)
 
 

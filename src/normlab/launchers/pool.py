@@ -20,6 +20,7 @@ from normlab.common import bugs
 from normlab.common.cpu import cores
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, as_typed
 from normlab.common.progress import Display, one_line
+from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.launchers import preflight
 from normlab.launchers.sweep import Job, Sweep, list_failures
@@ -152,7 +153,14 @@ def check_networks(jobs: Sequence[Job]) -> None:
     """
     from normlab.training import shapes  # imports torch, as the runs will
 
-    shapes.check_sweep([(job.config, job.data) for job in jobs])
+    said: set[str] = set()
+
+    def say_once(sentence: str) -> None:
+        if sentence not in said and not all(job.config.quiet for job in jobs):
+            say(sentence, flush=True)
+        said.add(sentence)
+
+    shapes.check_sweep([(job.config, job.data) for job in jobs], say_once)
 
 
 def check_in_worker(jobs: Sequence[Job]) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from normlab.common.errors import UserError, storage_error
+from normlab.config import weights
 from normlab.config.schema import CustomModelConfig, LoggerConfig, RegressionDataset, RunConfig, TimmConfig
 from normlab.data import inventory
 from normlab.runs import archive, files
@@ -37,6 +38,8 @@ def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
         _check_importable(config.model.target, "model.target")
     if isinstance(config.model, TimmConfig) and importlib.util.find_spec("timm") is None:
         raise UserError("model=timm needs timm, which is not installed.\nInstall it: pip install 'normlab[timm]'.")
+    if weights.is_file(config.weights):
+        weights.check_file(str(config.weights))
     check_logger(config.logger)
     archive.refuse_new_runs(config.study_folder)
     _check_writable(config.study_folder)

@@ -28,6 +28,7 @@ def main(order: Path) -> int:
         change = images.change(todo["made"].get("data")) if images else ""
         if images and change:
             raise UserError(f"the images in {images.path} are not those that it was trained on: {change}")
+        _check_weights(config, todo["made"].get("weights"))
         config = config.model_copy(update={"device": _device(config.device, todo["made"])})
         single.train_config(config, Processes())
         return 0
@@ -38,6 +39,21 @@ def main(order: Path) -> int:
     except Exception as error:
         say(first_line(described(error)), file=sys.stderr)
     return 1
+
+
+def _check_weights(config: schema.RunConfig, recorded: object) -> None:
+    """Check that the trained weights that a run starts from are those of the record.
+
+    Raises:
+        UserError: if they are not, or cannot be read.
+    """
+    if config.weights is None:
+        return
+    from normlab.models import pretrained  # imports torch, which takes seconds
+
+    now, before = pretrained.recorded(config) or {}, recorded.get("sha256") if isinstance(recorded, Mapping) else None
+    if now.get("sha256") != before:
+        raise UserError(f"model.weights={config.weights} are not the weights that it started from")
 
 
 def _device(setting: str, made: Mapping[str, Any]) -> str:

@@ -111,7 +111,7 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
             elif processes.world > 1 and processes.rank == 0:
                 Unchanged().check(run, config)
             on_status = functools.partial(display.news, run.name) if display else lambda status: None
-            resources = Resources(joined.device)
+            resources = Resources(joined.device, say=display.say if display else lambda sentence: None)
             status = train_run(config, stop=stop, resources=resources, on_status=on_status, group=joined)
         if display:
             display.ended(run.name, status)

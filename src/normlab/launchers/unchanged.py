@@ -9,6 +9,7 @@ from normlab import runs
 from normlab.common.errors import UserError
 from normlab.common.source import changed_modules
 from normlab.common.terminal import say
+from normlab.config import weights
 from normlab.config.schema import FolderDataset, RunConfig
 from normlab.data.inventory import is_gone
 from normlab.data.recorded import ImageFiles, image_files
@@ -31,6 +32,7 @@ class Unchanged:
         made = runs.read_provenance(run.folder)
         if made.get("data"):
             self._check_images(run, config, made["data"])
+        self._check_weights(run, config, made.get("weights"))
         recorded = made.get("own_code")
         recorded = recorded if isinstance(recorded, dict) else {}
         now = config.own_code()
@@ -64,6 +66,20 @@ class Unchanged:
             name = config.dataset.name
             subject = f"The images of dataset={name} in {files.path}"
             raise _changed(subject, change, run, f"*-{name}-*", "dataset.name=...")
+
+    def _check_weights(self, run: runs.Run, config: RunConfig, recorded: object) -> None:
+        before = recorded.get("sha256") if isinstance(recorded, dict) else None
+        if before is None or config.weights is None or not weights.is_file(config.weights):
+            return
+        try:
+            now = weights.sha256(config.weights)
+        except UserError:
+            self._say(f"model.weights={config.weights} is not there now: it is not compared.")
+            return
+        if now != before:
+            change = f"SHA-256 {str(before)[:7]} then, {now[:7]} now"
+            subject, pattern = f"The file of model.weights={config.weights}", f"{config.model.name.lstrip('.')}*"
+            raise _changed(subject, change, run, pattern, "the file another name")
 
     def _files_of(self, config: RunConfig) -> ImageFiles | UserError | None:
         """Return the images of a run, or why they cannot be listed; None for those known by name, or gone."""

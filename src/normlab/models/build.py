@@ -7,15 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from normlab import norms
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, listed
 from normlab.common.imports import locate
 from normlab.common.rng import key
 from normlab.config.schema import RunConfig
-from normlab.models import initialization, networks
+from normlab.models import initialization, networks, pretrained
+from normlab.models.pretrained import Log
 from normlab.norms.plain import set_bias
 
 
-def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
+def build(
+    config: RunConfig, *, num_classes: int, image_size: int, trained: bool = True, log: Log = lambda sentence: None
+) -> nn.Module:
     """Build the network of a run, float32 on the CPU, taking images (N, 3, image_size, image_size) to (N, num_classes).
 
     A deep linear network takes x (N, num_classes, 1, 1), its features.
@@ -23,10 +26,18 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
     The base network is constructed and initialized first, from streams that only the seed chooses, and then
     rewritten: all arms of a seed start from the same convolution and linear weights.
 
+    Args:
+        config: the run's settings.
+        num_classes: outputs.
+        image_size: in pixels.
+        trained: whether to start from the weights that `model.weights` names; not for a run that goes on.
+        log: called with a sentence about trained weights: their download, what of them is left out.
+
     Raises:
-        UserError: if the user's own network or variant cannot be made, or has no sites, or does not fit `init`.
+        UserError: if the user's own network or variant cannot be made, or has no sites, or does not fit `init` or the
+            trained weights.
     """
-    network = base(config, num_classes, image_size)
+    network = base(config, num_classes, image_size, trained=trained, log=log)
     _check_dtype(config, network)
     rewriting = variant(config)
     probes = (("probe", name) for name in config.probe)
@@ -36,8 +47,15 @@ def build(config: RunConfig, *, num_classes: int, image_size: int) -> nn.Module:
                 f"norm={config.norm.name} cannot have {setting}={value}: {rewriting.refused[setting][value]}.\n"
                 f"Use another {setting}, or another norm."
             )
+    if config.weights is not None and (why := rewriting.refused.get("model.weights")):
+        raise UserError(
+            f"norm={config.norm.name} cannot start from model.weights={config.weights}: {why['*']}.\n"
+            "Use model.weights=null, or another norm."
+        )
     sites = norms.find_sites(network) if config.init.name == "bn_folded" and not rewriting.normalizes else []
     network = norms.rewrite(network, rewriting)
+    if trained:
+        _tell_of_start(config, network, rewriting, log)
     for site in sites:
         if site.convolution is not None and initialization.can_fold(network, site):
             convolution = network.get_submodule(site.convolution)
@@ -63,11 +81,46 @@ def _check_dtype(config: RunConfig, network: nn.Module) -> None:
             )
 
 
-def base(config: RunConfig, num_classes: int, image_size: int) -> nn.Module:
-    """Build the network that variants rewrite, and initialize it."""
+def _tell_of_start(config: RunConfig, network: nn.Module, rewriting: norms.Variant, log: Log) -> None:
+    """Tell what a variant leaves out of trained weights, or that it has none where it needs them."""
+    frozen = [module for module in network.modules() if isinstance(module, norms.FrozenBatchNorm2d)]
+    if frozen and not any(map(_has_statistics, frozen)):
+        log(
+            f"norm={config.norm.name} has fixed statistics of mean 0 and variance 1, so that it normalizes nothing:"
+            " it is meant for a start from trained weights, model.weights=..."
+        )
+    left = [each for each in ("scales", "shifts", "running statistics") if each not in rewriting.takes]
+    folded = config.init.name == "bn_folded" and not rewriting.normalizes
+    if config.weights is not None and left and not folded and type(rewriting).__module__.startswith("normlab."):
+        log(f"norm={config.norm.name} has no use for the {listed(left, 3)} of norms in model.weights: left out.")
+
+
+def _has_statistics(layer: norms.FrozenBatchNorm2d) -> bool:
+    return bool(layer.get_buffer("running_mean").any() or (layer.get_buffer("running_var") != 1).any())
+
+
+def base(
+    config: RunConfig,
+    num_classes: int,
+    image_size: int,
+    *,
+    trained: bool = True,
+    log: Log = lambda sentence: None,
+) -> nn.Module:
+    """Build the network that variants rewrite, and initialize it or give it trained weights; see `build`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(config.seed, "init"))
-        network = norms.separate(networks.make(config, num_classes, image_size))
+        network = networks.make(config, num_classes, image_size)
+        names = list(network.state_dict())
+        network = norms.separate(network)
+        if trained and config.weights is not None:
+            start = pretrained.read(config, log)
+
+            def other() -> nn.Module:
+                return norms.separate(networks.make(config, num_classes + 1, image_size))
+
+            if line := pretrained.put(network, names, start, other):
+                log(line)
     initialization.initialize(network, config.init.name, config.seed)
     return network
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError, described, did_you_mean
 from normlab.common.imports import locate
 from normlab.config import schema
+from normlab.config.weights import is_file
 
 
 def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -81,30 +82,47 @@ def _vgg_filters(network: nn.Module) -> list[Any]:
     return [layer.out_channels if isinstance(layer, nn.Conv2d) else "M" for layer in kinds]
 
 
-def _torchvision(model: schema.TorchvisionConfig, num_classes: int) -> nn.Module:
+def check_torchvision(name: str) -> None:
+    """Check that torchvision has a classification network of a name.
+
+    Raises:
+        UserError: if not, with the nearest name.
+    """
     names = torchvision.models.list_models(module=torchvision.models)
-    if model.name not in names:
-        hint = did_you_mean(model.name, names, "model.name=") or f"\nExpected one of {', '.join(names)}."
+    if name not in names:
+        hint = did_you_mean(name, names, "model.name=") or f"\nExpected one of {', '.join(names)}."
         raise UserError(
-            f"model.name={model.name} is no classification network of torchvision {torchvision.__version__}.{hint}"
+            f"model.name={name} is no classification network of torchvision {torchvision.__version__}.{hint}"
         )
+
+
+def _torchvision(model: schema.TorchvisionConfig, num_classes: int) -> nn.Module:
+    check_torchvision(model.name)
     own: dict[str, Any] = {"weights": None, "num_classes": num_classes}
+    kwargs = model.kwargs
     if model.name in ("googlenet", "inception_v3"):
         # One output; and both warn about their default initialization otherwise.
         own |= {"aux_logits": False, "init_weights": True}
-    for key in own.keys() & model.kwargs.keys():
+        if model.weights and not is_file(model.weights):  # these were trained on images in [-1, 1]
+            kwargs = {"transform_input": True} | kwargs
+    for key in own.keys() & kwargs.keys():
         raise UserError(
-            f"model.kwargs.{key} is set already: a network has the classes of its data set, no trained weights and"
-            " one output.\nLeave it out."
+            f"model.kwargs.{key} is set already: a network has the classes of its data set and one output.\n"
+            "Leave it out; trained weights are model.weights=..."
         )
     try:
-        network: nn.Module = torchvision.models.get_model(model.name, **own, **model.kwargs)
+        network: nn.Module = torchvision.models.get_model(model.name, **own, **kwargs)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"model.name={model.name} cannot be made with model.kwargs={model.kwargs}: {error}.") from error
+        raise UserError(f"model.name={model.name} cannot be made with model.kwargs={kwargs}: {error}.") from error
     return network
 
 
-def _timm(model: schema.TimmConfig, num_classes: int) -> nn.Module:
+def check_timm(name: str) -> None:
+    """Check that timm is installed and has a network of a name.
+
+    Raises:
+        UserError: if not, with the nearest name.
+    """
     try:
         import timm
     except ImportError as error:
@@ -112,14 +130,23 @@ def _timm(model: schema.TimmConfig, num_classes: int) -> nn.Module:
             f"model=timm needs timm, and importing it failed: {error}.\nInstall it: pip install 'normlab[timm]'."
         ) from error
     names = timm.list_models()
-    if model.name not in names:
-        hint = did_you_mean(model.name, names, "model.name=") or "\nIts names: timm.list_models('*part_of_a_name*')."
-        raise UserError(f"model.name={model.name} is no network of timm {timm.__version__}.{hint}")
+    if name not in names:
+        hint = did_you_mean(name, names, "model.name=") or "\nIts names: timm.list_models('*part_of_a_name*')."
+        architecture, _, tag = name.partition(".")
+        if architecture in names:
+            hint = f"\nDid you mean model.name={architecture} model.weights={tag or 'DEFAULT'}?"
+        raise UserError(f"model.name={name} is no network of timm {timm.__version__}.{hint}")
+
+
+def _timm(model: schema.TimmConfig, num_classes: int) -> nn.Module:
+    check_timm(model.name)
+    import timm
+
     own: dict[str, Any] = {"pretrained": False, "num_classes": num_classes}
-    for key in own.keys() & model.kwargs.keys():
+    for key in (own.keys() | {"checkpoint_path", "pretrained_strict"}) & model.kwargs.keys():
         raise UserError(
-            f"model.kwargs.{key} is set already: a network has the classes of its data set and no trained weights.\n"
-            "Leave it out."
+            f"model.kwargs.{key} is set already: a network has the classes of its data set.\n"
+            "Leave it out; trained weights are model.weights=..."
         )
     try:
         network: nn.Module = timm.create_model(model.name, **own, **model.kwargs)

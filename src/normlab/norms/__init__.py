@@ -8,7 +8,7 @@
 """
 
 from normlab.common.registry import option, register
-from normlab.norms.batch import BatchNorm, BatchNormMinus, GroupedBatchNorm2d
+from normlab.norms.batch import BatchNorm, BatchNormMinus, FrozenBatchNorm, FrozenBatchNorm2d, GroupedBatchNorm2d
 from normlab.norms.batch_norm_calls import batch_norm_refused
 from normlab.norms.group import GroupNorm, InstanceNorm, LayerNorm
 from normlab.norms.layer_statistics import (
@@ -51,6 +51,8 @@ __all__ = [
     "EvoNormS0",
     "FilterResponseNorm",
     "Fixup",
+    "FrozenBatchNorm",
+    "FrozenBatchNorm2d",
     "GroupNorm",
     "GroupedBatchNorm2d",
     "InstanceNorm",

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.common.registry import option, register
+from normlab.norms.adapter import FullPrecision
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
-from normlab.norms.sites import NO_GAMMA, Variant
+from normlab.norms.sites import NO_GAMMA, Variant, copy_affine, copy_statistics
 
 
 class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]  # its momentum is never None
@@ -73,6 +74,12 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]
         super().update(*statistics)
         self.get_buffer("num_batches_tracked").add_(1)
 
+    def start_averages(self, mean: Tensor, var: Tensor, batches: int) -> None:
+        """See `BatchStatistics.start_averages`; here they are the same."""
+        for name, value in (("running_mean", mean), ("running_var", var)):
+            self.get_buffer(name).copy_(value)
+        self.get_buffer("num_batches_tracked").fill_(batches)
+
     def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
         """Return mean and biased variance."""
         mean, square = moments
@@ -99,6 +106,7 @@ class BatchNorm(Variant):
     """
 
     affine = True
+    takes: tuple[str, ...] = ("scales", "shifts", "running statistics")
 
     eps: float = option(1e-5, gt=0)
     momentum: float = option(0.1, gt=0, le=1)
@@ -114,7 +122,62 @@ class BatchNorm(Variant):
             start = {"weight": norm.weight * self.scale_init, "bias": norm.bias}
             layer.to(norm.weight.device, norm.weight.dtype).load_state_dict(start, strict=False)
             layer.lr_divisors = {"weight": self.scale_lr_divisor}
-        return layer
+        return copy_statistics(norm, layer)
+
+
+class FrozenBatchNorm2d(FullPrecision):
+    """See `FrozenBatchNorm`. weight and bias, and the buffers running_mean and running_var, are (C,)."""
+
+    takes_any_shape = True
+
+    def __init__(self, channels: int, *, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (N, C, ...) by the fixed statistics."""
+        mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def extra_repr(self) -> str:
+        """Return channels and eps for `repr`."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+@register(
+    "bn_frozen", aliases=("frozenbn", "frozenbatchnorm", "frozenbatchnorm2d"), family="BN and its parts", order=27
+)
+class FrozenBatchNorm(Variant):
+    """Batch normalization by fixed statistics, as fine-tuning from trained weights has it.
+
+    With the running mean m and variance s of the norm that it replaces, in training and in evaluation:
+
+        y = gamma · (x - m) / sqrt(s + eps) + beta
+
+    gamma and beta are fixed, too, unless `train_affine`; what is fixed is not decayed. A network that was not trained
+    has m = 0 and s = 1. Nothing depends on the batch, so `norm_batch` and `eval_stats` change nothing.
+    Invariant: its output is that of batch normalization in evaluation.
+    """
+
+    takes = ("scales", "shifts", "running statistics")
+    refused: ClassVar[dict[str, dict[str, str]]] = {"init": {"zero_gamma": "its scales are those of trained weights"}}
+
+    eps: float = option(1e-5, gt=0)
+    train_affine: bool = option(False)
+
+    def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
+        """Return a `FrozenBatchNorm2d`."""
+        layer = FrozenBatchNorm2d(norm.num_features, eps=self.eps)
+        for name in ("running_mean", "running_var"):
+            value = getattr(norm, name)
+            if value is not None:  # as without track_running_stats
+                layer.get_buffer(name).copy_(value)
+        copy_affine(norm, layer)
+        return layer if self.train_affine else layer.requires_grad_(False)
 
 
 @register("bnminus", aliases=("batchnormminus",), family="BN and its parts", order=2)
@@ -127,6 +190,7 @@ class BatchNormMinus(BatchNorm):
     """
 
     affine = False
+    takes = ("running statistics",)
     scale_init = 1.0  # no option here, nor is the next
     scale_lr_divisor = 1.0
     refused: ClassVar[dict[str, dict[str, str]]] = NO_GAMMA

@@ -1,5 +1,6 @@
 """Statistics of the batch: groups inside it, moving averages, several processes, statistics for evaluation."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -63,6 +64,19 @@ class BatchStatistics(FullPrecision):
     def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
         """Return the value (C,) for each of `averages` from means over many batches of what `moments` returns."""
         raise NotImplementedError
+
+    def start_averages(self, mean: Tensor, var: Tensor, batches: int) -> None:
+        """Start at the moving averages (C,) of a BatchNorm that was trained, as far as this layer's follow from them.
+
+        Args:
+            mean: of x.
+            var: of x, unbiased.
+            batches: those that the averages are over.
+        """
+        for name, value in zip(self.averages, self.averages_of(mean, var + mean.square()), strict=True):
+            self.get_buffer(name).copy_(value)
+        if self.counter is not None:  # the next batch is one of many
+            self.get_buffer(self.counter).fill_(max(batches, math.ceil(1 / self.momentum)))
 
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:
         """Return statistics (C,) of the whole input for `averages_of`; by default the mean and the mean square."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normlab.common.registry import option, register
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
-from normlab.norms.sites import Variant, copy_affine
+from normlab.norms.sites import Variant, copy_affine, copy_statistics
 
 
 class _Normalize(torch.autograd.Function):
@@ -128,6 +128,14 @@ class LpNorm(Variant):
     eps: float = option(1e-5, gt=0)
     momentum: float = option(0.1, gt=0, le=1)
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.p == 2:  # of the others a variance says nothing
+            self.takes = (*self.takes, "running statistics")
+
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """Return an `LpNorm2d`."""
-        return copy_affine(norm, LpNorm2d(norm.num_features, **self.options | {"p": float(self.p)}))
+        layer = LpNorm2d(norm.num_features, **self.options | {"p": float(self.p)})
+        if "running statistics" in self.takes:
+            copy_statistics(norm, layer)
+        return copy_affine(norm, layer)

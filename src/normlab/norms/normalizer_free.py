@@ -89,9 +89,11 @@ class Fixup(Variant):
     """
 
     needs_convolution = True
+    takes = ()
     refused: ClassVar[dict[str, dict[str, str]]] = {
         "init": NO_GAMMA["init"]
-        | dict.fromkeys(("fixup", "lsuv"), "it has a start of its own, which this one would change")
+        | dict.fromkeys(("fixup", "lsuv"), "it has a start of its own, which this one would change"),
+        "model.weights": {"*": "it starts weights in a way of its own, among them zeros, in the place of those"},
     }
 
     stem_shift: bool = option(False)
@@ -206,6 +208,7 @@ class NormalizerFree(Variant):
     """
 
     needs_convolution = True
+    takes = ()
     refused: ClassVar[dict[str, dict[str, str]]] = {
         "init": NO_GAMMA["init"]
         | {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}

@@ -77,6 +77,7 @@ class NoNorm(Variant):
     """
 
     normalizes = False
+    takes = ()
     refused: ClassVar[dict[str, dict[str, str]]] = NO_GAMMA
 
     conv_bias: bool = option(False)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normlab.common.registry import option, register
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, keep_for_backward, per_group
-from normlab.norms.sites import Variant, copy_affine
+from normlab.norms.sites import Variant, copy_affine, copy_statistics
 from normlab.norms.steps import Clock
 
 
@@ -124,6 +124,8 @@ class BatchRenorm(Variant):
     Invariant: with rmax = 1 and dmax = 0 its training is that of `BatchNorm`, forward and backward.
     """
 
+    takes: tuple[str, ...] = ("scales", "shifts", "running statistics")
+
     eps: float = option(1e-5, gt=0)
     momentum: float = option(0.1, gt=0, le=1)
     rmax: float = option(3.0, ge=1)
@@ -137,7 +139,11 @@ class BatchRenorm(Variant):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.clock = Clock(self.ramp_unit)
+        if not self.learn_scale:
+            self.takes = ("shifts", "running statistics")
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """Return a `BatchRenorm2d`."""
-        return copy_affine(norm, BatchRenorm2d(norm.num_features, clock=self.clock, **self.options))
+        layer = BatchRenorm2d(norm.num_features, clock=self.clock, **self.options)
+        copy_statistics(norm, layer)
+        return copy_affine(norm, layer)

@@ -72,6 +72,7 @@ class Variant:
 
     normalizes = True  # False: init=bn_folded may fold statistics into its convolutions
     needs_convolution = False  # whether a site without one is refused
+    takes: tuple[str, ...] = ("scales", "shifts")  # what it takes of norms that were trained: "running statistics", too
     refused: ClassVar[dict[str, dict[str, str]]] = {}  # setting -> value -> why a run cannot have it with this variant
     name: str | None = None  # as the user calls it
 
@@ -116,6 +117,18 @@ def copy_affine(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
     if norm.affine:
         layer.to(norm.weight.device, norm.weight.dtype)  # float64 not by way of float32
         layer.load_state_dict({"weight": norm.weight, "bias": norm.bias}, strict=False)
+    return layer
+
+
+def copy_statistics(norm: nn.BatchNorm2d, layer: BatchStatistics) -> nn.Module:
+    """Return `layer` with moving averages that follow from those of a trained norm; of others they stay as they are.
+
+    For a layer that sees the x that the norm saw.
+    """
+    mean, var = norm.running_mean, norm.running_var
+    if mean is not None and var is not None and not mean.is_meta and (mean.any() or (var != 1).any()):
+        batches = 0 if norm.num_batches_tracked is None else int(norm.num_batches_tracked)
+        layer.start_averages(mean, var, batches)
     return layer
 
 

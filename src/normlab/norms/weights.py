@@ -355,6 +355,7 @@ class TReLUWeightNorm(Variant):
     """
 
     needs_convolution = True
+    takes = ()
     refused: ClassVar[dict[str, dict[str, str]]] = {"init": NO_GAMMA["init"] | _NO_ZERO_FILTERS["init"]}
 
     eps: float = option(1e-6, gt=0)

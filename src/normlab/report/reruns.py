@@ -22,13 +22,19 @@ from normlab import runs
 from normlab.common.errors import UserError, as_typed, did_you_mean, listed
 from normlab.common.progress import one_line
 from normlab.common.registry import declarations
-from normlab.config import schema
+from normlab.config import schema, weights
 from normlab.report.checks import Check, Outcome
 from normlab.report.study.load import Study
 from normlab.runs import State, provenance
 from normlab.runs.files import RecordPath
 
-CHANGES = ("dataset.path", "dataset.workers", "data_dir", "device")  # settings that a reviewer may give: `set`
+CHANGES = (
+    "dataset.path",
+    "dataset.workers",
+    "model.weights",
+    "data_dir",
+    "device",
+)  # settings that a reviewer may give: `set`
 MOST_TIMES, MOST_SECONDS = 20, 600  # a run is given up after this many times what it took, and no sooner than that
 MOST_RECORDED_SECONDS = 30 * 86_400  # that are believed; nobody waits longer for a rerun
 MOST_THREADS = 1024  # that are believed
@@ -109,7 +115,7 @@ def _as_here(recorded: Mapping[str, Any], rerun: Rerun) -> tuple[schema.RunConfi
         config = schema.parse(here)
     except (UserError, AttributeError, TypeError, ValueError) as error:
         return None, f"their settings are not valid: {one_line(error)}"
-    named = [] if rerun.trust else foreign(config)
+    named = [] if rerun.trust else foreign(config, given=rerun.changes)
     if named:
         return None, (
             f"what {listed(named, 2)} names is not in the study and not normlab's. If you have it and trust it, go to"
@@ -118,12 +124,19 @@ def _as_here(recorded: Mapping[str, Any], rerun: Rerun) -> tuple[schema.RunConfi
     return config, ""
 
 
-def foreign(config: schema.RunConfig) -> list[str]:
-    """Return the settings of a run that name code or files which are neither normlab's nor torchvision's nor timm's."""
+def foreign(config: schema.RunConfig, given: Iterable[str] = ()) -> list[str]:
+    """Return the settings of a run that name code or files which are neither normlab's nor torchvision's nor timm's.
+
+    Args:
+        config: that of the run.
+        given: settings that are the reviewer's own.
+    """
     own = {f"normlab.norms.{norm.class_name}" for norm in declarations("norms").values()}
     found = [] if config.norm.target in own else [f"norm._target_={config.norm.target}"]
     if isinstance(config.model, schema.CustomModelConfig):
-        return [*found, f"model.target={config.model.target}"]
+        found.append(f"model.target={config.model.target}")
+    if weights.is_file(config.weights) and "model.weights" not in given:
+        found.append(f"model.weights={config.weights}")
     kwargs = getattr(config.model, "kwargs", {})
     return found + [f"model.kwargs.{key}={one_line(as_typed(each))}" for key, each in kwargs.items() if _names(each)]
 
@@ -189,9 +202,9 @@ def _compared(study: Study, run: str, recorded: RecordPath, again: Path, alpha: 
     elsewhere = f", although {listed(circumstances, 3, '; ')}" if circumstances else ""
     if not difference:
         status = runs.read_status(recorded) or {}
-        weights = " and its weights" if status.get("weights_sha256") else ""
+        ends = " and its weights" if status.get("weights_sha256") else ""
         rows = len(runs.read_metrics(recorded)[0])
-        text = f"comes out the same to the bit: {rows} evaluation{'s' * (rows != 1)}{weights}{elsewhere}."
+        text = f"comes out the same to the bit: {rows} evaluation{'s' * (rows != 1)}{ends}{elsewhere}."
         return Check(Outcome.HOLDS, run, text)
     if not circumstances:
         text = f"does not come out the same, though CPU, versions, threads and code are: {difference}."

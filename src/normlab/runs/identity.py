@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, get_args
 
 from normlab.common.registry import declarations
+from normlab.config import weights
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -28,12 +29,18 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the nested part of a run's configuration that can change its result."""
     kept = {key: value for key, value in config.items() if key not in CARRIED_OUT}
     kept["dataset"] = {key: value for key, value in config["dataset"].items() if key not in DATASET_CARRIED_OUT}
+    kept["model"] = _with_label(config["model"])
     for group, key, neutral in _later_settings(config):
         section = kept.get(group) if group else kept
         if isinstance(section, Mapping) and key in section and section[key] == neutral:
             rest = {name: value for name, value in section.items() if name != key}
             kept = kept | {group: rest} if group else rest
     return kept
+
+
+def _with_label(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the section `model` with the label of weights that are a file in the place of its path."""
+    return {**model, "weights": weights.label(model["weights"])} if "weights" in model else model
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +128,8 @@ def compared(config: Mapping[str, Any]) -> dict[str, Hashable]:
     schedule.divide_final_lr belongs to arms that divide the rate of some parameters: others, and those that have its
     default, are without it.
     """
-    flat = flatten(completed(config))
+    full = completed(config)
+    flat = flatten(full | {"model": _with_label(full["model"])})
     divides = any(key.startswith("norm.") and key.endswith("lr_divisor") and flat[key] != 1 for key in flat)
     if not (divides and flat.get("schedule.divide_final_lr")):
         flat.pop("schedule.divide_final_lr", None)

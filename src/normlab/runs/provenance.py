@@ -44,7 +44,15 @@ def circumstances(made: Mapping[str, Any]) -> dict[str, str]:
         found |= libraries(made)
     found |= {name: str(made[name]) for name in _FACTS if name in made}
     codes = {name: own[name].get("code") for name in OWN_CODE if isinstance(own.get(name), Mapping)}
+    if digest := weights_digest(made):
+        found["trained weights"] = digest
     return found | {name: f"code {str(digest)[:7]}" for name, digest in codes.items()}
+
+
+def weights_digest(made: Mapping[str, Any]) -> str:
+    """Return the first digits of the digest of the trained weights that a run started from, or nothing."""
+    start = made.get("weights")
+    return str(start.get("sha256") or "")[:10] if isinstance(start, Mapping) else ""
 
 
 def libraries(made: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 from normlab import loggers, runs
 from normlab.common.terminal import PlainFormatter
 from normlab.data.recorded import image_files
+from normlab.models import pretrained
 from normlab.runs import files, provenance
 from normlab.training import checkpoint, device
 from normlab.training.state import TrainingState
@@ -57,6 +58,7 @@ class Recorder:
         }
         now["versions"] |= provenance.versions_of(type(module).__module__ for module in state.step.network.modules())
         before = runs.read_provenance(self.run.folder) if resumed else {}
+        now["weights"] = before.get("weights") if resumed else pretrained.recorded(state.config)
         if changed := provenance.differences(before, now):
             self.log.warning(
                 "%s goes on under other circumstances than it began with: %s. Its record keeps both.",

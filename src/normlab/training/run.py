@@ -1,7 +1,6 @@
 """One run from its configuration to its record: set up, resumed, trained, and its end recorded."""
 
 import contextlib
-import hashlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from normlab.common import bugs
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
 from normlab.common.terminal import say
 from normlab.config.schema import RunConfig
+from normlab.models.pretrained import digest
 from normlab.runs import files
 from normlab.training import checkpoint, device, resume
 from normlab.training.distributed import checks
@@ -122,11 +122,7 @@ def _train(
 
 def weights_sha256(network: nn.Module) -> str:
     """Return a digest of every parameter and buffer, equal exactly for bit-identical networks."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest(network.state_dict())
 
 
 def _recorded(error: BaseException, run: runs.Run, log: logging.Logger) -> BaseException:

@@ -12,6 +12,7 @@ from normlab import models
 from normlab.common.errors import UserError, first_line
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data, Loaded, load
+from normlab.models.pretrained import Log
 from normlab.norms import Steps, find_sites, independent_processes
 from normlab.norms.layer_statistics import is_random
 from normlab.probes import ProbedNetwork, Probes
@@ -40,12 +41,14 @@ class Resources:
         threads: share of the cores.
         interleaver: makes way for other runs of this process.
         loaded: images that runs of this process share.
+        say: called with a sentence for the terminal; of a sweep, whose networks are checked before, nothing is said.
     """
 
     device: str | None = None
     threads: int | None = None
     interleaver: Interleaver = field(default_factory=Interleaver)
     loaded: Loaded | None = None
+    say: Log = lambda sentence: None
 
 
 def set_up(
@@ -64,7 +67,12 @@ def set_up(
             f"The processes of this run see different images of dataset={config.dataset.name}.\n"
             "Give all its machines the same files."
         )
-    network = build_network(config, data, where, group, new=saved is None)
+
+    def log(sentence: str) -> None:
+        recorder.preparing(sentence)
+        resources.say(sentence)
+
+    network = build_network(config, data, where, group, new=saved is None, log=log)
     images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=where)
     memory_format = saved["memory_format"] if saved else choose_memory_format(config, network, images)
     step = build_step(config, network, task_of(data.task, config.label_smoothing), images, group, memory_format)
@@ -80,16 +88,20 @@ def set_up(
     )
 
 
-def build_network(config: RunConfig, data: Data, where: torch.device, group: ProcessGroup, *, new: bool) -> nn.Module:
+def build_network(
+    config: RunConfig, data: Data, where: torch.device, group: ProcessGroup, *, new: bool, log: Log
+) -> nn.Module:
     """Return the network of a run on its device, the same in all processes, checked against the sizes of its batches.
 
     Args:
-        new: whether it starts to train; a resumed one needs no start from data.
+        new: whether it starts to train; a resumed one needs no start from data or trained weights.
+        log: called with a sentence about trained weights.
 
     Raises:
         UserError: if processes, images, batches, calibration images and network do not fit each other.
     """
-    network = models.build(config, num_classes=len(data.classes), image_size=data.image_size)
+    classes, size = len(data.classes), data.image_size
+    network = models.build(config, num_classes=classes, image_size=size, trained=new, log=log)
     checks.prepare_layers(config, network, data, group.world)
     given = shapes.of_data(config, data)
     shapes.check(config, network, given)
@@ -100,7 +112,7 @@ def build_network(config: RunConfig, data: Data, where: torch.device, group: Pro
         images = data.calibration(config.calibration_images)
         try:
             with independent_processes():
-                models.start(config, network, images, num_classes=len(data.classes), image_size=data.image_size)
+                models.start(config, network, images, num_classes=classes, image_size=size)
         except ValueError as error:
             raise UserError(
                 f"The start that looks at {len(images)} calibration images does not fit {config.model.name} with"
@@ -172,6 +184,6 @@ def build_step(
 
 def _probe_subject(config: RunConfig, network: nn.Module, data: Data) -> ProbedNetwork:
     """Return what probes look at, with the sites that the network had before its norms were rewritten."""
-    base = models.base(config, num_classes=len(data.classes), image_size=data.image_size)
+    base = models.base(config, num_classes=len(data.classes), image_size=data.image_size, trained=False)
     prefix = "network." if config.input_norm == "bn" else ""
     return ProbedNetwork(network, tuple(prefix + site.norm for site in find_sites(base)), prefix)

@@ -61,8 +61,14 @@ def of_inventory(config: RunConfig, data: Inventory) -> Shapes | None:
     return Shapes(3, size, data.classes, _batches(config, [trained, dataset.val_size, data.test_images], 1))
 
 
-def check_sweep(runs: Sequence[tuple[RunConfig, Inventory]]) -> None:
+def check_sweep(
+    runs: Sequence[tuple[RunConfig, Inventory]], log: Callable[[str], None] = lambda sentence: None
+) -> None:
     """Check each kind of network and batch among runs, for `CHECKED_SECONDS` at most.
+
+    Args:
+        runs: settings, and sizes of the data.
+        log: called with a sentence about trained weights.
 
     Raises:
         UserError: for the first run whose network cannot be built, or does not take its batches.
@@ -75,7 +81,7 @@ def check_sweep(runs: Sequence[tuple[RunConfig, Inventory]]) -> None:
             kinds[json.dumps(rest, sort_keys=True)].append((config, found))
     for alike in kinds.values():
         try:
-            _check_kind(alike)
+            _check_kind(alike, log)
         except UserError:
             raise
         except (Exception, SystemExit):  # of the user's network: its run will record it with its traceback
@@ -84,10 +90,10 @@ def check_sweep(runs: Sequence[tuple[RunConfig, Inventory]]) -> None:
             return
 
 
-def _check_kind(runs: Sequence[tuple[RunConfig, Shapes]]) -> None:
+def _check_kind(runs: Sequence[tuple[RunConfig, Shapes]], log: Callable[[str], None]) -> None:
     """Check runs of one network, which is built once."""
     config, shapes = runs[0]
-    network = models.build(config, num_classes=shapes.outputs, image_size=shapes.image_size)
+    network = models.build(config, num_classes=shapes.outputs, image_size=shapes.image_size, log=log)
     seen: set[int] = set()
     check_calls(network, shapes)
     for config, shapes in runs:

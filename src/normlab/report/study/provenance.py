@@ -162,6 +162,10 @@ def _files(made: dict[str, Any], parameters: float) -> str:
     return str(data.get("contents") or "")[:10] if isinstance(data, dict) else ""
 
 
+def _weights(made: dict[str, Any], parameters: float) -> str:
+    return made_by.weights_digest(made)
+
+
 def _size(made: dict[str, Any], parameters: float) -> str:
     return "" if math.isnan(parameters) else f"{parameters:,.0f}"
 
@@ -178,6 +182,7 @@ def _threads(made: dict[str, Any], parameters: float) -> str:
 _SHARED = {  # by the seeds of a cell
     "images (digest)": _images,
     "files of images (digest)": _files,
+    "trained weights at the start (digest)": _weights,
     "number of parameters": _size,
     "own code": _own_code,
     "threads": _threads,
