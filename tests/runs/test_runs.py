@@ -221,11 +221,11 @@ def test_a_damaged_line_costs_only_itself(run, damage) -> None:
         '{"epoch": 1, "step": 2}, {"epoch": 2, "step": 4}\n',  # and this line two
         '{"epoch": 1, "step": 2}\n{"epoch": 2, "step": 4.0}\n{"epoch": 3}\n[]\n7\n',
         '{"epoch": 1, "step": 2}\n]\n',
-        '{"epoch": 1, "step": 2, "loss": 0.1234567890123456789, "text": "a, \\u2028 b"}\n',
+        '{"epoch": 1, "step": 2, "loss": 0.1234567890123456789, "text": "a, \\u00e9 b"}\n',
     ],
 )
 def test_a_file_of_rows_is_read_as_each_of_its_lines_would_be(tmp_path, text) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / ("probe.jsonl" if "text" in text else "metrics.jsonl")
     path.write_text(text, newline="")
     expected, damaged = [], []
     for number, line in enumerate(text.splitlines(), start=1):

@@ -37,8 +37,8 @@ from normlab.common.sentences import sentence
 from normlab.common.terminal import say
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
 from normlab.runs import archive, files
-from normlab.runs.folder import CONFIG, STATUS
-from normlab.runs.identity import CARRIED_OUT, FORMAT
+from normlab.runs.folder import write_record
+from normlab.runs.identity import CARRIED_OUT
 
 LARGEST = 2**53  # up to which whole numbers are exact wherever the report puts them
 LONGEST = 60  # characters of a name: three of them, and what else names a folder, fit into a file system's 255
@@ -615,8 +615,4 @@ def _write(made: Sequence[_Made], gone: Sequence[str], folder: Path, provenance:
 
 
 def _write_run(run: _Made, folder: Path, provenance: Mapping[str, Any]) -> None:
-    files.make_folder(folder)
-    files.write_yaml(folder / CONFIG, {"format": FORMAT, **run.config})
-    files.write_json(folder / runs.PROVENANCE, provenance)
-    files.write_atomically(folder / runs.METRICS_FILE, lambda file: file.write(run.metrics))
-    files.write_json(folder / STATUS, run.status)
+    write_record(folder, run.config, run.status, provenance, run.metrics)

@@ -265,6 +265,11 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
             f"baseline={baseline} is not an arm of this study, so there is no table of differences. Arms:"
             f" {', '.join(arms)}.{hint}"
         )
+    if whole.unchecked:
+        yield (
+            f"{whole.unchecked} of {len(whole.configs)} runs carry no checksums, which came with version 0.4.0: changes"
+            " of their files cannot be seen."
+        )
     if options.selection:
         yield f"Only {options.selection} is reported; p-values are corrected over what is reported."
     done = study.evaluations[study.evaluations["state"] == "done"]

@@ -1,22 +1,24 @@
 """A run on disk: identity, folder, status, metrics. No torch, no Hydra."""
 
-from normlab.runs.folder import (
-    LOG,
+from normlab.runs.folder import LOG, Run, now
+from normlab.runs.identity import compared, completed, flatten, identity, run_id, run_name
+from normlab.runs.record import (
     METRICS_FILE,
     PROBES_FOLDER,
     PROVENANCE,
-    Run,
+    Record,
+    check,
     find,
-    now,
     probe_files,
     read_config,
     read_metrics,
     read_probes,
     read_provenance,
+    read_record,
     read_rows,
     read_status,
+    scan,
 )
-from normlab.runs.identity import compared, completed, flatten, identity, run_id, run_name
 from normlab.runs.states import FINISHED, State
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "METRICS_FILE",
     "PROBES_FOLDER",
     "PROVENANCE",
+    "Record",
     "Run",
     "State",
+    "check",
     "compared",
     "completed",
     "find",
@@ -38,8 +42,10 @@ __all__ = [
     "read_metrics",
     "read_probes",
     "read_provenance",
+    "read_record",
     "read_rows",
     "read_status",
     "run_id",
     "run_name",
+    "scan",
 ]

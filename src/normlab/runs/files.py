@@ -1,48 +1,22 @@
-"""Files that are whole or absent: atomic writes, and reads that never execute anything."""
+"""Files that are whole or absent: atomic writes. How they are read is `runs/reading.py`."""
 
 import contextlib
 import json
 import math
 import os
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO
 
 import yaml
 
-from normlab.common.errors import UserError, first_line, storage_error
+from normlab.common.errors import storage_error
+from normlab.runs.reading import RecordPath, damaged, parse_yaml, read_json, yaml_mapping
 
+__all__ = ["RecordPath", "parse_yaml", "read_json"]
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_NEXT_KEY = re.compile(r"(?<=\n)(?=[a-zA-Z_])")  # in the outermost mapping: the dumper indents what belongs to a key
-MOST_VALUES = 10_000  # of each key of a record in YAML, and
-MOST_KEYS = 200  # keys: a configuration has 150 values in 40
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
-
-
-class RecordPath(Protocol):
-    """What reading records takes of a Path: a Path, or a part of a study in one file (`runs/archive.py`)."""
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-
-    @property
-    def stem(self) -> str:
-        """The name without its suffix."""
-
-    def __truediv__(self, name: str, /) -> Self: ...
-    def exists(self) -> bool:
-        """Return whether there is such a file or folder."""
-
-    def iterdir(self) -> Iterator[Self]:
-        """Yield what a folder holds."""
-
-    def read_bytes(self) -> bytes:
-        """Return the contents of a file."""
 
 
 def make_folder(path: Path) -> None:
@@ -65,25 +39,30 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, durable
     Raises:
         UserError: if the folder cannot be written or the disk is full. The old file is untouched.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False
-        ) as file:
-            temporary = Path(file.name)
-            write(file)  # type: ignore[arg-type]
+        with temporary.open("x+b") as file:  # with the mode that the user's umask gives a new file
+            write(file)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException as error:
-        if temporary:
-            with contextlib.suppress(OSError):  # the folder may have become read-only
-                temporary.unlink()
+        with contextlib.suppress(OSError):  # the folder may have become read-only
+            temporary.unlink()
         if isinstance(error, OSError):
             raise storage_error(path, error) from error
         raise
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file to append to it: not by way of a link, and of a FIFO without waiting for its reader.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "ab")
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -120,74 +99,14 @@ def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_yaml(path: RecordPath, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Read a mapping; `parse` is `parse_yaml`, or calls it.
+def read_yaml(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Read a mapping from a file of this package; `parse` is `parse_yaml`.
 
     Raises:
         UserError: if the file cannot be read or holds no mapping.
     """
     try:
-        value = parse(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        content = path.read_bytes()  # a package may be installed by way of links
+    except OSError as error:
         raise damaged(path, error) from None
-    if not isinstance(value, dict):
-        raise damaged(path, "it holds no settings")
-    return value
-
-
-def parse_yaml(text: str) -> Any:
-    """Return the value of a text in YAML; equal parts of texts share theirs, which are to be read only."""
-    return _parts(text) or _part(text)
-
-
-def _parts(text: str) -> dict[str, Any]:
-    """Read a mapping key by key, as runs of a study share most parts and YAML is slow; empty if it is no such text."""
-    value: dict[str, Any] = {}
-    try:
-        for part in map(_part, _NEXT_KEY.split(text)):
-            if not isinstance(part, dict):
-                return {}
-            value |= part
-            if len(value) > MOST_KEYS:
-                raise ValueError(f"it has more than {MOST_KEYS} keys")
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}
-    return value
-
-
-@lru_cache(maxsize=4096)
-def _part(text: str) -> Any:
-    value = yaml.load(text, Loader=_Loader)
-    left, seen = [value], 0
-    while left:  # an alias stands for all that it names, which can be a part of itself
-        each = left.pop()
-        left += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
-        seen += 1
-        if seen + len(left) > MOST_VALUES:
-            raise ValueError(f"it has more than {MOST_VALUES} values")
-    return value
-
-
-def read_json(path: RecordPath) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        UserError: if the file cannot be read or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except (OSError, ValueError, RecursionError) as error:
-        raise damaged(path, error) from None
-    if not isinstance(value, dict):
-        raise damaged(path, "it holds no JSON object")
-    return value
-
-
-def damaged(path: RecordPath, why: object) -> UserError:
-    """Return the error for a file of a run that cannot be read."""
-    reason = first_line(why) or type(why).__name__
-    if isinstance(path, Path):
-        fix = f"Move the folder {path.parent} away and run the same command again to repeat this run."
-    else:
-        fix = "It was so when the study was packed. Whoever packed it has to repeat this run."
-    return UserError(f"{path} cannot be read: {reason}.\n{fix}")
+    return yaml_mapping(path, content, parse)

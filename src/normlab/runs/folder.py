@@ -1,4 +1,4 @@
-"""Read and write a run's folder, which is the database.
+"""Write a run's folder, which is the database; runs/record.py reads it.
 
 config.yaml      the frozen configuration, written before the run starts
 status.json      state, host, process, heartbeat, progress, error; no file: planned, not started
@@ -9,34 +9,51 @@ checkpoint.pt, checkpoint.previous.pt, run.log
 run.lock, run.claim   while a process trains it (runs/lock.py)
 """
 
-import json
 import os
-import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import lru_cache
-from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from normlab.common.errors import UserError, storage_error
-from normlab.runs import files, lock
-from normlab.runs.files import RecordPath
-from normlab.runs.identity import FORMAT, completed, run_id, run_name
+from normlab.runs import files, lock, reading, sums
+from normlab.runs.identity import FORMAT, run_id, run_name
 from normlab.runs.inside import make_own_folder
+from normlab.runs.record import (
+    CONFIG,
+    METRICS_FILE,
+    PROBES_FOLDER,
+    PROVENANCE,
+    STATUS,
+    FormatError,
+    check,
+    find,
+    probe_files,
+    read_config,
+    read_metrics,
+    read_probes,
+    read_status,
+)
 from normlab.runs.states import FINISHED, State, recorded_state
 
-CONFIG, STATUS, METRICS_FILE, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
+__all__ = [
+    "CONFIG",
+    "LOG",
+    "METRICS_FILE",
+    "PROBES_FOLDER",
+    "PROVENANCE",
+    "STATUS",
+    "FormatError",
+    "Run",
+    "find",
+    "now",
+    "read_status",
+    "write_record",
+]
 LOG = "run.log"
-P = TypeVar("P", bound=RecordPath)
-PROBES_FOLDER = "probes"
-_SEED = re.compile(r"^seed: (0|[1-9]\d*)$", re.MULTILINE)  # of the outermost mapping: others are indented
-
-
-class FormatError(UserError):
-    """The record was written by a version of normlab that is newer than this one."""
+_WRITTEN = (CONFIG, STATUS, METRICS_FILE, PROVENANCE, PROBES_FOLDER, LOG)
 
 
 def now() -> str:
@@ -44,157 +61,36 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def find(study_folder: P) -> list[P]:
-    """Return the run folders of a study, by name; none of a folder that does not exist."""
+def _append(path: Path, text: str) -> None:
     try:
-        found = [path for path in study_folder.iterdir() if (path / CONFIG).exists()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return sorted(found, key=attrgetter("name"))
-
-
-def read_config(folder: RecordPath) -> dict[str, Any]:
-    """Return the frozen configuration, with the settings that records of its format did not have yet.
-
-    Runs share the groups that they have in common: these are to be read only.
-
-    Raises:
-        FormatError: if it is of a format that this version does not know.
-        UserError: if the file is damaged.
-    """
-    path = folder / CONFIG
-    config = files.read_yaml(path, _config)
-    found = config.get("format", FORMAT)
-    if found not in range(1, FORMAT + 1):
-        raise FormatError(
-            f"{path} is a record of format {found}, and this version of normlab reads up to format {FORMAT}.\n"
-            "Use the version that wrote it, or a newer one: pip install --upgrade normlab."
-        )
-    return {key: value for key, value in config.items() if key != "format"}
-
-
-def _config(text: str) -> Any:
-    """Parse runs that differ in nothing but their seed once: a study has far fewer cells than runs."""
-    seed = _SEED.search(text)
-    if seed:
-        config = _parsed(f"{text[: seed.start(1)]}0{text[seed.end(1) :]}")
-        if isinstance(config, dict) and config.get("seed") == 0:
-            return config | {"seed": int(seed[1])}
-    return _parsed(text)
-
-
-@lru_cache(maxsize=1024)
-def _parsed(text: str) -> Any:
-    value = files.parse_yaml(text)
-    return completed(value) if isinstance(value, dict) else value
-
-
-def read_status(folder: RecordPath) -> dict[str, Any] | None:
-    """Return the status, or None for a run that was planned and has not started.
-
-    A run that was running when its study was packed into one file is interrupted there.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    path = folder / STATUS
-    try:
-        status = files.read_json(path)
-    except UserError:  # rather than to look for it first, which would cost a report of ten thousand runs as much again
-        if path.exists():
-            raise
-        return None
-    if status.get("state") == State.RUNNING and not isinstance(folder, Path):
-        status["state"] = State.INTERRUPTED
-    return status
-
-
-def read_provenance(folder: RecordPath) -> dict[str, Any]:
-    """Return what is recorded of how a run was made; nothing if it cannot be read: the record can do without.
-
-    Equal ones share their parts: they are to be read only.
-    """
-    try:
-        return _provenance((folder / PROVENANCE).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-@lru_cache(maxsize=256)
-def _provenance(text: bytes) -> dict[str, Any]:
-    value = json.loads(text)
-    return value if isinstance(value, dict) else {}
-
-
-def read_metrics(folder: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the evaluations that can be read, and a sentence about each line that cannot."""
-    return read_rows(folder / METRICS_FILE)
-
-
-def read_probes(folder: RecordPath) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """Return the rows that can be read by probe, and a sentence about each line that cannot."""
-    found, warnings = {}, []
-    for path in probe_files(folder):
-        found[path.stem], complaints = read_rows(path)
-        warnings += complaints
-    return found, warnings
-
-
-def probe_files(folder: P) -> list[P]:
-    """Return the files of rows of a run's probes, by name."""
-    try:
-        found = list((folder / PROBES_FOLDER).iterdir())  # of ten thousand runs: a glob takes five times as long
-    except OSError:
-        return []
-    return sorted((path for path in found if path.name.endswith(".jsonl")), key=attrgetter("name"))
-
-
-def read_rows(path: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a file of metrics or of a probe, and a sentence about each line that cannot be read."""
-    try:
-        text = path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return [], []
-    needed = ("epoch", "step") if path.name == METRICS_FILE else ("step",)
-    lines = text.removesuffix("\n")
-    try:  # all lines at once, which takes half the time
-        rows = json.loads(f"[{lines.replace(chr(10), ',')}]")
-    except (ValueError, RecursionError):
-        rows = []
-    if len(rows) == lines.count("\n") + 1 and _are_rows(rows, needed):
-        return rows, []
-    rows, warnings = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            if not _are_rows([row], needed):
-                raise ValueError(f"not a row of {path.stem}")
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
-            warnings.append(f"{path}, line {number} cannot be read and is left out: {error}.")
-    return rows, warnings
-
-
-def _are_rows(values: Sequence[Any], needed: Sequence[str]) -> bool:
-    """Return whether all are mappings with whole numbers where they are needed."""
-    return set(map(type, values)) <= {dict} and all(
-        {type(value.get(key)) for value in values} <= {int, bool} for key in needed
-    )
-
-
-def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(files.to_json(row) + "\n" for row in rows))
+        with files.open_to_append(path) as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise storage_error(path, error) from error
 
 
-def _rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    text = "".join(files.to_json(row) + "\n" for row in rows)
-    files.write_atomically(path, lambda file: file.write(text.encode()))
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(files.to_json(row) + "\n" for row in rows)
+
+
+def write_record(
+    folder: Path, config: Mapping[str, Any], status: Mapping[str, Any], provenance: Mapping[str, Any], metrics: bytes
+) -> None:
+    """Write the record of a run that was carried out elsewhere; its status has the run's id.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    files.make_folder(folder)
+    own = str(status["run_id"])
+    files.write_yaml(folder / CONFIG, {"format": FORMAT, "run_id": own, **config})
+    files.write_json(folder / PROVENANCE, provenance)
+    files.write_atomically(folder / METRICS_FILE, lambda file: file.write(metrics))
+    written = {name: sums.sum_of(reading.contents(folder / name), own) for name in (CONFIG, PROVENANCE, METRICS_FILE)}
+    content = sums.sealed({**status, "files": written}, own)
+    files.write_atomically(folder / STATUS, lambda file: file.write(content))
 
 
 class Run:
@@ -206,39 +102,69 @@ class Run:
         self.name = run_name(config)
         self.folder = Path(config["output_dir"]) / config["study"] / self.name
         self._claim: lock.RunClaim | None = None
+        self._sums: dict[str, sums.Sum] | None = None  # of its files, while this process writes them
 
     @property
     def state(self) -> State:
-        """The state that status.json records: planned where there is none, failed where it is damaged."""
+        """The state that status.json records: planned where there is none, failed where it is damaged.
+
+        A finished run whose files are not what it wrote has failed, too: a sweep carries it out again.
+        """
         try:
             status = read_status(self.folder)
         except UserError:
             return State.FAILED
-        return recorded_state(status) or State.FAILED if status is not None else State.PLANNED
+        if status is None:
+            return State.PLANNED
+        state = recorded_state(status) or State.FAILED
+        return State.FAILED if state in FINISHED and check(self.folder) else state
 
     @property
     def over(self) -> bool:
         """Return whether nothing is left to do, not even the removal of a killed process's claim."""
-        return self.state in FINISHED and not (self.folder / lock.CLAIM).exists()
+        return self.state in FINISHED and not reading.is_there(self.folder / lock.CLAIM)
 
     def freeze(self) -> None:
         """Write the configuration, so that later edits of YAML cannot leak into this run.
 
-        One that is there and describes this run stays as it is; a damaged one is replaced.
+        One that is there and describes this run stays as it is; one that is damaged, or that the run's checksums say
+        was changed, is replaced.
 
         Raises:
             FormatError: if there is one of a format that this version does not know.
-            UserError: if the folder cannot be written.
+            UserError: if the folder cannot be written, or it or one of its files is a link.
         """
         make_own_folder(self.folder, self.folder.parent)
+        self._refuse_links()
         try:
-            written = run_id(read_config(self.folder))
+            written = run_id(read_config(self.folder)) == self.run_id and not self._config_fault()
         except FormatError:
             raise
         except (UserError, KeyError, AttributeError, TypeError, ValueError):  # not there, or not of a run
-            written = ""
-        if written != self.run_id:
-            files.write_yaml(self.folder / CONFIG, {"format": FORMAT, **self.config})
+            written = False
+        if not written:
+            files.write_yaml(self.folder / CONFIG, {"format": FORMAT, "run_id": self.run_id, **self.config})
+
+    def _refuse_links(self) -> None:
+        """Refuse to write by way of a link: it could lead to any file of this machine.
+
+        Raises:
+            UserError: if the folder, one of its files, or its folder of probes is one.
+        """
+        with os.scandir(self.folder) as entries:
+            links = [self.folder / entry.name for entry in entries if entry.is_symlink()]
+        for path in [self.folder, *links]:
+            if path.is_symlink() and path.name in (self.name, *_WRITTEN):
+                raise UserError(f"{path} is a link, and a run is not written through links.\nMove it away.")
+
+    def _config_fault(self) -> str:
+        """Return what is wrong with the configuration by the run's checksums; "" if there are none."""
+        try:
+            recorded = sums.recorded(read_status(self.folder))
+        except UserError:
+            return ""
+        content = reading.contents(self.folder / CONFIG)
+        return sums.fault(recorded.get(CONFIG), content, self.run_id, whole=True) if recorded is not None else ""
 
     @contextmanager
     def lock(self, wait_seconds: float = 0) -> Iterator[None]:
@@ -253,19 +179,27 @@ class Run:
             try:
                 yield
             finally:
-                self._claim = None
+                self._claim = self._sums = None
 
     def _verify(self) -> None:
         if self._claim:
             self._claim.verify()
 
     def write_status(self, state: str, *, durable: bool = True, **facts: Any) -> dict[str, Any]:
-        """Replace status.json and return it; every fact not given again is kept."""
+        """Replace status.json and return it; every fact not given again is kept.
+
+        Its checksums are those of the files that this process has written, else those that the status had.
+        """
         self._verify()
         try:
             before = read_status(self.folder) or {}
         except UserError:
             before = {}
+        if self._sums is None:
+            own = {name: each for name, each in (sums.recorded(before) or {}).items() if name != CONFIG}
+            written = {CONFIG: self._sum_now(CONFIG), **own} if own or not before else self._sums_now()
+        else:
+            written = self._sums
         status = {
             "state": state,
             "run_id": self.run_id,
@@ -279,20 +213,59 @@ class Run:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        status["state"] = state
-        files.write_json(self.folder / STATUS, status, durable=durable)
-        return status
+        for name in ("files", "checksum"):  # they come last
+            status.pop(name, None)
+        status |= {
+            "state": state,
+            "run_id": self.run_id,
+            "name": self.name,
+            "files": {k: [*v] for k, v in written.items()},
+        }
+        content = sums.sealed(status, self.run_id)
+        files.write_atomically(self.folder / STATUS, lambda file: file.write(content), durable=durable)
+        return {**status, "checksum": sums.checksum_of(content)}
+
+    def _sum_now(self, name: str) -> sums.Sum:
+        """Return the sum of a file as it is now."""
+        try:
+            return sums.sum_of(reading.read(self.folder / name), self.run_id)
+        except OSError:
+            return sums.nothing(self.run_id)
+
+    def _sums_now(self) -> dict[str, sums.Sum]:
+        """Return the sums of all files of the record as they are now."""
+        probes = [f"{PROBES_FOLDER}/{path.name}" for path in probe_files(self.folder)]
+        names = [name for name in (CONFIG, PROVENANCE, METRICS_FILE, *probes) if reading.is_there(self.folder / name)]
+        return {name: self._sum_now(name) for name in names}
+
+    def write_provenance(self, made: Mapping[str, Any]) -> None:
+        """Replace provenance.json."""
+        self._verify()
+        content = (files.to_json(made, indent=1) + "\n").encode()
+        self._known()[PROVENANCE] = sums.sum_of(content, self.run_id)
+        files.write_atomically(self.folder / PROVENANCE, lambda file: file.write(content))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation to metrics.jsonl."""
-        self._verify()
-        _append(self.folder / METRICS_FILE, [row])
+        self._append(METRICS_FILE, [row])
 
     def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append the rows of one measurement to a probe's file."""
-        self._verify()
         files.make_folder(self.folder / PROBES_FOLDER)
-        _append(self.folder / PROBES_FOLDER / f"{probe}.jsonl", rows)
+        self._append(f"{PROBES_FOLDER}/{probe}.jsonl", rows)
+
+    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._verify()
+        known, text = self._known(), _as_lines(rows)
+        before = known.get(name, sums.nothing(self.run_id))
+        _append(self.folder / name, text)
+        known[name] = sums.extended(before, text.encode())
+
+    def _known(self) -> dict[str, sums.Sum]:
+        """Return the sums of what this process writes, which begin with what is there."""
+        if self._sums is None:
+            self._sums = self._sums_now()
+        return self._sums
 
     def keep_rows_until(self, evaluated: int, step: int) -> list[str]:
         """Drop the rows that a resumed run measures again, and lines that cannot be read.
@@ -302,14 +275,40 @@ class Run:
             step: rows of probes from this step (0-based) on are dropped.
 
         Returns:
-            A sentence about each damaged line.
+            A sentence about each damaged line, and about a file that is not what the run wrote.
         """
+        changes = check(self.folder)
         rows, warnings = read_metrics(self.folder)
-        kept = [row for row in rows if row["step"] <= evaluated]
-        if warnings or rows:  # if all are kept, too: the last may lack the end of its line
-            _rewrite(self.folder / METRICS_FILE, kept)
         probes, complaints = read_probes(self.folder)
-        for probe, rows in probes.items():
-            kept = [row for row in rows if row["step"] < step]
-            _rewrite(self.folder / PROBES_FOLDER / f"{probe}.jsonl", kept)
-        return warnings + complaints
+        self._sums = {CONFIG: self._sum_now(CONFIG)}
+        kept = {
+            f"{PROBES_FOLDER}/{probe}.jsonl": [r for r in rows if r["step"] < step] for probe, rows in probes.items()
+        }
+        if warnings or rows:  # if all are kept, too: the last may lack the end of its line
+            kept[METRICS_FILE] = [row for row in rows if row["step"] <= evaluated]
+        others = [name for name in (PROVENANCE,) if reading.is_there(self.folder / name)]
+        if kept or others:
+            self._rewrite({name: _as_lines(of_file).encode() for name, of_file in kept.items()}, others)
+        return [*([changes] if changes else []), *warnings, *complaints]
+
+    def _rewrite(self, contents: Mapping[str, bytes], others: Iterable[str]) -> None:
+        """Replace files of rows.
+
+        Until the next status is written, the sums are of no bytes: a process that is killed in between leaves files of
+        which none is wrong by them. `others` are about to be written again.
+        """
+        known = self._known()
+        known |= dict.fromkeys([*contents, *others], sums.nothing(self.run_id))
+        status = self._status_before()
+        if status is not None:
+            self.write_status(str(status["state"]))
+        for name, content in contents.items():
+            path = self.folder / name
+            files.write_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
+            known[name] = sums.sum_of(content, self.run_id)
+
+    def _status_before(self) -> dict[str, Any] | None:
+        try:
+            return read_status(self.folder)
+        except UserError:
+            return None

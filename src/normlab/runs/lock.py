@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import platform
+import re
 import secrets
 import socket
 import tempfile
@@ -30,15 +31,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from normlab.common.errors import RunBusyError, storage_error
+from normlab.runs import files, reading
 from normlab.runs.states import STALE_SECONDS
 
 LOCK, CLAIM = "run.lock", "run.claim"
 CLAIM_SECONDS = 5.0  # between two signs of life of a holder
 SILENT_SECONDS = 20.0  # a holder on another host without a sign of life for so long may be dead: wait until it is stale
 SETTLE_SECONDS = 1.0  # after a takeover from another host: whoever else took it over must have become visible
+_MOST_BYTES = 4096  # of a claim; it has 300
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without flock
 
 
@@ -74,7 +77,7 @@ class Holder:
             pid=os.getpid(),
             started=_start_of(os.getpid()),
             job=os.environ.get("SLURM_JOB_ID", ""),
-            restarts=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            restarts=_restarts(),
             token=secrets.token_hex(8),
         )
 
@@ -90,7 +93,7 @@ class Holder:
             left_over = self.pid == os.getpid() and self.token not in _held  # its disk was read-only at the end
             return left_over or not _exists(self.pid, self.started)
         requeued = self.job and self.job == os.environ.get("SLURM_JOB_ID")
-        if requeued and self.restarts < int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        if requeued and self.restarts < _restarts():
             return True  # SLURM starts a job again only when its processes have ended
         return self.sign_of_life > STALE_SECONDS
 
@@ -107,15 +110,26 @@ def holder(folder: Path) -> Holder | None:
     """Return the process, dead or alive, whose claim is in a run's folder; None without a claim."""
     path = folder / CLAIM
     try:
-        with path.open(encoding="utf-8") as file:  # opening makes an NFS client query the server
-            text, touched = file.read(), os.fstat(file.fileno()).st_mtime
-    except OSError:
+        with reading.opened(path) as file:  # opening makes an NFS client query the server
+            text, touched = file.read(_MOST_BYTES), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
         return None
+    except OSError:  # a link, a FIFO, ...: no claim of ours, which goes as a dead process's does
+        try:
+            text, touched = b"", path.lstat().st_mtime
+        except OSError:
+            return None
     try:
-        found = Holder(**{**json.loads(text), "sign_of_life": 0.0})
-    except (ValueError, TypeError):  # just being written, or its machine died while it was
+        found = Holder(**_facts(text))
+    except ValueError:  # just being written, or its machine died while it was
         found = Holder("an unknown host", "", 0, "", "", 0, "")
     return replace(found, sign_of_life=max(0.0, (time.time() if found.here else _now(folder)) - touched))
+
+
+def _facts(text: bytes) -> dict[str, Any]:
+    from normlab.runs import schema  # pydantic is slow to import, and most commands meet no claim
+
+    return schema.Claim.model_validate_json(text).model_dump()
 
 
 class RunClaim:
@@ -226,7 +240,10 @@ def _take(folder: Path) -> RunClaim:
                 time.sleep(1.0)
                 continue
             elsewhere = elsewhere or not other.here
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # it is a folder
+                raise _UnwritableError(error) from error
             continue
         except OSError as error:
             raise _UnwritableError(error) from error
@@ -248,7 +265,7 @@ def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
     patience = time.monotonic() + wait_seconds
     while True:
         try:
-            file = path.open("a")
+            file = files.open_to_append(path)
         except OSError as error:
             raise _UnwritableError(error) from error
         try:
@@ -274,6 +291,12 @@ def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a file system that has become read-only
             path.unlink()
         file.close()
+
+
+def _restarts() -> int:
+    """Return how often SLURM has started this job again; 0 where its variable is no number."""
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) else 0
 
 
 @functools.cache

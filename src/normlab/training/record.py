@@ -66,7 +66,7 @@ class Recorder:
                 "; ".join(changed),
             )
         earlier = provenance.earlier_segments(before, now, state.step_number) if before else []
-        files.write_json(self.run.folder / runs.PROVENANCE, now | ({"earlier": earlier} if earlier else {}))
+        self.run.write_provenance(now | ({"earlier": earlier} if earlier else {}))
 
     def heartbeat(self, state: TrainingState) -> None:
         """Write that the run is under way, and how far."""

@@ -14,9 +14,12 @@ from normlab.training.state import TrainingState
 
 
 def load_checkpoint(config: RunConfig, run: runs.Run, log: logging.Logger) -> dict[str, Any] | None:
-    """Return the checkpoint to go on from, if the record has every evaluation of the epochs before it."""
+    """Return the checkpoint to go on from, if the record has every evaluation of the epochs before it, unchanged."""
     saved = checkpoint.load(run.folder, run.run_id, log.warning)
     if saved:
+        if changed := runs.check(run.folder):
+            log.warning("%s The run starts again.", changed)
+            return None
         evaluated = {row["epoch"] for row in runs.read_metrics(run.folder)[0]}
         if not evaluated.issuperset(range(config.eval_every, saved["position"]["epoch"] + 1, config.eval_every)):
             log.warning("%s lacks evaluations from before the last checkpoint. The run starts again.", run.name)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,8 +18,9 @@ from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, pla
 from normlab.report.study.columns import Columns, length, tidy
 from normlab.report.study.find import find_study, packed_name
 from normlab.report.study.index import Index
-from normlab.runs import archive, lock
-from normlab.runs.files import RecordPath
+from normlab.runs import archive, lock, reading, schema
+from normlab.runs.reading import RecordPath, damaged, shown
+from normlab.runs.record import STATUS
 from normlab.runs.states import FINISHED, RECORDED, STALE_SECONDS, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
@@ -35,8 +36,11 @@ _SEVERAL = {  # of one kind of fault, about all runs that have it
         "{number} runs lack the evaluation after their last epoch and are left out of the tables: {names}."
         " Delete their folders and start them again."
     ),
+    "provenance": "{number} runs are shown without how they were made: {names}. The first: {first}",
     "copies": "{number} folders hold the same runs as others and are left out: {names}. The first: {first}",
 }
+TRIES = 3  # to read a run whose files change meanwhile
+MOST_COLUMNS = 200  # names of columns of the evaluations of all runs, or of a probe's rows
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,6 +66,8 @@ class Study:
         remarks: per setting, a sentence about what varies with the batch size.
         notes: the remarks of a person, from notes.md beside the runs.
         warnings: sentences about what could not be read, and what was imported.
+        unchecked: number of runs in a folder that carry no checksums, as those of versions before 0.4.0: whether their
+            files were changed cannot be seen.
     """
 
     name: str
@@ -74,6 +80,7 @@ class Study:
     remarks: dict[str, str]
     notes: str
     warnings: list[str]
+    unchecked: int = 0
 
     @cached_property
     def packed(self) -> bool:
@@ -128,7 +135,8 @@ class Study:
         flat = [cells[cell_key(self.configs[run])] if run in self.configs else {} for run in table["run"]]
         varied = [name for name in varying(list(cells.values())) if not name.startswith(_NOT_VARIED)]
         settings = pd.DataFrame({name: [row.get(name) for row in flat] for name in varied}, index=table.index)
-        measured = [column for column in self.evaluations if column not in (*_PLACE, "wall_seconds")]
+        others = (*_PLACE, *_NUMBERS, "note", *varied)
+        measured = [column for column in self.evaluations if column not in others]
         last = self.evaluations.drop_duplicates("run", keep="last").set_index("run")[measured]
         by_run = self.evaluations.groupby("run", sort=False)
         for column, best in (("test_accuracy", "max"), ("test_loss", "min")):
@@ -183,6 +191,7 @@ def load(
         remarks=remarks,
         notes=records.notes,
         warnings=[*records.warnings(), *_imported(table, records.configs, records.provenance)],
+        unchecked=records.unchecked,
     )
 
 
@@ -203,49 +212,82 @@ class _Records:
         self.provenance: dict[str, dict[str, Any]] = {}
         self.faults: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self.notes = _notes(folder)
+        self.unchecked = 0
         self._now = now
+        self._names: dict[str, Set[str]] = defaultdict(set)  # of columns, by probe; "": of evaluations
         index = Index(folder)
-        for path in runs.find(folder):
-            row: dict[str, Any] = {"run": path.name, "state": "missing", "note": ""}
+        for path, why in runs.scan(folder):
+            name = shown(path.name)
+            row: dict[str, Any] = {"run": name, "state": "missing", "note": ""}
             try:
-                self._read(path, row, index)
+                if why:
+                    raise damaged(path, why)
+                self._read_again(path, row, index)
             except UserError as error:
-                self.faults["unreadable"].append((path.name, str(error)))
+                for found in (self.configs, self.provenance, self.evaluations, *self.probes.values()):
+                    found.pop(name, None)
+                self.faults["unreadable"].append((name, str(error)))
                 row |= {"state": State.UNREADABLE, "note": first_line(error)}
             self.rows.append(row)
         index.write()
 
-    def _read(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
-        """Read a run and complete its row.
+    def _read_again(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
+        """Read a run and complete its row; again if its status was written meanwhile, as its files may have been, too.
 
         Raises:
-            UserError: if its configuration or status is damaged.
+            UserError: if one of its files is damaged, or not what the run wrote.
         """
+        for _ in range(TRIES):
+            before = _status_bytes(path)
+            try:
+                self._read(path, row, index)
+            except UserError:
+                if _status_bytes(path) == before:
+                    raise
+            else:
+                return
+        self._read(path, row, index)
+
+    def _read(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
         run = path.name
-        self.configs[run] = _config(path)
-        self.provenance[run] = runs.read_provenance(path)
-        row["epochs"] = self.configs[run].get("epochs")
+        record = runs.read_record(path)
+        self.configs[run] = _checked(path, record.config)
+        self.provenance[run] = record.provenance
+        row["epochs"] = record.config["epochs"]
+        lines: list[tuple[str, str]] = []
+
+        def columns(file: str, kind: str) -> Columns:
+            found, warnings = index.read(run, file, record)
+            lines.extend((f"{run}/{file}", warning) for warning in warnings)
+            names = self._names[kind] | found.keys()
+            if len(names) > MOST_COLUMNS:
+                raise damaged(path / file, f"it brings the study to more than {MOST_COLUMNS} columns")
+            self._names[kind] = names
+            return found
+
         for file in runs.probe_files(path):
-            self.probes[file.stem][run] = self._columns(index, run, f"{runs.PROBES_FOLDER}/{file.name}")
+            self.probes[file.stem][run] = columns(f"{runs.PROBES_FOLDER}/{file.name}", file.stem)
         self.evaluations[run] = {}
-        status = runs.read_status(path)
+        status = record.status
         if status is not None:
-            self.evaluations[run] = self._columns(index, run, runs.METRICS_FILE)
+            self.evaluations[run] = columns(runs.METRICS_FILE, "")
             row |= {key: status.get(key) for key in ("state", *_NUMBERS[1:])}
             row["note"] = _note(path, status, self._now)
             self._check(path, row)
-
-    def _columns(self, index: Index, run: str, file: str) -> Columns:
-        columns, warnings = index.read(run, file)
-        self.faults["lines"] += [(f"{run}/{file}", warning) for warning in warnings]
-        return columns
+            if record.sums is None and isinstance(path, Path):  # a packed study has digests of all its files
+                self.unchecked += 1
+        self.faults["lines"] += lines
+        if record.damage:
+            self.faults["provenance"].append((run, record.damage))
 
     def _check(self, path: RecordPath, row: dict[str, Any]) -> None:
         """Mark a run of an unknown state, and one whose last evaluation is missing."""
         measured = self.evaluations[path.name]
         if row["state"] not in RECORDED:
-            row["note"] = f"{path / 'status.json'} has the unknown state {row['state']!r}"
+            row["note"] = f"{path / 'status.json'} has the unknown state {shown(row['state'])!r}"
             row["state"] = State.UNREADABLE
+        if length(measured) and measured["epoch"][-1] > row["epochs"]:
+            raise damaged(path / runs.METRICS_FILE, f"it has an epoch {measured['epoch'][-1]:.0f} of {row['epochs']}")
         if row["state"] == "done" and (not length(measured) or measured["epoch"][-1] != row["epochs"]):
             # An earlier epoch's accuracy must not pass for the final one.
             row["state"], row["note"] = State.UNREADABLE, "done, but its last evaluation cannot be read"
@@ -267,27 +309,25 @@ class _Records:
 
 def _notes(folder: RecordPath) -> str:
     try:
-        return (folder / archive.NOTES).read_bytes().decode(errors="replace").strip()
+        return reading.read(folder / archive.NOTES).decode(errors="replace").strip()
     except OSError:
         return ""
 
 
-def _config(path: RecordPath) -> dict[str, Any]:
-    config = runs.read_config(path)
-    groups = [config.get(group) for group in ("norm", "model", "dataset")]
-    others = [config.get(group) or {} for group in ("probe", "init", "sampler", "optimizer", "schedule")]
-    norm_batch = config.get("norm_batch")
-    whole = [config.get("batch"), config.get("seed"), 1 if norm_batch is None else norm_batch]
-    if (
-        all(isinstance(group, dict) and isinstance(group.get("name"), str) for group in groups)
-        and all(isinstance(group, dict) for group in others)
-        and all(type(number) is int and 0 <= number < 2**63 for number in whole)
-    ):
-        return config
-    raise UserError(
-        f"{path / 'config.yaml'} lacks settings of a run (norm.name, model, dataset, batch, seed), or has odd ones.\n"
-        "Move the run's folder away and start the run again."
-    )
+def _status_bytes(path: RecordPath) -> bytes | None:
+    try:
+        return reading.read(path / STATUS) if isinstance(path, Path) else None
+    except OSError:
+        return None
+
+
+def _checked(path: RecordPath, config: dict[str, Any]) -> dict[str, Any]:
+    if why := schema.fault(schema.Config, config):
+        raise UserError(
+            f"{path / 'config.yaml'} lacks a setting of a run, or has an odd one: {why}.\n"
+            "Move the run's folder away and start the run again."
+        )
+    return config
 
 
 def _note(path: RecordPath, status: Mapping[str, Any], now: datetime) -> str:

@@ -20,9 +20,9 @@ from normlab.common.errors import UserError, first_line
 from normlab.common.progress import Progress, live_view, one_line, span
 from normlab.report.study.load import seconds_since
 from normlab.runs import archive
-from normlab.runs.files import RecordPath
-from normlab.runs.folder import CONFIG, STATUS, find, read_status
 from normlab.runs.lock import Holder, holder
+from normlab.runs.reading import RecordPath, is_there, shown
+from normlab.runs.record import CONFIG, METRICS_FILE, STATUS, find, read_status, scan
 from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
 COLORS = {
@@ -110,25 +110,23 @@ class Survey:
             UserError: if the study's folder cannot be read.
         """
         try:
-            with os.scandir(self.folder) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            found = scan(self.folder)
         except OSError as error:
             raise UserError(f"The folder {self.folder} cannot be read: {error.strerror}.") from None
-        return [run for run in map(self._read_run, names) if run]
+        return [self._read_run(path, why) for path, why in found]
 
-    def _read_run(self, name: str) -> RunStatus | None:
-        folder = f"{self.folder}/{name}"
+    def _read_run(self, folder: Path, why: str) -> RunStatus:
+        if why:
+            return RunStatus(shown(folder.name), State.UNREADABLE, note=why)
         try:
-            written = os.stat(f"{folder}/{STATUS}").st_mtime_ns  # noqa: PTH116  # half the time of a Path's
-        except FileNotFoundError:
-            return RunStatus(name, State.PLANNED) if os.path.exists(f"{folder}/{CONFIG}") else None  # noqa: PTH110
-        except OSError as error:
-            return RunStatus(name, State.UNREADABLE, note=f"{error.strerror}: {error.filename}")
-        seen, run = self._seen.get(name, (None, None))
+            written = os.lstat(f"{folder}/{STATUS}").st_mtime_ns  # half the time of a Path's
+        except OSError:
+            return _read(folder)
+        seen, run = self._seen.get(folder.name, (None, None))
         if run is None or seen != written:
-            run = _read(Path(folder))
-            self._seen[name] = (written, run)
-        return _held(run, Path(folder)) if run.state == State.RUNNING else run
+            run = _read(folder)
+            self._seen[folder.name] = (written, run)
+        return _held(run, folder) if run.state == State.RUNNING else run
 
 
 def _read(folder: RecordPath) -> RunStatus:
@@ -137,10 +135,15 @@ def _read(folder: RecordPath) -> RunStatus:
     except UserError as error:
         return RunStatus(folder.name, State.UNREADABLE, note=first_line(error).removeprefix(f"{folder}/"))
     if facts is None:
-        return RunStatus(folder.name, State.PLANNED)
+        missing = is_there(folder / METRICS_FILE) and f"{STATUS} is missing, and rows are there"
+        return RunStatus(folder.name, State.UNREADABLE if missing else State.PLANNED, note=missing or "")
+    if not is_there(folder / CONFIG):
+        return RunStatus(folder.name, State.UNREADABLE, note=f"{CONFIG} is missing")
     state = recorded_state(facts)
     if state is None:
-        return RunStatus(folder.name, State.UNREADABLE, note=f"{STATUS} has the unknown state {facts.get('state')!r}")
+        return RunStatus(
+            folder.name, State.UNREADABLE, note=f"{STATUS} has the unknown state {shown(facts['state'])!r}"
+        )
     return RunStatus(folder.name, state, facts, first_line(facts.get("error") or ""))
 
 
