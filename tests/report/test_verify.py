@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import config_in
 from scipy.stats import t as student
 
-from normlab import report
+from normlab import report, runs
 from normlab.common.errors import UserError
 from normlab.report import reruns
 from normlab.runs import archive
@@ -60,6 +61,11 @@ def found(capsys, path: Path, **settings) -> tuple[bool, str]:
     return holds, capsys.readouterr().out
 
 
+def without_checksums(status: dict) -> dict:
+    """A status as versions before 0.4.0 wrote it."""
+    return {key: value for key, value in status.items() if key not in ("files", "checksum")}
+
+
 def run_names(held: dict[str, bytes]) -> list[str]:
     return sorted(name.split("/")[0] for name in held if name.endswith("config.yaml"))
 
@@ -86,6 +92,12 @@ def change_a_row(held: dict[str, bytes]) -> None:
     held[name] = json.dumps(json.loads(held[name]) | {"test_accuracy": 0.995}).encode() + b"\n"
 
 
+def change_a_row_without_checksums(held: dict[str, bytes]) -> None:
+    change_a_row(held)
+    name = f"{run_names(held)[0]}/status.json"
+    held[name] = json.dumps(without_checksums(json.loads(held[name]))).encode()
+
+
 def swap_settings(held: dict[str, bytes]) -> None:
     one, other = (f"{run}/config.yaml" for run in run_names(held))
     held[one], held[other] = held[other], held[one]
@@ -106,8 +118,12 @@ def widen_an_option(held: dict[str, bytes]) -> None:
 
 TAMPERED = {
     "a cell": (change_a_cell, ["fails  Table accuracy row 1 (digits", "column mean: '99.5' there, "]),
-    "a row": (change_a_row, ["fails  Records of 1 of 2 runs", "test_accuracy is 0.995 in its last evaluation and 0."]),
-    "two runs": (swap_settings, ["fails  Records of 2 of 2 runs", "its config.yaml is that of cifar_resnet20-"]),
+    "a row": (change_a_row, ["fails  Records of 1 of 2 runs", "metrics.jsonl is not what the run wrote"]),
+    "a row of an earlier version": (
+        change_a_row_without_checksums,
+        ["fails  Records of 1 of 2 runs", "test_accuracy is 0.995 in its last evaluation and 0."],
+    ),
+    "two runs": (swap_settings, ["fails  Records of 2 of 2 runs", "config.yaml is of the run "]),
     "a table": (add_a_table, ["fails  Table best is not one that these records give."]),
     "a row of a table": (drop_a_row, ["fails  Table convergence has ", " rows of 11 columns and other ones anew: "]),
     "an option": (widen_an_option, ["fails  Tables cannot be made anew as they were made: They have "]),
@@ -203,8 +219,18 @@ def reruns_as(folder, monkeypatch):
 
 
 def edit(path: Path, **changes) -> None:
-    value = json.loads(path.read_text())
-    path.write_text(json.dumps(value | changes) + "\n")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes) + "\n")
+    status = path.with_name("status.json")
+    status.write_text(json.dumps(without_checksums(json.loads(status.read_text()))))
+
+
+def another_seed(run: Path, seed: int) -> Path:
+    """A copy of a run that stands for another seed."""
+    config = runs.read_config(run) | {"seed": seed}
+    other = Path(shutil.copytree(run, run.parent / runs.run_name(config)))
+    (other / "config.yaml").write_text(yaml.safe_dump({"format": 3, **config}))
+    edit(other / "status.json", run_id=runs.run_id(config))
+    return other
 
 
 def ends_at(run: Path, accuracy: float) -> None:
@@ -274,10 +300,7 @@ def test_on_another_cpu_the_other_seeds_say_what_is_allowed(
     first, second = sorted(folder.glob("cifar*"), key=lambda run: "-s1-" in run.name)
     ends_at(first, 0.40)
     for number, value in enumerate(others):  # copies, which other seeds stand for
-        text = (second / "config.yaml").read_text().replace("seed: 1\n", f"seed: {number + 2}\n")
-        other = Path(shutil.copytree(second, folder / f"cifar-other-{number}"))
-        (other / "config.yaml").write_text(text)
-        ends_at(other, value)
+        ends_at(another_seed(second, number + 2), value)
     shutil.rmtree(second)
     monkeypatch.setattr(reruns, "chosen", lambda names, number, choice: [first.name])
 

@@ -26,7 +26,7 @@ from normlab.config import schema, weights
 from normlab.report.checks import Check, Outcome
 from normlab.report.study.load import Study
 from normlab.runs import State, provenance
-from normlab.runs.files import RecordPath
+from normlab.runs.reading import RecordPath
 
 CHANGES = (
     "dataset.path",

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from normlab.report.reruns import Rerun
 from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
 from normlab.report.tables import csv_tables, read_table_options
-from normlab.runs import State, archive
-from normlab.runs.files import RecordPath
-from normlab.runs.folder import CONFIG, STATUS
+from normlab.runs import State, archive, reading
+from normlab.runs.reading import RecordPath
+from normlab.runs.record import CONFIG, STATUS
 
 RELATIVE, ABSOLUTE = 1e-9, 1e-12  # by which numbers of two machines may differ: another BLAS sums in another order
 MOST_BYTES_OF_OPTIONS = 10_000
@@ -80,25 +80,25 @@ def _digests(study: Study, folder: RecordPath) -> Iterator[Check]:
         manifest = json.loads((folder / archive.MANIFEST).read_bytes())
         text = f"of all {len(manifest['entries'])} entries are those of its {archive.MANIFEST}."
         yield Check(Outcome.HOLDS, "Digests (SHA-256)", text)  # or it would not have been opened
+    elif study.unchecked:
+        text = (
+            f"of {study.unchecked} of {_number(study)} runs were not recorded: whether files were changed is not seen."
+        )
+        yield Check(Outcome.OPEN, "Checksums", text)
+
+
+def _number(study: Study) -> int:
+    return int((study.runs["run"] != "").sum())
 
 
 def _records(study: Study, folder: RecordPath) -> Check:
-    """Check that the folder's name, the configuration and the status of each run are of the same run."""
+    """Check that the files of each run are what it wrote, and of the run that its folder names."""
     wrong = []
-    for run in runs.find(folder):
-        try:
-            config, status = runs.read_config(run), runs.read_status(run) or {}
-            named, identity = runs.run_name(config), runs.run_id(config)
-        except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-            wrong.append(f"{run.name}: {first_line(error)}")
-            continue
-        if named != run.name:
-            wrong.append(f"{run.name}: its {CONFIG} is that of {named}")
-        elif status.get("run_id", identity) != identity:
-            wrong.append(f"{run.name}: its {STATUS} is that of run {one_line(status['run_id'])}")
-        elif unlike := _unlike_end(run, status):
-            wrong.append(f"{run.name}: {unlike}")
-    number = len(study.configs)
+    for run, damage in runs.scan(folder):
+        why = damage or runs.check(run) or _unlike(run)
+        if why:
+            wrong.append(f"{reading.shown(run.name)}: {why.removeprefix(f'{run}/').rstrip('.')}")
+    number = _number(study)
     if wrong:
         return Check(
             Outcome.FAILS, "Records", f"of {len(wrong)} of {number} runs do not go together: {listed(wrong, 2, '; ')}."
@@ -108,9 +108,20 @@ def _records(study: Study, folder: RecordPath) -> Check:
     )
 
 
-def _unlike_end(run: RecordPath, status: Mapping[str, object]) -> str:
-    """Return how the last evaluation of a run that is done differs from the values in its status; "" if it does not."""
-    rows, _ = runs.read_metrics(run)
+def _unlike(run: RecordPath) -> str:
+    """Return how a run's settings differ from its name, or its last evaluation from its status; "" if they do not.
+
+    That tells of edited records without checksums, too.
+    """
+    try:
+        config, status = runs.read_config(run), runs.read_status(run) or {}
+        named, identity, (rows, _) = runs.run_name(config), runs.run_id(config), runs.read_metrics(run)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return first_line(error)
+    if named != run.name:
+        return f"its {CONFIG} is that of {named}"
+    if status.get("run_id", identity) != identity:
+        return f"its {STATUS} is that of run {one_line(status['run_id'])}"
     last = rows[-1] if rows and status.get("state") == State.DONE else {}
     for key in ("step", "train_loss", "test_loss", "test_accuracy"):
         if key in last and key in status and last[key] != status[key]:
@@ -151,8 +162,10 @@ def _held_tables(folder: RecordPath, *, packed: bool) -> tuple[dict[str, str], O
         UserError: for a file that cannot be read, or that holds no options.
     """
     for name in (archive.TABLES,) if packed else ("report", archive.TABLES):
-        place = folder / name
-        files = {path.name: path for path in place.iterdir()} if place.exists() else {}
+        try:
+            files = {path.name: path for path in reading.listed(folder / name)}
+        except OSError as error:
+            raise UserError(f"{folder / name} cannot be read: {error.strerror}.") from None
         tables = {path.stem: _text(path) for name, path in files.items() if name.endswith(".csv")}
         if tables:
             kept = files.get(archive.OPTIONS)
@@ -160,23 +173,18 @@ def _held_tables(folder: RecordPath, *, packed: bool) -> tuple[dict[str, str], O
     return {}, None
 
 
-def _text(path: RecordPath) -> str:
+def _text(path: RecordPath, most: int = reading.MOST_BYTES_OF_ROWS) -> str:
     try:
-        if isinstance(path, Path) and (path.is_symlink() or not path.is_file()):
-            raise UserError(f"{path} is no file.")
-        return path.read_bytes().decode()
+        return reading.read(path, most).decode()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
 
 
 def _json(path: RecordPath) -> object:
-    text = _text(path)
-    try:
-        if len(text) > MOST_BYTES_OF_OPTIONS:
-            raise ValueError(f"it is larger than {MOST_BYTES_OF_OPTIONS} bytes")
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
+    text = _text(path, MOST_BYTES_OF_OPTIONS)
+    if len(text) > MOST_BYTES_OF_OPTIONS:  # of an entry of a file
+        raise UserError(f"{path} is larger than {MOST_BYTES_OF_OPTIONS} bytes.")
+    return reading.json_object(path, text.encode())
 
 
 def _compared(name: str, held: str, anew: str) -> Check:
