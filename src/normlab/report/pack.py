@@ -24,7 +24,7 @@ from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
 from normlab.report.study.status import read_packed
 from normlab.report.tables import csv_tables, table_options
-from normlab.runs import archive, files, find, probe_files
+from normlab.runs import archive, files, find, probe_files, reading
 from normlab.runs.folder import STATUS
 from normlab.runs.provenance import segments
 
@@ -79,7 +79,7 @@ def _records(folder: Path) -> dict[str, bytes]:
     """Return the records of a study's runs and its notes, by their names in the file.
 
     Raises:
-        UserError: if one cannot be read, or is a link, which could lead to any file of this machine.
+        UserError: if one is no regular file or too large, or is a link, which could lead to any file of this machine.
     """
     found = [folder / archive.NOTES]
     for run in find(folder):
@@ -90,7 +90,7 @@ def _records(folder: Path) -> dict[str, bytes]:
         if path.is_symlink():
             raise UserError(f"{path} is a link, and only files are packed.\nReplace it by the file that it names.")
         try:
-            entries[path.relative_to(folder).as_posix()] = path.read_bytes()
+            entries[path.relative_to(folder).as_posix()] = reading.read(path)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -174,15 +174,17 @@ def _citation(folder: Path) -> tuple[Path | None, Citation]:
     own = CONF.parent / _CITATION
     here = Path(_CITATION)
     places = [folder / _CITATION, *([here] if not (own.exists() and here.exists() and here.samefile(own)) else [])]
-    path = next((path for path in places if path.is_file()), None)
+    path = next((path for path in places if reading.is_there(path)), None)
     if path is None:
         return None, Citation()
     try:
-        return path, Citation.model_validate(files.parse_yaml(path.read_bytes().decode()) or {})
+        return path, Citation.model_validate(reading.parse_yaml(reading.read(path).decode(), dates=True) or {})
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-    except (OSError, ValueError, RecursionError, YAMLError) as error:
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+    except (ValueError, RecursionError, YAMLError) as error:
         why = first_line(error) or type(error).__name__
     raise UserError(
         f"{path} cannot be read: {why}.\nMend it; its form is that of https://citation-file-format.github.io."
@@ -193,7 +195,7 @@ def _last_record(entries: Mapping[str, bytes]) -> str:
     """Return the day of the last record, by which a packed study is dated: the same records give the same file."""
     days = []
     for name in (name for name in entries if name.endswith(f"/{STATUS}")):
-        with suppress(ValueError, AttributeError):  # a damaged file is packed all the same
+        with suppress(ValueError, AttributeError, RecursionError):  # a damaged file is packed all the same
             status = json.loads(entries[name])
             days.append(str(status.get("ended") or status.get("heartbeat") or "")[:10])
     return max(filter(None, days), default=f"{datetime.now(UTC):%Y-%m-%d}")
