@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 
 from normlab import report, runs
 from normlab.common.errors import UserError
+from normlab.report import importing
 from normlab.report.analysis.metrics import ACCURACY
 from normlab.report.analysis.tables import build_tables
 from normlab.report.claims.judge import judge
@@ -604,3 +606,36 @@ def test_without_tensorboard_its_extra_is_named(tmp_path, bring_events, monkeypa
     monkeypatch.setitem(sys.modules, "tensorboard.backend.event_processing.event_accumulator", None)
     with pytest.raises(UserError, match=r"pip install 'normlab\[tensorboard\]'"):
         bring_events()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "event"])
+def test_a_source_that_is_no_file_is_not_waited_for(kind, tmp_path):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "it.tfevents.1"
+    if kind != "device":
+        os.mkfifo(path)
+    with pytest.raises(UserError, match=r"is not a file|is no file"):
+        import_runs("study", tmp_path / "outputs", {"source": str(tmp_path if kind == "event" else path), "set": WHERE})
+
+
+def test_a_source_may_be_a_link_and_may_not_be_large(tmp_path, refused, monkeypatch):
+    (tmp_path / "it.csv").write_text("arm,test_accuracy\nmine,0.5\n")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "it.csv")
+    import_runs("study", tmp_path / "outputs", {"source": str(tmp_path / "link.csv"), "set": WHERE})
+    columns = [f"c{i}" for i in range(importing.MOST_COLUMNS)]
+    assert "columns; at most" in refused(f"arm,{','.join(columns)}\nmine,{',' * len(columns)}\n", ignore="all")
+    monkeypatch.setattr(importing, "MOST_BYTES", 1 << 20)
+    assert "larger than 1 MiB" in refused(f"arm,test_accuracy\nmine,0.5\n{' ' * (1 << 20)}")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"arm": ["a"]},
+        {"dataset.name": {"a": 1}},
+        {"model.name": None},
+        {"optimizer.lr": {"x": 1}},
+        {"optimizer.betas": [[1]]},
+    ],
+)
+def test_a_name_is_a_text_and_a_setting_has_none_of_its_own(odd, refused):
+    assert "is not valid: expected" in refused("test_accuracy\n0.5\n", set=WHERE | {"arm": "mine"} | odd)

@@ -1,11 +1,10 @@
 import os
-from pathlib import Path
 
 import pytest
 
 from normlab import runs
 from normlab.common.errors import UserError
-from normlab.runs.inside import make_own_folder, open_file
+from normlab.runs.inside import make_own_folder
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def test_nothing_is_written_to_a_run_through_what_leads_elsewhere(others, tmp_pa
     os.mkfifo(path) if kind == "pipe" else path.symlink_to(others / kind)
     before = sorted(others.rglob("*"))
     for write in (run.freeze, run.lock().__enter__):
-        with pytest.raises(UserError, match=rf"{path.name} is (a link|neither)|Cannot write"):
+        with pytest.raises(UserError, match=rf"{path.name} is (a link|neither)"):
             write()
     assert sorted(others.rglob("*")) == before
     assert (others / "file").read_text() == "theirs"
@@ -38,16 +37,3 @@ def test_folders_of_studies_and_those_above_may_be_links(others, tmp_path) -> No
     (tmp_path / "study").symlink_to(others / "folder")
     make_own_folder(tmp_path / "study" / "report" / "part", tmp_path / "study")
     assert (others / "folder" / "report" / "part").is_dir()
-
-
-@pytest.mark.parametrize("kind", ["link", "pipe", "device", "folder"])
-def test_what_is_no_file_is_not_opened(others, tmp_path, kind) -> None:
-    path = {"device": Path("/dev/zero"), "folder": others}.get(kind, tmp_path / "it")
-    if kind == "pipe":
-        os.mkfifo(path)
-    if kind == "link":
-        path.symlink_to(others / "file")
-        with open_file(path, links=True) as file:
-            assert file.read() == b"theirs"
-    with pytest.raises(OSError, match=r"is a link|is not a file"):
-        open_file(path)

@@ -36,11 +36,12 @@ from normlab.common.installation import command_name, study_words
 from normlab.common.sentences import sentence
 from normlab.common.terminal import say
 from normlab.config.schema import DEPTHS, RunConfig, StudyName
-from normlab.runs import archive, files
+from normlab.runs import archive, files, reading
 from normlab.runs.folder import write_record
 from normlab.runs.identity import CARRIED_OUT
 
 LARGEST = 2**53  # up to which whole numbers are exact wherever the report puts them
+MOST_BYTES, MOST_COLUMNS = 64 << 20, 10_000  # of a source; a hundred thousand evaluations of 20 columns have 20 MB
 LONGEST = 60  # characters of a name: three of them, and what else names a folder, fit into a file system's 255
 LABELS = ("arm", "dataset.name", "model.name")
 COUNTS = ("batch", "norm_batch", "depth", "epochs")
@@ -59,7 +60,7 @@ _BLANKS = ("", "na", "n/a", "none", "null", "-", "--")  # of a column of numbers
 
 
 def _label(value: object) -> str:
-    text = str(value)
+    text = str(value) if isinstance(value, str | int | float) else ""
     if not (re.fullmatch(rf"[^<>$\\`]{{1,{LONGEST}}}", text) and text.isprintable()):
         raise ValueError("tables, figures and pages cannot all show it")
     return text
@@ -70,6 +71,12 @@ def _setting(value: Any) -> Any:
     words = {"true": True, "false": False, "null": None}
     if isinstance(value, str) and value.lower() in words:
         return words[value.lower()]
+    if isinstance(value, Mapping) or (
+        isinstance(value, list) and any(isinstance(each, list | Mapping) for each in value)
+    ):
+        raise ValueError("a setting has no settings of its own")
+    if isinstance(value, list):
+        return list(map(_setting, value))
     if not isinstance(value, str | float):
         return value
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,4000}", value):
@@ -229,11 +236,7 @@ def _read_csv(path: Path, options: Import) -> _Source:
     name, expected = path.name, Import.model_fields["source"].description
     if options.pattern:
         raise UserError(f"pattern= is about the folders of a source, and {path} is none.\nLeave it out.")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        close = did_you_mean(path, path.parent.glob("*"), "source=")
-        raise UserError(f"source={path} cannot be read: {error.strerror}.{close}\nExpected {expected}.") from None
+    content = _content(path, expected)
     # Not by pandas, to which a row with too few cells is one with empty cells, and which does not number lines.
     table: list[tuple[str, list[str]]] = []
     place = name
@@ -250,6 +253,10 @@ def _read_csv(path: Path, options: Import) -> _Source:
     if len(table) < 2:
         raise UserError(f"{name} has no rows.\nExpected a header such as arm,seed,test_accuracy, and a row per run.")
     header = table[0][1]
+    if len(header) > MOST_COLUMNS:
+        raise UserError(
+            f"{name} has {len(header)} columns; at most {MOST_COLUMNS} are read.\nLeave out those that do not matter."
+        )
     for place, cells in table[1:]:
         if len(cells) != len(header):
             raise UserError(
@@ -265,6 +272,21 @@ def _read_csv(path: Path, options: Import) -> _Source:
     left_out += [f"{others.sum()} rows that measure nothing else"] if others.any() else []
     texts = texts.loc[~others, known].set_axis([names[i] for i in known], axis=1)
     return _Source(texts, left_out, hashlib.sha256(content).hexdigest())
+
+
+def _content(path: Path, expected: object) -> bytes:
+    try:
+        with reading.opened(path.resolve()) as file:  # it may be a link, being no part of a study
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        close = did_you_mean(path, path.parent.glob("*"), "source=") if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"source={path} cannot be read: {error.strerror}.{close}\nExpected {expected}.") from None
+    if len(content) > MOST_BYTES:
+        raise UserError(
+            f"source={path} is larger than {MOST_BYTES >> 20} MiB, which is more than is read.\n"
+            "Leave out the columns that do not matter, or divide it into several files."
+        )
+    return content
 
 
 def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = False) -> list[str]:
@@ -308,7 +330,9 @@ def _names(header: Sequence[str], name: str, options: Import, *, tags: bool = Fa
 def _read_events(folder: Path, options: Import) -> _Source:
     """Return a row per run and step of TensorBoard's scalars."""
     files_of: dict[Path, list[Path]] = {}
-    for path in sorted(path for path in folder.rglob("*tfevents*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*tfevents*") if not path.is_dir()):
+        if not path.is_file():
+            raise UserError(f"{path} is not a file.\nMove it away.")  # TensorBoard would wait for it
         files_of.setdefault(path.parent, []).append(path)
     if not files_of:
         expected = Import.model_fields["source"].description

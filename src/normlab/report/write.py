@@ -47,7 +47,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     """
     whole = load(str(study), _folder("output_dir", output_dir))
     chosen = select(whole, options.arms, options.batches, options.seeds, options.settings)
-    _check_finished(chosen, study_words(str(study), output_dir), options)
+    _check_begun(chosen, study_words(str(study), output_dir), options)
     metric = metric_of(chosen.evaluations, options.metric, options.value)
     tables, judgements = judged_tables(chosen, metric, options)
     folder = chosen.report_folder
@@ -240,22 +240,34 @@ def _refuse_selection(command: str, options: Options) -> None:
         )
 
 
-def _check_finished(study: Study, words: str, options: Options) -> None:
-    if not study.finished.empty:
+def _check_begun(study: Study, words: str, options: Options) -> None:
+    """Refuse a study of which there is nothing to report yet."""
+    if not study.finished.empty or not study.evaluations.empty:
         return
+    counts = study.states()
+    of_what = f"of {options.selection} " if options.selection else ""
     failed = study.runs[study.runs["state"] == "failed"]
+    if counts["running"]:
+        advice = "\nIts runs are under way, and none has been evaluated yet. Give the same command again later."
+    else:
+        advice = (
+            "\nRepeat the command that started the study; it goes on where it stopped. E.g."
+            f"\n  {command_name('train')} -m {words} norm=bn,none"
+        )
     raise UserError(
-        f"Study {study.name} has no finished run {f'of {options.selection} ' if options.selection else ''}yet:"
-        f" {study.counted() or 'none at all'}."
+        f"Study {study.name} has no finished run {of_what}yet: {study.counted() or 'none at all'}."
         + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
-        + "\nRepeat the command that started the study; it goes on where it stopped. E.g."
-        f"\n  {command_name('train')} -m {words} norm=bn,none"
-        f"\nHow far its runs are: {command_name('report')} status {words}"
+        + f"{advice}\nHow far its runs are: {command_name('report')} status {words}"
     )
 
 
 def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> Iterator[str]:
     """Yield sentences on what the options left out, and on what the tables cannot have."""
+    if study.finished.empty:
+        yield (
+            "No run has finished yet, so the tables have no numbers. A cell of the page opens the curves of its runs as"
+            " far as they are."
+        )
     arms, baseline = in_order(study.runs["arm"].dropna()), options.baseline
     if baseline is not None and baseline in set(whole.runs["arm"]) - set(arms):
         yield f"baseline={baseline} is left out of this report, so there is no table of differences."

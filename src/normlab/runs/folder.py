@@ -53,7 +53,6 @@ __all__ = [
     "write_record",
 ]
 LOG = "run.log"
-_WRITTEN = (CONFIG, STATUS, METRICS_FILE, PROVENANCE, PROBES_FOLDER, LOG)
 
 
 def now() -> str:
@@ -132,10 +131,9 @@ class Run:
 
         Raises:
             FormatError: if there is one of a format that this version does not know.
-            UserError: if the folder cannot be written, or it or one of its files is a link.
+            UserError: if the folder cannot be written, or it leads elsewhere (`runs.inside`).
         """
         make_own_folder(self.folder, self.folder.parent)
-        self._refuse_links()
         try:
             written = run_id(read_config(self.folder)) == self.run_id and not self._config_fault()
         except FormatError:
@@ -144,18 +142,6 @@ class Run:
             written = False
         if not written:
             files.write_yaml(self.folder / CONFIG, {"format": FORMAT, "run_id": self.run_id, **self.config})
-
-    def _refuse_links(self) -> None:
-        """Refuse to write by way of a link: it could lead to any file of this machine.
-
-        Raises:
-            UserError: if the folder, one of its files, or its folder of probes is one.
-        """
-        with os.scandir(self.folder) as entries:
-            links = [self.folder / entry.name for entry in entries if entry.is_symlink()]
-        for path in [self.folder, *links]:
-            if path.is_symlink() and path.name in (self.name, *_WRITTEN):
-                raise UserError(f"{path} is a link, and a run is not written through links.\nMove it away.")
 
     def _config_fault(self) -> str:
         """Return what is wrong with the configuration by the run's checksums; "" if there are none."""

@@ -1,34 +1,14 @@
-"""What a study holds is its own: links, pipes and devices inside of it are neither written through nor read.
+"""What a study holds is its own: nothing is written through links, pipes and devices inside of it.
 
 A study may come from anybody. The folder of the study itself, and what is above it, may be links: outputs are often on
 a disk for them.
 """
 
-import errno
 import os
-import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from normlab.common.errors import UserError, storage_error
 from normlab.runs.files import make_folder
-
-
-def open_file(path: Path, *, links: bool = False) -> BinaryIO:
-    """Open a file to read it; it waits for no pipe, and opens no device.
-
-    Args:
-        path: the file.
-        links: whether it may be a link, as a file that the user names may.
-
-    Raises:
-        OSError: if there is no such file, or it is not a file.
-    """
-    if not links and path.is_symlink():
-        raise OSError(errno.ELOOP, "it is a link", str(path))
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a device can do things
-        raise OSError(errno.EINVAL, "it is not a file", str(path))
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def make_own_folder(folder: Path, above: Path) -> None:
@@ -42,11 +22,12 @@ def make_own_folder(folder: Path, above: Path) -> None:
         UserError: if it cannot be made, or if it, a folder between the two or anything inside of it is a link, a pipe
             or a device.
     """
-    for part in [*reversed(folder.relative_to(above).parents[:-1]), folder.relative_to(above)]:
-        if (above / part).is_symlink():
-            raise _leads_elsewhere(above / part, "a link")
-    make_folder(folder)
     try:
+        for part in [*reversed(folder.relative_to(above).parents[:-1]), folder.relative_to(above)]:
+            path = above / part
+            if path.is_symlink() or (path.exists() and not path.is_dir() and not path.is_file()):
+                raise _leads_elsewhere(path, "a link" if path.is_symlink() else "neither a file nor a folder")
+        make_folder(folder)
         _check(folder)
     except OSError as error:
         raise storage_error(folder, error) from error

@@ -1,22 +1,54 @@
 """Find studies: every folder that holds runs, every study in one file, and the one that a name means."""
 
+import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from normlab.common.errors import UserError, did_you_mean, listed
 from normlab.common.installation import command_name, study_words
 from normlab.runs.archive import SUFFIX
+from normlab.runs.folder import CONFIG
 
 
 def find_studies(output_dir: Path) -> list[str]:
     """Return the studies below `output_dir`, by name; a name may have two parts.
 
-    A folder that holds runs is one, and so is a file NAME.normlab.zip beside which there is no such folder.
+    A folder that holds runs is one, and so is a file NAME.normlab.zip beside which there is no such folder. Of a folder
+    that links lead to several times only one name is returned, and what cannot be read is no study.
     """
-    configs = [*output_dir.glob("*/*/config.yaml"), *output_dir.glob("*/*/*/config.yaml")]
-    folders = {path.parent.parent for path in configs if not path.parent.name.startswith(".")}
-    names = {folder.relative_to(output_dir).as_posix() for folder in folders}
-    packed = [*output_dir.glob(f"*{SUFFIX}"), *output_dir.glob(f"*/*{SUFFIX}")]
-    return sorted(names | {packed_name(path.relative_to(output_dir)) for path in packed if path.is_file()})
+    names: dict[str, str] = {}  # by the place that they lead to
+    for depth in (1, 2):
+        for path in _below(output_dir, depth):
+            name = os.path.relpath(path, output_dir)
+            if path.name.endswith(SUFFIX) and _is_file(path):
+                names.setdefault(name.removesuffix(SUFFIX), name.removesuffix(SUFFIX))
+            elif holds_runs(path):
+                names.setdefault(os.path.realpath(path), name)
+    return sorted(set(names.values()))
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield what is so many folders deep, links last; nothing of what cannot be read, or is hidden."""
+    if depth == 0:
+        yield folder
+        return
+    for entry in sorted(_entries(folder), key=lambda entry: (entry.is_symlink(), entry.name)):
+        if depth == 1 or (not entry.name.startswith(".") and _is_folder(entry)):
+            yield from _below(Path(entry.path), depth - 1)
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    # A ValueError: of a name with a NUL.
+    with suppress(OSError, ValueError), os.scandir(folder) as entries:
+        yield from entries
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # of a circle of links
+        return False
 
 
 def packed_name(path: Path) -> str:
@@ -26,7 +58,15 @@ def packed_name(path: Path) -> str:
 
 def holds_runs(folder: Path) -> bool:
     """Return whether a folder is that of a study."""
-    return folder.is_dir() and next(folder.glob("*/config.yaml"), None) is not None
+    return any(
+        not run.name.startswith(".") and _is_folder(run) and os.path.lexists(f"{run.path}/{CONFIG}")
+        for run in _entries(folder)
+    )
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether there is a file; not, where the system refuses to tell."""
+    return os.path.isfile(path)  # noqa: PTH113  # a Path raises what is no answer, of a name that is too long
 
 
 def find_study(study: str | Path, output_dir: Path) -> tuple[str, Path]:
@@ -42,17 +82,29 @@ def find_study(study: str | Path, output_dir: Path) -> tuple[str, Path]:
     for folder in (output_dir, Path()) if isinstance(study, str) else (Path(),):
         place = folder / study
         for path in (place, Path(f"{place}{SUFFIX}")):
-            if path.is_file() or holds_runs(path):
+            if _is_file(path) or holds_runs(path):
                 plain = folder is output_dir and not Path(study).is_absolute() and ".." not in Path(study).parts
                 shown = path.relative_to(output_dir) if plain else Path(path.name)
-                return packed_name(shown) if path.is_file() else shown.as_posix(), path
+                return packed_name(shown) if _is_file(path) else shown.as_posix(), path
     if isinstance(study, Path):
         raise UserError(f"The folder {study} holds no runs.\nGive a study's name, or the folder that its runs are in.")
-    names = find_studies(output_dir)
+    raise _no_study(study, output_dir)
+
+
+def _no_study(study: str, output_dir: Path) -> UserError:
     words = study_words(study.removesuffix(SUFFIX), output_dir)
-    raise UserError(
+    start = f"{command_name('train')} -m {words} norm=bn,none"
+    folder = output_dir / study
+    if os.path.isdir(folder) and study:  # noqa: PTH112  # as of `_is_file`
+        return UserError(
+            f"Study {study} has no run yet: {folder} is there, and no run has a record in it.\n"
+            "A sweep that has just begun checks its runs before it writes the first record: give the same command again"
+            f" in a while.\nIf none is under way, to start it: {start}"
+        )
+    names = find_studies(output_dir)
+    return UserError(
         f"There is no study {study} in {output_dir}."
         + (f"\nStudies there: {listed(names, 5)}." if names else " It holds no study yet.")
         + did_you_mean(study, names, "study=")
-        + f"\nTo start it: {command_name('train')} -m {words} norm=bn,none"
+        + f"\nTo start it: {start}"
     )

@@ -27,7 +27,7 @@ from normlab.report.render.description import facts, question
 from normlab.report.render.layout import filled, split_number
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
-from normlab.runs.inside import open_file
+from normlab.runs import reading
 
 POINTS = 60  # of a run's curve
 DIGITS = 5  # of a number on the page
@@ -243,12 +243,10 @@ def _end_of_log(folder: Path, state: str) -> str:
     if folder.is_symlink():
         return ""
     try:
-        with open_file(folder / runs.LOG) as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - length))
-            text = file.read().decode(errors="replace")
+        content, size = reading.read_end(folder / runs.LOG, length)
     except OSError:
         return ""
+    text = content.decode(errors="replace")
     return text if size <= length else "... " + text.partition("\n")[2]
 
 
