@@ -372,6 +372,15 @@ def test_settings_that_name_code_or_files_are_known(make, overrides, named):
     assert reruns.foreign(make(*overrides)) == named
 
 
+def test_weights_that_a_reviewer_gives_are_for_runs_that_had_some(tiny):
+    settings = reruns.Rerun(1, 0, True, {"model.weights": "/here/net.pt"})
+    for recorded, config_has in ((None, None), ("/there/net.pt", "/here/net.pt"), ("/there/other.pt", ...)):
+        config = tiny(f"model.weights={recorded or 'null'}").as_dict()
+        found, why = reruns.as_here(config, settings)
+        assert (found.weights if found else ...) == config_has
+        assert ("makes other runs of them" in why) == (found is None)
+
+
 def test_an_interrupted_rerun_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(reruns.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()

@@ -89,7 +89,7 @@ def candidates(study: Study, rerun: Rerun) -> tuple[dict[str, schema.RunConfig],
     able: dict[str, schema.RunConfig] = {}
     others: dict[str, list[str]] = {}
     for run in study.finished["run"]:
-        config, why = _as_here(study.configs[run], rerun)
+        config, why = as_here(study.configs[run], rerun)
         if config is None:
             others.setdefault(why, []).append(run)
         else:
@@ -97,7 +97,7 @@ def candidates(study: Study, rerun: Rerun) -> tuple[dict[str, schema.RunConfig],
     return able, others
 
 
-def _as_here(recorded: Mapping[str, Any], rerun: Rerun) -> tuple[schema.RunConfig | None, str]:
+def as_here(recorded: Mapping[str, Any], rerun: Rerun) -> tuple[schema.RunConfig | None, str]:
     """Return the configuration of a run as it is carried out here, or why it is not."""
     if recorded["norm"].get("imported"):
         return None, "imported: they were made elsewhere"
@@ -107,12 +107,17 @@ def _as_here(recorded: Mapping[str, Any], rerun: Rerun) -> tuple[schema.RunConfi
         return None, "their images lie in a folder of the machine that trained: set='{dataset.path: /my/images}'"
     for name, value in rerun.changes.items():
         group, _, key = name.rpartition(".")
-        if group and key in here[group]:
+        if group and here[group].get(key) is not None:
             here[group] = {**here[group], key: value}
         elif not group:
             here[key] = value
     try:
         config = schema.parse(here)
+        if runs.run_id(config.as_dict()) != runs.run_id(recorded):
+            return (
+                None,
+                f"set={as_typed(rerun.changes)} makes other runs of them: weights have the name of the record's",
+            )
     except (UserError, AttributeError, TypeError, ValueError) as error:
         return None, f"their settings are not valid: {one_line(error)}"
     named = [] if rerun.trust else foreign(config, given=rerun.changes)
