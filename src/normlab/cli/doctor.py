@@ -196,6 +196,8 @@ def gpus(device: str) -> Iterator[Finding]:
 def _without_gpu(wanted: bool, complaint: str) -> Finding:
     import torch
 
+    from normlab.training.device import left_idle
+
     driver, seen = _driver(), preflight.gpu_count()
     if seen and torch.version.cuda is None:
         text = f"the driver shows {seen}, but this torch ({torch.__version__}) is built for CPUs"
@@ -214,7 +216,7 @@ def _without_gpu(wanted: bool, complaint: str) -> Finding:
     elif wanted:
         text, fix = "no NVIDIA driver", "Use device=cpu, or a machine with a GPU."
     else:
-        return Finding("GPU", "no NVIDIA driver: runs train on the CPU")
+        return Finding("GPU", left_idle() or "no NVIDIA driver: runs train on the CPU")
     return Finding("GPU", text, "problem" if wanted else "note", fix)
 
 

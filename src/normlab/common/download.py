@@ -9,6 +9,7 @@ from typing import TypeVar
 
 ANSWER_SECONDS = 2.0  # a mistake is reported within 3 s, so the server of a download has this long to answer
 PROGRESS_SECONDS = 5.0  # between two lines about the progress of a preparation
+DOWNLOADING = "Downloading"  # begins the lines about one
 
 Chunk = TypeVar("Chunk", bound=Sized)
 

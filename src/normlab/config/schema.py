@@ -65,6 +65,11 @@ def _dotted_path(setting: str) -> AfterValidator:
 def _device(value: Any) -> Any:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
         word = str(value)
+        if re.fullmatch(r"(mps|metal|xpu|hip|rocm|hpu|npu|tpu|xla|mtia|vulkan|opencl)(:\d+)?", word.lower()):
+            raise wrong(
+                f"device={value} is not valid: normlab runs on CPUs and CUDA devices; others have not been tried.\n"
+                "Use device=cpu, or device=auto."
+            )
         close = f"cuda:{word}" if word.isdigit() else nearest(word, ["auto", "cpu", "cuda", "cuda:0"]) or "auto"
         if gpu := re.fullmatch(r"gpus?:?(\d*)|nvidia", word.lower()):
             close = f"cuda:{gpu[1]}" if gpu[1] else "cuda"

@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import Counter, defaultdict, deque
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from normlab import runs
 from normlab.common import bugs
 from normlab.common.cpu import cores
+from normlab.common.download import DOWNLOADING
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, as_typed
 from normlab.common.progress import Display, one_line
 from normlab.common.terminal import say
@@ -145,22 +147,30 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
         return {"state": State.FAILED, "error": bugs.told(error), "crashed": True}
 
 
-def check_networks(jobs: Sequence[Job]) -> None:
-    """Check that the networks of runs take their batches, in a worker.
+def check_networks(jobs: Sequence[Job], here: bool = True) -> list[str]:
+    """Check that the networks of runs take their batches, in a worker; return sentences about how they will start.
+
+    Args:
+        jobs: the runs.
+        here: whether they will be on this machine.
 
     Raises:
         UserError: for the first that does not.
     """
-    from normlab.training import shapes  # imports torch, as the runs will
+    from normlab.training import device, shapes  # imports torch, as the runs will
 
-    said: set[str] = set()
+    said: list[str] = []
 
-    def say_once(sentence: str) -> None:
-        if sentence not in said and not all(job.config.quiet for job in jobs):
-            say(sentence, flush=True)
-        said.add(sentence)
+    def report(sentence: str) -> None:
+        if not sentence.startswith(DOWNLOADING):
+            said.append(sentence)
+        elif not all(job.config.quiet for job in jobs):
+            say(sentence, file=sys.stderr, flush=True)  # at once, as it takes a while
 
-    shapes.check_sweep([(job.config, job.data) for job in jobs], say_once)
+    if here and any(job.config.device == "auto" for job in jobs) and (idle := device.left_idle()):
+        report(idle)
+    shapes.check_sweep([(job.config, job.data) for job in jobs], report)
+    return said
 
 
 def check_in_worker(jobs: Sequence[Job]) -> None:
@@ -174,7 +184,9 @@ def check_in_worker(jobs: Sequence[Job]) -> None:
     worker = Worker("cpu", cores())
     try:
         with contextlib.suppress(BrokenProcessPool):  # for want of memory, say: the runs will tell
-            worker.submit(check_networks, jobs).result()
+            for sentence in dict.fromkeys(worker.submit(check_networks, jobs, False).result()):
+                if not all(job.config.quiet for job in jobs):
+                    say(sentence, flush=True)
     finally:
         worker.close()
 
@@ -309,9 +321,12 @@ class _Pool:
                 worker.submit(check_networks, jobs[number * share : (number + 1) * share])
                 for number, worker in enumerate(self._workers)
             ]
+            said: list[str] = []
             for future in checks:
                 with contextlib.suppress(BrokenProcessPool):  # for want of memory, say: the runs will tell
-                    future.result()
+                    said += future.result()
+            for sentence in dict.fromkeys(said):
+                self._display.say(sentence)
         except BaseException:
             for worker in self._workers:
                 worker.close(wait=False)

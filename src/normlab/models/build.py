@@ -96,7 +96,9 @@ def _tell_of_start(config: RunConfig, network: nn.Module, rewriting: norms.Varia
 
 
 def _has_statistics(layer: norms.FrozenBatchNorm2d) -> bool:
-    return bool(layer.get_buffer("running_mean").any() or (layer.get_buffer("running_var") != 1).any())
+    return layer.weight.is_meta or bool(
+        layer.get_buffer("running_mean").any() or (layer.get_buffer("running_var") != 1).any()
+    )
 
 
 def base(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from urllib.request import urlopen
 
 import torch
 import torchvision
+from filelock import FileLock
 from torch import Tensor, nn
 
-from normlab.common.download import ANSWER_SECONDS, unreachable, with_progress
+from normlab.common.download import ANSWER_SECONDS, DOWNLOADING, unreachable, with_progress
 from normlab.common.errors import UserError, described, did_you_mean, first_line, listed
 from normlab.config import schema, weights
 from normlab.models import networks
@@ -252,26 +252,23 @@ def _of_torchvision(architecture: str, named: str, log: Log) -> Trained:
 
 def _download(url: str, file: Path, title: str, log: Log) -> None:
     """Download to where torchvision itself keeps weights (TORCH_HOME), as a whole or not at all."""
-    temporary: Path | None = None
+    temporary = file.with_name(f"{file.name}.part")
     try:
         if reason := unreachable(url):
             raise OSError(reason)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            urlopen(url, timeout=ANSWER_SECONDS) as response,
-            tempfile.NamedTemporaryFile(dir=file.parent, prefix=f"{file.name}.", delete=False) as out,
-        ):
-            temporary = Path(out.name)
-            total = f" of {response.length / 1e6:.0f}" if response.length else ""
-            chunks = iter(lambda: response.read(CHUNK), b"")
-            for chunk in with_progress(chunks, lambda n: f"Downloading {title}: {n / 1e6:.0f}{total} MB", log):
-                out.write(chunk)
-        temporary.replace(file)
+        with FileLock(f"{file}.lock"):
+            if file.exists():  # another process had it
+                return
+            with urlopen(url, timeout=ANSWER_SECONDS) as response, temporary.open("wb") as out:
+                size = int(response.headers.get("Content-Length") or 0)
+                total = f" of {size / 1e6:.0f}" if size else ""
+                chunks = iter(lambda: response.read(CHUNK), b"")
+                for chunk in with_progress(chunks, lambda n: f"{DOWNLOADING} {title}: {n / 1e6:.0f}{total} MB", log):
+                    out.write(chunk)
+            temporary.replace(file)
     except Exception as error:  # of the network or the disk
         raise _not_there(title, error, f"Put {url}\ninto {file.parent} (TORCH_HOME names another folder)") from None
-    finally:
-        if temporary:
-            temporary.unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=1)
@@ -306,7 +303,7 @@ def _require_timm(found: Any, title: str, log: Log) -> None:
         return
     if reason := unreachable(constants.ENDPOINT if found.hf_hub_id else found.url):
         raise OSError(reason)
-    log(f"Downloading {title}.")
+    log(f"{DOWNLOADING} {title}.")
 
 
 def _unknown(named: str, names: list[str], library: str) -> UserError:

@@ -44,7 +44,8 @@ class State:
     def __init__(self, network: nn.Module, *, parameters: bool) -> None:
         self._modules = [(vars(module), dict(vars(module))) for module in network.modules()]
         values = chain.from_iterable(saved.values() for _, saved in self._modules)
-        self._contents = [(each, each.copy()) for value in values for each in _containers(value)]
+        containers = (value for value in values if isinstance(value, dict | set | list | deque))
+        self._contents = [(each, each.copy()) for value in containers for each in _containers(value)]
         tensors = chain(network.buffers(), network.parameters() if parameters else ())
         self._tensors = [(tensor, tensor.requires_grad, tensor.detach().clone()) for tensor in tensors]
 

@@ -7,6 +7,7 @@ import platform
 import resource
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,20 @@ def choose(device: str, share: str | None = None) -> torch.device:
             "Use device=cpu or device=auto, or check the driver (nvidia-smi)."
         )
     return chosen
+
+
+def left_idle() -> str | None:
+    """Return a sentence about an accelerator of this machine that device=auto does not use, if there is one.
+
+    PyTorch's own question for any kind comes last: it is answered by what this PyTorch was built for.
+    """
+    if torch.cuda.is_available():
+        return None
+    kinds: dict[str, Callable[[], bool]] = {"mps": torch.backends.mps.is_available, "xpu": torch.xpu.is_available}
+    kind = next((kind for kind, is_available in kinds.items() if is_available()), None)
+    if kind is None and torch.accelerator.is_available() and (found := torch.accelerator.current_accelerator()):
+        kind = found.type
+    return f"device=auto: runs train on the CPU; normlab has not been tried on this machine's {kind}." if kind else None
 
 
 def prepare(config: RunConfig, device: torch.device, threads: int | None) -> None:

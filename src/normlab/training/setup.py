@@ -72,6 +72,8 @@ def set_up(
         recorder.preparing(sentence)
         resources.say(sentence)
 
+    if config.device == "auto" and (idle := device.left_idle()):
+        log(idle)
     network = build_network(config, data, where, group, new=saved is None, log=log)
     images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=where)
     memory_format = saved["memory_format"] if saved else choose_memory_format(config, network, images)

@@ -17,6 +17,7 @@ MADE = {
     "git": {"commit": "c" * 40, "diff": ""},
     "own_code": {"model.target": {"code": "d" * 64, "modules": {}}},
     "data": {"contents": "e" * 64},
+    "weights": {"weights": "start.pt", "sha256": "e" * 64},
 }
 
 
@@ -30,6 +31,10 @@ def made(run: Path, **facts: Any) -> Path:
     [
         ({"data_fingerprint": "f" * 64}, "images (digest): aaaaaaaaaa (2 runs); ffffffffff (1 run)"),
         ({"data": {"contents": "f" * 64}}, "files of images (digest): eeeeeeeeee (2 runs); ffffffffff (1 run)"),
+        (
+            {"weights": {"weights": "start.pt", "sha256": "f" * 64}},
+            "trained weights at the start (digest): eeeeeeeeee (2 runs); ffffffffff (1 run)",
+        ),
         ({"threads": 2}, "threads: 1 (2 runs); 2 (1 run)"),
         (
             {"own_code": {"model.target": {"code": "f" * 64}}},
