@@ -52,7 +52,7 @@ class Synthetic:
             run.mkdir(parents=True)
             (run / "config.yaml").write_text(text[1:])
             (run / "provenance.json").write_text(provenance)
-            self.runs[cell] = run, status
+            self.runs[cell] = run, {**status, "run_id": records.run_id(config)}
         unfinished = set(self.open)
         for cell in cells:
             self._write(cell, epochs - (cell in unfinished))
@@ -64,14 +64,20 @@ class Synthetic:
         del self.open[: self.ending]
 
     def _write(self, cell: tuple[int, int, str], epochs: int) -> None:
+        from normlab.runs import sums
+
         run, status = self.runs[cell]
         rows = list(islice(_rows(cell), epochs))
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        names = ("config.yaml", "provenance.json", "metrics.jsonl")
+        facts: dict[str, Any] = {
+            "files": {name: sums.sum_of((run / name).read_bytes(), status["run_id"]) for name in names}
+        }
         state = "done" if epochs == self.epochs else "running"
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = {"name": run.name, "state": state, "heartbeat": now, "epoch": epochs, "epochs": self.epochs}
+        facts |= {"name": run.name, "state": state, "heartbeat": now, "epoch": epochs, "epochs": self.epochs}
         facts |= {key: rows[-1][key] for key in ("step", "wall_seconds", "train_loss", "test_loss", "test_accuracy")}
-        (run / "status.json").write_text(json.dumps(status | facts, indent=1) + "\n")
+        (run / "status.json").write_bytes(sums.sealed(status | facts, status["run_id"]))
 
 
 def _template(arm: str) -> tuple[dict[str, Any], str, dict[str, Any], str]:

@@ -3,7 +3,6 @@
 from normlab.runs.folder import LOG, Run, now
 from normlab.runs.identity import compared, completed, flatten, identity, run_id, run_name
 from normlab.runs.record import (
-    METRICS_FILE,
     PROBES_FOLDER,
     PROVENANCE,
     Record,
@@ -15,10 +14,10 @@ from normlab.runs.record import (
     read_probes,
     read_provenance,
     read_record,
-    read_rows,
     read_status,
     scan,
 )
+from normlab.runs.rows import METRICS_FILE, read_rows
 from normlab.runs.states import FINISHED, State
 
 __all__ = [

@@ -23,7 +23,6 @@ from normlab.runs.identity import FORMAT, run_id, run_name
 from normlab.runs.inside import make_own_folder
 from normlab.runs.record import (
     CONFIG,
-    METRICS_FILE,
     PROBES_FOLDER,
     PROVENANCE,
     STATUS,
@@ -36,6 +35,7 @@ from normlab.runs.record import (
     read_probes,
     read_status,
 )
+from normlab.runs.rows import METRICS_FILE
 from normlab.runs.states import FINISHED, State, recorded_state
 
 __all__ = [
@@ -228,8 +228,9 @@ class Run:
         """Replace provenance.json."""
         self._verify()
         content = (files.to_json(made, indent=1) + "\n").encode()
-        self._known()[PROVENANCE] = sums.sum_of(content, self.run_id)
+        self._list([PROVENANCE])
         files.write_atomically(self.folder / PROVENANCE, lambda file: file.write(content))
+        self._known()[PROVENANCE] = sums.sum_of(content, self.run_id)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation to metrics.jsonl."""
@@ -243,9 +244,23 @@ class Run:
     def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         self._verify()
         known, text = self._known(), _as_lines(rows)
-        before = known.get(name, sums.nothing(self.run_id))
+        if name not in known:
+            self._list([name])
         _append(self.folder / name, text)
-        known[name] = sums.extended(before, text.encode())
+        known[name] = sums.extended(known[name], text.encode())
+
+    def _list(self, names: Iterable[str]) -> None:
+        """Write a status that names files which are about to be written, with the sums of no bytes.
+
+        A process that is killed before its next status leaves files that are named, and none that is wrong by its sum.
+        """
+        self._known().update(dict.fromkeys(names, sums.nothing(self.run_id)))
+        try:
+            status = read_status(self.folder)
+        except UserError:
+            return
+        if status is not None:
+            self.write_status(str(status["state"]))
 
     def _known(self) -> dict[str, sums.Sum]:
         """Return the sums of what this process writes, which begin with what is there."""
@@ -272,29 +287,13 @@ class Run:
         }
         if warnings or rows:  # if all are kept, too: the last may lack the end of its line
             kept[METRICS_FILE] = [row for row in rows if row["step"] <= evaluated]
-        others = [name for name in (PROVENANCE,) if reading.is_there(self.folder / name)]
-        if kept or others:
-            self._rewrite({name: _as_lines(of_file).encode() for name, of_file in kept.items()}, others)
+        listed = [*kept, *(name for name in (PROVENANCE,) if reading.is_there(self.folder / name))]
+        if listed:  # the provenance is about to be written again
+            self._list(listed)
+        for name, of_file in kept.items():
+            self._rewrite(name, _as_lines(of_file).encode())
         return [*([changes] if changes else []), *warnings, *complaints]
 
-    def _rewrite(self, contents: Mapping[str, bytes], others: Iterable[str]) -> None:
-        """Replace files of rows.
-
-        Until the next status is written, the sums are of no bytes: a process that is killed in between leaves files of
-        which none is wrong by them. `others` are about to be written again.
-        """
-        known = self._known()
-        known |= dict.fromkeys([*contents, *others], sums.nothing(self.run_id))
-        status = self._status_before()
-        if status is not None:
-            self.write_status(str(status["state"]))
-        for name, content in contents.items():
-            path = self.folder / name
-            files.write_atomically(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
-            known[name] = sums.sum_of(content, self.run_id)
-
-    def _status_before(self) -> dict[str, Any] | None:
-        try:
-            return read_status(self.folder)
-        except UserError:
-            return None
+    def _rewrite(self, name: str, content: bytes) -> None:
+        files.write_atomically(self.folder / name, lambda file: file.write(content))
+        self._known()[name] = sums.sum_of(content, self.run_id)

@@ -138,8 +138,26 @@ def compared(config: Mapping[str, Any]) -> dict[str, Hashable]:
 
 def run_id(config: Mapping[str, Any]) -> str:
     """Return ten hexadecimal digits, equal for two configurations exactly if they describe the same run."""
-    canonical = json.dumps(identity(config), sort_keys=True, allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+    return digest(canonical(config))
+
+
+def canonical(config: Mapping[str, Any]) -> str:
+    """Return the text that is equal for two configurations exactly if they describe the same run."""
+    return json.dumps(_unsigned(identity(config)), sort_keys=True, allow_nan=False)
+
+
+def digest(text: str) -> str:
+    """Return the `run_id` of a `canonical` text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _unsigned(value: Any) -> Any:
+    """Return settings with 0.0 in place of -0.0, which is the same number."""
+    if isinstance(value, Mapping):
+        return {key: _unsigned(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unsigned(each) for each in value]
+    return value + 0.0 if isinstance(value, float) else value  # -0.0 + 0.0 is 0.0, and any other number stays
 
 
 def run_name(config: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 What cannot be read, or is not what the run wrote, is a `UserError` that names file and value, and costs that run.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,17 +14,15 @@ from typing import Any, NamedTuple
 
 from normlab.common.errors import UserError, first_line
 from normlab.runs import reading, sums
-from normlab.runs.identity import FORMAT, completed
+from normlab.runs.identity import FORMAT, canonical, completed, digest
 from normlab.runs.reading import P, RecordPath
+from normlab.runs.rows import METRICS_FILE, read_rows
 from normlab.runs.states import FINISHED, State
 
-CONFIG, STATUS, METRICS_FILE, PROVENANCE = "config.yaml", "status.json", "metrics.jsonl", "provenance.json"
+CONFIG, STATUS, PROVENANCE = "config.yaml", "status.json", "provenance.json"
 PROBES_FOLDER, REPORT = "probes", "report"
 _OF_A_RUN = (CONFIG, STATUS, METRICS_FILE)
 MOST_PROBES = 100  # files of rows of a run
-MOST_ROWS = 1_000_000  # of a file
-MOST_NESTED = 2_000_000  # lists and mappings in it, each of which costs memory
-MOST_FAULTS = 100  # lines of a file that cannot be read, after which the rest of it is not
 _RUN_ID = re.compile(r"\Aformat: \d+\nrun_id: ('?([0-9a-f]{10})'?)$", re.MULTILINE)
 _SEED = re.compile(r"^seed: (0|[1-9]\d*)$", re.MULTILINE)  # of the outermost mapping: others are indented
 
@@ -47,15 +46,16 @@ def scan(study_folder: P) -> list[tuple[P, str]]:
         why = "it is a link, and links are not followed" if is_link else ""
         if not path.name.isprintable():
             why = "its name has characters that cannot be shown"
-        if is_link or any(reading.is_there(path / name) for name in _OF_A_RUN):
-            found.append((path, why))
+        found.append((path, why))
     return sorted(found, key=lambda each: each[0].name)
 
 
 def _folders(study_folder: P) -> Iterator[tuple[P, bool]]:
-    """Yield the folders in a folder, and the links in it that are none to a file."""
+    """Yield the folders that have a file of a record, and the links that are none to a file."""
     if not isinstance(study_folder, Path):
-        yield from ((path, False) for path in study_folder.iterdir())
+        for path in study_folder.iterdir():
+            if any((path / name).exists() for name in _OF_A_RUN):
+                yield path, False
         return
     try:
         entries = list(os.scandir(study_folder))
@@ -64,11 +64,11 @@ def _folders(study_folder: P) -> Iterator[tuple[P, bool]]:
     for entry in entries:
         if entry.name.startswith(".") or entry.name == REPORT:
             continue
-        path = study_folder / entry.name
         if entry.is_dir(follow_symlinks=False):
-            yield path, False
-        elif entry.is_symlink() and not os.path.isfile(path):  # noqa: PTH113  # of a loop of links: False
-            yield path, True
+            if any(os.path.lexists(f"{entry.path}/{name}") for name in _OF_A_RUN):
+                yield study_folder / entry.name, False
+        elif entry.is_symlink() and not os.path.isfile(entry.path):  # noqa: PTH113  # of a loop of links: False
+            yield study_folder / entry.name, True
 
 
 def read_config(folder: RecordPath) -> dict[str, Any]:
@@ -81,54 +81,95 @@ def read_config(folder: RecordPath) -> dict[str, Any]:
         UserError: if the file is damaged.
     """
     path = folder / CONFIG
-    return _as_config(path, reading.contents(path))[0]
+    return _as_config(path, reading.contents(path)).settings
 
 
-def _as_config(path: RecordPath, content: bytes) -> tuple[dict[str, Any], object]:
-    """Return the configuration that a file holds, and the run's id in it (None where it has none)."""
-    config = reading.yaml_mapping(path, content, _config)
-    found = config.get("format", FORMAT)
+class _Cell(NamedTuple):
+    """Configurations that differ in nothing but their seed and the run's id.
+
+    Attributes:
+        value: what their text stands for, completed, the seed being 0.
+        identity: what stands before and after the seed in the text that is hashed; None if they identify no run.
+        fault: why the report cannot use them; "" if it can.
+    """
+
+    value: Any
+    identity: tuple[str, str] | None
+    fault: str
+
+
+class _Config(NamedTuple):
+    """A configuration, the id that its file names (None where it names none), and the id that it describes."""
+
+    settings: dict[str, Any]
+    named: object
+    described: str
+    fault: str
+
+
+def _as_config(path: RecordPath, content: bytes) -> _Config:
+    try:
+        cell, seed, named = _parsed(content.decode())
+    except reading.FAULTS as error:
+        raise reading.damaged(path, error) from None
+    if not isinstance(cell.value, dict):
+        raise reading.damaged(path, "it holds no settings")
+    found = cell.value.get("format", FORMAT)
     if type(found) is not int or found not in range(1, FORMAT + 1):
         raise FormatError(
             f"{reading.shown(path)} is a record of format {reading.shown(found)}, and this version of normlab reads up"
             f" to format {FORMAT}.\n"
             "Use the version that wrote it, or a newer one: pip install --upgrade normlab."
         )
-    return {key: value for key, value in config.items() if key not in ("format", "run_id")}, config.get("run_id")
+    settings = {key: value for key, value in cell.value.items() if key not in ("format", "run_id")}
+    if seed is not None:
+        settings["seed"] = seed
+    described = digest(f"{settings['seed']}".join(cell.identity)) if cell.identity else ""
+    return _Config(settings, named or cell.value.get("run_id"), described, cell.fault)
 
 
-def _config(text: str) -> Any:
-    """Parse runs that differ in nothing but their seed and their id once: a study has far fewer cells than runs."""
-    known = _RUN_ID.match(text)
-    rest = text[: known.start(1)] + text[known.end(1) :] if known else text
-    config = _of_cell(rest)
-    if known and isinstance(config, dict) and config.get("run_id", "") is None:
-        return config | {"run_id": known[2]}
-    return _parsed(text) if known else config
+def _parsed(text: str) -> tuple[_Cell, int | None, str | None]:
+    """Parse runs that differ in nothing but their seed and their id once: a study has far fewer cells than runs.
+
+    Returns:
+        The cell, and seed and id where they stand in the text as in every other one.
+    """
+    named, seed = _RUN_ID.match(text), _SEED.search(text)
+    if named and seed:
+        rest = f"{text[: named.start(1)]}{text[named.end(1) : seed.start(1)]}0{text[seed.end(1) :]}"
+    elif seed:
+        rest = f"{text[: seed.start(1)]}0{text[seed.end(1) :]}"
+    else:
+        return _cell(text), None, None
+    cell = _cell(rest)
+    if isinstance(cell.value, dict) and cell.value.get("seed") == 0 and cell.value.get("run_id") is None:
+        return cell, int(seed[1]), named[2] if named else None
+    return _cell(text), None, None
 
 
-def _of_cell(text: str) -> Any:
-    seed = _SEED.search(text)
-    if seed:
-        config = _parsed(f"{text[: seed.start(1)]}0{text[seed.end(1) :]}")
-        if isinstance(config, dict) and config.get("seed") == 0:
-            return config | {"seed": int(seed[1])}
-    return _parsed(text)
+def _cell(text: str) -> _Cell:
+    return _kept_cell(text) if len(text) <= reading.MOST_KEPT else _read_cell(text)
 
 
-def _parsed(text: str) -> Any:
-    return _kept(text) if len(text) <= reading.MOST_KEPT else _completed(text)
+def _read_cell(text: str) -> _Cell:
+    from normlab.runs import schema  # pydantic is slow to import, and most commands read no record
 
-
-def _completed(text: str) -> Any:
     value = reading.parse_yaml(text)
     try:
-        return completed(value) if isinstance(value, dict) else value
+        value = completed(value) if isinstance(value, dict) else value
     except (AttributeError, TypeError):
         raise ValueError("a group of settings is none") from None
+    fault = schema.fault(schema.Config, value)
+    try:
+        own = {key: each for key, each in value.items() if key not in ("format", "run_id")}
+        before, after = canonical({**own, "seed": _ANY_SEED}).split(json.dumps(_ANY_SEED))
+    except (LookupError, AttributeError, TypeError, ValueError):  # it has no data set, ...
+        return _Cell(value, None, fault)
+    return _Cell(value, (before, after) if type(value.get("seed")) is int else None, fault)
 
 
-_kept = lru_cache(maxsize=1024)(_completed)
+_ANY_SEED = "\0 the seed"
+_kept_cell = lru_cache(maxsize=1024)(_read_cell)
 
 
 def read_status(folder: RecordPath) -> dict[str, Any] | None:
@@ -146,13 +187,12 @@ def read_status(folder: RecordPath) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise reading.damaged(path, error) from None
-    return _as_status(folder, content)
+    return _as_status(path, content, folder)
 
 
-def _as_status(folder: RecordPath, content: bytes) -> dict[str, Any]:
+def _as_status(path: RecordPath, content: bytes, folder: RecordPath) -> dict[str, Any]:
     from normlab.runs import schema  # pydantic is slow to import, and most commands read no record
 
-    path = folder / STATUS
     status = reading.json_object(path, content)
     if why := schema.fault(schema.Status, status):
         raise reading.damaged(path, why)
@@ -213,6 +253,7 @@ class Record(NamedTuple):
         status: None for a run that was planned and has not started.
         provenance: how the run was made; nothing where there is no such file.
         sums: by the name of a file of rows, what its first bytes are to come to; None where none were recorded.
+        probes: the names of its files of probes: `probes/ics.jsonl`.
         damage: why the provenance cannot be read; "" if it can.
     """
 
@@ -220,6 +261,7 @@ class Record(NamedTuple):
     status: dict[str, Any] | None
     provenance: dict[str, Any]
     sums: Mapping[str, sums.Sum] | None
+    probes: list[str]
     damage: str = ""
 
     @property
@@ -227,8 +269,14 @@ class Record(NamedTuple):
         """Return whether the run is finished: all of its files are as they will stay."""
         return self.status is not None and self.status["state"] in FINISHED
 
-    def row_fault(self, path: RecordPath, file: str, content: bytes) -> UserError | None:
-        """Return the error for a file of rows (`probes/ics.jsonl`) that is not what the run wrote; None if it is."""
+    def row_fault(self, path: RecordPath, file: str, content: bytes | None) -> UserError | None:
+        """Return the error for a file of rows (`probes/ics.jsonl`) that is not what the run wrote; None if it is.
+
+        Args:
+            path: the file.
+            file: its name in the folder of the run.
+            content: what it holds; None if there is no such file.
+        """
         if self.sums is None:
             return None
         why = sums.fault(self.sums.get(file), content, str((self.status or {}).get("run_id")), whole=self.over)
@@ -244,20 +292,25 @@ def read_record(folder: RecordPath) -> Record:
     """
     path = folder / CONFIG
     content = reading.contents(path)
-    config, named = _as_config(path, content)
+    config = _as_config(path, content)
     own = sums.id_of(folder.name)
-    if named is not None and named != own:
-        raise changed(path, f"is of the run {reading.shown(named)}, and lies in the folder of another")
+    if config.named is not None and config.named != own:
+        raise changed(path, f"is of the run {reading.shown(config.named)}, and lies in the folder of another")
+    if config.fault:
+        raise changed(path, f"lacks a setting of a run, or has an odd one: {config.fault}")
+    if own and config.described != own:
+        raise changed(path, "describes another run than the name of its folder says")
     status = read_status(folder)
     if status is None and reading.is_there(folder / METRICS_FILE):
         raise changed(folder / STATUS, "is missing, and rows are there")
-    recorded = sums.recorded(status)
+    recorded, over = sums.recorded(status), status is not None and status["state"] in FINISHED
     if recorded is not None and (why := sums.fault(recorded.get(CONFIG), content, own, whole=True)):
         raise changed(path, why)
-    made, damage = _read_made(folder, recorded, own, over=status is not None and status["state"] in FINISHED)
-    record = Record(config, status, made, recorded, damage)
+    made, damage = _read_made(folder, recorded, own, over=over)
+    probes = [f"{PROBES_FOLDER}/{path.name}" for path in probe_files(folder)]
+    record = Record(config.settings, status, made, recorded, probes, damage)
     if recorded is not None:
-        _check_list(folder, record)
+        _check_list(folder, record, recorded)
     return record
 
 
@@ -282,20 +335,21 @@ def _read_made(
         return {}, str(error)
 
 
-def _check_list(folder: RecordPath, record: Record) -> None:
+def _check_list(folder: RecordPath, record: Record, recorded: Mapping[str, sums.Sum]) -> None:
     """Check that the files of rows that are there are those that the run wrote.
 
     Raises:
-        UserError: if one is missing, or, of a finished run, one more is there.
+        UserError: if one is missing, or one more is there.
     """
-    listed = {name for name in record.sums or () if name.endswith(".jsonl")}
-    there = {f"{PROBES_FOLDER}/{path.name}" for path in probe_files(folder)}
+    if {CONFIG, PROVENANCE, METRICS_FILE, *record.probes} == recorded.keys():  # as most are; rows that are missing are
+        return  # seen when they are read
+    there = {CONFIG, PROVENANCE, *record.probes}
     if reading.is_there(folder / METRICS_FILE):
         there.add(METRICS_FILE)
-    for name in sorted(listed - there):
-        if (record.sums or {})[name][0]:
+    for name in sorted(recorded.keys() - there):
+        if recorded[name][0] or record.over:
             raise changed(folder / name, sums.MISSING)
-    for name in sorted(there - listed) if record.over else ():
+    for name in sorted(there - recorded.keys() - {CONFIG, PROVENANCE}):
         raise changed(folder / name, sums.ADDED)
 
 
@@ -306,15 +360,20 @@ def check(folder: RecordPath) -> str:
         for file in record.sums or ():
             if file.endswith(".jsonl"):
                 path = folder / file
-                if error := record.row_fault(path, file, reading.contents(path)):
-                    raise error
+                content = reading.contents(path) if reading.is_there(path) else None
+                if fault := record.row_fault(path, file, content):
+                    return first_line(fault)
     except UserError as error:
         return first_line(error)
     return ""
 
 
 def read_metrics(folder: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the evaluations that can be read, and a sentence about each line that cannot."""
+    """Return the evaluations that can be read, and a sentence about each line that cannot.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     return read_rows(folder / METRICS_FILE)
 
 
@@ -341,67 +400,3 @@ def probe_files(folder: P) -> list[P]:
     if len(found) > MOST_PROBES or not all(each.name.isprintable() for each in found):
         raise reading.damaged(path, f"it has more than {MOST_PROBES} files of rows, or one of an odd name")
     return sorted(found, key=attrgetter("name"))
-
-
-def read_rows(path: RecordPath) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows of a file of metrics or of a probe, and a sentence about each line that cannot be read.
-
-    Raises:
-        UserError: if the file cannot be read.
-    """
-    try:
-        return as_rows(path, reading.read(path))
-    except FileNotFoundError:
-        return [], []
-    except OSError as error:
-        raise reading.damaged(path, error) from None
-
-
-def as_rows(path: RecordPath, content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the rows that a file holds, and a sentence about each line that cannot be read: the first `MOST_FAULTS`.
-
-    Raises:
-        UserError: if it has more values than fit into the memory.
-    """
-    from normlab.runs import schema
-
-    if content.count(b"[") + content.count(b"{") > MOST_NESTED or content.count(b"\n") > MOST_ROWS:
-        raise reading.damaged(path, f"it has more than {MOST_ROWS} rows, or too many lists")
-    probe = path.name != METRICS_FILE
-    text = content.decode(errors="replace")
-    lines = text.removesuffix("\n")
-    try:  # all lines at once, which takes half the time
-        rows = reading.parse_json(f"[{lines.replace(chr(10), ',')}]")
-    except (ValueError, RecursionError):
-        rows = []
-    if len(rows) == lines.count("\n") + 1 and set(map(type, rows)) == {dict} and len(set(map(tuple, rows))) == 1:
-        columns = dict(zip(rows[0], zip(*map(dict.values, rows), strict=True), strict=True))
-        if schema.columns_fit(columns, probe=probe):
-            return rows, []
-    return _row_by_row(path, text, probe=probe)
-
-
-def _row_by_row(path: RecordPath, text: str, *, probe: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    from normlab.runs import schema
-
-    rows: list[dict[str, Any]] = []
-    warnings: list[str] = []
-    names: set[str] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            row = reading.parse_json(line)
-            why = schema.row_fault(row, probe=probe) or schema.order_fault(row, rows[-1] if rows else None, probe=probe)
-            if why:
-                raise ValueError(why)
-            if len(names | row.keys()) > schema.MOST_COLUMNS:
-                raise ValueError(f"it brings the file to more than {schema.MOST_COLUMNS} columns")
-        except (ValueError, RecursionError) as error:
-            if len(warnings) == MOST_FAULTS:
-                warnings.append(f"{reading.shown(path)}: line {number} and those after it are left out, too.")
-                break
-            why = reading.shown(error)
-            warnings.append(f"{reading.shown(path)}, line {number} cannot be read and is left out: {why}.")
-            continue
-        names |= row.keys()
-        rows.append(row)
-    return rows, warnings

@@ -5,13 +5,14 @@ sentence where it does not hold. Rows of metrics and probes, of which there are 
 own: whole columns are compared with it.
 """
 
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from types import NoneType
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from normlab.runs.reading import shown
 
@@ -24,14 +25,11 @@ MOST_IN_LIST = 10_000  # of a list in a row of a probe
 PLACE = ("run", "setting", "arm", "batch", "seed", "state")  # columns of every table, which no row has
 
 
-def _printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("it has characters that cannot be shown")
-    return text
-
-
 _Text = Annotated[str, Field(max_length=10_000)]
-_Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME), AfterValidator(_printable)]
+_PRINTABLE = r"^[^\p{C}\p{Zl}\p{Zp}]*$"
+_Line = Annotated[str, Field(max_length=LONGEST_NAME, pattern=_PRINTABLE)]
+_Word = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+_Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, pattern=_PRINTABLE)]
 _Count = Annotated[int, Field(ge=0, le=LARGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=MOST_SECONDS)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -48,28 +46,30 @@ class _Part(BaseModel):
 class Claim(_Part):
     """run.claim (`lock.Holder`)."""
 
-    host: Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_printable)]
+    host: _Line
     machine: _Text
     pid: Annotated[int, Field(ge=0, lt=2**31)]
     started: Annotated[str, Field(max_length=LONGEST_NAME)]
-    job: Annotated[str, Field(max_length=LONGEST_NAME), AfterValidator(_printable)]
+    job: _Line
     restarts: _Count
     token: Annotated[str, Field(max_length=LONGEST_NAME)]
 
 
 class Status(_Part):
-    """status.json."""
+    """status.json. Its names are checked together, which takes a tenth of the time: every run has one."""
+
+    _names: ClassVar = ("run_id", "name", "started", "ended", "heartbeat", "host", "job", "weights_sha256")
 
     state: Annotated[str, Field(max_length=LONGEST_NAME)]
-    run_id: _Name | None = None
-    name: _Name | None = None
-    started: _Name | None = None
-    ended: _Name | None = None
-    heartbeat: _Name | None = None
+    run_id: _Word | None = None
+    name: _Word | None = None
+    started: _Word | None = None
+    ended: _Word | None = None
+    heartbeat: _Word | None = None
     error: Annotated[str, Field(max_length=1_000_000)] | None = None
     doing: _Text | None = None
-    host: _Name | None = None
-    job: _Name | None = None
+    host: _Word | None = None
+    job: _Word | None = None
     pid: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     processes: _Count | None = None
     epoch: Annotated[int, Field(ge=0, le=MOST_EPOCHS)] | None = None
@@ -86,8 +86,16 @@ class Status(_Part):
     test_loss: _Number | None = None
     train_accuracy: _Share | None = None
     test_accuracy: _Share | None = None
-    weights_sha256: _Name | None = None
-    files: dict[_Name, _Sum] | None = Field(None, max_length=1000)
+    weights_sha256: _Word | None = None
+    files: dict[_Word, _Sum] | None = Field(None, max_length=1000)
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        texts = {name: getattr(self, name) or "" for name in self._names}
+        if not "".join(texts.values()).isprintable():
+            odd = next(name for name, text in texts.items() if not text.isprintable())
+            raise ValueError(f"{odd} is {texts[odd]!r}: it has characters that cannot be shown")
+        return self
 
 
 class _Git(_Part):
@@ -165,8 +173,12 @@ def fault(kind: type[BaseModel], value: object) -> str:
         place = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":
             return f"{shown(place)} is missing"
+        if first["type"] == "string_pattern_mismatch":
+            first["msg"] = "it has characters that cannot be shown"
+        if not place:
+            return first["msg"].removeprefix("Value error, ")
         found = shown(repr(first["input"]))[:60]
-        return f"{shown(place)} is {found}: {first['msg'].removeprefix('Value error, ').lower()}"
+        return f"{shown(place)} is {found}: {first['msg'][0].lower()}{first['msg'][1:]}"
     return ""
 
 
@@ -217,24 +229,31 @@ def columns_fit(columns: Mapping[str, Sequence[Any]], *, probe: bool) -> bool:
     for name, values in columns.items():
         if name not in _fitting and not _is_column(name):
             return False
-        kinds = set(map(type, values))
-        bounds = table.get(name, _ANY)
-        if kinds <= _NUMBERS:
-            if (bounds.whole and kinds != _WHOLE) or not (bounds.low <= min(values) and max(values) <= bounds.high):
+        kinds, bounds = set(map(type, values)), table.get(name, _ANY)
+        if kinds <= _NUMBERS and (kinds == _WHOLE or not bounds.whole):
+            if not _within(values, bounds):
                 return False
         elif not all(_cell_fits(value, name, bounds, probe=probe) for value in values):
             return False
-    steps = columns["step"]
-    return _ascend(steps) and (probe or _ascend(columns["epoch"]))
+    return all(_ascend(columns[name]) for name in (("step",) if probe else ("step", "epoch")))
+
+
+def _within(values: Sequence[float], bounds: Bounds) -> bool:
+    if bounds is _ANY:
+        try:
+            if math.isfinite(sum(values)):  # a third of the time
+                return True
+        except OverflowError:  # a whole number that no float holds
+            return False
+    return bounds.low <= min(values) and max(values) <= bounds.high
 
 
 _NUMBERS, _WHOLE = {float, int}, {int}
 _fitting: set[str] = {*EVALUATION, *MEASUREMENT, TEXT}
 
 
-def _ascend(values: Sequence[int]) -> bool:
-    ordered = sorted(values)  # quicker than to compare each pair
-    return all(map(int.__eq__, ordered, values))
+def _ascend(values: Sequence[Any]) -> bool:
+    return tuple(sorted(values)) == values  # quicker than to compare each pair
 
 
 def _is_column(name: str) -> bool:

@@ -52,7 +52,7 @@ def fault(recorded: Sum | None, content: bytes | None, run_id: str, *, whole: bo
         whole: whether the sum is of all of the file: of a run under way, rows may have come since.
     """
     if recorded is None:
-        return ADDED if content is not None and whole else ""
+        return "" if content is None else ADDED
     if content is None:
         return MISSING if recorded[0] or whole else ""
     length, digits = recorded

@@ -35,12 +35,12 @@ def read_line_by_line(monkeypatch) -> list[str]:
     """The files of rows that were not taken from the index, as they are read."""
     found: list[str] = []
 
-    def as_rows(path: Path | archive.PackedPath, content: bytes):
+    def as_columns(path: Path | archive.PackedPath, content: bytes):
         found.append("/".join(str(path).split("/")[-2:]))
         return original(path, content)
 
-    original = index.as_rows
-    monkeypatch.setattr(index, "as_rows", as_rows)
+    original = index.as_columns
+    monkeypatch.setattr(index, "as_columns", as_columns)
     return found
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any
@@ -17,13 +16,9 @@ TEXTS = ("layer",)  # columns that hold texts
 Columns = dict[str, Any]
 
 
-def as_columns(rows: Sequence[dict[str, Any]]) -> Columns:
-    """Return the rows of one file as columns."""
-    keys = dict.fromkeys(map(tuple, rows))
-    names = dict.fromkeys(itertools.chain.from_iterable(keys))
-    alike = zip(*map(dict.values, rows), strict=True)  # far quicker, where all rows have the same keys
-    columns = alike if len(keys) == 1 else ([row.get(name, math.nan) for row in rows] for name in names)
-    return {name: _column(name, list(values)) for name, values in zip(names, columns, strict=True)}
+def as_arrays(columns: Mapping[str, Sequence[Any]]) -> Columns:
+    """Return the columns of one file as they are kept."""
+    return {name: _column(name, list(values)) for name, values in columns.items()}
 
 
 def _column(name: str, values: list[Any]) -> Any:

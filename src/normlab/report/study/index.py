@@ -21,13 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from normlab.common.errors import UserError
-from normlab.report.study.columns import Columns, as_columns, length
+from normlab.report.study.columns import Columns, as_arrays, length
 from normlab.runs import files, reading
 from normlab.runs.reading import RecordPath
-from normlab.runs.record import Record, as_rows
+from normlab.runs.record import Record
+from normlab.runs.rows import as_columns
 
 NAME = ".index.npz"
-VERSION = 3  # of the index, and of what `as_columns` makes of rows: another one is not read
+VERSION = 3  # of the index, and of what `as_arrays` makes of rows: another one is not read
 WORTH = 20_000  # rows read line by line, a fifth of a second, from which on writing an index pays
 
 
@@ -52,26 +53,21 @@ class Index:
         Raises:
             UserError: if the file cannot be read, or is not what the run wrote.
         """
-        path = self._folder / run / file
-        if not self._before or not isinstance(path, Path):
-            rows, warnings = _rows(path, file, record)
-            return as_columns(rows), warnings
+        if not self._before:
+            return _columns(self._folder / run / file, file, record)
         try:
-            stat = os.lstat(path)  # before it is read: what is written meanwhile is seen the next time
-        except FileNotFoundError:
-            return {}, []
-        except OSError as error:
-            raise reading.damaged(path, error) from None
+            stat = os.lstat(f"{self._folder}/{run}/{file}")  # before it is read: later rows are for the next time
+        except OSError:
+            return _columns(self._folder / run / file, file, record)
         recorded = (record.sums or {}).get(file, (0, ""))
         stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, record.over, *recorded]
         name = f"{run}/{file}"
         columns = self._before.columns(name, stamp)
         if columns is None:
-            rows, warnings = _rows(path, file, record)
-            columns = as_columns(rows)
+            columns, warnings = _columns(self._folder / run / file, file, record)
             if warnings:  # not kept, so that they are repeated every time
                 return columns, warnings
-            self._rows_read += len(rows)
+            self._rows_read += length(columns)
         self._now[name] = stamp, columns
         return columns, []
 
@@ -88,17 +84,19 @@ class Index:
                 files.write_atomically(path, lambda file: np.savez(file, **arrays), durable=False)
 
 
-def _rows(path: RecordPath, file: str, record: Record) -> tuple[list[dict[str, Any]], list[str]]:
+def _columns(path: RecordPath, file: str, record: Record) -> tuple[Columns, list[str]]:
+    content = None
     try:
         content = reading.read(path)
     except FileNotFoundError:
-        return [], []
+        pass
     except OSError as error:
         raise reading.damaged(path, error) from None
     fault = record.row_fault(path, file, content)
     if fault:
         raise fault
-    return as_rows(path, content)
+    columns, warnings = as_columns(path, content) if content is not None else ({}, [])
+    return as_arrays(columns), warnings
 
 
 def _arrays(read: Mapping[str, tuple[Stamp, Columns]]) -> dict[str, Any]:

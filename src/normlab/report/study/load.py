@@ -18,9 +18,8 @@ from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, pla
 from normlab.report.study.columns import Columns, length, tidy
 from normlab.report.study.find import find_study, packed_name
 from normlab.report.study.index import Index
-from normlab.runs import archive, lock, reading, schema
+from normlab.runs import archive, lock, reading
 from normlab.runs.reading import RecordPath, damaged, shown
-from normlab.runs.record import STATUS
 from normlab.runs.states import FINISHED, RECORDED, STALE_SECONDS, State
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
@@ -39,7 +38,6 @@ _SEVERAL = {  # of one kind of fault, about all runs that have it
     "provenance": "{number} runs are shown without how they were made: {names}. The first: {first}",
     "copies": "{number} folders hold the same runs as others and are left out: {names}. The first: {first}",
 }
-TRIES = 3  # to read a run whose files change meanwhile
 MOST_COLUMNS = 200  # names of columns of the evaluations of all runs, or of a probe's rows
 
 
@@ -222,7 +220,7 @@ class _Records:
             try:
                 if why:
                     raise damaged(path, why)
-                self._read_again(path, row, index)
+                self._read_twice(path, row, index)
             except UserError as error:
                 for found in (self.configs, self.provenance, self.evaluations, *self.probes.values()):
                     found.pop(name, None)
@@ -231,27 +229,23 @@ class _Records:
             self.rows.append(row)
         index.write()
 
-    def _read_again(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
-        """Read a run and complete its row; again if its status was written meanwhile, as its files may have been, too.
+    def _read_twice(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
+        """Read a run and complete its row: again if it cannot be read, as its files may just have been written.
 
         Raises:
             UserError: if one of its files is damaged, or not what the run wrote.
         """
-        for _ in range(TRIES):
-            before = _status_bytes(path)
-            try:
-                self._read(path, row, index)
-            except UserError:
-                if _status_bytes(path) == before:
-                    raise
-            else:
-                return
-        self._read(path, row, index)
+        try:
+            self._read(path, row, index)
+        except UserError:
+            if not isinstance(path, Path):
+                raise
+            self._read(path, row, index)
 
     def _read(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
         run = path.name
         record = runs.read_record(path)
-        self.configs[run] = _checked(path, record.config)
+        self.configs[run] = record.config
         self.provenance[run] = record.provenance
         row["epochs"] = record.config["epochs"]
         lines: list[tuple[str, str]] = []
@@ -265,8 +259,9 @@ class _Records:
             self._names[kind] = names
             return found
 
-        for file in runs.probe_files(path):
-            self.probes[file.stem][run] = columns(f"{runs.PROBES_FOLDER}/{file.name}", file.stem)
+        for file in record.probes:
+            probe = file.removeprefix(f"{runs.PROBES_FOLDER}/").removesuffix(".jsonl")
+            self.probes[probe][run] = columns(file, probe)
         self.evaluations[run] = {}
         status = record.status
         if status is not None:
@@ -312,22 +307,6 @@ def _notes(folder: RecordPath) -> str:
         return reading.read(folder / archive.NOTES).decode(errors="replace").strip()
     except OSError:
         return ""
-
-
-def _status_bytes(path: RecordPath) -> bytes | None:
-    try:
-        return reading.read(path / STATUS) if isinstance(path, Path) else None
-    except OSError:
-        return None
-
-
-def _checked(path: RecordPath, config: dict[str, Any]) -> dict[str, Any]:
-    if why := schema.fault(schema.Config, config):
-        raise UserError(
-            f"{path / 'config.yaml'} lacks a setting of a run, or has an odd one: {why}.\n"
-            "Move the run's folder away and start the run again."
-        )
-    return config
 
 
 def _note(path: RecordPath, status: Mapping[str, Any], now: datetime) -> str:

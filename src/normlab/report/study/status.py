@@ -22,7 +22,8 @@ from normlab.report.study.load import seconds_since
 from normlab.runs import archive
 from normlab.runs.lock import Holder, holder
 from normlab.runs.reading import RecordPath, is_there, shown
-from normlab.runs.record import CONFIG, METRICS_FILE, STATUS, find, read_status, scan
+from normlab.runs.record import CONFIG, STATUS, find, read_status, scan
+from normlab.runs.rows import METRICS_FILE
 from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
 COLORS = {
