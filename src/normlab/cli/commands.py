@@ -3,7 +3,7 @@
 import gc
 import sys
 from dataclasses import fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -20,7 +20,7 @@ from normlab.config.hydra import (
     start_in_place,
 )
 
-REPORT_COMMANDS = ("status", "claims", "results", "import", "pack")
+REPORT_COMMANDS = ("status", "claims", "results", "import", "pack", "verify")
 
 
 def train() -> NoReturn:
@@ -58,7 +58,6 @@ def _train(line: CommandLine) -> None:
 
 
 def _report(line: CommandLine) -> None:
-    command = line.command
     if "--multirun" in line.flags:
         raise UserError(
             "A report is about one study at a time.\n"
@@ -67,33 +66,44 @@ def _report(line: CommandLine) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
     def main(composed: DictConfig) -> None:
-        from normlab.report import Options, build, build_claims, build_results, pack_study, study_status
-
         start_in_place()
-        names = [field.name for field in fields(Options)]
         try:
-            settings = settings_of(composed)
-            study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
-            if not study or not isinstance(study, str):
-                raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
-            if output_dir == "" or page == "":
-                raise UserError(f"{'page' if output_dir else 'output_dir'}= is empty: expected a path.")
-            options = Options(**{name: settings.pop(name) for name in names})
-            if command == "import":
-                from normlab.report.importing import import_runs  # slow to import, and no other command needs it
-
-                import_runs(study, output_dir, settings, quiet=options.quiet)
-            elif command == "status":
-                study_status(study, output_dir, watch=watch, quiet=options.quiet)
-            elif command == "pack":
-                pack_study(study, output_dir, replace=settings["replace"], quiet=options.quiet)
-            elif command == "claims":
-                build_claims(output_dir, options)
-            elif command == "results":
-                build_results(output_dir, page, options)
-            else:
-                build(study, output_dir, options)
+            holds = _carry_out(line.command, settings_of(composed))
         except Exception as error:
             exit_with_error(error, line)  # past Hydra, which would add a line of its own
+        if not holds:
+            sys.exit(1)
 
     main()
+
+
+def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
+    """Carry out a command of report.py; return whether its answer is yes, as that of all but `verify` is."""
+    from normlab import report
+
+    names = [field.name for field in fields(report.Options)]
+    study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
+    if not study or not isinstance(study, str):
+        raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
+    if output_dir == "" or page == "":
+        raise UserError(f"{'page' if output_dir else 'output_dir'}= is empty: expected a path.")
+    options = report.Options(**{name: settings.pop(name) for name in names})
+    rerun = {name: settings.pop(name) for name in ("rerun", "rerun_seed", "trust")}
+    match command:
+        case "import":
+            from normlab.report.importing import import_runs  # slow to import, and no other command needs it
+
+            import_runs(study, output_dir, settings, quiet=options.quiet)
+        case "status":
+            report.study_status(study, output_dir, watch=watch, quiet=options.quiet)
+        case "pack":
+            report.pack_study(study, output_dir, options, replace=settings["replace"], quiet=options.quiet)
+        case "verify":
+            return report.verify_study(study, output_dir, options, changes=settings["set"], **rerun)
+        case "claims":
+            report.build_claims(output_dir, options)
+        case "results":
+            report.build_results(output_dir, page, options)
+        case _:
+            report.build(study, output_dir, options)
+    return True

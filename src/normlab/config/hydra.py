@@ -91,7 +91,7 @@ def run_main(
             main(line)
         sys.stdout.flush()
     except (KeyboardInterrupt, InterruptedRunError):
-        exit_interrupted()
+        exit_interrupted(goes_on=script == "train")
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
@@ -109,9 +109,10 @@ def _require_folder() -> None:
         ) from None
 
 
-def exit_interrupted() -> NoReturn:
-    """End the process as one that was interrupted, with exit status 130."""
-    say("Interrupted. The same command goes on from the last checkpoint.", file=sys.stderr, flush=True)
+def exit_interrupted(*, goes_on: bool = True) -> NoReturn:
+    """End the process as one that was interrupted, with exit status 130; `goes_on`: it trained, and can go on."""
+    more = " The same command goes on from the last checkpoint." if goes_on else ""
+    say(f"Interrupted.{more}", file=sys.stderr, flush=True)
     sys.exit(130)
 
 

@@ -11,6 +11,7 @@ from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
 from normlab.runs import files
 
 _SELECTIONS = ("arms", "batches", "seeds", "settings")
+TABLE_OPTIONS = ("baseline", "metric", "value", *_SELECTIONS, "thresholds", "confidence", "alpha")
 
 
 def _is_bool(value: object) -> bool:

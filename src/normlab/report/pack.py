@@ -3,6 +3,7 @@
 import itertools
 import json
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -17,11 +18,13 @@ from normlab import __version__
 from normlab.common.errors import UserError, first_line, listed
 from normlab.common.installation import CONF, command_name
 from normlab.common.terminal import say
+from normlab.report.options import Options
 from normlab.report.render.description import question, run_counts
 from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
 from normlab.report.study.status import read_packed
-from normlab.runs import archive, files, find, probe_files
+from normlab.report.tables import csv_tables, table_options
+from normlab.runs import archive, files, find, probe_files, reading
 from normlab.runs.folder import STATUS
 from normlab.runs.provenance import segments
 
@@ -33,17 +36,19 @@ Url = Annotated[str, Field(pattern=r"^https?://\S+$")]
 SpdxName = Annotated[str, Field(pattern=r"^[A-Za-z0-9.+-]+$")]
 
 
-def pack(study: str, output_dir: Path, *, replace: bool, quiet: bool = False) -> Path:
-    """Write the records of a study to NAME.normlab.zip beside its folder and return that path.
+def pack(study: str, output_dir: Path, options: Options, *, replace: bool, quiet: bool = False) -> Path:
+    """Write the records of a study and its tables to NAME.normlab.zip beside its folder and return that path.
 
     Args:
         study: its name, or the path of its folder.
         output_dir: the folder that holds studies.
+        options: those of the tables.
         replace: replace a file that has runs which the folder lacks.
         quiet: print the file's path alone.
 
     Raises:
-        UserError: if there is no such study, or the file cannot be written or would lose runs.
+        UserError: if there is no such study, it lacks what the options name, or the file cannot be written or would
+            lose runs.
     """
     name, folder = find_study(study, output_dir)
     if folder.is_file():
@@ -55,7 +60,8 @@ def pack(study: str, output_dir: Path, *, replace: bool, quiet: bool = False) ->
     if not replace and path.exists():
         _check_replaced(path, {name.split("/")[0] for name in entries})
     source, citation = _citation(folder)
-    entries[archive.CRATE] = (files.to_json(crate(records, _last_record(entries), citation), indent=1) + "\n").encode()
+    entries |= _tables(name, entries, options)
+    entries[archive.CRATE] = _as_json(crate(records, _last_record(entries), citation))
     archive.write(path, name, entries)
     if quiet:
         say(path)
@@ -73,7 +79,7 @@ def _records(folder: Path) -> dict[str, bytes]:
     """Return the records of a study's runs and its notes, by their names in the file.
 
     Raises:
-        UserError: if one cannot be read, or is a link, which could lead to any file of this machine.
+        UserError: if one is no regular file or too large, or is a link, which could lead to any file of this machine.
     """
     found = [folder / archive.NOTES]
     for run in find(folder):
@@ -84,12 +90,26 @@ def _records(folder: Path) -> dict[str, bytes]:
         if path.is_symlink():
             raise UserError(f"{path} is a link, and only files are packed.\nReplace it by the file that it names.")
         try:
-            entries[path.relative_to(folder).as_posix()] = path.read_bytes()
+            entries[path.relative_to(folder).as_posix()] = reading.read(path)
         except FileNotFoundError:
             continue
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     return entries
+
+
+def _as_json(value: Mapping[str, Any]) -> bytes:
+    return (files.to_json(value, indent=1) + "\n").encode()
+
+
+def _tables(name: str, entries: Mapping[str, bytes], options: Options) -> dict[str, bytes]:
+    """Return the tables of these records, made as whoever reads the file makes them, by their names in the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"records{archive.SUFFIX}")
+        archive.write(path, name, entries)
+        tables = csv_tables(load(path), options)
+    texts = {f"{archive.TABLES}/{table}.csv": text.encode() for table, text in tables.items()}
+    return texts | {f"{archive.TABLES}/{archive.OPTIONS}": _as_json(table_options(options))}
 
 
 def _check_replaced(path: Path, runs: set[str]) -> None:
@@ -154,15 +174,17 @@ def _citation(folder: Path) -> tuple[Path | None, Citation]:
     own = CONF.parent / _CITATION
     here = Path(_CITATION)
     places = [folder / _CITATION, *([here] if not (own.exists() and here.exists() and here.samefile(own)) else [])]
-    path = next((path for path in places if path.is_file()), None)
+    path = next((path for path in places if reading.is_there(path)), None)
     if path is None:
         return None, Citation()
     try:
-        return path, Citation.model_validate(files.parse_yaml(path.read_bytes().decode()) or {})
+        return path, Citation.model_validate(reading.parse_yaml(reading.read(path).decode(), dates=True) or {})
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-    except (OSError, ValueError, RecursionError, YAMLError) as error:
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+    except (ValueError, RecursionError, YAMLError) as error:
         why = first_line(error) or type(error).__name__
     raise UserError(
         f"{path} cannot be read: {why}.\nMend it; its form is that of https://citation-file-format.github.io."
@@ -173,7 +195,7 @@ def _last_record(entries: Mapping[str, bytes]) -> str:
     """Return the day of the last record, by which a packed study is dated: the same records give the same file."""
     days = []
     for name in (name for name in entries if name.endswith(f"/{STATUS}")):
-        with suppress(ValueError, AttributeError):  # a damaged file is packed all the same
+        with suppress(ValueError, AttributeError, RecursionError):  # a damaged file is packed all the same
             status = json.loads(entries[name])
             days.append(str(status.get("ended") or status.get("heartbeat") or "")[:10])
     return max(filter(None, days), default=f"{datetime.now(UTC):%Y-%m-%d}")
@@ -193,9 +215,11 @@ def crate(study: Study, date: str, citation: Citation) -> dict[str, Any]:
     software, made = _software(study), _commands(study)
     packed = _action("#pack", f"{command_name('report')} pack study={study.name}", [software[0]])
     notes = {"@id": archive.NOTES, "@type": "File", "name": "Remarks", "encodingFormat": "text/markdown"}
+    tables = {"@id": f"{archive.TABLES}/", "@type": "Dataset", "name": "Tables of the report as CSV"}
     parts = [
         {"@id": archive.MANIFEST, "@type": "File", "name": "SHA-256 digests", "encodingFormat": "application/json"},
         *([notes] if study.notes else []),
+        tables,
         *({"@id": f"{quote(run)}/", "@type": "Dataset", "name": run} for run in sorted(study.configs)),
     ]
     root = {

@@ -1,17 +1,18 @@
 """From a study's name to its report on disk: the only part of the report that writes files."""
 
-from collections.abc import Collection, Iterator, Sequence
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from normlab.common.errors import UserError, as_typed, did_you_mean, first_line
 from normlab.common.installation import command_name, study_words
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
-from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
+from normlab.report.options import options as menu_options
 from normlab.report.render.csv import as_csv
 from normlab.report.render.html import PageFigure, html_page
 from normlab.report.render.latex import latex
@@ -24,7 +25,8 @@ from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Provenance, continued, mixed_cells, mixed_provenance, provenance_of
 from normlab.report.study.select import select
 from normlab.report.study.status import show_status
-from normlab.runs import files
+from normlab.report.tables import judged_tables, make_tables, table_options
+from normlab.runs import archive, files
 from normlab.runs.inside import make_own_folder
 
 if TYPE_CHECKING:
@@ -47,16 +49,14 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     chosen = select(whole, options.arms, options.batches, options.seeds, options.settings)
     _check_begun(chosen, study_words(str(study), output_dir), options)
     metric = metric_of(chosen.evaluations, options.metric, options.value)
-    tables = _tables(chosen, metric, options)
-    judgements = judge(chosen, options.confidence, options.alpha)
-    if judgements:
-        tables.append(verdict_texts.verdict_table(judgements, options.confidence))
+    tables, judgements = judged_tables(chosen, metric, options)
     folder = chosen.report_folder
     _make_report_folder(chosen, folder)
     made = [(table, provenance_of(chosen, table.origin)) for table in tables]
     for table, provenance in made:
         for suffix, text in render(table, chosen.name, provenance).items():
             _write(folder / f"{table.name}.{suffix}", text)
+    files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
     drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
     warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options)]
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
@@ -122,7 +122,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         except UserError as error:
             warnings.append(f"{study.name} is left out: {first_line(error)}")
             continue
-        tables = _tables(study, metric, options)
+        tables = make_tables(study, metric, options)
         drawn = list(_figures_of_page(study, tables[0], metric, options, page)) if options.figures else []
         studies.append((study, tables, drawn))
         judgements += judge(study, options.confidence, options.alpha)
@@ -148,8 +148,12 @@ def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool
     show_status(name, path, watch=watch, quiet=quiet)
 
 
-def pack_study(study: str, output_dir: str | Path, *, replace: bool = False, quiet: bool = False) -> Path:
+def pack_study(
+    study: str, output_dir: str | Path, options: Options | None = None, *, replace: bool = False, quiet: bool = False
+) -> Path:
     """Write the records of a study to one file, NAME.normlab.zip beside its folder; return its path (see `pack`).
+
+    The tables that the options make are packed beside the records, for others to compare; by default the menu's.
 
     Raises:
         UserError: for a study that does not exist, a file that cannot be written, and one that has other runs.
@@ -158,7 +162,42 @@ def pack_study(study: str, output_dir: str | Path, *, replace: bool = False, qui
         raise UserError(f"replace={as_typed(replace)} is not valid: expected true or false.")
     from normlab.report.pack import pack  # slow to import, and no other command needs it
 
-    return pack(str(study), _folder("output_dir", output_dir), replace=replace, quiet=quiet)
+    folder = _folder("output_dir", output_dir)
+    return pack(str(study), folder, options or menu_options(), replace=replace, quiet=quiet)
+
+
+def verify_study(
+    study: str,
+    output_dir: str | Path,
+    options: Options | None = None,
+    *,
+    rerun: int = 0,
+    rerun_seed: int | None = None,
+    trust: bool = False,
+    changes: Mapping[str, Any] | None = None,
+) -> bool:
+    """Print, a line for each, what was checked of a study and how it came out; return whether nothing fails.
+
+    Digests of its file, tables made anew against those beside its records, and `rerun` of its runs carried out again.
+
+    Args:
+        study: its name, or the path of its folder or file.
+        output_dir: the folder that holds studies.
+        options: those of the tables where none are kept beside them; `quiet`: print what does not hold alone.
+        rerun: the number of runs that are carried out again.
+        rerun_seed: chooses these runs; None: another choice each time.
+        trust: carry out runs, too, whose configuration names code or files that are not normlab's.
+        changes: settings of this machine, `{"dataset.path": "/my/images"}`.
+
+    Raises:
+        UserError: for a study that does not exist or whose file is not read, and for settings that are not valid.
+    """
+    from normlab.report.reruns import Rerun
+    from normlab.report.verify import verify  # slow to import, and no other command needs it
+
+    choice = secrets.randbelow(1_000_000) if rerun_seed is None else rerun_seed
+    runs = Rerun(rerun, choice, trust, {} if changes is None else changes)
+    return verify(str(study), _folder("output_dir", output_dir), options or menu_options(), runs)
 
 
 def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, str]:
@@ -255,12 +294,6 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
 
 
 # ---- tables, figures and files
-
-
-def _tables(study: Study, metric: Metric, options: Options) -> list[Table]:
-    baseline = options.baseline if options.baseline in set(study.runs["arm"]) else None
-    tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
-    return [*tables, *probe_tables(study, options.confidence)]
 
 
 def _drawings(study: Study, first: Table, metric: Metric, options: Options, folder: Path) -> Iterator[PageFigure]:

@@ -3,7 +3,10 @@
 manifest.json            format, numbers of runs and entries, the SHA-256 of each entry
 ro-crate-metadata.json   the same study for archives of research data (report/pack.py)
 notes.md                 remarks of a person, where the study has some
+tables/<table>.csv       the report's tables when it was packed, and options.json, the settings that they were made with
 <run>/...                each run's records, as runs/folder.py has them: no checkpoints, no logs
+
+A report makes its tables from the records and never reads those in the file: `report.py verify` compares them.
 
 Such a file may come from anybody. `opened` checks all of it before any of it is read: no entry but these, each once, no
 links, sizes and compression within the bounds below, every digest as in the manifest. Nothing is unpacked to the disk.
@@ -29,13 +32,14 @@ from normlab.common.errors import UserError
 from normlab.runs import files
 
 SUFFIX = ".normlab.zip"
-FORMAT = 1
+FORMAT = 2  # 1 had no tables
 MANIFEST, CRATE, NOTES = "manifest.json", "ro-crate-metadata.json", "notes.md"
+TABLES, OPTIONS = "tables", "options.json"
 RUN_FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json")
 
 MOST_ENTRIES = 200_000
 MOST_BYTES = 2 << 30  # of all entries together, not compressed
-MOST_BYTES_OF_ROWS = 32 << 20  # of an entry of rows; a hundred thousand evaluations
+MOST_BYTES_OF_ROWS = 32 << 20  # of an entry of rows, or of a table; a hundred thousand evaluations
 MOST_BYTES_OF_ENTRY = 1 << 20  # of another one; a configuration has 1 kB
 MOST_BYTES_OF_DIRECTORY = 64 << 20  # the list of entries, which is read as a whole before they can be counted
 MOST_COMPRESSION = 100  # recorded runs reach 8
@@ -43,7 +47,9 @@ _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 _NAME = re.compile(
     rf"{re.escape(MANIFEST)}|{re.escape(CRATE)}|{re.escape(NOTES)}"
-    rf"|(?!\.)[^/\\\x00-\x1f\x7f]+/(?:{'|'.join(map(re.escape, RUN_FILES))}|probes/(?!\.)[^/\\\x00-\x1f\x7f]+\.jsonl)"
+    rf"|{TABLES}/(?:[a-z0-9_]+\.csv|{re.escape(OPTIONS)})"
+    rf"|(?!\.|{TABLES}/)[^/\\\x00-\x1f\x7f]+"
+    rf"/(?:{'|'.join(map(re.escape, RUN_FILES))}|probes/(?!\.)[^/\\\x00-\x1f\x7f]+\.jsonl)"
 )
 _ERRORS = (
     OSError,
@@ -182,7 +188,7 @@ def _check_places(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo]) ->
 def _most_bytes(name: str) -> int:
     if name in (MANIFEST, CRATE):
         return MOST_BYTES_OF_DIRECTORY
-    return MOST_BYTES_OF_ROWS if name.endswith(".jsonl") else MOST_BYTES_OF_ENTRY
+    return MOST_BYTES_OF_ROWS if name.endswith((".jsonl", ".csv")) else MOST_BYTES_OF_ENTRY
 
 
 def _fault(entry: zipfile.ZipInfo, times: int) -> str | None:
@@ -233,7 +239,8 @@ def _check_digests(path: Path, archive: zipfile.ZipFile) -> None:
 
 def _counts(names: set[str]) -> dict[str, int]:
     entries = names - {MANIFEST}
-    return {"runs": len({name.split("/")[0] for name in entries if "/" in name}), "number_of_entries": len(entries)}
+    folders = {name.split("/")[0] for name in entries if "/" in name}
+    return {"runs": len(folders - {TABLES}), "number_of_entries": len(entries)}
 
 
 def _is_record(name: str) -> bool:

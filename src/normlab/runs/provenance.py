@@ -16,7 +16,7 @@ UNKNOWN = "not recorded"
 OWN_CODE = ("model.target", "norm._target_")  # settings that may name a user's own
 _VERSIONS = {"torch": "torch", "torchvision": "torchvision", "numpy": "NumPy", "python": "Python"}
 _NOT_COMPARED = ("normlab", "hydra-core")  # the first is in `code`, the other computes nothing
-_FACTS = ("device", "threads", "processes")
+_FACTS = ("device", "instructions", "threads", "processes")
 
 
 def code(made: Mapping[str, Any]) -> str:

@@ -154,6 +154,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": name_of(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **({"instructions": torch.backends.cpu.get_cpu_capability()} if device.type == "cpu" else {}),
     }
 
 

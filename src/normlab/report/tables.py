@@ -1,0 +1,59 @@
+"""All tables of a report with its options: to show, to pack, and to compare with those that somebody packed."""
+
+from collections.abc import Mapping
+
+from normlab.common.errors import UserError, as_typed, listed
+from normlab.report.analysis.cells import Table
+from normlab.report.analysis.metrics import Metric, metric_of
+from normlab.report.analysis.tables import build_tables, probe_tables
+from normlab.report.claims import texts
+from normlab.report.claims.judge import Judgement, judge
+from normlab.report.options import TABLE_OPTIONS, Options, options
+from normlab.report.render.csv import as_csv
+from normlab.report.study.load import Study
+from normlab.report.study.select import select
+
+
+def make_tables(study: Study, metric: Metric, options: Options) -> list[Table]:
+    """Return the tables of the metric, the first, of what else was recorded, and of the probes."""
+    baseline = options.baseline if options.baseline in set(study.runs["arm"]) else None
+    tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
+    return [*tables, *probe_tables(study, options.confidence)]
+
+
+def judged_tables(study: Study, metric: Metric, options: Options) -> tuple[list[Table], list[Judgement]]:
+    """Return the same tables and, where claims are judged, that of the verdicts; and the verdicts."""
+    tables, judgements = make_tables(study, metric, options), judge(study, options.confidence, options.alpha)
+    if judgements:
+        tables.append(texts.verdict_table(judgements, options.confidence))
+    return tables, judgements
+
+
+def csv_tables(study: Study, options: Options) -> dict[str, str]:
+    """Return all tables of a study as CSV, by name; none of a study without a finished run.
+
+    Raises:
+        UserError: if the study lacks what the options name.
+    """
+    chosen = select(study, options.arms, options.batches, options.seeds, options.settings)
+    if chosen.finished.empty:
+        return {}
+    tables, _ = judged_tables(chosen, metric_of(chosen.evaluations, options.metric, options.value), options)
+    return {table.name: as_csv(table.tidy) for table in tables}
+
+
+def table_options(options: Options) -> dict[str, object]:
+    """Return those of the options that change a table, as they are kept beside tables."""
+    return {name: getattr(options, name) for name in TABLE_OPTIONS}
+
+
+def read_table_options(kept: object) -> Options:
+    """Return the options that tables were made with, from what is kept beside them.
+
+    Raises:
+        UserError: if it is no such thing.
+    """
+    if not isinstance(kept, Mapping) or set(kept) != set(TABLE_OPTIONS):
+        names = listed(sorted(map(str, kept)), 3) if isinstance(kept, Mapping) else str(as_typed(kept))[:80]
+        raise UserError(f"They have {names}; expected {', '.join(TABLE_OPTIONS)}.")
+    return options(**kept)
