@@ -376,9 +376,9 @@ def spread(seconds: list[float]) -> str:
 def fuzzed(chosen: argparse.Namespace, folder: Path) -> Result:
     begun, counted = time.monotonic(), fuzz.fuzz(folder, chosen.seed, chosen.mutations, chosen.only, said)
     return [
-        f"{counted.total} changes (seed {chosen.seed}) to the files of a study with runs in every state, one at a time, in"
-        f" {time.monotonic() - begun:.0f} s: bits, lines and values, of the right type and of wrong ones. The tables, the"
-        " states and numbers of each run, and the sentences are compared with those of the study as it was.",
+        f"{counted.total} changes (seed {chosen.seed}) to the files of a study with runs in every state, one at a time,"
+        f" in {time.monotonic() - begun:.0f} s: bits, lines and values, of the right type and of wrong ones. The"
+        " tables, the states and numbers of each run, and the sentences are compared with those of the study before.",
         "\n".join(counted.table()),
         "same: all as before, nothing said. told: a sentence names the run, and no other run has changed. refused: a"
         " sentence in place of the report, which is right for a file that is the whole study. Looked for: no traceback"
@@ -397,8 +397,8 @@ def attacked(chosen: argparse.Namespace, folder: Path) -> Result:
         f"{sum(number for number, _ in counts.values())} studies and surroundings in {time.monotonic() - begun:.0f} s,"
         " each with the commands that may meet it: report, status, claims, results, pack, verify, import, plan, train.",
         "\n".join(table),
-        f"Looked for: no traceback, no command of over {watched.SECONDS:.0f} s of CPU or {watched.BYTES / 1e9:.1f} GB, a"
-        " report of the other runs that names this one, no file outside of the study changed or shown, no escape"
+        f"Looked for: no traceback, no command of over {watched.SECONDS:.0f} s of CPU or {watched.BYTES / 1e9:.1f} GB,"
+        " a report of the other runs that names this one, no file outside of the study changed or shown, no escape"
         " sequence in any output, no script in a page, no formula in a CSV file.",
     ], wrong
 

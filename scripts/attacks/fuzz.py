@@ -7,7 +7,7 @@ import os
 import shutil
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -53,8 +53,8 @@ class Attack(NamedTuple):
 class Fuzz:
     """A study below `folder`, and what is seen of it while nothing is wrong."""
 
-    def __init__(self, folder: Path) -> None:
-        studies.make(folder)
+    def __init__(self, folder: Path, batches: Sequence[int] = (8, 16)) -> None:
+        studies.make(folder, batches)
         self.folder, self.outputs = folder, folder / "outputs"
         self.study, self.packed = self.outputs / studies.STUDY, self.outputs / f"{studies.STUDY}.normlab.zip"
         self.tree = studies.Tree(self.outputs)

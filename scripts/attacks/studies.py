@@ -4,16 +4,16 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from hydra import compose, initialize_config_dir
+
 from attacks.watched import Ended, watched
 from normlab import models, runs
-from normlab.config import schema
+from normlab.config import hydra, schema
 from normlab.report import build as build_report
 from normlab.report import options, pack_study
 from normlab.report.importing import import_runs
@@ -25,31 +25,29 @@ ROOT = Path(__file__).parents[2]
 STUDY = "attacked"
 SMALL = (
     *("model=custom", "model.target=small.SmallNet", "model.name=small", "dataset.train_size=160", "epochs=2"),
-    *("dataset.test_size=40", "device=cpu", "threads=1", "memory_format=contiguous", "probe=[ics]"),
+    *("dataset.test_size=40", "device=cpu", "threads=1", "memory_format=contiguous", "probe=[ics]", "batch=8"),
 )
 IMPORTED = "arm,seed,epoch,test_accuracy\n" + "".join(f"mine,{seed},2,0.{5 + seed}\n" for seed in (0, 1))
 SET = {"dataset.name": "digits", "model.name": "small", "depth": 18, "batch": 8, "epochs": 2}
 
 
-def sweep(folder: Path, *settings: str) -> None:
-    """Train runs of the study below `folder`/outputs."""
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, f"study={STUDY}", *settings]
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
+def settings_of(folder: Path, *words: str) -> dict[str, Any]:
+    """Return the settings of a run of the study below `folder`/outputs."""
+    folders = (f"study={STUDY}", f"output_dir={folder}/outputs", f"data_dir={folder}/data")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return schema.parse(hydra.settings_of(compose("config", [*SMALL, *folders, *words]))).as_dict()
 
 
-def make(folder: Path) -> Path:
-    """Make the study: eight finished runs, and seeds 2 to 6 that were killed, interrupted, failed, diverged
-    and planned, imported runs, notes, an order of jobs, a report, an index, and the study as one file."""
-    sweep(folder, "norm=bn,none", "batch=8,16", "seed=0,1")
+def make(folder: Path, batches: Sequence[int] = (8, 16)) -> Path:
+    """Make the study: finished runs of two norms, and some that were killed, interrupted, failed, diverged and planned;
+    imported runs, notes, an order of jobs, a report, an index, and the study as one file."""
+    folder.mkdir(exist_ok=True)
     study = folder / "outputs" / STUDY
-    settings = runs.read_config(runs.find(study)[0])
-    own = settings | {"checkpoint_seconds": 0.0, "output_dir": str(folder / "outputs")}
+    own = settings_of(folder, "checkpoint_seconds=0")
+    for norm, batch, seed in itertools.product(("norm=bn", "norm=none"), batches, (0, 1)):
+        train(settings_of(folder, norm) | {"batch": batch, "seed": seed})
     for seed, act in enumerate((kill, interrupt, fail, diverge), start=2):
-        train_until(own | {"seed": seed}, 60, act)
+        train(own | {"seed": seed}, act)
     runs.Run(own | {"seed": 6}).freeze()
     (folder / "results.csv").write_text(IMPORTED)
     words = {"source": str(folder / "results.csv"), "columns": None, "ignore": [], "set": SET, "percent": False}
@@ -81,7 +79,7 @@ def diverge(inputs: Any) -> Any:
     return (inputs[0] * float("nan"),)
 
 
-def train_until(settings: dict[str, Any], batches: int, act: Callable[[Any], Any]) -> Ended:
+def train(settings: dict[str, Any], act: Callable[[Any], Any] = lambda _: None, batches: int = 60) -> Ended:
     """Train a run in a process of its own; `act` is called with what the network gets from this batch on."""
     build, numbers = models.build, itertools.count(1)
 

@@ -23,7 +23,7 @@ from normlab.report import build, options
 from normlab.training import checkpoint
 from normlab.training.run import train_run
 
-NEW = (*studies.SMALL, "norm=bn", "batch=8", "seed=9", f"study={studies.STUDY}")
+NEW = (*studies.SMALL, "norm=bn", "seed=9", f"study={studies.STUDY}")
 PATH = {"PYTHONPATH": str(studies.ROOT / "tests")}
 
 
@@ -160,7 +160,7 @@ def disturbed(scene: Scene, deed: Callable[[Scene, Path], object], name: str) ->
             done.append(True)
             deed(scene, run)
 
-    ended = studies.train_until(settings, 60, act)
+    ended = studies.train(settings, act)
     yield from problems_of(ended)
     if "deleted" in name and name.split()[1] in ("folder", "study", "studies"):
         sentence = ended.refusal.lower()
