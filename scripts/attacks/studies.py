@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from attacks.watched import Ended, watched
 from normlab import models, runs
+from normlab.common.installation import CONF
 from normlab.config import hydra, schema
 from normlab.report import build as build_report
 from normlab.report import options, pack_study
@@ -34,7 +35,7 @@ SET = {"dataset.name": "digits", "model.name": "small", "depth": 18, "batch": 8,
 def settings_of(folder: Path, *words: str) -> dict[str, Any]:
     """Return the settings of a run of the study below `folder`/outputs."""
     folders = (f"study={STUDY}", f"output_dir={folder}/outputs", f"data_dir={folder}/data")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return schema.parse(hydra.settings_of(compose("config", [*SMALL, *folders, *words]))).as_dict()
 
 

@@ -1,5 +1,6 @@
 """What happens to a run while it trains, starts or goes on: odd checkpoints, files taken away, odd surroundings."""
 
+import functools
 import hashlib
 import io
 import os
@@ -54,7 +55,9 @@ def of_checkpoints() -> Iterator[Kind]:
         yield of_checkpoint(f"without {name}", lambda saved, name=name: saved.pop(name, None))
         for value in odd:
             yield of_checkpoint(
-                f"{name} = {value!r}", lambda saved, name=name, value=value: saved.update({name: value})
+                f"{name} = {value!r}",
+                lambda saved, name=name, value=value: saved.update({name: value}),
+                refused=(name, value) in (("network", {}), ("network", {"a": 1}), ("data_fingerprint", "text")),
             )
     for value in (None, -1, 10**9, 0.5, "x", [1]):
         yield of_checkpoint(
@@ -62,7 +65,7 @@ def of_checkpoints() -> Iterator[Kind]:
             lambda saved, value=value: saved["position"].update(dict.fromkeys(saved["position"], value)),
         )
     changes: dict[str, Callable[[dict[str, Any]], object]] = {
-        "a tensor too few": dict.popitem,
+        "a tensor too few": lambda network: network.pop(next(iter(network))),
         "a tensor too many": lambda network: network.update(more=torch.zeros(1)),
         "tensors of another shape": lambda network: network.update(
             {k: v.repeat(2) for k, v in network.items() if v.ndim == 1}
@@ -74,7 +77,9 @@ def of_checkpoints() -> Iterator[Kind]:
         "keys that are numbers": lambda network: network.update({1: torch.zeros(1)}),
     }
     for name, change in changes.items():
-        yield of_checkpoint(f"{name} as network", lambda saved, change=change: change(saved["network"]) and None)
+        yield of_checkpoint(
+            f"{name} as network", lambda saved, change=change: change(saved["network"]) and None, refused=True
+        )
     yield of_checkpoint("no groups of the optimizer", lambda saved: saved["optimizer"].update(param_groups=[]))
     yield of_checkpoint("odd groups of the optimizer", lambda saved: saved["optimizer"].update(param_groups=[3]))
     yield of_checkpoint(
@@ -84,7 +89,7 @@ def of_checkpoints() -> Iterator[Kind]:
         yield of_checkpoint(f"{whole!r} as a whole", lambda _, whole=whole: whole, whole=True)
 
 
-def of_checkpoint(name: str, change: Callable[[Any], Any], *, whole: bool = False) -> Kind:
+def of_checkpoint(name: str, change: Callable[[Any], Any], *, whole: bool = False, refused: bool = False) -> Kind:
     def make(scene: Scene) -> None:
         path = lost(scene) / checkpoint.NEWEST
         saved = torch.load(io.BytesIO(path.read_bytes()[: -checkpoint.DIGEST_BYTES]), weights_only=True)
@@ -93,15 +98,15 @@ def of_checkpoint(name: str, change: Callable[[Any], Any], *, whole: bool = Fals
         torch.save(changed if whole else saved, file)
         path.write_bytes(file.getvalue() + hashlib.sha256(file.getvalue()).digest())
 
-    return Kind(f"a checkpoint: {name}", make, check=goes_on)
+    return Kind(f"a checkpoint: {name}", make, check=functools.partial(goes_on, refused=refused))
 
 
 def lost(scene: Scene) -> Path:
     return next(path for path in runs.find(scene.study) if (path / "run.claim").exists())
 
 
-def goes_on(scene: Scene) -> Iterator[str]:
-    """Look whether the run that was killed goes on, at the second try at the latest."""
+def goes_on(scene: Scene, *, refused: bool) -> Iterator[str]:
+    """Look whether the run that was killed goes on, at the second try at the latest, unless it may be `refused`."""
     path = lost(scene)
     for _ in range(2):
         ended = watched(
@@ -110,7 +115,8 @@ def goes_on(scene: Scene) -> Iterator[str]:
         yield from problems_of(ended)
         if (runs.read_status(path) or {}).get("state") == "done":
             return
-    yield f"the run does not go on: {ended.refusal}"
+    if not (refused and path.name in ended.refusal):
+        yield f"the run does not go on: {ended.refusal}"
 
 
 # What happens while a run trains
@@ -141,7 +147,7 @@ def of_moments() -> Iterator[Kind]:
         "its checkpoint is a folder": lambda scene, run: replaced(
             run / "checkpoint.pt", lambda p: (p / "x").mkdir(parents=True)
         ),
-        "its log is deleted": lambda scene, run: (run / "run.log").unlink(),
+        "its log is deleted": lambda scene, run: (run / "run.log").unlink(missing_ok=True),
     }
     for name, deed in deeds.items():
         yield Kind(

@@ -41,18 +41,18 @@ def test_a_process_that_is_watched_is_ended_and_its_error_kept(monkeypatch: pyte
     ("change", "outcome"),
     [
         ({}, "same"),
-        ({"said": ["a was damaged"], "numbers": {"a": "2", "b": "1"}}, "told"),
-        ({"said": ["a was damaged"], "numbers": {"a": "1", "b": "2"}}, "silently changed"),
-        ({"said": ["b was damaged"]}, "silently changed"),
-        ({"states": {"a": "failed", "b": "done"}}, "silently changed"),
+        ({"said": ["run-a is damaged"], "numbers": {"run-a": "2", "run-b": "1"}}, "told"),
+        ({"said": ["run-a is damaged"], "numbers": {"run-a": "1", "run-b": "2"}}, "silently changed"),
+        ({"said": ["run-b is damaged"]}, "silently changed"),
+        ({"states": {"run-a": "failed", "run-b": "done"}}, "silently changed"),
         ({"tables": {"accuracy.csv": "2"}}, "silently changed"),
-        ({"said": ["a was damaged"], "absurd": ["an accuracy of 7"]}, "silently changed"),
+        ({"said": ["run-a is damaged"], "absurd": ["an accuracy of 7"]}, "silently changed"),
     ],
 )
 def test_an_outcome_is_told_only_by_a_sentence_that_names_the_run(change: dict[str, Any], outcome: str) -> None:
-    before: dict[str, Any] = {"states": {"a": "done", "b": "done"}, "numbers": {"a": "1", "b": "1"}}
+    before: dict[str, Any] = {"states": {"run-a": "done", "run-b": "done"}, "numbers": {"run-a": "1", "run-b": "1"}}
     before |= {"tables": {"accuracy.csv": "1"}, "said": [], "absurd": []}
-    assert seen.compared(before, before | change, ["a"])[0] == outcome
+    assert seen.compared(before, before | change, ["run-a"])[0] == outcome
 
 
 def test_a_seed_gives_the_same_changes() -> None:
