@@ -32,7 +32,8 @@ OF_RUNS = {  # and how often, in per cent of all
     "run.claim": 3,
     "run.lock": 1,
 }
-OF_STUDY = {".index.npz": 3, "notes.md": 1, "slurm/order.json": 3, "report/": 2}
+ORDER = "slurm/order.json"
+OF_STUDY = {".index.npz": 3, "notes.md": 1, ORDER: 3, "report/": 2}
 PACKED, MEMBER, CHECKPOINT = "the packed file", "a member of it", "checkpoint.pt"
 TARGETS = {**OF_RUNS, **OF_STUDY, PACKED: 5, MEMBER: 9, CHECKPOINT: 5}
 SPEED = ("wall_seconds", "images_per_second")
@@ -77,8 +78,8 @@ class Fuzz:
     def undisturbed(self, look: Callable[[], Any]) -> Any:
         ended = watched(look)
         self.tree.restore()
-        if ended.fault or ended.refusal:
-            raise RuntimeError(f"without an attack: {ended.fault or ended.refusal}")
+        if ended.fault or ended.refusal or ended.value.get("status"):
+            raise RuntimeError(f"without an attack: {ended.fault or ended.refusal or ended.output}")
         return ended.value
 
     def resume(self) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class Fuzz:
         take = lambda jobs, slots: trained.extend([job.run.name, slots] for job in jobs)  # noqa: E731
         job = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "1"}
         with mock.patch.object(slurm_task.pool, "train_jobs", take), mock.patch.dict(os.environ, job):
-            status = slurm_task.main(self.study / "slurm/order.json")
+            status = slurm_task.main(self.study / ORDER)
         return {"trained": trained, "status": status}
 
     def attack(self, chance: Random) -> Attack:
@@ -120,7 +121,7 @@ class Fuzz:
         elif target == PACKED:
             file, look, names = "", "packed", (self.packed.name,)
         else:
-            file, look, names = target, "order" if "order" in target else "folder", (target,)
+            file, look, names = target, "order" if target == ORDER else "folder", (target,)
         whole = f"{studies.STUDY}/{file}" if file else self.packed.name
         content = self.tree.files.get(whole) or next(
             (text for name, text in self.tree.files.items() if target in name), b"x"
@@ -170,7 +171,7 @@ class Fuzz:
             return seen.compared(attack.before, ended.value, attack.names)
         told = next((line for line in ended.value.get("said", ()) if attack.names[0] in line), "")
         wrong = [key for key, value in attack.before.items() if key != "said" and ended.value[key] != value]
-        if attack.target == "slurm/order.json" and ended.value["status"]:
+        if attack.target == ORDER and ended.value["status"]:
             return "refused", ended.output.splitlines()[-1]
         if wrong:
             return "silently changed", f"{wrong[0]}: {attack.before[wrong[0]]} became {ended.value[wrong[0]]}"
@@ -178,7 +179,7 @@ class Fuzz:
 
     def _commands(self, attack: Attack, chance: Random) -> tuple[str, str] | None:
         """Now and then the same for a command as a person types it; return a fault."""
-        if chance.random() > 0.1 or attack.target in (CHECKPOINT, "slurm/order.json"):
+        if chance.random() > 0.1 or attack.target in (CHECKPOINT, ORDER):
             return None
         which = str(self.packed) if attack.target in (PACKED, MEMBER) else studies.STUDY
         words = chance.choice(([], ["status"], ["pack", "replace=true"], ["claims"], ["results"]))
@@ -186,7 +187,7 @@ class Fuzz:
         if ended.fault:
             return "traceback", f"report.py {' '.join(words)}: {ended.cause}"
         if words[:1] == ["pack"] and ended.value == 0:
-            again = watched(lambda: load(self.packed).repr())
+            again = watched(lambda: repr(load(self.packed)))
             if again.refusal:
                 return "silently changed", f"what was packed is refused: {again.refusal}"
         return None
@@ -195,7 +196,7 @@ class Fuzz:
 def _may_change(attack: Attack, name: str) -> bool:
     """Return whether a look may write this file."""
     reports = ("/report/", "/.index.npz", "report/")
-    return any(part in name for part in reports) or attack.target in (CHECKPOINT, "slurm/order.json")
+    return any(part in name for part in reports) or attack.target in (CHECKPOINT, ORDER)
 
 
 def _zipped(members: Mapping[str, bytes]) -> bytes:
@@ -219,7 +220,7 @@ def repacked(members: dict[str, bytes]) -> bytes:
 def is_fault(attack: Attack, outcome: str) -> bool:
     """Return whether an outcome must not be; a whole study may be refused only where it is one file, or its report
     cannot be written."""
-    whole = (PACKED, MEMBER, "report/", "slurm/order.json")
+    whole = (PACKED, MEMBER, "report/", ORDER)
     return outcome in ("traceback", "silently changed") or (outcome == "refused" and attack.target not in whole)
 
 

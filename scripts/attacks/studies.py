@@ -11,7 +11,7 @@ from unittest import mock
 
 from hydra import compose, initialize_config_dir
 
-from attacks.watched import Ended, watched
+from attacks.watched import Ended, command, watched
 from normlab import models, runs
 from normlab.common.installation import CONF
 from normlab.config import hydra, schema
@@ -19,7 +19,6 @@ from normlab.report import build as build_report
 from normlab.report import options, pack_study
 from normlab.report.importing import import_runs
 from normlab.report.study import index
-from normlab.runs import files
 from normlab.training.run import train_run
 
 ROOT = Path(__file__).parents[2]
@@ -55,13 +54,27 @@ def make(folder: Path, batches: Sequence[int] = (8, 16)) -> Path:
     words |= {"pattern": None, "first_epoch": None, "steps_per_epoch": None, "replace": False}
     import_runs(STUDY, str(folder / "outputs"), words, quiet=True)
     (study / "notes.md").write_text("Made to be attacked.\n")
-    (study / "slurm").mkdir()
-    tasks = [[{"folder": str(runs.Run(own).folder), "settings": own | {"seed": 7}}]]
-    files.write_json(study / "slurm" / "order.json", {"command": [], "submitted": "", "slots": 1, "tasks": tasks})
+    submit(folder)
     with mock.patch.object(index, "WORTH", 1):
         build_report(STUDY, folder / "outputs", options(figures=False, quiet=True))
     pack_study(STUDY, folder / "outputs", quiet=True)
     return study
+
+
+def submit(folder: Path) -> None:
+    """Order a job of a SLURM that does nothing; the order is slurm/order.json then."""
+    programs = folder / "programs"
+    programs.mkdir()
+    for name in ("sbatch", "scontrol", "squeue"):
+        (programs / name).write_text(f"#!/bin/sh\n[ {name} = sbatch ] && cat >/dev/null && echo 1\nexit 0\n")
+        (programs / name).chmod(0o755)
+    words = ("hydra/launcher=slurm", "hydra.launcher.wait=false", "norm=none", "seed=7", *SMALL, f"study={STUDY}")
+    path = os.pathsep.join([str(programs), os.environ["PATH"]])
+    ended = command(folder, "train.py", "-m", *words, PATH=path, PYTHONPATH=str(ROOT / "tests"))
+    if ended.value:
+        raise RuntimeError(ended.output)
+    (order,) = (folder / "outputs" / STUDY / "slurm").glob("*.json")
+    order.rename(order.with_name("order.json"))
 
 
 def kill(inputs: Any) -> None:
