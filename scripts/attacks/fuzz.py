@@ -4,8 +4,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +37,8 @@ OF_RUNS = {  # and how often, in per cent of all
 ORDER = "slurm/order.json"
 OF_STUDY = {".index.npz": 3, "notes.md": 1, ORDER: 3, "report/": 2}
 PACKED, MEMBER, CHECKPOINT = "the packed file", "a member of it", "checkpoint.pt"
-TARGETS = {**OF_RUNS, **OF_STUDY, PACKED: 5, MEMBER: 9, CHECKPOINT: 5}
+FORGED = "any of a run, with right checksums"
+TARGETS = {**OF_RUNS, **OF_STUDY, PACKED: 5, MEMBER: 9, CHECKPOINT: 5, FORGED: 10}
 SPEED = ("wall_seconds", "images_per_second")
 
 
@@ -49,6 +52,7 @@ class Attack(NamedTuple):
     names: tuple[str, ...]  # one of which a sentence has to have
     look: Callable[[], Any]
     before: Any
+    status: bytes | None = None  # in place of the run's status.json
 
 
 class Fuzz:
@@ -108,6 +112,8 @@ class Fuzz:
         target = chance.choices([*TARGETS], [*TARGETS.values()])[0]
         if target == MEMBER:
             return self._on_member(chance)
+        if target == FORGED:
+            return self._forged(chance)
         one, other = chance.sample(self.runs, 2)
         look, names = "folder", (one,)
         if target == CHECKPOINT:
@@ -146,6 +152,19 @@ class Fuzz:
         look = self.looks()["packed"]
         return Attack(MEMBER, self.packed.name, what, whole, (name.split("/")[0],), look, self.before["packed"])
 
+    def _forged(self, chance: Random) -> Attack:
+        one, other = chance.sample([run for run in self.runs if self.before["folder"]["states"][run] == "done"], 2)
+        of_run = [
+            name for name in self.tree.files if f"/{one}/" in name and name.endswith((".yaml", ".json", ".jsonl"))
+        ]
+        whole = chance.choice(sorted(of_run))
+        file = whole.split("/", 2)[2]
+        replaced = self.tree.files.get(whole.replace(one, other), b"")
+        done, changed = mutations.mutate(chance, file, self.tree.files[whole], replaced)
+        status = sealed(self.tree.files[f"{studies.STUDY}/{one}/status.json"], one, file, changed)
+        content = status if file == "status.json" else changed
+        return Attack(FORGED, whole, done, content, (one,), self.looks()["folder"], self.before["folder"], status)
+
     def outcome(self, attack: Attack, chance: Random) -> tuple[str, str]:
         """Carry it out; return the class of what comes of it, and why."""
         path = self.outputs / attack.file
@@ -153,9 +172,11 @@ class Fuzz:
         path.unlink(missing_ok=True)
         if attack.content is not None:
             path.write_bytes(attack.content)
+        if attack.status is not None:
+            (self.study / attack.names[0] / "status.json").write_bytes(attack.status)
         try:
             found = self._classified(attack, watched(attack.look))
-            left = [name for name in self.tree.changed() if name != attack.file and not _may_change(attack, name)]
+            left = [name for name in self.tree.changed() if name != attack.file and not self._may_change(attack, name)]
             if left and found[0] not in ("traceback", "silently changed"):
                 found = "silently changed", f"files that reports only read: {left[:3]}"
             return found if found[0] in ("traceback", "silently changed") else self._commands(attack, chance) or found
@@ -168,7 +189,9 @@ class Fuzz:
         if ended.refusal:
             return "refused", ended.refusal
         if "states" in attack.before:
-            return seen.compared(attack.before, ended.value, attack.names)
+            found = seen.compared(attack.before, ended.value, attack.names)
+            own = found[0] == "silently changed" and any(f" of {name}: " in found[1] for name in attack.names)
+            return ("same", "") if attack.target == FORGED and own else found  # nobody can know better
         told = next((line for line in ended.value.get("said", ()) if attack.names[0] in line), "")
         wrong = [key for key, value in attack.before.items() if key != "said" and ended.value[key] != value]
         if attack.target == ORDER and ended.value["status"]:
@@ -176,6 +199,11 @@ class Fuzz:
         if wrong:
             return "silently changed", f"{wrong[0]}: {attack.before[wrong[0]]} became {ended.value[wrong[0]]}"
         return ("told", told) if told else ("same", "")
+
+    def _may_change(self, attack: Attack, name: str) -> bool:
+        """Return whether a look may write this file, or the attack has."""
+        parts = ["/report/", "/.index.npz", "report/", *([f"{attack.names[0]}/status.json"] if attack.status else [])]
+        return any(part in name for part in parts) or attack.target in (CHECKPOINT, ORDER)
 
     def _commands(self, attack: Attack, chance: Random) -> tuple[str, str] | None:
         """Now and then the same for a command as a person types it; return a fault."""
@@ -193,10 +221,19 @@ class Fuzz:
         return None
 
 
-def _may_change(attack: Attack, name: str) -> bool:
-    """Return whether a look may write this file."""
-    reports = ("/report/", "/.index.npz", "report/")
-    return any(part in name for part in reports) or attack.target in (CHECKPOINT, ORDER)
+def sealed(status: bytes, run: str, file: str, content: bytes | None) -> bytes:
+    """Return a status that has the checksums of a changed file (runs/sums.py): CRC-32s that begin with the run's id."""
+
+    def crc(text: bytes) -> str:
+        return f"{zlib.crc32(run.rpartition('-')[2].encode() + text):08x}"
+
+    if file == "status.json":
+        status = content or b""
+    elif content is not None:
+        entry = rf'("{re.escape(file)}": \[\s*)\d+(,\s*")[0-9a-f]{{8}}'.encode()
+        status = re.sub(entry, rb"\g<1>%d\g<2>%s" % (len(content), crc(content).encode()), status)
+    head, found, _ = status.rpartition(b',\n "checksum": ')
+    return head + f',\n "checksum": "{crc(head)}"\n}}\n'.encode() if found else status
 
 
 def _zipped(members: Mapping[str, bytes]) -> bytes:

@@ -260,8 +260,14 @@ def of_values() -> Iterator[Kind]:
         "an edited setting": ("config.yaml", lambda config: config["optimizer"].update(lr=0.5)),
         "an edited accuracy": ("metrics.jsonl", lambda row: row.update(test_accuracy=0.99)),
     }
+    yield Kind("no checksums, and an edited accuracy", without_sums, told=True)
     for name, (file, change) in edited.items():
         yield Kind(name, functools.partial(Scene.edit, file=file, change=change), told=True)
+
+
+def without_sums(scene: Scene) -> None:
+    scene.edit("status.json", lambda status: [status.pop(key, None) for key in ("files", "checksum")] and status)
+    scene.edit("metrics.jsonl", lambda row: row.update(test_accuracy=0.99))
 
 
 def of_literal(scene: Scene, name: str, literal: str) -> None:
