@@ -210,7 +210,7 @@ class Fuzz:
         if chance.random() > 0.1 or attack.target in (CHECKPOINT, ORDER):
             return None
         which = str(self.packed) if attack.target in (PACKED, MEMBER) else studies.STUDY
-        words = chance.choice(([], ["status"], ["pack", "replace=true"], ["claims"], ["results"]))
+        words = chance.choice(([], ["status"], ["pack", "replace=true"], ["claims"], ["results"], ["verify"]))
         ended = command(self.folder, "report.py", *words, f"study={which}", "figures=false")
         if ended.fault:
             return "traceback", f"report.py {' '.join(words)}: {ended.cause}"

@@ -19,10 +19,9 @@ from typing import Any
 
 from attacks import bombs, studies
 from attacks.watched import Ended, command, watched
-from normlab import runs
+from normlab import report, runs
 from normlab.cli.commands import REPORT_COMMANDS
 from normlab.common.errors import UserError
-from normlab.report import build, build_claims, build_results, options, pack_study, study_status
 
 SECRET = "the-secret-of-this-machine"
 ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -134,7 +133,7 @@ def of_links() -> Iterator[Kind]:
             yield Kind(
                 f"report/{file} is {what}",
                 lambda scene, file=file, make=make: replaced(scene.study / "report" / file, make(scene)),
-                reports=what != "a folder",
+                reports=False,
             )
         for file in ("claims.md", "results.md"):
             yield Kind(
@@ -425,7 +424,7 @@ def carried_out(scene: Scene, names: Sequence[str]) -> dict[str, Ended]:
     """Carry out commands of report.py, all in one process unless it comes to a bad end."""
     ended = watched(lambda: [one_of(scene, name) for name in names])
     if not ended.fault:
-        return {name: Ended(None, *each, 0.0) for name, each in zip(names, ended.value, strict=True)}
+        return {name: Ended(*each, 0.0) for name, each in zip(names, ended.value, strict=True)}
     if len(names) == 1:
         return {names[0]: ended}
     found: dict[str, Ended] = {}
@@ -436,26 +435,27 @@ def carried_out(scene: Scene, names: Sequence[str]) -> dict[str, Ended]:
     return found
 
 
-def one_of(scene: Scene, name: str) -> tuple[str, str, str]:
-    """Carry out one command; return the sentence that refuses it, the traceback and the output."""
-    chosen, outputs, refusal, fault = options(figures=False), scene.outputs, "", ""
+def one_of(scene: Scene, name: str) -> tuple[bool, str, str, str]:
+    """Carry out one command; return whether it says that all is well, its refusal, the traceback and the output."""
+    chosen, outputs, value, refusal, fault = report.options(figures=False), scene.outputs, None, "", ""
     calls: dict[str, Callable[[], object]] = {
-        "report": lambda: build(studies.STUDY, outputs, chosen),
-        "status": lambda: study_status(studies.STUDY, outputs, watch=False),
-        "claims": lambda: build_claims(outputs, chosen),
-        "results": lambda: build_results(outputs, outputs / "results.md", chosen),
-        "pack": lambda: pack_study(studies.STUDY, outputs, replace=True),
+        "report": lambda: report.build(studies.STUDY, outputs, chosen),
+        "status": lambda: report.study_status(studies.STUDY, outputs, watch=False),
+        "claims": lambda: report.build_claims(outputs, chosen),
+        "results": lambda: report.build_results(outputs, outputs / "results.md", chosen),
+        "pack": lambda: report.pack_study(studies.STUDY, outputs, replace=True),
+        "verify": lambda: report.verify_study(studies.STUDY, outputs),
     }
     with redirect_stdout(io.StringIO()) as output, redirect_stderr(output):
         try:
-            calls[name]()
+            value = calls[name]()
         except UserError as error:
             refusal = str(error)
         except MemoryError:
             raise  # of which the others have to be spared
         except Exception:
             fault = traceback.format_exc()
-    return refusal, fault, output.getvalue()
+    return value is True, refusal, fault, output.getvalue()
 
 
 class Hostile:
@@ -491,6 +491,8 @@ class Hostile:
             wrong += [f"{name}: {problem}" for problem in self.of_command(kind, name, ended)]
             if name == "report" and kind.told and not ended.fault and victim not in ended.output + ended.refusal:
                 wrong.append("report: no sentence names the run")
+            if name == "verify" and kind.told and ended.value:
+                wrong.append("verify: all is said to be well")
         for name, words in (("plan", PLAN if kind.plan else ()), ("train", TRAIN if kind.train else ())):
             if words:
                 ended = command(self.folder, "train.py", *words, PYTHONPATH=str(studies.ROOT / "tests"))
@@ -501,8 +503,8 @@ class Hostile:
     def of_command(self, kind: Kind, name: str, ended: Ended) -> Iterator[str]:
         if ended.fault:
             yield ended.cause
-        elif (ended.refusal or ended.value) and (kind.reports and name in ("report", "status")):
-            yield f"refused: {(ended.refusal or ended.output).strip()[-200:]}"
+        elif ended.refusal and kind.reports and name in ("report", "status"):
+            yield f"refused: {ended.refusal.strip()[-200:]}"
         elif found := ESCAPES.search(ended.output.replace("\r", "")):
             yield f"it prints {found[0]!r}"
         if SECRET in ended.output:
