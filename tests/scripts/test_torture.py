@@ -12,7 +12,7 @@ from attacks import fuzz, hostile, mutations, seen, watched
 from normlab.common.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of forks, and of what damaged files make numpy say
-ATTACKS = 16
+ATTACKS = 10
 KINDS = (
     "status.json is a pipe",
     "metrics.jsonl is a link to a file of this machine",
