@@ -392,7 +392,7 @@ def of_imports() -> Iterator[Kind]:
         "a number of 5,000 digits": lambda path: path.write_text("arm,seed,test_accuracy\na," + "9" * 5000 + ",0.5\n"),
         "a sparse file of 1 TB": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
         "200,000 rows": lambda path: path.write_text(
-            "arm,seed,test_accuracy\n" + "".join(f"a,{i},0.5\n" for i in range(200_000))
+            "arm,epoch,test_accuracy\n" + "".join(f"a,{i},0.5\n" for i in range(1, 200_001))
         ),
     }
     for name, make in special.items():
