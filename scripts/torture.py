@@ -6,6 +6,10 @@ kill      kill -9 at random moments, of the launcher, of a worker or of all at o
 race      the same sweep from three processes at once: every run is trained by one of them, and by one only.
 scale     the same command again over thousands of finished runs, and `report.py status` of them: time and memory.
 overhead  what the pool adds to a run, against the same runs one after the other in one process.
+fuzz      thousands of changes to the files of a study: each is told or changes nothing, and ends no report. `--only 7`
+          carries out the seventh alone.
+hostile   studies that somebody made to do harm, by kind, and every command over them. `--only WORDS`: the kinds that
+          have these words in their names.
 """
 
 import argparse
@@ -29,6 +33,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
+from attacks import fuzz, hostile, training, watched
 from normlab import runs
 from normlab.config import schema as config
 from normlab.config.hydra import settings_of
@@ -135,7 +140,7 @@ def at_work(study: Path) -> bool:
     return any(by and not by.gone for by in holders)
 
 
-# The four
+# Those of sweeps
 
 
 def kill(chosen: argparse.Namespace, folder: Path) -> Result:
@@ -365,6 +370,43 @@ def spread(seconds: list[float]) -> str:
     return f"{middle * 1000:.0f} ms ({low * 1000:.0f} to {high * 1000:.0f})"
 
 
+# Those of attacks/
+
+
+def fuzzed(chosen: argparse.Namespace, folder: Path) -> Result:
+    begun, counted = time.monotonic(), fuzz.fuzz(folder, chosen.seed, chosen.mutations, chosen.only, said)
+    return [
+        f"{counted.total} changes (seed {chosen.seed}) to the files of a study with runs in every state, one at a time,"
+        f" in {time.monotonic() - begun:.0f} s: bits, lines and values, of the right type and of wrong ones. The"
+        " tables, the states and numbers of each run, and the sentences are compared with those of the study before.",
+        "\n".join(counted.table()),
+        "same: all as before, nothing said. told: a sentence names the run, and no other run has changed. refused: a"
+        " sentence in place of the report, which is right for a file that is the whole study. Looked for: no traceback"
+        " (a hang and 1.5 GB are one), nothing else than before without a sentence, no number that no run can have, no"
+        " file changed by a command that reads.",
+    ], counted.faults
+
+
+def attacked(chosen: argparse.Namespace, folder: Path) -> Result:
+    begun = time.monotonic()
+    more = (training.of_checkpoints, training.of_moments, training.of_surroundings)
+    counts, wrong = hostile.hostile(folder, chosen.only, said, more)
+    table = ["| attacks | kinds | with a fault |", "|---|---|---|"]
+    table += [f"| {title} | {number} | {faulty} |" for title, (number, faulty) in counts.items()]
+    return [
+        f"{sum(number for number, _ in counts.values())} studies and surroundings in {time.monotonic() - begun:.0f} s,"
+        " each with the commands that may meet it: report, status, claims, results, pack, verify, import, plan, train.",
+        "\n".join(table),
+        f"Looked for: no traceback, no command of over {watched.SECONDS:.0f} s of CPU or {watched.BYTES / 1e9:.1f} GB,"
+        " a report of the other runs that names this one, no file outside of the study changed or shown, no escape"
+        " sequence in any output, no script in a page, no formula in a CSV file.",
+    ], wrong
+
+
+def said(line: str) -> None:
+    print(" ".join(line.split())[:500], file=sys.stderr, flush=True)
+
+
 # The page
 
 
@@ -397,9 +439,16 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, do: Callable[[argparse.Namespace, Path], Result], **numbers: int) -> None:
+    def command(
+        name: str,
+        do: Callable[[argparse.Namespace, Path], Result],
+        only: Callable[[str], Any] | None = None,
+        **numbers: int,
+    ) -> None:
         options = commands.add_parser(name)
-        options.set_defaults(do=do)
+        options.set_defaults(do=do, only=None)
+        if only:
+            options.add_argument("--only", type=only)
         for option, default in numbers.items():
             options.add_argument(f"--{option}", type=int if option == "seed" else positive, default=default)
 
@@ -407,13 +456,16 @@ def main() -> int:
     command("race", race, rounds=3, epochs=20)
     command("scale", scale, runs=10_000)
     command("overhead", overhead, runs=20, rounds=3, epochs=40)
+    command("fuzz", fuzzed, only=positive, seed=0, mutations=3000)
+    command("hostile", attacked, only=str)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         folder = Path(name).resolve()
         lines, wrong = chosen.do(chosen, folder)
-        if wrong:
+        if wrong and (folder / "output").exists():
             print((folder / "output").read_text()[-5000:], file=sys.stderr)
-    write_down(chosen.command, lines, wrong)
+    if not chosen.only:
+        write_down(chosen.command, lines, wrong)
     print("\n".join(wrong or [f"{chosen.command}: passed"]))
     return bool(wrong)
 
