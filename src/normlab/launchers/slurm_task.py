@@ -22,19 +22,20 @@ from normlab.launchers import pool, preflight, single
 from normlab.launchers.slurm import REQUEUE_STATUS
 from normlab.launchers.sweep import Job
 from normlab.runs import State, files
-from normlab.training.distributed.processes import find
+from normlab.training.distributed.processes import find, number_in
 from normlab.training.interrupt import SIGNALS
 
 
 def main(order: Path) -> int:
-    """Train the runs of this task; return the exit status: 1 if a run failed, `REQUEUE_STATUS` if it was stopped."""
-    index = os.environ["SLURM_ARRAY_TASK_ID"]
-    task = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{index}"
+    """Train the runs of this task; return the exit status: 1 if one is left, `REQUEUE_STATUS` if it was stopped."""
+    index = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    task = f"{os.environ.get('SLURM_ARRAY_JOB_ID', '')}_{index}"
     print(f"{runs.now()} job {task} on {socket.gethostname()}, process {os.getpid()}", flush=True)
     try:
         _handle_signals(_interrupt)
         todo = files.read_json(order)
-        settings = [runs.completed(entry["settings"]) for entry in todo["tasks"][int(index)]]
+        chosen = todo["tasks"][number_in("SLURM_ARRAY_TASK_ID", os.environ, range(len(todo["tasks"])))]
+        settings = [runs.completed(entry["settings"]) for entry in chosen]
         train = _train_together if find().world > 1 else _train_with_pool
         failed = train(settings, todo["slots"])
         _handle_signals(signal.SIG_IGN)  # nothing is left to stop
@@ -68,7 +69,7 @@ def _handle_signals(handler: Callable[[int, FrameType | None], Any] | signal.Han
 
 
 def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
-    """Train the runs that are not finished, `slots` at a time; return whether any failed."""
+    """Train the runs that are not finished, `slots` at a time; return whether any failed or is trained elsewhere."""
     jobs, failed = [], False
     for each in settings:
         run = runs.Run(each)
@@ -81,7 +82,7 @@ def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
             failed = True
             print(f"{run.name}: {error}", file=sys.stderr, flush=True)
             pool.record_end(run, State.FAILED, str(error))
-    return bool(jobs and pool.train_jobs(jobs, slots)) or failed
+    return any(pool.train_jobs(jobs, slots) if jobs else ()) or failed
 
 
 def _train_together(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
