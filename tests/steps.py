@@ -1,12 +1,17 @@
-"""The training steps of this process, counted, and disturbed where a test wants it."""
+"""The training steps of this process, counted, and disturbed where a test wants it; and forged checkpoints."""
 
+import hashlib
+import io
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from normlab.common.errors import InterruptedRunError
 from normlab.config.schema import RunConfig
@@ -48,3 +53,11 @@ class Steps:
         self.stop_after(after)
         with pytest.raises(InterruptedRunError):
             train_run(config)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a checkpoint holds, and give it the right digest."""
+    saved, file = torch.load(io.BytesIO(path.read_bytes()[:-32]), weights_only=True), io.BytesIO()
+    change(saved)
+    torch.save(saved, file)
+    path.write_bytes(file.getvalue() + hashlib.sha256(file.getvalue()).digest())

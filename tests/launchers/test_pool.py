@@ -93,7 +93,7 @@ def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypat
     submit = Worker.submit
     monkeypatch.setattr(Worker, "submit", lambda worker, _, *rest: submit(worker, next(functions), *rest))
     with jobs[-1].run.lock():
-        failed = pool.train_jobs(jobs, slots=1)
+        failed, elsewhere = pool.train_jobs(jobs, slots=1)
     printed = capsys.readouterr().err
     for job, (found, error), why in zip(jobs, failed, bad.values(), strict=False):
         assert found is job
@@ -104,6 +104,7 @@ def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypat
         assert f" ERROR {error}\n" in log.read_text()
         assert ("Traceback (most recent call last)" in log.read_text()) is ("killed" not in why)
     assert len(failed) == 3
+    assert elsewhere == jobs[-1:]
 
 
 @pytest.mark.slow
@@ -217,7 +218,9 @@ def test_a_sweep_started_twice_trains_each_run_once(tmp_path) -> None:
     arguments = ("-m", "norm=bn,affine,none", "batch=8,16", *SMALL, "hydra.launcher.slots=1")
     with start(tmp_path, "train.py", *arguments) as one, start(tmp_path, "train.py", *arguments) as two:
         ended = [process.communicate(timeout=200) for process in (one, two)]
-    assert (one.returncode, two.returncode) == (0, 0), ended
+    for process, (_, error) in zip((one, two), ended, strict=True):  # the first to end may leave one to the other
+        assert process.returncode == ("other processes train them" in error), error
+    assert 0 in (one.returncode, two.returncode)
     found = runs.find(tmp_path / "outputs" / "default")
     assert len(found) == 6
     for run in found:
@@ -236,8 +239,9 @@ def test_of_two_commands_on_one_run_one_trains_and_the_others_report_it(tmp_path
         assert loser.returncode == 1
         assert f"is already being trained by process {winner.pid}" in error
         code, _, error = command(tmp_path, "train.py", "-m", *LONG)
-        assert code == 0
+        assert code == 1, "what is chained to it would miss a run"
         assert f"is already being trained by process {winner.pid}" in error
+        assert "1 of 1 runs are not finished: other processes train them" in error
         winner.send_signal(signal.SIGINT)
         winner.communicate(timeout=60)
     assert len(runs.find(tmp_path / "outputs" / "default")) == 1

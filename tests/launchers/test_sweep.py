@@ -1,5 +1,7 @@
 """The real commands, end to end: a sweep of small runs on digits, its repetition, its report."""
 
+from pathlib import Path
+
 import pytest
 from conftest import composed
 from launchers.commands import SMALL, status_of
@@ -7,6 +9,9 @@ from launchers.commands import command as run_command
 from PIL import Image
 
 from normlab import runs
+from normlab.data.inventory import Inventory
+from normlab.launchers.sweep import Job, Sweep
+from normlab.runs.shorter import Shorter
 from normlab.training.run import train_run
 
 PLAN = "hydra/launcher=plan"
@@ -191,3 +196,20 @@ def test_a_network_that_does_not_take_its_batches_is_refused_before_any_run_begi
     assert cause in error
     assert "starting" not in error
     assert runs.find(tmp_path / "outputs" / "default") == []
+
+
+def test_what_becomes_of_more_epochs_is_told_once_for_all_runs_alike(make, capsys) -> None:
+    def job(seed: int, hindrance: str = "") -> Job:
+        config = make(f"seed={seed}", "epochs=8", "schedule=constant")
+        shorter = Shorter(Path(f"old{seed}"), "", 4, hindrance and f"{hindrance} old{seed}")
+        return Job(config, runs.Run(config.as_dict()), Inventory(8, 8, 8, 10), shorter=shorter)
+
+    jobs = [job(0), job(1), job(2, "it differs from")]
+    assert jobs[0].share_left == 0.5
+    assert jobs[2].share_left == 1
+    Sweep(jobs=jobs, quiet=True).report_known()
+    assert not capsys.readouterr().out
+    Sweep(jobs=jobs).report_known()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{jobs[0].run.name} goes on from the 4 epochs of old0. The same holds for 1 more of 3 runs."
+    assert second == f"{jobs[2].run.name} starts anew: it differs from old2."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from normlab.common.errors import RunBusyError
+from normlab.common.errors import FolderGoneError, RunBusyError
 from normlab.runs import lock
 
 
@@ -150,6 +151,17 @@ def test_a_holder_that_was_taken_over_notices(tmp_path) -> None:
         with pytest.raises(RunBusyError, match=r"taken over by process \d+ on elsewhere"):
             claim.verify()
     assert (tmp_path / lock.CLAIM).exists()  # another's is not ours to remove
+
+
+def test_a_holder_whose_claim_was_deleted_says_so(tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    with lock.held(tmp_path / "run") as claim:
+        (tmp_path / "run" / lock.CLAIM).unlink()
+        with pytest.raises(RunBusyError, match=r"(?s)run\.claim was deleted.*leaves the record alone"):
+            claim.verify()
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(FolderGoneError, match="run was deleted or moved while run was trained"):
+            claim.verify()
 
 
 def test_a_holder_keeps_its_claim_fresh(tmp_path, monkeypatch) -> None:

@@ -31,7 +31,17 @@ def run(make) -> runs.Run:
 
 @pytest.mark.parametrize(
     "setting",
-    ["device=cpu", "threads=1", "study=other", "checkpoint_seconds=5", "save_weights=true", "data_dir=/elsewhere"],
+    [
+        *(
+            "device=cpu",
+            "threads=1",
+            "study=other",
+            "checkpoint_seconds=5",
+            "save_weights=true",
+            "keep_checkpoint=true",
+        ),
+        "data_dir=/elsewhere",
+    ],
 )
 def test_how_a_run_is_carried_out_does_not_change_what_it_is(make, setting) -> None:
     assert runs.run_name(make(setting).as_dict()) == runs.run_name(make().as_dict())
@@ -302,7 +312,7 @@ def test_a_configuration_of_any_form_equals_that_of_yaml(tmp_path, text) -> None
             with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
                 runs.read_config(tmp_path)
         else:
-            assert runs.read_config(tmp_path) == plain
+            assert runs.read_config(tmp_path) == runs.completed(plain)
 
 
 def test_runs_of_one_cell_have_their_own_seeds(make) -> None:
@@ -365,10 +375,11 @@ def test_a_checkpoint_on_a_full_disk_is_a_sentence_and_keeps_the_old_one(small_d
 
     from normlab.training import checkpoint
 
-    checkpoint.save(small_disk, {"run_id": "a", "step": 1})
+    parts: dict[str, object] = {key: {} for key in ("network", "optimizer", "scaler", "probes", "position")}
+    numbers = dict.fromkeys(("threads", "processes", "peak_memory_bytes"), 1)
+    whole = {**parts, **numbers, "run_id": "a", "data_fingerprint": "", "memory_format": "contiguous", "averaged": None}
+    checkpoint.save(small_disk, whole)
     with pytest.raises(UserError, match="The disk is full"):
-        checkpoint.save(small_disk, {"run_id": "a", "step": 2, "network": torch.zeros(1_000_000)})
-    saved = checkpoint.load(small_disk, "a", pytest.fail)
-    assert saved is not None
-    assert saved["step"] == 1
+        checkpoint.save(small_disk, whole | {"network": {"weight": torch.zeros(1_000_000)}})
+    assert [saved for _, saved in checkpoint.load(small_disk, "a", pytest.fail)] == [whole]
     assert [path.name for path in small_disk.iterdir()] == [checkpoint.NEWEST]

@@ -228,6 +228,18 @@ def test_processes_are_those_of_torchrun_or_slurm() -> None:
     assert find({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "4711"}) == Processes()  # a batch script
 
 
+@pytest.mark.parametrize(
+    "given", ["RANK=abc", "RANK=4", "RANK=", "WORLD_SIZE=-2", "LOCAL_RANK=1.5", "MASTER_PORT=99999"]
+)
+def test_a_variable_that_gives_no_place_is_a_sentence(given) -> None:
+    name, _, value = given.partition("=")
+    with pytest.raises(UserError, match=rf"(?s)variable {given} is not valid: expected a whole number.*unset {name}"):
+        find({**RANK, name: value})
+    if name == "RANK":
+        with pytest.raises(UserError, match="variable SLURM_PROCID="):
+            find({**TASK, "SLURM_PROCID": value})
+
+
 def test_nodes_are_queried_from_scontrol(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="export MASTER_ADDR="):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 from unittest.mock import Mock
 
@@ -15,7 +16,7 @@ from small import SmallNet
 from torch import nn
 
 from normlab import models, runs
-from normlab.common.errors import InterruptedRunError, RunBusyError, UserError
+from normlab.common.errors import FolderGoneError, InterruptedRunError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.data.datasets import load
@@ -191,7 +192,9 @@ def test_a_run_that_goes_on_under_other_circumstances_keeps_both(interrupted, st
 
     monkeypatch.setattr(device.checkout, "state", lambda: {"commit": "f00" * 10, "diff": ""})
     made = json.loads(record.read_text()) | {"threads": 7, "versions": before["versions"] | {"numpy": "1.0"}}
-    record.write_text(json.dumps(made))
+    run = runs.Run(interrupted.as_dict())
+    run.write_provenance(made)
+    run.write_status("interrupted")
     train_run(interrupted)
     now = json.loads(record.read_text())
     (earlier,) = now["earlier"]
@@ -210,19 +213,6 @@ def linear(outputs: int):
 def test_a_network_that_changed_since_is_a_sentence(interrupted, monkeypatch) -> None:
     monkeypatch.setattr(setup.models, "build", linear(10))
     with pytest.raises(UserError, match="The network has changed since"):
-        train_run(interrupted)
-
-
-def test_a_checkpoint_of_other_parameter_groups_is_a_sentence(interrupted, monkeypatch) -> None:
-    """As an older version of ours may have left it."""
-    original = setup.build_optimizer
-
-    def in_one_group(config, network, **_):
-        optimizer = original(config, network)
-        return torch.optim.SGD([p for group in optimizer.param_groups for p in group["params"]], lr=0.1)
-
-    monkeypatch.setattr(setup, "build_optimizer", in_one_group)
-    with pytest.raises(UserError, match=r"(?s)The network has changed since.*start it anew"):
         train_run(interrupted)
 
 
@@ -371,3 +361,18 @@ def test_input_and_order_of_images_are_equal_in_all_arms(tiny, monkeypatch) -> N
         train_run(tiny(f"norm={arm}", "dataset.flip=true", "dataset.crop_padding=1"))
     assert len(shown["bn"]) == len(shown["none"]) > 6
     assert all(torch.equal(a, b) for a, b in zip(shown["bn"], shown["none"], strict=True))
+
+
+# A folder that is deleted while its run is trained
+
+
+@pytest.mark.parametrize("which", ["run", "study", "output_dir"])
+def test_a_folder_that_was_deleted_while_training_is_told_as_such(tiny, steps, tmp_path, which) -> None:
+    config = tiny("checkpoint_seconds=0", "probe=[gradients]")
+    gone = {"run": folder(config), "study": folder(config).parent, "output_dir": tmp_path / "outputs"}[which]
+    steps.after(2, lambda: shutil.rmtree(gone))
+    with pytest.raises(FolderGoneError, match=r"was deleted or moved while .* was trained"):
+        train_run(config)
+    assert not gone.exists(), "nothing comes back"
+    train_run(config)
+    assert status(config)["state"] == "done"

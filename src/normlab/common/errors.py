@@ -23,6 +23,16 @@ class RunBusyError(UserError):
     """Another process is training this run right now."""
 
 
+class FolderGoneError(UserError):
+    """The folder of a run was deleted or moved while it was trained: nothing of it is recorded any more."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder} was deleted or moved while {folder.name} was trained.\n"
+            "It stops here, and nothing of it is recorded any more. The same command trains it again."
+        )
+
+
 class OutOfMemoryError(UserError):
     """The run does not fit into what memory is left on its device."""
 

@@ -1,7 +1,9 @@
 """Turn what Hydra composes into plain values, and its exceptions into sentences for a user."""
 
+import errno
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -74,7 +76,7 @@ def run_main(
         commands: the words that can stand beside its settings.
         main: is given the command line, which sys.argv holds in Hydra's order from then on.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    _mend_environment()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a terminal that has not all of our characters
@@ -98,6 +100,20 @@ def run_main(
     except Exception as error:
         exit_with_error(error, line)
     sys.exit(0)
+
+
+def _mend_environment() -> None:
+    """Set what libraries read from the environment, and leave out what would stop them."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
+    os.environ["MPLBACKEND"] = "agg"  # figures are files; Matplotlib would not be imported with a name it does not know
+    for name in ("COLUMNS", "LINES"):  # of a terminal: with 0 Rich prints nothing
+        if not re.fullmatch("[1-9][0-9]{0,5}", os.environ.get(name, "1")):
+            del os.environ[name]
+    for number, stream in ((0, "stdin"), (1, "stdout"), (2, "stderr")):  # closed by `>&-`: files would get its number
+        if getattr(sys, stream) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            os.set_inheritable(number, True)
+            setattr(sys, stream, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8"))
 
 
 def _require_folder() -> None:
@@ -151,6 +167,8 @@ def _sentence(error: Exception, line: CommandLine) -> UserError | None:
         return UserError(fault)
     if isinstance(error, OSError) and error.filename:  # Hydra itself makes the folder of a sweep
         return storage_error(Path(error.filename), error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # of print
+        return UserError(f"What this command prints cannot be written: {error.strerror}.\nLook where its output goes.")
     return None
 
 

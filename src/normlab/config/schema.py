@@ -570,6 +570,7 @@ class RunConfig(_Section):
     threads: Count | None
     checkpoint_seconds: NonNegative | None
     save_weights: Switch
+    keep_checkpoint: Annotated[Switch | None, Since(3, neutral=None)]
     logger: LoggerConfig
     quiet: Switch
     output_dir: Folder

@@ -76,6 +76,7 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
         console.print(remark)
     words = dict.fromkeys(word for word, _ in PLANS.values())
     console.print(f"\n{len(sweep)} runs: " + ", ".join(f"{counts[word]} {word}" for word in words))
+    sweep.report_extensions()
     if not sweep.jobs:
         console.print("Nothing is left to do.")
     elif len(costs) < len(sweep.jobs):
@@ -138,9 +139,7 @@ def _estimate(job: Job, samples: Mapping[Hashable, Sequence[_Sample]]) -> _Cost:
     source = f"{len(alike)} run{'s' * (len(alike) > 1)} like it" if not alike[0].tried else "a few steps"
     if key != detail:
         source = "runs with another norm" if key else "scaled from other runs"
-    status = job.status() if job.state != State.FAILED else {}  # which begins anew
-    left = 1 - status.get("step", 0) / (status.get("steps") or 1)
-    seconds = statistics.median(sample.rate for sample in alike) * job.cost * left
+    seconds = statistics.median(sample.rate for sample in alike) * job.cost * job.share_left
     return _Cost(seconds, max(sample.memory for sample in alike), source)
 
 

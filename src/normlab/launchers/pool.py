@@ -21,6 +21,7 @@ from normlab.common import bugs
 from normlab.common.cpu import cores
 from normlab.common.download import DOWNLOADING
 from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, as_typed
+from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, one_line
 from normlab.common.terminal import say
 from normlab.config import schema
@@ -43,12 +44,19 @@ def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[flo
     """Train what is left of a sweep, several runs at a time; return every run's result.
 
     Raises:
-        UserError: for a number out of range; at the end, if any run failed.
+        UserError: for a number out of range; at the end, if any run failed, or is not finished because another process
+            trains it.
     """
-    sweep.report_skipped()
-    failed = train_jobs(sweep.jobs, slots, per_gpu, pack, check=True) if sweep.jobs else []
+    sweep.report_known()
+    failed, elsewhere = train_jobs(sweep.jobs, slots, per_gpu, pack, check=True) if sweep.jobs else ([], [])
     if failed:
         raise UserError(f"{len(failed)} of {len(sweep)} runs failed. The same command tries them again.")
+    if elsewhere:
+        raise UserError(
+            f"{len(elsewhere)} of {len(sweep)} runs are not finished: other processes train them, and they were left"
+            f" alone.\nTo see how far they are: {command_name('report')} status"
+            f" {study_words(elsewhere[0].config.study, elsewhere[0].config.output_dir)}"
+        )
     return sweep.results()
 
 
@@ -244,8 +252,8 @@ def _unshared(job: Job) -> str:
 
 def train_jobs(
     jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1, *, check: bool = False
-) -> list[tuple[Job, str]]:
-    """Train all jobs, several at a time; list those that were not finished, and return them with the reason.
+) -> tuple[list[tuple[Job, str]], list[Job]]:
+    """Train all jobs, several at a time; list those that were not finished.
 
     Runs that run out of memory beside others are tried again with a device to themselves.
 
@@ -253,6 +261,9 @@ def train_jobs(
         jobs: what is left to train.
         slots, per_gpu, pack: how many at a time.
         check: whether to check first that each network takes its batches.
+
+    Returns:
+        Those that failed, with the reason; those that another process trains and has not finished.
 
     Raises:
         UserError: for a number out of range; for a network that does not, before any run has a folder.
@@ -275,15 +286,15 @@ def train_jobs(
         for job in jobs:
             job.run.freeze()
         pool.train(jobs)
-        failed = pool.failed
+        failed, elsewhere = pool.failed, pool.elsewhere
         if pool.crowded:
             display.say(f"Tried again with a device of their own: {len(pool.crowded)}")
             devices = len({worker.device for worker in workers})
             alone = _Pool(workers_for(pool.crowded, devices, 1), display, output)
             alone.train(pool.crowded)
-            failed += alone.failed
+            failed, elsewhere = failed + alone.failed, elsewhere + alone.elsewhere
         list_failures(display, jobs, "Failed:", failed)
-    return failed
+    return failed, [job for job in elsewhere if job.run.state not in runs.FINISHED]
 
 
 @contextmanager
@@ -307,11 +318,13 @@ class _Pool:
 
     Attributes:
         failed: runs that were not finished, with the reason.
+        elsewhere: runs that another process trains.
         crowded: runs that failed beside others and may not fail alone: for want of memory, say.
     """
 
     def __init__(self, workers: Sequence[Worker], display: Display, output: Connection | None) -> None:
         self.failed: list[tuple[Job, str]] = []
+        self.elsewhere: list[Job] = []
         self.crowded: list[Job] = []
         self._workers, self._display = workers, display
         for worker in workers:
@@ -404,7 +417,9 @@ class _Pool:
             self._display.put_off(job.key, f"{one_line(status['error'])} Tried again alone, later.")
             return
         self._display.ended(job.key, status)
-        if status["state"] not in (*runs.FINISHED, ELSEWHERE):
+        if status["state"] == ELSEWHERE:
+            self.elsewhere.append(job)
+        elif status["state"] not in runs.FINISHED:
             self.failed.append((job, one_line(status.get("error"))))
 
     def _stop(self) -> None:

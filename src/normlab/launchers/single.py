@@ -25,6 +25,9 @@ from normlab.config import schema
 from normlab.config.hydra import exit_interrupted, exit_with_error, refuse_folders, settings_of
 from normlab.launchers import preflight
 from normlab.launchers.unchanged import Unchanged
+from normlab.launchers.weights import add_weights, lacks_weights
+from normlab.runs import State
+from normlab.runs.shorter import find_shorter
 from normlab.training.distributed.processes import Processes, find
 from normlab.training.interrupt import StopRequest
 
@@ -81,9 +84,11 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
         status = runs.read_status(run.folder) or {}
     else:  # the first process decides for all whether the run is finished: a file server may show it to others later
         status = _train(config, run, processes, finished)
+    if processes.rank == 0 and finished and not config.quiet:
+        say(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
+    if processes.rank == 0 and finished and lacks_weights(run, config):
+        add_weights([run], say if not config.quiet else lambda text: None)
     if processes.rank == 0 and not config.quiet:
-        if finished:
-            say(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
         words = study_words(config.study, config.output_dir)
         say(f"Its record is in {run.folder}; tables and figures: {command_name('report')} {words}")
     value = status.get("test_accuracy", status.get("test_loss"))
@@ -100,6 +105,9 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
         if display:
             if git.problem():
                 display.say(git.problem())
+            shorter = find_shorter(run) if run.state in (State.PLANNED, State.FAILED) else None
+            if shorter:
+                display.say(f"{run.name} {shorter}.")
             display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
             display.news(run.name, {})
         from normlab.training.distributed import process_group  # torch takes seconds to import

@@ -182,7 +182,7 @@ def launch(sweep: Sweep, needs: Needs) -> list[float | None]:
     Raises:
         UserError: if it cannot be submitted; after waiting, if any run failed or lost its job.
     """
-    sweep.report_skipped()
+    sweep.report_known()
     if not sweep.jobs:
         return sweep.results()
     _query("sbatch", "--version")

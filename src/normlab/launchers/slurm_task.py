@@ -29,7 +29,7 @@ from normlab.training.interrupt import SIGNALS
 
 
 def main(order: Path) -> int:
-    """Train the runs of this task; return the exit status: 1 if a run failed, `REQUEUE_STATUS` if it was stopped."""
+    """Train the runs of this task; return the exit status: 1 if one is left, `REQUEUE_STATUS` if it was stopped."""
     array, index = (os.environ.get(name, "") for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"))
     code = f", code {place.name}" if (place := frozen.folder()) else ""
     say(f"{runs.now()} job {array}_{index} on {socket.gethostname()}, process {os.getpid()}{code}", flush=True)
@@ -90,7 +90,7 @@ def _handle_signals(handler: Callable[[int, FrameType | None], Any] | signal.Han
 
 
 def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
-    """Train the runs that are not finished, `slots` at a time; return whether any failed."""
+    """Train the runs that are not finished, `slots` at a time; return whether any failed or is trained elsewhere."""
     jobs, failed = [], False
     for each in settings:
         run = runs.Run(each)
@@ -103,7 +103,7 @@ def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
             failed = True
             say(f"{run.name}: {error}", file=sys.stderr, flush=True)
             pool.record_end(run, State.FAILED, str(error))
-    return bool(jobs and pool.train_jobs(jobs, slots)) or failed
+    return any(pool.train_jobs(jobs, slots) if jobs else ()) or failed
 
 
 def _train_together(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:

@@ -1,6 +1,7 @@
 """The runs of a sweep before any of them starts: composed, checked, and which of them are left to train."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,10 @@ from normlab.data.inventory import Inventory
 from normlab.launchers import preflight
 from normlab.launchers.composing import compose
 from normlab.launchers.unchanged import Unchanged
+from normlab.launchers.weights import add_weights, lacks_weights
 from normlab.runs import State
 from normlab.runs.lock import holder
+from normlab.runs.shorter import Shorter, find_shorter
 
 _LEADS_TO_RUNS = ("output_dir", "study")  # of runs in one folder, two spellings of its path
 _FOLDERS = ("data_dir", "dataset.path")
@@ -43,12 +46,22 @@ class Job:
         run: its folder.
         data: the size of its data.
         state: planned, failed, interrupted, running (elsewhere) or lost, when the sweep was read.
+        shorter: the finished run of fewer epochs that a run without a checkpoint extends, None if there is none.
     """
 
     config: schema.RunConfig
     run: runs.Run
     data: Inventory
     state: State = State.PLANNED
+    shorter: Shorter | None = None
+
+    @property
+    def share_left(self) -> float:
+        """The share of its steps that are left to train."""
+        if self.shorter and not self.shorter.hindrance:
+            return 1 - self.shorter.epochs / self.config.epochs
+        status = self.status() if self.state != State.FAILED else {}  # which begins anew
+        return float(1 - status.get("step", 0) / (status.get("steps") or 1))
 
     @property
     def key(self) -> str:
@@ -75,12 +88,14 @@ class Sweep:
         folders: of the runs in the order of the command, perhaps repeated.
         finished: status of each finished run, by its folder.
         jobs: the other runs, each once.
+        without_weights: finished runs that are to have their weights (save_weights=true) and have not.
         quiet: the setting.
     """
 
     folders: list[Path] = field(default_factory=list)
     finished: dict[Path, dict[str, Any]] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
+    without_weights: list[runs.Run] = field(default_factory=list)
     quiet: bool = False
 
     def __len__(self) -> int:
@@ -92,10 +107,25 @@ class Sweep:
         ended = self.finished | {job.run.folder: job.status() for job in self.jobs}
         return [ended[folder].get("test_accuracy", ended[folder].get("test_loss")) for folder in self.folders]
 
-    def report_skipped(self) -> None:
-        """Print how many runs are finished, if any."""
+    def report_known(self) -> None:
+        """Print how many runs are finished, and what becomes of those that extend finished ones of fewer epochs.
+
+        Finished runs that are to have their weights get them, where a kept checkpoint has them.
+        """
         if self.finished:
             self.report(f"{len(self.finished)} of {len(self)} runs are finished and skipped.")
+        add_weights(self.without_weights, self.report)
+        self.report_extensions()
+
+    def report_extensions(self) -> None:
+        """Print how many runs go on from finished ones of fewer epochs, and how many could and start anew."""
+        alike: dict[str, list[str]] = defaultdict(list)
+        for job in self.jobs:
+            if job.shorter:
+                alike[job.shorter.kind].append(f"{job.run.name} {job.shorter}")
+        for sentences in alike.values():
+            more = f" The same holds for {len(sentences) - 1} more of {len(self)} runs." if len(sentences) > 1 else ""
+            self.report(f"{sentences[0]}.{more}")
 
     def report(self, text: str) -> None:
         """Print a line, unless `quiet`."""
@@ -123,8 +153,11 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
         if run.over:
             unchanged.check(run, parsed)
             sweep.finished[run.folder] = runs.read_status(run.folder) or {}
+            sweep.without_weights.extend([run] if lacks_weights(run, parsed) else [])
         else:
-            sweep.jobs.append(Job(parsed, run, preflight.check(parsed, here=here), _state(run)))
+            state = _state(run)
+            shorter = find_shorter(run, fresh=not sweep.jobs) if state in (State.PLANNED, State.FAILED) else None
+            sweep.jobs.append(Job(parsed, run, preflight.check(parsed, here=here), state, shorter))
     if sweep.jobs and git.problem():
         sweep.report(git.problem())
     return sweep
@@ -191,8 +224,13 @@ def list_failures(display: Display, jobs: Sequence[Job], heading: str, failed: S
     """Print how many of `jobs` are finished, and below `heading` those that failed, with their logs and reasons."""
     finished = sum(job.run.state in runs.FINISHED for job in jobs)
     display.say(f"{finished} of {len(jobs)} runs finished in {span(display.elapsed)}.")
-    for line in [heading, *(f"  {job.run.folder / runs.LOG}: {why}" for job, why in failed)] if failed else ():
+    for line in [heading, *(f"  {_log(job.run.folder)}: {why}" for job, why in failed)] if failed else ():
         display.warn(line)
+
+
+def _log(folder: Path) -> Path:
+    """Return the log of a run; its folder, where there is none: it was deleted, say."""
+    return folder / runs.LOG if (folder / runs.LOG).exists() else folder
 
 
 def _state(run: runs.Run) -> State:

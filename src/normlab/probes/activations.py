@@ -1,5 +1,6 @@
 """Statistics of the inputs and outputs of the norms of a network."""
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -82,8 +83,20 @@ class Activations(Probe):
         return {"edges": self.edges}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the edges of the histograms from a `state_dict`."""
-        self.edges = state["edges"]
+        """Take the edges of the histograms from a `state_dict`.
+
+        Raises:
+            ValueError: if it is none of this probe.
+        """
+        edges = state.get("edges")
+        if not isinstance(edges, dict) or not edges.keys() <= self.histogram_layers:
+            raise ValueError("probes.activations has the edges of other layers")
+        for each in edges.values():
+            if not isinstance(each, list) or len(each) != self.bins + 1 or {type(edge) for edge in each} != {float}:
+                raise ValueError("probes.activations has other edges")
+            if not all(map(math.isfinite, each)) or each != sorted(each):
+                raise ValueError("probes.activations has edges out of order")
+        self.edges = edges
 
 
 def _moments(x: Tensor, y: Tensor) -> Row:

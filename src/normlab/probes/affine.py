@@ -60,5 +60,15 @@ class AffineDrift(Probe):
         return {"start": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the scales and shifts at the start of the run from a `state_dict`."""
-        self.start = state["start"]
+        """Take the scales and shifts at the start of the run from a `state_dict`.
+
+        Raises:
+            ValueError: if it is none of this probe.
+        """
+        start = state.get("start")
+        if not isinstance(start, dict) or start.keys() != self.start.keys():
+            raise ValueError("probes.affine has the start of other layers")
+        for name, own in self.start.items():
+            if not isinstance(start[name], Tensor) or (start[name].shape, start[name].dtype) != (own.shape, own.dtype):
+                raise ValueError(f"probes.affine has another start of {name}")
+        self.start = start

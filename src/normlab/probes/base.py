@@ -64,7 +64,13 @@ class Probe:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Go on from a `state_dict`.
+
+        Raises:
+            ValueError: if it is none of this probe.
+        """
+        if state:
+            raise ValueError("probes have an unknown state")
 
 
 def norm(*tensors: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,17 +39,25 @@ class Probes:
         record: Callable[[str, Sequence[Row]], None],
     ) -> None:
         classes = probe_classes()
-        self._prefix, self._record = probed.prefix, record
+        self._prefix, self._record, self._settings = probed.prefix, record, settings
         self._probes = {one.name: classes[one.name](probed, **one.options) for one in settings.values()}
-        self._steps = {
-            one.name: frozenset(self._probes[one.name].steps(_chosen_steps(one, total), total))
-            for one in settings.values()
-        }
+        self._steps = {name: frozenset(self._of(name, total)) for name in self._probes}
         self._execution_order: list[str] | None = None
 
     def due(self, step: int) -> bool:
         """Return whether any probe measures before update number `step` (0-based)."""
         return any(step in steps for steps in self._steps.values())
+
+    def others_before(self, total: int) -> list[str]:
+        """Return the probes that a run of `total` steps measures with at other ones than this run does until there."""
+        return [
+            name
+            for name, steps in self._steps.items()
+            if {step for step in steps if step < total} != set(self._of(name, total))
+        ]
+
+    def _of(self, name: str, total: int) -> Iterable[int]:
+        return self._probes[name].steps(_chosen_steps(self._settings[name], total), total)
 
     def measure(self, snapshot: StepSnapshot) -> None:
         """Let each probe that is due measure, and record its rows. Global random numbers are left as they were."""
@@ -74,7 +82,13 @@ class Probes:
         return {name: probe.state_dict() for name, probe in self._probes.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let all probes go on from a `state_dict`."""
+        """Let all probes go on from a `state_dict`.
+
+        Raises:
+            ValueError: if it is none of theirs.
+        """
+        if state.keys() != self._probes.keys():
+            raise ValueError("probes are others")
         for name, probe in self._probes.items():
             probe.load_state_dict(state[name])
 

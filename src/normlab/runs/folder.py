@@ -238,6 +238,7 @@ class Run:
 
     def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append the rows of one measurement to a probe's file."""
+        self._verify()  # first: a folder that was deleted must not come back
         files.make_folder(self.folder / PROBES_FOLDER)
         self._append(f"{PROBES_FOLDER}/{probe}.jsonl", rows)
 

@@ -19,7 +19,8 @@ FORMAT = 3  # of records; a setting that comes later is marked with the format t
 CARRIED_OUT = frozenset(
     {
         *("study", "experiment", "budget", "output_dir", "data_dir", "logger", "quiet"),
-        *("device", "engine", "memory_format", "threads", "checkpoint_seconds", "save_weights"),
+        *("device", "engine", "memory_format", "threads", "checkpoint_seconds"),
+        *("save_weights", "keep_checkpoint"),
     }
 )
 DATASET_CARRIED_OUT = frozenset({"path", "workers"})

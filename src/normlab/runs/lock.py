@@ -33,13 +33,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from normlab.common.errors import RunBusyError, storage_error
+from normlab.common.errors import FolderGoneError, RunBusyError, storage_error
 from normlab.runs import files, reading
 from normlab.runs.states import STALE_SECONDS
 
 LOCK, CLAIM = "run.lock", "run.claim"
 CLAIM_SECONDS = 5.0  # between two signs of life of a holder
 SILENT_SECONDS = 20.0  # a holder on another host without a sign of life for so long may be dead: wait until it is stale
+DELETING_TENTHS = 10  # of a second until whoever deletes a claim may have deleted the folder around it, too
 SETTLE_SECONDS = 1.0  # after a takeover from another host: whoever else took it over must have become visible
 _MOST_BYTES = 4096  # of a claim; it has 300
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # file systems without flock
@@ -174,14 +175,27 @@ class RunClaim:
         """Check that the claim is still held.
 
         Raises:
-            RunBusyError: if another process has taken the run over.
+            FolderGoneError: if the run's folder is not there any more.
+            RunBusyError: if another process has taken the run over, or somebody deleted the claim.
         """
-        if not self.held:
-            by = holder(self.path.parent)
-            raise RunBusyError(
-                f"{self.path.parent.name} has been taken over by {by or 'another process'}, because this one gave no"
-                f" sign of life for more than {STALE_SECONDS:.0f} s.\nIt stops here and leaves the record alone."
+        if self.held:
+            return
+        folder, by = self.path.parent, holder(self.path.parent)
+        for _ in range(DELETING_TENTHS):
+            if by is not None:
+                break
+            if not folder.exists():
+                raise FolderGoneError(folder)
+            time.sleep(0.1)
+            by = holder(folder)
+        if by is None:
+            what = f"The claim of {folder.name} is gone: {self.path} was deleted, or its folder was and is a new one."
+        else:
+            what = (
+                f"{folder.name} has been taken over by {by}: this process gave no sign of life for more than"
+                f" {STALE_SECONDS:.0f} s, or its claim was deleted."
             )
+        raise RunBusyError(f"{what}\nThis process stops here and leaves the record alone.")
 
     def release(self) -> None:
         """Remove the claim, if it is still held."""

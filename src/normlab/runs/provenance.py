@@ -2,6 +2,7 @@
 
 provenance.json describes the process that trained last. Of a run that went on under other circumstances, `earlier` has
 those of the segments before, oldest first, each with `until_step`: the number of steps after which the next one began.
+Those that a finished run of fewer epochs trained have its name as `run`.
 """
 
 import hashlib
@@ -90,15 +91,21 @@ def segments(made: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*(part for part in earlier if isinstance(part, Mapping)), made] if isinstance(earlier, list) else [made]
 
 
-def earlier_segments(before: Mapping[str, Any], now: Mapping[str, Any], step: int) -> Sequence[Mapping[str, Any]]:
+def earlier_segments(
+    before: Mapping[str, Any], now: Mapping[str, Any], step: int, of: str = ""
+) -> Sequence[Mapping[str, Any]]:
     """Return the segments of a run that goes on, without those that were like the one that follows.
 
     Args:
         before: the provenance that the run has.
         now: that of the process that goes on.
         step: the number of steps before it.
+        of: the name of the run that it goes on from, if that is another one.
     """
     *earlier, last = segments(before)
+    if of:
+        own = {key: value for key, value in last.items() if key != "earlier"}
+        return [*({"run": of, **part} for part in earlier), {**own, "until_step": step, "run": of}]
     if not last or not (differences(last, now) or last.get("host") != now.get("host")):
         return earlier
     return [*earlier, {key: value for key, value in last.items() if key != "earlier"} | {"until_step": step}]

@@ -125,6 +125,7 @@ class _Segment(_Part):
     value_range: Any = None
     imported: _Imported | None = None
     until_step: _Count | None = None
+    run: _Name | None = None
 
 
 class Provenance(_Segment):

@@ -9,10 +9,12 @@ from typing import Any
 
 from normlab import loggers, runs
 from normlab.common import source
+from normlab.common.errors import UserError
 from normlab.common.terminal import PlainFormatter
 from normlab.data.recorded import image_files
 from normlab.models import pretrained
 from normlab.runs import files, provenance
+from normlab.runs.shorter import KEPT, Shorter
 from normlab.training import checkpoint, device
 from normlab.training.state import TrainingState
 
@@ -36,16 +38,25 @@ class Recorder:
         self.log.info("%s", text)
         self._on_status(self.run.write_status("running", durable=False, doing=text))
 
-    def start(self, state: TrainingState, *, resumed: bool) -> None:
-        """Begin to record a run that is set up, or go on; measurements that it will make again are dropped."""
+    def start(self, state: TrainingState, before: Mapping[str, Any] | None, shorter: Shorter | None = None) -> None:
+        """Begin to record a run that is set up, or go on; measurements that it will make again are dropped.
+
+        Args:
+            before: provenance of the run that it goes on from, which is this one or `shorter`; None: it begins.
+        """
         evaluated = state.steps_until(state.position.epoch)
         for warning in self.run.keep_rows_until(evaluated, state.step_number):
             self.log.warning("%s", warning)
         if state.group.is_main:
-            self._write_provenance(state, resumed=resumed)
-            self._logger.begin(runs.read_metrics(self.run.folder)[0])
+            self._write_provenance(state, before, shorter)
+            rows = runs.read_metrics(self.run.folder)[0]
+            for row in rows[-1:]:
+                self._note(row)
+            self._logger.begin(rows)
 
-    def _write_provenance(self, state: TrainingState, *, resumed: bool) -> None:
+    def _write_provenance(
+        self, state: TrainingState, before: Mapping[str, Any] | None, shorter: Shorter | None
+    ) -> None:
         images = image_files(state.config)
         now: dict[str, Any] = {
             **device.provenance(state.device),
@@ -58,8 +69,8 @@ class Recorder:
             "packed": state.interleaver.packed,
         }
         now["versions"] |= provenance.versions_of(type(module).__module__ for module in state.step.network.modules())
-        before = runs.read_provenance(self.run.folder) if resumed else {}
-        now["weights"] = before.get("weights") if resumed else pretrained.recorded(state.config)
+        before = before or {}
+        now["weights"] = before.get("weights") if before else pretrained.recorded(state.config)
         if changed := provenance.differences(before, now):
             self.log.warning(
                 "%s goes on under other circumstances than it began with: %s. Its record keeps both.",
@@ -68,7 +79,8 @@ class Recorder:
             )
         if live := source.outside_of_snapshot():
             self.log.warning("Not in the snapshot of code, so imported as they are now: %s.", "; ".join(live))
-        earlier = provenance.earlier_segments(before, now, state.step_number) if before else []
+        of = shorter.folder.name if shorter else ""
+        earlier = provenance.earlier_segments(before, now, state.step_number, of) if before or of else []
         self.run.write_provenance(now | ({"earlier": earlier} if earlier else {}))
 
     def heartbeat(self, state: TrainingState) -> None:
@@ -85,8 +97,23 @@ class Recorder:
         """Write down an evaluation."""
         self.run.append_metrics(row)
         self._logger.record(row)
-        self._latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})
+        self._note(row)
         self.log.info("%s", files.to_json(row))
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        self._latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})
+
+    def keep(self, state: TrainingState, kept: bool) -> None:
+        """Write the checkpoint that a run keeps for more epochs, or see to it that there is none; for all processes."""
+        state.update_peak_memory()
+        if not state.group.is_main:
+            return
+        (self.run.folder / KEPT).unlink(missing_ok=True)
+        if kept:
+            try:
+                checkpoint.keep(self.run.folder, {"run_id": self.run.run_id, **state.state_dict()})
+            except UserError as error:  # the result is worth more
+                self.log.warning("%s keeps no checkpoint for more epochs: %s", self.run.name, error)
 
     def end(self, state: TrainingState, outcome: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write how the run ended, remove its checkpoints, and return its status; for all processes together."""
@@ -105,7 +132,7 @@ class Recorder:
             "step": state.step_number,
             "steps": state.total_steps,
             "wall_seconds": state.position.wall_seconds,
-            "parameters": sum(p.numel() for p in state.step.network.parameters() if p.requires_grad),
+            "parameters": state.parameters,
             "classes": len(state.data.classes),
             "processes": state.group.world,
             "doing": None,

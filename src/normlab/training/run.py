@@ -7,22 +7,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from normlab import loggers, runs
 from normlab.common import bugs
-from normlab.common.errors import InterruptedRunError, OutOfMemoryError, RunBusyError, UserError, described
+from normlab.common.errors import (
+    FolderGoneError,
+    InterruptedRunError,
+    OutOfMemoryError,
+    RunBusyError,
+    UserError,
+    described,
+)
 from normlab.common.terminal import say
 from normlab.config.schema import RunConfig
-from normlab.models.pretrained import digest
-from normlab.runs import files
+from normlab.runs.shorter import spread_over_epochs
 from normlab.training import checkpoint, device, resume
+from normlab.training.checkpoint import weights_sha256
 from normlab.training.distributed import checks
 from normlab.training.distributed.process_group import ProcessGroup, SingleProcess
 from normlab.training.interrupt import StopRequest
 from normlab.training.loop import train
 from normlab.training.record import OnStatus, Recorder, open_log
-from normlab.training.setup import Resources, set_up
+from normlab.training.setup import Resources
 from normlab.training.supervision import DivergedError
 
 __all__ = ["Resources", "train_run", "weights_sha256"]
@@ -80,7 +86,7 @@ def _open_record(config: RunConfig, run: runs.Run, group: ProcessGroup, on_statu
             group.on_hang(lambda why: say(_recorded(UserError(why), run, log), file=sys.stderr, flush=True))
         yield Recorder(run, log, logger, on_status)
     except RunBusyError as error:  # taken over: the record is another process's now
-        log.warning("%s", error)
+        log.info("%s", error)
         raise
     except InterruptedRunError as error:
         log.info("interrupted by %s", error)
@@ -88,6 +94,8 @@ def _open_record(config: RunConfig, run: runs.Run, group: ProcessGroup, on_statu
         group.barrier()  # torchrun ends the others when the first has ended: only once all is written
         raise
     except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if group.is_main and not run.folder.exists():  # whatever failed first for want of it
+            raise FolderGoneError(run.folder) from None
         recorded = _recorded(error, run, log)
         if recorded is error:
             raise
@@ -102,12 +110,12 @@ def _open_record(config: RunConfig, run: runs.Run, group: ProcessGroup, on_statu
 def _train(
     config: RunConfig, recorder: Recorder, stop: StopRequest, resources: Resources, group: ProcessGroup
 ) -> dict[str, Any]:
-    saved = group.broadcast(resume.load_checkpoint(config, recorder.run, recorder.log) if group.is_main else None)
-    state = set_up(config, recorder, resources, group, saved)
+    state, saved = resume.start(config, recorder, resources, group)
     if saved:
-        resume.restore(state, saved, recorder.run)
-        recorder.log.info("going on at epoch %d, batch %d", state.position.epoch + 1, state.position.batch)
-    recorder.start(state, resumed=bool(saved))
+        of = f" of {saved.shorter.folder.name}" if saved.shorter else ""
+        log, position = recorder.log, state.position
+        log.info("going on at epoch %d, batch %d, from %s%s", position.epoch + 1, position.batch, saved.path.name, of)
+    recorder.start(state, saved.made if saved else None, saved.shorter if saved else None)
     try:
         train(state, recorder, stop)
     except DivergedError as error:
@@ -116,13 +124,10 @@ def _train(
     step, folder = state.step, recorder.run.folder
     if config.save_weights and group.is_main:
         weights = (step.averaged.module if step.averaged else step.network).state_dict()  # those that were evaluated
-        files.write_atomically(folder / "weights.pt", lambda file: checkpoint.save_tensors(weights, file))
+        checkpoint.save_weights(folder / "weights.pt", weights)
+    extensible = not (spread_over_epochs(config.as_dict()) or resume.follows_progress(step.network))
+    recorder.keep(state, extensible if config.keep_checkpoint is None else config.keep_checkpoint)
     return recorder.end(state, "done", {"weights_sha256": weights_sha256(step.network)})
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """Return a digest of every parameter and buffer, equal exactly for bit-identical networks."""
-    return digest(network.state_dict())
 
 
 def _recorded(error: BaseException, run: runs.Run, log: logging.Logger) -> BaseException:

@@ -105,6 +105,11 @@ class TrainingState:
         """Steps of the whole run."""
         return self.steps_until(self.config.epochs)
 
+    @property
+    def parameters(self) -> int:
+        """The number of trained parameters."""
+        return sum(p.numel() for p in self.step.network.parameters() if p.requires_grad)
+
     def steps_until(self, epoch: int) -> int:
         """Return the number of steps before `epoch`."""
         return epoch * self.data.train.steps

@@ -33,19 +33,42 @@ def find(environment: Mapping[str, str] = os.environ) -> Processes:
     A batch script's own process is not a task of a step (srun sets SLURM_STEP_NUM_TASKS, sbatch does not): it is alone.
 
     Raises:
-        UserError: if the host where the processes meet is not known.
+        UserError: if the host where the processes meet is not known; if a variable has no such number.
     """
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if all(name in environment for name in torchrun):
-        rank, world, local_rank, host, port = (environment[name] for name in torchrun)
+        names, host, port = torchrun[:3], environment["MASTER_ADDR"], ""
     elif "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        rank, world = environment["SLURM_PROCID"], environment["SLURM_STEP_NUM_TASKS"]
-        local_rank = environment.get("SLURM_LOCALID", "0")
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         host = environment.get("MASTER_ADDR") or _first_host(environment)
-        port = environment.get("MASTER_PORT") or _port(environment)
+        port = "" if environment.get("MASTER_PORT") else _port(environment)
     else:
         return Processes()
-    return Processes(int(rank), int(world), int(local_rank), host, int(port)) if int(world) > 1 else Processes()
+    world = number_in(names[1], environment, range(1, 2**20))
+    if world == 1:
+        return Processes()
+    rank, local_rank = (number_in(name, environment, range(world), "0") for name in (names[0], names[2]))
+    where = int(port) if port else number_in("MASTER_PORT", environment, range(1, 2**16))
+    return Processes(rank, world, local_rank, host, where)
+
+
+def number_in(name: str, environment: Mapping[str, str], within: range, default: str = "") -> int:
+    """Return the number that an environment variable gives.
+
+    Args:
+        within: the numbers that it may be.
+        default: where it is not set.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    text = environment.get(name, default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) in within):
+        raise UserError(
+            f"The environment variable {name}={text} is not valid: expected a whole number from {within[0]} to"
+            f" {within[-1]}.\ntorchrun and srun set it for each process. To train in one process: unset {name}"
+        )
+    return int(text)
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
