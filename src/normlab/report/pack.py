@@ -158,7 +158,7 @@ def _citation(folder: Path) -> tuple[Path | None, Citation]:
     if path is None:
         return None, Citation()
     try:
-        return path, Citation.model_validate(files.parse_yaml(path.read_bytes().decode()) or {})
+        return path, Citation.model_validate(files.parse_yaml(path.read_bytes().decode(), dates=True) or {})
     except ValidationError as error:
         first = error.errors()[0]
         why = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
