@@ -1,11 +1,14 @@
 """The state of the code that is running, where it runs from a checkout."""
 
+import hashlib
 import subprocess
 from functools import cache
 from pathlib import Path
 
 from normlab.common import frozen
 from normlab.common.errors import first_line
+
+MOST_OF_DIFF = 100_000  # characters
 
 
 @cache
@@ -30,7 +33,10 @@ def state() -> dict[str, str | None] | None:
     try:
         if f"src/normlab/common/{here.name}" not in git("ls-files", "--full-name", here.name):
             return {"commit": None, "error": "the git repository around it does not track it"}
-        return {"commit": git("rev-parse", "HEAD").strip(), "diff": git("diff", "HEAD", "--", ":/src", ":/conf")}
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "diff": _short(git("diff", "HEAD", "--", ":/src", ":/conf")),
+        }
     except FileNotFoundError:
         error = "git is not installed"
     except subprocess.TimeoutExpired:
@@ -41,6 +47,14 @@ def state() -> dict[str, str | None] | None:
     except OSError as failed:
         error = str(failed)
     return {"commit": None, "error": error}
+
+
+def _short(diff: str) -> str:
+    """Return a difference; the start of a long one, with its digest: a file of a record has a limited size."""
+    if len(diff) <= MOST_OF_DIFF:
+        return diff
+    digest = hashlib.sha256(diff.encode()).hexdigest()
+    return f"{diff[:MOST_OF_DIFF]}\n... of {len(diff)} characters, SHA-256 {digest}\n"
 
 
 def problem() -> str:

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+import tracemalloc
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -319,3 +320,42 @@ def test_an_index_is_not_written_for_the_sake_of_a_few_rows(small, add_run) -> N
     add_run("bn", seed=2, epochs=1, accuracies=(0.5,))
     load(small)
     assert (small / index.NAME).stat().st_mtime_ns == written
+
+
+def a_bomb(path: Path) -> None:
+    """A thousandth of the size of what it unpacks to."""
+    with np.load(path) as arrays:
+        head = arrays["head"]
+    with path.open("wb") as file:
+        np.savez_compressed(file, **{"head": head, "0": np.zeros((9, 1_000_000)), "1": np.zeros((9, 1_000_000))})
+
+
+def a_link(path: Path) -> None:
+    elsewhere = path.parents[1] / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("made", [a_bomb, a_link, a_pipe])
+def test_an_index_that_nobody_writes_so_is_not_read(small, now, made, read_line_by_line) -> None:
+    before = load(small, now=now)
+    made(small / index.NAME)
+    read_line_by_line.clear()
+    tracemalloc.start()
+    assert_same(before, load(small, now=now))
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+    assert len(read_line_by_line) == 4
+
+
+def test_an_index_of_another_user_is_not_read(small, now, monkeypatch, read_line_by_line) -> None:
+    load(small, now=now)
+    read_line_by_line.clear()
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    load(small, now=now)
+    assert len(read_line_by_line) == 4
