@@ -87,7 +87,9 @@ def test_a_quiet_report_prints_its_page_alone(tmp_path, command) -> None:
         (["claims"], "outputs/claims.md"),
         (["import", "source=results.csv", "study=mine", where], "outputs/mine"),
     ):
-        assert command("report.py", *words, "quiet=true") == (0, f"{told}\n", "")
+        status, out, warnings = command("report.py", *words, "quiet=true")
+        assert (status, out) == (0, f"{told}\n")
+        assert all(line.startswith("Warning: 2 of 2 runs carry no checksums") for line in warnings.splitlines())
 
 
 MANY = """

@@ -621,6 +621,9 @@ def test_a_source_may_be_a_link_and_may_not_be_large(tmp_path, refused, monkeypa
     (tmp_path / "it.csv").write_text("arm,test_accuracy\nmine,0.5\n")
     (tmp_path / "link.csv").symlink_to(tmp_path / "it.csv")
     import_runs("study", tmp_path / "outputs", {"source": str(tmp_path / "link.csv"), "set": WHERE})
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    with pytest.raises(UserError, match=r"loop\.csv cannot be read"):
+        import_runs("study", tmp_path / "outputs", {"source": str(tmp_path / "loop.csv"), "set": WHERE})
     columns = [f"c{i}" for i in range(importing.MOST_COLUMNS)]
     assert "columns; at most" in refused(f"arm,{','.join(columns)}\nmine,{',' * len(columns)}\n", ignore="all")
     monkeypatch.setattr(importing, "MOST_BYTES", 1 << 20)

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -276,7 +277,7 @@ def _read_csv(path: Path, options: Import) -> _Source:
 
 def _content(path: Path, expected: object) -> bytes:
     try:
-        with reading.opened(path.resolve()) as file:  # it may be a link, being no part of a study
+        with reading.opened(Path(os.path.realpath(path))) as file:  # it may be a link, being no part of a study
             content = file.read(MOST_BYTES + 1)
     except OSError as error:
         close = did_you_mean(path, path.parent.glob("*"), "source=") if isinstance(error, FileNotFoundError) else ""
