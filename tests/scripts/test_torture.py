@@ -15,10 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of forks, and of what damag
 ATTACKS = 10
 KINDS = (
     "status.json is a pipe",
-    "metrics.jsonl is a link to a file of this machine",
     "report is a link to a folder of this machine",
     "config.yaml: anchors that multiply",
-    "provenance.json: brackets in a row",
     "escape sequences as the network's name",
 )
 
