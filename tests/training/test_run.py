@@ -191,7 +191,9 @@ def test_a_run_that_goes_on_under_other_circumstances_keeps_both(interrupted, st
 
     monkeypatch.setattr(device.checkout, "state", lambda: {"commit": "f00" * 10, "diff": ""})
     made = json.loads(record.read_text()) | {"threads": 7, "versions": before["versions"] | {"numpy": "1.0"}}
-    record.write_text(json.dumps(made))
+    run = runs.Run(interrupted.as_dict())
+    run.write_provenance(made)
+    run.write_status("interrupted")
     train_run(interrupted)
     now = json.loads(record.read_text())
     (earlier,) = now["earlier"]
