@@ -206,6 +206,26 @@ def test_a_value_that_no_run_writes_is_left_out_with_its_line(run, row, why) -> 
     assert f"metrics.jsonl, line 2 cannot be read and is left out: {why}" in warning
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"layer": ["a"]},
+        {"layer": "\x1b[31m"},
+        {"position": -1},
+        {"l2": [[1.0]]},
+        {"histogram": [1, 2], "edges": [0.0]},
+        {"histogram": [], "edges": []},
+        {"histogram": [1], "edges": [0.0, 0.0]},
+    ],
+)
+def test_a_measurement_that_no_probe_writes_is_left_out(run, values) -> None:
+    path = run.folder / "probes" / "ics.jsonl"
+    path.write_text('{"step": 0, "layer": "fc"}\n' + json.dumps({"step": 1, "layer": "fc"} | values) + "\n")
+    rows, (warning,) = runs.read_rows(path)
+    assert len(rows) == 1
+    assert "probes/ics.jsonl, line 2 cannot be read and is left out: " in warning
+
+
 @pytest.mark.parametrize("number", ["Infinity", "NaN", "-Infinity", "1e999", "[" * 50_000])
 def test_what_is_no_number_is_none_in_a_row(run, number) -> None:
     (run.folder / "metrics.jsonl").write_text(f'{{"epoch": 1, "step": 2, "test_loss": {number}}}\n')

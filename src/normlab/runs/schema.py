@@ -178,7 +178,7 @@ def fault(kind: type[BaseModel], value: object) -> str:
             first["msg"] = "it has characters that cannot be shown"
         if not place:
             return first["msg"].removeprefix("Value error, ")
-        found = shown(repr(first["input"]))[:60]
+        found = shown(repr(first["input"])[:60])
         return f"{shown(place)} is {found}: {first['msg'][0].lower()}{first['msg'][1:]}"
     return ""
 
@@ -236,7 +236,20 @@ def columns_fit(columns: Mapping[str, Sequence[Any]], *, probe: bool) -> bool:
                 return False
         elif not all(_cell_fits(value, name, bounds, probe=probe) for value in values):
             return False
+    if probe and "histogram" in columns:
+        edges = columns.get("edges", [None] * len(columns["histogram"]))
+        if not all(map(_is_histogram, columns["histogram"], edges)):
+            return False
     return all(_ascend(columns[name]) for name in (("step",) if probe else ("step", "epoch")))
+
+
+def _is_histogram(counts: Any, edges: Any) -> bool:
+    """Return whether counts and edges of bins go together; both are null where there is no histogram."""
+    if counts is None or edges is None:
+        return counts is edges
+    if not (isinstance(counts, list) and isinstance(edges, list)) or None in counts or None in edges:
+        return False
+    return bool(counts) and len(edges) == len(counts) + 1 and min(counts) >= 0 and edges == sorted(set(edges))
 
 
 def _within(values: Sequence[float], bounds: Bounds) -> bool:
@@ -293,7 +306,9 @@ def row_fault(row: object, *, probe: bool) -> str:
         bounds = table.get(name, _ANY)
         if not _cell_fits(value, name, bounds, probe=probe):
             expected = "a number, a name, or a list of numbers" if probe and bounds is _ANY else bounds.words
-            return f"{name} is {shown(repr(value))[:60]}: expected {expected}"
+            return f"{name} is {shown(repr(value)[:60])}: expected {expected}"
+    if probe and not _is_histogram(row.get("histogram"), row.get("edges")):
+        return "histogram and edges are not counts and the edges of their bins"
     return ""
 
 
