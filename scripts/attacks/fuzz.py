@@ -190,8 +190,8 @@ class Fuzz:
             return "refused", ended.refusal
         if "states" in attack.before:
             found = seen.compared(attack.before, ended.value, attack.names)
-            own = found[0] == "silently changed" and any(f" of {name}: " in found[1] for name in attack.names)
-            return ("same", "") if attack.target == FORGED and own else found  # nobody can know better
+            forged = attack.target == FORGED and "absurd" not in found[1] and "nobody touched" not in found[1]
+            return ("same", "") if forged and found[0] == "silently changed" else found  # nobody can know better
         told = next((line for line in ended.value.get("said", ()) if attack.names[0] in line), "")
         wrong = [key for key, value in attack.before.items() if key != "said" and ended.value[key] != value]
         if attack.target == ORDER and ended.value["status"]:
