@@ -40,7 +40,7 @@ def folders(tmp_path) -> Path:
 
 
 MISTAKES = {
-    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_scaled"],
+    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_frozen, bn_scaled"],
     "norm=null": ["norm=null", "norm=none"],
     "model=null": ["model=null", "the name of one of its files"],
     "norm=batch_norm": ["Did you mean norm=bn?"],
@@ -255,7 +255,7 @@ def test_a_study_that_does_not_exist_is_answered_with_how_to_start_it(command) -
 def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
     status, out, _ = command("train.py", "--help")
     assert status == 0
-    for word in ("norm: affine, bn, bn_scaled, bnminus", "hydra/launcher", "depth: 18", "python train.py -m norm="):
+    for word in ("norm: affine, bn, bn_frozen, bn_scaled, bnminus", "hydra/launcher", "depth: 18", "python train.py -m norm="):
         assert word in out
     code = (
         f"import atexit, runpy, sys; sys.argv = [{str(ROOT / 'train.py')!r}, '--help']\n"
@@ -271,7 +271,7 @@ def test_tab_completion_knows_groups_and_options(command) -> None:
     assert status == 0
     assert "complete" in out
     _, out, _ = command("train.py", "-sc", "query=bash", COMP_LINE="python train.py norm=b", COMP_POINT="22")
-    assert out.split() == ["norm=bn", "norm=bn_scaled", "norm=bnminus", "norm=bnp"]
+    assert out.split() == ["norm=bn", "norm=bn_frozen", "norm=bn_scaled", "norm=bnminus", "norm=bnp"]
 
 
 def test_a_users_own_configuration_folder_is_searched(command, tmp_path) -> None:

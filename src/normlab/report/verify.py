@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import sys
 from collections import Counter
@@ -23,7 +22,7 @@ from normlab.report.study.load import Study, load
 from normlab.report.tables import csv_tables, read_table_options
 from normlab.runs import State, archive, reading
 from normlab.runs.reading import RecordPath
-from normlab.runs.record import CONFIG, STATUS
+from normlab.runs.record import CONFIG, STATUS, read_record
 
 RELATIVE, ABSOLUTE = 1e-9, 1e-12  # by which numbers of two machines may differ: another BLAS sums in another order
 MOST_BYTES_OF_OPTIONS = 10_000
@@ -77,7 +76,7 @@ def _checks(study: Study, folder: RecordPath, options: Options, rerun: Rerun) ->
 
 def _digests(study: Study, folder: RecordPath) -> Iterator[Check]:
     if study.packed:
-        manifest = json.loads((folder / archive.MANIFEST).read_bytes())
+        manifest = reading.read_json(folder / archive.MANIFEST)
         text = f"of all {len(manifest['entries'])} entries are those of its {archive.MANIFEST}."
         yield Check(Outcome.HOLDS, "Digests (SHA-256)", text)  # or it would not have been opened
     elif study.unchecked:
@@ -114,10 +113,13 @@ def _unlike(run: RecordPath) -> str:
     That tells of edited records without checksums, too.
     """
     try:
-        config, status = runs.read_config(run), runs.read_status(run) or {}
+        record = read_record(run)
+        config, status = record.config, record.status or {}
         named, identity, (rows, _) = runs.run_name(config), runs.run_id(config), runs.read_metrics(run)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         return first_line(error)
+    if record.damage:
+        return first_line(record.damage)
     if named != run.name:
         return f"its {CONFIG} is that of {named}"
     if status.get("run_id", identity) != identity:
