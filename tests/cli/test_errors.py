@@ -255,7 +255,8 @@ def test_a_study_that_does_not_exist_is_answered_with_how_to_start_it(command) -
 def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
     status, out, _ = command("train.py", "--help")
     assert status == 0
-    for word in ("norm: affine, bn, bn_frozen, bn_scaled, bnminus", "hydra/launcher", "depth: 18", "python train.py -m norm="):
+    menu = "norm: affine, bn, bn_frozen, bn_scaled, bnminus"
+    for word in (menu, "hydra/launcher", "depth: 18", "python train.py -m norm="):
         assert word in out
     code = (
         f"import atexit, runpy, sys; sys.argv = [{str(ROOT / 'train.py')!r}, '--help']\n"
