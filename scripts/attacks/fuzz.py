@@ -101,7 +101,11 @@ class Fuzz:
     def order(self) -> dict[str, Any]:
         """Carry out an order of a job up to the training itself."""
         trained: list[Any] = []
-        take = lambda jobs, slots: trained.extend([job.run.name, slots] for job in jobs)  # noqa: E731
+
+        def take(jobs: Any, slots: int) -> tuple[list[Any], list[Any]]:
+            trained.extend([job.run.name, slots] for job in jobs)
+            return [], []
+
         job = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "1"}
         with mock.patch.object(slurm_task.pool, "train_jobs", take), mock.patch.dict(os.environ, job):
             status = slurm_task.main(self.study / ORDER)

@@ -71,7 +71,7 @@ def submit(folder: Path) -> None:
         (programs / name).chmod(0o755)
     words = ("hydra/launcher=slurm", "hydra.launcher.wait=false", "norm=none", "seed=7", *SMALL, f"study={STUDY}")
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
-    with mock.patch.object(slurm, "check_in_worker"):  # which takes seconds
+    with mock.patch.object(slurm, "check_in_worker", return_value=None):  # which takes seconds
         ended = command(folder, "train.py", "-m", *words, PATH=path, PYTHONPATH=str(ROOT / "tests"))
     if ended.value:
         raise RuntimeError(ended.output)
