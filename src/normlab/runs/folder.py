@@ -249,6 +249,7 @@ class Run:
             self._list([name])
         _append(self.folder / name, text)
         known[name] = sums.extended(known[name], text.encode())
+        self._restate(durable=False)  # so that a process that is killed next leaves no row without a sum
 
     def _list(self, names: Iterable[str]) -> None:
         """Write a status that names files which are about to be written, with the sums of no bytes.
@@ -256,12 +257,16 @@ class Run:
         A process that is killed before its next status leaves files that are named, and none that is wrong by its sum.
         """
         self._known().update(dict.fromkeys(names, sums.nothing(self.run_id)))
+        self._restate()
+
+    def _restate(self, *, durable: bool = True) -> None:
+        """Write the status again, if there is one, with the sums as they are now."""
         try:
             status = read_status(self.folder)
         except UserError:
             return
         if status is not None:
-            self.write_status(str(status["state"]))
+            self.write_status(str(status["state"]), durable=durable)
 
     def _known(self) -> dict[str, sums.Sum]:
         """Return the sums of what this process writes, which begin with what is there."""
