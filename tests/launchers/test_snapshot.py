@@ -81,7 +81,7 @@ def config(tiny, tmp_path, monkeypatch):
 
 def used(tmp_path: Path) -> snapshot.Used:
     """What a check of the network would find beside what its source says."""
-    late = source.OwnModule(tmp_path / "latecomer.py", False)
+    late = source.OwnModule(tmp_path / "latecomer.py", tmp_path, False)
     return snapshot.Used({"latecomer": late}, [tmp_path / "arch.json", tmp_path / "start.bin"])
 
 
@@ -127,7 +127,7 @@ def test_nothing_is_written_through_a_link(config, tmp_path) -> None:
 
 
 def test_code_that_cannot_be_read_is_named(config, tmp_path) -> None:
-    gone = snapshot.Used({"gone": source.OwnModule(tmp_path / "gone.py", False)})
+    gone = snapshot.Used({"gone": source.OwnModule(tmp_path / "gone.py", tmp_path, False)})
     with pytest.raises(UserError, match=r"gone\.py is a part of the runs' code and cannot be copied"):
         snapshot.take([config], gone, pytest.fail)
 

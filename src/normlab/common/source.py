@@ -32,12 +32,14 @@ class OwnModule:
     """A module in the user's folders.
 
     Attributes:
-        file: its source, or its compiled code.
+        file: its source, or its compiled code; links are followed.
+        folder: where it was found, which is another folder than the file's if it is a link.
         package: whether modules can be inside of it.
         code: SHA-256 of its code, comments left out; empty for compiled code.
     """
 
     file: Path
+    folder: Path
     package: bool
     code: str = ""
 
@@ -81,7 +83,7 @@ def _own_modules(dotted: str, folder: Path) -> dict[str, OwnModule]:
         if spec and file:
             package = spec.submodule_search_locations is not None
             code, imported = _read(file, name if package else name.rpartition(".")[0])
-            modules[name] = OwnModule(file, package, code)
+            modules[name] = OwnModule(file, _folder(spec.origin), package, code)
             left += imported
     return modules
 
@@ -90,9 +92,10 @@ def loaded_modules() -> dict[str, OwnModule]:
     """Return the user's own modules that this process has imported, however they were named."""
     found = {}
     for name, module in list(sys.modules.items()):
-        file = _own_file(getattr(getattr(module, "__spec__", None), "origin", None))  # torch.ops has an untrue __file__
+        origin = getattr(getattr(module, "__spec__", None), "origin", None)  # torch.ops has an untrue __file__
+        file = _own_file(origin)
         if file and not name.startswith("__"):  # __mp_main__, for one
-            found[name] = OwnModule(file, hasattr(module, "__path__"))
+            found[name] = OwnModule(file, _folder(origin), hasattr(module, "__path__"))
     return found
 
 
@@ -152,6 +155,10 @@ def _spec(module: str, places: Sequence[str]) -> ModuleSpec | None:
         package = f"{package}.{part}"
         spec = PathFinder.find_spec(package, list(spec.submodule_search_locations))
     return spec
+
+
+def _folder(origin: object) -> Path:
+    return Path(str(origin)).parent.resolve()
 
 
 def _own_file(origin: object) -> Path | None:

@@ -19,7 +19,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from normlab.common import frozen, git, source
-from normlab.common.errors import UserError, storage_error
+from normlab.common.errors import UserError, listed, storage_error
 from normlab.config.schema import CustomModelConfig, RunConfig
 from normlab.launchers import pool
 from normlab.launchers.sweep import Job
@@ -40,11 +40,13 @@ class Used:
     Attributes:
         modules: the user's own, imported in whatever way, by dotted name.
         files: others that were opened.
+        relative: those that were opened by a path that begins in the present folder, which jobs begin in, too.
         said: sentences about how the networks will start.
     """
 
     modules: Mapping[str, source.OwnModule] = field(default_factory=dict)
     files: Sequence[Path] = ()
+    relative: Sequence[str] = ()
     said: Sequence[str] = ()
 
 
@@ -57,13 +59,17 @@ def check_networks(jobs: Sequence[Job]) -> Used:
     opened = set[str]()
 
     def note(event: str, arguments: tuple[object, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], str) and not arguments[0].endswith((*_CODE, ".pyc")):
+        if event != "open" or not isinstance(arguments[0], str) or arguments[0].endswith((*_CODE, ".pyc")):
+            return
+        if str(arguments[1] or "r").startswith("r"):  # the mode
             opened.add(arguments[0])
 
     sys.addaudithook(note)
     said = pool.check_networks(jobs, here=False)
-    read = sorted(path for path in (Path(name).resolve() for name in list(opened)) if path.is_file())
-    return Used(source.loaded_modules(), [path for path in read if not source.is_installed(path)], said)
+    read = {name: path for name in sorted(opened) if (path := Path(name).resolve()).is_file()}
+    own = {name: path for name, path in read.items() if not source.is_installed(path)}
+    relative = [name for name in own if not Path(name).is_absolute()]
+    return Used(source.loaded_modules(), sorted(set(own.values())), relative, said)
 
 
 def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]) -> Path | None:
@@ -72,7 +78,7 @@ def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
     Args:
         configs: of the runs, all of one study.
         used: by their networks.
-        warn: called with a sentence about each package that is too large to be copied whole.
+        warn: called with a sentence about what is not copied: packages that are too large, files by a relative path.
 
     Raises:
         UserError: if it cannot be written, or a part of the code cannot be read.
@@ -80,6 +86,11 @@ def take(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
     study = configs[0].study_folder.resolve()
     folder = study / "slurm" / "code"
     try:
+        if used.relative:
+            warn(
+                f"The code reads {listed(used.relative, 3)} by a path from the present folder, and so will jobs,"
+                " as it is then.\nTo have it copied, read it beside its module: Path(__file__).with_name(...)."
+            )
         wanted = _checkout(warn) | _own(configs, used, warn)
         if not wanted:
             return None
@@ -183,7 +194,9 @@ def _own(configs: Sequence[RunConfig], used: Used, warn: Callable[[str], object]
     }
     modules |= used.modules
     found = _packages(modules, data, warn)
-    folders = {module.file.parent: Path(_place(name, module)).parent for name, module in modules.items()}
+    places = {name: Path(_place(name, module)).parent for name, module in modules.items()}
+    folders = {modules[name].file.parent: place for name, place in places.items()}
+    folders |= {modules[name].folder: place for name, place in places.items()}
     for path in used.files:
         above = next((folder for folder in path.parents if folder in folders), None)
         if above and path not in found.values() and not (_is_hidden(path, above) or data & {path, *path.parents}):
@@ -196,7 +209,7 @@ def _packages(
 ) -> dict[str, Path]:
     """Return the files of modules and of their packages by their place; take out of `modules` what is too large."""
     found: dict[str, Path] = {}
-    packages = {name: module.file.parent for name, module in sorted(modules.items()) if module.package}
+    packages = {name: module.folder for name, module in sorted(modules.items()) if module.package}
     single = set(modules)
     for name, root in packages.items():
         if name not in single:  # inside of another one

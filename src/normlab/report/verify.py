@@ -56,7 +56,7 @@ def verify(study: str, output_dir: Path, options: Options, rerun: Rerun) -> bool
 
 
 def _show(check: Check, *, quiet: bool) -> None:
-    line = f"{check.outcome:<6} {check.subject} {check.text}"
+    line = f"{check.outcome:<6} {' '.join(f'{check.subject} {check.text}'.split())}"  # a name may have several lines
     if not quiet:
         say(line, flush=True)
     elif check.outcome != Outcome.HOLDS:

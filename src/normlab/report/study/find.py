@@ -21,7 +21,7 @@ def find_studies(output_dir: Path) -> list[str]:
     for depth in (1, 2):
         for path in _below(output_dir, depth):
             name = os.path.relpath(path, output_dir)
-            if path.name.endswith(SUFFIX) and _is_file(path):
+            if path.name.endswith(SUFFIX) and names_a_study(path) and _is_file(path):
                 names.setdefault(name.removesuffix(SUFFIX), name.removesuffix(SUFFIX))
             elif holds_runs(path):
                 names.setdefault(os.path.realpath(path), name)
@@ -56,6 +56,11 @@ def packed_name(path: Path) -> str:
     return path.as_posix().removesuffix(".zip").removesuffix(".normlab")
 
 
+def names_a_study(path: Path) -> bool:
+    """Return whether the name of a study in one file is one that a folder can have: not `...normlab.zip`."""
+    return packed_name(Path(path.name)) not in ("", ".", "..")
+
+
 def holds_runs(folder: Path) -> bool:
     """Return whether a folder is that of a study."""
     return any(
@@ -85,6 +90,8 @@ def find_study(study: str | Path, output_dir: Path) -> tuple[str, Path]:
             if _is_file(path) or holds_runs(path):
                 plain = folder is output_dir and not Path(study).is_absolute() and ".." not in Path(study).parts
                 shown = path.relative_to(output_dir) if plain else Path(path.name)
+                if _is_file(path) and not names_a_study(path):
+                    raise UserError(f"{path} has no name before {SUFFIX}, and its report needs one.\nRename the file.")
                 return packed_name(shown) if _is_file(path) else shown.as_posix(), path
     if isinstance(study, Path):
         raise UserError(f"The folder {study} holds no runs.\nGive a study's name, or the folder that its runs are in.")
