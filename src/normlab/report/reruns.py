@@ -126,7 +126,17 @@ def as_here(recorded: Mapping[str, Any], rerun: Rerun) -> tuple[schema.RunConfig
             f"what {listed(named, 2)} names is not in the study and not normlab's. If you have it and trust it, go to"
             " its folder and add trust=true"
         )
-    return config, ""
+    return (None, why) if (why := _download(config, rerun)) else (config, "")
+
+
+def _download(config: schema.RunConfig, rerun: Rerun) -> str:
+    """Return why a run is not carried out before the reviewer agrees to what it would download; "" if nothing."""
+    downloaded = isinstance(config.dataset, schema.BuiltinDataset) and config.dataset.kind != "digits"
+    if downloaded and "data_dir" not in rerun.changes and "NORMLAB_DATA" not in os.environ:
+        return "their images may have to be downloaded: set='{data_dir: FOLDER}' names a folder for them"
+    if config.weights and not weights.is_file(config.weights) and not rerun.trust:
+        return "their trained weights may have to be downloaded: trust=true allows it"
+    return ""
 
 
 def foreign(config: schema.RunConfig, given: Iterable[str] = ()) -> list[str]:
@@ -203,13 +213,15 @@ def _compared(study: Study, run: str, recorded: RecordPath, again: Path, alpha: 
     images = made.get("data_fingerprint")
     if images and images != now.get("data_fingerprint"):
         return Check(Outcome.OPEN, run, "cannot be compared: the images here are not those that it was trained on.")
-    difference, circumstances = _first_difference(recorded, again), _circumstances(made, now, study.configs[run])
+    circumstances = _circumstances(made, now, study.configs[run])
+    difference = _first_difference(recorded, again, whole=not circumstances)
     elsewhere = f", although {listed(circumstances, 3, '; ')}" if circumstances else ""
     if not difference:
         status = runs.read_status(recorded) or {}
         ends = " and its weights" if status.get("weights_sha256") else ""
         rows = len(runs.read_metrics(recorded)[0])
-        text = f"comes out the same to the bit: {rows} evaluation{'s' * (rows != 1)}{ends}{elsewhere}."
+        what = f"{rows} evaluation{'s' * (rows != 1)}{ends}, times left out"
+        text = f"comes out the same to the bit: {what}{elsewhere}."
         return Check(Outcome.HOLDS, run, text)
     if not circumstances:
         text = f"does not come out the same, though CPU, versions, threads and code are: {difference}."
@@ -218,23 +230,29 @@ def _compared(study: Study, run: str, recorded: RecordPath, again: Path, alpha: 
     return Check(outcome, run, f"{text} Not to the bit, as {listed(circumstances, 3, '; ')}.")
 
 
-def _first_difference(recorded: RecordPath, again: RecordPath) -> str:
-    """Return the first difference of evaluations, measurements of probes and end, times left out; "" if none."""
+def _first_difference(recorded: RecordPath, again: RecordPath, *, whole: bool) -> str:
+    """Return the first difference of evaluations, measurements of probes and end, times left out; "" if none.
+
+    Args:
+        recorded, again: the folders of the run.
+        whole: whether the record has to have all that is recorded now, which other versions did not.
+    """
     tables = [("metrics", runs.read_metrics(recorded)[0], runs.read_metrics(again)[0])]
     (probes, _), (probes_again, _) = runs.read_probes(recorded), runs.read_probes(again)
-    tables += [(probe, rows, probes_again.get(probe, [])) for probe, rows in probes.items()]
+    measured = dict.fromkeys([*probes, *probes_again] if whole else probes)
+    tables += [(probe, probes.get(probe, []), probes_again.get(probe, [])) for probe in measured]
     for name, rows, anew in tables:
         if len(rows) != len(anew):
             return f"{len(rows)} rows of {name} recorded, {len(anew)} now"
         for row, new in zip(rows, anew, strict=True):
-            for key in row:
-                if key not in _UNREPEATED and row[key] != new.get(key):
-                    where = f"{name}, step {row['step']}, {key}"
-                    return f"{where}: {one_line(as_typed(row[key]))} recorded, {one_line(as_typed(new.get(key)))} now"
+            for key in dict.fromkeys([*row, *new] if whole else row):
+                if key not in _UNREPEATED and row.get(key) != new.get(key):
+                    old, value = one_line(as_typed(row.get(key))), one_line(as_typed(new.get(key)))
+                    return f"{name}, step {row['step']}, {key}: {old} recorded, {value} now"
     status, ended = runs.read_status(recorded) or {}, runs.read_status(again) or {}
     for key in _FACTS:
-        if status.get(key) is not None and status[key] != ended.get(key):
-            return f"{key}: {one_line(status[key])} recorded, {one_line(ended.get(key))} now"
+        if (whole or status.get(key) is not None) and status.get(key) != ended.get(key):
+            return f"{key}: {one_line(status.get(key))} recorded, {one_line(ended.get(key))} now"
     return ""
 
 

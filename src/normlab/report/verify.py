@@ -142,14 +142,18 @@ def _tables(study: Study, folder: RecordPath, options: Options) -> Iterator[Chec
             yield Check(Outcome.OPEN, where, "no tables to compare.")
             return
         anew = csv_tables(study, options if kept is None else kept)
+        texts = {name: _text(path, _most_bytes(anew[name])) for name, path in held.items() if name in anew}
     except UserError as error:
         yield Check(Outcome.FAILS, "Tables", f"cannot be made anew as they were made: {one_line(error)}")
         return
-    same = [name for name, text in held.items() if anew.get(name) == text]
-    for name in sorted(held.keys() & anew.keys() - set(same)):
-        yield _compared(name, held[name], anew[name])
-    for name in sorted(held.keys() - anew.keys()):
-        yield Check(Outcome.FAILS, f"Table {name}", "is not one that these records give.")
+    same = [name for name, text in texts.items() if anew[name] == text]
+    for name in sorted(texts.keys() - set(same)):
+        yield _compared(name, texts[name], anew[name])
+    others = sorted(held.keys() - anew.keys())
+    if others:
+        several = len(others) > 1
+        text = f"{listed(others, 5)} {'are none' if several else 'is not one'} that these records give."
+        yield Check(Outcome.FAILS, f"Table{'s' * several}", text)
     if same:
         yield Check(Outcome.HOLDS, "Tables", f"made anew are the same to the byte: {', '.join(sorted(same))}.")
     missing = sorted(anew.keys() - held.keys())
@@ -157,8 +161,13 @@ def _tables(study: Study, folder: RecordPath, options: Options) -> Iterator[Chec
         yield Check(Outcome.OPEN, "Tables", f"that the records give and that are not there: {', '.join(missing)}.")
 
 
-def _held_tables(folder: RecordPath, *, packed: bool) -> tuple[dict[str, str], Options | None]:
-    """Return the tables beside the records of a study as CSV, by name, and the options they were made with.
+def _most_bytes(anew: str) -> int:
+    """Return the size up to which a table is read that is to be like one made anew."""
+    return 4 * len(anew.encode()) + 10_000
+
+
+def _held_tables(folder: RecordPath, *, packed: bool) -> tuple[dict[str, RecordPath], Options | None]:
+    """Return the files of the tables beside the records of a study by name, and the options they were made with.
 
     Raises:
         UserError: for a file that cannot be read, or that holds no options.
@@ -168,25 +177,25 @@ def _held_tables(folder: RecordPath, *, packed: bool) -> tuple[dict[str, str], O
             files = {path.name: path for path in reading.listed(folder / name)}
         except OSError as error:
             raise UserError(f"{folder / name} cannot be read: {error.strerror}.") from None
-        tables = {path.stem: _text(path) for name, path in files.items() if name.endswith(".csv")}
+        tables = {path.stem: path for name, path in files.items() if name.endswith(".csv")}
         if tables:
             kept = files.get(archive.OPTIONS)
             return tables, read_table_options(_json(kept)) if kept else None
     return {}, None
 
 
-def _text(path: RecordPath, most: int = reading.MOST_BYTES_OF_ROWS) -> str:
+def _text(path: RecordPath, most: int) -> str:
     try:
-        return reading.read(path, most).decode()
+        content = reading.read(path, most)
+        if len(content) > most:  # of an entry of a file
+            raise ValueError(f"it has {len(content)} bytes, and at most {most} are read")
+        return content.decode()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
 
 
 def _json(path: RecordPath) -> object:
-    text = _text(path, MOST_BYTES_OF_OPTIONS)
-    if len(text) > MOST_BYTES_OF_OPTIONS:  # of an entry of a file
-        raise UserError(f"{path} is larger than {MOST_BYTES_OF_OPTIONS} bytes.")
-    return reading.json_object(path, text.encode())
+    return reading.json_object(path, _text(path, MOST_BYTES_OF_OPTIONS).encode())
 
 
 def _compared(name: str, held: str, anew: str) -> Check:

@@ -301,13 +301,13 @@ def read_record(folder: RecordPath) -> Record:
     if own and config.described != own:
         raise changed(path, "describes another run than the name of its folder says")
     status = read_status(folder)
-    if status is None and reading.is_there(folder / METRICS_FILE):
+    probes = [f"{PROBES_FOLDER}/{path.name}" for path in probe_files(folder)]
+    if status is None and (probes or reading.is_there(folder / METRICS_FILE)):
         raise changed(folder / STATUS, "is missing, and rows are there")
     recorded, over = sums.recorded(status), status is not None and status["state"] in FINISHED
     if recorded is not None and (why := sums.fault(recorded.get(CONFIG), content, own, whole=True)):
         raise changed(path, why)
     made, damage = _read_made(folder, recorded, own, over=over)
-    probes = [f"{PROBES_FOLDER}/{path.name}" for path in probe_files(folder)]
     record = Record(config.settings, status, made, recorded, probes, damage)
     if recorded is not None:
         _check_list(folder, record, recorded)
