@@ -47,7 +47,7 @@ def numbers(study: Study) -> dict[str, str]:
         own = table[[column for column in table if column == "run" or column not in _PLACE]]
         for run, rows in own.groupby("run"):
             part = rows.drop(columns="run").dropna(axis="columns", how="all")
-            found.setdefault(str(run), []).append(part.to_dict("list"))
+            found.setdefault(str(run), []).append(part.sort_index(axis="columns").to_dict("list"))
     return {run: json.dumps(parts, default=repr) for run, parts in found.items() if run}
 
 
