@@ -50,6 +50,10 @@ def test_links_loops_pipes_and_odd_names_beside_a_study_are_no_studies(add_run, 
     (outputs / "two").symlink_to("one")
     (outputs / "again").symlink_to("study")
     os.mkfifo(outputs / "pipe.normlab.zip")
+    for name in (".normlab.zip", "..normlab.zip", "...normlab.zip"):  # what is before the suffix names no folder
+        (outputs / name).touch()
+        with pytest.raises(UserError, match="has no name before"):
+            find_study(name, outputs)
     (outputs / "device.normlab.zip").symlink_to("/dev/zero")
     Path(os.fsdecode(os.fsencode(outputs) + b"/a\xff/run")).mkdir(parents=True)
     (tmp_path / "elsewhere").symlink_to(outputs)

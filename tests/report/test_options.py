@@ -72,8 +72,9 @@ def means(folder, table):
         ("figure_style", 3, "expected a style of matplotlib"),
         ("thresholds", [0.5, 0.8, 0.5], "two are the same"),
         ("thresholds", [80], "Example: thresholds=[0.5,0.8,0.95]"),
-        ("thresholds", 0.8, "expected a list of accuracies between 0 and 1"),
-        ("thresholds", ["high"], "expected a list of accuracies between 0 and 1"),
+        ("thresholds", [0.5] * 21, "at most 20"),
+        ("thresholds", 0.8, "expected a list of at most 20 accuracies between 0 and 1"),
+        ("thresholds", ["high"], "expected a list of at most 20 accuracies between 0 and 1"),
         ("confidence", 95, "Example: confidence=0.95"),
         ("confidence", 1, "Example: confidence=0.95"),
         ("confidence", float("nan"), "Example: confidence=0.95"),
@@ -90,7 +91,9 @@ def means(folder, table):
 def test_an_option_that_is_not_valid_is_named_with_what_was_expected(option, value, told):
     with pytest.raises(UserError) as error:
         dataclasses.replace(OPTIONS, **{option: value})
-    shown = {"['high']": "[high]", "[True]": "[true]"}.get(str(value), value)  # as one types it
+    shown = {"['high']": "[high]", str([0.5] * 21): str([0.5] * 21).replace(" ", ""), "[True]": "[true]"}.get(
+        str(value), value
+    )  # as one types it
     assert str(error.value).startswith(f"{option}={shown} is not valid")
     assert told in str(error.value)
     assert len(str(error.value).splitlines()) <= 5

@@ -76,7 +76,7 @@ def test_a_study_as_it_was_packed_holds_with_the_options_of_its_tables(packed, c
     assert holds
     assert f"holds  Digests (SHA-256) of all {len(entries(packed))} entries" in out
     assert "holds  Records of all 2 runs go together" in out
-    assert "holds  Tables made anew are the same to the byte: accuracy, convergence, cost," in out
+    assert "holds  Tables made anew with confidence=0.9 are the same to the byte: accuracy, convergence, cost," in out
     assert "study: of 3 checks 3 hold, 0 are open, 0 fail." in out
 
 
@@ -157,6 +157,23 @@ def test_a_change_without_its_digest_is_refused_and_quiet_prints_what_fails_alon
     assert len(error.splitlines()) == 1
 
 
+def test_tables_beside_a_study_are_read_within_bounds_and_named_on_one_line(folder, capsys):
+    for name in ("x\nholds  all", *(f"t{number}" for number in range(30))):
+        (folder / "report" / f"{name}.csv").parent.mkdir(exist_ok=True)
+        with (folder / "report" / f"{name}.csv").open("wb") as file:
+            file.truncate(1 << 30)
+    (folder / "report" / "accuracy.csv").write_text("a\n" * 100_000)
+    holds, out = found(capsys, folder)
+    assert not holds
+    assert "accuracy.csv cannot be read: it has 200000 bytes" in out
+    (folder / "report" / "accuracy.csv").unlink()
+    holds, out = found(capsys, folder)
+    assert not holds
+    assert [line for line in out.splitlines() if line.startswith("holds")] == [
+        "holds  Records of all 2 runs go together: names, settings, status and last evaluation."
+    ]
+
+
 def test_numbers_may_differ_by_rounding_and_tables_may_be_missing(packed, capsys):
     held = entries(packed)
     mean = held["tables/cost.csv"].split(b"\n")[1].rsplit(b",", 7)[1]
@@ -187,11 +204,11 @@ def test_a_file_of_the_first_format_is_read_and_has_no_tables(packed, capsys):
 def test_a_folder_has_the_tables_of_its_report_and_those_that_were_unpacked(folder, packed, capsys):
     with zipfile.ZipFile(packed) as file:
         file.extractall(folder)
-    assert "holds  Tables made anew are the same to the byte: accuracy" in found(capsys, folder)[1]
+    assert "holds  Tables made anew with confidence=0.9 are the same" in found(capsys, folder)[1]
     report.build("study", folder.parent, report.options(figures=False, confidence=0.5))
     holds, out = found(capsys, folder)
     assert holds
-    assert "holds  Tables made anew are the same to the byte: accuracy" in out
+    assert "holds  Tables made anew with confidence=0.5 are the same to the byte: accuracy" in out
     table = folder / "report" / "accuracy.csv"
     table.write_text(table.read_text().replace("final", "best"))
     assert "fails  Table accuracy row 1" in found(capsys, folder)[1]

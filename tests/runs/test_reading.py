@@ -95,6 +95,17 @@ def test_what_is_no_file_of_a_record_is_told_and_neither_followed_nor_waited_for
     assert why.get(made, "it is no file") in text
 
 
+def test_hidden_files_that_a_system_keeps_beside_others_are_no_part_of_a_record(run) -> None:
+    (run.folder / "probes" / "._ics.jsonl").write_bytes(b"\0\5\26\7")
+    assert not told(run)
+
+
+def test_measurements_of_a_run_without_a_status_are_told(run) -> None:
+    for name in ("status.json", "metrics.jsonl"):
+        (run.folder / name).unlink()
+    assert "status.json is missing, and rows are there" in told(run)
+
+
 @pytest.mark.parametrize("claim", [linked, looping, a_fifo, a_folder])
 def test_a_claim_that_is_no_file_is_waited_for_by_nobody(run, claim) -> None:
     path = run.folder / lock.CLAIM

@@ -14,6 +14,9 @@ _SELECTIONS = ("arms", "batches", "seeds", "settings")
 TABLE_OPTIONS = ("baseline", "metric", "value", *_SELECTIONS, "thresholds", "confidence", "alpha")
 
 
+MOST_THRESHOLDS = 20  # columns of a table
+
+
 def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -30,8 +33,8 @@ def _is_list(value: object, holds: Callable[[Any], bool]) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str) and all(map(holds, value))
 
 
-def _are_shares(value: object) -> bool:
-    return _is_list(value, lambda each: _is_number(each) and 0 < each <= 1)
+def _are_shares(value: Any) -> bool:
+    return _is_list(value, lambda each: _is_number(each) and 0 < each <= 1) and len(value) <= MOST_THRESHOLDS
 
 
 def _are_names(value: Any) -> bool:
@@ -43,7 +46,10 @@ def _are_whole(value: Any) -> bool:
 
 
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "thresholds": (_are_shares, "a list of accuracies between 0 and 1.\nExample: thresholds=[0.5,0.8,0.95]"),
+    "thresholds": (
+        _are_shares,
+        f"a list of at most {MOST_THRESHOLDS} accuracies between 0 and 1.\nExample: thresholds=[0.5,0.8,0.95]",
+    ),
     "figures": (_is_bool, "true or false."),
     "quiet": (_is_bool, "true or false."),
     "confidence": (_is_level, "a number between 0 and 1.\nExample: confidence=0.95"),

@@ -55,6 +55,8 @@ def pack(study: str, output_dir: Path, options: Options, *, replace: bool, quiet
         unpack = shlex.join(["unzip", str(folder), "-d", str(output_dir / name)])
         raise UserError(f"{folder} is packed already.\nTo change it, unpack it: {unpack}")
     records = load(folder, name=name)
+    if records.placed.empty:
+        raise UserError(f"No run of {folder} can be read, so there is nothing to pack: {records.noted()[0].note}")
     path = folder.with_name(f"{folder.name}{archive.SUFFIX}")
     entries = _records(folder)
     if not replace and path.exists():
@@ -83,7 +85,7 @@ def _records(folder: Path) -> dict[str, bytes]:
     """
     found = [folder / archive.NOTES]
     for run in find(folder):
-        probes = (path for path in probe_files(run) if not path.name.startswith("."))
+        probes = probe_files(run)
         found += [*(run / name for name in archive.RUN_FILES), *probes]
     entries = {}
     for path in found:

@@ -30,13 +30,13 @@ def judged_tables(study: Study, metric: Metric, options: Options) -> tuple[list[
 
 
 def csv_tables(study: Study, options: Options) -> dict[str, str]:
-    """Return all tables of a study as CSV, by name; none of a study without a finished run.
+    """Return all tables of a study as CSV, by name; none of a study without an evaluation.
 
     Raises:
         UserError: if the study lacks what the options name.
     """
     chosen = select(study, options.arms, options.batches, options.seeds, options.settings)
-    if chosen.finished.empty:
+    if chosen.evaluations.empty:
         return {}
     tables, _ = judged_tables(chosen, metric_of(chosen.evaluations, options.metric, options.value), options)
     return {table.name: as_csv(table.tidy) for table in tables}

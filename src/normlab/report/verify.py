@@ -10,12 +10,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from normlab import runs
-from normlab.common.errors import UserError, first_line, listed
+from normlab.common.errors import UserError, as_typed, first_line, listed
 from normlab.common.progress import one_line, span
 from normlab.common.terminal import say
 from normlab.report import reruns
 from normlab.report.checks import Check, Outcome
-from normlab.report.options import Options
+from normlab.report.options import TABLE_OPTIONS, Options
+from normlab.report.options import options as menu_options
 from normlab.report.reruns import Rerun
 from normlab.report.study.find import find_study
 from normlab.report.study.load import Study, load
@@ -155,10 +156,20 @@ def _tables(study: Study, folder: RecordPath, options: Options) -> Iterator[Chec
         text = f"{listed(others, 5)} {'are none' if several else 'is not one'} that these records give."
         yield Check(Outcome.FAILS, f"Table{'s' * several}", text)
     if same:
-        yield Check(Outcome.HOLDS, "Tables", f"made anew are the same to the byte: {', '.join(sorted(same))}.")
+        text = f"made anew{_unusual(kept)} are the same to the byte: {', '.join(sorted(same))}."
+        yield Check(Outcome.HOLDS, "Tables", text)
     missing = sorted(anew.keys() - held.keys())
     if missing:
         yield Check(Outcome.OPEN, "Tables", f"that the records give and that are not there: {', '.join(missing)}.")
+
+
+def _unusual(kept: Options | None) -> str:
+    """Return in words the options of tables that are not the menu's."""
+    menu = menu_options()
+    words = [f"{name}={as_typed(getattr(kept, name))}" for name in TABLE_OPTIONS] if kept else []
+    usual = {f"{name}={as_typed(getattr(menu, name))}" for name in TABLE_OPTIONS}
+    unlike = [word for word in words if word not in usual]
+    return f" with {listed(unlike, len(unlike))}" if unlike else ""
 
 
 def _most_bytes(anew: str) -> int:
@@ -191,7 +202,8 @@ def _text(path: RecordPath, most: int) -> str:
             raise ValueError(f"it has {len(content)} bytes, and at most {most} are read")
         return content.decode()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}.") from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read: {why}.") from None
 
 
 def _json(path: RecordPath) -> object:

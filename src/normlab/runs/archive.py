@@ -13,7 +13,9 @@ links, sizes and compression within the bounds below, every digest as in the man
 """
 
 import hashlib
+import io
 import json
+import os
 import re
 import shlex
 import stat
@@ -22,14 +24,14 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, Self
 
 from normlab import __version__
 from normlab.common.errors import UserError
-from normlab.runs import files
+from normlab.runs import files, reading
 
 SUFFIX = ".normlab.zip"
 FORMAT = 2  # 1 had no tables
@@ -42,6 +44,7 @@ MOST_BYTES = 2 << 30  # of all entries together, not compressed
 MOST_BYTES_OF_ROWS = 32 << 20  # of an entry of rows, or of a table; a hundred thousand evaluations
 MOST_BYTES_OF_ENTRY = 1 << 20  # of another one; a configuration has 1 kB
 MOST_BYTES_OF_DIRECTORY = 64 << 20  # the list of entries, which is read as a whole before they can be counted
+MOST_MARKS_OF_ENTRY = 20  # commas and brackets in the manifest; one, unless there are some in a name
 MOST_COMPRESSION = 100  # recorded runs reach 8
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -114,12 +117,12 @@ def opened(path: Path) -> Iterator[PackedPath]:
         UserError: if it is no such file, a part of it is damaged, it holds what no packed study does, or it was packed
             by a newer version.
     """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    with file:
-        yield _checked(path, file)
+    with ExitStack() as stack:
+        try:  # it may be a link: the user named it
+            file = stack.enter_context(reading.opened(Path(os.path.realpath(path))))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        yield _checked(path, io.BufferedReader(file))  # type: ignore[type-var]  # a raw file, which reading opens
 
 
 def _checked(path: Path, file: BinaryIO) -> PackedPath:
@@ -213,7 +216,10 @@ def _check_digests(path: Path, archive: zipfile.ZipFile) -> None:
     names = set(archive.namelist())
     if MANIFEST not in names:
         raise refused(path, f"it has no {MANIFEST}")
-    manifest = json.loads(archive.read(MANIFEST))
+    content = archive.read(MANIFEST)
+    if sum(map(content.count, (b",", b"[", b"{"))) > MOST_MARKS_OF_ENTRY * (len(names) + 10):
+        raise refused(path, f"its {MANIFEST} has more values than entries")
+    manifest = json.loads(content)
     listed = manifest.get("entries") if isinstance(manifest, dict) else None
     if not isinstance(listed, dict) or type(manifest.get("format")) is not int or manifest["format"] < 1:
         raise refused(path, f"its {MANIFEST} is none")

@@ -394,7 +394,8 @@ def probe_files(folder: P) -> list[P]:
     """
     path = folder / PROBES_FOLDER
     try:
-        found = [each for each in reading.listed(path) if each.name.endswith(".jsonl")]
+        # Hidden ones are of systems: `._gradients.jsonl` of macOS.
+        found = [each for each in reading.listed(path) if each.name.endswith(".jsonl") and each.name[0] != "."]
     except OSError as error:
         raise reading.damaged(path, error) from None
     if len(found) > MOST_PROBES or not all(each.name.isprintable() for each in found):

@@ -112,6 +112,7 @@ def test_lines_and_controls_of_a_name_are_no_markdown():
         "[x](javascript&colon;alert(1)) [x](&#106;avascript:alert(1)) [x](javascript\\:alert(1))",
         "[x][y]\n\n[y]: javascript:alert(1)\n[z]:\n  vbscript:x",
         "![a][b]\n\n[b]: http://elsewhere/i.png",
+        "!![a](http://elsewhere/i.png) !!![a](http://elsewhere/i.png)",
         "<details><summary>x",
         "[x](a b [y](javascript:alert(1))",
     ],

@@ -47,7 +47,7 @@ def notes(text: str) -> str:
     text = plain(text)
     for sign, entity in _ENTITIES[:2]:
         text = sign.sub(entity, text)
-    text = re.sub(r"!(?=\[)", "", text)
+    text = re.sub(r"!+(?=\[)", "", text)
     text = re.sub(r"\](?=\s*[(:]\s*([^)]{0,300}))", _link, text)
     fence = ""
     for mark in re.findall(r"^ {0,3}(`{3,}|~{3,})", text, re.MULTILINE):
