@@ -92,8 +92,6 @@ def test_an_option_that_is_not_valid_is_named_with_what_was_expected(option, val
     with pytest.raises(UserError) as error:
         dataclasses.replace(OPTIONS, **{option: value})
     shown = {"['high']": "[high]", "[True]": "[true]"}.get(str(value), str(value).replace(" ", ""))  # as one types it
-        str(value), value
-    )  # as one types it
     assert str(error.value).startswith(f"{option}={shown} is not valid")
     assert told in str(error.value)
     assert len(str(error.value).splitlines()) <= 5
