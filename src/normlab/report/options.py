@@ -94,7 +94,7 @@ class Options:
             if not is_valid(getattr(self, name)):
                 self._refuse(name, expected)
         if len(set(self.thresholds)) < len(self.thresholds):
-            raise UserError(f"thresholds={list(self.thresholds)} is not valid: two are the same.")
+            raise UserError(f"thresholds={as_typed(list(self.thresholds))} is not valid: two are the same.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 names = ["null" if choice is None else choice for choice in choices]
