@@ -95,8 +95,8 @@ def with_own_files(folder: Path) -> None:
     for split in ("train", "test"):
         for label in ("one", "other"):
             (folder / "photos" / split / label).mkdir(parents=True)
-            for i in range(80):
-                Image.new("RGB", (70, 66), (3 * i, 40, 90)).save(folder / "photos" / split / label / f"{i}.png")
+            for i in range(110):
+                Image.new("RGB", (70, 66), (2 * i, 40, 90)).save(folder / "photos" / split / label / f"{i}.png")
     (folder / "my_package").mkdir()
     (folder / "my_package" / "my_module.py").write_text("from small import SmallResNet as MyNet\n")
     (folder / "data").mkdir()
