@@ -406,6 +406,11 @@ def test_without_a_checkpoint_that_can_be_used_a_run_starts_anew(interrupted, un
     rewritten(newest, ODD["an epoch beyond the end"])
     previous.unlink()
     previous.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is a link, to /dev/zero"):
+        train_run(interrupted)
+    previous.unlink()
+    previous.write_bytes(b"")
+    capfd.readouterr()
     train_run(interrupted)
     assert capfd.readouterr().err.count("cannot be used and is left out") == 2
     assert steps.taken == 6
