@@ -39,10 +39,11 @@ def test_folders_of_studies_and_those_above_may_be_links(others, tmp_path) -> No
     assert (others / "folder" / "report" / "part").is_dir()
 
 
-def test_links_of_a_logger_that_stay_inside_of_a_run_do_no_harm(tmp_path) -> None:
+def test_links_that_a_logger_keeps_in_its_folder_do_no_harm(tmp_path) -> None:
     (tmp_path / "run" / "wandb" / "run-1").mkdir(parents=True)
-    (tmp_path / "run" / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "run" / "wandb" / "run-1" / "core.log").symlink_to(tmp_path / "cache.log")
     make_own_folder(tmp_path / "run", tmp_path)
-    (tmp_path / "run" / "wandb" / "out").symlink_to("../../others")
-    with pytest.raises(UserError, match="out is a link, to"):
+    (tmp_path / "run" / "probes").mkdir()
+    (tmp_path / "run" / "probes" / "ics.jsonl").symlink_to("../../others")
+    with pytest.raises(UserError, match=r"ics\.jsonl is a link, to"):
         make_own_folder(tmp_path / "run", tmp_path)

@@ -20,7 +20,7 @@ def make_own_folder(folder: Path, above: Path) -> None:
 
     Raises:
         UserError: if it cannot be made, or if it, a folder between the two or anything inside of it is a link, a pipe
-            or a device. A link in a folder of a logger's, say, may stay inside.
+            or a device, but for what is in a folder wandb.
     """
     try:
         for part in [*reversed(folder.relative_to(above).parents[:-1]), folder.relative_to(above)]:
@@ -28,25 +28,21 @@ def make_own_folder(folder: Path, above: Path) -> None:
             if path.is_symlink() or (path.exists() and not path.is_dir() and not path.is_file()):
                 raise _leads_elsewhere(path, "a link" if path.is_symlink() else "neither a file nor a folder")
         make_folder(folder)
-        _check(str(folder), str(folder))
+        _check(str(folder))
     except OSError as error:
         raise storage_error(folder, error) from error
 
 
-def _check(folder: str, top: str) -> None:
+def _check(folder: str) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                _check(entry.path, top)
-            elif entry.is_symlink() and not (folder != top and _stays(entry.path, top)):  # those of loggers
-                raise _leads_elsewhere(Path(entry.path), "a link")
-            elif not entry.is_symlink() and not entry.is_file():
-                raise _leads_elsewhere(Path(entry.path), "neither a file nor a folder")
-
-
-def _stays(link: str, top: str) -> bool:
-    """Return whether a link leads to what is inside of a folder."""
-    return os.path.realpath(link).startswith(f"{os.path.realpath(top)}/")
+                if entry.name != "wandb":  # which keeps links to its cache there, and makes a folder for each process
+                    _check(entry.path)
+            elif not entry.is_file(follow_symlinks=False):
+                raise _leads_elsewhere(
+                    Path(entry.path), "a link" if entry.is_symlink() else "neither a file nor a folder"
+                )
 
 
 def _leads_elsewhere(path: Path, kind: str) -> UserError:
