@@ -89,7 +89,7 @@ class GridSweeper(Sweeper):
             assert self.config is not None
             read = sweep.read(self.hydra_context, self.config, runs, here=False)
             if read.jobs:
-                pool.check_networks(read.jobs)
+                pool.print_once(read.jobs, pool.check_networks(read.jobs))
             runs = list(dict(zip(reversed(read.folders), reversed(runs), strict=True)).values())[::-1]
         results = self.launcher.launch(runs, initial_job_idx=0)
         for each in results:

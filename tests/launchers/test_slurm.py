@@ -173,7 +173,7 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
     of_a_minute = array(train(here, *LONG, *SLURM, *limited, **SLOW))
     last = train(here, *LONG, *SLURM, "seed=0,1,2,3,4", **SLOW)  # waits for all
     assert last.returncode == 0, last.stderr
-    assert "Submitted: 1 runs" in last.stdout  # the cancelled one
+    assert "Submitted: 1 run as" in last.stdout  # the cancelled one
     assert "SLURM sends SIGUSR2" in log(f"{of_a_minute}_0")
     assert log(f"{of_a_minute}_0").count(f"job {of_a_minute}_0 on") >= 2
 
@@ -245,7 +245,7 @@ def interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_repor
     assert queue()[f"{found[1]}_0"] == "RUNNING"
     with start(here, *endless, **SLOW) as waiting:
         assert waiting.stderr
-        assert "Waiting for 1 runs" in waiting.stderr.readline()  # it has seen the job in the queue
+        assert "Waiting for 1 run" in waiting.stderr.readline()  # it has seen the job in the queue
         call("scancel", "--signal=KILL", found[1])
         out, error = waiting.communicate(timeout=120)
     assert waiting.returncode == 1

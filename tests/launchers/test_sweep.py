@@ -128,7 +128,7 @@ def test_a_run_that_is_given_twice_is_one_and_that_is_told(tmp_path, command, wo
     assert code == 0, error
     assert f"The command gives {number} runs, of which 1 is different" in out
     assert told in out
-    assert "\n1 runs: 1 new" in out
+    assert "\n1 run: 1 new" in out
 
 
 @pytest.mark.slow
@@ -211,5 +211,5 @@ def test_what_becomes_of_more_epochs_is_told_once_for_all_runs_alike(make, capsy
     assert not capsys.readouterr().out
     Sweep(jobs=jobs).report_known()
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"{jobs[0].run.name} goes on from the 4 epochs of old0. The same holds for 1 more of 3 runs."
+    assert first == f"{jobs[0].run.name} goes on from epoch 4 of old0. The same holds for 1 more of 3 runs."
     assert second == f"{jobs[2].run.name} starts anew: it differs from old2."

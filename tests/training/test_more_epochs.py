@@ -78,7 +78,7 @@ def test_the_longest_finished_run_is_extended_and_one_under_way_is_not(tiny, ste
     for epochs in (1, 2):
         train_run(tiny(*of(epochs)))
     run = runs.Run(tiny(*of(4)).as_dict())
-    assert str(find_shorter(run)) == f"goes on from the 2 epochs of {folder(tiny(*of(2))).name}"
+    assert str(find_shorter(run)) == f"goes on from epoch 2 of {folder(tiny(*of(2))).name}"
     under_way = runs.Run(tiny(*of(3)).as_dict())
     under_way.freeze()
     with under_way.lock():
@@ -95,7 +95,7 @@ def test_the_longest_finished_run_is_extended_and_one_under_way_is_not(tiny, ste
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (("schedule=cosine",), "schedule=cosine spreads over all epochs, so its first epoch differs from that of {}"),
+        (("schedule=cosine",), "schedule=cosine spreads over all epochs, so its epochs differ from those of {}"),
         (("schedule=constant", "norm=renorm"), "norm=renorm changes with the share of all epochs that is done"),
         (("schedule=constant", "probe=[gradients]"), "probe=gradients measures 20 times, evenly over all epochs"),
         (("schedule=constant", "keep_checkpoint=false"), "{} has kept no checkpoint (keep_checkpoint)"),

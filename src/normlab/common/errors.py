@@ -84,6 +84,11 @@ def did_you_mean(word: object, choices: Iterable[object], before: str = "", afte
     return f"\nDid you mean {before}{close}{after}?" if close else ""
 
 
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 run`, `2 runs`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def listed(words: Sequence[object], most: int, separator: str = ", ") -> str:
     """Return the first words, and the number of the others: `a, b and 3 more`."""
     more = f" and {len(words) - most} more" if len(words) > most else ""

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from normlab import runs
 from normlab.common.console import Console
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, count
 from normlab.common.progress import distinct_names, span
 from normlab.config import schema
 from normlab.data import inventory
@@ -75,7 +75,7 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
     for remark in dict.fromkeys(remark for job in sweep.jobs for remark in job.data.remarks):
         console.print(remark)
     words = dict.fromkeys(word for word, _ in PLANS.values())
-    console.print(f"\n{len(sweep)} runs: " + ", ".join(f"{counts[word]} {word}" for word in words))
+    console.print(f"\n{count(len(sweep), 'run')}: " + ", ".join(f"{counts[word]} {word}" for word in words))
     sweep.report_extensions()
     if not sweep.jobs:
         console.print("Nothing is left to do.")

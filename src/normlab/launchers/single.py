@@ -84,9 +84,10 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
         status = runs.read_status(run.folder) or {}
     else:  # the first process decides for all whether the run is finished: a file server may show it to others later
         status = _train(config, run, processes, finished)
+    lacking = finished and lacks_weights(run, config)
     if processes.rank == 0 and finished and not config.quiet:
-        say(f"{run.name} is finished: {outcome(status)}. Nothing to do.", flush=True)
-    if processes.rank == 0 and finished and lacks_weights(run, config):
+        say(f"{run.name} is finished: {outcome(status)}.{'' if lacking else ' Nothing to do.'}", flush=True)
+    if processes.rank == 0 and lacking:
         add_weights([run], say if not config.quiet else lambda text: None)
     if processes.rank == 0 and not config.quiet:
         words = study_words(config.study, config.output_dir)

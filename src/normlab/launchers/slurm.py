@@ -26,7 +26,7 @@ from pydantic import BaseModel, StrictBool, ValidationError, model_validator
 
 from normlab import runs
 from normlab.common import frozen
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, count
 from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, one_line
 from normlab.common.sentences import sentence, wrong
@@ -304,7 +304,7 @@ def _submit(jobs: Sequence[Job], needs: Needs, code: Path | None, report: Callab
     files.write_atomically(folder / f"{array}_submission.sh", lambda file: file.write(script.encode()))
     number = f"an array of {len(tasks)} jobs" if len(tasks) > 1 else "one job"
     report(
-        f"Submitted: {len(jobs)} runs as job {array}, {number}. What they print: {folder}/{array}_*.out\n"
+        f"Submitted: {count(len(jobs), 'run')} as job {array}, {number}. What they print: {folder}/{array}_*.out\n"
         f"How far they are: {command_name('report')} status {study_words(study, output_dir)},"
         f" squeue --array --jobs={array}. To cancel: scancel {array}"
     )
@@ -373,7 +373,7 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
     """
     failed: list[tuple[Job, str]] = []
     with Display({job.key: job.cost for job in sweep.jobs}, quiet=sweep.quiet) as display:
-        display.say(f"Waiting for {len(sweep.jobs)} runs. Ctrl-C leaves their jobs alone.")
+        display.say(f"Waiting for {count(len(sweep.jobs), 'run')}. Ctrl-C leaves their jobs alone.")
         try:
             for job, status in _ends(sweep.jobs, display):
                 display.ended(job.key, status)

@@ -38,11 +38,7 @@ class Shorter:
         """Say what the longer run does about it."""
         if self.hindrance:
             return f"starts anew: {self.hindrance}"
-        return f"goes on from the {_count(self.epochs)} of {self.folder.name}"
-
-
-def _count(epochs: int) -> str:
-    return f"{epochs} epochs" if epochs != 1 else "epoch"
+        return f"goes on from epoch {self.epochs} of {self.folder.name}"
 
 
 def spread_over_epochs(config: Mapping[str, Any]) -> str:
@@ -107,7 +103,7 @@ def _shorter(run: Run, folder: Path) -> Shorter | None:
     if state not in FINISHED or (folder / lock.CLAIM).exists():
         return None
     if reason := spread_over_epochs(run.config):
-        hindrance = f"{reason}, so its first {_count(fewer)} {_differ(fewer)} of {folder.name}"
+        hindrance = f"{reason}, so its epochs differ from those of {folder.name}"
     elif state != State.DONE:
         hindrance = f"{folder.name} diverged, which leaves nothing to go on from"
     elif not (folder / KEPT).exists():
@@ -115,7 +111,3 @@ def _shorter(run: Run, folder: Path) -> Shorter | None:
     else:
         hindrance = ""
     return Shorter(folder, own, fewer, hindrance)
-
-
-def _differ(epochs: int) -> str:
-    return "differ from those" if epochs != 1 else "differs from that"

@@ -339,14 +339,14 @@ def test_runs_without_the_measurement_that_they_were_to_have_are_told():
     assert judged(0, unmeasured=2).verdict == SUPPORTED
     assert some.verdict == INCONCLUSIVE
     assert "no test: it would be of the runs that survived alone" in some.results[0].remarks
-    assert "2 runs of none diverged and have no such value" in some.results[0].remarks
+    assert "2 runs of none diverged, without such a value" in some.results[0].remarks
     assert "seeds 0, 1 are not in all cells and are left out" in some.results[0].remarks
     assert every.verdict == INCONCLUSIVE
     lost, nothing = every.results[0].remarks
-    assert (lost, nothing) == ("5 runs of none diverged and have no such value", "no seed has all of its runs")
+    assert (lost, nothing) == ("5 runs of none diverged, without such a value", "no seed has all of its runs")
     told = judged(2, unmeasured=3, seeds=8).results[0].remarks
-    assert "2 runs of none diverged and have no such value" in told
-    assert "3 runs of none have no such value" in told
+    assert "2 runs of none diverged, without such a value" in told
+    assert "3 runs of none without such a value" in told
 
 
 def test_a_run_that_diverged_is_compared_by_the_steps_before_with_others_up_to_the_same_step():
@@ -552,7 +552,7 @@ def test_no_run_is_left_out_without_a_word():
         run._replace(settings={**run.settings, "norm_batch": 32}) for run in runs if run.settings["norm.name"] == "bn"
     ]
     [result] = verdict(planted([*runs, *again])).results
-    assert result.remarks == ("3 runs that repeat another one are left out",)
+    assert result.remarks == ("left out: 3 runs repeating another",)
 
 
 def test_weight_normalization_is_judged_at_scale_and_beside_plain_bn():

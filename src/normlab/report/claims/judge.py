@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from normlab.common.errors import count
 from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
 from normlab.report.claims.claims import Claim, Comparison, Side, claims
@@ -235,7 +236,7 @@ def _remarks(selection: Selection) -> Iterator[str]:
             ends = [f"{math.exp(min(x, 700)):.3g}" if comparison.in_factors else f"{x:+.3g}" for x in sorted(by_cell)]
             yield f"cells from {ends[0]} to {ends[-1]}"
     if selection.repeated:
-        yield f"{selection.repeated} runs that repeat another one are left out"
+        yield f"left out: {count(selection.repeated, 'run')} repeating another"
     if seeds and selection.incomplete_seeds:
         yield f"seeds {', '.join(map(str, selection.incomplete_seeds))} are not in all cells and are left out"
     for position, side in enumerate(comparison.sides):
@@ -252,9 +253,9 @@ def _remarks_on_side(selection: Selection, position: int) -> Iterator[str]:
     missing = selection.missing[position]
     lost = sum(run.diverged for run in missing)
     if lost:
-        yield f"{lost} runs of {arm} diverged and have no such value"
+        yield f"{count(lost, 'run')} of {arm} diverged, without such a value"
     if len(missing) > lost:
-        yield f"{len(missing) - lost} runs of {arm} have no such value"
+        yield f"{count(len(missing) - lost, 'run')} of {arm} without such a value"
 
 
 def _as_what(diverged: FinishedRun, measure: Metric) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from normlab import runs
-from normlab.common.errors import listed
+from normlab.common.errors import count, listed
 from normlab.common.installation import CONF
 from normlab.report.study.arms import in_order, natural
 from normlab.report.study.load import Study
@@ -49,7 +49,7 @@ def _question_of_arms(study: Study) -> str:
 
 def run_counts(study: Study, *, zeros: bool = False) -> str:
     """Return the number of runs in each state, as a sentence."""
-    return f"{len(study.runs)} runs: {study.counted(zeros=zeros)}."
+    return f"{count(len(study.runs), 'run')}: {study.counted(zeros=zeros)}."
 
 
 def facts(study: Study) -> list[str]:

@@ -10,6 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from normlab.common.console import Console
+from normlab.common.errors import count
 from normlab.common.terminal import say
 from normlab.report.analysis.cells import Row, Table
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
@@ -88,7 +89,7 @@ def _verdicts(console: Console, title: str, judgements: Iterator[Judgement]) -> 
 
 
 def _state(study: Study) -> Text:
-    line = Text(f"Study {study.name}, {len(study.runs)} runs:\n  ")
+    line = Text(f"Study {study.name}, {count(len(study.runs), 'run')}:\n  ")
     for position, (state, number) in enumerate(study.states().items()):
         line.append(", " if position else "")
         line.append(f"{number} {state}", COLORS.get(State(state), "") if number else "dim")

@@ -15,7 +15,7 @@ import pandas as pd
 
 from normlab import __version__
 from normlab.common import git as checkout
-from normlab.common.errors import listed
+from normlab.common.errors import count, listed
 from normlab.common.terminal import plain
 from normlab.report.study.load import Study
 from normlab.runs import provenance as made_by
@@ -39,7 +39,7 @@ class Provenance:
 
     def counts(self) -> str:
         """Return the numbers of runs by code and hardware."""
-        return f"{len(self.runs)} runs; code: {_counted(self.code)}; hardware: {_counted(self.hardware)}"
+        return f"{count(len(self.runs), 'run')}; code: {_counted(self.code)}; hardware: {_counted(self.hardware)}"
 
     def sentence(self) -> str:
         """Return it in short and on one line, for whoever reads the table."""

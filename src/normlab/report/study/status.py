@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab.common.console import Console
-from normlab.common.errors import UserError, first_line
+from normlab.common.errors import UserError, count, first_line
 from normlab.common.progress import Progress, live_view, one_line, span
 from normlab.report.study.load import seconds_since
 from normlab.runs import archive
@@ -184,7 +184,7 @@ def time_left(runs: Sequence[RunStatus]) -> float | None:
 def summary(study: str, runs: Sequence[RunStatus]) -> Text:
     """Return the study on one line: how many runs are in which state, and the time left."""
     counts = Counter(run.state for run in runs)
-    line = Text(f"Study {study}, {len(runs)} run{'s' * (len(runs) != 1)}: ")
+    line = Text(f"Study {study}, {count(len(runs), 'run')}: ")
     line.append_text(
         Text(", ").join(Text(f"{counts[state]} {state}", color) for state, color in COLORS.items() if counts[state])
     )

@@ -16,6 +16,7 @@ import jinja2
 import pandas as pd
 
 from normlab import runs
+from normlab.common.errors import count
 from normlab.common.terminal import plain
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import CELL, evenly, named_rows, outcomes
@@ -103,7 +104,12 @@ def _environment() -> jinja2.Environment:
         finalize=lambda value: plain(value) if type(value) is str else value,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # a browser would read none of it
-    environment.filters |= {"split_number": split_number, "effect": format_effect, "expectation": format_expectation}
+    environment.filters |= {
+        "counted": count,
+        "effect": format_effect,
+        "expectation": format_expectation,
+        "split_number": split_number,
+    }
     environment.tests["nan"] = math.isnan
     environment.globals |= {"close": CLOSE, "style": _text("page.css"), "script": _text("page.js")}
     return environment
