@@ -34,7 +34,7 @@ OF_RUNS = {  # and how often, in per cent of all
     "run.claim": 3,
     "run.lock": 1,
 }
-ORDER = "slurm/order.json"
+ORDER = "the order of a job"
 OF_STUDY = {".index.npz": 3, "notes.md": 1, ORDER: 3, "report/": 2}
 PACKED, MEMBER, CHECKPOINT = "the packed file", "a member of it", "checkpoint.pt"
 FORGED = "any of a run, with right checksums"
@@ -64,6 +64,8 @@ class Fuzz:
         self.study, self.packed = self.outputs / studies.STUDY, self.outputs / f"{studies.STUDY}.normlab.zip"
         self.tree = studies.Tree(self.outputs)
         self.runs = sorted(self.tree_runs())
+        (order,) = (self.study / "slurm").glob("*.json")
+        self.order_file = f"slurm/{order.name}"
         self.lost = next(run for run in self.runs if f"{studies.STUDY}/{run}/{CHECKPOINT}" in self.tree.files)
         self.before = {name: self.undisturbed(look) for name, look in self.looks().items()}
         self.tree.restore()
@@ -91,7 +93,7 @@ class Fuzz:
         path = self.study / self.lost
         train_run(schema.parse(runs.read_config(path)))
         rows, _ = runs.read_metrics(path)
-        status, log = runs.read_status(path) or {}, (path / runs.folder.LOG).read_text(errors="replace")
+        status, log = runs.read_status(path) or {}, (path / runs.LOG).read_text(errors="replace")
         return {
             "weights": status.get("weights_sha256"),
             "rows": [{key: value for key, value in row.items() if key not in SPEED} for row in rows],
@@ -108,7 +110,7 @@ class Fuzz:
 
         job = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "1"}
         with mock.patch.object(slurm_task.pool, "train_jobs", take), mock.patch.dict(os.environ, job):
-            status = slurm_task.main(self.study / ORDER)
+            status = slurm_task.main(self.study / self.order_file)
         return {"trained": trained, "status": status}
 
     def attack(self, chance: Random) -> Attack:
@@ -131,7 +133,8 @@ class Fuzz:
         elif target == PACKED:
             file, look, names = "", "packed", (self.packed.name,)
         else:
-            file, look, names = target, "order" if target == ORDER else "folder", (target,)
+            file = self.order_file if target == ORDER else target
+            look, names = "order" if target == ORDER else "folder", (target,)
         whole = f"{studies.STUDY}/{file}" if file else self.packed.name
         content = self.tree.files.get(whole) or next(
             (text for name, text in self.tree.files.items() if target in name), b"x"

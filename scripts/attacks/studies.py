@@ -63,7 +63,7 @@ def make(folder: Path, batches: Sequence[int] = (8, 16)) -> Path:
 
 
 def submit(folder: Path) -> None:
-    """Order a job of a SLURM that does nothing; the order is slurm/order.json then."""
+    """Order a job of a SLURM that does nothing."""
     programs = folder / "programs"
     programs.mkdir()
     for name in ("sbatch", "scontrol", "squeue"):
@@ -75,8 +75,6 @@ def submit(folder: Path) -> None:
         ended = command(folder, "train.py", "-m", *words, PATH=path, PYTHONPATH=str(ROOT / "tests"))
     if ended.value:
         raise RuntimeError(ended.output)
-    (order,) = (folder / "outputs" / STUDY / "slurm").glob("*.json")
-    order.rename(order.with_name("order.json"))
 
 
 def kill(inputs: Any) -> None:

@@ -77,9 +77,7 @@ def of_checkpoints() -> Iterator[Kind]:
         "keys that are numbers": lambda network: network.update({1: torch.zeros(1)}),
     }
     for name, change in changes.items():
-        yield of_checkpoint(
-            f"{name} as network", lambda saved, change=change: change(saved["network"]) and None, refused=True
-        )
+        yield of_checkpoint(f"{name} as network", lambda saved, change=change: change(saved["network"]), refused=True)
     yield of_checkpoint("no groups of the optimizer", lambda saved: saved["optimizer"].update(param_groups=[]))
     yield of_checkpoint("odd groups of the optimizer", lambda saved: saved["optimizer"].update(param_groups=[3]))
     yield of_checkpoint(

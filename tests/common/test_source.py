@@ -72,6 +72,7 @@ def test_what_is_behind_an_object_is_found(digest) -> None:
         (("my_package/blocks.py", "unused = 5", "unused = 6"), ["my_package.blocks"]),
         (("my_package/parts/__init__.py", "head", "head, other"), ["my_package.parts"]),
         (("my_package/deep.py", "3", "3\nimport unrelated"), ["my_package.deep", "unrelated"]),
+        (("my_package/deep.py", "3", "3" + " + 1" * 900), ["my_package.deep"]),
         (("my_package/deep.py", "3", "3 +"), ["my_package.deep"]),  # broken, and another part may not use it
     ],
 )

@@ -233,7 +233,7 @@ def handlers():
         ({"slots": "abc", "tasks": []}, "0", "slots is not as"),
         ({"tasks": {"0": []}}, "0", "slots is not as"),
         ({"slots": 1, "tasks": [[[]]]}, "0", "tasks.0.0 is not as"),
-        (None, "0", "no plain file"),
+        (None, "0", "cannot be read: it is no file"),
     ],
 )
 def test_an_odd_order_or_task_is_refused_in_a_sentence(
@@ -250,6 +250,25 @@ def test_an_odd_order_or_task_is_refused_in_a_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) <= 5
+
+
+def test_an_order_of_a_thousand_runs_is_read(tmp_path) -> None:
+    order = tmp_path / "order.json"
+    entry = {"folder": "/a/run", "settings": {f"setting{number}": "x" * 15 for number in range(80)}}
+    order.write_text(files.to_json({"slots": 2, "tasks": [[entry]] * 1000}))
+    assert order.stat().st_size > 2 << 20
+    assert len(slurm.read_order(order).tasks) == 1000
+
+
+def test_an_order_of_another_run_than_it_names_is_refused(tmp_path, monkeypatch, capsys, handlers, tiny) -> None:
+    order = tmp_path / "order.json"
+    settings = tiny().as_dict()
+    entry = {"folder": str(runs.Run(settings).folder), "settings": settings | {"seed": 1}}
+    order.write_text(json.dumps({"slots": 1, "tasks": [[entry]]}))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    assert slurm_task.main(order) == 1
+    assert "has the settings of another one" in capsys.readouterr().err
 
 
 def test_an_order_that_was_edited_since_is_none(tmp_path) -> None:

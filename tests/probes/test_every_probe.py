@@ -20,6 +20,7 @@ from normlab.config.schema import RunConfig
 from normlab.norms import Steps, find_sites
 from normlab.probes import ProbedNetwork, Probes, StepSnapshot
 from normlab.probes.registry import probe_classes
+from normlab.runs import reading
 from normlab.training import engines
 from normlab.training.gradient_transforms import build_transform
 from normlab.training.optimizers import build_optimizer
@@ -166,6 +167,17 @@ def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeyp
     path.write_text(path.read_text() + '{"step": 5, "la')
     assert len(runs.read_probes(run.folder)[1]) == 1
     assert (outcome(config), measured(config)) == undisturbed(tiny, "bn")
+
+
+def test_a_probe_s_file_ends_where_it_could_not_be_read_again_and_its_run_is_finished(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(reading, "MOST_BYTES_OF_ROWS", 3000)
+    config = tiny("norm=bn", *probing(["ics"]), "study=full")
+    train_run(config)
+    run = runs.Run(config.as_dict())
+    assert run.state == "done"
+    assert 0 < (run.folder / "probes" / "ics.jsonl").stat().st_size <= 3000
+    log = (run.folder / "run.log").read_text()
+    assert log.count("probe=ics has measured more than a file holds") == 1
 
 
 def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:

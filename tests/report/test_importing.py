@@ -140,6 +140,9 @@ def test_a_damaged_imported_run_is_replaced_only_when_told_to(bring, refused, st
     (run,) = runs.find(study)
     (run / "metrics.jsonl").write_text("{")
     assert "replace=true" in refused(text)
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    assert "replace=true" in refused(text)
     bring(text, set=WHERE, replace=True)
     assert means(study) == pytest.approx({("mine", 128): 50.0})
 
@@ -412,6 +415,8 @@ REFUSED = [  # text and what the sentence has
     ("arm,epoch,test_accuracy\nm,19,0.5\nm,20,\n", "has no test_accuracy at its last epoch, 20"),
     ("arm,test_accuracy\nmine,0.5%\n", "line 2: test_accuracy=0.5% is not valid: expected a number"),
     ("arm,epoch,test_accuracy\nmine,1.5,0.5\n", "line 2: epoch=1.5 is not valid"),
+    ("arm,epoch,test_accuracy\nmine,2000000000,0.5\n", "line 2: epoch=2000000000 is not valid"),
+    ("arm,test_accuracy,wall_seconds\nmine,0.5,2e10\n", "line 2: wall_seconds=2e10 is not valid"),
     ("arm,seed,test_accuracy\nmine,-1,0.5\n", "line 2: seed=-1 is not valid"),
     ("arm,seed,test_accuracy\nmine,1000000000000000000000000000000,0.5\n", "line 2: seed=1000"),
     ("arm,state,test_accuracy\nmine,broken,0.5\n", "line 2: state=broken is not valid"),

@@ -85,6 +85,7 @@ def means(folder, table):
         ("arms", [], "expected null or a list of names"),
         ("batches", ["8"], "expected null or a list of whole numbers"),
         ("seeds", [True], "expected null or a list of whole numbers"),
+        ("baseline", [1], "Example: baseline=bn"),
         ("settings", "resnet18", "Example: settings=[resnet18]"),
     ],
 )

@@ -170,7 +170,7 @@ def test_a_file_is_replaced_unless_it_has_runs_that_the_folder_lacks(outputs, ad
         report.pack_study("study", outputs)
 
 
-def test_what_cannot_be_packed_is_refused_in_a_sentence(outputs) -> None:
+def test_what_cannot_be_packed_is_refused_in_a_sentence(outputs, monkeypatch) -> None:
     path = report.pack_study("study", outputs)
     with pytest.raises(UserError, match=r"is packed already.\nTo change it, unpack it: unzip .* -d .*study"):
         report.pack_study(str(path), outputs)
@@ -187,6 +187,10 @@ def test_what_cannot_be_packed_is_refused_in_a_sentence(outputs) -> None:
     with pytest.raises(UserError, match=r"notes.md cannot be read: it is no file"):
         report.pack_study("study", outputs)
     (outputs / "study" / "notes.md").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "MOST_BYTES", 1)
+        with pytest.raises(UserError, match="study has more than 0 MiB of records"):
+            report.pack_study("study", outputs)
     (outputs / "study" / "CITATION.cff").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match=r"CITATION.cff cannot be read: it is a link, and links are not followed"):
         report.pack_study("study", outputs)

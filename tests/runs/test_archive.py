@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from normlab.common.errors import UserError
-from normlab.runs import archive
+from normlab.runs import archive, reading
 
 RUN = "bn-b8-s0-0123456789"
 ENTRIES = {
@@ -197,15 +197,15 @@ def test_a_damaged_file_is_refused(packed, damage, why) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound", "why"),
+    ("place", "bound", "why"),
     [
-        ("MOST_ENTRIES", "it has 5 entries, and at most 1 are read"),
-        ("MOST_BYTES", "bytes, and at most 1 are read"),
-        ("MOST_BYTES_OF_ENTRY", "is larger than 1 bytes"),
+        (archive, "MOST_ENTRIES", "it has 5 entries, and at most 1 are read"),
+        (archive, "MOST_BYTES", "bytes, and at most 1 are read"),
+        (reading, "MOST_BYTES_OF_FILE", "is larger than 1 bytes"),
     ],
 )
-def test_more_than_is_read_is_refused_and_not_written(packed, monkeypatch, bound, why) -> None:
-    monkeypatch.setattr(archive, bound, 1)
+def test_more_than_is_read_is_refused_and_not_written(packed, monkeypatch, place, bound, why) -> None:
+    monkeypatch.setattr(place, bound, 1)
     assert why in refusal(packed)
     before = packed.read_bytes()
     with pytest.raises(UserError, match="not read"):

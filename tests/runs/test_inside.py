@@ -1,9 +1,11 @@
 import os
+from pathlib import Path
 
 import pytest
 
 from normlab import runs
 from normlab.common.errors import UserError
+from normlab.runs import files
 from normlab.runs.inside import make_own_folder
 
 
@@ -37,6 +39,15 @@ def test_folders_of_studies_and_those_above_may_be_links(others, tmp_path) -> No
     (tmp_path / "study").symlink_to(others / "folder")
     make_own_folder(tmp_path / "study" / "report" / "part", tmp_path / "study")
     assert (others / "folder" / "report" / "part").is_dir()
+
+
+def test_folders_within_folders_without_end_are_looked_at(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1200):  # a path of so many is too long to be named
+        Path("a").mkdir()
+        os.chdir("a")
+    make_own_folder(tmp_path, tmp_path)
+    files.remove_temporaries(tmp_path)
 
 
 def test_links_that_a_logger_keeps_in_its_folder_do_no_harm(tmp_path) -> None:

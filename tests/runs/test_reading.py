@@ -197,6 +197,7 @@ def test_hostile_contents_cost_their_run_in_a_sentence(run, file, content) -> No
         ({"test_accuracy": "0.99"}, "test_accuracy is '0.99'"),
         ({"test_accuracy": [0.5]}, "test_accuracy is [0.5]"),
         ({"test_loss": 10**400}, "test_loss is 1000"),
+        ({"test_loss": -1.7e308}, "test_loss is -1.7e+308"),
         ({"step": -1}, "step is -1"),
         ({"step": 1}, "step is 1, after 2"),
         ({"epoch": 10**30}, "epoch is 10000"),
@@ -248,6 +249,8 @@ def test_a_file_of_faults_takes_bounded_time_and_room(run) -> None:
     (run.folder / "metrics.jsonl").write_text("x\n" * 300_000)
     rows, warnings = runs.read_metrics(run.folder)
     assert (rows, len(warnings)) == ([], 101)
+    (run.folder / "metrics.jsonl").write_text("10\r" * 300_000)  # one line of JSON
+    assert len(runs.read_metrics(run.folder)[1]) == 1
     (run.folder / "metrics.jsonl").write_text('{"epoch": 1, "step": 1, "a": [' + "[]," * 2_500_000)
     with pytest.raises(UserError, match="too many lists"):
         runs.read_metrics(run.folder)

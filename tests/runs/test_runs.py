@@ -15,8 +15,8 @@ from normlab import runs
 from normlab.common.errors import UserError
 from normlab.config.schema import SGD, Adam, RunConfig, Since
 from normlab.runs import archive, files
-from normlab.runs.folder import FormatError
 from normlab.runs.identity import FORMAT
+from normlab.runs.record import FormatError
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 RECORDED = sorted(REFERENCE.glob(f"*{archive.SUFFIX}"))
@@ -176,6 +176,12 @@ def test_a_record_of_a_newer_format_is_a_sentence_and_stays(run) -> None:
         with pytest.raises(FormatError, match=f"record of format {FORMAT + 1}, and .* reads up to format {FORMAT}"):
             read()
     assert path.read_text() == before
+
+
+def test_a_record_of_before_the_first_format_is_read_though_its_id_cannot_be_made_anew(run) -> None:
+    path = run.folder / "config.yaml"
+    path.write_text(path.read_text().replace(f"format: {FORMAT}\n", "").replace("epochs:", "epochs: 7 #"))
+    assert runs.read_record(run.folder).config["epochs"] == 7
 
 
 def test_a_frozen_configuration_is_not_overwritten_by_how_the_run_is_carried_out_later(make, run) -> None:

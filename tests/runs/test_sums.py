@@ -40,7 +40,7 @@ def states(run: runs.Run) -> tuple[list[str], str]:
 
 def test_an_untouched_record_is_believed(two) -> None:
     assert states(two[0]) == (["done", "done"], "")
-    assert load(two[0].folder.parent).unchecked == 0
+    assert load(two[0].folder.parent).unchecked == []
     assert [runs.check(run.folder) for run in two] == ["", ""]
     assert [run.state for run in two] == ["done", "done"]
 
@@ -95,7 +95,7 @@ def test_of_a_record_of_an_earlier_format_the_name_of_the_folder_still_tells(mak
         del status[name]
     files.write_json(run.folder / "status.json", status)
     study = load(run.folder.parent)
-    assert (study.warnings, study.unchecked, study.states()["done"]) == ([], 1, 1)
+    assert (study.warnings, len(study.unchecked), study.states()["done"]) == ([], 1, 1)
     path = run.folder / "config.yaml"
     path.write_text(path.read_text().replace("batch: 128", "batch: 64"))
     assert "config.yaml describes another run than the name of its folder says" in states(run)[1]

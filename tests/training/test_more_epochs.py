@@ -74,7 +74,7 @@ def test_more_epochs_end_as_if_they_had_been_asked_for_at_once(tiny, steps, sett
     assert before == {path.name: path.read_bytes() for path in folder(shorter).iterdir() if path.is_file()}
 
 
-def test_the_longest_finished_run_is_extended_and_one_under_way_is_not(tiny, steps) -> None:
+def test_the_longest_finished_run_is_extended_and_one_under_way_is_not(tiny, steps, tmp_path) -> None:
     for epochs in (1, 2):
         train_run(tiny(*of(epochs)))
     run = runs.Run(tiny(*of(4)).as_dict())
@@ -90,6 +90,9 @@ def test_the_longest_finished_run_is_extended_and_one_under_way_is_not(tiny, ste
     assert find_shorter(runs.Run(tiny(*of(4, "optimizer.lr=0.05")).as_dict())) is None
     assert find_shorter(runs.Run(tiny(*of(4), "study=other").as_dict())) is None
     assert find_shorter(runs.Run(tiny(*of(1)).as_dict())) is None, "fewer epochs"
+    longest = folder(tiny(*of(3)))
+    longest.symlink_to(longest.rename(tmp_path / "elsewhere"))
+    assert find_shorter(run).epochs == 2, "links are not followed"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ not seen.
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import sys
@@ -128,7 +129,9 @@ def _read(file: Path, package: str) -> tuple[str, list[str]]:
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body
         if documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
             del node.body[0]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.unparse(tree).encode(errors="replace")).hexdigest(), imported
+    with contextlib.suppress(RecursionError):  # of a sum of many terms
+        content = ast.unparse(tree).encode(errors="replace")
+    return hashlib.sha256(content).hexdigest(), imported
 
 
 def _imports(tree: ast.Module, package: str) -> Iterator[str]:

@@ -15,14 +15,14 @@ from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.data.recorded import image_files
 from normlab.launchers import single
-from normlab.runs import files
+from normlab.runs import reading
 from normlab.training.distributed.processes import Processes
 
 
 def main(order: Path) -> int:
     """Train the run of an order; return the exit status."""
     try:
-        todo = files.read_json(order)
+        todo = reading.read_json(order)
         config = schema.parse(runs.completed(todo["settings"]))
         images = image_files(config)
         change = images.change(todo["made"].get("data")) if images else ""

@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import shlex
-import stat
 import subprocess
 import sys
 import time
@@ -35,7 +34,7 @@ from normlab.config.schema import Count, Positive, Whole
 from normlab.launchers import snapshot
 from normlab.launchers.pool import check_elsewhere, check_in_worker, print_once
 from normlab.launchers.sweep import Job, Sweep, list_failures
-from normlab.runs import State, files
+from normlab.runs import State, files, reading
 
 REQUEUE_STATUS = 75  # exit status of a task that was stopped and wants its job to go on later
 COMMENT = "normlab "  # begins the comment of our jobs; the order's path follows
@@ -132,20 +131,16 @@ def read_order(path: Path) -> Order:
         UserError: if it cannot be read, or is none.
     """
     try:
-        about = path.stat()
+        content = reading.read(path, MOST_BYTES)
     except OSError as error:
         raise UserError(f"The list of a job's runs, {path}, cannot be read: {error.strerror}.") from None
-    if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_BYTES:
-        raise UserError(
-            f"{path} is no list of a job's runs: it is no plain file, or larger than {MOST_BYTES >> 20} MB."
-        )
     digest = _DIGEST_IN_NAME.search(path.stem)  # not of those before version 0.4
-    if digest and _digest(path.read_bytes()) != digest[1]:
+    if digest and _digest(content) != digest[1]:
         raise UserError(
             f"The list of a job's runs, {path}, was changed since it was submitted. No run of it is started."
         )
     try:
-        return Order.model_validate(files.read_json(path), strict=True)
+        return Order.model_validate(reading.json_object(path, content), strict=True)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(

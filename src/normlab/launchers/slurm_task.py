@@ -68,11 +68,14 @@ def _settings(order: Path, todo: Order, index: str) -> list[dict[str, Any]]:
             "This command is for the jobs of hydra/launcher=slurm, in which SLURM sets that variable."
         )
     try:
-        settings = [runs.completed(entry.settings) for entry in todo.tasks[int(index)]]
-        for each in settings:
-            runs.Run(each)
+        entries = todo.tasks[int(index)]
+        settings = [runs.completed(entry.settings) for entry in entries]
+        names = [(Path(entry.folder).name, runs.run_name(each)) for entry, each in zip(entries, settings, strict=True)]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{order} is damaged: task {index} has no settings of runs ({described(error)}).") from None
+    for named, own in names:
+        if named not in ("", own):
+            raise UserError(f"{order} was changed: it names the run {named} and has the settings of another one.")
     return settings
 
 

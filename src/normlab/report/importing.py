@@ -40,8 +40,9 @@ from normlab.config.schema import DEPTHS, RunConfig, StudyName
 from normlab.runs import archive, files, reading
 from normlab.runs.folder import write_record
 from normlab.runs.identity import CARRIED_OUT
+from normlab.runs.reading import LARGEST_NUMBER
+from normlab.runs.schema import LARGEST, MOST_EPOCHS, MOST_SECONDS
 
-LARGEST = 2**53  # up to which whole numbers are exact wherever the report puts them
 MOST_BYTES, MOST_COLUMNS = 64 << 20, 10_000  # of a source; a hundred thousand evaluations of 20 columns have 20 MB
 LONGEST = 60  # characters of a name: three of them, and what else names a folder, fit into a file system's 255
 LABELS = ("arm", "dataset.name", "model.name")
@@ -92,7 +93,8 @@ def _setting(value: Any) -> Any:
 
 
 def _loss(text: str) -> float:
-    return loss if math.isfinite(loss := float(text)) else math.inf  # nan stands for what was not measured
+    loss = float(text)
+    return loss if abs(loss) <= LARGEST_NUMBER else math.inf  # nan stands for what was not measured
 
 
 class _Kind(NamedTuple):
@@ -104,12 +106,21 @@ class _Kind(NamedTuple):
 
 _TEXT = f"1 to {LONGEST} characters, none of < > $ \\ ` and no control characters"
 _SETTING = _Kind(Annotated[Any, BeforeValidator(_setting)], f"a finite number, or a text of {_TEXT}")
-_WHOLE = _Kind(Annotated[int, Field(ge=0, le=LARGEST)], "a whole number, 0 or more")
+_NUMBER = "a number, 0 or more, or an empty cell"
+
+
+def _whole(low: int, high: int) -> _Kind:
+    return _Kind(Annotated[int, Field(ge=low, le=high)], f"a whole number, {low} or more")
+
+
 _KINDS = {
     **dict.fromkeys(LABELS, _Kind(Annotated[str, BeforeValidator(_label)], _TEXT)),
-    **dict.fromkeys(("seed", "epoch", "step"), _WHOLE),
-    **dict.fromkeys(COUNTS, _Kind(Annotated[int, Field(ge=1, le=LARGEST)], "a whole number, 1 or more")),
-    **dict.fromkeys(MEASURED, _Kind(Annotated[FiniteFloat, Field(ge=0)], "a number, 0 or more, or an empty cell")),
+    **dict.fromkeys(("seed", "step"), _whole(0, LARGEST)),
+    "epoch": _whole(0, MOST_EPOCHS),
+    **dict.fromkeys(COUNTS, _whole(1, LARGEST)),
+    "epochs": _whole(1, MOST_EPOCHS),
+    **dict.fromkeys(MEASURED, _Kind(Annotated[FiniteFloat, Field(ge=0, le=LARGEST_NUMBER)], _NUMBER)),
+    "wall_seconds": _Kind(Annotated[FiniteFloat, Field(ge=0, le=MOST_SECONDS)], _NUMBER),
     **dict.fromkeys(LOSSES, _Kind(Annotated[float, BeforeValidator(_loss)], "a number, or an empty cell")),
     "state": _Kind(Literal["done", "diverged"], "done or diverged"),
 }
@@ -607,7 +618,7 @@ def _differs(run: _Made, there: Path, source: str) -> bool:
         raise UserError(f"{there} is no imported run, and is left alone.\nMove it away to import {source}.")
     try:
         state = (runs.read_status(there) or {}).get("state")
-        return state != run.status["state"] or (there / runs.METRICS_FILE).read_bytes() != run.metrics
+        return state != run.status["state"] or reading.read(there / runs.METRICS_FILE) != run.metrics
     except (UserError, OSError):
         return True  # damaged
 

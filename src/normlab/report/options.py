@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from normlab.common.errors import UserError, as_typed, did_you_mean, listed, switch_meant
 from normlab.common.installation import CONF
 from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
-from normlab.runs import files
+from normlab.runs import reading
 
 _SELECTIONS = ("arms", "batches", "seeds", "settings")
 TABLE_OPTIONS = ("baseline", "metric", "value", *_SELECTIONS, "thresholds", "confidence", "alpha")
@@ -37,6 +37,10 @@ def _are_shares(value: Any) -> bool:
     return _is_list(value, lambda each: _is_number(each) and 0 < each <= 1) and len(value) <= MOST_THRESHOLDS
 
 
+def _is_name(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
 def _are_names(value: Any) -> bool:
     return value is None or (_is_list(value, lambda each: isinstance(each, str)) and len(value) > 0)
 
@@ -50,6 +54,7 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         _are_shares,
         f"a list of at most {MOST_THRESHOLDS} accuracies between 0 and 1.\nExample: thresholds=[0.5,0.8,0.95]",
     ),
+    "baseline": (_is_name, "null or the name of an arm.\nExample: baseline=bn"),
     "figures": (_is_bool, "true or false."),
     "quiet": (_is_bool, "true or false."),
     "confidence": (_is_level, "a number between 0 and 1.\nExample: confidence=0.95"),
@@ -127,7 +132,7 @@ def options(**changes: Any) -> Options:
     Raises:
         UserError: for a value that is none of those that conf/report.yaml names, and for an option that it has not.
     """
-    menu = files.read_yaml(CONF / "report.yaml", files.parse_yaml)
+    menu = reading.read_yaml(CONF / "report.yaml")
     names = [field.name for field in fields(Options)]
     for name in changes:
         if name not in names:

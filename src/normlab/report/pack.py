@@ -25,8 +25,8 @@ from normlab.report.study.load import Study, load
 from normlab.report.study.status import read_packed
 from normlab.report.tables import csv_tables, table_options
 from normlab.runs import archive, files, find, probe_files, reading
-from normlab.runs.folder import STATUS
 from normlab.runs.provenance import segments
+from normlab.runs.record import STATUS
 
 _VERSION = "https://w3id.org/ro/crate/1.1"
 _CITATION = "CITATION.cff"
@@ -87,16 +87,21 @@ def _records(folder: Path) -> dict[str, bytes]:
     for run in find(folder):
         probes = probe_files(run)
         found += [*(run / name for name in archive.RUN_FILES), *probes]
-    entries = {}
+    entries: dict[str, bytes] = {}
+    left = archive.MOST_BYTES
     for path in found:
+        name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             raise UserError(f"{path} is a link, and only files are packed.\nReplace it by the file that it names.")
         try:
-            entries[path.relative_to(folder).as_posix()] = reading.read(path)
+            entries[name] = reading.read(path)
         except FileNotFoundError:
             continue
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        left -= len(entries[name])
+        if left < 0:
+            raise UserError(f"{folder} has more than {archive.MOST_BYTES >> 20} MiB of records; a file holds no more.")
     return entries
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from normlab import runs
 from normlab.common.errors import UserError, as_typed, did_you_mean, listed
-from normlab.common.progress import one_line
+from normlab.common.progress import one_line, span
 from normlab.common.registry import declarations
 from normlab.config import schema, weights
 from normlab.report.checks import Check, Outcome
@@ -187,12 +187,13 @@ def carry_out(study: Study, run: str, recorded: RecordPath, config: schema.RunCo
         order.write_text(json.dumps({"settings": settings, "made": made}))
         seconds = recorded_seconds(runs.read_status(recorded) or {})
         limit = max(MOST_SECONDS, MOST_TIMES * (0 if math.isnan(seconds) else seconds))
+        took = "nothing of it" if math.isnan(seconds) else span(seconds)
         # -P: nothing is imported from the present folder, except by trust=true.
         command = [sys.executable, "-P", "-m", "normlab.launchers.rerun", str(order)]
         try:
             ended = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit)
         except subprocess.TimeoutExpired:
-            return Check(Outcome.OPEN, run, f"was given up after {limit:.0f} s; its record says {seconds:.0f} s.")
+            return Check(Outcome.OPEN, run, f"was given up after {limit:.0f} s; its record says {took}.")
         if ended.returncode == 130:
             raise KeyboardInterrupt
         if ended.returncode:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from normlab import runs
-from normlab.common.errors import UserError, as_typed, first_line, listed
+from normlab.common.errors import UserError, as_typed, count, first_line, listed
 from normlab.common.progress import one_line, span
 from normlab.common.terminal import say
 from normlab.report import reruns
@@ -82,7 +82,8 @@ def _digests(study: Study, folder: RecordPath) -> Iterator[Check]:
         yield Check(Outcome.HOLDS, "Digests (SHA-256)", text)  # or it would not have been opened
     elif study.unchecked:
         text = (
-            f"of {study.unchecked} of {_number(study)} runs were not recorded: whether files were changed is not seen."
+            f"of {len(study.unchecked)} of {_number(study)} runs were not recorded: whether files were changed is not"
+            " seen."
         )
         yield Check(Outcome.OPEN, "Checksums", text)
 
@@ -94,8 +95,9 @@ def _number(study: Study) -> int:
 def _records(study: Study, folder: RecordPath) -> Check:
     """Check that the files of each run are what it wrote, and of the run that its folder names."""
     wrong = []
+    left_out = {run.run: run.note for run in study.noted() if run.state == State.UNREADABLE}
     for run, damage in runs.scan(folder):
-        why = damage or runs.check(run) or _unlike(run)
+        why = damage or runs.check(run) or _unlike(run) or left_out.get(run.name, "")
         if why:
             wrong.append(f"{reading.shown(run.name)}: {why.removeprefix(f'{run}/').rstrip('.')}")
     number = _number(study)
@@ -104,7 +106,7 @@ def _records(study: Study, folder: RecordPath) -> Check:
             Outcome.FAILS, "Records", f"of {len(wrong)} of {number} runs do not go together: {listed(wrong, 2, '; ')}."
         )
     return Check(
-        Outcome.HOLDS, "Records", f"of all {number} runs go together: names, settings, status and last evaluation."
+        Outcome.HOLDS, "Records", f"of {count(number, 'run')}: names, settings, status and last evaluation go together."
     )
 
 
@@ -116,11 +118,11 @@ def _unlike(run: RecordPath) -> str:
     try:
         record = read_record(run)
         config, status = record.config, record.status or {}
-        named, identity, (rows, _) = runs.run_name(config), runs.run_id(config), runs.read_metrics(run)
+        named, identity, (rows, lines) = runs.run_name(config), runs.run_id(config), runs.read_metrics(run)
     except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
         return first_line(error)
-    if record.damage:
-        return first_line(record.damage)
+    if record.damage or lines:
+        return first_line(record.damage or lines[0])
     if named != run.name:
         return f"its {CONFIG} is that of {named}"
     if status.get("run_id", identity) != identity:
@@ -216,9 +218,10 @@ def _compared(name: str, held: str, anew: str) -> Check:
         rows, new = (list(csv.reader(io.StringIO(text, newline=""))) for text in (held, anew))
     except csv.Error as error:
         return Check(Outcome.FAILS, f"Table {name}", f"is no CSV: {error}.")
-    if [len(rows), rows[:1]] != [len(new), new[:1]] or any(map(_unequal_lengths, rows, new)):
-        held_size, size = (f"{len(each) - 1} rows of {len(each[0])} columns" for each in (rows or [[]], new))
-        return Check(Outcome.FAILS, f"Table {name}", f"has {held_size} and other ones anew: {size}.")
+    if rows[:1] != new[:1]:
+        return Check(Outcome.FAILS, f"Table {name}", "has other columns, or in another order, than the one made anew.")
+    if len(rows) != len(new) or any(map(_unequal_lengths, rows, new)):
+        return Check(Outcome.FAILS, f"Table {name}", f"has {len(rows) - 1} rows, and {len(new) - 1} anew.")
     header = new[0]
     unequal = [
         (row, column, before, after)
@@ -227,7 +230,7 @@ def _compared(name: str, held: str, anew: str) -> Check:
         if before != after and not _close(before, after)
     ]
     if not unequal:
-        text = f"made anew is the same up to rounding ({RELATIVE:g} of each number)."
+        text = f"made anew is the same up to rounding ({RELATIVE:g} of each number, or {ABSOLUTE:g})."
         return Check(Outcome.HOLDS, f"Table {name}", text)
     row, column, before, after = unequal[0]
     more = f" {len(unequal) - 1} more cells differ." if len(unequal) > 1 else ""

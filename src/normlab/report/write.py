@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normlab.common.errors import UserError, as_typed, did_you_mean, first_line
+from normlab.common.errors import UserError, as_typed, did_you_mean, first_line, listed
 from normlab.common.installation import command_name, study_words
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
@@ -278,9 +278,10 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
             f" {', '.join(arms)}.{hint}"
         )
     if whole.unchecked:
+        names = f" ({listed(whole.unchecked, 3)})" if len(whole.unchecked) < len(whole.configs) else ""
         yield (
-            f"{whole.unchecked} of {len(whole.configs)} runs carry no checksums, which came with version 0.4.0: changes"
-            " of their files cannot be seen."
+            f"{len(whole.unchecked)} of {len(whole.configs)} runs{names} carry no checksums, which came with version"
+            " 0.4.0: changes of their files cannot be seen."
         )
     if options.selection:
         yield f"Only {options.selection} is reported; p-values are corrected over what is reported."
@@ -344,8 +345,8 @@ def _write_claims_page(
 
 def _remove_earlier(folder: Path, made: Collection[str], figures: bool) -> None:
     """Remove the tables of an earlier report that this one has not made, and its figures if this one drew some."""
-    for listed in folder.glob("*.sources.json"):
-        name = listed.name.removesuffix(".sources.json")
+    for sources in folder.glob("*.sources.json"):
+        name = sources.name.removesuffix(".sources.json")
         if name in made or (not figures and (folder / f"{name}.png").exists()):
             continue
         for suffix in SUFFIXES:

@@ -41,8 +41,6 @@ RUN_FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json")
 
 MOST_ENTRIES = 200_000
 MOST_BYTES = 2 << 30  # of all entries together, not compressed
-MOST_BYTES_OF_ROWS = 32 << 20  # of an entry of rows, or of a table; a hundred thousand evaluations
-MOST_BYTES_OF_ENTRY = 1 << 20  # of another one; a configuration has 1 kB
 MOST_BYTES_OF_DIRECTORY = 64 << 20  # the list of entries, which is read as a whole before they can be counted
 MOST_MARKS_OF_ENTRY = 20  # commas and brackets in the manifest; one, unless there are some in a name
 MOST_COMPRESSION = 100  # recorded runs reach 8
@@ -189,9 +187,7 @@ def _check_places(path: Path, file: BinaryIO, entries: list[zipfile.ZipInfo]) ->
 
 
 def _most_bytes(name: str) -> int:
-    if name in (MANIFEST, CRATE):
-        return MOST_BYTES_OF_DIRECTORY
-    return MOST_BYTES_OF_ROWS if name.endswith((".jsonl", ".csv")) else MOST_BYTES_OF_ENTRY
+    return MOST_BYTES_OF_DIRECTORY if name in (MANIFEST, CRATE) else reading.most_bytes(name)
 
 
 def _fault(entry: zipfile.ZipInfo, times: int) -> str | None:

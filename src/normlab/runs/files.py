@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -12,9 +11,8 @@ from typing import Any, BinaryIO
 import yaml
 
 from normlab.common.errors import storage_error
-from normlab.runs.reading import RecordPath, damaged, parse_yaml, read_json, yaml_mapping
+from normlab.runs.reading import LARGEST_NUMBER
 
-__all__ = ["RecordPath", "parse_yaml", "read_json"]
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
 
@@ -67,14 +65,14 @@ def open_to_append(path: Path) -> BinaryIO:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove temporary files of killed processes from `folder`, in which no other process may be writing."""
-    with contextlib.suppress(OSError):  # it only takes space
+    with contextlib.suppress(OSError, RecursionError):  # it only takes space
         for path in folder.rglob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that are not finite by None, as JSON has no NaN."""
-    if isinstance(value, float) and not math.isfinite(value):
+    """Replace numbers that are not finite, or too large to be read again, by None: JSON has no NaN."""
+    if isinstance(value, float) and not -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
         return None
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
@@ -97,16 +95,3 @@ def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
     """Write a mapping as YAML (see `write_atomically`)."""
     text = yaml.dump(dict(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def read_yaml(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Read a mapping from a file of this package; `parse` is `parse_yaml`.
-
-    Raises:
-        UserError: if the file cannot be read or holds no mapping.
-    """
-    try:
-        content = path.read_bytes()  # a package may be installed by way of links
-    except OSError as error:
-        raise damaged(path, error) from None
-    return yaml_mapping(path, content, parse)

@@ -28,7 +28,6 @@ from normlab.runs.record import (
     STATUS,
     FormatError,
     check,
-    find,
     probe_files,
     read_config,
     read_metrics,
@@ -38,20 +37,6 @@ from normlab.runs.record import (
 from normlab.runs.rows import METRICS_FILE
 from normlab.runs.states import FINISHED, State, recorded_state
 
-__all__ = [
-    "CONFIG",
-    "LOG",
-    "METRICS_FILE",
-    "PROBES_FOLDER",
-    "PROVENANCE",
-    "STATUS",
-    "FormatError",
-    "Run",
-    "find",
-    "now",
-    "read_status",
-    "write_record",
-]
 LOG = "run.log"
 
 
@@ -186,30 +171,15 @@ class Run:
             written = {CONFIG: self._sum_now(CONFIG), **own} if own or not before else self._sums_now()
         else:
             written = self._sums
-        status = {
-            "state": state,
-            "run_id": self.run_id,
-            "name": self.name,
-            "started": None,
-            "ended": None,
-            "error": None,
-            **before,
-            **facts,
-            "heartbeat": now(),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-        }
+        named = {"state": state, "run_id": self.run_id, "name": self.name}
+        status = named | {"started": None, "ended": None, "error": None} | before | facts | named
+        status |= {"heartbeat": now(), "host": socket.gethostname(), "pid": os.getpid()}
         for name in ("files", "checksum"):  # they come last
             status.pop(name, None)
-        status |= {
-            "state": state,
-            "run_id": self.run_id,
-            "name": self.name,
-            "files": {k: [*v] for k, v in written.items()},
-        }
+        status["files"] = {name: [*each] for name, each in written.items()}
         content = sums.sealed(status, self.run_id)
         files.write_atomically(self.folder / STATUS, lambda file: file.write(content), durable=durable)
-        return {**status, "checksum": sums.checksum_of(content)}
+        return status
 
     def _sum_now(self, name: str) -> sums.Sum:
         """Return the sum of a file as it is now."""
@@ -234,17 +204,22 @@ class Run:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation to metrics.jsonl."""
-        self._append(METRICS_FILE, [row])
+        self._append(METRICS_FILE, _as_lines([row]))
 
-    def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append the rows of one measurement to a probe's file."""
+    def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> bool:
+        """Append the rows of one measurement to a probe's file; return whether it has room for them."""
         self._verify()  # first: a folder that was deleted must not come back
         files.make_folder(self.folder / PROBES_FOLDER)
-        self._append(f"{PROBES_FOLDER}/{probe}.jsonl", rows)
+        name, text = f"{PROBES_FOLDER}/{probe}.jsonl", _as_lines(rows)
+        length, _ = self._known().get(name, (0, ""))
+        if length + len(text) > reading.most_bytes(name):  # it could not be read again
+            return False
+        self._append(name, text)
+        return True
 
-    def _append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    def _append(self, name: str, text: str) -> None:
         self._verify()
-        known, text = self._known(), _as_lines(rows)
+        known = self._known()
         if name not in known:
             self._list([name])
         _append(self.folder / name, text)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Hashable, Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, get_args
 
 from normlab.common.registry import declarations
@@ -61,15 +61,20 @@ def _later_settings(config: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]
         yield "", key, neutral
     for group, values in config.items():
         if group == "norm":
-            for key, neutral in _later_options(str(values.get("_target_")), str(values.get("name"))).items():
+            for key, neutral in _later_options(_short(values.get("_target_")), _short(values.get("name"))).items():
                 yield group, key, neutral
         if isinstance(values, Mapping):
-            section = _section(_schema(), group, str(values.get("kind")), str(values.get("name")))
+            section = _section(_schema(), *map(_short, (group, values.get("kind"), values.get("name"))))
             for key, neutral in (_marked(section) if section else {}).items():
                 yield group, key, neutral
 
 
-@cache
+def _short(value: object) -> str:
+    """Return a text that tells the schema's names apart and takes little memory where results are kept by it."""
+    return str(value)[:200]
+
+
+@lru_cache(maxsize=1024)
 def _later_options(target: str, name: str) -> dict[str, Any]:
     """Return the neutral value of each option of a norm of normlab that came after runs had been recorded."""
     norms = declarations("norms").values() if target.startswith("normlab.norms.") else ()
@@ -94,7 +99,7 @@ def _marked(section: "type[BaseModel]") -> dict[str, Any]:
     return {name: mark.neutral for name, mark in marks if isinstance(mark, Since)}
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _section(model: "type[BaseModel]", group: str, kind: str, name: str) -> "type[BaseModel] | None":
     """Return the class of a group's settings: of several, the one that is made for this `kind` or `name`."""
     from pydantic import BaseModel

@@ -34,15 +34,16 @@ def make_own_folder(folder: Path, above: Path) -> None:
 
 
 def _check(folder: str) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                if entry.name != "wandb":  # which keeps links to its cache there, and makes a folder for each process
-                    _check(entry.path)
-            elif not entry.is_file(follow_symlinks=False):
-                raise _leads_elsewhere(
-                    Path(entry.path), "a link" if entry.is_symlink() else "neither a file nor a folder"
-                )
+    left = [folder]
+    while left:
+        with os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name != "wandb":  # it keeps links to its cache there, and makes a folder for each process
+                        left.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    kind = "a link" if entry.is_symlink() else "neither a file nor a folder"
+                    raise _leads_elsewhere(Path(entry.path), kind)
 
 
 def _leads_elsewhere(path: Path, kind: str) -> UserError:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import yaml
 
 from normlab.common.errors import UserError, first_line
 
-MOST_BYTES_OF_ROWS = 32 << 20  # of a file of rows; a hundred thousand evaluations
+MOST_BYTES_OF_ROWS = 64 << 20  # of a file of rows, or of a table; a hundred thousand evaluations
 MOST_BYTES_OF_FILE = 1 << 20  # of another one; a configuration has 1 kB
 MOST_VALUES = 10_000  # of each key of a record in YAML, and
 MOST_KEYS = 200  # keys: a configuration has 150 values in 40
@@ -28,6 +28,7 @@ MOST_DEPTH = 50  # of lists and mappings within each other
 MOST_MARKS = 100_000  # signs that can begin a value in YAML, each of which costs memory while it is read
 MOST_KEPT = 20_000  # characters of a text whose value is kept for equal ones: a hostile study must not fill the memory
 LARGEST = 2**63  # whole numbers are below it: what computes with them takes no more
+LARGEST_NUMBER = 1e150  # of a row: its square, and what a figure adds to an axis, are numbers still
 _MARKS = ",:[{-?&*\n"
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -70,7 +71,7 @@ class NotReadError(OSError):
 
 def most_bytes(name: str) -> int:
     """Return the size up to which a file of that name is read."""
-    return MOST_BYTES_OF_ROWS if name.endswith(".jsonl") else MOST_BYTES_OF_FILE
+    return MOST_BYTES_OF_ROWS if name.endswith((".jsonl", ".csv")) else MOST_BYTES_OF_FILE
 
 
 @contextmanager
@@ -183,11 +184,14 @@ def shown(text: object) -> str:
 def damaged(path: RecordPath, why: object) -> UserError:
     """Return the error for a file of a run that cannot be read."""
     reason = (why.strerror if isinstance(why, OSError) else None) or first_line(why) or type(why).__name__
+    return UserError(f"{shown(path)} cannot be read: {shown(reason)}.\n{remedy(path)}")
+
+
+def remedy(path: RecordPath) -> str:
+    """Return what helps against a damaged file of a run."""
     if isinstance(path, Path):
-        fix = f"Move the folder {shown(path.parent)} away and run the same command again to repeat this run."
-    else:
-        fix = "It was so when the study was packed. Whoever packed it has to repeat this run."
-    return UserError(f"{shown(path)} cannot be read: {shown(reason)}.\n{fix}")
+        return f"Move the folder {shown(path.parent)} away and run the same command again to repeat this run."
+    return "It was so when the study was packed. Whoever packed it has to repeat this run."
 
 
 # ---- JSON
@@ -238,8 +242,7 @@ def json_object(path: RecordPath, content: bytes) -> dict[str, Any]:
     """
     try:
         value = parse_json(content.decode())
-        if content.count(b"{") + content.count(b"[") > MOST_DEPTH:  # else it is not so deep
-            check_values(value)
+        check_values(value)
     except FAULTS as error:
         raise damaged(path, error) from None
     if not isinstance(value, dict):
@@ -275,23 +278,14 @@ def check_values(value: Any) -> None:
 # ---- YAML
 
 
-def read_yaml(path: RecordPath, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Read a mapping; `parse` is `parse_yaml`, or calls it.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a file of this package.
 
     Raises:
         UserError: if the file cannot be read or holds no mapping.
     """
-    return yaml_mapping(path, contents(path), parse)
-
-
-def yaml_mapping(path: RecordPath, content: bytes, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """Return the mapping that a file holds.
-
-    Raises:
-        UserError: if that is none.
-    """
     try:
-        value = parse(content.decode())
+        value = parse_yaml(path.read_bytes().decode())  # a package may be installed by way of links
     except FAULTS as error:
         raise damaged(path, error) from None
     if not isinstance(value, dict):

@@ -99,7 +99,7 @@ class _Cell(NamedTuple):
 
 
 class _Config(NamedTuple):
-    """A configuration, the id that its file names (None where it names none), and the id that it describes."""
+    """A configuration, the id that its file names (None: none), and the id that it describes ("": cannot be told)."""
 
     settings: dict[str, Any]
     named: object
@@ -124,7 +124,8 @@ def _as_config(path: RecordPath, content: bytes) -> _Config:
     settings = {key: value for key, value in cell.value.items() if key not in ("format", "run_id")}
     if seed is not None:
         settings["seed"] = seed
-    described = digest(f"{settings['seed']}".join(cell.identity)) if cell.identity else ""
+    formatted = "format" in cell.value  # else of 0.1.0, whose ids were other digests
+    described = digest(f"{settings['seed']}".join(cell.identity)) if cell.identity and formatted else ""
     return _Config(settings, named or cell.value.get("run_id"), described, cell.fault)
 
 
@@ -205,11 +206,7 @@ def _as_status(path: RecordPath, content: bytes, folder: RecordPath) -> dict[str
 
 def changed(path: RecordPath, why: str = sums.CHANGED) -> UserError:
     """Return the error for a file of a record that does not go with the rest of it."""
-    if isinstance(path, Path):
-        fix = f"Move the folder {reading.shown(path.parent)} away and run the same command again to repeat this run."
-    else:
-        fix = "It was so when the study was packed. Whoever packed it has to repeat this run."
-    return UserError(f"{reading.shown(path)} {why}.\n{fix}")
+    return UserError(f"{reading.shown(path)} {why}.\n{reading.remedy(path)}")
 
 
 def read_provenance(folder: RecordPath) -> dict[str, Any]:
@@ -298,7 +295,7 @@ def read_record(folder: RecordPath) -> Record:
         raise changed(path, f"is of the run {reading.shown(config.named)}, and lies in the folder of another")
     if config.fault:
         raise changed(path, f"lacks a setting of a run, or has an odd one: {config.fault}")
-    if own and config.described != own:
+    if own and config.described not in (own, ""):
         raise changed(path, "describes another run than the name of its folder says")
     status = read_status(folder)
     probes = [f"{PROBES_FOLDER}/{path.name}" for path in probe_files(folder)]

@@ -78,7 +78,7 @@ def _row_by_row(path: RecordPath, text: str, *, probe: bool) -> tuple[Rows, None
     rows: Rows = []
     warnings: list[str] = []
     names: set[str] = set()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else (), start=1):
         try:
             row = reading.parse_json(line)
             why = schema.row_fault(row, probe=probe) or schema.order_fault(row, rows[-1] if rows else None, probe=probe)

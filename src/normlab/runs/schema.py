@@ -7,13 +7,13 @@ own: whole columns are compared with it.
 
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from normlab.runs import reading
 from normlab.runs.reading import shown
 
 LARGEST = 2**53  # up to which whole numbers are exact wherever the report puts them
@@ -32,7 +32,7 @@ _Word = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 _Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME, pattern=_PRINTABLE)]
 _Count = Annotated[int, Field(ge=0, le=LARGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=MOST_SECONDS)]
-_Number = Annotated[float, Field(allow_inf_nan=False)]
+_Number = Annotated[float, Field(ge=-reading.LARGEST_NUMBER, le=reading.LARGEST_NUMBER)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Sum = Annotated[tuple[_Count, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]], Field(strict=False)]  # JSON has lists
 
@@ -108,7 +108,7 @@ class _Imported(_Part):
 
 
 class _Segment(_Part):
-    versions: dict[_Name, _Name | None] | None = Field(None, max_length=1000)
+    versions: dict[_Name, _Name | None] | None = Field(None, max_length=100)
     git: _Git | None = None
     command: list[_Text] | None = Field(None, max_length=10_000)
     platform: _Text | None = None
@@ -189,8 +189,8 @@ def fault(kind: type[BaseModel], value: object) -> str:
 class Bounds(NamedTuple):
     """The numbers that a column may have, and whether each row has one."""
 
-    low: float = -sys.float_info.max  # what is not finite is null in a row
-    high: float = sys.float_info.max
+    low: float = -reading.LARGEST_NUMBER  # what is not finite is null in a row
+    high: float = reading.LARGEST_NUMBER
     whole: bool = False
     needed: bool = False
 
@@ -204,7 +204,7 @@ class Bounds(NamedTuple):
             (False, True): f", {self.high:g} or less",
             (False, False): "",
         }
-        limits = self.low > -sys.float_info.max, self.high < sys.float_info.max
+        limits = self.low > -reading.LARGEST_NUMBER, self.high < reading.LARGEST_NUMBER
         return kind + ends[limits] + ("" if self.needed else ", or null")
 
 
@@ -255,7 +255,7 @@ def _is_histogram(counts: Any, edges: Any) -> bool:
 def _within(values: Sequence[float], bounds: Bounds) -> bool:
     if bounds is _ANY:
         try:
-            if math.isfinite(sum(values)):  # a third of the time
+            if math.hypot(*values) <= bounds.high:  # a third of the time
                 return True
         except OverflowError:  # a whole number that no float holds
             return False

@@ -10,7 +10,7 @@ from normlab.common.errors import UserError
 from normlab.runs import lock
 from normlab.runs.folder import Run
 from normlab.runs.identity import run_id
-from normlab.runs.record import read_config, read_status
+from normlab.runs.record import find, read_config, read_status
 from normlab.runs.states import FINISHED, State, recorded_state
 
 KEPT = "checkpoint.final.pt"  # of a run that is done: network, optimizer and probes after its last step
@@ -83,7 +83,7 @@ def _listed(study_folder: Path) -> dict[str, list[Path]]:
     """Return the folders in a study by the part of their names that does not depend on epochs."""
     by_stem: dict[str, list[Path]] = {}
     try:
-        for path in study_folder.iterdir():
+        for path in find(study_folder):
             by_stem.setdefault(_stem(path.name), []).append(path)
     except OSError:
         return {}

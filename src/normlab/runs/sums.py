@@ -67,12 +67,6 @@ def sealed(status: Mapping[str, Any], run_id: str) -> bytes:
     return head + f',\n "checksum": "{sum_of(head, run_id)[1]}"\n}}\n'.encode()
 
 
-def checksum_of(content: bytes) -> str:
-    """Return the sum in the last line of a status that is sealed."""
-    seal = _SEAL.search(content)
-    return seal[1].decode() if seal else ""
-
-
 def status_fault(content: bytes, status: Mapping[str, Any], run_id: str) -> str:
     """Return what is wrong with a status by its sum and by the id in its folder's name; "" if nothing is."""
     named = status.get("run_id")

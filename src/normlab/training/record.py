@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from normlab.common.terminal import PlainFormatter
 from normlab.data.recorded import image_files
 from normlab.models import pretrained
 from normlab.runs import files, provenance
+from normlab.runs.reading import MOST_BYTES_OF_ROWS
 from normlab.runs.shorter import KEPT, Shorter
 from normlab.training import checkpoint, device
 from normlab.training.state import TrainingState
@@ -32,6 +33,7 @@ class Recorder:
         self.run, self.log = run, log
         self._logger, self._on_status = logger, on_status
         self._latest: dict[str, Any] = {}
+        self._full: set[str] = set()  # probes whose files hold no more
 
     def preparing(self, text: str) -> None:
         """Report work that takes a while before the first step."""
@@ -99,6 +101,18 @@ class Recorder:
         self._logger.record(row)
         self._note(row)
         self.log.info("%s", files.to_json(row))
+
+    def measurement(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write down a measurement of a probe."""
+        if not self.run.append_probe(probe, rows) and probe not in self._full:
+            self._full.add(probe)
+            self.log.warning(
+                "probe=%s has measured more than a file holds (%d MiB); the rest is left out. Measure less often:"
+                " probe.%s.times=...",
+                probe,
+                MOST_BYTES_OF_ROWS >> 20,
+                probe,
+            )
 
     def _note(self, row: Mapping[str, Any]) -> None:
         self._latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})

@@ -83,7 +83,7 @@ def set_up(
     probes = None
     if config.probe:
         subject = _probe_subject(config, network, data)
-        probes = Probes(config.probe, subject, config.epochs * data.train.steps, recorder.run.append_probe)
+        probes = Probes(config.probe, subject, config.epochs * data.train.steps, recorder.measurement)
     engine = engines.build(config, data.train, step, position, recorder.log.warning)
     return TrainingState(
         config, where, group, resources.interleaver, data, step, engine, probes, position, memory_format

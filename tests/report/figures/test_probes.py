@@ -116,6 +116,13 @@ def test_a_loss_that_overflowed_leaves_a_gap(plant, drawn):
     figure.draw_without_rendering()
 
 
+@pytest.mark.parametrize("number", [1e150, 1.7e308, 5e-324])
+def test_numbers_at_the_ends_of_floats_cost_no_figure(plant, drawn, number):
+    plant("sharpness", lambda level, step: [{"eigenvalue": number if step else level, "converged": True}])
+    for figure in drawn().values():
+        figure.draw_without_rendering()
+
+
 def test_sharpness_is_a_line_per_arm(plant, drawn):
     plant("sharpness", lambda level, step: [{"eigenvalue": level + step, "converged": True}])
     [ax] = drawn()["sharpness"].axes

@@ -1,3 +1,4 @@
+import json
 import math
 from datetime import timedelta
 from pathlib import Path
@@ -6,6 +7,7 @@ import pytest
 
 from normlab.common.errors import UserError
 from normlab.report.study import load
+from normlab.report.study.load import MOST_COLUMNS
 
 
 def labels(study):
@@ -137,6 +139,22 @@ def test_a_damaged_file_costs_only_its_own_run(add_run, study, file, content):
     assert found.states()["done"] == 1
     [warning] = found.warnings
     assert str(damaged / file) in warning
+
+
+def test_columns_of_one_run_cost_no_other_run(add_run, study):
+    for seed in range(3):
+        add_run("bn", seed=seed)
+    whole = load(study).evaluations
+    for seed in range(3):
+        folder = add_run("affine", seed=seed)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        odd = {f"odd{seed}_{number}": 1.0 for number in range(80)}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(odd | row) + "\n" for row in rows))
+    found = load(study)
+    assert found.states()["done"] == 6
+    assert set(whole.columns) <= set(found.evaluations.columns)
+    assert len(found.evaluations.columns) <= MOST_COLUMNS + 10
+    assert any("left out, as the study's files have more than" in warning for warning in found.warnings)
 
 
 def test_an_unreadable_line_is_left_out_with_a_warning(add_run, study):

@@ -18,9 +18,9 @@ from normlab.report.analysis.highlight import highlight_rule
 from normlab.report.analysis.metrics import BEST, METRICS, Metric
 from normlab.report.analysis.statistics import ENOUGH, RESAMPLES, TOO_FEW
 from normlab.report.study.load import Study
-from normlab.runs import files
+from normlab.runs import reading
 
-_CAPTIONS: dict[str, dict[str, str]] = files.read_yaml(Path(__file__).with_name("captions.yaml"), files.parse_yaml)
+_CAPTIONS: dict[str, dict[str, str]] = reading.read_yaml(Path(__file__).with_name("captions.yaml"))
 
 
 def _texts(name: str, **words: object) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from normlab.common.installation import command_name
 from normlab.report.analysis.metrics import METRICS, Metric
-from normlab.runs import files
+from normlab.runs import reading
 
 # Values that the runs of a side must have where a claim does not name the setting, so that a deliberate oddity of a
 # study (batches that are not independent, statistics of test batches, a folded initialization) does not count for a
@@ -104,7 +104,7 @@ class Claim:
 def claims() -> tuple[Claim, ...]:
     """Return every claim, in the order of claims.yaml."""
     text = Path(__file__).with_name("claims.yaml").read_text(encoding="utf-8")
-    return tuple(parse(entry) for entry in files.parse_yaml(text))
+    return tuple(parse(entry) for entry in reading.parse_yaml(text))
 
 
 def parse(entry: Mapping[str, Any]) -> Claim:

@@ -19,11 +19,11 @@ from normlab.report.figures import accuracy, probe_figures
 from normlab.report.figures.panels import SINGLE_SEED, Drawing, Panel, Theme, arrange, common_setting, paged, split
 from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, styles
 from normlab.report.study.load import Study
-from normlab.runs import FINISHED, files
+from normlab.runs import FINISHED, reading
 
 __all__ = ["Canvas", "NamedFigure", "draw", "encode", "styles"]
 
-_CAPTIONS = files.read_yaml(Path(__file__).with_name("captions.yaml"), files.parse_yaml)
+_CAPTIONS = reading.read_yaml(Path(__file__).with_name("captions.yaml"))
 
 
 class NamedFigure(NamedTuple):

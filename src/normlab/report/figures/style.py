@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from normlab.report.study.arms import FAMILIES, in_order
+from normlab.runs.reading import LARGEST_NUMBER
 
 SINGLE, DOUBLE, SLIDE = 3.4, 7.0, 6.4  # inches: widths of one and of two columns, and of a slide
 CROWD = 8  # arms that one panel can show
@@ -169,6 +170,7 @@ def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = 
     Those of a share (in %) end at 0 and 100, and the axis of positive values that span a factor of ten is logarithmic.
     """
     values = shown.replace([math.inf, -math.inf], math.nan).dropna()
+    values = values.where(values.abs() >= 1 / LARGEST_NUMBER, 0.0)  # of one that is nearer to 0, ratios overflow
     if values.empty:
         return
     low, high = float(values.min()), float(values.max())

@@ -8,7 +8,7 @@ from pathlib import Path
 from normlab.common.errors import UserError, did_you_mean, listed
 from normlab.common.installation import command_name, study_words
 from normlab.runs.archive import SUFFIX
-from normlab.runs.folder import CONFIG
+from normlab.runs.record import CONFIG
 
 
 def find_studies(output_dir: Path) -> list[str]:

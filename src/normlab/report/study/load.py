@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from normlab import runs
-from normlab.common.errors import UserError, first_line, listed
+from normlab.common.errors import UserError, count, first_line, listed
 from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, places, varying
 from normlab.report.study.columns import Columns, length, tidy
 from normlab.report.study.find import find_study, packed_name
@@ -36,6 +36,7 @@ _SEVERAL = {  # of one kind of fault, about all runs that have it
         " Delete their folders and start them again."
     ),
     "provenance": "{number} runs are shown without how they were made: {names}. The first: {first}",
+    "columns": "{number} runs have columns that are left out: {names}. The first: {first}",
     "copies": "{number} folders hold the same runs as others and are left out: {names}. The first: {first}",
 }
 MOST_COLUMNS = 200  # names of columns of the evaluations of all runs, or of a probe's rows
@@ -64,7 +65,7 @@ class Study:
         remarks: per setting, a sentence about what varies with the batch size.
         notes: the remarks of a person, from notes.md beside the runs.
         warnings: sentences about what could not be read, and what was imported.
-        unchecked: number of runs in a folder that carry no checksums, as those of versions before 0.4.0: whether their
+        unchecked: the runs in a folder that carry no checksums, as those of versions before 0.4.0: whether their
             files were changed cannot be seen.
     """
 
@@ -78,7 +79,7 @@ class Study:
     remarks: dict[str, str]
     notes: str
     warnings: list[str]
-    unchecked: int = 0
+    unchecked: Sequence[str] = ()
 
     @cached_property
     def packed(self) -> bool:
@@ -210,9 +211,8 @@ class _Records:
         self.provenance: dict[str, dict[str, Any]] = {}
         self.faults: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self.notes = _notes(folder)
-        self.unchecked = 0
+        self.unchecked: list[str] = []
         self._now = now
-        self._names: dict[str, Set[str]] = defaultdict(set)  # of columns, by probe; "": of evaluations
         index = Index(folder)
         for path, why in runs.scan(folder):
             name = shown(path.name)
@@ -228,6 +228,20 @@ class _Records:
                 row |= {"state": State.UNREADABLE, "note": first_line(error)}
             self.rows.append(row)
         index.write()
+        for found in (self.evaluations, *self.probes.values()):
+            self._leave_out_rare_columns(found)
+
+    def _leave_out_rare_columns(self, found: dict[str, Columns]) -> None:
+        """Keep the columns that most runs have: every column costs memory in every run's rows."""
+        runs_with = Counter(itertools.chain.from_iterable(found.values()))
+        kept = {name for name, _ in runs_with.most_common(MOST_COLUMNS)}
+        for run, columns in found.items() if len(runs_with) > len(kept) else ():
+            left = {name: values for name, values in columns.items() if name in kept}
+            if len(left) < len(columns):
+                found[run] = left
+                left_out = count(len(columns) - len(left), "column")
+                sentence = f"{shown(run)}: {left_out} left out, as the study's files have more than {MOST_COLUMNS}"
+                self.faults["columns"].append((run, f"{sentence}."))
 
     def _read_twice(self, path: RecordPath, row: dict[str, Any], index: Index) -> None:
         """Read a run and complete its row: again if it cannot be read, as its files may just have been written.
@@ -250,27 +264,23 @@ class _Records:
         row["epochs"] = record.config["epochs"]
         lines: list[tuple[str, str]] = []
 
-        def columns(file: str, kind: str) -> Columns:
+        def columns(file: str) -> Columns:
             found, warnings = index.read(run, file, record)
             lines.extend((f"{run}/{file}", warning) for warning in warnings)
-            names = self._names[kind] | found.keys()
-            if len(names) > MOST_COLUMNS:
-                raise damaged(path / file, f"it brings the study to more than {MOST_COLUMNS} columns")
-            self._names[kind] = names
             return found
 
         for file in record.probes:
             probe = file.removeprefix(f"{runs.PROBES_FOLDER}/").removesuffix(".jsonl")
-            self.probes[probe][run] = columns(file, probe)
+            self.probes[probe][run] = columns(file)
         self.evaluations[run] = {}
         status = record.status
         if status is not None:
-            self.evaluations[run] = columns(runs.METRICS_FILE, "")
+            self.evaluations[run] = columns(runs.METRICS_FILE)
             row |= {key: status.get(key) for key in ("state", *_NUMBERS[1:])}
             row["note"] = _note(path, status, self._now)
             self._check(path, row)
             if record.sums is None and isinstance(path, Path):  # a packed study has digests of all its files
-                self.unchecked += 1
+                self.unchecked.append(run)
         self.faults["lines"] += lines
         if record.damage:
             self.faults["provenance"].append((run, record.damage))
@@ -279,8 +289,7 @@ class _Records:
         """Mark a run of an unknown state, and one whose last evaluation is missing."""
         measured = self.evaluations[path.name]
         if row["state"] not in RECORDED:
-            row["note"] = f"{path / 'status.json'} has the unknown state {shown(row['state'])!r}"
-            row["state"] = State.UNREADABLE
+            raise damaged(path / "status.json", f"it has the unknown state {shown(row['state'])!r}")
         if length(measured) and measured["epoch"][-1] > row["epochs"]:
             raise damaged(path / runs.METRICS_FILE, f"it has an epoch {measured['epoch'][-1]:.0f} of {row['epochs']}")
         if row["state"] == "done" and (not length(measured) or measured["epoch"][-1] != row["epochs"]):

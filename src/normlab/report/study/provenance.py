@@ -77,8 +77,9 @@ def mixed_provenance(study: Study) -> Iterator[str]:
     for setting, runs in study.finished.groupby("setting", sort=False)["run"]:
         made = [study.provenance.get(run, {}) for run in runs]
         kinds_of = {kinds: list(map(name, made)) for kinds, name in _KINDS.items()}
-        for library in sorted({library for each in made for library in made_by.libraries(each)}):
-            versions = [made_by.libraries(each).get(library) for each in made]
+        known = list(map(made_by.libraries, made))
+        for library in sorted({library for versions in known for library in versions}):
+            versions = [each.get(library) for each in known]
             kinds_of[f"versions of {library}"] = [f"{library} {version}" if version else "" for version in versions]
         for kinds, names in kinds_of.items():
             tally = _tally(filter(None, names))
