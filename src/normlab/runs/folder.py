@@ -157,7 +157,7 @@ class Run:
             self._claim.verify()
 
     def write_status(self, state: str, *, durable: bool = True, **facts: Any) -> dict[str, Any]:
-        """Replace status.json and return it; every fact not given again is kept.
+        """Replace status.json and return what it says; every fact not given again is kept.
 
         Its checksums are those of the files that this process has written, else those that the status had.
         """
