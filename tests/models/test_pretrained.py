@@ -6,6 +6,7 @@ import hashlib
 import os
 import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -124,14 +125,14 @@ def test_bn_frozen_that_was_not_trained_is_said_to_normalize_nothing(make) -> No
     assert "it normalizes nothing" in said[0]
 
 
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "module.", "headless", "one_batch_uncounted"])
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "_orig_mod.module.", "headless", "one_batch_uncounted"])
 def test_the_classifier_starts_afresh_where_classes_differ_and_all_else_is_the_files(make, tmp_path, wrap) -> None:
     start = trained(1000).state_dict()
     content: object = start
     if wrap in ("state_dict", "model"):
         content = {"epoch": 3, wrap: start}
-    elif wrap == "module.":
-        content = {f"module.{name}": value for name, value in start.items()}
+    elif wrap == "_orig_mod.module.":
+        content = {f"{wrap}{name}": value for name, value in start.items()}
     elif wrap == "headless":
         content = {name: value for name, value in start.items() if not name.startswith("fc.")}
     elif wrap == "one_batch_uncounted":
@@ -144,6 +145,20 @@ def test_the_classifier_starts_afresh_where_classes_differ_and_all_else_is_the_f
     for name, value in network.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(value, plain[name] if name.startswith("fc.") else start[name]), name
+
+
+def test_a_networks_own_module_is_no_wrapper() -> None:
+    network = nn.Sequential(OrderedDict(module=nn.Linear(2, 1)))
+    ones = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    pretrained.put(network, ones, pretrained.Trained("", ones, ""), lambda: network)
+    assert all(torch.equal(value, ones[name]) for name, value in network.state_dict().items())
+
+
+def test_a_first_weight_without_dimensions_is_a_sentence() -> None:
+    network = torchvision.models.resnet18(num_classes=2)
+    start = network.state_dict() | {"conv1.weight": torch.tensor(1.0)}
+    with pytest.raises(UserError, match=r"1 of another shape or kind \(conv1.weight \(\) for \(64, "):
+        pretrained.put(network, start, pretrained.Trained("", start, ""), lambda: network)
 
 
 def test_all_arms_of_a_seed_and_all_seeds_start_from_the_same_convolutions(make, tmp_path: Path) -> None:
@@ -159,9 +174,10 @@ def test_all_arms_of_a_seed_and_all_seeds_start_from_the_same_convolutions(make,
         (lambda s: s.update({"more.weight": torch.zeros(2)}), "1 unknown (more.weight)"),
         (
             lambda s: s.update({"conv1.weight": torch.zeros(1, 3, 3, 3)}),
-            "1 of another shape (conv1.weight (1, 3, 3, 3)",
+            "1 of another shape or kind (conv1.weight (1, 3, 3, 3)",
         ),
-        (lambda s: s.update({"conv1.weight": s["conv1.weight"].int()}), "1 of another shape (conv1.weight"),
+        (lambda s: s.update({"conv1.weight": s["conv1.weight"].int()}), "conv1.weight whole numbers for floating-point"),
+        (lambda s: s.update({"conv1.weight": s["conv1.weight"].double() * 1e300}), "conv1.weight that are not finite"),
         (lambda s: s["conv1.weight"].fill_(torch.nan), "conv1.weight that are not finite"),
         (lambda s: s.update({"epoch": 3}), "other things than weights in it: epoch"),
         (lambda s: s.clear(), "it is empty"),
@@ -284,6 +300,17 @@ def test_weights_of_a_run_of_timm_and_of_timm_itself_start_the_same_network(make
         path = saved(tmp_path, content, f"{len(str(list(content)))}.pt")
         network = models.build(make(*settings, f"model.weights={path}"), num_classes=10, image_size=32)
         assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
+
+
+def test_timm_makes_a_network_once_for_all_runs_of_a_process(make, monkeypatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(pretrained, "_require_timm", lambda *arguments: None)
+    monkeypatch.setattr("timm.create_model", lambda name, **options: made.append(name) or nn.Linear(1, 1))
+    config = make("model=timm", "model.name=resnet10t", "model.weights=DEFAULT")
+    for _ in range(2):
+        pretrained.read(config, lambda sentence: None)
+        pretrained.recorded(config)
+    assert len(made) == 1
 
 
 def test_folding_starts_affine_as_the_trained_network(make, tmp_path: Path) -> None:
