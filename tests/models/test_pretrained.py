@@ -125,7 +125,9 @@ def test_bn_frozen_that_was_not_trained_is_said_to_normalize_nothing(make) -> No
     assert "it normalizes nothing" in said[0]
 
 
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "_orig_mod.module.", "headless", "one_batch_uncounted"])
+@pytest.mark.parametrize(
+    "wrap", ["plain", "state_dict", "model", "_orig_mod.module.", "headless", "one_batch_uncounted"]
+)
 def test_the_classifier_starts_afresh_where_classes_differ_and_all_else_is_the_files(make, tmp_path, wrap) -> None:
     start = trained(1000).state_dict()
     content: object = start
@@ -176,7 +178,10 @@ def test_all_arms_of_a_seed_and_all_seeds_start_from_the_same_convolutions(make,
             lambda s: s.update({"conv1.weight": torch.zeros(1, 3, 3, 3)}),
             "1 of another shape or kind (conv1.weight (1, 3, 3, 3)",
         ),
-        (lambda s: s.update({"conv1.weight": s["conv1.weight"].int()}), "conv1.weight whole numbers for floating-point"),
+        (
+            lambda s: s.update({"conv1.weight": s["conv1.weight"].int()}),
+            "conv1.weight whole numbers for floating-point",
+        ),
         (lambda s: s.update({"conv1.weight": s["conv1.weight"].double() * 1e300}), "conv1.weight that are not finite"),
         (lambda s: s["conv1.weight"].fill_(torch.nan), "conv1.weight that are not finite"),
         (lambda s: s.update({"epoch": 3}), "other things than weights in it: epoch"),

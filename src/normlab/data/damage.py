@@ -1,5 +1,6 @@
 """Damaged image files, found before a run starts, as far as that is cheap; without torch."""
 
+import errno
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,10 @@ if TYPE_CHECKING:  # Pillow is imported where an image is opened
 MOST_FILES = 10_000  # whose ends are read, in half a second; of more files as many, evenly spread
 MOST_DECODED = 64  # that have no end to be checked, evenly spread
 END_BYTES = 64
+OF_FILES = (  # errors that a file has for good; others are of the disk, the network or the machine, and may pass
+    *(None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL),
+)
 REMEDY = "Replace the file or remove it. Or leave out all that cannot be read: dataset.skip_unreadable=true."
 
 
@@ -116,6 +121,11 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
         reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
         raise UserError(_refusal(path, reason or type(error).__name__)) from None
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Return whether what a file could not be read for may be over when it is read again."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in OF_FILES)
 
 
 def _refusal(path: Path, reason: str) -> str:
