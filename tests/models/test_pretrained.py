@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from small import SmallResNet
+from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -23,6 +23,7 @@ from normlab.common.errors import UserError
 from normlab.config.schema import parse
 from normlab.launchers import preflight
 from normlab.launchers.pool import check_networks
+from normlab.launchers.single import train_config
 from normlab.launchers.sweep import Job
 from normlab.launchers.unchanged import Unchanged
 from normlab.models import pretrained
@@ -87,10 +88,13 @@ def test_each_norm_takes_of_trained_norms_what_it_says_and_trains(make, tmp_path
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
 
-@pytest.mark.parametrize("norm", ["bn", "bn_frozen", "renorm"])
+@pytest.mark.parametrize("norm", ["bn", "bn_scaled", "bn_frozen", "renorm"])
 def test_the_trained_network_is_the_start_of_norms_that_evaluate_by_its_statistics(make, tmp_path, norm) -> None:
     reference = trained()
-    network = built(make, saved(tmp_path, reference.state_dict()), f"norm={norm}").eval()
+    said: list[str] = []
+    network = built(make, saved(tmp_path, reference.state_dict()), f"norm={norm}", said=said).eval()
+    assert [line for line in said if "norm.scale_init=0.1 is for a fresh start" in line] == said
+    assert len(said) == (norm == "bn_scaled")
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if norm == "renorm" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(network(images()), reference(images()), **tolerance)
     if norm == "bn":
@@ -183,6 +187,7 @@ def test_all_arms_of_a_seed_and_all_seeds_start_from_the_same_convolutions(make,
             "conv1.weight whole numbers for floating-point",
         ),
         (lambda s: s.update({"conv1.weight": s["conv1.weight"].double() * 1e300}), "conv1.weight that are not finite"),
+        (lambda s: s["bn1.running_var"].neg_(), "bn1.running_var that are below 0"),
         (lambda s: s["conv1.weight"].fill_(torch.nan), "conv1.weight that are not finite"),
         (lambda s: s.update({"epoch": 3}), "other things than weights in it: epoch"),
         (lambda s: s.clear(), "it is empty"),
@@ -338,14 +343,23 @@ def test_a_file_identifies_a_run_by_its_name_and_not_by_its_folder(make, tmp_pat
     assert runs.run_id(old) == identity(None)
 
 
-def start_of(tiny, tmp_path: Path) -> str:
-    network = models.build(tiny(), num_classes=10, image_size=8)
+class SpareNet(SmallNet):
+    """With a parameter that the forward pass does not use, as of an auxiliary classifier."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Linear(4, 4)
+
+
+def start_of(tiny, tmp_path: Path, *settings: str) -> str:
+    network = models.build(tiny(*settings), num_classes=10, image_size=8)
     return saved(tmp_path, trained(network=network).state_dict())
 
 
 def test_a_finished_run_is_compared_with_the_file_as_it_is_now(tiny, tmp_path: Path, capsys) -> None:
     path = start_of(tiny, tmp_path)
-    config = tiny(f"model.weights={path}")
+    settings = (f"model.weights={path}", "schedule=constant", "epochs=1")
+    config = tiny(*settings)
     train_run(config)
     run = runs.Run(config.as_dict())
     record = runs.read_provenance(run.folder)["weights"]
@@ -356,6 +370,8 @@ def test_a_finished_run_is_compared_with_the_file_as_it_is_now(tiny, tmp_path: P
     saved(tmp_path, content)
     with pytest.raises(UserError, match=r"The file of model\.weights=.* changed after"):
         Unchanged().check(run, config)
+    train_run(longer := tiny(*settings, "epochs=2"))
+    assert runs.read_provenance(runs.Run(longer.as_dict()).folder)["weights"] != record, "it started anew"
     Path(path).unlink()
     Unchanged().check(run, config)
     assert "is not there now: it is not compared" in capsys.readouterr().err
@@ -363,8 +379,9 @@ def test_a_finished_run_is_compared_with_the_file_as_it_is_now(tiny, tmp_path: P
 
 def test_a_run_that_goes_on_does_not_read_the_weights_again(tiny, tmp_path: Path, steps) -> None:
     """And ends as one that was not interrupted; its record keeps the digest."""
-    path = start_of(tiny, tmp_path)
-    settings = (f"model.weights={path}", "norm=bn_frozen", "checkpoint_seconds=0")
+    network = f"model.target={__name__}.SpareNet"
+    path = start_of(tiny, tmp_path, network)
+    settings = (network, f"model.weights={path}", "norm=bn_frozen", "checkpoint_seconds=0")
     whole = train_run(tiny(*settings, f"output_dir={tmp_path}/whole"))
     config = tiny(*settings)
     steps.interrupt(config, after=3)
@@ -372,6 +389,13 @@ def test_a_run_that_goes_on_does_not_read_the_weights_again(tiny, tmp_path: Path
     Path(path).unlink()
     assert train_run(config)["weights_sha256"] == whole["weights_sha256"]
     assert runs.read_provenance(runs.Run(config.as_dict()).folder)["weights"]["sha256"] == digest
+
+
+def test_a_single_run_with_weights_that_are_none_leaves_no_folder(tiny, tmp_path: Path) -> None:
+    config = tiny(f"model.weights={saved(tmp_path, [1, 2])}")
+    with pytest.raises(UserError, match="it is a list"):
+        train_config(config)
+    assert not runs.Run(config.as_dict()).folder.exists()
 
 
 def test_the_idle_accelerator_of_a_machine_is_told_once_per_sweep(tiny, monkeypatch) -> None:

@@ -117,17 +117,19 @@ def put(network: nn.Module, names: Iterable[str], trained: Trained, other: Calla
     afresh = [name for name in odd if name in classifier]
     for name in given.keys() - set(afresh):
         own[name].copy_(given[name])
-        if not own[name].isfinite().all():  # float64 may be finite there and not here
-            raise UserError(f"{trained.title} has values in {name} that are not finite.\nUse other weights.")
+        no_variance = name.endswith("running_var") and bool((own[name] < 0).any())
+        if no_variance or not own[name].isfinite().all():  # float64 may be finite there and not here
+            kind = "are below 0, as no variance is" if no_variance else "are not finite"
+            raise UserError(f"{trained.title} has values in {name} that {kind}.\nUse other weights.")
     shown = ", ".join(f"{name} {tuple(own[name].shape)}" for name in afresh)
     there = next((f"{name} is {tuple(given[name].shape)} there" for name in afresh if name in given), "there is none")
     return f"The classifier starts afresh: {shown}. In {trained.title} {there}." if afresh else ""
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
-    numbers = "floating-point numbers" if tensor.is_floating_point() else "whole numbers"
+    numbers = "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
     quantized = "quantized" if tensor.is_quantized else "not quantized"
-    return tuple(tensor.shape), numbers, quantized, tensor.layout, tensor.device.type
+    return tuple(tensor.shape), f"{numbers} numbers", quantized, tensor.layout, tensor.device.type
 
 
 def _difference(name: str, given: Tensor, own: Tensor) -> str:
