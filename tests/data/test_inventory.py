@@ -140,7 +140,7 @@ def test_damaged_images_are_named_before_a_run(settings, image_folder, suffix, d
     message = refused(settings("image_folder", path=str(path), image_size=8))
     assert f"test/cat/07{suffix} cannot be read" in message
     assert damage != "empty" or "it is empty" in message
-    assert f"So it is with 1 more, e.g. test/cat/20{suffix}" in message
+    assert f"1 more cannot be read, e.g. test/cat/20{suffix}" in message
 
 
 def test_what_follows_an_images_end_is_no_damage(settings, image_folder) -> None:

@@ -34,7 +34,7 @@ def check(root: Path, paths: tuple[str, ...], no_files: frozenset[str]) -> None:
     """
     if damaged := find(root, paths, no_files):
         (_, reason), *others = damaged.items()
-        more = f"\nSo it is with {len(others)} more, e.g. {shown(others[0][0])}." if others else ""
+        more = f"\n{len(others)} more cannot be read, e.g. {shown(others[0][0])}." if others else ""
         raise UserError(f"{reason}{more}")
 
 
@@ -57,7 +57,7 @@ def find(root: Path, paths: tuple[str, ...], no_files: frozenset[str]) -> Mappin
         ends = list(pool.map(lambda path: _has_its_end(root / path), looked_at))
     cut = [path for path, whole in zip(looked_at, ends, strict=True) if whole is False]
     unknown = [path for path, whole in zip(looked_at, ends, strict=True) if whole is None]
-    odd = "it is no file, but a pipe, a device or a link to nothing that is there"
+    odd = "it is a pipe, a device or a link that leads nowhere"
     return {path: _refusal(root / path, odd) for path in sorted(no_files)} | {
         path: reason
         for path in (*_spread(cut, MOST_DECODED), *_spread(unknown, MOST_DECODED))

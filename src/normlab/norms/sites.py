@@ -120,7 +120,7 @@ def copy_affine(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
     return layer
 
 
-def copy_statistics(norm: nn.BatchNorm2d, layer: BatchStatistics) -> nn.Module:
+def copy_statistics(norm: BatchNormalization, layer: BatchStatistics) -> nn.Module:
     """Return `layer` with moving averages that follow from those of a trained norm; of others they stay as they are.
 
     For a layer that sees the x that the norm saw.
