@@ -20,14 +20,12 @@ from typing import Any
 from attacks import bombs, studies
 from attacks.watched import Ended, command, watched
 from normlab import report, runs
-from normlab.cli.commands import REPORT_COMMANDS
 from normlab.common.errors import UserError
 
 SECRET = "the-secret-of-this-machine"
 ESCAPES = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-REPORTS = ("report", "status", "claims", "results", "pack", *(["verify"] * ("verify" in REPORT_COMMANDS)))
+REPORTS = ("report", "status", "claims", "results", "pack", "verify")
 VICTIM = ("norm=bn", "seed=0")
-PLAN = ("-m", *studies.SMALL, "norm=bn,none", f"study={studies.STUDY}", "hydra/launcher=plan")
 TRAIN = (*studies.SMALL, *VICTIM, f"study={studies.STUDY}")
 
 
@@ -69,7 +67,7 @@ class Kind:
         told: the report has to name the victim.
         reports: the report has to be made (exit status 0).
         commands: of report.py, by default all.
-        train, plan: the commands that train and plan, too.
+        train: the command that trains, too.
     """
 
     name: str
@@ -79,7 +77,6 @@ class Kind:
     commands: Sequence[str] = REPORTS
     imports: bool = False
     train: bool = False
-    plan: bool = False
     check: Callable[[Scene], Iterable[str]] | None = None  # in place of all these
 
 
@@ -494,10 +491,9 @@ class Hostile:
                 wrong.append("report: no sentence names the run")
             if name == "verify" and kind.told and ended.value:
                 wrong.append("verify: all is said to be well")
-        for name, words in (("plan", PLAN if kind.plan else ()), ("train", TRAIN if kind.train else ())):
-            if words:
-                ended = command(self.folder, "train.py", *words, PYTHONPATH=str(studies.ROOT / "tests"))
-                wrong += [f"{name}: {problem}" for problem in self.of_command(kind, name, ended)]
+        if kind.train:
+            ended = command(self.folder, "train.py", *TRAIN, PYTHONPATH=str(studies.ROOT / "tests"))
+            wrong += [f"train: {problem}" for problem in self.of_command(kind, "train", ended)]
         wrong += [f"{path} outside of the study was changed" for path in precious.changed()]
         return [*wrong, *self.of_pages(scene)]
 

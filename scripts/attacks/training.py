@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from attacks import studies
-from attacks.hostile import TRAIN, VICTIM, Kind, Scene, hold, replaced
+from attacks.hostile import TRAIN, Kind, Scene, hold, replaced
 from attacks.watched import WAIT, Ended, command, watched
 from normlab import runs
 from normlab.config import schema
@@ -284,11 +284,6 @@ def in_no_folder(scene: Scene, script: str) -> Iterator[str]:
     gone = scene.folder / "gone"
     gone.mkdir()
 
-    def work() -> Any:
-        os.chdir(gone)
-        gone.rmdir()
-        return None
-
     line = f"mkdir -p {gone}; cd {gone}; rmdir {gone}; exec {sys.executable} {studies.ROOT / script} study=x"
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=WAIT, check=False)
     yield from problems_of(Ended(done.returncode, "", "", done.stdout + done.stderr, 0.0))
@@ -330,7 +325,6 @@ def only_begun(scene: Scene) -> None:
         for file in ("status.json", "metrics.jsonl", "provenance.json", "run.log"):
             (path / file).unlink(missing_ok=True)
         shutil.rmtree(path / "probes", ignore_errors=True)
-    hold(scene, "elsewhere") if (scene.victim / "status.json").exists() else None
 
 
 def of_begun(scene: Scene) -> Iterator[str]:
@@ -339,6 +333,3 @@ def of_begun(scene: Scene) -> Iterator[str]:
         yield from problems_of(ended)
         if words == [] and ended.value:
             yield f"the report is refused: {ended.output.strip()[-150:]!r}"
-
-
-__all__ = ["VICTIM", "of_checkpoints", "of_moments", "of_surroundings"]

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import shutil
@@ -68,6 +69,15 @@ def test_what_changes_which_digest(root, tmp_path, change, listing, contents) ->
 def test_a_file_that_is_gone_is_named(root, digest) -> None:
     with pytest.raises(UserError, match=r"set/a/9\.bin cannot be read: No such file"):
         digest(root, [*PATHS, "a/9.bin"])
+
+
+def test_an_error_that_may_pass_is_no_fact_about_a_file(root, monkeypatch) -> None:
+    def fails(*arguments: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("hashlib.file_digest", fails)
+    with pytest.raises(UserError, match=r"set/a/1\.bin cannot be read: Input/output error"):
+        contents_digest(root, PATHS, lenient=True)
 
 
 def test_needs_no_torch() -> None:

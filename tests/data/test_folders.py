@@ -1,5 +1,6 @@
 """Folders as people have them: their layouts, the split of those without one, and files that cannot be read."""
 
+import errno
 import os
 import random
 import shutil
@@ -87,6 +88,7 @@ def test_a_folders_own_validation_part_is_where_val_size_would_be(settings, imag
         ("mv test/cat test/images; rm -r test/dog; touch test/a.txt", None, "labels of {path}/test are in a.txt"),
         ("for c in cat dog; do mkdir $c; mv train/$c $c/train; mv test/$c $c/test; done; rmdir t*", 0.2, "cat/train"),
         ("for p in *; do rm -r $p/cat; ln -s gone $p/cat; done", None, "the link leads nowhere"),
+        ("mv train/* .; rm -r train test/*/; mv cat/0.png test", 0.2, "{path}/test has images without classes"),
         ("mv train seg_train; mv test seg_test", 0.2, "look like a split"),
         ("mv train/* .; rm -r train test; rm dog/[1-9]*", 0.2, "there is one of dog"),
     ],
@@ -278,6 +280,23 @@ def test_files_are_decoded_once_and_one_that_is_mended_is_told(damaged, settings
     assert set(usable_images(dataset, tmp_path / "data", lines.append).left_out) == set(KINDS) - {"train/cat/cut.png"}
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.ESTALE])
+def test_an_error_that_may_pass_is_no_fault_of_the_file(settings, image_folder, tmp_path, monkeypatch, number) -> None:
+    path = image_folder(count=20)
+    dataset = settings("image_folder", path=str(path), skip_unreadable=True)
+    real, readings = Image.open, iter([OSError(number, os.strerror(number))])
+
+    def once(file: Path, **options: object) -> Image.Image:
+        if Path(file).name == "3.png" and (error := next(readings, None)):
+            raise error
+        return real(file, **options)
+
+    monkeypatch.setattr("PIL.Image.open", once)
+    with pytest.raises(UserError, match=r"3\.png cannot be read: .*\n.*not left out\.\nStart again"):
+        usable_images(dataset, tmp_path, lambda line: None)
+    assert not usable_images(dataset, tmp_path, lambda line: None).left_out
+
+
 def test_a_validation_part_is_no_change_of_a_record_that_knows_of_none(settings, image_folder, tmp_path) -> None:
     dataset = settings("image_folder", path=str(image_folder()))
     recorded = ImageFiles(dataset, tmp_path / "data").describe()
@@ -287,9 +306,10 @@ def test_a_validation_part_is_no_change_of_a_record_that_knows_of_none(settings,
     assert now.change(recorded) == "20 images then, 30 now"
     del recorded["validation_images"]
     assert now.change(recorded) == ""
+    assert now.change(recorded | {"listing": "", "contents": ""}) == "other files or contents"
 
 
 def test_pipes_and_links_to_nothing_are_named_and_never_opened(damaged, settings) -> None:
     assert scan(damaged).no_files == {"train/dog/pipe.jpg", "test/cat/nowhere.png", "test/cat/zero.png"}
-    with pytest.raises(UserError, match=r"test/cat/nowhere\.png cannot be read: it is no file(.|\n)*So it is with"):
+    with pytest.raises(UserError, match=r"test/cat/nowhere\.png cannot be read: it is a pipe(.|\n)* more cannot be"):
         check(settings("image_folder", path=str(damaged)), Path())

@@ -140,7 +140,7 @@ def test_damaged_images_are_named_before_a_run(settings, image_folder, suffix, d
     message = refused(settings("image_folder", path=str(path), image_size=8))
     assert f"test/cat/07{suffix} cannot be read" in message
     assert damage != "empty" or "it is empty" in message
-    assert f"So it is with 1 more, e.g. test/cat/20{suffix}" in message
+    assert f"1 more cannot be read, e.g. test/cat/20{suffix}" in message
 
 
 def test_what_follows_an_images_end_is_no_damage(settings, image_folder) -> None:
@@ -160,12 +160,15 @@ def test_the_listing_equals_torchvisions(image_folder) -> None:
     assert list(found.train_labels) == oracle.targets
 
 
-def test_a_sweep_looks_once(settings, image_folder, monkeypatch) -> None:
-    dataset = settings("image_folder", path=str(image_folder()))
-    found = check(dataset, Path())
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_a_sweep_looks_once(settings, image_folder, tmp_path, monkeypatch, skip_unreadable) -> None:
+    dataset = settings("image_folder", path=str(image_folder()), skip_unreadable=skip_unreadable)
+    inventory.usable_images(dataset, tmp_path, lambda line: None)
+    found = check(dataset, tmp_path)
+    monkeypatch.setattr("normlab.data.unreadable.listing_digest", lambda *_, **__: pytest.fail("listed again"))
     monkeypatch.setattr("os.scandir", lambda path: pytest.fail("looked again"))
     monkeypatch.setattr("PIL.Image.open", lambda path: pytest.fail("opened again"))
-    assert [check(dataset, Path()) for _ in range(12)] == [found] * 12
+    assert [check(dataset, tmp_path) for _ in range(12)] == [found] * 12
 
 
 # --- CIFAR and ImageNet -----------------------------------------------------------------------------

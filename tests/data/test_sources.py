@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
+from normlab.common.download import fetch
 from normlab.common.errors import UserError
 from normlab.data import inventory, sources
 from normlab.data.inventory import check
@@ -94,6 +95,22 @@ def test_cifar_is_unpacked_from_its_archive_once_and_without_a_network(small_cif
     assert images.is_contiguous()
     monkeypatch.setattr(sources, "_download_cifar", lambda *a: pytest.fail("unpacked again"))
     load_it("cifar10")
+
+
+def test_a_download_that_is_cut_short_leaves_nothing(tmp_path) -> None:
+    class Cut(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            self.wfile.write(b"half")
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Cut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(OSError, match="4 of 9 bytes came"):
+            fetch(f"http://127.0.0.1:{server.server_port}", tmp_path / "file", "it", lambda line: None)
+        server.shutdown()
+    assert not any(tmp_path.iterdir())
 
 
 def test_cifar_is_downloaded_with_its_progress_in_the_log(small_cifar, tmp_path, monkeypatch, capsys) -> None:

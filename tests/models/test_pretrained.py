@@ -6,13 +6,14 @@ import hashlib
 import os
 import types
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from small import SmallResNet
+from small import SmallNet, SmallResNet
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -22,6 +23,7 @@ from normlab.common.errors import UserError
 from normlab.config.schema import parse
 from normlab.launchers import preflight
 from normlab.launchers.pool import check_networks
+from normlab.launchers.single import train_config
 from normlab.launchers.sweep import Job
 from normlab.launchers.unchanged import Unchanged
 from normlab.models import pretrained
@@ -86,10 +88,13 @@ def test_each_norm_takes_of_trained_norms_what_it_says_and_trains(make, tmp_path
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
 
 
-@pytest.mark.parametrize("norm", ["bn", "bn_frozen", "renorm"])
+@pytest.mark.parametrize("norm", ["bn", "bn_scaled", "bn_frozen", "renorm"])
 def test_the_trained_network_is_the_start_of_norms_that_evaluate_by_its_statistics(make, tmp_path, norm) -> None:
     reference = trained()
-    network = built(make, saved(tmp_path, reference.state_dict()), f"norm={norm}").eval()
+    said: list[str] = []
+    network = built(make, saved(tmp_path, reference.state_dict()), f"norm={norm}", said=said).eval()
+    assert [line for line in said if "norm.scale_init=0.1 is for a fresh start" in line] == said
+    assert len(said) == (norm == "bn_scaled")
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if norm == "renorm" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(network(images()), reference(images()), **tolerance)
     if norm == "bn":
@@ -124,14 +129,16 @@ def test_bn_frozen_that_was_not_trained_is_said_to_normalize_nothing(make) -> No
     assert "it normalizes nothing" in said[0]
 
 
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "module.", "headless", "one_batch_uncounted"])
+@pytest.mark.parametrize(
+    "wrap", ["plain", "state_dict", "model", "_orig_mod.module.", "headless", "one_batch_uncounted"]
+)
 def test_the_classifier_starts_afresh_where_classes_differ_and_all_else_is_the_files(make, tmp_path, wrap) -> None:
     start = trained(1000).state_dict()
     content: object = start
     if wrap in ("state_dict", "model"):
         content = {"epoch": 3, wrap: start}
-    elif wrap == "module.":
-        content = {f"module.{name}": value for name, value in start.items()}
+    elif wrap == "_orig_mod.module.":
+        content = {f"{wrap}{name}": value for name, value in start.items()}
     elif wrap == "headless":
         content = {name: value for name, value in start.items() if not name.startswith("fc.")}
     elif wrap == "one_batch_uncounted":
@@ -144,6 +151,20 @@ def test_the_classifier_starts_afresh_where_classes_differ_and_all_else_is_the_f
     for name, value in network.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(value, plain[name] if name.startswith("fc.") else start[name]), name
+
+
+def test_a_networks_own_module_is_no_wrapper() -> None:
+    network = nn.Sequential(OrderedDict(module=nn.Linear(2, 1)))
+    ones = {name: torch.ones_like(value) for name, value in network.state_dict().items()}
+    pretrained.put(network, ones, pretrained.Trained("", ones, ""), lambda: network)
+    assert all(torch.equal(value, ones[name]) for name, value in network.state_dict().items())
+
+
+def test_a_first_weight_without_dimensions_is_a_sentence() -> None:
+    network = torchvision.models.resnet18(num_classes=2)
+    start = network.state_dict() | {"conv1.weight": torch.tensor(1.0)}
+    with pytest.raises(UserError, match=r"1 of another shape or kind \(conv1.weight \(\) for \(64, "):
+        pretrained.put(network, start, pretrained.Trained("", start, ""), lambda: network)
 
 
 def test_all_arms_of_a_seed_and_all_seeds_start_from_the_same_convolutions(make, tmp_path: Path) -> None:
@@ -159,9 +180,14 @@ def test_all_arms_of_a_seed_and_all_seeds_start_from_the_same_convolutions(make,
         (lambda s: s.update({"more.weight": torch.zeros(2)}), "1 unknown (more.weight)"),
         (
             lambda s: s.update({"conv1.weight": torch.zeros(1, 3, 3, 3)}),
-            "1 of another shape (conv1.weight (1, 3, 3, 3)",
+            "1 of another shape or kind (conv1.weight (1, 3, 3, 3)",
         ),
-        (lambda s: s.update({"conv1.weight": s["conv1.weight"].int()}), "1 of another shape (conv1.weight"),
+        (
+            lambda s: s.update({"conv1.weight": s["conv1.weight"].int()}),
+            "conv1.weight whole numbers for floating-point",
+        ),
+        (lambda s: s.update({"conv1.weight": s["conv1.weight"].double() * 1e300}), "conv1.weight that are not finite"),
+        (lambda s: s["bn1.running_var"].neg_(), "bn1.running_var that are below 0"),
         (lambda s: s["conv1.weight"].fill_(torch.nan), "conv1.weight that are not finite"),
         (lambda s: s.update({"epoch": 3}), "other things than weights in it: epoch"),
         (lambda s: s.clear(), "it is empty"),
@@ -286,6 +312,17 @@ def test_weights_of_a_run_of_timm_and_of_timm_itself_start_the_same_network(make
         assert all(torch.equal(value, own[name]) for name, value in network.state_dict().items())
 
 
+def test_timm_makes_a_network_once_for_all_runs_of_a_process(make, monkeypatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(pretrained, "_require_timm", lambda *arguments: None)
+    monkeypatch.setattr("timm.create_model", lambda name, **options: made.append(name) or nn.Linear(1, 1))
+    config = make("model=timm", "model.name=resnet10t", "model.weights=DEFAULT")
+    for _ in range(2):
+        pretrained.read(config, lambda sentence: None)
+        pretrained.recorded(config)
+    assert len(made) == 1
+
+
 def test_folding_starts_affine_as_the_trained_network(make, tmp_path: Path) -> None:
     path = saved(tmp_path, trained().state_dict())
     config = make(*SMALL, "norm=affine", "init=bn_folded", f"model.weights={path}")
@@ -306,14 +343,23 @@ def test_a_file_identifies_a_run_by_its_name_and_not_by_its_folder(make, tmp_pat
     assert runs.run_id(old) == identity(None)
 
 
-def start_of(tiny, tmp_path: Path) -> str:
-    network = models.build(tiny(), num_classes=10, image_size=8)
+class SpareNet(SmallNet):
+    """With a parameter that the forward pass does not use, as of an auxiliary classifier."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.spare = nn.Linear(4, 4)
+
+
+def start_of(tiny, tmp_path: Path, *settings: str) -> str:
+    network = models.build(tiny(*settings), num_classes=10, image_size=8)
     return saved(tmp_path, trained(network=network).state_dict())
 
 
 def test_a_finished_run_is_compared_with_the_file_as_it_is_now(tiny, tmp_path: Path, capsys) -> None:
     path = start_of(tiny, tmp_path)
-    config = tiny(f"model.weights={path}")
+    settings = (f"model.weights={path}", "schedule=constant", "epochs=1")
+    config = tiny(*settings)
     train_run(config)
     run = runs.Run(config.as_dict())
     record = runs.read_provenance(run.folder)["weights"]
@@ -324,6 +370,8 @@ def test_a_finished_run_is_compared_with_the_file_as_it_is_now(tiny, tmp_path: P
     saved(tmp_path, content)
     with pytest.raises(UserError, match=r"The file of model\.weights=.* changed after"):
         Unchanged().check(run, config)
+    train_run(longer := tiny(*settings, "epochs=2"))
+    assert runs.read_provenance(runs.Run(longer.as_dict()).folder)["weights"] != record, "it started anew"
     Path(path).unlink()
     Unchanged().check(run, config)
     assert "is not there now: it is not compared" in capsys.readouterr().err
@@ -331,8 +379,9 @@ def test_a_finished_run_is_compared_with_the_file_as_it_is_now(tiny, tmp_path: P
 
 def test_a_run_that_goes_on_does_not_read_the_weights_again(tiny, tmp_path: Path, steps) -> None:
     """And ends as one that was not interrupted; its record keeps the digest."""
-    path = start_of(tiny, tmp_path)
-    settings = (f"model.weights={path}", "norm=bn_frozen", "checkpoint_seconds=0")
+    network = f"model.target={__name__}.SpareNet"
+    path = start_of(tiny, tmp_path, network)
+    settings = (network, f"model.weights={path}", "norm=bn_frozen", "checkpoint_seconds=0")
     whole = train_run(tiny(*settings, f"output_dir={tmp_path}/whole"))
     config = tiny(*settings)
     steps.interrupt(config, after=3)
@@ -340,6 +389,13 @@ def test_a_run_that_goes_on_does_not_read_the_weights_again(tiny, tmp_path: Path
     Path(path).unlink()
     assert train_run(config)["weights_sha256"] == whole["weights_sha256"]
     assert runs.read_provenance(runs.Run(config.as_dict()).folder)["weights"]["sha256"] == digest
+
+
+def test_a_single_run_with_weights_that_are_none_leaves_no_folder(tiny, tmp_path: Path) -> None:
+    config = tiny(f"model.weights={saved(tmp_path, [1, 2])}")
+    with pytest.raises(UserError, match="it is a list"):
+        train_config(config)
+    assert not runs.Run(config.as_dict()).folder.exists()
 
 
 def test_the_idle_accelerator_of_a_machine_is_told_once_per_sweep(tiny, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from normlab.common.errors import UserError
@@ -55,6 +56,17 @@ def sha256(weights: str) -> str:
     """
     path = check_file(weights)
     return _sha256(path, *state(path))
+
+
+def change(weights: str | None, recorded: object) -> str:
+    """Return how the file differs from what a run recorded of its trained weights; "" if it does not, or is unknown.
+
+    Raises:
+        UserError: see `check_file`.
+    """
+    before = recorded.get("sha256") if isinstance(recorded, Mapping) else None
+    now = sha256(weights) if before and weights and is_file(weights) else before
+    return "" if now == before else f"SHA-256 {str(before)[:7]} then, {str(now)[:7]} now"
 
 
 def state(path: Path) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from normlab.common.cpu import cores
 from normlab.common.errors import UserError
-from normlab.data.damage import REMEDY
+from normlab.data.damage import REMEDY, may_pass
 from normlab.data.folders import shown
 from normlab.runs.files import make_folder, write_atomically
 
@@ -92,7 +92,8 @@ def _digest(describe: Callable[[Path], str], root: Path, paths: Sequence[str], *
         try:
             return describe(root / path)
         except OSError as error:
-            if not lenient:
+            if not lenient or may_pass(error):
+                error.filename = root / path  # which reading does not tell
                 raise
             return f"cannot be read: {errno.errorcode.get(error.errno or 0)}"
 

@@ -1,5 +1,6 @@
 """Damaged image files, found before a run starts, as far as that is cheap; without torch."""
 
+import errno
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,10 @@ if TYPE_CHECKING:  # Pillow is imported where an image is opened
 MOST_FILES = 10_000  # whose ends are read, in half a second; of more files as many, evenly spread
 MOST_DECODED = 64  # that have no end to be checked, evenly spread
 END_BYTES = 64
+OF_FILES = (  # errors that a file has for good; others are of the disk, the network or the machine, and may pass
+    *(None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL),
+)
 REMEDY = "Replace the file or remove it. Or leave out all that cannot be read: dataset.skip_unreadable=true."
 
 
@@ -29,7 +34,7 @@ def check(root: Path, paths: tuple[str, ...], no_files: frozenset[str]) -> None:
     """
     if damaged := find(root, paths, no_files):
         (_, reason), *others = damaged.items()
-        more = f"\nSo it is with {len(others)} more, e.g. {shown(others[0][0])}." if others else ""
+        more = f"\n{len(others)} more cannot be read, e.g. {shown(others[0][0])}." if others else ""
         raise UserError(f"{reason}{more}")
 
 
@@ -52,7 +57,7 @@ def find(root: Path, paths: tuple[str, ...], no_files: frozenset[str]) -> Mappin
         ends = list(pool.map(lambda path: _has_its_end(root / path), looked_at))
     cut = [path for path, whole in zip(looked_at, ends, strict=True) if whole is False]
     unknown = [path for path, whole in zip(looked_at, ends, strict=True) if whole is None]
-    odd = "it is no file, but a pipe, a device or a link to nothing that is there"
+    odd = "it is a pipe, a device or a link that leads nowhere"
     return {path: _refusal(root / path, odd) for path in sorted(no_files)} | {
         path: reason
         for path in (*_spread(cut, MOST_DECODED), *_spread(unknown, MOST_DECODED))
@@ -116,6 +121,11 @@ def open_image(path: Path) -> Iterator["Image.Image"]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else reason
         reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
         raise UserError(_refusal(path, reason or type(error).__name__)) from None
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Return whether what a file could not be read for may be over when it is read again."""
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in OF_FILES)
 
 
 def _refusal(path: Path, reason: str) -> str:

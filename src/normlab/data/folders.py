@@ -259,8 +259,15 @@ def _are_classes(root: Path, folders: Sequence[str], parts: Mapping[str, str]) -
     others = [name for name in folders if name not in parts.values()]
     if not all(_is_flat(root / name) for name in parts.values()):
         return False
-    if not any(_has_images(root, name) for name in others):
+    classes = [shown(name) for name in others if _has_images(root, name)]
+    if not classes:
         return False
+    if held_out := next((name for part, name in parts.items() if part != "train"), None):
+        raise UserError(
+            f"{root / held_out} has images without classes, beside the classes {listed(classes, NAMED)}.\n"
+            "Move it away, and test on a part of each class: dataset.test_fraction=0.2.\n"
+            f"Rename it if it is a class. Or give it classes: {_expected(root)}"
+        )
     if not parts:
         _refuse_other_splits(root, others)
     return True  # with parts: a class of trains, beside other vehicles

@@ -213,7 +213,7 @@ def is_gone(dataset: FolderDataset) -> bool:
 
 def forget() -> None:
     """Let the next look at a folder read it anew."""
-    for remembered in (scan, common_size, damage.find):
+    for remembered in (scan, common_size, damage.find, unreadable.remembered):
         remembered.cache_clear()
 
 

@@ -73,7 +73,7 @@ class ImageFiles:
         known = self._images.paths if "validation_images" in recorded else paths
         if self._listing(known) == recorded.get("listing") or self._contents(known) == recorded.get("contents"):
             return ""
-        now = self._counts()
+        now = self._counts() | {"images": len(known)}
         counts = (count for count in ("classes", "images") if now[count] != recorded.get(count))
         return next(
             (f"{recorded.get(each)} {each} then, {now[each]} now" for each in counts), "other files or contents"

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import urllib.request
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from torchvision.datasets.imagenet import ImageNet, load_meta_file
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional
 
-from normlab.common.download import with_progress
+from normlab.common.download import fetch
 from normlab.common.errors import UserError
 from normlab.config.schema import FolderDataset
 from normlab.data import cache, inventory
@@ -28,8 +27,6 @@ from normlab.data.resident import Resident
 from normlab.data.splits import stratified, without
 from normlab.data.streaming import Files
 from normlab.data.values import Values, find
-
-DOWNLOAD_CHUNK = 2**20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
@@ -124,22 +121,10 @@ def _download_cifar(reader: type[CIFAR10], kind: str, data_dir: Path, log: Log) 
     log(f"Preparing {title} in {data_dir}.")
     try:
         if not check_integrity(archive, reader.tgz_md5):
-            _download(reader.url, archive, title, log)
+            fetch(reader.url, archive, title, log)
         return reader(data_dir, train=True, download=True)
     except Exception as error:  # of the network, the archive, the disk: whatever urllib and tarfile meet
         raise inventory.cifar_missing(kind, data_dir, str(getattr(error, "reason", error))) from None
-
-
-def _download(url: str, file: Path, title: str, log: Log) -> None:
-    """Download without torchvision's bar, which would land amid the lines about runs."""
-    with urllib.request.urlopen(url) as response, file.open("wb") as out:
-        total = f" of {response.length / 1e6:.0f}" if response.length else ""
-
-        def text(count: int) -> str:
-            return f"Downloading {title}: {count / 1e6:.0f}{total} MB"
-
-        for chunk in with_progress(iter(lambda: response.read(DOWNLOAD_CHUNK), b""), text, log):
-            out.write(chunk)
 
 
 def resized(source: Source, size: int | None) -> Source:

@@ -6,15 +6,17 @@ import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 from normlab.common.cpu import cores
 from normlab.common.download import with_progress
-from normlab.common.errors import UserError, listed
+from normlab.common.errors import UserError, first_line, listed
 from normlab.data.contents import listing_digest
+from normlab.data.damage import may_pass
 from normlab.data.folders import NAMED, shown
-from normlab.runs.files import make_folder, write_atomically
+from normlab.runs.files import write_atomically
 
 FORMAT = 1  # of what is kept; raise it when the same files would be judged otherwise
 CHUNK = 512  # images between two looks at the clock
@@ -22,7 +24,7 @@ CHUNK = 512  # images between two looks at the clock
 
 def known(root: Path, paths: tuple[str, ...], data_dir: Path) -> frozenset[str] | None:
     """Return the files that were found to be unreadable when the folder's listing was as it is now; None if unknown."""
-    return _read(_kept(root, paths, data_dir), paths)
+    return _read(remembered(root, paths, data_dir), paths)
 
 
 def find(
@@ -33,9 +35,9 @@ def find(
     Of several processes at once, one decodes.
 
     Raises:
-        UserError: `data_dir` cannot be written, or the files change meanwhile.
+        UserError: `data_dir` cannot be written, the files change meanwhile, or what one cannot be read for may pass.
     """
-    from normlab.data.cache import cannot_write, locked  # imports torch
+    from normlab.data.cache import locked  # imports torch
 
     kept = _kept(root, paths, data_dir)
     found = _read(kept, paths)
@@ -47,11 +49,7 @@ def find(
                 if kept != _kept(root, paths, data_dir):
                     raise UserError(f"The images in {root} changed while they were read.\nStart again.")
                 content = json.dumps(sorted(found)).encode("ascii")  # escapes whatever a name has
-                try:
-                    make_folder(kept.parent)
-                    write_atomically(kept, lambda file: file.write(content))
-                except OSError as error:
-                    raise cannot_write(kept.parent, error) from None
+                write_atomically(kept, lambda file: file.write(content))
     return found
 
 
@@ -61,7 +59,12 @@ def _undecodable(root: Path, paths: list[str], log: Callable[[str], None]) -> li
     def is_damaged(path: str) -> bool:
         try:
             read(root / path, value_range=(0.0, 1.0))
-        except UserError:
+        except UserError as error:
+            if may_pass(error.__context__):
+                raise UserError(
+                    f"{first_line(error)}\nThat may be the disk's fault and not the file's, so it is not left out.\n"
+                    "Start again; if it stays, replace the file or remove it."
+                ) from None
             return True
         return False
 
@@ -85,6 +88,9 @@ def remark(root: Path, left_out: tuple[str, ...], images: int) -> str:
 def _kept(root: Path, paths: tuple[str, ...], data_dir: Path) -> Path:
     described = (FORMAT, version("pillow"), os.fsencode(root.resolve()), listing_digest(root, paths, lenient=True))
     return data_dir / "cache" / f"unreadable-{hashlib.sha256(repr(described).encode()).hexdigest()}.json"
+
+
+remembered = lru_cache(maxsize=8)(_kept)  # a sweep checks every run
 
 
 def _read(kept: Path, paths: tuple[str, ...]) -> frozenset[str] | None:

@@ -1,6 +1,7 @@
 """The default launcher: train the runs of a sweep in worker processes of this machine."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -181,9 +182,7 @@ def check_networks(jobs: Sequence[Job], here: bool = True) -> list[str]:
     return said
 
 
-def check_elsewhere(jobs: Sequence[Job]) -> list[str]:
-    """Return what `check_networks` does for runs that will be on another machine, or on none."""
-    return check_networks(jobs, here=False)
+check_elsewhere = functools.partial(check_networks, here=False)  # for runs on another machine, or on none
 
 
 def print_once(jobs: Sequence[Job], sentences: Iterable[str]) -> None:

@@ -24,6 +24,8 @@ from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.config.hydra import exit_interrupted, exit_with_error, refuse_folders, settings_of
 from normlab.launchers import preflight
+from normlab.launchers.pool import check_elsewhere
+from normlab.launchers.sweep import Job
 from normlab.launchers.unchanged import Unchanged
 from normlab.launchers.weights import add_weights, lacks_weights
 from normlab.runs import State
@@ -97,8 +99,8 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
 
 
 def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finished: bool) -> dict[str, Any]:
-    if processes.world == 1:
-        preflight.check(config)
+    if processes.world == 1:  # several processes find out together, in the run
+        check_elsewhere([Job(config, run, preflight.check(config))])
     else:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that has gone is reported in a sentence
     shown = processes.rank == 0 and not finished

@@ -68,16 +68,12 @@ class Unchanged:
             raise _changed(subject, change, run, f"*-{name}-*", "dataset.name=...")
 
     def _check_weights(self, run: runs.Run, config: RunConfig, recorded: object) -> None:
-        before = recorded.get("sha256") if isinstance(recorded, dict) else None
-        if before is None or config.weights is None or not weights.is_file(config.weights):
-            return
         try:
-            now = weights.sha256(config.weights)
+            change = weights.change(config.weights, recorded)
         except UserError:
             self._say(f"model.weights={config.weights} is not there now: it is not compared.")
             return
-        if now != before:
-            change = f"SHA-256 {str(before)[:7]} then, {now[:7]} now"
+        if change:
             subject, pattern = f"The file of model.weights={config.weights}", f"{config.model.name.lstrip('.')}*"
             raise _changed(subject, change, run, pattern, "the file another name")
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from normlab import norms
-from normlab.common.errors import UserError, listed
+from normlab.common.errors import UserError, exact, listed
 from normlab.common.imports import locate
 from normlab.common.rng import key
 from normlab.config.schema import RunConfig
 from normlab.models import initialization, networks, pretrained
 from normlab.models.pretrained import Log
+from normlab.norms.batch import BatchNorm
 from normlab.norms.plain import set_bias
 
 
@@ -52,6 +53,10 @@ def build(
             f"norm={config.norm.name} cannot start from model.weights={config.weights}: {why['*']}.\n"
             "Use model.weights=null, or another norm."
         )
+    if config.weights is not None and isinstance(rewriting, BatchNorm) and rewriting.scale_init != 1:
+        if trained:
+            log(f"norm.scale_init={exact(rewriting.scale_init)} is for a fresh start: gamma stays as in model.weights.")
+        rewriting.scale_init = 1.0
     sites = norms.find_sites(network) if config.init.name == "bn_folded" and not rewriting.normalizes else []
     network = norms.rewrite(network, rewriting)
     if trained:

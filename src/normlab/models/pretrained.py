@@ -10,24 +10,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-from urllib.request import urlopen
 
 import torch
 import torchvision
 from filelock import FileLock
 from torch import Tensor, nn
 
-from normlab.common.download import ANSWER_SECONDS, DOWNLOADING, unreachable, with_progress
+from normlab.common.download import DOWNLOADING, fetch, unreachable
 from normlab.common.errors import UserError, described, did_you_mean, first_line, listed
 from normlab.config import schema, weights
 from normlab.models import networks
 
 Log = Callable[[str], None]
-CHUNK = 2**20  # bytes that are read of a download at once
 NAMED = 4  # parameters that an error lists
+_ODD = "of another shape or kind"
 _AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # classifiers of torchvision's weights that networks here are without
 _BESIDE = ("state_dict", "model", "model_state_dict")  # where training scripts keep weights beside other things
-_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+_WRAPPER = re.compile(r"module\.|_orig_mod\.")  # of DataParallel and torch.compile
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,10 @@ def put(network: nn.Module, names: Iterable[str], trained: Trained, other: Calla
     """
     own = network.state_dict()
     renamed = dict(zip(names, own, strict=True))
-    given = {renamed.get(name, name): tensor for name, tensor in trained.tensors.items()}
+    tensors = trained.tensors
+    while tensors.keys().isdisjoint(renamed.keys() | own) and (wrapper := _WRAPPER.match(next(iter(tensors)))):
+        tensors = {name.removeprefix(wrapper[0]): tensor for name, tensor in tensors.items()}
+    given = {renamed.get(name, name): tensor for name, tensor in tensors.items()}
     given = {name: tensor for name, tensor in given.items() if name in own or not name.startswith(_AUXILIARY)}
     odd = [name for name in own if not name.endswith("num_batches_tracked") or name in given]
     odd = [name for name in odd if name not in given or _kind(given[name]) != _kind(own[name])]
@@ -108,22 +110,31 @@ def put(network: nn.Module, names: Iterable[str], trained: Trained, other: Calla
     wrong = {
         "missing": [name for name in odd if name not in given and name not in classifier],
         "unknown": [name for name in given if name not in own],
-        "of another shape": [name for name in odd if name in given and name not in classifier],
+        _ODD: [name for name in odd if name in given and name not in classifier],
     }
     if any(wrong.values()):
         raise _does_not_fit(network, trained, wrong, given, own)
     afresh = [name for name in odd if name in classifier]
     for name in given.keys() - set(afresh):
-        if given[name].is_floating_point() and not given[name].isfinite().all():
-            raise UserError(f"{trained.title} has values in {name} that are not finite.\nUse other weights.")
         own[name].copy_(given[name])
+        no_variance = name.endswith("running_var") and bool((own[name] < 0).any())
+        if no_variance or not own[name].isfinite().all():  # float64 may be finite there and not here
+            kind = "are below 0, as no variance is" if no_variance else "are not finite"
+            raise UserError(f"{trained.title} has values in {name} that {kind}.\nUse other weights.")
     shown = ", ".join(f"{name} {tuple(own[name].shape)}" for name in afresh)
     there = next((f"{name} is {tuple(given[name].shape)} there" for name in afresh if name in given), "there is none")
     return f"The classifier starts afresh: {shown}. In {trained.title} {there}." if afresh else ""
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.is_floating_point(), tensor.layout, tensor.is_quantized, tensor.device.type
+    numbers = "floating-point" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "whole"
+    quantized = "quantized" if tensor.is_quantized else "not quantized"
+    return tuple(tensor.shape), f"{numbers} numbers", quantized, tensor.layout, tensor.device.type
+
+
+def _difference(name: str, given: Tensor, own: Tensor) -> str:
+    there, here = next((a, b) for a, b in zip(_kind(given), _kind(own), strict=True) if a != b)
+    return f"{name} {there} for {here}"
 
 
 def _does_not_fit(
@@ -136,7 +147,7 @@ def _does_not_fit(
     shown: dict[str, Callable[[str], str]] = {
         "missing": str,
         "unknown": str,
-        "of another shape": lambda name: f"{name} {tuple(given[name].shape)} for {tuple(own[name].shape)}",
+        _ODD: lambda name: _difference(name, given[name], own[name]),
     }
     parts = [
         f"{len(names)} {what} ({listed([shown[what](name) for name in names], NAMED)})"
@@ -144,8 +155,8 @@ def _does_not_fit(
         if names
     ]
     remedy = "Give weights of this very network, as its library or a run with norm=bn has them."
-    if isinstance(network, torchvision.models.ResNet) and "conv1.weight" in wrong["of another shape"]:
-        stem = "imagenet" if given["conv1.weight"].shape[-1] == 7 else "small"
+    if isinstance(network, torchvision.models.ResNet) and "conv1.weight" in wrong[_ODD]:
+        stem = "imagenet" if given["conv1.weight"].shape[-1:] == (7,) else "small"
         remedy = f"These weights have another stem: model.stem={stem}."
     elif isinstance(network, torchvision.models.VGG) and any(
         name.startswith("classifier.") for name in (*wrong["missing"], *wrong["unknown"])
@@ -196,9 +207,6 @@ def _tensors(title: str, path: Path, *state: int) -> dict[str, Tensor]:
             f"{title} has other things than weights in it: {listed(others, NAMED)}.\n"
             f"Give a state_dict, by itself or below {' or '.join(_BESIDE)}."
         )
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in content):
-            content = {name.removeprefix(wrapper): tensor for name, tensor in content.items()}
     return dict(content)
 
 
@@ -251,27 +259,18 @@ def _of_torchvision(architecture: str, named: str, log: Log) -> Trained:
 
 
 def _download(url: str, file: Path, title: str, log: Log) -> None:
-    """Download to where torchvision itself keeps weights (TORCH_HOME), as a whole or not at all."""
-    temporary = file.with_name(f"{file.name}.part")
+    """Download to where torchvision itself keeps weights (TORCH_HOME)."""
     try:
         if reason := unreachable(url):
             raise OSError(reason)
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            if file.exists():  # another process had it
-                return
-            with urlopen(url, timeout=ANSWER_SECONDS) as response, temporary.open("wb") as out:
-                size = int(response.headers.get("Content-Length") or 0)
-                total = f" of {size / 1e6:.0f}" if size else ""
-                chunks = iter(lambda: response.read(CHUNK), b"")
-                for chunk in with_progress(chunks, lambda n: f"{DOWNLOADING} {title}: {n / 1e6:.0f}{total} MB", log):
-                    out.write(chunk)
-            temporary.replace(file)
+            if not file.exists():  # another process may have had it
+                fetch(url, file, title, log)
     except Exception as error:  # of the network or the disk
         raise _not_there(title, error, f"Put {url}\ninto {file.parent} (TORCH_HOME names another folder)") from None
 
 
-@lru_cache(maxsize=1)
 def _of_timm(architecture: str, named: str, kwargs: str, log: Log) -> Trained:
     networks.check_timm(architecture)
     import timm
@@ -287,10 +286,17 @@ def _of_timm(architecture: str, named: str, kwargs: str, log: Log) -> Trained:
     disable_progress_bars()  # they would land amid the lines about runs
     try:
         _require_timm(timm.models.get_pretrained_cfg(f"{architecture}.{tag}"), title, log)
-        with torch.random.fork_rng(devices=[]):
-            network = timm.create_model(f"{architecture}.{tag}", pretrained=True, **json.loads(kwargs))
+        return _made_by_timm(f"{architecture}.{tag}", title, kwargs)
     except Exception as error:  # of the network, the disk, or arguments that make another network
         raise _not_there(title, error, "Download it where there is internet, torch.save its state_dict()") from None
+
+
+@lru_cache(maxsize=1)
+def _made_by_timm(name: str, title: str, kwargs: str) -> Trained:
+    import timm
+
+    with torch.random.fork_rng(devices=[]):
+        network = timm.create_model(name, pretrained=True, **json.loads(kwargs))
     return Trained(title, network.state_dict(), digest(network.state_dict()))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from normlab.common.registry import option, register
 from normlab.norms.adapter import FullPrecision
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
-from normlab.norms.sites import NO_GAMMA, Variant, copy_affine, copy_statistics
+from normlab.norms.sites import NO_GAMMA, Variant, copy_affine
 
 
 class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]  # its momentum is never None
@@ -122,7 +122,7 @@ class BatchNorm(Variant):
             start = {"weight": norm.weight * self.scale_init, "bias": norm.bias}
             layer.to(norm.weight.device, norm.weight.dtype).load_state_dict(start, strict=False)
             layer.lr_divisors = {"weight": self.scale_lr_divisor}
-        return copy_statistics(norm, layer)
+        return layer
 
 
 class FrozenBatchNorm2d(FullPrecision):
@@ -171,12 +171,8 @@ class FrozenBatchNorm(Variant):
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """Return a `FrozenBatchNorm2d`."""
-        layer = FrozenBatchNorm2d(norm.num_features, eps=self.eps)
-        for name in ("running_mean", "running_var"):
-            value = getattr(norm, name)
-            if value is not None:  # as without track_running_stats
-                layer.get_buffer(name).copy_(value)
-        copy_affine(norm, layer)
+        layer = copy_affine(norm, FrozenBatchNorm2d(norm.num_features, eps=self.eps))
+        layer.load_state_dict(norm.state_dict(), strict=False)  # which has no statistics without track_running_stats
         return layer if self.train_affine else layer.requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normlab.common.registry import option, register
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
-from normlab.norms.sites import Variant, copy_affine, copy_statistics
+from normlab.norms.sites import Variant, copy_affine
 
 
 class _Normalize(torch.autograd.Function):
@@ -135,7 +135,4 @@ class LpNorm(Variant):
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """Return an `LpNorm2d`."""
-        layer = LpNorm2d(norm.num_features, **self.options | {"p": float(self.p)})
-        if "running statistics" in self.takes:
-            copy_statistics(norm, layer)
-        return copy_affine(norm, layer)
+        return copy_affine(norm, LpNorm2d(norm.num_features, **self.options | {"p": float(self.p)}))

@@ -10,7 +10,7 @@ from normlab.common.registry import option, register
 from normlab.norms.group import GroupedVariant
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, per_group
 from normlab.norms.plain import ChannelAffine
-from normlab.norms.sites import Variant, copy_affine, copy_statistics
+from normlab.norms.sites import Variant, copy_affine
 from normlab.norms.steps import Role
 
 
@@ -231,13 +231,6 @@ class EvoNormB0(_EvoNorm):
 
     momentum: float = option(0.1, gt=0, le=1)
     unbiased_average: bool = option(False, neutral=False)
-
-    def norm_and_activation(
-        self, norm: nn.BatchNorm2d, activation: nn.Module | None
-    ) -> tuple[nn.Module, nn.Module | None]:
-        """Return the layer, with the variance of the norm's moving averages."""
-        layer, left = super().norm_and_activation(norm, activation)
-        return (copy_statistics(norm, layer) if isinstance(layer, EvoNorm2dB0) else layer), left
 
     def layer(self, channels: int) -> nn.Module:
         """Return an `EvoNorm2dB0`."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from normlab.common.registry import option, register
 from normlab.norms.layer_statistics import BatchStatistics, broadcast, full_precision, keep_for_backward, per_group
-from normlab.norms.sites import Variant, copy_affine, copy_statistics
+from normlab.norms.sites import Variant, copy_affine
 from normlab.norms.steps import Clock
 
 
@@ -144,6 +144,4 @@ class BatchRenorm(Variant):
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """Return a `BatchRenorm2d`."""
-        layer = BatchRenorm2d(norm.num_features, clock=self.clock, **self.options)
-        copy_statistics(norm, layer)
-        return copy_affine(norm, layer)
+        return copy_affine(norm, BatchRenorm2d(norm.num_features, clock=self.clock, **self.options))

@@ -120,7 +120,7 @@ def copy_affine(norm: nn.BatchNorm2d, layer: nn.Module) -> nn.Module:
     return layer
 
 
-def copy_statistics(norm: nn.BatchNorm2d, layer: BatchStatistics) -> nn.Module:
+def copy_statistics(norm: BatchNormalization, layer: BatchStatistics) -> nn.Module:
     """Return `layer` with moving averages that follow from those of a trained norm; of others they stay as they are.
 
     For a layer that sees the x that the norm saw.
@@ -350,6 +350,10 @@ class _Rewriting:
             self._rewrite_convolution(place.site.convolution)
         given = _complete(norm)
         layer, new_activation = self.variant.norm_and_activation(given, activation)  # type: ignore[arg-type]
+        if "running statistics" in self.variant.takes:
+            for each in layer.modules():
+                if isinstance(each, BatchStatistics):
+                    copy_statistics(given, each)
         if not place.site.convolution:  # what works in place behind an identity would overwrite what others may use
             if place.activation and place.activation.op == "call_module" and hasattr(activation, "inplace"):
                 activation.inplace = False  # type: ignore[union-attr]

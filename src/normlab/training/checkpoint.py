@@ -114,7 +114,7 @@ def load(folder: Path, run_id: str, warn: Callable[[str], None]) -> Iterator[tup
 
 def left_out(path: Path, why: object) -> str:
     """Return the sentence about a checkpoint that is not used."""
-    return f"{path} cannot be used and is left out ({why}). The run goes on from an earlier state."
+    return f"{path} cannot be used and is left out ({why}). An earlier one is tried, or the run starts anew."
 
 
 def read(path: Path, run_id: str) -> dict[str, Any]:

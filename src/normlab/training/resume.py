@@ -1,5 +1,6 @@
 """From a checkpoint to the state of a run that goes on: its own, or that of a finished run of fewer epochs."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from normlab import runs
 from normlab.common.errors import UserError, first_line
 from normlab.common.source import changed_modules
+from normlab.config import weights
 from normlab.config.schema import OptimizerConfig, RunConfig
 from normlab.data.recorded import image_files
 from normlab.norms import Clock
@@ -141,6 +143,9 @@ def _of_shorter(config: RunConfig, shorter: Shorter) -> Saved:
     if [row["epoch"] for row in kept] != [*range(every, shorter.epochs + 1, every)]:
         raise MisfitError("it lacks evaluations")
     made = runs.read_provenance(shorter.folder)
+    with contextlib.suppress(UserError):  # a file that is gone is not compared
+        if change := weights.change(config.weights, made.get("weights")):
+            raise MisfitError(f"the file of model.weights={config.weights} has changed since: {change}")
     recorded, now = made.get("own_code"), config.own_code()
     before = recorded if isinstance(recorded, Mapping) else {}
     for setting, code in now.items():
@@ -313,8 +318,8 @@ def _check_moved(state: TrainingState, content: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if one has been changed without.
     """
-    if state.config.starts_from_data or not _state_of_one(state.config.optimizer):
-        return  # a resumed network begins without a start from data
+    if state.config.weights is not None or state.config.starts_from_data or not _state_of_one(state.config.optimizer):
+        return  # a resumed network begins without trained weights and without a start from data
     names = {parameter: name for name, parameter in state.step.network.named_parameters()}
     parameters = (each for group in state.step.optimizer.param_groups for each in group["params"])
     for index, parameter in enumerate(parameters):
