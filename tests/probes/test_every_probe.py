@@ -170,14 +170,14 @@ def test_a_run_that_died_goes_on_from_its_checkpoint_with_its_rows(tiny, monkeyp
 
 
 def test_a_probe_s_file_ends_where_it_could_not_be_read_again_and_its_run_is_finished(tiny, monkeypatch) -> None:
-    monkeypatch.setattr(reading, "MOST_BYTES_OF_ROWS", 3000)
-    config = tiny("norm=bn", *probing(["ics"]), "study=full")
+    monkeypatch.setattr(reading, "MOST_BYTES_OF_ROWS", 4000)
+    config = tiny("norm=bn", *probing(["activations"]), "study=full")
     train_run(config)
     run = runs.Run(config.as_dict())
     assert run.state == "done"
-    assert 0 < (run.folder / "probes" / "ics.jsonl").stat().st_size <= 3000
+    assert 0 < (run.folder / "probes" / "activations.jsonl").stat().st_size <= 4000
     log = (run.folder / "run.log").read_text()
-    assert log.count("probe=ics has measured more than a file holds") == 1
+    assert log.count("probe=activations has measured more than a file holds") == 1
 
 
 def test_what_is_not_finite_is_written_as_null_and_never_raised(tiny) -> None:
