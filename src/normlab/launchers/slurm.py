@@ -212,9 +212,8 @@ def _code_of(jobs: Sequence[Job], needs: Needs) -> Path | None:
 
 
 def _call(command: Sequence[str], **how: Any) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        command, capture_output=True, text=True, errors="replace", **how
-    )  # a comment may be any bytes
+    # A comment of a job may be any bytes.
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", **how)
 
 
 def _query(*command: str) -> str:

@@ -75,7 +75,7 @@ class BatchStatistics(FullPrecision):
         """
         for name, value in zip(self.averages, self.averages_of(mean, var + mean.square()), strict=True):
             self.get_buffer(name).copy_(value)
-        if self.counter is not None:  # the next batch is one of many
+        if self.counter is not None:  # so that the averages go on with `momentum`
             self.get_buffer(self.counter).fill_(max(batches, math.ceil(1 / self.momentum)))
 
     def moments(self, input: Tensor) -> tuple[Tensor, ...]:

@@ -49,7 +49,7 @@ class Probes:
         return any(step in steps for steps in self._steps.values())
 
     def others_before(self, total: int) -> list[str]:
-        """Return the probes that a run of `total` steps measures with at other ones than this run does until there."""
+        """Return the probes whose steps below `total` are not those of a run of `total` steps."""
         return [
             name
             for name, steps in self._steps.items()

@@ -47,7 +47,7 @@ def choose(device: str, share: str | None = None) -> torch.device:
 def left_idle() -> str | None:
     """Return a sentence about an accelerator of this machine that device=auto does not use, if there is one.
 
-    PyTorch's own question for any kind comes last: it is answered by what this PyTorch was built for.
+    `torch.accelerator` comes last: it tells what this PyTorch was built for.
     """
     if torch.cuda.is_available():
         return None
