@@ -382,8 +382,8 @@ def fuzzed(chosen: argparse.Namespace, folder: Path) -> Result:
         "\n".join(counted.table()),
         "same: all as before, nothing said. told: a sentence names the run, and no other run has changed. refused: a"
         " sentence in place of the report, which is right for a file that is the whole study. Looked for: no traceback"
-        " (nor a hang, nor more than 1.5 GB), nothing else than before without a sentence, no number that no run can have, no"
-        " file changed by a command that reads.",
+        " (nor a hang, nor more than 1.5 GB), nothing else than before without a sentence, no number that no run can"
+        " have, no file changed by a command that reads.",
     ], counted.faults
 
 
