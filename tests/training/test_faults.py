@@ -373,6 +373,7 @@ ODD: dict[str, Callable[[Content], object]] = {
     "another shape": lambda saved: saved["network"].update({"head.bias": torch.zeros(11)}),
     "another dtype": lambda saved: saved["network"].update({"head.bias": torch.zeros(10, dtype=torch.int64)}),
     "a sparse tensor": lambda saved: saved["network"].update({"head.bias": torch.zeros(10).to_sparse()}),
+    "weights that are not finite": lambda saved: saved["network"]["head.bias"].fill_(float("nan")),
     "an average where there is none": lambda saved: saved.update(averaged={}),
     "no groups": lambda saved: saved["optimizer"].pop("param_groups"),
     "a group is no mapping": lambda saved: saved["optimizer"]["param_groups"].__setitem__(0, 3),

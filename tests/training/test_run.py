@@ -16,6 +16,7 @@ from small import SmallNet
 from torch import nn
 
 from normlab import models, runs
+from normlab.common import source
 from normlab.common.errors import FolderGoneError, InterruptedRunError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
@@ -270,6 +271,16 @@ def test_no_checkpoint_follows_a_divergence(tiny, monkeypatch) -> None:
     ended = train_run(tiny(*DIVERGING, "checkpoint_seconds=0"))
     assert ended["state"] == "diverged"
     assert saved == [*range(1, ended["diverged_step"])]
+
+
+def test_code_from_outside_of_the_snapshot_is_told_once_even_if_it_is_imported_late(tiny, monkeypatch) -> None:
+    live = [["early (a.py)"], ["early (a.py)", "late (b.py)"]]
+    monkeypatch.setattr(source, "outside_of_snapshot", lambda: live.pop(0))
+    config = tiny()
+    train_run(config)
+    log = (folder(config) / "run.log").read_text()
+    told = "Not in the snapshot of code, so imported as they are now: "
+    assert [line.partition(told)[2] for line in log.splitlines() if told in line] == ["early (a.py).", "late (b.py)."]
 
 
 # What cannot be trained

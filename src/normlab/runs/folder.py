@@ -157,7 +157,7 @@ class Run:
             self._claim.verify()
 
     def write_status(self, state: str, *, durable: bool = True, **facts: Any) -> dict[str, Any]:
-        """Replace status.json and return what it says; every fact not given again is kept.
+        """Replace status.json and return it; every fact not given again is kept.
 
         Its checksums are those of the files that this process has written, else those that the status had.
         """
@@ -179,7 +179,7 @@ class Run:
         status["files"] = {name: [*each] for name, each in written.items()}
         content = sums.sealed(status, self.run_id)
         files.write_atomically(self.folder / STATUS, lambda file: file.write(content), durable=durable)
-        return status
+        return dict(reading.parse_json(content.decode()))
 
     def _sum_now(self, name: str) -> sums.Sum:
         """Return the sum of a file as it is now."""

@@ -33,6 +33,7 @@ class Recorder:
         self.run, self.log = run, log
         self._logger, self._on_status = logger, on_status
         self._latest: dict[str, Any] = {}
+        self._live: list[str] = []  # modules from outside of the snapshot of code that were told
         self._full: set[str] = set()  # probes whose files hold no more
 
     def preparing(self, text: str) -> None:
@@ -79,11 +80,16 @@ class Recorder:
                 self.run.name,
                 "; ".join(changed),
             )
-        if live := source.outside_of_snapshot():
-            self.log.warning("Not in the snapshot of code, so imported as they are now: %s.", "; ".join(live))
+        self._tell_of_live_code()
         of = shorter.folder.name if shorter else ""
         earlier = provenance.earlier_segments(before, now, state.step_number, of) if before or of else []
         self.run.write_provenance(now | ({"earlier": earlier} if earlier else {}))
+
+    def _tell_of_live_code(self) -> None:
+        live = [each for each in source.outside_of_snapshot() if each not in self._live]
+        self._live += live
+        if live:
+            self.log.warning("Not in the snapshot of code, so imported as they are now: %s.", "; ".join(live))
 
     def heartbeat(self, state: TrainingState) -> None:
         """Write that the run is under way, and how far."""
@@ -132,6 +138,7 @@ class Recorder:
     def end(self, state: TrainingState, outcome: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write how the run ended, remove its checkpoints, and return its status; for all processes together."""
         state.update_peak_memory()
+        self._tell_of_live_code()  # once more: a forward pass may have imported some
         status = self.run.write_status(outcome, ended=runs.now(), **self._facts(state), **facts)
         if state.group.is_main:
             with contextlib.suppress(OSError):  # the result is safe: what is left over only takes space

@@ -177,6 +177,9 @@ def restore(state: TrainingState, saved: Saved, run: runs.Run) -> None:
     try:
         others = {"run_id": content["run_id"], "probes": {}, "optimizer": {}}
         _require_alike(state.state_dict() | others, content | others)
+        for name, _ in step.network.named_parameters():
+            if not content["network"][name].isfinite().all():
+                raise ValueError(f"network.{name} is not finite")
         _check_position(state, content["position"])
         _check_optimizer(state.config.optimizer, step.optimizer, content["optimizer"])
         if state.steps_until(content["position"]["epoch"]) + content["position"]["batch"]:
