@@ -7,6 +7,7 @@ from normlab import runs
 from normlab.common.errors import UserError
 from normlab.runs import files
 from normlab.runs.inside import make_own_folder
+from normlab.training.record import open_log
 
 
 @pytest.fixture
@@ -33,6 +34,25 @@ def test_nothing_is_written_to_a_run_through_what_leads_elsewhere(others, tmp_pa
             write()
     assert sorted(others.rglob("*")) == before
     assert (others / "file").read_text() == "theirs"
+
+
+def test_what_becomes_a_link_while_a_run_trains_is_not_followed(others, tmp_path, tiny) -> None:
+    run = runs.Run(tiny().as_dict())
+    run.freeze()
+    log = open_log(run.folder, write=True)
+    with run.lock():
+        (run.folder / "probes").symlink_to(others / "folder")
+        with pytest.raises(UserError, match="probes is a link"):
+            run.append_probe("ics", [{"step": 1, "layer": "x"}])
+        run.folder.rename(tmp_path / "moved")
+        run.folder.symlink_to(others / "folder")
+        log.info("a line")
+        with pytest.raises(UserError):
+            run.append_metrics({"epoch": 1, "step": 1})
+    for handler in log.handlers:
+        handler.close()
+    assert list((others / "folder").iterdir()) == []
+    assert "a line" in (tmp_path / "moved" / "run.log").read_text()
 
 
 def test_folders_of_studies_and_those_above_may_be_links(others, tmp_path) -> None:

@@ -209,7 +209,7 @@ class Run:
     def append_probe(self, probe: str, rows: Iterable[Mapping[str, Any]]) -> bool:
         """Append the rows of one measurement to a probe's file; return whether it has room for them."""
         self._verify()  # first: a folder that was deleted must not come back
-        files.make_folder(self.folder / PROBES_FOLDER)
+        make_own_folder(self.folder / PROBES_FOLDER, self.folder.parent)
         name, text = f"{PROBES_FOLDER}/{probe}.jsonl", _as_lines(rows)
         length, _ = self._known().get(name, (0, ""))
         if length + len(text) > reading.most_bytes(name):  # it could not be read again

@@ -167,6 +167,11 @@ class Recorder:
 class _LogFile(logging.FileHandler):
     """A log file that ignores errors of its disk: they end the run where its record is written."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", delay=True)
+        with contextlib.suppress(OSError):  # at once: the folder may be another one when there is something to say
+            self.stream = self._open()
+
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):
             super().emit(record)
@@ -185,7 +190,7 @@ def open_log(folder: Path, *, write: bool) -> logging.Logger:
     if not write:
         log.addHandler(logging.NullHandler())
         return log
-    file = _LogFile(folder / runs.LOG, encoding="utf-8", delay=True)
+    file = _LogFile(folder / runs.LOG)
     formatter = PlainFormatter("%(asctime)sZ %(levelname)s %(message)s")
     formatter.converter = time.gmtime
     file.setFormatter(formatter)
