@@ -9,6 +9,8 @@ import pytest
 from launchers.commands import ROOT, SMALL
 from terminal import COLOR, in_terminal, shown, to_files
 
+from normlab.config import hydra
+
 TRAIN, SWEEP = (
     [sys.executable, str(ROOT / "train.py"), *SMALL, "epochs=50"],
     [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "epochs=50", "norm=bn,none", "hydra.launcher.slots=2"],
@@ -134,3 +136,13 @@ def test_terminals_that_are_dumb_colorless_or_quiet_get_what_they_can_show() -> 
     assert not COLOR.search(colorless)
     assert "40 runs" in colorless
     assert in_terminal([sys.executable, "-c", MANY, "quiet"])[1] == "a warning\r\n"
+
+
+def test_variables_that_would_stop_a_library_are_left_out(monkeypatch) -> None:
+    kept = {"COLUMNS": "80", "SOURCE_DATE_EPOCH": "0"}
+    for given, left in (({"COLUMNS": "0", "LINES": "x", "SOURCE_DATE_EPOCH": "abc"}, {}), (kept, kept)):
+        monkeypatch.setattr(os, "environ", dict(given))
+        hydra._mend_environment()
+        assert {
+            name: os.environ[name] for name in ("COLUMNS", "LINES", "SOURCE_DATE_EPOCH") if name in os.environ
+        } == left

@@ -106,8 +106,13 @@ def _mend_environment() -> None:
     """Set what libraries read from the environment, and leave out what would stop them."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions to us instead of printing them
     os.environ["MPLBACKEND"] = "agg"  # figures are files; Matplotlib would not be imported with a name it does not know
-    for name in ("COLUMNS", "LINES"):  # of a terminal: with 0 Rich prints nothing
-        if not re.fullmatch("[1-9][0-9]{0,5}", os.environ.get(name, "1")):
+    # With a terminal of 0 columns Rich prints nothing; with a date that is no number SciPy cannot be imported.
+    for name, form in (
+        ("COLUMNS", "[1-9][0-9]{0,5}"),
+        ("LINES", "[1-9][0-9]{0,5}"),
+        ("SOURCE_DATE_EPOCH", "[0-9]{1,10}"),
+    ):
+        if not re.fullmatch(form, os.environ.get(name, "1")):
             del os.environ[name]
     for number, stream in ((0, "stdin"), (1, "stdout"), (2, "stderr")):  # closed by `>&-`: files would get its number
         if getattr(sys, stream) is None:
