@@ -395,7 +395,7 @@ def attacked(chosen: argparse.Namespace, folder: Path) -> Result:
     table += [f"| {title} | {number} | {faulty} |" for title, (number, faulty) in counts.items()]
     return [
         f"{sum(number for number, _ in counts.values())} studies and surroundings in {time.monotonic() - begun:.0f} s,"
-        " each with the commands that may meet it: report, status, claims, results, pack, verify, import, plan, train.",
+        " each with the commands that may meet it: report, status, claims, results, pack, verify, import, train.",
         "\n".join(table),
         f"Looked for: no traceback, no command of over {watched.SECONDS:.0f} s of CPU or {watched.BYTES / 1e9:.1f} GB,"
         " a report of the other runs that names this one, no file outside of the study changed or shown, no escape"
