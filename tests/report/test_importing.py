@@ -415,8 +415,14 @@ REFUSED = [  # text and what the sentence has
     ("arm,epoch,test_accuracy\nm,19,0.5\nm,20,\n", "has no test_accuracy at its last epoch, 20"),
     ("arm,test_accuracy\nmine,0.5%\n", "line 2: test_accuracy=0.5% is not valid: expected a number"),
     ("arm,epoch,test_accuracy\nmine,1.5,0.5\n", "line 2: epoch=1.5 is not valid"),
-    ("arm,epoch,test_accuracy\nmine,2000000000,0.5\n", "line 2: epoch=2000000000 is not valid"),
-    ("arm,test_accuracy,wall_seconds\nmine,0.5,2e10\n", "line 2: wall_seconds=2e10 is not valid"),
+    (
+        "arm,epoch,test_accuracy\nmine,2000000000,0.5\n",
+        "epoch=2000000000 is not valid: expected a whole number from 0 to 1000000000",
+    ),
+    (
+        "arm,test_accuracy,wall_seconds\nmine,0.5,2e10\n",
+        "wall_seconds=2e10 is not valid: expected a number, 0 to 1e+10",
+    ),
     ("arm,seed,test_accuracy\nmine,-1,0.5\n", "line 2: seed=-1 is not valid"),
     ("arm,seed,test_accuracy\nmine,1000000000000000000000000000000,0.5\n", "line 2: seed=1000"),
     ("arm,state,test_accuracy\nmine,broken,0.5\n", "line 2: state=broken is not valid"),
@@ -451,7 +457,11 @@ REFUSED_WITH = [  # text, settings, and what the sentence has
     (PAIR + "93\nm,0.9\n", {"percent": True}, "line 3: test_accuracy=0.9 is not valid with percent=true"),
     (PAIR + "1\nm,1\n", {"percent": True}, "line 2: test_accuracy=1 is not valid with percent=true"),
     (PAIR + "101\nm,90\n", {"percent": True}, "line 2: test_accuracy=101 is not valid with percent=true"),
-    (PAIR + "-1\nm,90\n", {"percent": True}, "line 2: test_accuracy=-1 is not valid: expected a number, 0 or more"),
+    (
+        PAIR + "-1\nm,90\n",
+        {"percent": True},
+        "line 2: test_accuracy=-1 is not valid: expected a number, 0 or more",
+    ),
     (ROW, {"pattern": "{arm}"}, "pattern= is about the folders of a source"),
 ]
 

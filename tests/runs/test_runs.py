@@ -182,6 +182,9 @@ def test_a_record_of_before_the_first_format_is_read_though_its_id_cannot_be_mad
     path = run.folder / "config.yaml"
     path.write_text(path.read_text().replace(f"format: {FORMAT}\n", "").replace("epochs:", "epochs: 7 #"))
     assert runs.read_record(run.folder).config["epochs"] == 7
+    run.write_status("done")  # with checksums, which no record without a format has
+    with pytest.raises(UserError, match="lacks its format"):
+        runs.read_record(run.folder)
 
 
 def test_a_frozen_configuration_is_not_overwritten_by_how_the_run_is_carried_out_later(make, run) -> None:

@@ -19,10 +19,18 @@ if TYPE_CHECKING:  # Pillow is imported where an image is opened
 MOST_FILES = 10_000  # whose ends are read, in half a second; of more files as many, evenly spread
 MOST_DECODED = 64  # that have no end to be checked, evenly spread
 END_BYTES = 64
-OF_FILES = (  # errors that a file has for good; others are of the disk, the network or the machine, and may pass
-    *(None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
-    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO, errno.EINVAL),
-)
+OF_FILES = {  # errors that a file has for good; others are of the disk, the network or the machine, and may pass
+    None,  # of Pillow, about contents
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+    errno.EINVAL,
+}
 REMEDY = "Replace the file or remove it. Or leave out all that cannot be read: dataset.skip_unreadable=true."
 
 

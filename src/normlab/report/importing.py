@@ -106,11 +106,14 @@ class _Kind(NamedTuple):
 
 _TEXT = f"1 to {LONGEST} characters, none of < > $ \\ ` and no control characters"
 _SETTING = _Kind(Annotated[Any, BeforeValidator(_setting)], f"a finite number, or a text of {_TEXT}")
-_NUMBER = "a number, 0 or more, or an empty cell"
 
 
 def _whole(low: int, high: int) -> _Kind:
-    return _Kind(Annotated[int, Field(ge=low, le=high)], f"a whole number, {low} or more")
+    return _Kind(Annotated[int, Field(ge=low, le=high)], f"a whole number from {low} to {high}")
+
+
+def _number(high: float, range_in_words: str) -> _Kind:
+    return _Kind(Annotated[FiniteFloat, Field(ge=0, le=high)], f"a number, {range_in_words}, or an empty cell")
 
 
 _KINDS = {
@@ -119,8 +122,8 @@ _KINDS = {
     "epoch": _whole(0, MOST_EPOCHS),
     **dict.fromkeys(COUNTS, _whole(1, LARGEST)),
     "epochs": _whole(1, MOST_EPOCHS),
-    **dict.fromkeys(MEASURED, _Kind(Annotated[FiniteFloat, Field(ge=0, le=LARGEST_NUMBER)], _NUMBER)),
-    "wall_seconds": _Kind(Annotated[FiniteFloat, Field(ge=0, le=MOST_SECONDS)], _NUMBER),
+    **dict.fromkeys(MEASURED, _number(LARGEST_NUMBER, "0 or more")),
+    "wall_seconds": _number(MOST_SECONDS, f"0 to {MOST_SECONDS:g}"),
     **dict.fromkeys(LOSSES, _Kind(Annotated[float, BeforeValidator(_loss)], "a number, or an empty cell")),
     "state": _Kind(Literal["done", "diverged"], "done or diverged"),
 }

@@ -220,8 +220,10 @@ def _compared(name: str, held: str, anew: str) -> Check:
         return Check(Outcome.FAILS, f"Table {name}", f"is no CSV: {error}.")
     if rows[:1] != new[:1]:
         return Check(Outcome.FAILS, f"Table {name}", "has other columns, or in another order, than the one made anew.")
-    if len(rows) != len(new) or any(map(_unequal_lengths, rows, new)):
+    if len(rows) != len(new):
         return Check(Outcome.FAILS, f"Table {name}", f"has {len(rows) - 1} rows, and {len(new) - 1} anew.")
+    if any(map(_unequal_lengths, rows, new)):
+        return Check(Outcome.FAILS, f"Table {name}", "has rows with more or fewer cells than its header.")
     header = new[0]
     unequal = [
         (row, column, before, after)

@@ -99,11 +99,14 @@ class _Cell(NamedTuple):
 
 
 class _Config(NamedTuple):
-    """A configuration, the id that its file names (None: none), and the id that it describes ("": cannot be told)."""
+    """A configuration, the id that its file names (None: none), and the id that it describes.
+
+    The second is None where the file names no format: records of 0.1.0, whose ids were other digests.
+    """
 
     settings: dict[str, Any]
     named: object
-    described: str
+    described: str | None
     fault: str
 
 
@@ -124,9 +127,9 @@ def _as_config(path: RecordPath, content: bytes) -> _Config:
     settings = {key: value for key, value in cell.value.items() if key not in ("format", "run_id")}
     if seed is not None:
         settings["seed"] = seed
-    formatted = "format" in cell.value  # else of 0.1.0, whose ids were other digests
-    described = digest(f"{settings['seed']}".join(cell.identity)) if cell.identity and formatted else ""
-    return _Config(settings, named or cell.value.get("run_id"), described, cell.fault)
+    described = digest(f"{settings['seed']}".join(cell.identity)) if cell.identity else ""
+    formatted = "format" in cell.value
+    return _Config(settings, named or cell.value.get("run_id"), described if formatted else None, cell.fault)
 
 
 def _parsed(text: str) -> tuple[_Cell, int | None, str | None]:
@@ -295,7 +298,7 @@ def read_record(folder: RecordPath) -> Record:
         raise changed(path, f"is of the run {reading.shown(config.named)}, and lies in the folder of another")
     if config.fault:
         raise changed(path, f"lacks a setting of a run, or has an odd one: {config.fault}")
-    if own and config.described not in (own, ""):
+    if own and config.described not in (own, None):
         raise changed(path, "describes another run than the name of its folder says")
     status = read_status(folder)
     probes = [f"{PROBES_FOLDER}/{path.name}" for path in probe_files(folder)]
@@ -304,6 +307,8 @@ def read_record(folder: RecordPath) -> Record:
     recorded, over = sums.recorded(status), status is not None and status["state"] in FINISHED
     if recorded is not None and (why := sums.fault(recorded.get(CONFIG), content, own, whole=True)):
         raise changed(path, why)
+    if recorded is not None and config.described is None:
+        raise changed(path, "lacks its format, and checksums are there")
     made, damage = _read_made(folder, recorded, own, over=over)
     record = Record(config.settings, status, made, recorded, probes, damage)
     if recorded is not None:
