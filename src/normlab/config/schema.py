@@ -109,6 +109,7 @@ StudyName = Annotated[
 ]
 
 
+SettingName = Annotated[str, Field(pattern=r"^[a-z]\w*(\.\w+)*$")]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
@@ -570,6 +571,7 @@ class RunConfig(_Section):
     threads: Count | None
     checkpoint_seconds: NonNegative | None
     save_weights: Switch
+    tuned: Annotated[list[SettingName], Field(max_length=5), Since(4, neutral=[])]
     keep_checkpoint: Annotated[Switch | None, Since(3, neutral=None)]
     logger: LoggerConfig
     quiet: Switch

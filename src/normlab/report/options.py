@@ -11,7 +11,7 @@ from normlab.report.analysis.metrics import BEST, EVALUATED, FINAL
 from normlab.runs import reading
 
 _SELECTIONS = ("arms", "batches", "seeds", "settings")
-TABLE_OPTIONS = ("baseline", "metric", "value", *_SELECTIONS, "thresholds", "confidence", "alpha")
+TABLE_OPTIONS = ("baseline", "metric", "value", "tuned", *_SELECTIONS, "thresholds", "confidence", "alpha")
 
 
 MOST_THRESHOLDS = 20  # columns of a table
@@ -49,11 +49,16 @@ def _are_whole(value: Any) -> bool:
     return value is None or (_is_list(value, lambda each: type(each) is int) and len(value) > 0)
 
 
+def _are_settings(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _is_list(value, lambda each: isinstance(each, str))
+
+
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "thresholds": (
         _are_shares,
         f"a list of at most {MOST_THRESHOLDS} accuracies between 0 and 1.\nExample: thresholds=[0.5,0.8,0.95]",
     ),
+    "tuned": (_are_settings, "null, [], or names of settings.\nExample: tuned=optimizer.lr"),
     "baseline": (_is_name, "null or the name of an arm.\nExample: baseline=bn"),
     "figures": (_is_bool, "true or false."),
     "quiet": (_is_bool, "true or false."),
@@ -82,6 +87,7 @@ class Options:
     baseline: str | None
     metric: str | None
     value: str
+    tuned: str | Sequence[str] | None
     arms: Sequence[str] | None
     batches: Sequence[int] | None
     seeds: Sequence[int] | None

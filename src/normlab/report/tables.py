@@ -1,11 +1,14 @@
 """All tables of a report with its options: to show, to pack, and to compare with those that somebody packed."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from normlab.common.errors import UserError, as_typed, listed
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.analysis.tables import build_tables, probe_tables
+from normlab.report.analysis.tuned_tables import tuned_tables, with_cost_of_trials
+from normlab.report.analysis.tuning import tune
 from normlab.report.claims import texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import TABLE_OPTIONS, Options, options
@@ -14,18 +17,38 @@ from normlab.report.study.load import Study
 from normlab.report.study.select import select
 
 
+def chosen_runs(study: Study, options: Options) -> Study:
+    """Return the study of what the options select, at the best values of the settings that they tune.
+
+    Raises:
+        UserError: if the study lacks what the options name, or the images to choose on.
+    """
+    chosen = select(study, options.arms, options.batches, options.seeds, options.settings)
+    return tune(chosen, study, options.tuned, options.value, options.confidence)
+
+
 def make_tables(study: Study, metric: Metric, options: Options) -> list[Table]:
     """Return the tables of the metric, the first, of what else was recorded, and of the probes."""
     baseline = options.baseline if options.baseline in set(study.runs["arm"]) else None
     tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
-    return [*tables, *probe_tables(study, options.confidence)]
+    tables = [*tables, *tuned_tables(study, options.confidence), *probe_tables(study, options.confidence)]
+    return [_said_to_be_tuned(with_cost_of_trials(table, study), study) for table in tables]
+
+
+def _said_to_be_tuned(table: Table, study: Study) -> Table:
+    """Return the table with the number of settings that each arm was given, in its caption and its CSV."""
+    if study.tuning is None:
+        return table
+    sentence = study.tuning.sentence
+    caption = f"{table.caption} {sentence[0].upper()}{sentence[1:]}."
+    return replace(table, caption=caption, tidy=table.tidy.assign(tuned=sentence))
 
 
 def judged_tables(study: Study, metric: Metric, options: Options) -> tuple[list[Table], list[Judgement]]:
     """Return the same tables and, where claims are judged, that of the verdicts; and the verdicts."""
     tables, judgements = make_tables(study, metric, options), judge(study, options.confidence, options.alpha)
     if judgements:
-        tables.append(texts.verdict_table(judgements, options.confidence))
+        tables.append(_said_to_be_tuned(texts.verdict_table(judgements, options.confidence), study))
     return tables, judgements
 
 
@@ -35,7 +58,7 @@ def csv_tables(study: Study, options: Options) -> dict[str, str]:
     Raises:
         UserError: if the study lacks what the options name.
     """
-    chosen = select(study, options.arms, options.batches, options.seeds, options.settings)
+    chosen = chosen_runs(study, options)
     if chosen.evaluations.empty:
         return {}
     tables, _ = judged_tables(chosen, metric_of(chosen.evaluations, options.metric, options.value), options)
@@ -53,6 +76,8 @@ def read_table_options(kept: object) -> Options:
     Raises:
         UserError: if it is no such thing.
     """
+    if isinstance(kept, Mapping):
+        kept = {"tuned": [], **kept}  # versions before 0.5.0 had no such option
     if not isinstance(kept, Mapping) or set(kept) != set(TABLE_OPTIONS):
         names = listed(sorted(map(str, kept)), 3) if isinstance(kept, Mapping) else str(as_typed(kept))[:80]
         raise UserError(f"They have {names}; expected {', '.join(TABLE_OPTIONS)}.")

@@ -9,6 +9,7 @@ from normlab.common.errors import UserError, as_typed, did_you_mean, first_line,
 from normlab.common.installation import command_name, study_words
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
+from normlab.report.analysis.tuning import tuning_warnings
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
@@ -23,9 +24,8 @@ from normlab.report.study.arms import in_order
 from normlab.report.study.find import find_studies, find_study
 from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Provenance, continued, mixed_cells, mixed_provenance, provenance_of
-from normlab.report.study.select import select
 from normlab.report.study.status import show_status
-from normlab.report.tables import judged_tables, make_tables, table_options
+from normlab.report.tables import chosen_runs, judged_tables, make_tables, table_options
 from normlab.runs import archive, files
 from normlab.runs.inside import make_own_folder
 
@@ -46,7 +46,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
             that cannot be written.
     """
     whole = load(str(study), _folder("output_dir", output_dir))
-    chosen = select(whole, options.arms, options.batches, options.seeds, options.settings)
+    chosen = chosen_runs(whole, options)
     _check_begun(chosen, study_words(str(study), output_dir), options)
     metric = metric_of(chosen.evaluations, options.metric, options.value)
     tables, judgements = judged_tables(chosen, metric, options)
@@ -58,7 +58,7 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
             _write(folder / f"{table.name}.{suffix}", text)
     files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
     drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
-    warnings = [*chosen.warnings, *_remarks(whole, chosen, metric, options)]
+    warnings = [*chosen.warnings, *tuning_warnings(chosen.tuning), *_remarks(whole, chosen, metric, options)]
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(chosen, made, shown, warnings))
@@ -84,22 +84,23 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
         raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
     judgements: list[Judgement] = []
     warnings: list[str] = []
-    for study in _studies(folder, warnings):
+    for study in _studies(folder, warnings, options):
         judgements += judge(study, options.confidence, options.alpha)
     files.make_folder(folder)
     text = verdict_texts.claims_page(judgements)
     return _write_claims_page(folder / "claims.md", text, judgements, warnings, options)
 
 
-def _studies(folder: Path, warnings: list[str]) -> Iterator[Study]:
-    """Yield every study of a folder; add a sentence to `warnings` about what cannot be read."""
+def _studies(folder: Path, warnings: list[str], options: Options) -> Iterator[Study]:
+    """Yield every study of a folder, tuned as the options say; add sentences to `warnings` on what cannot be read."""
     for name in find_studies(folder):
         try:
-            study = load(name, folder)
+            study = chosen_runs(load(name, folder), options)
         except UserError as error:
             warnings.append(f"{name} is left out: {first_line(error)}")
             continue
         warnings += study.warnings
+        warnings += [f"{name}: {warning}" for warning in tuning_warnings(study.tuning)]
         yield study
 
 
@@ -113,7 +114,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
     studies, judgements = [], []
     warnings: list[str] = []
-    for study in _studies(folder, warnings):
+    for study in _studies(folder, warnings, options):
         if study.finished.empty:
             warnings.append(f"{study.name} has no finished run yet and is left out.")
             continue

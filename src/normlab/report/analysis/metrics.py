@@ -19,6 +19,8 @@ from normlab.report.study.columns import as_numbers
 
 FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
+NEAR_BEST = 5.0  # [A] points of accuracy below its best at which an arm still tolerates a learning rate
+RATES = "rates"  # not a probe: what `tuning.rate_curves` gives of a cell and seed
 _IMAGES = {"test": "test", "val": "validation", "train": "training"}
 
 Values = NDArray[np.float64]
@@ -134,6 +136,16 @@ def step_to_step(rows: pd.DataFrame) -> pd.DataFrame:
     return pairs
 
 
+def rates_near_the_best(rows: pd.DataFrame) -> Values:
+    """Return the learning rates without a gap around the best whose accuracy is within `NEAR_BEST` points of it."""
+    if not {"lr", "accuracy"} <= set(rows) or rows.empty:
+        return np.empty(0)
+    accuracy, best = _column(rows, "accuracy"), int(_column(rows, "accuracy").argmax())
+    far = np.flatnonzero(accuracy < accuracy[best] - NEAR_BEST)
+    low, high = max(far[far < best], default=-1) + 1, min(far[far > best], default=len(rows))
+    return _column(rows, "lr")[low:high]
+
+
 # ---- which rows
 
 
@@ -230,6 +242,11 @@ def _drops(values: Values) -> float:
     return float(np.maximum(-np.diff(values), 0.0).sum())
 
 
+def _decades(values: Values) -> float:
+    """Return the decades from the first to the last, both above 0."""
+    return math.log10(values[-1] / values[0]) if len(values) and values[0] > 0 else math.nan
+
+
 def _average(values: Values) -> float:
     """Return the mean, nan if any value is missing."""
     return float(values.mean())
@@ -294,6 +311,10 @@ _TABLE = [
     Metric("sharpness", "largest Hessian eigenvalue at the end", _converged_eigenvalue, _log_last,
            "sharpness", "largest eigenvalue", _trained, log=True),
     Metric("weight_norm", "norm of all weights at the end", "weight_norm", _mean, "sharpness", "‖weights‖", _last_step),
+    Metric("lr_width", f"decades of learning rates within {NEAR_BEST:g} points of the best", rates_near_the_best,
+           _decades, RATES, "decades", decimals=2),
+    Metric("lr_highest", f"largest learning rate within {NEAR_BEST:g} points of the best", rates_near_the_best,
+           _log_last, RATES, "largest", log=True),
     Metric("converged", "share of converged measurements", "converged", _mean, "sharpness", "converged"),
 ]
 # fmt: on

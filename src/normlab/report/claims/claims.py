@@ -87,12 +87,15 @@ class Claim:
     notes: str
     free: frozenset[str]
     any: bool
+    tuning: str
     comparisons: tuple[Comparison, ...]
 
     @property
     def command(self) -> str:
         """Return the command line that trains the runs of its first experiment."""
-        return f"{command_name('train')} -m experiment={self.experiments[0]} budget=laptop"
+        return f"{command_name('train')} -m experiment={self.experiments[0]} budget=laptop" + (
+            f" +tuning={self.tuning}" if self.tuning else ""
+        )
 
     @property
     def citation(self) -> str:
@@ -113,7 +116,7 @@ def parse(entry: Mapping[str, Any]) -> Claim:
     Raises:
         ValueError: if a list of values is not on every side of a comparison.
     """
-    fields = {"notes": "", "any": False, **entry}
+    fields = {"notes": "", "any": False, "tuning": "", **entry}
     where, measure = fields.pop("where", {}), fields.pop("measure")
     fields["comparisons"] = tuple(_comparison({"measure": measure, **each}, where) for each in entry["comparisons"])
     fields["experiments"] = tuple(entry["experiments"])

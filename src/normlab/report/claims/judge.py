@@ -15,7 +15,7 @@ from normlab.common.errors import count
 from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
 from normlab.report.claims.claims import Claim, Comparison, Side, claims
-from normlab.report.claims.pairing import FinishedRun, Selection, finished_runs, select
+from normlab.report.claims.pairing import FinishedRun, Selection, finished_runs, select, with_rates
 from normlab.report.study.load import Study
 
 LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
@@ -71,7 +71,11 @@ class ComparisonResult:
 
 @dataclass(frozen=True)
 class Judgement:
-    """The results of a claim in a study on one data set with one network."""
+    """The results of a claim in a study on one data set with one network.
+
+    Attributes:
+        tuned: how many settings each arm was given, where the runs are those at its best.
+    """
 
     claim: Claim
     study: str
@@ -79,6 +83,7 @@ class Judgement:
     model: str
     budget: str
     results: tuple[ComparisonResult, ...]
+    tuned: str = ""
 
     @property
     def verdict(self) -> str:
@@ -93,20 +98,24 @@ class Judgement:
     def place(self) -> str:
         """Return the data set, network and budget in words."""
         warning = " (answers nothing)" if self.budget == "smoke" else ""
-        return f"{self.dataset}, {self.model}, budget {self.budget}{warning}"
+        tuned = f"; {self.tuned}" if self.tuned else ""
+        return f"{self.dataset}, {self.model}, budget {self.budget}{warning}{tuned}"
 
 
 def judge(study: Study, confidence: float = 0.95, alpha: float = 0.05) -> list[Judgement]:
     """Return every verdict that the study's finished runs allow, in the order of places and claims."""
     judgements = []
-    for (dataset, model), here in finished_runs(study).items():
+    found = finished_runs(study)
+    rates, tuned = with_rates(found, study), study.tuning.sentence if study.tuning else ""
+    for (dataset, model), here in found.items():
         budgets = dict.fromkeys(str(study.configs[run.name].get("budget") or "n/a") for run in here)
         for claim in claims():
+            compared = rates[dataset, model] if claim.tuning else here
             results = tuple(
-                _compare(comparison, claim.free, here, confidence, alpha) for comparison in claim.comparisons
+                _compare(comparison, claim.free, compared, confidence, alpha) for comparison in claim.comparisons
             )
             if any(result.verdict != NOT_RUN for result in results):
-                judgements.append(Judgement(claim, study.name, dataset, model, " or ".join(budgets), results))
+                judgements.append(Judgement(claim, study.name, dataset, model, " or ".join(budgets), results, tuned))
     every = [result for judgement in judgements for result in judgement.results]
     for result, adjusted in zip(every, holm([result.p for result in every]), strict=True):
         result.p_holm = adjusted

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ import pandas as pd
 
 from normlab import runs
 from normlab.report.analysis.metrics import Metric, chance
+from normlab.report.analysis.tuning import rate_curves
 from normlab.report.claims.claims import HIGHEST, LOWEST, ORDINARY, ORDINARY_OPTIONS, Comparison, Side
 from normlab.report.study.arms import OF_THE_ARM, cell_key, natural
 from normlab.report.study.load import Study
@@ -103,7 +104,7 @@ def finished_runs(study: Study) -> dict[tuple[str, str], list[FinishedRun]]:
             continue
         key = cell_key(config)
         if key not in cells:
-            cells[key] = Cell(_settings(config))
+            cells[key] = Cell(_settings(config, study.tuning.settings if study.tuning else ()))
         run = FinishedRun(
             name=row["run"],
             cell=cells[key],
@@ -117,12 +118,30 @@ def finished_runs(study: Study) -> dict[tuple[str, str], list[FinishedRun]]:
     return {place: found[place] for place in sorted(found, key=lambda place: [natural(part) for part in place])}
 
 
-def _settings(config: Mapping[str, Any]) -> dict[str, Hashable]:
-    """Return the settings that can change a result, but for the seed; norm_batch only where it is not the batch."""
+def with_rates(
+    here: Mapping[tuple[str, str], Sequence[FinishedRun]], study: Study
+) -> dict[tuple[str, str], list[FinishedRun]]:
+    """Return the runs at a seed's chosen learning rate, with all rates tried in its cell in the place of a probe."""
+    curves = rate_curves(study)
+    return {
+        place: [
+            replace(run, diverged=False, rows_of=lambda _: curves, _values={})  # a divergence is in the curve
+            for run in runs
+            if run.name in curves
+        ]
+        for place, runs in here.items()
+    }
+
+
+def _settings(config: Mapping[str, Any], without: Collection[str]) -> dict[str, Hashable]:
+    """Return the settings that can change a result, but for the seed; norm_batch only where it is not the batch.
+
+    Those that are tuned (`without`) may differ between the runs of a cell.
+    """
     settings = {
         key: value
         for key, value in runs.compared(config).items()
-        if key not in _NOT_COMPARED and key.partition(".")[0] not in _NOT_COMPARED
+        if key not in without and key not in _NOT_COMPARED and key.partition(".")[0] not in _NOT_COMPARED
     }
     if settings.get("norm_batch") == settings["batch"]:
         settings["norm_batch"] = None

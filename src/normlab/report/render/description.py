@@ -54,7 +54,8 @@ def run_counts(study: Study, *, zeros: bool = False) -> str:
 
 def facts(study: Study) -> list[str]:
     """Return a sentence per setting with its arms and seeds, then one for each part of the protocol and hardware."""
-    return [*_arms_and_seeds(study), *_protocol(study), *_hardware(study)]
+    tuned = [f"Tuned: {study.tuning.sentence}"] if study.tuning else []
+    return [*_arms_and_seeds(study), *tuned, *_protocol(study), *_hardware(study)]
 
 
 def _arms_and_seeds(study: Study) -> Iterator[str]:

@@ -67,4 +67,5 @@ def _summary(judgements: Sequence[Judgement]) -> pd.DataFrame:
 def _place(judgement: Judgement) -> str:
     numbers = {result.interval.n for result in judgement.results if result.interval.n}
     seeds = f", n = {'/'.join(map(str, sorted(numbers)))}" if numbers else ""
-    return f"{judgement.study} ({judgement.dataset}, {judgement.model}{seeds})"
+    tuned = f"; {judgement.tuned}" if judgement.tuned else ""
+    return f"{judgement.study} ({judgement.dataset}, {judgement.model}{seeds}{tuned})"

@@ -7,7 +7,7 @@ setting that varies makes tables of its own, so that no cell ever mixes two of t
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from normlab import runs
@@ -41,14 +41,19 @@ class Place(NamedTuple):
     seed: int
 
 
-def places(configs: Sequence[Mapping[str, Any]]) -> tuple[list[Place], dict[str, str]]:
+def places(configs: Sequence[Mapping[str, Any]], without: Collection[str] = ()) -> tuple[list[Place], dict[str, str]]:
     """Return the place of each run among the others, and per setting a remark about what follows its batch size.
 
     A setting other than depth, network and data set that has one value per batch size (a learning rate scaled with the
     batch, say) does not split the table: its values are in the remark.
+
+    Args:
+        configs: of the runs.
+        without: settings that are left out of account, as those that are tuned.
     """
     cells = flat_cells(configs)
-    flat = _beside_trained(list(cells.values()))
+    regarded = [{key: value for key, value in row.items() if key not in without} for row in cells.values()]
+    flat = _beside_trained(regarded)
     # A probe changes nothing of a run: runs with and without it are of one cell.
     elsewhere = (*OF_THE_ARM, "norm_batch", "batch", "seed", "probe")
     splitting = [key for key in varying(flat) if not key.startswith(elsewhere)]

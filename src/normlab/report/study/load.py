@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -21,6 +21,9 @@ from normlab.report.study.index import Index
 from normlab.runs import archive, lock, reading
 from normlab.runs.reading import RecordPath, damaged, shown
 from normlab.runs.states import FINISHED, RECORDED, STALE_SECONDS, State
+
+if TYPE_CHECKING:
+    from normlab.report.study.tuned import Tuning
 
 STATES = (State.DONE, State.RUNNING, State.DIVERGED, State.FAILED, State.INTERRUPTED, State.MISSING)
 
@@ -80,6 +83,7 @@ class Study:
     notes: str
     warnings: list[str]
     unchecked: Sequence[str] = ()
+    tuning: "Tuning | None" = None
 
     @cached_property
     def packed(self) -> bool:
@@ -346,7 +350,7 @@ def _table(records: _Records, where: Mapping[str, Place]) -> pd.DataFrame:
     """Return one row per run and per gap of the grid."""
     rows = _without_copies(records, where)
     rows = [row | where[row["run"]]._asdict() if row["run"] in where else row for row in rows]
-    rows += [{**gap._asdict(), "run": "", "state": State.MISSING, "note": ""} for gap in _gaps(where.values())]
+    rows += [{**gap._asdict(), "run": "", "state": State.MISSING, "note": ""} for gap in gaps(where.values())]
     table = pd.DataFrame(rows, columns=[*_PLACE, "note", *_NUMBERS]).astype({"batch": "Int64", "seed": "Int64"})
     table[_NUMBERS] = table[_NUMBERS].apply(pd.to_numeric, errors="coerce").astype(float)
     return table
@@ -368,7 +372,7 @@ def _without_copies(records: _Records, where: Mapping[str, Place]) -> list[dict[
     return [row for row in records.rows if row["run"] not in copies]
 
 
-def _gaps(have: Collection[Place]) -> Iterator[Place]:
+def gaps(have: Collection[Place]) -> Iterator[Place]:
     """Yield the runs that would complete each setting's grid of arms, batch sizes and seeds."""
     by_setting: dict[str, set[Place]] = defaultdict(set)
     for place in have:

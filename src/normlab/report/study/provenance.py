@@ -29,6 +29,7 @@ class Provenance:
         runs: names of the runs' folders.
         code: number of these runs by the code that made them; hardware: likewise.
         command: what made the table or figure; reporter: the code that did.
+        selection: what was tried and chosen, of runs at the best values of some settings.
     """
 
     runs: list[str]
@@ -36,6 +37,7 @@ class Provenance:
     hardware: dict[str, int]
     command: str
     reporter: str
+    selection: dict[str, Any] | None = None
 
     def counts(self) -> str:
         """Return the numbers of runs by code and hardware."""
@@ -47,7 +49,7 @@ class Provenance:
 
     def as_json(self) -> str:
         """Return it as the text of a file."""
-        return json.dumps(vars(self), indent=1) + "\n"
+        return json.dumps({key: value for key, value in vars(self).items() if value is not None}, indent=1) + "\n"
 
 
 def provenance_of(study: Study, rows: pd.DataFrame) -> Provenance:
@@ -55,13 +57,15 @@ def provenance_of(study: Study, rows: pd.DataFrame) -> Provenance:
     runs = _runs_of(study, rows)
     made = [study.provenance.get(run, {}) for run in runs]
     reporter = made_by.code({"versions": {"normlab": __version__}, "git": checkout.state()})
-    return Provenance(runs, _tally(map(_code, made)), _tally(map(_hardware, made)), _command(), reporter)
+    selection = study.tuning.selection() if study.tuning else None
+    return Provenance(runs, _tally(map(_code, made)), _tally(map(_hardware, made)), _command(), reporter, selection)
 
 
 def _runs_of(study: Study, rows: pd.DataFrame) -> list[str]:
     """Return the finished runs that the rows are of, in the study's order; all of them where rows are of no cells."""
     finished = study.finished
     if "run" in rows:
+        finished = study.tuning.study.finished if study.tuning else finished  # those that were tried, too
         return list(finished["run"][finished["run"].isin(rows["run"].unique())])
     if not {"arm", "batch"} <= set(rows):
         return list(finished["run"])

@@ -1,0 +1,251 @@
+"""Choose, for each cell, the value of some settings with the best mean validation accuracy over seeds.
+
+Test images have no part in it. What a reader must know of a choice is marked: the edge of a grid, ties within noise,
+fewer values or seeds than other cells, divergence.
+"""
+
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import pandas as pd
+
+from normlab.common.errors import UserError, count, listed
+from normlab.common.installation import command_name
+from normlab.report.analysis import statistics
+from normlab.report.analysis.metrics import BEST, chance
+from normlab.report.study.load import Study
+from normlab.report.study.tuned import (
+    Choice,
+    Tried,
+    Tuning,
+    by_cell,
+    chosen_study,
+    tried_runs,
+    tuned_settings,
+    value_order,
+    value_text,
+)  # fmt: skip
+
+VALIDATION = "val_accuracy"
+_SENTENCES = {  # by the attribute of a choice that has the marks
+    "edges": "the best value is at the edge of those that were tried, and a better one may lie beyond it",
+    "ties": "other values are as good within the noise between seeds, so that little hangs on the choice",
+    "fewer": "fewer values or seeds than in other cells, which had more to choose from",
+    "losses": "runs diverged at some values",
+}
+Value = TypeVar("Value", bound=Hashable)
+
+
+class Best(NamedTuple):
+    """The position of the best value, and of others that cannot be told from it."""
+
+    chosen: int
+    ties: list[int]
+
+
+def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> Best | None:
+    """Choose the value with the best mean score over seeds among those that have the most seeds.
+
+    Of equal means the middle one is chosen. A value is a tie where the interval of its paired differences to the chosen
+    one holds 0, or where fewer than two pairs leave no interval.
+
+    Args:
+        scores: per value, in the order of the values, its score by seed.
+        confidence: of the intervals.
+
+    Returns:
+        None where no value has a score.
+    """
+    most = max(map(len, scores), default=0)
+    if not most:
+        return None
+    means = {i: math.fsum(each.values()) / most for i, each in enumerate(scores) if len(each) == most}
+    highest = max(means.values())
+    equal = [i for i, mean in means.items() if math.isclose(mean, highest, rel_tol=1e-12)]
+    chosen = equal[(len(equal) - 1) // 2]
+    ties = []
+    for i in means:
+        interval = statistics.t_interval(statistics.paired(scores[chosen], scores[i]), confidence)
+        if i != chosen and not interval.low > 0:
+            ties.append(i)
+    return Best(chosen, ties)
+
+
+def tune(
+    study: Study, whole: Study, given: str | Sequence[str] | None, value: str = "final", confidence: float = 0.95
+) -> Study:
+    """Return the study of the runs at each cell's best value; the same study where nothing is to be tuned.
+
+    Args:
+        study: the runs to choose among.
+        whole: the study that they were selected from.
+        given: the settings; None: those that the runs themselves name.
+        value: `final`: by the validation accuracy after the last epoch; `best`: by the highest.
+        confidence: of the intervals that tell ties.
+
+    Raises:
+        UserError: for settings that cannot be tuned, and where there is a choice without validation images.
+    """
+    settings = tuned_settings(study, given)
+    if not settings:
+        return study
+    tried = tried_runs(study, whole, settings)
+    scores = _scores(study, tried, value)
+    _require_validation(tried, scores, settings, whole.name)
+    choices, kept = [], set[str]()
+    for (setting, arm, batch), of_values in by_cell(tried):
+        every = [_tried(values, rows, scores) for values, rows in of_values.items()]
+        found = best_of([each.scores for each in every], confidence)
+        chosen = every[found.chosen] if found else None
+        ties = [every[i] for i in found.ties] if found else []
+        kept |= set((chosen or every[0]).runs.values())
+        choices.append(Choice(setting, arm, batch, every, chosen, ties))
+    marked = list(_marked(choices, settings))
+    return chosen_study(Tuning(settings, marked, study), tried, kept, whole)
+
+
+def _tried(values: Any, rows: pd.DataFrame, scores: Mapping[str, float]) -> Tried:
+    runs = {int(seed): str(run) for seed, run in zip(rows["seed"], rows["run"], strict=True)}
+    found = {seed: scores[run] for seed, run in sorted(runs.items()) if run in scores}
+    return Tried(values, runs, found, int(rows["state"].eq("diverged").sum()))
+
+
+def _scores(study: Study, tried: pd.DataFrame, value: str) -> dict[str, float]:
+    """Return the validation accuracy in per cent of each finished run that has one: chance if it diverged."""
+    scores = {}
+    if VALIDATION in study.evaluations:
+        of_runs = study.evaluations.groupby("run", sort=False)[VALIDATION]
+        read = (of_runs.max() if value == BEST else of_runs.last(skipna=False)).dropna()
+        scores = {str(run): 100 * float(score) for run, score in read.items()}
+    states = dict(zip(tried["run"], tried["state"], strict=True))
+    lost = tried[tried["state"] == "diverged"]
+    return {run: score for run, score in scores.items() if states.get(run) == "done"} | _guesses(study, lost)
+
+
+def _guesses(study: Study, lost: pd.DataFrame) -> dict[str, float]:
+    """Return the accuracy of guessing in per cent, by run."""
+    return {str(row["run"]): chance(study.configs[row["run"]], row["classes"]) for row in lost.to_dict("records")}
+
+
+def _require_validation(tried: pd.DataFrame, scores: Mapping[str, float], settings: Sequence[str], name: str) -> None:
+    """Refuse to choose between runs without validation images."""
+    several = tried.groupby(["setting", "arm", "batch"])["values"].transform("nunique") > 1
+    lacking = [run for run in tried[several & tried["state"].eq("done")]["run"] if run not in scores]
+    if lacking:
+        raise UserError(
+            f"tuned={_as_option(settings)} is chosen on validation images, and {count(len(lacking), 'run')} of {name}"
+            f" have none ({listed(lacking, 1)}): test images must not choose what is compared on them.\n"
+            f"Train with some: {command_name('train')} -m +tuning=lr ..., or dataset.val_size=300 ...\n"
+            "To report the runs as they are: tuned=[]"
+        )
+
+
+def _as_option(settings: Sequence[str]) -> str:
+    return settings[0] if len(settings) == 1 else f"[{','.join(settings)}]"
+
+
+# ---- what is to be known of a choice
+
+
+def _marked(choices: Sequence[Choice], settings: Sequence[str]) -> Iterator[Choice]:
+    most_values = max((len(choice.tried) for choice in choices), default=0)
+    most_seeds = max((len(choice.chosen.scores) for choice in choices if choice.chosen), default=0)
+    for choice in choices:
+        fewer = [f"{len(choice.tried)} of {most_values} values"] if len(choice.tried) < most_values else []
+        seeds = len(choice.chosen.scores) if choice.chosen else 0
+        if seeds < most_seeds:
+            fewer.append(f"{seeds} of {most_seeds} seeds")
+        partly = [each.text for each in choice.tried if len(each.scores) < seeds]
+        if partly:
+            fewer.append(f"not tried with as many seeds, and not chosen from: {listed(partly, 4)}")
+        lost = [f"{each.text} ({each.diverged} of {len(each.runs)})" for each in choice.tried if each.diverged]
+        yield replace(
+            choice,
+            edges=list(_edges(choice, settings)),
+            fewer=fewer,
+            losses=[f"diverged at {listed(lost, 4)}"] if lost else [],
+        )
+
+
+def _edges(choice: Choice, settings: Sequence[str]) -> Iterator[str]:
+    """Yield the settings whose chosen value is the least or the largest number tried; 0 has nothing below it."""
+    for position, name in enumerate(settings):
+        values = {each.values[position] for each in choice.tried if each.scores}
+        numbers = sorted(value for value in values if isinstance(value, int | float) and not isinstance(value, bool))
+        if choice.chosen is None or len(numbers) < 2 or len(numbers) < len(values):
+            continue
+        own = choice.chosen.values[position]
+        if own == numbers[-1] or (own == numbers[0] and own != 0):
+            end = "largest" if own == numbers[-1] else "smallest"
+            yield f"edge: {value_text(own)} is the {end} {name} tried"
+
+
+def tuning_warnings(tuning: Tuning | None) -> Iterator[str]:
+    """Yield how the runs were chosen, and a sentence for each kind of mark with the cells that have it."""
+    if tuning is None:
+        return
+    tried, chosen = len(tuning.study.runs[tuning.study.runs["run"] != ""]), 0
+    for choice in tuning.choices:
+        chosen += len(choice.chosen.runs) if choice.chosen else 0
+    yield f"Tuned: {tuning.sentence}; {chosen} of {count(tried, 'run')} are shown. Tests know nothing of the choice."
+    if all(len(choice.tried) == 1 for choice in tuning.choices):
+        yield f"No cell has more than one value of {' and '.join(tuning.settings)}, so nothing was chosen."
+    for kind, sentence in _SENTENCES.items():
+        having = [choice for choice in tuning.choices if getattr(choice, kind)]
+        if having:
+            first = having[0]
+            text = "; ".join(mark.text if isinstance(mark, Tried) else str(mark) for mark in getattr(first, kind))
+            others = f" and {count(len(having) - 1, 'more cell')}" if len(having) > 1 else ""
+            yield f"Tuned settings: {sentence}: {first.name}: {text}{others}."
+
+
+# ---- the range of learning rates
+
+RATE = "optimizer.lr"
+FEWEST_RATES = 3
+
+
+def rate_curves(study: Study) -> dict[str, pd.DataFrame]:
+    """Return the test accuracy against the learning rate of each seed of each cell whose rates were tried.
+
+    By the name of the chosen run of that seed: rows in the order of the rates, with the columns lr and accuracy (per
+    cent, chance where a run diverged). Other tuned settings have their chosen value. Seeds that lack a rate are left
+    out, as are cells with fewer than `FEWEST_RATES` rates.
+    """
+    tuning = study.tuning
+    if tuning is None or RATE not in tuning.settings or "test_accuracy" not in tuning.study.evaluations:
+        return {}
+    accuracies = final_values(tuning.study, "test_accuracy")
+    position, curves = list(tuning.settings).index(RATE), {}
+    for choice in tuning.choices:
+        along = along_setting(choice, position)
+        if choice.chosen is None or len(along) < FEWEST_RATES:
+            continue
+        for seed, name in choice.chosen.runs.items():
+            points = [(each.values[position], accuracies.get(each.runs.get(seed, ""), math.nan)) for each in along]
+            if not any(math.isnan(accuracy) for _, accuracy in points):
+                curves[name] = pd.DataFrame(points, columns=["lr", "accuracy"]).astype(float)
+    return curves
+
+
+def along_setting(choice: Choice, position: int) -> list[Tried]:
+    """Return what was tried of one tuned setting at the chosen values of the others."""
+    if choice.chosen is None:
+        return list(choice.tried)
+    own = choice.chosen.values
+
+    def others(values: Any) -> Any:
+        return (*values[:position], *values[position + 1 :])
+
+    along = [each for each in choice.tried if others(each.values) == others(own)]
+    return sorted(along, key=lambda each: value_order((each.values[position],)))
+
+
+def final_values(study: Study, column: str) -> dict[str, float]:
+    """Return the last value of each finished run in per cent; chance for one that diverged."""
+    states = dict(zip(study.runs["run"], study.runs["state"], strict=True))
+    last = study.evaluations.groupby("run", sort=False)[column].last(skipna=False)
+    values = {str(run): 100 * float(value) for run, value in last.items() if states.get(run) == "done"}
+    return values | _guesses(study, study.runs[study.runs["state"] == "diverged"])

@@ -1,0 +1,244 @@
+"""A study whose runs are those at each cell's chosen value of some settings, with what was tried.
+
+`analysis.tuning` chooses; here are the runs by the cells that they are tried in, and the study of the chosen ones.
+"""
+
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from normlab.common.errors import UserError, as_typed, did_you_mean, exact, listed
+from normlab.report.study.arms import Place, cell_key, flat_cells, natural, places
+from normlab.report.study.load import Study, gaps
+from normlab.runs.states import State
+
+MOST_SETTINGS = 5  # that can be tuned at once
+_NOT_TUNED = ("seed", "batch", "probe", "norm.name", "norm._target_", "norm.imported")
+_NOT_TUNED_OF_DATA = ("name", "kind", "train_size", "test_size", "val_size", "split_seed", "test_fraction")
+
+Values = tuple[Hashable, ...]  # one per tuned setting
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The runs of one cell at one value of each tuned setting.
+
+    Attributes:
+        runs: names of all of them by seed, those under way among them.
+        scores: the validation accuracy of the finished ones in per cent, by seed; chance where a run diverged.
+        diverged: how many did.
+    """
+
+    values: Values
+    runs: Mapping[int, str]
+    scores: Mapping[int, float]
+    diverged: int
+
+    @property
+    def text(self) -> str:
+        """Return the values for a reader: `0.1`, of several settings `0.1, 0.0001`."""
+        return ", ".join(map(value_text, self.values))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was tried in a cell, in the order of the values, and what was chosen: None while nothing has finished.
+
+    Attributes:
+        ties: other values whose scores cannot be told from those of the chosen one.
+        edges: the tuned settings whose chosen value is the first or the last of those tried, in words.
+        fewer: of values or seeds than other cells, in words.
+        losses: the values at which runs diverged, in words.
+    """
+
+    setting: str
+    arm: str
+    batch: int
+    tried: Sequence[Tried]
+    chosen: Tried | None
+    ties: Sequence[Tried] = ()
+    edges: Sequence[str] = ()
+    fewer: Sequence[str] = ()
+    losses: Sequence[str] = ()
+
+    @property
+    def marks(self) -> list[str]:
+        """Return all that is to be known of the choice, in words."""
+        ties = [f"not told from {listed([each.text for each in self.ties], 4)}"] if self.ties else []
+        return [*self.edges, *ties, *self.fewer, *self.losses]
+
+    @property
+    def name(self) -> str:
+        """Return the cell in words."""
+        return f"{self.arm}, batch {self.batch} ({self.setting})"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was chosen in each cell.
+
+    Attributes:
+        settings: the tuned ones.
+        choices: one per cell.
+        study: all runs that were tried, in the places that they have by themselves.
+    """
+
+    settings: Sequence[str]
+    choices: Sequence[Choice]
+    study: Study
+
+    @cached_property
+    def sentence(self) -> str:
+        """Return how many values each arm was given, which no number of a tuned study is shown without."""
+        sizes = {choice.arm: set[int]() for choice in self.choices}
+        for choice in self.choices:
+            sizes[choice.arm].add(len(choice.tried))
+        every = sorted(set().union(*sizes.values()))
+        number = f"{every[0]} to {every[-1]}" if len(every) > 1 else str(every[0] if every else 0)
+        of_what = "combinations" if len(self.settings) > 1 else "value" if every == [1] else "values"
+        each = ""
+        if len(every) > 1 and all(len(of_arm) == 1 for of_arm in sizes.values()):
+            each = f" ({listed([f'{arm}: {of_arm.pop()}' for arm, of_arm in sizes.items()], 12)})"
+        return (
+            f"each arm at its best of {number} {of_what} of {' and '.join(self.settings)}{each}, chosen on validation"
+            " images"
+        )
+
+    def selection(self) -> dict[str, Any]:
+        """Return everything that was tried and chosen, as plain values for a file."""
+        cells = [
+            {
+                "setting": choice.setting,
+                "arm": choice.arm,
+                "batch": choice.batch,
+                "chosen": None if choice.chosen is None else list(choice.chosen.values),
+                "marks": choice.marks,
+                "tried": [
+                    {
+                        "values": list(tried.values),
+                        "validation_accuracy": {str(seed): score for seed, score in tried.scores.items()},
+                        "diverged": tried.diverged,
+                        "runs": list(tried.runs.values()),
+                    }
+                    for tried in choice.tried
+                ],
+            }
+            for choice in self.choices
+        ]
+        return {"settings": list(self.settings), "chosen_on": "validation images", "cells": cells}
+
+
+def value_text(value: Hashable) -> str:
+    """Return a value as labels have it."""
+    return exact(value) if isinstance(value, float) else str(as_typed(value))
+
+
+def value_order(values: Values) -> list[Any]:
+    """Return a key that sorts numbers by their value, behind them texts in natural order."""
+    return [(0, value, []) if _is_number(value) else (1, 0.0, natural(str(value))) for value in values]
+
+
+def _is_number(value: Hashable) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]:
+    """Return the settings to tune: those of the option, or, where it is None, those that the runs name themselves.
+
+    Raises:
+        UserError: for one that the runs do not have, or that makes other arms, images or pairs.
+    """
+    if given is None:
+        named = [config.get("tuned") for config in study.configs.values()]
+        own = [name for names in named if isinstance(names, list) for name in names if isinstance(name, str)]
+        wanted = list(dict.fromkeys(own))
+    else:
+        wanted = [given] if isinstance(given, str) else list(dict.fromkeys(given))
+    if not wanted:
+        return []
+    if len(wanted) > MOST_SETTINGS:
+        raise UserError(f"tuned=[...] names {len(wanted)} settings.\nExpected at most {MOST_SETTINGS}.")
+    known = {key for row in flat_cells(study.configs.values()).values() for key in row}
+    possible = sorted(filter(_can_be_tuned, known))
+    for name in wanted:
+        if name in known and not _can_be_tuned(name):
+            raise UserError(
+                f"tuned={name}: runs of another {name} are of another arm, of other images, or another sample, and"
+                f" their validation accuracies do not choose between them.\nExample: tuned=optimizer.lr"
+            )
+        if name not in known and study.configs:
+            raise UserError(
+                f"tuned={name}: no run of this study has such a setting.{did_you_mean(name, possible, 'tuned=')}"
+                + ("" if given else "\nIts runs name it to be tuned. To report them as they are: tuned=[]")
+            )
+    return wanted
+
+
+def _can_be_tuned(name: str) -> bool:
+    group, _, key = name.rpartition(".")
+    return (
+        name not in _NOT_TUNED
+        and not name.startswith("probe.")
+        and not (group == "dataset" and key in _NOT_TUNED_OF_DATA)
+    )
+
+
+def tried_runs(study: Study, whole: Study, settings: Sequence[str]) -> pd.DataFrame:
+    """Return the runs of a study with their places where the tuned settings are left out of account, and `values`.
+
+    Args:
+        study: the runs to choose among.
+        whole: the study that they were selected from, among whose runs arms and settings have their names.
+        settings: the tuned ones.
+    """
+    in_tables, _ = places(list(whole.configs.values()), settings)
+    where = dict(zip(whole.configs, in_tables, strict=True))
+    flat = flat_cells(whole.configs.values())
+    table = study.placed[study.placed["run"] != ""].reset_index(drop=True)
+    of_runs = [where[run] for run in table["run"]]
+    cells = [flat[cell_key(whole.configs[run])] for run in table["run"]]
+    values = pd.Series([tuple(cell.get(name) for name in settings) for cell in cells], dtype=object)
+    return table.assign(
+        setting=[place.setting for place in of_runs], arm=[place.arm for place in of_runs], values=values
+    )
+
+
+def chosen_study(tuning: Tuning, tried: pd.DataFrame, runs: Collection[str], whole: Study) -> Study:
+    """Return the study of these runs of those that were tried, with the gaps of their grid."""
+    study = tuning.study
+    kept = tried[tried["run"].isin(runs)]
+    rows = [kept[list(study.runs)], study.runs[study.runs["arm"].isna()]]
+    have = [Place(*place) for place in zip(*(kept[key] for key in Place._fields), strict=True)]
+    missing = [{**gap._asdict(), "run": "", "state": State.MISSING, "note": ""} for gap in gaps(have)]
+    rows.append(pd.DataFrame(missing, columns=list(study.runs)))
+    table = pd.concat([each for each in rows if len(each)] or rows[:1], ignore_index=True).astype(study.runs.dtypes)
+    _, remarks = places(list(whole.configs.values()), tuning.settings)
+    names = dict(zip(kept["run"], zip(kept["setting"], kept["arm"], strict=True), strict=True))
+
+    def of_chosen(measured: pd.DataFrame) -> pd.DataFrame:
+        here = measured[measured["run"].isin(names)].reset_index(drop=True)
+        return here.assign(setting=[names[run][0] for run in here["run"]], arm=[names[run][1] for run in here["run"]])
+
+    probes = {probe: of_chosen(measured) for probe, measured in study.probes.items()}
+    return replace(
+        study,
+        runs=table,
+        evaluations=of_chosen(study.evaluations),
+        probes={probe: measured for probe, measured in probes.items() if len(measured)},
+        configs={run: config for run, config in study.configs.items() if run in set(table["run"])},
+        remarks={setting: remark for setting, remark in remarks.items() if setting in set(table["setting"])},
+        tuning=tuning,
+    )
+
+
+def by_cell(tried: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int], dict[Values, pd.DataFrame]]]:
+    """Yield setting, arm and batch size of each cell with its runs by value, in the values' order."""
+    cells: dict[tuple[str, str, int], dict[Values, list[int]]] = {}
+    keys = zip(tried["setting"], tried["arm"], tried["batch"], tried["values"], strict=True)
+    for position, (setting, arm, batch, values) in enumerate(keys):
+        cells.setdefault((setting, arm, int(batch)), {}).setdefault(values, []).append(position)
+    for cell, positions in cells.items():
+        yield cell, {values: tried.iloc[positions[values]] for values in sorted(positions, key=value_order)}
