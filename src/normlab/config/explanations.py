@@ -17,6 +17,7 @@ from normlab.config.command_line import CommandLine
 _INTERNAL = re.compile(r"\s*(full_key:|object_type=|reference_type=|See https?:).*|,? set env var HYDRA_FULL_ERROR.*")
 _LISTS = ("arms", "batches", "seeds", "settings", "thresholds", "ignore")  # of a report
 _NO_NAME = re.compile(r"null|true|false|[-+.\d].*|\{.*", re.IGNORECASE)
+_ADDED = ("tuning",)  # groups of which a run has a choice only where one is added, with a plus
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -295,7 +296,9 @@ def _no_such_choice(group: str, choice: str, options: Sequence[str] | None) -> U
     # For a group whose choice is a list Hydra knows no options.
     known = [str(option) for option in options or (file.stem for file in (CONF / group).glob("*.yaml"))]
     meant = _norm_with_alias(choice) if group == "norm" else None
-    error = _unknown(f"{group}={choice}", f"option of {group}", meant or choice, known, prefix=f"{group}=")
+    plus = "+" if group in _ADDED else ""
+    prefix = f"{plus}{group}="
+    error = _unknown(f"{prefix}{choice}", f"option of {group}", meant or choice, known, prefix=prefix)
     if group == "norm" and "sync" in choice.lower():
         return UserError(f"{error}\nStatistics over all processes of a run: sync_stats=true.")
     return error
@@ -315,6 +318,9 @@ def _no_such_setting(name: str, line: CommandLine) -> UserError:
             f"{name}: Hydra has no such setting, or not with this launcher.{hint}\n"
             f"`{command_name('train')} --cfg hydra` shows all of its settings."
         )
+    if name in _ADDED:
+        word = next((word for word in line.settings if word.startswith(f"{name}=")), f"{name}=lr")
+        return UserError(f"{word}: {name} is no part of the menu, and is added with a plus.\nWrite +{word}")
     options = _known_settings(line)
     if name in options:  # of the choice that the menu was composed with, and not of another in the sweep
         return UserError(f"{name}: not every choice of {group} has this setting. Give it to those that have it.")

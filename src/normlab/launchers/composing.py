@@ -35,7 +35,7 @@ def compose(loader: ConfigLoader, config: DictConfig, runs: Sequence[Sequence[st
     parsed = {text: parser.parse_override(text) for text in {text for run in runs for text in run}}
     groups = {name for name in {each.key_or_group for each in parsed.values()} if loader.get_group_options(name)}
     plain = {text for text, override in parsed.items() if _is_plain(override) and override.key_or_group not in groups}
-    choices = {text for text, override in parsed.items() if override.key_or_group in groups and _replaces(override)}
+    choices = {text for text, each in parsed.items() if each.key_or_group in groups and not each.is_delete()}
 
     @cache
     def base(overrides: tuple[str, ...]) -> _Base:

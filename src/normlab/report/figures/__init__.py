@@ -15,7 +15,7 @@ from normlab.common.errors import per_cent
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import outcomes
 from normlab.report.analysis.metrics import Metric
-from normlab.report.figures import accuracy, probe_figures
+from normlab.report.figures import accuracy, probe_figures, sensitivity
 from normlab.report.figures.panels import SINGLE_SEED, Drawing, Panel, Theme, arrange, common_setting, paged, split
 from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, styles
 from normlab.report.study.load import Study
@@ -49,7 +49,8 @@ def draw(
 
 
 def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas: Canvas) -> Iterator[NamedFigure]:
-    common = f"{common_setting(study)}. ".removeprefix(". ")
+    tuned = f"{study.tuning.sentence[0].upper()}{study.tuning.sentence[1:]}. " if study.tuning else ""
+    common = f"{common_setting(study)}. ".removeprefix(". ") + tuned
     theme = Theme(styles(arrange(study, study.placed)["variant"]), canvas)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
     words: dict[str, Any] = {"percent": per_cent(confidence), "label": metric.label}
@@ -58,6 +59,7 @@ def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas:
     for prefix, kinds in (
         (f"{table.name}_", _of_ends(study, table, metric, theme)),
         ("", _of_training(study, metric, theme)),
+        ("", sensitivity.figures(study, metric, confidence, theme)),
         ("", probe_figures.figures(finished, theme)),
     ):
         for kind, drawings in kinds:

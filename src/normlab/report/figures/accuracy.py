@@ -342,7 +342,9 @@ class Axis:
         self.ax.plot(*((places, values) if self.upright else (values, places)), *form, **style)
 
 
-def estimates(axis: Axis, rows: pd.DataFrame, values: pd.DataFrame, style: Style, **line: Any) -> None:
+def estimates(
+    axis: Axis, rows: pd.DataFrame, values: pd.DataFrame, style: Style, on: Sequence[str] = CELL, **line: Any
+) -> None:
     """Draw means with t-intervals, single seeds as faint dots, and a cross at the foot where runs diverged.
 
     Args:
@@ -350,6 +352,7 @@ def estimates(axis: Axis, rows: pd.DataFrame, values: pd.DataFrame, style: Style
         rows: of the tidy frame, one arm's.
         values: the done runs' outcomes; those of the rows' cells are drawn.
         style: the arm's color and marker.
+        on: the columns by which the values belong to a row.
         line: more properties of the line through the means.
     """
     at = [axis.places[value] for value in rows[axis.column]]
@@ -362,7 +365,7 @@ def estimates(axis: Axis, rows: pd.DataFrame, values: pd.DataFrame, style: Style
             axis.ax.errorbar(several["at"], mean, yerr=half, **bars)
         else:
             axis.ax.errorbar(mean, several["at"], xerr=half, **bars)
-        dots = values.merge(several[[*CELL, "at"]], on=CELL)
+        dots = values.merge(several[[*on, "at"]], on=[*on])
         axis.plot(list(dots["at"]), list(dots["value"]), ".", color=style.color, alpha=0.45, ms=3)
     lost = [place for place, diverged in zip(at, rows["diverged"], strict=True) if diverged]
     if lost:

@@ -1,0 +1,103 @@
+"""Figures of a tuned study: the measure against each tuned setting, with the chosen values marked."""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from normlab.report.analysis.frames import CELL, outcomes
+from normlab.report.analysis.metrics import Metric
+from normlab.report.analysis.statistics import t_interval
+from normlab.report.analysis.tuning import along_setting
+from normlab.report.figures.accuracy import Axis, Finals, estimates
+from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, by_variant, multiples, paged, rows_of, split
+from normlab.report.study.load import Study
+from normlab.report.study.tuned import Choice, value_order, value_text
+
+_TICKS = 5  # values that are named on an axis of rates; of more, decades are
+
+
+def figures(study: Study, metric: Metric, confidence: float, theme: Theme) -> Iterator[tuple[str, Iterator[Drawing]]]:
+    """Yield per tuned setting of which a cell has several values the kind of figure and its pages."""
+    if study.tuning is None:
+        return
+    results = outcomes(study.tuning.study, metric).set_index("run")[metric.epoch]
+    for position, name in enumerate(study.tuning.settings):
+        rows, values = _against(study.tuning.choices, position, results, confidence)
+        if rows.groupby(CELL).size().max() < 2 or not rows["n"].any():
+            continue
+        panels = split(arrange(study, rows))
+        draw = partial(sensitivity, finals=Finals(metric, values), theme=theme, label=name)
+        pages = paged(panels, theme.canvas.panels, draw)
+        yield "sensitivity", ((figure, _runs(shown)) for figure, shown in pages)
+
+
+def _against(
+    choices: Sequence[Choice], position: int, results: pd.Series, confidence: float
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return a row per cell and value of a setting, at the chosen values of the others; and the single results."""
+    rows, single = [], []
+    for choice in choices:
+        for each in along_setting(choice, position):
+            place = {"setting": choice.setting, "arm": choice.arm, "batch": choice.batch}
+            place["x"] = each.values[position]
+            done = [float(results[run]) for run in each.runs.values() if run in results.index]
+            rows.append(
+                {**place, **t_interval(done, confidence)._asdict(), "diverged": each.diverged}
+                | {"chosen": each is choice.chosen, "runs": list(each.runs.values())}
+            )
+            single += [{**place, "value": value} for value in done]
+    return pd.DataFrame(rows), pd.DataFrame(single, columns=[*CELL, "x", "value"])
+
+
+def _runs(rows: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"run": [run for runs in rows["runs"] for run in runs]}, dtype=object)
+
+
+def sensitivity(panels: Sequence[Panel], finals: Finals, theme: Theme, label: str) -> Figure:
+    """Draw the final measure against a tuned setting, a line per arm, with a ring around the chosen value.
+
+    Positive numbers that span a factor of ten are on a logarithmic axis, all other values evenly spaced.
+
+    Args:
+        panels: rows have the columns x, mean, low, high, n, diverged, chosen.
+        finals: the measure, and the done runs' results with their x.
+        theme: the styles and the canvas.
+        label: the setting.
+    """
+    chosen = Line2D([], [], ls="", marker="o", ms=8, mfc="none", color="0.4", label="chosen")
+    figure, axes = multiples(panels, theme, [chosen], height=2.3)
+    every = rows_of(panels)
+    distinct = sorted({(value,) for value in every["x"]}, key=value_order)
+    places = _places([value for (value,) in distinct])
+    logarithmic = list(places) == list(places.values())
+    for ax, panel in axes:
+        for arm, unsorted in by_variant(panel.rows):
+            rows = unsorted.assign(at=unsorted["x"].map(places)).sort_values("at").reset_index(drop=True)
+            style = theme.styles[arm]
+            estimates(Axis(ax, "x", places), rows, finals.values, style, on=[*CELL, "x"])
+            best = rows[rows["chosen"]]
+            ax.plot(best["at"], best["mean"], ls="", marker="o", ms=8, mfc="none", color=style.color)
+    _ticks(axes[0][0], places, logarithmic=logarithmic)
+    return finals.finish(figure, axes[0][0], every, label)
+
+
+def _places(values: Sequence[Any]) -> dict[Hashable, float]:
+    """Return the place of each value on the axis: itself where the axis is logarithmic, else its number."""
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) == len(values) and numbers[0] > 0 and numbers[-1] >= 10 * numbers[0]:
+        return {value: float(value) for value in values}
+    return {value: float(i) + 0.5 for i, value in enumerate(values)}
+
+
+def _ticks(ax: Axes, places: Mapping[Hashable, float], *, logarithmic: bool) -> None:
+    if logarithmic:
+        ax.set_xscale("log")
+    if not logarithmic or len(places) <= _TICKS:
+        ax.set_xticks(list(places.values()), labels=[value_text(value) for value in places])
+    ax.xaxis.set_minor_locator(NullLocator())
