@@ -52,7 +52,7 @@ def _chosen_table(tuning: Tuning, confidence: float) -> Table:
             place
             | {f"chosen.{name}": value for name, value in values.items()}
             | {"tried": len(choice.tried), "quantity": "validation_accuracy", **interval._asdict()}
-            | {"edge": bool(choice.edges), "ties": len(choice.ties), "marks": "; ".join(choice.marks)}
+            | {"edge": bool(choice.edges), "tied": bool(choice.ties), "marks": "; ".join(choice.marks)}
         )
         shown = cells.with_interval(_Shown(interval), 1)
         rows[choice.setting].append(
@@ -68,8 +68,7 @@ def _chosen_table(tuning: Tuning, confidence: float) -> Table:
         )
     caption = _CHOSEN.format(settings=" and ".join(tuning.settings), percent=per_cent(confidence))
     return Table(
-        "tuned", "Chosen settings", caption, pd.DataFrame(tidy), dict(rows), prose=("tried", "remarks"),
-        runs=_all_tried(tuning),
+        "tuned", "Chosen settings", caption, pd.DataFrame(tidy), dict(rows), runs=_all_tried(tuning),
     )  # fmt: skip
 
 

@@ -101,7 +101,8 @@ def tune(
         chosen = every[found.chosen] if found else None
         ties = [every[i] for i in found.ties] if found else []
         kept |= set((chosen or every[0]).runs.values())
-        choices.append(Choice(setting, arm, batch, every, chosen, ties))
+        tied = [f"not told from {listed([each.text for each in ties], 4)}"] if ties else []
+        choices.append(Choice(setting, arm, batch, every, chosen, tied))
     marked = list(_marked(choices, settings))
     return chosen_study(Tuning(settings, marked, study), tried, kept, whole)
 
@@ -189,16 +190,15 @@ def tuning_warnings(tuning: Tuning | None) -> Iterator[str]:
     tried, chosen = len(tuning.study.runs[tuning.study.runs["run"] != ""]), 0
     for choice in tuning.choices:
         chosen += len(choice.chosen.runs) if choice.chosen else 0
-    yield f"Tuned: {tuning.sentence}; {chosen} of {count(tried, 'run')} are shown. Tests know nothing of the choice."
+    yield f"Tuned: {tuning.sentence}, and never on test images; {chosen} of {count(tried, 'run')} are shown."
     if all(len(choice.tried) == 1 for choice in tuning.choices):
         yield f"No cell has more than one value of {' and '.join(tuning.settings)}, so nothing was chosen."
     for kind, sentence in _SENTENCES.items():
         having = [choice for choice in tuning.choices if getattr(choice, kind)]
         if having:
             first = having[0]
-            text = "; ".join(mark.text if isinstance(mark, Tried) else str(mark) for mark in getattr(first, kind))
             others = f" and {count(len(having) - 1, 'more cell')}" if len(having) > 1 else ""
-            yield f"Tuned settings: {sentence}: {first.name}: {text}{others}."
+            yield f"Tuned settings: {sentence}: {first.name}: {'; '.join(getattr(first, kind))}{others}."
 
 
 # ---- the range of learning rates

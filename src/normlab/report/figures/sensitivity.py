@@ -77,10 +77,12 @@ def sensitivity(panels: Sequence[Panel], finals: Finals, theme: Theme, label: st
     places = _places([value for (value,) in distinct])
     logarithmic = list(places) == list(places.values())
     for ax, panel in axes:
-        for arm, unsorted in by_variant(panel.rows):
-            rows = unsorted.assign(at=unsorted["x"].map(places)).sort_values("at").reset_index(drop=True)
+        for i, (arm, unsorted) in enumerate(by_variant(panel.rows)):
+            offset = min(0.03, 0.3 / len(panel.arms)) * (i - (len(panel.arms) - 1) / 2)
+            at = {value: x * 10**offset if logarithmic else x + offset for value, x in places.items()}
+            rows = unsorted.assign(at=unsorted["x"].map(at)).sort_values("at").reset_index(drop=True)
             style = theme.styles[arm]
-            estimates(Axis(ax, "x", places), rows, finals.values, style, on=[*CELL, "x"])
+            estimates(Axis(ax, "x", at), rows, finals.values, style, on=[*CELL, "x"])
             best = rows[rows["chosen"]]
             ax.plot(best["at"], best["mean"], ls="", marker="o", ms=8, mfc="none", color=style.color)
     _ticks(axes[0][0], places, logarithmic=logarithmic)

@@ -48,7 +48,7 @@ class Choice:
     """What was tried in a cell, in the order of the values, and what was chosen: None while nothing has finished.
 
     Attributes:
-        ties: other values whose scores cannot be told from those of the chosen one.
+        ties: other values whose scores cannot be told from those of the chosen one, in words.
         edges: the tuned settings whose chosen value is the first or the last of those tried, in words.
         fewer: of values or seeds than other cells, in words.
         losses: the values at which runs diverged, in words.
@@ -59,7 +59,7 @@ class Choice:
     batch: int
     tried: Sequence[Tried]
     chosen: Tried | None
-    ties: Sequence[Tried] = ()
+    ties: Sequence[str] = ()
     edges: Sequence[str] = ()
     fewer: Sequence[str] = ()
     losses: Sequence[str] = ()
@@ -67,8 +67,7 @@ class Choice:
     @property
     def marks(self) -> list[str]:
         """Return all that is to be known of the choice, in words."""
-        ties = [f"not told from {listed([each.text for each in self.ties], 4)}"] if self.ties else []
-        return [*self.edges, *ties, *self.fewer, *self.losses]
+        return [*self.edges, *self.ties, *self.fewer, *self.losses]
 
     @property
     def name(self) -> str:
