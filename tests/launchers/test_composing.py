@@ -33,7 +33,12 @@ def by_hydra(loader, config, overrides):
     return settings_of(composed)
 
 
-QUICK = [[], ["optimizer.lr=1e-3"], ["probe=[ics,gradients]", "probe.ics.times=7", "probe.ics.layers=[conv1,fc]"]]
+QUICK = [
+    [],
+    ["optimizer.lr=1e-3"],
+    ["+tuning=lr", "optimizer.lr=0.5"],
+    ["probe=[ics,gradients]", "probe.ics.times=7", "probe.ics.layers=[conv1,fc]"],
+]
 EXTRA = [
     ["study=one/two", "output_dir=/somewhere"],
     ["dataset.flip=true", "norm_batch=null"],
