@@ -109,6 +109,7 @@ StudyName = Annotated[
 ]
 
 
+_OPEN = ("norm", "model", "probe")  # groups whose choices have settings of their own
 SettingName = Annotated[str, Field(pattern=r"^[a-z]\w*(\.\w+)*$")]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
@@ -659,6 +660,19 @@ class RunConfig(_Section):
                 f" does not divide eval_batch={self.eval_batch}.\n"
                 f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_tuned(self) -> Self:
+        for name in self.tuned:
+            group, _, key = name.partition(".")
+            section = getattr(self, group, None)
+            known = type(section).model_fields if isinstance(section, _Section) else {}
+            if group not in RunConfig.model_fields or (key and group not in _OPEN and key not in known):
+                names = [f"{group}.{each}" for each in known] or list(RunConfig.model_fields)
+                close = nearest(name, names)
+                hint = f"\nDid you mean tuned=[{close}]?" if close else ""
+                raise wrong(f"tuned=[{name}]: there is no setting {name} that a report could choose.{hint}")
         return self
 
     @model_validator(mode="after")

@@ -284,6 +284,11 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
             f"{len(whole.unchecked)} of {len(whole.configs)} runs{names} carry no checksums, which came with version"
             " 0.4.0: changes of their files cannot be seen."
         )
+    if study.tuning and metric.images == "validation":
+        yield (
+            f"The {metric.label} has chosen the values of {' and '.join(study.tuning.settings)}, so it is optimistic here."
+            " Test images say how good the chosen runs are: metric=test_accuracy"
+        )
     if options.selection:
         yield f"Only {options.selection} is reported; p-values are corrected over what is reported."
     done = study.evaluations[study.evaluations["state"] == "done"]

@@ -212,6 +212,7 @@ def test_runs_can_name_what_is_tuned_and_several_settings_are_chosen_at_once():
     )
     for config in study.configs.values():
         config["tuned"] = ["optimizer.lr", "optimizer.weight_decay"]
+    study.configs["run0"]["tuned"] = ["x" * 10**6, {"a": 1}, 3]  # a strange configuration
     [choice] = tune(study, study, None).tuning.choices
     assert choice.chosen.values == (0.1, 0.1)
     assert choice.edges == ["edge: 0.1 is the largest optimizer.weight_decay tried"]

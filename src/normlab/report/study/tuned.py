@@ -150,18 +150,17 @@ def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]
     Raises:
         UserError: for one that the runs do not have, or that makes other arms, images or pairs.
     """
-    if given is None:
-        named = [config.get("tuned") for config in study.configs.values()]
-        own = [name for names in named if isinstance(names, list) for name in names if isinstance(name, str)]
-        wanted = list(dict.fromkeys(own))
-    else:
-        wanted = [given] if isinstance(given, str) else list(dict.fromkeys(given))
-    if not wanted:
+    named = [config.get("tuned") for config in study.configs.values()] if given is None else []
+    if given is not None and not given or given is None and not any(named):
         return []
-    if len(wanted) > MOST_SETTINGS:
-        raise UserError(f"tuned=[...] names {len(wanted)} settings.\nExpected at most {MOST_SETTINGS}.")
     known = {key for row in flat_cells(study.configs.values()).values() for key in row}
     possible = sorted(filter(_can_be_tuned, known))
+    if given is None:  # a configuration may name anything, and a strange one costs no other run its report
+        own = [name for names in named if isinstance(names, list) for name in names[:MOST_SETTINGS]]
+        return [name for name in dict.fromkeys(filter(possible.__contains__, own))][:MOST_SETTINGS]
+    wanted = [given] if isinstance(given, str) else list(dict.fromkeys(given))
+    if len(wanted) > MOST_SETTINGS:
+        raise UserError(f"tuned=[...] names {len(wanted)} settings.\nExpected at most {MOST_SETTINGS}.")
     for name in wanted:
         if name in known and not _can_be_tuned(name):
             raise UserError(
@@ -169,10 +168,8 @@ def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]
                 f" their validation accuracies do not choose between them.\nExample: tuned=optimizer.lr"
             )
         if name not in known and study.configs:
-            raise UserError(
-                f"tuned={name}: no run of this study has such a setting.{did_you_mean(name, possible, 'tuned=')}"
-                + ("" if given else "\nIts runs name it to be tuned. To report them as they are: tuned=[]")
-            )
+            hint = did_you_mean(name, possible, "tuned=")
+            raise UserError(f"tuned={name}: no run of this study has such a setting.{hint}")
     return wanted
 
 
