@@ -286,8 +286,8 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
         )
     if study.tuning and metric.images == "validation":
         yield (
-            f"The {metric.label} has chosen the values of {' and '.join(study.tuning.settings)}, so it is optimistic here."
-            " Test images say how good the chosen runs are: metric=test_accuracy"
+            f"Validation images have chosen the values of {' and '.join(study.tuning.settings)}, so the {metric.label}"
+            " is optimistic. Test images say how good the chosen runs are: metric=test_accuracy"
         )
     if options.selection:
         yield f"Only {options.selection} is reported; p-values are corrected over what is reported."

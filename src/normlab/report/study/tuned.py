@@ -151,13 +151,13 @@ def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]
         UserError: for one that the runs do not have, or that makes other arms, images or pairs.
     """
     named = [config.get("tuned") for config in study.configs.values()] if given is None else []
-    if given is not None and not given or given is None and not any(named):
+    if not (given or any(named)):
         return []
     known = {key for row in flat_cells(study.configs.values()).values() for key in row}
     possible = sorted(filter(_can_be_tuned, known))
     if given is None:  # a configuration may name anything, and a strange one costs no other run its report
         own = [name for names in named if isinstance(names, list) for name in names[:MOST_SETTINGS]]
-        return [name for name in dict.fromkeys(filter(possible.__contains__, own))][:MOST_SETTINGS]
+        return [name for name in possible if name in own][:MOST_SETTINGS]
     wanted = [given] if isinstance(given, str) else list(dict.fromkeys(given))
     if len(wanted) > MOST_SETTINGS:
         raise UserError(f"tuned=[...] names {len(wanted)} settings.\nExpected at most {MOST_SETTINGS}.")
