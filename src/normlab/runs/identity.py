@@ -13,7 +13,7 @@ from normlab.config import weights
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-FORMAT = 3  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
+FORMAT = 4  # of records; a setting that comes later is marked with the format that it comes with (config.schema.Since)
 
 # Where and how a run is carried out; everything else is part of its identity.
 CARRIED_OUT = frozenset(
