@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from normlab.common.errors import UserError, as_typed, listed
 from normlab.report.analysis.cells import Table
+from normlab.report.analysis.images import image_tables
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.claims import texts
@@ -18,6 +19,7 @@ def make_tables(study: Study, metric: Metric, options: Options) -> list[Table]:
     """Return the tables of the metric, the first, of what else was recorded, and of the probes."""
     baseline = options.baseline if options.baseline in set(study.runs["arm"]) else None
     tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
+    tables += image_tables(study, baseline, options.confidence)
     return [*tables, *probe_tables(study, options.confidence)]
 
 
