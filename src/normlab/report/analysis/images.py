@@ -138,7 +138,7 @@ def _variance_table(
         "between_seeds": "std between seeds",
         "test_set": "by the test set's size",
         "networks": "between networks",
-        "test_set_share": "test set's part of the variance (%)",
+        "test_set_share": "test set's share (%)",
     }
     return _table("variance", tidy, lists(tidy, headings, _variance_text), runs, words)
 
