@@ -52,6 +52,7 @@ def test_classes_that_cannot_be_shown_apart_are_numbered() -> None:
         (content(classes=[["cat\x1b[2J", 4], ["dog", 6]]), "classes.0.0"),
         (content(classes=[["cat", 4], ["cat", 6]]), "two of its classes have the same name"),
         (content(classes=[["cat", 4], ["dog", 60]]), "2 bytes of bits for 64 images"),
+        (content(classes=[["cat", 0]], correct=""), "it has no images"),
         (content(correct="uYE="), "more images than there are"),
         (content(correct="uY"), "cannot be read"),
         (content(correct="é"), "cannot be read"),

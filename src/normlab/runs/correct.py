@@ -90,8 +90,10 @@ def _checked(value: dict[str, Any]) -> Correct:
     found = Correct(value["order"], names, counts, base64.b64decode(value["correct"], validate=True))
     if len(set(names)) < len(names):
         raise ValueError("two of its classes have the same name")
+    if not found.images:
+        raise ValueError("it has no images")
     if len(found.packed) != -(-found.images // 8):
         raise ValueError(f"it has {len(found.packed)} bytes of bits for {found.images} images")
-    if found.packed and found.packed[-1] & (1 << -found.images % 8) - 1:
+    if found.packed[-1] & (1 << -found.images % 8) - 1:
         raise ValueError("it has bits of more images than there are")
     return found

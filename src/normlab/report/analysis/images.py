@@ -25,7 +25,7 @@ MOST_CLASSES, SHOWN = 100, 10  # those that are hardest: in the CSV, and in the 
 _CAPTIONS: dict[str, dict[str, str]] = reading.read_yaml(Path(__file__).with_name("captions.yaml"))
 _SIDES = {"both": "both right", "only_arm": "only the arm", "only_baseline": "only {baseline}", "neither": "neither"}
 
-Bits = NDArray[np.bool_]
+Numbers = NDArray[np.floating | np.integer]
 
 
 class Variance(NamedTuple):
@@ -48,7 +48,7 @@ class Variance(NamedTuple):
         return (between_seeds - self.test_set) * images / (images - 1)
 
 
-def variance_parts(bits: Bits, confidence: float = 0.95) -> Variance:
+def variance_parts(accuracies: Numbers, right: Numbers, confidence: float = 0.95) -> Variance:
     """Split the variance between seeds of the accuracy on a test set, as Jordan (2023, arXiv 2304.01910) does.
 
     An accuracy is the mean of bits X_i over N images that were drawn from a distribution, so its variance over networks
@@ -61,22 +61,27 @@ def variance_parts(bits: Bits, confidence: float = 0.95) -> Variance:
     images, to be exact.
 
     Args:
-        bits: (n seeds, N images), of at least 2 of each.
+        accuracies: of the n networks, 2 or more.
+        right: how many of them classify each of the N images correctly, 2 or more.
         confidence: of the interval.
     """
     from scipy.special import chdtri  # slow to import, and most reports have no bits
 
-    n, images = bits.shape
-    between = float(bits.mean(1).var(ddof=1))
-    test_set = float(bits.var(0, ddof=1).sum()) / images**2
+    n, images = len(accuracies), len(right)
+    between = float(accuracies.var(ddof=1))
+    test_set = float((right / n * (1 - right / n)).sum()) * n / (n - 1) / images**2
     low, high = ((n - 1) / float(chdtri(n - 1, p)) for p in ((1 - confidence) / 2, (1 + confidence) / 2))
     parts = Variance(between, test_set, 0.0, (low, high))
     return parts._replace(networks=parts.of_networks(between, images))
 
 
-def disagreement(bits: Bits) -> float:
-    """Return the share of images that one of two networks gets right, averaged over all pairs of rows of (n, N)."""
-    n, right = len(bits), bits.sum(0)
+def disagreement(right: Numbers, n: int) -> float:
+    """Return the share of images that one of two networks gets right, averaged over all pairs of n networks.
+
+    Args:
+        right: how many of them classify each image correctly, (N,).
+        n: number of networks.
+    """
     return float((right * (n - right)).mean()) * 2 / (n * (n - 1)) if n > 1 else math.nan
 
 
@@ -115,8 +120,12 @@ def _runs_with_bits(study: Study) -> tuple[pd.DataFrame, int]:
     return runs[alike].reset_index(drop=True), int((~alike).sum())
 
 
-def _bits(study: Study, runs: Sequence[str]) -> Bits:
-    return np.stack([study.correct[run].bits() for run in runs])
+def _right(study: Study, runs: Sequence[str]) -> Numbers:
+    """Return how many of the runs classify each image correctly: in the memory of one run, as there may be many."""
+    right = np.zeros(study.correct[runs[0]].images, np.int32)
+    for run in runs:
+        right += study.correct[run].bits()
+    return right
 
 
 # ---- variance
@@ -149,7 +158,8 @@ def _deviations(study: Study, names: Sequence[str], confidence: float) -> dict[s
     images = study.correct[names[0]].images if names else 0
     if len(names) < SEEDS or images < 2:
         return dict.fromkeys(("between_seeds", "test_set", "networks", "test_set_share"), nothing)
-    parts = variance_parts(_bits(study, names), confidence)
+    accuracies = np.array([study.correct[name].number / images for name in names])
+    parts = variance_parts(accuracies, _right(study, names), confidence)
     low, high = (end * parts.between_seeds for end in parts.scale)
     variances = {
         "between_seeds": (parts.between_seeds, low, high),
@@ -207,14 +217,13 @@ def _class_table(
 def _class_accuracies(study: Study, names: Sequence[str]) -> pd.DataFrame:
     """Return a row per run with the accuracy of each class that has images, in per cent."""
     first = study.correct[names[0]]
-    ends = np.cumsum(first.counts)
-    sums = np.pad(np.cumsum(_bits(study, names), axis=1), ((0, 0), (1, 0)))
-    accuracies = {
-        f"class {name}": 100 * (sums[:, end] - sums[:, end - count]) / count
-        for name, count, end in zip(first.classes, first.counts, ends, strict=True)
-        if count
-    }
-    return pd.DataFrame(accuracies)
+    places = np.split(np.arange(first.images), np.cumsum(first.counts)[:-1])
+    rows = []
+    for run in names:
+        bits = study.correct[run].bits()
+        rows.append([100 * bits[place].mean() for place in places if len(place)])
+    present = [f"class {name}" for name, count in zip(first.classes, first.counts, strict=True) if count]
+    return pd.DataFrame(rows, columns=present)
 
 
 # ---- agreement
@@ -257,7 +266,9 @@ def _within_arms(study: Study, tidy: pd.DataFrame, runs: pd.DataFrame, baseline:
     means = []
     for row in named_rows(rows):
         names = [by_cell.get((row.setting, arm, row.batch), []) for arm in (row.arm, baseline)]
-        means.append(100 * np.mean([disagreement(_bits(study, each)) if each else math.nan for each in names]))
+        means.append(
+            100 * np.mean([disagreement(_right(study, each), len(each)) if each else math.nan for each in names])
+        )
     return rows.assign(quantity="seeds_disagree", mean=means, low=math.nan, high=math.nan)
 
 
