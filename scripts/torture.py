@@ -54,7 +54,7 @@ SMALL = (
 )
 SIX = ("norm=bn,affine,none", "batch=8,16")
 SPEED = ("wall_seconds", "images_per_second")  # what depends on the machine, and not on the run
-RECORD = {"config.yaml", "metrics.jsonl", "provenance.json", "run.log", "status.json"}
+RECORD = {"config.yaml", "correct.json", "metrics.jsonl", "provenance.json", "run.log", "status.json"}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
 Result = tuple[list[str], list[str]]  # lines for the page; what is wrong
 

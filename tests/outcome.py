@@ -5,6 +5,7 @@ from typing import Any
 
 from normlab import runs
 from normlab.config.schema import RunConfig
+from normlab.runs.correct import Correct
 
 SPEED = ("wall_seconds", "images_per_second")
 
@@ -37,6 +38,11 @@ def probed(run: RunConfig | Path) -> dict[str, list[dict[str, Any]]]:
     return read
 
 
+def correct(run: RunConfig | Path) -> Correct | None:
+    """Which test images it got right at the end."""
+    return runs.read_record(folder(run)).correct
+
+
 def outcome(run: RunConfig | Path) -> tuple[Any, ...]:
     """All that must not depend on how a run was carried out."""
-    return status(run)["state"], weights(run), rows(run), probed(run)
+    return status(run)["state"], weights(run), rows(run), probed(run), correct(run)

@@ -30,6 +30,7 @@ OF_RUNS = {  # and how often, in per cent of all
     "metrics.jsonl": 16,
     "probes/ics.jsonl": 8,
     "provenance.json": 9,
+    "correct.json": 4,
     "run.log": 2,
     "run.claim": 3,
     "run.lock": 1,

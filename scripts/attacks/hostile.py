@@ -112,7 +112,7 @@ def of_links() -> Iterator[Kind]:
         "a link to /dev/zero": lambda _: lambda path: path.symlink_to("/dev/zero"),
         "a folder": lambda _: Path.mkdir,
     }
-    files = ("config.yaml", "status.json", "metrics.jsonl", "probes/ics.jsonl", "provenance.json")
+    files = ("config.yaml", "status.json", "metrics.jsonl", "probes/ics.jsonl", "provenance.json", "correct.json")
     for what, make in special.items():
         for file in (*files, "run.log", "run.claim", "run.lock"):
             yield Kind(
@@ -178,11 +178,12 @@ def of_sizes() -> Iterator[Kind]:
         "metrics.jsonl",
         "probes/ics.jsonl",
         "provenance.json",
+        "correct.json",
         "run.claim",
         "slurm/order.json",
     ):
         for name, text in bombs.JSON.items():
-            told = file in ("status.json", "metrics.jsonl", "probes/ics.jsonl", "provenance.json")
+            told = file in ("status.json", "metrics.jsonl", "probes/ics.jsonl", "provenance.json", "correct.json")
             where = "../" if file.startswith("slurm") else ""
             yield Kind(
                 f"{file}: {name}",
@@ -308,6 +309,7 @@ def of_texts() -> Iterator[Kind]:
         "the command": ("provenance.json", lambda c, t: c.update(command=[t, t])),
         "a source of imports": (
             "provenance.json",
+            "correct.json",
             lambda c, t: c.update(imported={"source": t, "sha256": t, "time": t}),
         ),
         "a layer": ("probes/ics.jsonl", lambda c, t: c.update(layer=t)),

@@ -322,7 +322,7 @@ def left_alone(scene: Scene) -> Iterator[str]:
 
 def only_begun(scene: Scene) -> None:
     for path in runs.find(scene.study):
-        for file in ("status.json", "metrics.jsonl", "provenance.json", "run.log"):
+        for file in ("status.json", "metrics.jsonl", "provenance.json", "correct.json", "run.log"):
             (path / file).unlink(missing_ok=True)
         shutil.rmtree(path / "probes", ignore_errors=True)
 

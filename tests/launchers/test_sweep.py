@@ -31,7 +31,7 @@ def test_a_sweep_leaves_records_and_is_skipped_when_it_is_repeated(tmp_path) -> 
         rows, warnings = runs.read_metrics(folder)
         assert [row["epoch"] for row in rows] == [1, 2]
         assert not warnings
-        record = {"config.yaml", "metrics.jsonl", "provenance.json", "run.log", "status.json"}
+        record = {"config.yaml", "correct.json", "metrics.jsonl", "provenance.json", "run.log", "status.json"}
         assert {path.name for path in folder.iterdir()} == record
     assert len({status_of(folder)["pid"] for folder in found}) == 1, "a worker does one run after the other"
 

@@ -131,7 +131,7 @@ MANIFESTS = {
     "no format": ({"format": None}, "its manifest.json is none"),
     "a format before the first": ({"format": 0}, "its manifest.json is none"),
     "no entries": ({"entries": None}, "its manifest.json is none"),
-    "a later format": ({"format": 3}, "pip install --upgrade normlab"),
+    "a later format": ({"format": 4}, "pip install --upgrade normlab"),
 }
 
 

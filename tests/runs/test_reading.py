@@ -13,6 +13,7 @@ from normlab.common.errors import UserError
 from normlab.report.study import load
 from normlab.report.study.status import Survey
 from normlab.runs import lock, reading
+from normlab.runs.correct import as_json
 from normlab.runs.files import write_atomically
 
 ROOT = Path(__file__).parents[2] / "src" / "normlab"
@@ -43,6 +44,7 @@ def run(make) -> runs.Run:
     for epoch in (1, 2):
         run.append_metrics({"epoch": epoch, "step": 2 * epoch, "test_accuracy": 0.5, "test_loss": 1.0})
     run.append_probe("ics", [{"step": 0, "layer": "fc", "l2": 1.0}])
+    run.write_correct(as_json("0" * 64, ("cat", "dog"), (3, 5), b"\xf0"))
     run.write_status("done", epoch=2, epochs=2)
     return run
 
@@ -55,7 +57,7 @@ def told(run: runs.Run) -> str:
     return "\n".join(study.warnings)
 
 
-FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json", "probes/ics.jsonl")
+FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json", "correct.json", "probes/ics.jsonl")
 
 
 def linked(path: Path) -> None:

@@ -9,8 +9,9 @@ from normlab import runs
 from normlab.common.errors import UserError
 from normlab.report.study import load
 from normlab.runs import files
+from normlab.runs.correct import as_json
 
-FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json", "probes/ics.jsonl")
+FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json", "correct.json", "probes/ics.jsonl")
 
 
 def recorded(config, state: str = "done") -> runs.Run:
@@ -23,6 +24,7 @@ def recorded(config, state: str = "done") -> runs.Run:
         for epoch in (1, 2):
             run.append_metrics({"epoch": epoch, "step": 2 * epoch, "test_accuracy": 0.25 * epoch, "test_loss": loss})
         run.append_probe("ics", [{"step": 0, "layer": "fc", "l2": loss}])
+        run.write_correct(as_json("0" * 64, ("cat", "dog"), (3, 5), b"\xf0"))
         run.write_status(state, epoch=2, epochs=2)
     return run
 

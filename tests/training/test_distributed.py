@@ -15,7 +15,7 @@ from conftest import composed
 from hydra.types import RunMode
 from launchers.commands import ROOT, by_two_tasks, python, wait_for_progress
 from omegaconf import OmegaConf
-from outcome import folder, rows, status
+from outcome import correct, folder, rows, status
 from PIL import Image
 from torch import Tensor, nn
 
@@ -85,6 +85,8 @@ def assert_equal(one: RunConfig, two: RunConfig) -> None:
         torch.testing.assert_close(others[name], value, rtol=rtol, atol=atol, msg=f"{one.study}: {name}")
     for row, other in zip(rows(one), rows(two), strict=True):
         assert other == pytest.approx(row, rel=1e-5)
+    assert correct(one) == correct(two)
+    assert (correct(one) is None) == (one.study == "regression")
     assert all(row["images_per_second"] > 0 for row in runs.read_metrics(folder(two))[0])
     assert {path.name for path in folder(two).iterdir()} == {path.name for path in folder(one).iterdir()}
     assert status(two).keys() == status(one).keys()

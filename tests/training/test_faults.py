@@ -33,7 +33,7 @@ from normlab.config.schema import RunConfig
 from normlab.training import checkpoint
 from normlab.training.run import train_run
 
-RECORD = {"config.yaml", "metrics.jsonl", "probes", "provenance.json", "run.log", "status.json"}
+RECORD = {"config.yaml", "correct.json", "metrics.jsonl", "probes", "provenance.json", "run.log", "status.json"}
 # Six steps and two evaluations that write all there is to write, a checkpoint after every step.
 SMALL = (*TINY, "checkpoint_seconds=0", "probe=[gradients]")
 

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import timm
 import torch
-from outcome import SPEED, folder, outcome, rows, status, weights
+from outcome import SPEED, correct, folder, outcome, rows, status, weights
 from small import SmallNet
 from torch import nn
 
@@ -83,16 +83,24 @@ def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypat
     assert rows(config)[0]["train_accuracy"] == pytest.approx(sum(hits for *_, hits in seen) / 40)
 
 
-def test_accuracy_is_that_of_the_final_weights(tiny) -> None:
-    config = tiny("save_weights=true")
+@pytest.mark.parametrize("settings", [(), ("norm=ln", "eval_stats=batch", "sampler=paired"), ("weight_average=0.5",)])
+def test_accuracy_and_images_that_are_right_are_those_of_the_final_weights(tiny, settings) -> None:
+    config = tiny("save_weights=true", *settings)
     ended = train_run(config)
     network = models.build(config, num_classes=10, image_size=8).eval()
     network.load_state_dict(torch.load(folder(config) / "weights.pt", weights_only=True))
-    assert training.weights_sha256(network) == ended["weights_sha256"]
-    data = load(config.model_copy(update={"eval_batch": 7}), torch.device("cpu"), log=print)
+    assert config.weight_average or training.weights_sha256(network) == ended["weights_sha256"]
+    plain = tiny("eval_batch=7")  # the order of the data set
+    test = load(plain, torch.device("cpu"), log=print).test
     with torch.no_grad():
-        hits = sum((network(images).argmax(1) == labels).sum().item() for images, labels in data.test.batches())
-    assert hits / len(data.test) == rows(config)[-1]["test_accuracy"]
+        hits = [h for images, labels in test.batches() for h in (network(images).argmax(1) == labels).tolist()]
+    found = correct(config)
+    assert found is not None
+    assert [hit for label in range(10) for hit, of in zip(hits, test.labels, strict=True) if of == label] == [
+        *found.bits()
+    ]
+    assert sum(hits) / len(test) == rows(config)[-1]["test_accuracy"]
+    assert found.counts == tuple((test.labels == label).sum() for label in range(10))
 
 
 # Resume

@@ -13,6 +13,7 @@ from normlab.common.rng import stream
 from normlab.config.schema import FolderDataset, ImageDataset, Paired, RegressionDataset, RunConfig
 from normlab.data import inventory, regression, sources
 from normlab.data.batches import Augmentation, Normalization, Split, standardization, unit_interval
+from normlab.data.image_order import ImageOrder
 from normlab.data.resident import Resident
 from normlab.data.samplers import evaluation_order
 from normlab.data.sources import Source
@@ -32,6 +33,7 @@ class Data:
         fingerprint: of the content, so that a run is not resumed on other data.
         values: of images of more than 8 bits.
         warnings: sentences about images that are left out, or whose values are clipped.
+        test_order: in which the test images are recorded; None of a regression.
     """
 
     classes: tuple[str, ...]
@@ -44,6 +46,7 @@ class Data:
     channels: int = 3
     values: Values = field(default_factory=Values)
     warnings: tuple[str, ...] = ()
+    test_order: ImageOrder | None = None
 
     def calibration(self, count: int) -> Tensor:
         """Return the training images for a start from data, normalized and not augmented.
@@ -128,6 +131,7 @@ class _Images:
         source, dataset = self.source, self.dataset
         rows, val_rows = training_rows(source.train_labels, dataset.train_size, dataset.val_size, dataset.split_seed)
         test_rows = stratified(source.test_labels, dataset.test_size, dataset.split_seed, "test")
+        test_rows = self._in_order("test", source.test_labels, test_rows)
         if self.config.input_norm == "dataset":
             self.normalization = standardization(source.train, rows, self.device)
         else:
@@ -140,26 +144,30 @@ class _Images:
             source.image_size - self.cut,
             fingerprint=source.fingerprint,
             train=self._split(source.train, source.train_labels, rows, training | more),
-            test=self._evaluated("test", source.test, source.test_labels, test_rows, evaluation),
+            test=self._split(source.test, source.test_labels, test_rows, evaluation),
             val=self._validation(val_rows, evaluation),
             values=source.values,
             warnings=(*source.remarks, *source.values.warnings),
+            test_order=ImageOrder.of(source.fingerprint, test_rows, source.test_labels[test_rows], source.classes),
         )
 
     def _validation(self, rows: Tensor, settings: dict[str, Any]) -> Split | None:
         """Return the validation part that a folder has, or the `rows` of the training images."""
         source = self.source
         if source.val is not None and source.val_labels is not None:
-            return self._evaluated("val", source.val, source.val_labels, torch.arange(len(source.val_labels)), settings)
-        return self._evaluated("val", source.train, source.train_labels, rows, settings) if len(rows) else None
+            rows = self._in_order("val", source.val_labels, torch.arange(len(source.val_labels)))
+            return self._split(source.val, source.val_labels, rows, settings)
+        if not len(rows):
+            return None
+        rows = self._in_order("val", source.train_labels, rows)
+        return self._split(source.train, source.train_labels, rows, settings)
 
-    def _evaluated(
-        self, part: str, images: Resident | Files, labels: Tensor, chosen: Tensor, settings: dict[str, Any]
-    ) -> Split:
-        if self.config.eval_stats == "batch":
-            generator = stream(self.dataset.split_seed, part, "order")
-            chosen = chosen[evaluation_order(labels[chosen], self.each, generator)]
-        return self._split(images, labels, chosen, settings)
+    def _in_order(self, part: str, labels: Tensor, chosen: Tensor) -> Tensor:
+        """Return the chosen images of a part that is evaluated in the order of its batches."""
+        if self.config.eval_stats != "batch":
+            return chosen
+        generator = stream(self.dataset.split_seed, part, "order")
+        return chosen[evaluation_order(labels[chosen], self.each, generator)]
 
     def _split(self, images: Resident | Files, labels: Tensor, chosen: Tensor, settings: dict[str, Any]) -> Split:
         labels = labels[chosen]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from normlab.common.errors import UserError, as_typed, listed
 from normlab.report.analysis.cells import Table
+from normlab.report.analysis.images import image_tables
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.analysis.tables import build_tables, probe_tables
 from normlab.report.analysis.tuned_tables import tuned_tables, with_cost_of_trials
@@ -31,7 +32,8 @@ def make_tables(study: Study, metric: Metric, options: Options) -> list[Table]:
     """Return the tables of the metric, the first, of what else was recorded, and of the probes."""
     baseline = options.baseline if options.baseline in set(study.runs["arm"]) else None
     tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
-    tables = [*tables, *tuned_tables(study, options.confidence), *probe_tables(study, options.confidence)]
+    tables += [*tuned_tables(study, options.confidence), *image_tables(study, baseline, options.confidence)]
+    tables += probe_tables(study, options.confidence)
     return [_said_to_be_tuned(with_cost_of_trials(table, study), study) for table in tables]
 
 

@@ -34,10 +34,10 @@ from normlab.common.errors import UserError
 from normlab.runs import files, reading
 
 SUFFIX = ".normlab.zip"
-FORMAT = 2  # 1 had no tables
+FORMAT = 3  # 1 had no tables, 2 no bits of test images
 MANIFEST, CRATE, NOTES = "manifest.json", "ro-crate-metadata.json", "notes.md"
 TABLES, OPTIONS = "tables", "options.json"
-RUN_FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json")
+RUN_FILES = ("config.yaml", "status.json", "metrics.jsonl", "provenance.json", "correct.json")
 
 MOST_ENTRIES = 200_000
 MOST_BYTES = 2 << 30  # of all entries together, not compressed

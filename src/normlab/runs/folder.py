@@ -4,6 +4,7 @@ config.yaml      the frozen configuration, written before the run starts
 status.json      state, host, process, heartbeat, progress, error; no file: planned, not started
 metrics.jsonl    one row per evaluation
 probes/*.jsonl   one row per measurement of a probe and layer (docs/probes.md)
+correct.json     which test images a run that is done got right (runs/correct.py)
 provenance.json  versions, code, device, command
 checkpoint.pt, checkpoint.previous.pt, run.log
 run.lock, run.claim   while a process trains it (runs/lock.py)
@@ -19,6 +20,7 @@ from typing import Any
 
 from normlab.common.errors import UserError, storage_error
 from normlab.runs import files, lock, reading, sums
+from normlab.runs.correct import CORRECT
 from normlab.runs.identity import FORMAT, run_id, run_name
 from normlab.runs.inside import make_own_folder
 from normlab.runs.record import (
@@ -191,16 +193,25 @@ class Run:
     def _sums_now(self) -> dict[str, sums.Sum]:
         """Return the sums of all files of the record as they are now."""
         probes = [f"{PROBES_FOLDER}/{path.name}" for path in probe_files(self.folder)]
-        names = [name for name in (CONFIG, PROVENANCE, METRICS_FILE, *probes) if reading.is_there(self.folder / name)]
+        names = [
+            name
+            for name in (CONFIG, PROVENANCE, METRICS_FILE, CORRECT, *probes)
+            if reading.is_there(self.folder / name)
+        ]
         return {name: self._sum_now(name) for name in names}
 
     def write_provenance(self, made: Mapping[str, Any]) -> None:
         """Replace provenance.json."""
+        self._replace(PROVENANCE, (files.to_json(made, indent=1) + "\n").encode())
+
+    def write_correct(self, content: bytes) -> None:
+        """Replace correct.json (`correct.as_json`)."""
+        self._replace(CORRECT, content)
+
+    def _replace(self, name: str, content: bytes) -> None:
         self._verify()
-        content = (files.to_json(made, indent=1) + "\n").encode()
-        self._list([PROVENANCE])
-        files.write_atomically(self.folder / PROVENANCE, lambda file: file.write(content))
-        self._known()[PROVENANCE] = sums.sum_of(content, self.run_id)
+        self._list([name])
+        self._rewrite(name, content)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one evaluation to metrics.jsonl."""
@@ -250,7 +261,7 @@ class Run:
         return self._sums
 
     def keep_rows_until(self, evaluated: int, step: int) -> list[str]:
-        """Drop the rows that a resumed run measures again, and lines that cannot be read.
+        """Drop what a resumed run measures again: rows, and its last evaluation by image; and lines that are damaged.
 
         Args:
             evaluated: evaluations after this step are dropped.
@@ -271,9 +282,21 @@ class Run:
             kept[METRICS_FILE] = [row for row in rows if row["step"] <= evaluated]
         if kept:
             self._list(kept)
+        self._remove(CORRECT)
         for name, of_file in kept.items():
             self._rewrite(name, _as_lines(of_file).encode())
         return [*([changes] if changes else []), *warnings, *complaints]
+
+    def _remove(self, name: str) -> None:
+        """Remove a file of the record; until the next status it is named with the sum of no bytes."""
+        if not reading.is_there(self.folder / name):
+            return
+        self._list([name])
+        try:
+            (self.folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(self.folder / name, error) from error
+        del self._known()[name]
 
     def _rewrite(self, name: str, content: bytes) -> None:
         files.write_atomically(self.folder / name, lambda file: file.write(content))

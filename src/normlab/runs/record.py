@@ -6,14 +6,15 @@ What cannot be read, or is not what the run wrote, is a `UserError` that names f
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from normlab.common.errors import UserError, first_line
-from normlab.runs import reading, sums
+from normlab.runs import correct, reading, sums
+from normlab.runs.correct import CORRECT, Correct
 from normlab.runs.identity import FORMAT, canonical, completed, digest
 from normlab.runs.reading import P, RecordPath
 from normlab.runs.rows import METRICS_FILE, read_rows
@@ -254,7 +255,8 @@ class Record(NamedTuple):
         provenance: how the run was made; nothing where there is no such file.
         sums: by the name of a file of rows, what its first bytes are to come to; None where none were recorded.
         probes: the names of its files of probes: `probes/ics.jsonl`.
-        damage: why the provenance cannot be read; "" if it can.
+        correct: which test images it got right at its end; None where that was not recorded or cannot be read.
+        damage: by the name of a file that cannot be read, and that a run goes on without, why.
     """
 
     config: dict[str, Any]
@@ -262,7 +264,8 @@ class Record(NamedTuple):
     provenance: dict[str, Any]
     sums: Mapping[str, sums.Sum] | None
     probes: list[str]
-    damage: str = ""
+    correct: Correct | None
+    damage: Mapping[str, str]
 
     @property
     def over(self) -> bool:
@@ -309,32 +312,47 @@ def read_record(folder: RecordPath) -> Record:
         raise changed(path, why)
     if recorded is not None and config.described is None:
         raise changed(path, "lacks its format, and checksums are there")
-    made, damage = _read_made(folder, recorded, own, over=over)
-    record = Record(config.settings, status, made, recorded, probes, damage)
+    damage: dict[str, str] = {}
+    made, bits = (
+        _read_part(folder / name, parse, recorded, own, over=over, damage=damage)
+        for name, parse in ((PROVENANCE, _as_provenance), (CORRECT, correct.parse))
+    )
+    record = Record(config.settings, status, made or {}, recorded, probes, bits, damage)
     if recorded is not None:
         _check_list(folder, record, recorded)
     return record
 
 
-def _read_made(
-    folder: RecordPath, recorded: Mapping[str, sums.Sum] | None, own: str, *, over: bool
-) -> tuple[dict[str, Any], str]:
-    """Return the provenance, and why it cannot be read."""
-    path = folder / PROVENANCE
+def _read_part(
+    path: RecordPath,
+    parse: Callable[[RecordPath, bytes], Any],
+    recorded: Mapping[str, sums.Sum] | None,
+    own: str,
+    *,
+    over: bool,
+    damage: dict[str, str],
+) -> Any:
+    """Return what a file holds that a run goes on without, None if it is not there; add to `damage` if it is damaged.
+
+    Raises:
+        UserError: if it is not what the run wrote.
+    """
     try:
         content = reading.read(path)
     except FileNotFoundError:
         content = None
     except OSError as error:
-        return {}, str(reading.damaged(path, error))
+        damage[path.name] = str(reading.damaged(path, error))
+        return None
     if recorded is not None:
-        sum = recorded.get(PROVENANCE)
+        sum = recorded.get(path.name)
         if why := sums.fault(sum, content, own, whole=over or sum not in (None, sums.nothing(own))):
             raise changed(path, why)
     try:
-        return ({} if content is None else _as_provenance(path, content)), ""
+        return None if content is None else parse(path, content)
     except UserError as error:
-        return {}, str(error)
+        damage[path.name] = str(error)
+        return None
 
 
 def _check_list(folder: RecordPath, record: Record, recorded: Mapping[str, sums.Sum]) -> None:
@@ -343,6 +361,7 @@ def _check_list(folder: RecordPath, record: Record, recorded: Mapping[str, sums.
     Raises:
         UserError: if one is missing, or one more is there.
     """
+    recorded = {name: sum for name, sum in recorded.items() if name != CORRECT}  # which was compared when it was read
     if {CONFIG, PROVENANCE, METRICS_FILE, *record.probes} == recorded.keys():  # as most are; rows that are missing are
         return  # seen when they are read
     there = {CONFIG, PROVENANCE, *record.probes}

@@ -21,6 +21,7 @@ MOST_EPOCHS = 10**9
 MOST_SECONDS = 1e10
 LONGEST_NAME = 300  # characters
 MOST_COLUMNS = 100  # names of a file of rows
+MOST_CLASSES = 30_000  # of a data set
 MOST_IN_LIST = 10_000  # of a list in a row of a probe
 PLACE = ("run", "setting", "arm", "batch", "seed", "state")  # columns of every table, which no row has
 
@@ -34,6 +35,7 @@ _Count = Annotated[int, Field(ge=0, le=LARGEST)]
 _Seconds = Annotated[float, Field(ge=0, le=MOST_SECONDS)]
 _Number = Annotated[float, Field(ge=-reading.LARGEST_NUMBER, le=reading.LARGEST_NUMBER)]
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Class = Annotated[tuple[_Name, _Count], Field(strict=False)]
 _Sum = Annotated[tuple[_Count, Annotated[str, Field(pattern="^[0-9a-f]{8}$")]], Field(strict=False)]  # JSON has lists
 
 
@@ -96,6 +98,14 @@ class Status(_Part):
             odd = next(name for name, text in texts.items() if not text.isprintable())
             raise ValueError(f"{odd} is {texts[odd]!r}: it has characters that cannot be shown")
         return self
+
+
+class Correct(_Part):
+    """correct.json (`correct.Correct`)."""
+
+    order: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    classes: Annotated[list[_Class], Field(min_length=1, max_length=MOST_CLASSES)]
+    correct: Annotated[str, Field(max_length=reading.MOST_BYTES_OF_FILE)]
 
 
 class _Git(_Part):

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normlab.common.errors import InterruptedRunError
 from normlab.common.rng import key
@@ -18,6 +18,7 @@ from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.record import Recorder
 from normlab.training.state import TrainingState
 from normlab.training.supervision import DivergedError, Supervisor
+from normlab.training.tasks import Classification
 
 
 def train(state: TrainingState, recorder: Recorder, stop: StopRequest) -> None:
@@ -132,10 +133,14 @@ def evaluate_epoch(state: TrainingState, supervisor: Supervisor) -> dict[str, An
     sizes[-1] = data.train.images_of(data.train.steps - 1)
     loss, correct = task.train_loss(position.losses, sizes), int(position.correct.sum())
     row = {"epoch": position.epoch + 1, "step": end, **task.metrics("train", loss, correct, data.train.images)}
+    hits: list[Tensor] | None = [] if data.test_order and position.epoch + 1 == config.epochs else None
     with independent_processes(), _statistics(state, network, supervisor):
         for name, split in (("val", data.val), ("test", data.test)):
             if split is not None:
-                row |= task.metrics(name, *evaluate(state, network, split, supervisor), len(split))
+                sums = evaluate(state, network, split, supervisor, hits if name == "test" else None)
+                row |= task.metrics(name, *sums, len(split))
+    if hits is not None:
+        state.correct = _by_image(state, hits)
     supervisor.stopwatch.lap(training=False)
     row["lr"] = learning_rate(config, end - 1, data.train.steps)
     row["images_per_second"] = position.train_images / position.train_seconds
@@ -159,8 +164,18 @@ def _statistics(state: TrainingState, network: nn.Module, supervisor: Supervisor
 
 
 @torch.inference_mode()
-def evaluate(state: TrainingState, network: nn.Module, split: Split, supervisor: Supervisor) -> tuple[float, int]:
-    """Return the sums over `split` of the loss (without label smoothing) and of correct classifications."""
+def evaluate(
+    state: TrainingState, network: nn.Module, split: Split, supervisor: Supervisor, hits: list[Tensor] | None = None
+) -> tuple[float, int]:
+    """Return the sums over `split` of the loss (without label smoothing) and of correct classifications.
+
+    Args:
+        state: of the run.
+        network: what is evaluated.
+        split: the images.
+        supervisor: of the run.
+        hits: gets, for each batch of this process, whether each image is classified correctly; bool, on the device.
+    """
     network.eval()
     loss = torch.zeros((), dtype=torch.float64, device=state.device)
     correct = torch.zeros((), dtype=torch.int64, device=state.device)
@@ -169,9 +184,22 @@ def evaluate(state: TrainingState, network: nn.Module, split: Split, supervisor:
             outputs = network(images)
         loss += state.step.task.test_loss(outputs, labels)
         correct += state.step.task.correct(outputs, labels)
+        if hits is not None and isinstance(state.step.task, Classification):
+            hits.append(state.step.task.hits(outputs, labels))
         state.interleaver.after_step()
     state.interleaver.synchronize()
     if split.processes > 1:  # else every process has evaluated all of it
         state.group.all_reduce(loss)
         state.group.all_reduce(correct)
     return float(loss), int(correct)
+
+
+def _by_image(state: TrainingState, hits: list[Tensor]) -> Tensor:
+    """Return whether each test image is classified correctly, bool (N,) on the host, from each process's batches."""
+    split = state.data.test
+    correct = torch.zeros(len(split), dtype=torch.uint8, device=state.device)
+    if hits:
+        correct[split.rank :: split.processes] = torch.cat(hits).to(torch.uint8)
+    if split.processes > 1:  # else every process has evaluated all of it
+        state.group.all_reduce(correct)
+    return correct.bool().cpu()

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from normlab import loggers, runs
 from normlab.common import source
 from normlab.common.errors import UserError
 from normlab.common.terminal import PlainFormatter
 from normlab.data.recorded import image_files
 from normlab.models import pretrained
-from normlab.runs import files, provenance
+from normlab.runs import correct, files, provenance, reading
 from normlab.runs.reading import MOST_BYTES_OF_ROWS
 from normlab.runs.shorter import KEPT, Shorter
 from normlab.training import checkpoint, device
@@ -134,6 +136,23 @@ class Recorder:
                 checkpoint.keep(self.run.folder, {"run_id": self.run.run_id, **state.state_dict()})
             except UserError as error:  # the result is worth more
                 self.log.warning("%s keeps no checkpoint for more epochs: %s", self.run.name, error)
+
+    def correct(self, state: TrainingState) -> None:
+        """Write which test images were classified correctly at the end, where there are classes."""
+        order = state.data.test_order
+        if order is None or state.correct is None or not state.group.is_main:
+            return
+        packed = np.packbits(state.correct[order.positions].numpy()).tobytes()
+        content = correct.as_json(order.digest, order.classes, order.counts, packed)
+        if len(content) > reading.most_bytes(correct.CORRECT):  # it could not be read again
+            self.log.warning(
+                "%s keeps no bits of its %d test images: more than %d KiB.",
+                self.run.name,
+                len(state.correct),
+                reading.MOST_BYTES_OF_FILE >> 10,
+            )
+        else:
+            self.run.write_correct(content)
 
     def end(self, state: TrainingState, outcome: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write how the run ended, remove its checkpoints, and return its status; for all processes together."""

@@ -126,6 +126,7 @@ def _train(
         weights = (step.averaged.module if step.averaged else step.network).state_dict()  # those that were evaluated
         checkpoint.save_weights(folder / "weights.pt", weights)
     extensible = not (spread_over_epochs(config.as_dict()) or resume.follows_progress(step.network))
+    recorder.correct(state)
     recorder.keep(state, extensible if config.keep_checkpoint is None else config.keep_checkpoint)
     return recorder.end(state, "done", {"weights_sha256": weights_sha256(step.network)})
 

@@ -80,6 +80,8 @@ class TrainingState:
     """All that a run trains with, and how far it is.
 
     Attributes:
+        correct: whether each test image was classified correctly at the end of the run, bool (N,) in the order of its
+            split, on the host; None before, and where there are no classes.
         peak_memory_before: bytes that earlier processes of the run, or the others of now, needed.
     """
 
@@ -94,6 +96,7 @@ class TrainingState:
     position: Position
     memory_format: str
     peak_memory_before: int = 0
+    correct: Tensor | None = None
 
     @property
     def step_number(self) -> int:

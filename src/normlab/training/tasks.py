@@ -30,7 +30,11 @@ class Classification:
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the number of images classified correctly; int64."""
-        return (outputs.argmax(1) == targets).sum()
+        return self.hits(outputs, targets).sum()
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return whether each image is classified correctly; bool (B,)."""
+        return outputs.argmax(1) == targets
 
     def train_loss(self, losses: Tensor, images: Tensor) -> float:
         """Return the sum over the images of an epoch, from each batch's loss and number of images."""

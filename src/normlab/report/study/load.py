@@ -4,7 +4,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from normlab.report.study.columns import Columns, length, tidy
 from normlab.report.study.find import find_study, packed_name
 from normlab.report.study.index import Index
 from normlab.runs import archive, lock, reading
+from normlab.runs.correct import CORRECT, Correct
 from normlab.runs.reading import RecordPath, damaged, shown
 from normlab.runs.states import FINISHED, RECORDED, STALE_SECONDS, State
 
@@ -39,6 +40,7 @@ _SEVERAL = {  # of one kind of fault, about all runs that have it
         " Delete their folders and start them again."
     ),
     "provenance": "{number} runs are shown without how they were made: {names}. The first: {first}",
+    "correct": "{number} runs are left out of the tables by image: {names}. The first: {first}",
     "columns": "{number} runs have columns that are left out: {names}. The first: {first}",
     "copies": "{number} folders hold the same runs as others and are left out: {names}. The first: {first}",
 }
@@ -68,6 +70,7 @@ class Study:
         remarks: per setting, a sentence about what varies with the batch size.
         notes: the remarks of a person, from notes.md beside the runs.
         warnings: sentences about what could not be read, and what was imported.
+        correct: by run that is done, which test images it got right, where that was recorded.
         unchecked: the runs in a folder that carry no checksums, as those of versions before 0.4.0: whether their
             files were changed cannot be seen.
     """
@@ -84,6 +87,7 @@ class Study:
     warnings: list[str]
     unchecked: Sequence[str] = ()
     tuning: "Tuning | None" = None
+    correct: Mapping[str, Correct] = field(default_factory=dict)
 
     @cached_property
     def packed(self) -> bool:
@@ -195,6 +199,7 @@ def load(
         notes=records.notes,
         warnings=[*records.warnings(), *_imported(table, records.configs, records.provenance)],
         unchecked=records.unchecked,
+        correct=records.correct,
     )
 
 
@@ -213,6 +218,7 @@ class _Records:
         self.evaluations: dict[str, Columns] = {}
         self.probes: dict[str, dict[str, Columns]] = defaultdict(dict)
         self.provenance: dict[str, dict[str, Any]] = {}
+        self.correct: dict[str, Correct] = {}
         self.faults: dict[str, list[tuple[str, str]]] = defaultdict(list)
         self.notes = _notes(folder)
         self.unchecked: list[str] = []
@@ -226,6 +232,7 @@ class _Records:
                     raise damaged(path, why)
                 self._read_twice(path, row, index)
             except UserError as error:
+                self.correct.pop(name, None)
                 for found in (self.configs, self.provenance, self.evaluations, *self.probes.values()):
                     found.pop(name, None)
                 self.faults["unreadable"].append((name, str(error)))
@@ -286,8 +293,19 @@ class _Records:
             if record.sums is None and isinstance(path, Path):  # a packed study has digests of all its files
                 self.unchecked.append(run)
         self.faults["lines"] += lines
-        if record.damage:
-            self.faults["provenance"].append((run, record.damage))
+        if record.correct and row["state"] == State.DONE:
+            self._take_correct(path, record.correct)
+        for file, why in record.damage.items():
+            self.faults["provenance" if file == runs.PROVENANCE else "correct"].append((run, why))
+
+    def _take_correct(self, path: RecordPath, correct: Correct) -> None:
+        """Keep which images a run got right, if they come to the accuracy of its last evaluation."""
+        accuracy = self.evaluations[path.name].get("test_accuracy")
+        if accuracy is not None and abs(accuracy[-1] * correct.images - correct.number) < 0.01:
+            self.correct[path.name] = correct
+        else:
+            why = f"{path / CORRECT} does not come to the accuracy of the run's last evaluation."
+            self.faults["correct"].append((path.name, why))
 
     def _check(self, path: RecordPath, row: dict[str, Any]) -> None:
         """Mark a run of an unknown state, and one whose last evaluation is missing."""
