@@ -48,14 +48,14 @@ def commands(
         given = settings(config, here=here)
         if given is None:
             return []
-        cell = {key: [_text(value)] for key, value in given.items()}
+        cell = {key: [as_text(value)] for key, value in given.items()}
         if cell not in cells:
             cells.append(cell)
     seed = ",".join(map(str, seeds)) if len(seeds) <= SEVERAL else f"range({seeds[0]},{seeds[-1] + 1})"
     place = {"study": study} | ({} if output_dir == "outputs" else {"output_dir": output_dir})
     lines = []
     for cell in _merged(cells):
-        words = [f"{key}={_text(value)}" for key, value in place.items()]
+        words = [f"{key}={as_text(value)}" for key, value in place.items()]
         words += [key if key.startswith("~") else f"{key}={','.join(values)}" for key, values in cell.items()]
         lines.append(" ".join([command_name("train"), "-m", *map(shlex.quote, [*words, f"seed={seed}"])]))
     return lines if all(map(str.isprintable, lines)) else []
@@ -241,12 +241,12 @@ def _differences(composed: Mapping[str, Any], wanted: Mapping[str, Any], of_mach
 # ---- words as text
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return a value as Hydra's command line reads it."""
     if isinstance(value, Mapping):
-        return f"{{{','.join(f'{_text(key)}:{_text(each)}' for key, each in value.items())}}}"
+        return f"{{{','.join(f'{as_text(key)}:{as_text(each)}' for key, each in value.items())}}}"
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_text, value))}]"
+        return f"[{','.join(map(as_text, value))}]"
     if not isinstance(value, str):
         return json.dumps(value)
     if _PLAIN.fullmatch(value) and value.lower() not in _WORDS:

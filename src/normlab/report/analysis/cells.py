@@ -49,6 +49,7 @@ class Table:
             underlined ones, for formats that underline.
         prose: headings of what is to be read as sentences rather than compared.
         runs: names of the runs that it is of, where these are not all finished ones of its cells.
+        commands: command lines that follow from it, to stand below it, each on a line after its title.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Table:
     rule: str = ""
     prose: Sequence[str] = ()
     runs: Sequence[str] | None = None
+    commands: Sequence[str] = ()
 
     @property
     def origin(self) -> pd.DataFrame:
