@@ -2,7 +2,7 @@
 
 A study has one comparison and 5 seeds, whose paired differences are normal with standard deviation 1, tested two-sided.
 Where that is inconclusive, seeds are added by a rule and it is tested again. Printed is, per rule, the share of studies
-that call the arms different at any look: of arms that are alike (5 % are right), and of arms 1 standard deviation apart.
+that call the arms different at any look: of arms that are alike (5 % are right), and of arms that are 1 apart.
 """
 
 import sys

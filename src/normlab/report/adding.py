@@ -58,14 +58,15 @@ def commands(
         words = [f"{key}={as_text(value)}" for key, value in place.items()]
         words += [key if key.startswith("~") else f"{key}={','.join(values)}" for key, values in cell.items()]
         lines.append(" ".join([command_name("train"), "-m", *map(shlex.quote, [*words, f"seed={seed}"])]))
-    return lines if all(map(str.isprintable, lines)) else []
+    # Not what a terminal would obey, nor what Hydra would look up.
+    return lines if all(line.isprintable() and "${" not in line for line in lines) else []
 
 
 def settings(config: Mapping[str, Any], *, here: bool = True) -> Words | None:
     """Return the fewest settings that compose to the run of a configuration, its seed apart; None if none do."""
-    if config["norm"].get("imported"):
-        return None
     try:
+        if config["norm"].get("imported"):
+            return None
         wanted = runs.completed(config)
         words = _choices(wanted)
         of_machine = _OF_MACHINE if here else _OF_MACHINE[:1]
@@ -227,7 +228,7 @@ def _differences(composed: Mapping[str, Any], wanted: Mapping[str, Any], of_mach
                 continue
             if key not in two:
                 words[f"~{name}"] = None
-            elif isinstance(two[key], Mapping) and isinstance(one.get(key), Mapping) and one[key]:
+            elif isinstance(two[key], Mapping) and isinstance(one.get(key), Mapping):
                 walk(one[key], two[key], f"{name}.")
             elif key not in one:
                 words[f"+{name}"] = two[key]
