@@ -167,7 +167,7 @@ def _need(
         cells.setdefault(cell_key(study.configs[run]), []).append(run)
     known = study.runs[study.runs["run"] != ""]
     seconds = dict(zip(known["run"], frames.column_of(known, "wall_seconds"), strict=True))
-    each = [float(np.nanmean([seconds[name] for name in names] or [math.nan])) for names in cells.values()]
+    each = [t_interval(seconds[name] for name in names).mean for names in cells.values()]
     interval = t_interval(differences, options.confidence)
     configs = tuple(study.configs[names[0]] for names in cells.values())
     ends = (interval.low, interval.high)

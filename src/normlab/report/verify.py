@@ -237,7 +237,7 @@ def _compared(name: str, held: str, anew: str) -> Check:
     if all(_is_cut(*cell[1:]) for cell in unequal):
         text = (
             f"has {count(len(unequal), 'end')} of intervals beyond what is possible, such as"
-            f" {one_line(unequal[0][2])} for {unequal[0][3]}: versions before 0.5.0 did not cut them. All else is equal."
+            f" {one_line(unequal[0][2])} for {unequal[0][3]}: versions before 0.5.0 did not cut them."
         )
         return Check(Outcome.OPEN, f"Table {name}", text)
     row, column, before, after = unequal[0]
