@@ -19,7 +19,7 @@ from normlab.config.explanations import explain
 from normlab.config.hydra import settings_of
 from normlab.config.schema import parse
 
-COMMANDS = {"train": ("doctor",), "report": ("status", "claims", "results", "import", "pack", "verify")}
+COMMANDS = {"train": ("doctor",), "report": ("status", "claims", "results", "import", "pack", "verify", "next")}
 
 
 def line(text: str, script: str = "train") -> CommandLine:

@@ -20,7 +20,7 @@ from normlab.config.hydra import (
     start_in_place,
 )
 
-REPORT_COMMANDS = ("status", "claims", "results", "import", "pack", "verify")
+REPORT_COMMANDS = ("status", "claims", "results", "import", "pack", "verify", "next")
 
 
 def train() -> NoReturn:
@@ -100,6 +100,8 @@ def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
             report.pack_study(study, output_dir, options, replace=settings["replace"], quiet=options.quiet)
         case "verify":
             return report.verify_study(study, output_dir, options, changes=settings["set"], **rerun)
+        case "next":
+            report.show_next(study, output_dir, options, settings["looks"])
         case "claims":
             report.build_claims(output_dir, options)
         case "results":

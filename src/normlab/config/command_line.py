@@ -278,7 +278,7 @@ def _bare_word(line: CommandLine, word: str, commands: Sequence[str]) -> UserErr
                 several = [f"{before},{after}" if each == before else each for each in words if each != after]
                 sweep = () if "--multirun" in line.flags else ("-m",)
                 return UserError(f"{problem}\nDid you mean: {line.typed(several, *sweep)}")
-        if word in ("report", "status", "claims", "results", "import", "pack", "verify"):
+        if word in ("report", "status", "claims", "results", "import", "pack", "verify", "next"):
             report = CommandLine("report", None if word == "report" else word)
             return UserError(f"{problem}\nDid you mean: {report.typed(rest)}")
         meant = {name: f"{name}=..." for name in setting_names(line.script)} | known | {each: each for each in commands}

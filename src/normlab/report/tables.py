@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from normlab.common.errors import UserError, as_typed, listed
+from normlab.report import more_seeds
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.images import image_tables
 from normlab.report.analysis.metrics import Metric, metric_of
@@ -47,11 +48,13 @@ def _said_to_be_tuned(table: Table, study: Study) -> Table:
 
 
 def judged_tables(study: Study, metric: Metric, options: Options) -> tuple[list[Table], list[Judgement]]:
-    """Return the same tables and, where claims are judged, that of the verdicts; and the verdicts."""
+    """Return the same tables, those of the verdicts and of what is inconclusive, where there are any; the verdicts."""
     tables, judgements = make_tables(study, metric, options), judge(study, options.confidence, options.alpha)
     if judgements:
         tables.append(_said_to_be_tuned(texts.verdict_table(judgements, options.confidence), study))
-    return tables, judgements
+    found = more_seeds.needs(study, metric, options, judgements)
+    wanted = more_seeds.seeds_table(study, found, options)
+    return [*tables, *([_said_to_be_tuned(wanted, study)] if wanted else [])], judgements
 
 
 def csv_tables(study: Study, options: Options) -> dict[str, str]:

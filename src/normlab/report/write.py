@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from normlab.common.errors import UserError, as_typed, did_you_mean, first_line, listed
 from normlab.common.installation import command_name, study_words
+from normlab.common.terminal import say
+from normlab.report import more_seeds
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.analysis.tuning import tuning_warnings
@@ -17,7 +19,7 @@ from normlab.report.options import options as menu_options
 from normlab.report.render.csv import as_csv
 from normlab.report.render.html import PageFigure, html_page
 from normlab.report.render.latex import latex
-from normlab.report.render.markdown import caption, escaped, markdown_table, page, sources_sentence
+from normlab.report.render.markdown import caption, commands, escaped, markdown_table, page, sources_sentence
 from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
@@ -149,6 +151,29 @@ def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool
     show_status(name, path, watch=watch, quiet=quiet)
 
 
+def show_next(study: str, output_dir: str | Path, options: Options, looks: object) -> None:
+    """Print what would settle what is inconclusive in a study: how many new seeds, their time, and the commands.
+
+    With `quiet` the commands that train alone, on one line each.
+
+    Raises:
+        UserError: for a study that does not exist or has no evaluation, and options that are not valid.
+    """
+    if not isinstance(looks, int) or isinstance(looks, bool) or not 1 <= looks <= 100:
+        raise UserError(f"looks={as_typed(looks)} is not valid: expected a whole number from 1 to 100.")
+    whole = load(str(study), _folder("output_dir", output_dir))
+    chosen = chosen_runs(whole, options)
+    _check_begun(chosen, study_words(str(study), output_dir), options)
+    metric = metric_of(chosen.evaluations, options.metric, options.value)
+    judgements = judge(chosen, options.confidence, options.alpha)
+    found = more_seeds.needs(chosen, metric, options, judgements, looks)
+    if options.quiet:
+        for line in more_seeds.all_commands(whole, found):
+            say(line)
+        return
+    say("\n".join(more_seeds.lines(whole, found, options, looks)))
+
+
 def pack_study(
     study: str, output_dir: str | Path, options: Options | None = None, *, replace: bool = False, quiet: bool = False
 ) -> Path:
@@ -205,7 +230,8 @@ def render(table: Table, study_name: str, provenance: Provenance) -> dict[str, s
     """Return the texts of a table's files by suffix: md, csv (full precision, tidy), tex, and its provenance."""
     label = f"tab:{study_name}-{table.name}"
     environments = [latex(table, setting, f"{label}{f'_{i + 1}' if i else ''}") for i, setting in enumerate(table.rows)]
-    paragraphs = [f"# {escaped(table.title)}", *markdown_table(table), caption(table), sources_sentence(provenance)]
+    paragraphs = [f"# {escaped(table.title)}", *markdown_table(table), caption(table), *commands(table)]
+    paragraphs.append(sources_sentence(provenance))
     return {
         "md": "\n\n".join(paragraphs) + "\n",
         "csv": as_csv(table.tidy),

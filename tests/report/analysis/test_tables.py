@@ -48,13 +48,13 @@ def cell(table, arm, batch, setting="digits, resnet18"):
 
 
 def test_accuracy_is_the_mean_of_the_last_epoch_with_scipys_interval(add_run, tables):
-    finals = [0.90, 0.92, 0.97]
+    finals = [0.80, 0.82, 0.87]
     for seed, final in enumerate(finals):
         add_run(seed=seed, accuracies=(0.1, 0.99, final))
     found = row(tables()["accuracy"], arm="bn")
     sample = 100 * np.array(finals)
     low, high = stats.t.interval(0.95, 2, sample.mean(), stats.sem(sample))
-    assert (found["mean"], found["low"], found["high"]) == pytest.approx((93.0, low, high))
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((83.0, low, high))
     assert cell(tables()["accuracy"], "bn", 8) == f"93.0 ± {high - 93:.1f} (n=3)"
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from normlab.report.analysis.frames import named_rows
 from normlab.report.analysis.highlight import highlights
+from normlab.report.analysis.statistics import Interval
 
 NOTHING = "--"
 
@@ -48,6 +49,7 @@ class Table:
             underlined ones, for formats that underline.
         prose: headings of what is to be read as sentences rather than compared.
         runs: names of the runs that it is of, where these are not all finished ones of its cells.
+        commands: command lines that follow from it, to stand below it, each on a line after its title.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Table:
     rule: str = ""
     prose: Sequence[str] = ()
     runs: Sequence[str] | None = None
+    commands: Sequence[str] = ()
 
     @property
     def origin(self) -> pd.DataFrame:
@@ -84,13 +87,28 @@ def with_test(row: Any, decimals: int | None) -> str:
 
 
 def with_interval(row: Any, decimals: int | None, sign: str = "") -> str:
-    """Return `91.2 ± 0.8`, `91.2` for one seed, or dashes; three or four digits where `decimals` is None."""
+    """Return `91.2 ± 0.8`, `91.2` for one seed, or dashes; three or four digits where `decimals` is None.
+
+    An interval that is cut at a bound is shown by its ends: `99.2 [98.1, 100.0]`.
+    """
     if not row.n:
         return NOTHING
     half = row.high - row.mean if row.n > 1 else 0.0
     shown = _format(max(abs(row.mean), half)) if decimals is None else f",.{decimals}f"
     text = f"{row.mean:{sign}{shown}}"
+    if _is_cut(row):
+        return f"{text} [{row.low:{sign}{shown}}, {row.high:{sign}{shown}}]"
     return f"{text} ± {half:{shown}}" if row.n > 1 else text
+
+
+def _is_cut(row: Any) -> bool:
+    return row.n > 1 and Interval(row.mean, row.low, row.high, row.n).is_cut
+
+
+def note_on_cut(tidy: pd.DataFrame, bounds: str) -> str:
+    """Return a sentence for the caption of a table in which intervals are cut at these bounds, "" for another one."""
+    is_cut = any(map(_is_cut, named_rows(tidy)))
+    return f" In brackets: the ends of an interval that is cut at {bounds}." if is_cut else ""
 
 
 def with_geometric_interval(row: Any) -> str:

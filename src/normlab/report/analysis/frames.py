@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from normlab.common.errors import exact
 from normlab.report.analysis import statistics
 from normlab.report.analysis.metrics import Metric, chance
-from normlab.report.analysis.statistics import ENOUGH, Interval
+from normlab.report.analysis.statistics import ENOUGH, UNBOUNDED, Bounds, Interval
 from normlab.report.study.arms import in_order, natural
 from normlab.report.study.load import Study
 from normlab.runs import FINISHED
@@ -110,7 +110,13 @@ def counts(runs: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis(columns=None).reset_index()
 
 
-def summarize(runs: pd.DataFrame, values: pd.DataFrame, names: Sequence[str], confidence: float) -> pd.DataFrame:
+def summarize(
+    runs: pd.DataFrame,
+    values: pd.DataFrame,
+    names: Sequence[str],
+    confidence: float,
+    bounds: Mapping[str, Bounds] | None = None,
+) -> pd.DataFrame:
     """Return the tidy frame of these quantities' means over the seeds of each cell.
 
     Args:
@@ -118,13 +124,23 @@ def summarize(runs: pd.DataFrame, values: pd.DataFrame, names: Sequence[str], co
         values: one row per done run, with the quantities.
         names: of the quantities.
         confidence: of the t-intervals.
+        bounds: where the intervals of a quantity are cut; of others nowhere.
     """
+    bounds = bounds or {}
     samples: dict[Any, pd.DataFrame] = dict(iter(values.groupby(CELL)))
     rows = []
     for cell in counts(runs).to_dict("records"):
         sample = samples.get(_key(cell), values.iloc[:0])
-        rows += [_tidy_row(cell, name, statistics.t_interval(sample[name], confidence)) for name in names]
+        rows += [
+            _tidy_row(cell, name, statistics.t_interval(sample[name], confidence, bounds.get(name, UNBOUNDED)))
+            for name in names
+        ]
     return pd.DataFrame(rows)
+
+
+def bounds_of(metric: Metric) -> dict[str, Bounds]:
+    """Return the bounds of those `quantities` that are in the metric's unit."""
+    return dict.fromkeys(("final", "best", "train"), metric.bounds) | {"gap": metric.difference_bounds}
 
 
 def _key(cell: Mapping[Any, Any]) -> tuple[Any, ...]:
@@ -137,13 +153,18 @@ def _tidy_row(cell: Mapping[Any, Any], quantity: str, interval: Interval) -> dic
 
 
 def differences(
-    runs: pd.DataFrame, values: pd.DataFrame, quantity: str, baseline: str, confidence: float
+    runs: pd.DataFrame,
+    values: pd.DataFrame,
+    quantity: str,
+    baseline: str,
+    confidence: float,
+    bounds: Bounds = UNBOUNDED,
 ) -> pd.DataFrame:
     """Return the tidy frame of each arm minus the baseline, paired by seed.
 
     Here n, done, diverged and missing count pairs: a pair is done if both its runs are, diverged if one of them is, and
     missing otherwise. Settings without the baseline have no rows. p is that of the paired t-test, p_holm with Holm's
-    correction over the whole frame, d_z the effect size; nan for fewer than 3 pairs.
+    correction over the whole frame, d_z the effect size; nan for fewer than 3 pairs. Intervals are cut at `bounds`.
     """
     by_seed = {cell: dict(zip(g["seed"], g[quantity], strict=True)) for cell, g in values.groupby(CELL)}
     placed = runs.dropna(subset=["arm"]).groupby(CELL)
@@ -157,7 +178,7 @@ def differences(
         done, diverged = pairs.count({"done"}), sum("diverged" in pair for pair in pairs)
         cell |= {"done": done, "diverged": diverged, "missing": len(pairs) - done - diverged}
         minus = statistics.paired(by_seed.get(own, {}), by_seed.get(other, {}))
-        row = _tidy_row(cell, f"{quantity}_minus_baseline", statistics.t_interval(minus, confidence))
+        row = _tidy_row(cell, f"{quantity}_minus_baseline", statistics.t_interval(minus, confidence, bounds))
         row |= {"p": math.nan, "d_z": math.nan}
         if len(minus) >= ENOUGH:
             row |= {"p": statistics.tails(minus).two_sided, "d_z": statistics.effect_size(minus)}

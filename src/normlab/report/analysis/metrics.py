@@ -15,12 +15,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from normlab.common.errors import UserError, did_you_mean
+from normlab.report.analysis.statistics import UNBOUNDED, Bounds, contrast_bounds
 from normlab.report.study.columns import as_numbers
 
 FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
 NEAR_BEST = 5.0  # [A] points of accuracy below its best at which an arm still tolerates a learning rate
 RATES = "rates"  # not a probe: what `tuning.rate_curves` gives of a cell and seed
+SHARE: Bounds = (0.0, 100.0)  # of an accuracy, in per cent
 _IMAGES = {"test": "test", "val": "validation", "train": "training"}
 
 Values = NDArray[np.float64]
@@ -41,6 +43,7 @@ class Metric:
         unit: "%" of what is recorded as a fraction of 1, else "".
         log: whether the number is a natural logarithm, so that means are geometric and differences are factors.
         higher_is_better: None where no direction is better.
+        bounds: the lowest and the highest value that it can have, in its unit; intervals are cut there.
         decimals: decimals in tables; None: as many as show three or four digits.
         diverged: the number of a run that diverged. "chance": the accuracy of guessing; "worst": infinitely large;
             "before": that of the steps until then, with which other runs' numbers of the same steps compare;
@@ -58,6 +61,7 @@ class Metric:
     unit: Literal["%", ""] = ""
     log: bool = False
     higher_is_better: bool | None = None
+    bounds: Bounds = UNBOUNDED
     decimals: int | None = None
     diverged: Literal["chance", "worst", "before", "missing"] | float = "missing"
     epoch: str = ""
@@ -72,6 +76,11 @@ class Metric:
     def scale(self) -> float:
         """Return the factor from what is recorded to the unit."""
         return 100.0 if self.unit == "%" else 1.0
+
+    @property
+    def difference_bounds(self) -> Bounds:
+        """Return the bounds of a difference."""
+        return contrast_bounds((1, -1), self.bounds)
 
     @property
     def points(self) -> str:
@@ -265,16 +274,17 @@ def _evaluated(images: str, kind: str) -> Metric:
     if kind == "loss":
         return Metric(name, label, name, _log_last, log=True, higher_is_better=False, diverged="worst", epoch=FINAL)
     metric = Metric(name, label, name, _last, unit="%", higher_is_better=True, decimals=1, diverged="chance")
-    return replace(metric, epoch=FINAL)
+    return replace(metric, epoch=FINAL, bounds=SHARE)
 
 
 # fmt: off
 _TABLE = [
     *[_evaluated(images, kind) for images in _IMAGES for kind in ("accuracy", "loss")],
     # name, label, column, reduce, probe, heading, rows
-    Metric("train_test_gap", "training minus test accuracy at the end", _gap, _last, unit="%", diverged=0.0),
+    Metric("train_test_gap", "training minus test accuracy at the end", _gap, _last, unit="%", diverged=0.0,
+           bounds=(-100.0, 100.0)),
     Metric("training_speed", "training accuracy, mean over the evaluations", "train_accuracy", _average,
-           unit="%", diverged="chance"),
+           unit="%", diverged="chance", bounds=SHARE),
     Metric("setbacks", "training accuracy lost between evaluations, in all", "train_accuracy", _drops,
            unit="%", diverged=100.0),
     Metric("ics", "internal covariate shift, L2", "l2", _mean_log, "ics", "‖G - G'‖", log=True, diverged="before"),
@@ -292,9 +302,10 @@ _TABLE = [
     Metric("variance_change", "change of the activations' variance from step to step", "variance_change", _mean_log,
            "activations", "change of variance", step_to_step, log=True, diverged="before"),
     Metric("skewness", "skewness of the activations", "skewness", _mean, "activations", "skewness", diverged="before"),
-    Metric("large", "activations beyond 3", "large", _mean, "activations", "beyond 3 (%)", unit="%", diverged="before"),
+    Metric("large", "activations beyond 3", "large", _mean, "activations", "beyond 3 (%)", unit="%", diverged="before",
+           bounds=SHARE),
     Metric("large_share", "normalized values beyond 3", "large_normalised", _mean,
-           "activations", "beyond 3 std (%)", unit="%", diverged="before"),
+           "activations", "beyond 3 std (%)", unit="%", diverged="before", bounds=SHARE),
     Metric("output_growth", "growth of the outputs over the layers", "output_norm", _log_growth,
            "activations", "growth", _last_step_by_layer, log=True),
     Metric("scale_mean", "mean of gamma", "scale_mean", _mean, "affine", "gamma", _last_step),
@@ -315,7 +326,8 @@ _TABLE = [
            _decades, RATES, "decades", decimals=2),
     Metric("lr_highest", f"largest learning rate within {NEAR_BEST:g} points of the best", rates_near_the_best,
            _log_last, RATES, "largest", log=True),
-    Metric("converged", "share of converged measurements", "converged", _mean, "sharpness", "converged"),
+    Metric("converged", "share of converged measurements", "converged", _mean, "sharpness", "converged",
+           bounds=(0.0, 1.0)),
 ]
 # fmt: on
 METRICS = {metric.name: metric for metric in _TABLE}

@@ -17,6 +17,8 @@ RESAMPLES = 2_000
 SEED = 0  # of the bootstrap: a report of the same runs is the same to the byte
 
 Cells = Sequence[Sequence[float]]
+Bounds = tuple[float, float]  # the lowest and the highest value that a quantity can have
+UNBOUNDED: Bounds = (-math.inf, math.inf)
 
 
 class Interval(NamedTuple):
@@ -26,6 +28,12 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
+
+    @property
+    def is_cut(self) -> bool:
+        """Return whether an end was cut at a bound, so that the mean is not in the middle."""
+        below, above = self.mean - self.low, self.high - self.mean
+        return not math.isnan(below) and not math.isclose(below, above, rel_tol=1e-6, abs_tol=1e-9 * abs(self.mean))
 
 
 class Tails(NamedTuple):
@@ -40,8 +48,11 @@ class Tails(NamedTuple):
         return min(1.0, 2 * min(self))
 
 
-def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
-    """Return the mean of the values that are not nan, plus or minus t(n-1) * s / sqrt(n)."""
+def t_interval(values: Iterable[float], confidence: float = 0.95, bounds: Bounds = UNBOUNDED) -> Interval:
+    """Return the mean of the values that are not nan, plus or minus t(n-1) * s / sqrt(n), cut at the bounds.
+
+    The true mean lies within the bounds, so what is cut off covers nothing: the level stays as it is.
+    """
     sample = np.asarray(list(values), dtype=float)
     sample = sample[~np.isnan(sample)]
     n = len(sample)
@@ -52,7 +63,15 @@ def t_interval(values: Iterable[float], confidence: float = 0.95) -> Interval:
     from scipy.special import stdtrit  # here: a report of single seeds is quicker without scipy
 
     half = float(stdtrit(n - 1, (1 + confidence) / 2)) * deviation / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    return Interval(mean, min(mean, max(mean - half, bounds[0])), max(mean, min(mean + half, bounds[1])), n)
+
+
+def contrast_bounds(weights: Iterable[float], bounds: Bounds) -> Bounds:
+    """Return the bounds of a weighted sum of values within `bounds`: of a difference of accuracies -100 and 100."""
+    if math.inf in map(abs, bounds):
+        return UNBOUNDED
+    ends = [sorted((weight * bounds[0], weight * bounds[1])) for weight in weights]
+    return sum(low for low, _ in ends), sum(high for _, high in ends)
 
 
 def paired(arm: Mapping[int, float], baseline: Mapping[int, float]) -> list[float]:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from normlab.common.errors import exact, per_cent
 from normlab.report.analysis import cells, frames
-from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, grids, lists
+from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, grids, lists, note_on_cut
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
 from normlab.report.analysis.highlight import highlight_rule
 from normlab.report.analysis.metrics import BEST, METRICS, Metric
@@ -81,7 +81,7 @@ def build_tables(
     an_accuracy = metric.unit == "%"
     thresholds = thresholds if an_accuracy else ()
     values = frames.outcomes(study, metric, thresholds)
-    means = frames.summarize(study.runs, values, frames.quantities(thresholds), confidence)
+    means = frames.summarize(study.runs, values, frames.quantities(thresholds), confidence, frames.bounds_of(metric))
     summary = _Summary(study, metric, thresholds, confidence, values, means)
     tables = [_metric_table(summary)]
     if baseline is not None:
@@ -102,7 +102,9 @@ def _metric_table(summary: _Summary) -> Table:
         title, epoch = metric.full_label, f"at the best epoch: {_best_epoch(summary)}"
     return Table(
         metric.name.removeprefix("test_"),
-        **summary.texts("metric", title=title.capitalize(), epoch=epoch, notes=_not_counted(tidy)),
+        **summary.texts(
+            "metric", title=title.capitalize(), epoch=epoch, notes=_not_counted(tidy) + note_on_cut(tidy, "0 and 100 %")
+        ),
         tidy=tidy,
         rows=grids(tidy, lambda row: cells.with_counts(row, metric.decimals), summary.directions(metric.epoch)),
         rule=highlight_rule("mean", tidy),
@@ -111,13 +113,15 @@ def _metric_table(summary: _Summary) -> Table:
 
 def _difference_table(summary: _Summary, baseline: str) -> Iterator[Table]:
     metric = summary.metric
-    tidy = frames.differences(summary.study.runs, summary.values, metric.epoch, baseline, summary.confidence)
+    values, bounds = summary.values, metric.difference_bounds
+    tidy = frames.differences(summary.study.runs, values, metric.epoch, baseline, summary.confidence, bounds)
     if tidy.empty:
         return
     decimals = None if metric.decimals is None else metric.decimals + 1
     few = "".join(f" n = {n}: {TOO_FEW}." for n in sorted(set(tidy["n"])) if 0 < n < ENOUGH)
     if (tidy["diverged"].gt(0) & tidy["p_holm"].notna()).any():
         few += f" {_CAPTIONS['words']['survivors']}"
+    few += note_on_cut(tidy, "-100 and 100 points")
     rows = grids(tidy, lambda row: cells.with_test(row, decimals))
     yield Table("difference", **summary.texts("difference", baseline=baseline, notes=few), tidy=tidy, rows=rows)
 
@@ -171,6 +175,7 @@ def _convergence_table(summary: _Summary) -> Table:
 
     tidy = summary.of(*headings)
     notes = "" if summary.complete() else " runs: done runs; others are not part of the means."
+    notes += note_on_cut(tidy, "0 and 100 % (a gap: at -100 and 100 points)")
     return Table(
         "convergence",
         **summary.texts("convergence", best=_best_epoch(summary), gap=gap, notes=notes),
@@ -248,7 +253,9 @@ def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]
     here = study.runs.merge(pd.concat([values[CELL], lost[CELL]]).drop_duplicates(), on=CELL)
     # Of a cell's runs some may have had the probe: a done one without it is no gap.
     measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
-    tidy = frames.summarize(measured, values, list(metrics), confidence)
+    tidy = frames.summarize(
+        measured, values, list(metrics), confidence, {name: m.bounds for name, m in metrics.items()}
+    )
     logs = tidy["quantity"].isin([name for name, metric in metrics.items() if metric.log])
     with np.errstate(over="ignore"):  # a wide interval's end: infinite
         tidy.loc[logs, ["mean", "low", "high"]] = np.exp(tidy.loc[logs, ["mean", "low", "high"]])
@@ -259,4 +266,5 @@ def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]
     )
     words = _texts("words", percent=f"{per_cent(confidence)} %")
     texts = _texts(f"probe_{probe}", **words)
+    texts["caption"] += note_on_cut(tidy[~logs], "what a share can be")
     yield Table(f"probe_{probe}", **texts, tidy=tidy, rows=shown, runs=list(measured["run"]))

@@ -13,7 +13,17 @@ from statistics import median
 
 from normlab.common.errors import count
 from normlab.report.analysis.metrics import Metric
-from normlab.report.analysis.statistics import ENOUGH, TOO_FEW, Interval, effect_size, holm, spread, t_interval, tails
+from normlab.report.analysis.statistics import (
+    ENOUGH,
+    TOO_FEW,
+    Interval,
+    contrast_bounds,
+    effect_size,
+    holm,
+    spread,
+    t_interval,
+    tails,
+)
 from normlab.report.claims.claims import Claim, Comparison, Side, claims
 from normlab.report.claims.pairing import FinishedRun, Selection, finished_runs, select, with_rates
 from normlab.report.study.load import Study
@@ -153,7 +163,7 @@ def _compare(
     if selection is None or _is_never_measured(selection, here):
         return ComparisonResult(comparison, alpha)
     contrasts = {seed: _mean(_contrasts(selection, seed)) for seed in selection.seeds}
-    values = list(contrasts.values())
+    values, weights = list(contrasts.values()), [side.weight for side in comparison.sides]
     p, favors, remark = math.nan, False, _obstacle(selection)
     if not remark:
         p, favors = _test(comparison, values)
@@ -164,7 +174,7 @@ def _compare(
         selection.comparison,
         alpha,
         contrasts,
-        t_interval(values, confidence),
+        t_interval(values, confidence, contrast_bounds(weights, comparison.measure.bounds)),
         p,
         favors,
         remarks=(*_remarks(selection), *filter(None, [remark])),

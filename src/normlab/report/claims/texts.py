@@ -14,9 +14,10 @@ from normlab.report.render.markdown import markdown
 
 _CAPTION = (
     "The papers' claims that these runs can speak to. Contrasts are paired by seed and averaged over the cells that"
-    " have all their sides; effect: mean over seeds, ± half of the {percent} % t-interval (factors: ends of the"
-    " interval); n counts seeds; p: t-test against what is expected (equality: two one-sided tests), with Holm's"
-    " correction over all comparisons of this table; d_z: distance from what is expected in standard deviations of the"
+    " have all their sides; effect: mean over seeds, ± half of the {percent} % t-interval (its ends: for factors, and"
+    " where it is cut at what is possible); n counts seeds; p: t-test against what is expected (equality: two one-sided"
+    " tests), with Holm's correction over all comparisons of this table; d_z: distance from what is expected in"
+    " standard deviations of the"
     " contrast. supported: p at most {alpha} for all of a claim's comparisons (where one is enough: for one);"
     " contradicted: the same the other way; inconclusive: neither, or fewer than 3 seeds. Margins are ours;"
     " docs/statistics.md explains them."
@@ -158,17 +159,19 @@ def format_expectation(comparison: Comparison) -> str:
 
 def format_effect(result: ComparisonResult) -> str:
     """Return the mean and interval of a contrast, e.g. "+3.25 ± 0.80", "factor 1.8 (1.5 to 2.2)"."""
-    mean, low, high, n = result.interval
+    interval = result.interval
+    mean, low, high, n = interval
     if not n:
         return NOTHING
     if not math.isfinite(mean):
         return "infinite"
-    interval = not math.isnan(low)
+    known = not math.isnan(low)
     if result.comparison.in_factors:
-        return f"factor {_exp(mean)}" + (f" ({_exp(low)} to {_exp(high)})" if interval else "")
+        return f"factor {_exp(mean)}" + (f" ({_exp(low)} to {_exp(high)})" if known else "")
     shown = ".2f" if result.comparison.in_points else ".3g"
     sign = "+" if len(result.comparison.sides) > 1 else ""
-    return f"{mean:{sign}{shown}}" + (f" ± {high - mean:{shown}}" if interval else "") + _percent(result.comparison)
+    ends = f" [{low:{sign}{shown}}, {high:{sign}{shown}}]" if interval.is_cut else f" ± {high - mean:{shown}}"
+    return f"{mean:{sign}{shown}}" + (ends if known else "") + _percent(result.comparison)
 
 
 def _percent(comparison: Comparison) -> str:

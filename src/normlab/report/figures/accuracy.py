@@ -359,12 +359,13 @@ def estimates(
     axis.plot(at, list(rows["mean"]), color=style.color, marker=style.marker, zorder=3, **line)
     several = rows.assign(at=at)[rows["n"] > 1]
     if len(several):
-        half, mean = several["high"] - several["mean"], several["mean"]
+        mean = several["mean"]
+        ends = [mean - several["low"], several["high"] - mean]
         bars: dict[str, Any] = {"fmt": "none", "ecolor": style.color, "elinewidth": 0.9, "capsize": 2}
         if axis.upright:
-            axis.ax.errorbar(several["at"], mean, yerr=half, **bars)
+            axis.ax.errorbar(several["at"], mean, yerr=ends, **bars)
         else:
-            axis.ax.errorbar(mean, several["at"], xerr=half, **bars)
+            axis.ax.errorbar(mean, several["at"], xerr=ends, **bars)
         dots = values.merge(several[[*on, "at"]], on=[*on])
         axis.plot(list(dots["at"]), list(dots["value"]), ".", color=style.color, alpha=0.45, ms=3)
     lost = [place for place, diverged in zip(at, rows["diverged"], strict=True) if diverged]

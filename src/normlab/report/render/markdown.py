@@ -104,6 +104,12 @@ def caption(table: Table) -> str:
     return escaped(table.caption + table.rule)
 
 
+def commands(table: Table) -> list[str]:
+    """Return the paragraphs of a table's commands."""
+    parts = [text.partition("\n") for text in table.commands]
+    return [f"{escaped(title)}:\n\n    {plain(line)}" for title, _, line in parts]
+
+
 def sources_sentence(sources: Provenance) -> str:
     """Return a table's or a figure's provenance in short."""
     made_by = f"made by {as_code(sources.command)} ({escaped(sources.reporter)})."
@@ -131,7 +137,7 @@ def page(
     for table, sources in tables:
         links = ", ".join(f"[{suffix}]({table.name}.{suffix})" for suffix in ("csv", "tex", "md"))
         lines += [f"## {table.title}", *markdown_table(table)]
-        lines += [f"{caption(table)} ({links})", _sources(table.name, sources)]
+        lines += [f"{caption(table)} ({links})", *commands(table), _sources(table.name, sources)]
     if figures:
         lines.append("## Figures")
     for name, words, sources in figures:

@@ -1,0 +1,155 @@
+"""What it would take to settle a comparison, where the answer is known."""
+
+import math
+import shlex
+
+import numpy as np
+import pytest
+from planted import Planted, planted
+from scipy import stats
+
+from normlab import report
+from normlab.report.analysis.metrics import ACCURACY
+from normlab.report.claims.judge import judge
+from normlab.report.more_seeds import Need, _of_verdicts, lines, needs, new_seeds, seeds_table
+
+BN = (50.0, 50.6, 49.1, 50.2, 51.0)
+
+
+@pytest.fixture
+def study(add_run, tmp_path):
+    """Write arms minus bn, per seed, at one batch size, and read them; `states` of the first arm's runs."""
+
+    def write(differences, states=(), **arms):
+        for seed, value in enumerate(BN):
+            add_run("bn", seed=seed, accuracies=(0.1, 0.99, value / 100))
+        for arm, minus in {"none": differences, **arms}.items():
+            for seed, difference in enumerate(minus):
+                state = states[seed] if arm == "none" and states else "done"
+                add_run(arm, seed=seed, accuracies=(0.1, 0.99, (BN[seed] + difference) / 100), state=state)
+        return report.load("study", tmp_path / "outputs")
+
+    return write
+
+
+def found(study, looks=2) -> list[Need]:
+    return needs(study, ACCURACY, report.options(), [], looks)
+
+
+def least(effects, level):
+    """The least number of seeds by another way: scipy's distribution, one number after the other."""
+    for n in range(3, 101):
+        bound = stats.t.ppf(1 - level / 2, n - 1)
+        if sum(stats.nct.cdf(bound, n - 1, effect * math.sqrt(n)) for effect in effects) <= 0.2:
+            return n
+    return None
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5])
+def test_the_number_is_that_of_the_observed_effect_at_the_level_of_holm_and_of_the_looks(study, looks) -> None:
+    one, two = [2.0, -1.0, 3.0, 0.5, 1.0], [0.4, -1.0, 2.0, 1.0, 0.1]
+    for need, minus in zip(found(study(one, ln=two), looks=looks), (one, two), strict=True):
+        level = 0.05 / looks / 2
+        assert level * 0.9 < need.level <= level  # two digits of it
+        effect = np.mean(minus) / np.std(minus, ddof=1)
+        assert need.seeds == least([effect], need.level)
+        assert need.at_margin == least([1 / np.std(minus, ddof=1)], need.level)
+
+
+def test_settled_comparisons_need_nothing_and_take_no_part_in_the_level(study) -> None:
+    [need] = found(study([9.0, 9.5, 9.2, 9.9, 9.1], ln=[2.0, -1.0, 3.0, 0.5, 1.0]))
+    assert need.what.startswith("ln - bn, batch 8")
+    assert need.level == 0.025
+
+
+def test_arms_that_are_alike_are_said_to_be_and_come_last(study) -> None:
+    near = [0.3, -0.3, 0.31, -0.31, 0.01]
+    first, last = found(study(near, ln=[2.0, -1.0, 3.0, 0.5, 1.0]))
+    assert first.what.startswith("ln")
+    half = stats.t.ppf(0.975, 4) * stats.sem(near)
+    assert last.note == f"more than 100 seeds: these arms are alike to within {np.mean(near) + half:.2g} points"
+    assert not last.settles
+    assert last.at_margin == least([1 / np.std(near, ddof=1)], last.level)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_of_fewer_than_three_seeds_the_first_look_is_asked_for(study, seeds) -> None:
+    rest = found(study([2.0, -1.0, 3.0][:seeds], ln=[2.0, -1.0, 3.0, 0.5, 1.0]))
+    assert (rest[-1].seeds, rest[-1].note) == (3 - seeds, f"n = {seeds}: the first test needs 3 seeds")
+
+
+def test_what_more_seeds_cannot_settle(study) -> None:
+    [need] = found(study([2.0, -1.0, 3.0, 0.5, 1.0], states=["diverged", *["done"] * 4]))
+    assert (need.seeds, need.settles) == (None, False)
+    assert "diverged" in need.note
+
+
+def test_differences_of_zero_are_not_planned_for(study) -> None:
+    [need] = found(study([0.0] * 5))
+    assert (need.seeds, need.settles) == (None, False)
+
+
+def test_differences_that_are_all_the_same_are_planned_for_by_the_sign_test(study) -> None:
+    [need] = found(study([0.5] * 5))
+    assert need.seeds == 7  # 2 / 2^7 = 0.016 is the first below 0.025
+    assert 2 / 2**need.seeds <= need.level < 2 / 2 ** (need.seeds - 1)
+
+
+def test_verdicts_are_planned_for_by_the_margins_of_their_claims() -> None:
+    minus = [0.5, -0.6, 0.9, -0.4, 0.1]
+    runs = [
+        Planted({"norm.name": arm}, seed, {"test_accuracy": BN[seed] + difference})
+        for arm, minus in (("bn", [0.0] * 5), ("noisy_bn", minus), ("lp1", minus))
+        for seed, difference in enumerate(minus)
+    ]
+    judgements = judge(planted(runs))
+    wanted = list(_of_verdicts(planted(runs), report.options(), judgements, 2))
+    assert wanted
+    for need in wanted:
+        comparison, deviation, mean = need.comparison, np.std(minus, ddof=1), float(np.mean(need.differences))
+        if comparison.expect == "equal":
+            off = abs(mean - comparison.reference)
+            assert need.at_margin == least([comparison.margin / deviation] * 2, need.level)
+            assert need.seeds == least([(comparison.margin + sign * off) / deviation for sign in (-1, 1)], need.level)
+        elif comparison.tolerates_equality:
+            assert need.at_margin == least([abs(comparison.reference) / deviation], need.level)
+            assert need.seeds == least([abs(mean - comparison.reference) / deviation], need.level)
+
+
+def test_new_seeds_are_new_and_what_cannot_be_trained_has_no_command(study) -> None:
+    here = study([2.0, -1.0, 3.0, 0.5, 1.0])
+    [need] = found(here)
+    assert new_seeds(here, need) == list(range(5, 5 + need.seeds))
+    text = "\n".join(lines(here, [need], report.options(), 2))
+    assert "No command" in text  # its settings are not all there
+    table = seeds_table(here, [need], report.options())
+    assert table.tidy["new_seeds"].tolist() == [need.seeds]
+    assert seeds_table(here, [], report.options()) is None
+
+
+@pytest.mark.slow
+def test_the_commands_of_next_are_carried_out_and_settle_the_first_look(tmp_path, command) -> None:
+    small = ("model=cifar_resnet", "dataset.train_size=20", "dataset.test_size=20", "batch=20", "epochs=1")
+    sweep = ("-m", "norm=bn,none", "seed=0,1", *small, "device=cpu", "threads=1", "study=s", "quiet=true")
+    assert command("train.py", *sweep)[0] == 0
+    status, out, error = command("report.py", "next", "study=s", "quiet=true")
+    assert (status, error) == (0, "")
+    [line] = set(out.splitlines())
+    assert shlex.split(line)[:2] == ["python", "train.py"]
+    status, _, error = command("train.py", *shlex.split(line)[2:], "device=cpu", "threads=1")
+    assert (status, error) == (0, "")
+    status, out, error = command("report.py", "next", "study=s", "looks=3")
+    assert (status, error) == (0, "")
+    assert "the first test needs" not in out
+    assert "over 3 looks" in out or "nothing is inconclusive" in out
+    read = report.load("s", tmp_path / "outputs")
+    assert sorted(zip(read.runs["arm"], read.runs["seed"], strict=True)) == [
+        (a, s) for a in ("bn", "none") for s in range(3)
+    ]
+
+
+@pytest.mark.parametrize("looks", ["0", "true", "many", "1.5"])
+def test_looks_that_are_no_number(command, looks) -> None:
+    status, _, error = command("report.py", "next", "study=s", f"looks={looks}")
+    assert status == 1
+    assert error.startswith(f"looks={looks} is not valid")
