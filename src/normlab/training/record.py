@@ -20,6 +20,7 @@ from normlab.training import checkpoint, device
 from normlab.training.state import TrainingState
 
 OnStatus = Callable[[Mapping[str, Any]], None]
+_SHOWN = ("train_loss", "test_loss", "test_accuracy", "images_per_second")  # of the last evaluation, by the status
 
 
 class Recorder:
@@ -77,7 +78,7 @@ class Recorder:
         if changed := provenance.differences(before, now):
             self.log.warning(
                 "%s goes on under other circumstances than it began with: %s. Its record keeps both.",
-                self.run.name,
+                self.run.title,
                 "; ".join(changed),
             )
         self._tell_of_live_code()
@@ -121,7 +122,7 @@ class Recorder:
             )
 
     def _note(self, row: Mapping[str, Any]) -> None:
-        self._latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})
+        self._latest.update({k: row[k] for k in _SHOWN if k in row})
 
     def keep(self, state: TrainingState, kept: bool) -> None:
         """Write the checkpoint that a run keeps for more epochs, or see to it that there is none; for all processes."""
@@ -133,7 +134,7 @@ class Recorder:
             try:
                 checkpoint.keep(self.run.folder, {"run_id": self.run.run_id, **state.state_dict()})
             except UserError as error:  # the result is worth more
-                self.log.warning("%s keeps no checkpoint for more epochs: %s", self.run.name, error)
+                self.log.warning("%s keeps no checkpoint for more epochs: %s", self.run.title, error)
 
     def end(self, state: TrainingState, outcome: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Write how the run ended, remove its checkpoints, and return its status; for all processes together."""
@@ -147,6 +148,8 @@ class Recorder:
         return state.group.broadcast(status)  # and so no process leaves before all is written
 
     def _facts(self, state: TrainingState) -> dict[str, Any]:
+        seconds, images = state.position.train_seconds, state.position.train_images
+        speed = {"images_per_second": images / seconds} if seconds and images else {}  # since the last evaluation
         return {
             "epoch": state.position.epoch,
             "epochs": state.config.epochs,
@@ -161,6 +164,7 @@ class Recorder:
             # The memory of one of several runs in a process is not known.
             "peak_memory_bytes": None if state.interleaver.packed else state.peak_memory(),
             **self._latest,
+            **speed,
         }
 
 
