@@ -213,10 +213,12 @@ class Display:
         self.done[key] = 1.0
         self.first.setdefault(key, 0.0)
         self.under_way.pop(key, None)
+        line = f"[{self.finished}/{len(self.names)}] {self.names[key]}: {outcome(status)}"
+        if status["state"] not in ("done", "diverged"):
+            self.warn(line)
+            return
         left = self.time_left()
-        tail = f"; about {span(left)} left" if left and self.finished < len(self.names) else ""
-        show = self.say if status["state"] in ("done", "diverged") else self.warn
-        show(f"[{self.finished}/{len(self.names)}] {self.names[key]}: {outcome(status)}{tail}")
+        self.say(line + (f"; about {span(left)} left" if left and self.finished < len(self.names) else ""))
 
     def put_off(self, key: str, why: str) -> None:
         """Take a run off the live lines that is tried again later."""
@@ -265,7 +267,7 @@ class Display:
     def _lines(self) -> RenderableType:
         """Return the live lines, as wide and as high as the terminal is at this moment."""
         lines, width = [(self.names[key], each) for key, each in list(self.under_way.items())], self.console.width
-        if len(self.names) == 1 and not self._of:
+        if len(self.names) <= (not self._of):
             return _fitted(lines, width)
         header = headline(self._of, list(self.states.values()), self.time_left())
         room = max(0, self.console.height - 2)  # beside the header, and a new line below

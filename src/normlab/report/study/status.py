@@ -19,7 +19,7 @@ from normlab.common.console import Console
 from normlab.common.errors import UserError, first_line
 from normlab.common.progress import COLORS, Display, Progress, headline, one_line, span
 from normlab.report.study.load import seconds_since
-from normlab.runs import archive, schema, sums
+from normlab.runs import archive, schema
 from normlab.runs.lock import Holder, holder
 from normlab.runs.naming import names_of
 from normlab.runs.reading import RecordPath, is_there, shown
@@ -74,7 +74,7 @@ class RunStatus:
         )
         seconds, left = progress.number("wall_seconds"), self.total_seconds and progress.seconds_left
         return {
-            "id": sums.id_of(self.name) if self.title != self.name else "",
+            "id": self.name.rpartition("-")[2] if self.title != self.name else "",
             "progress": f"{progress.epoch}, {progress.share:.0%}" if begun else waiting,
             "time left": span(left) if left is not None else "",
             "accuracy": progress.accuracy,
