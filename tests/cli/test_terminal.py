@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 from launchers.commands import ROOT, SMALL
-from terminal import COLOR, in_terminal, shown, to_files
+from terminal import COLOR, CONTROL, in_terminal, shown, to_files
 
 from normlab.config import hydra
 
@@ -27,10 +27,10 @@ def test_a_run_has_one_live_line_which_is_gone_at_the_end(tmp_path) -> None:
     with (tmp_path / "out").open("w") as out:
         status, written = in_terminal(TRAIN, cwd=tmp_path, stdout=out)
     assert status == 0
-    assert re.search(r"small-digits-bn-b128-s0 .*epoch \d+/50, test \d", written)
-    assert "1 runs" not in written
+    assert re.search(r"bn seed=0 .*epoch \d+/50 +test \d.* images/s", written)
+    assert "1 run:" not in written
     left = shown(written)
-    starts = [r"small-digits-bn-b128-s0-\w{10}: starting\.", r"\[1/1\] small-digits-bn-b128-s0-\w{10}: test accuracy"]
+    starts = [r"bn seed=0: starting\.", r"\[1/1\] bn seed=0: test accuracy"]
     assert all(re.match(start, line) for start, line in zip(starts, left, strict=True))
     record, *more = (tmp_path / "out").read_text().splitlines()
     assert record.startswith("Its record is in outputs/default/small-digits-bn-b128-s0-")
@@ -42,9 +42,9 @@ def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
     with (tmp_path / "out").open("w") as out:
         status, written = in_terminal([*SWEEP, "epochs=300"], cwd=tmp_path, stdout=out)  # long enough to be seen
     assert status == 0
-    for label in ("bn-b128-s0", "none-b128-s0"):  # without what all names begin with
-        assert re.search(rf"(\x1b\[2K|\n){label} .*epoch \d+/300", written)
-    assert re.search(r"2 runs .*0 finished", written)
+    for name in ("bn seed=0", "none seed=0"):
+        assert re.search(rf"(\x1b\[2K|\n){name} .*epoch \d+/300 .* images/s", written)
+    assert re.search(r"2 runs: .*2 running", written)
     first, *ended, last = shown(written)
     assert first.startswith("Runs to train: 2, 2 at a time")
     assert [line[:6] for line in ended] == ["[1/2] ", "[2/2] "]
@@ -58,7 +58,7 @@ def test_files_get_neither_escapes_nor_carriage_returns(tmp_path, command) -> No
     status, out, err = to_files(command, tmp_path, {"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     assert status == 0
     assert not set("\r\x1b") & set(out + err)
-    assert re.search(r"^\[1/\d\] small-digits-", err, re.MULTILINE)
+    assert re.search(r"^\[1/\d\] (bn|none) seed=0: ", err, re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_quiet_commands_print_nothing_but_what_went_wrong(tmp_path) -> None:
     assert (status, out) == (1, "")
     put_off, failed, heading, log, error = err.splitlines()
     assert "Tried again alone" in put_off
-    assert re.match(r"\[\d/2\] small-digits-bn-b128-s0-\w+: failed: .* does not fit into the memory", failed)
+    assert re.match(r"\[\d/2\] bn target=greedy.Insatiable seed=0: failed: .* does not fit into the memory", failed)
     assert (heading, error[:22]) == ("Failed:", "1 of 2 runs failed. Th")
     assert re.search(r"run.log: .* does not fit into the memory", log)
     assert to_files([*TRAIN, "quiet=true"], tmp_path) == (0, "", "")  # finished
@@ -97,10 +97,11 @@ def test_a_quiet_report_prints_its_page_alone(tmp_path, command) -> None:
 MANY = """
 import sys, time
 from normlab.common.progress import Display
-names = [f"resnet18-digits-{norm}-b{2**i}-s0-0123456789" for i in range(20) for norm in ("bn", "none")]
-with Display(dict.fromkeys(names, 1.0), quiet="quiet" in sys.argv) as display:
+names = [f"{norm} cifar_resnet20 b={2**i} seed=0" for i in range(20) for norm in ("bn", "none")]
+with Display(dict(zip(names, names)), quiet="quiet" in sys.argv) as display:
+    status = {"step": 5, "steps": 10, "epoch": 0, "epochs": 2, "wall_seconds": 3, "images_per_second": 99}
     for name in names:
-        display.news(name, {"step": 5, "steps": 10, "epoch": 0, "epochs": 2, "wall_seconds": 3})
+        display.news(name, status)
     time.sleep(0.6)
     with display.hearing() as voice:
         if voice:
@@ -117,13 +118,13 @@ def test_live_lines_fit_the_terminal(columns, rows) -> None:
     status, written = in_terminal([sys.executable, "-c", MANY], columns=columns, rows=rows)
     assert status == 0
     assert columns < 100 or COLOR.search(written)
-    assert (columns, rows) != (100, 12) or "0 finished; 31 under way not shown" in written
+    assert (columns, rows) != (100, 12) or "40 running; 30 under way not shown" in CONTROL.sub("", written)
     redrawn = [part.count("\x1b[1A") for part in written.split("\n")]
     assert 0 < max(redrawn) < rows
     left = shown(written, columns)
     assert left[0] == "from a worker"
     assert left[-1] == "a warning"
-    assert not any("under way" in line or "40 runs" in line for line in left)
+    assert not any("under way" in line or "40 runs:" in line for line in left)
 
 
 @pytest.mark.slow

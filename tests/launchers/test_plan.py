@@ -1,5 +1,6 @@
 """`hydra/launcher=plan`: states and estimated costs, from planted records and from a few real steps."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,8 @@ def plant(folder: Path, state: str, seconds: float = 0.0, memory: int = 0, *over
 
 
 def rows(out: str) -> dict[str, str]:
-    """The line of each run by its norm, batch size and seed."""
-    return {
-        "-".join(line.split("-")[2:5]): line
-        for line in out.splitlines()
-        if line.startswith("small-") and "anew" not in line
-    }
+    """The line of each run in the table by what it is called."""
+    return {line.split("  ")[0]: line for line in out.splitlines() if re.match(r"\w+ seed=\d+  ", line)}
 
 
 @pytest.mark.slow
@@ -40,7 +37,7 @@ def test_every_run_with_its_state_and_no_folder_made(tmp_path) -> None:
     assert code == 0, error
     states = ("done", "done", "to resume", "failed before", "to resume", "new")
     for seed, state in enumerate(states):
-        assert state in rows(out)[f"bn-b8-s{seed}"]
+        assert state in rows(out)[f"bn seed={seed}"]
     assert "6 runs: 1 new, 2 to resume, 1 failed before, 0 running elsewhere, 2 done" in out
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     after.pop(tmp_path / "outputs" / "default" / "multirun.yaml", None)
@@ -56,12 +53,12 @@ def test_time_and_memory_from_runs_like_it(tmp_path) -> None:
     planned = (*PLAN, "batch=8", "hydra.launcher.calibrate_seconds=0")
     code, out, error = command(tmp_path, "train.py", *planned, "epochs=4", "norm=bn,none", "hydra.launcher.slots=1")
     assert code == 0, error
-    assert "24 s   3.0 GiB   2 runs like it" in rows(out)["bn-b8-s0"]
-    assert "24 s   3.0 GiB   runs with another norm" in rows(out)["none-b8-s0"]
+    assert "24 s   3.0 GiB   2 runs like it" in rows(out)["bn seed=0"]
+    assert "24 s   3.0 GiB   runs with another norm" in rows(out)["none seed=0"]
     assert "about 48 s of training, about 48 s with 1 at a time" in out
     plant(tmp_path, "interrupted", 5.0, 2**30, "seed=2", "batch=8", step=10, steps=40)
     _, out, _ = command(tmp_path, "train.py", *planned, "seed=0,1,2")
-    assert " 9 s " in rows(out)["bn-b8-s2"]
+    assert " 9 s " in rows(out)["bn seed=2"]
 
 
 @pytest.mark.slow
@@ -72,7 +69,7 @@ def test_a_few_steps_tell_what_no_run_does(tmp_path) -> None:
     assert code == 0, error
     assert "a few steps" in out
     assert not runs.find(tmp_path / "outputs" / "default")
-    estimate = float(next(word for word in rows(out)["bn-b8-s0"].split("new")[1].split()))
+    estimate = float(next(word for word in rows(out)["bn seed=0"].split("new")[1].split()))
     status = train_run(composed(*run, f"output_dir={tmp_path / 'outputs'}"))
     assert estimate == pytest.approx(status["wall_seconds"], rel=2, abs=2)
 

@@ -75,7 +75,7 @@ def test_what_fails_alone_has_failed_is_listed_with_its_log_and_leaves_the_other
     assert by_network(tmp_path) == {"greedy.Alone": ["failed"], "greedy.Killed": ["failed"], "small.SmallNet": ["done"]}
     for run in runs.find(tmp_path / "outputs" / "default"):
         why = (status_of(run).get("error") or "").split("\n")[0]
-        assert (f"\n  outputs/default/{run.name}/run.log: {why}" in error) is (status_of(run)["state"] == "failed")
+        assert (f", outputs/default/{run.name}/run.log: {why}" in error) is (status_of(run)["state"] == "failed")
 
 
 class SpoiledFunction:

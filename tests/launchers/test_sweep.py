@@ -211,5 +211,5 @@ def test_what_becomes_of_more_epochs_is_told_once_for_all_runs_alike(make, capsy
     assert not capsys.readouterr().out
     Sweep(jobs=jobs).report_known()
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"{jobs[0].run.name} goes on from epoch 4 of old0. The same holds for 1 more of 3 runs."
-    assert second == f"{jobs[2].run.name} starts anew: it differs from old2."
+    assert first == f"{jobs[0].run.title} goes on from epoch 4 of old0. The same holds for 1 more of 3 runs."
+    assert second == f"{jobs[2].run.title} starts anew: it differs from old2."

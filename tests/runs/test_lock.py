@@ -160,7 +160,7 @@ def test_a_holder_whose_claim_was_deleted_says_so(tmp_path) -> None:
         with pytest.raises(RunBusyError, match=r"(?s)run\.claim was deleted.*leaves the record alone"):
             claim.verify()
         shutil.rmtree(tmp_path / "run")
-        with pytest.raises(FolderGoneError, match="run was deleted or moved while run was trained"):
+        with pytest.raises(FolderGoneError, match="run was deleted or moved while its run was trained"):
             claim.verify()
 
 

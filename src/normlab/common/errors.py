@@ -28,7 +28,7 @@ class FolderGoneError(UserError):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
-            f"{folder} was deleted or moved while {folder.name} was trained.\n"
+            f"{folder} was deleted or moved while its run was trained.\n"
             "It stops here, and nothing of it is recorded any more. The same command trains it again."
         )
 
@@ -93,6 +93,12 @@ def listed(words: Sequence[object], most: int, separator: str = ", ") -> str:
     """Return the first words, and the number of the others: `a, b and 3 more`."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return separator.join(map(str, words[:most])) + more
+
+
+def cut(text: str, most: int) -> str:
+    """Return a text of at most `most` characters: of a longer one the beginning and the end."""
+    end = most // 3
+    return text if len(text) <= most else f"{text[: most - end - 3]}...{text[-end:]}" if end else text[: max(0, most)]
 
 
 def as_typed(value: object) -> object:

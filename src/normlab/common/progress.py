@@ -1,33 +1,41 @@
 """Show runs under way: live lines in a terminal, plain lines now and then elsewhere."""
 
 import contextlib
-import itertools
 import multiprocessing
-import re
 import sys
 import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import PurePath
 from typing import Any, Self
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from normlab.common.console import Console
-from normlab.common.terminal import say
+from normlab.common.errors import count, cut
 
 LINE_SECONDS = 60.0  # between two lines about runs under way in a log
 BAR = 20  # columns
-LEAST_LABEL = 16  # columns that a run's name keeps before the bar has to go
+LEAST_NAME = 32  # columns that a run's name keeps before words about it have to go
+MOST_OF_ERROR = 240  # characters
+COLORS = {  # of states (runs.states.State), the order in which they are told
+    "running": "cyan",
+    "lost": "red",
+    "failed": "red",
+    "unreadable": "red",
+    "interrupted": "yellow",
+    "planned": "",
+    "diverged": "magenta",
+    "done": "green",
+}
 
 
 def span(seconds: float) -> str:
@@ -43,20 +51,21 @@ def span(seconds: float) -> str:
 def outcome(status: Mapping[str, Any]) -> str:
     """Return how a run ended, in a few words."""
     if status["state"] == "done":
-        result = (
-            f"test accuracy {status['test_accuracy']:.1%}"
-            if status.get("test_accuracy") is not None
-            else f"test loss {status.get('test_loss') or float('nan'):.4g}"
-        )
-        return f"{result} ({span(status['wall_seconds'])})"
+        result, seconds = Progress(status).accuracy or "n/a", Progress(status).number("wall_seconds")
+        result = f"test {result}" if "loss" in result else f"test accuracy {result}"
+        return result + (f" ({span(seconds)})" if seconds is not None else "")
     if status["state"] == "diverged":
         return f"diverged at step {status.get('diverged_step')}"
     return f"{status['state']}: {one_line(status.get('error'))}"
 
 
 def one_line(error: object) -> str:
-    """Return a text or an error on one line, shortened to 240 characters."""
-    return textwrap.shorten(str(error), 240, placeholder=" ...")
+    """Return a text or an error on one line, shortened to 240 characters: its last line is left, or its beginning."""
+    text, lines = " ".join(str(error).split()), str(error).strip().splitlines()
+    if len(text) <= MOST_OF_ERROR:
+        return text
+    last = textwrap.shorten(lines[-1], MOST_OF_ERROR * 2 // 3, placeholder=" ...") if len(lines) > 1 else ""
+    return f"{textwrap.shorten(text, MOST_OF_ERROR - len(last) - 1, placeholder=' ...')} {last}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,20 @@ class Progress:
         return self.total_seconds * (1 - self.share) if self.total_seconds is not None else None
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """Epoch, accuracy, speed and time left, "" for what is unknown; before the first step what it does instead."""
+        if not self.status.get("steps"):
+            return (textwrap.shorten(str(self.status.get("doing") or "starting"), 60, placeholder=" ..."),)
+        left = f"{span(self.seconds_left or 0.0)} left" if 0 < self.share < 1 else ""
+        return self.epoch, self.accuracy and f"test {self.accuracy}", self.speed, left
+
+    @property
+    def speed(self) -> str:
+        """The images per second of training, e.g. 1,234 images/s."""
+        speed = self.number("images_per_second")
+        return f"{speed:,.0f} images/s" if speed and speed >= 10 else f"{speed:.2g} images/s" if speed else ""
+
+    @property
     def epoch(self) -> str:
         """The epoch under way, e.g. epoch 3/10; before the first step, what the run does instead."""
         epoch, epochs = self.number("epoch"), self.number("epochs")
@@ -101,40 +124,49 @@ class Progress:
         return f"{accuracy:.1%}" if accuracy is not None else f"loss {loss:.4g}" if loss is not None else ""
 
 
-def live_view(console: Console, render: Callable[[], RenderableType], **options: Any) -> Live | None:
-    """Return a view of what `render` makes, redrawn in place once started; None where lines cannot be redrawn."""
-    return Live(console=console, get_renderable=render, **options) if redraws(console) else None
-
-
 class Display:
-    """Shows the progress of a set of runs, given each run's status whenever it changes.
+    """Shows how far a set of runs is, given each run's status whenever it changes: of a sweep, or of a study.
 
-    In a terminal that can redraw its lines there is one for each run under way and, of several runs, one for all.
-    Elsewhere (a log, a pipe, TERM=dumb) there are lines only: one for each run that ends, and now and then one about
-    a run under way. All goes to stderr.
-
-    The time left is the time so far, scaled by work.
+    In a terminal that can redraw its lines there is one for each run under way and, of several runs, one above them
+    for all. Elsewhere (a log, a pipe, TERM=dumb) there are lines only: one for each run that ends, and now and then one
+    about a run under way.
 
     Args:
-        work: each run's cost in any unit, by its folder or name.
+        names: what to call each run, by its folder or another key.
+        work: each run's cost in any unit, by which the time so far is scaled to the time left; else all cost the same.
         quiet: warnings and failures only.
+        console: where all goes; stderr by default.
+        of: begins the line for all runs: `Study default`.
+        time_left: the seconds until all runs are over, where the time so far does not tell.
     """
 
-    def __init__(self, work: Mapping[str, float], *, quiet: bool = False) -> None:
-        self.work = dict(work)
+    def __init__(
+        self,
+        names: Mapping[str, str],
+        work: Mapping[str, float] | None = None,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        of: str = "",
+        time_left: Callable[[], float | None] | None = None,
+    ) -> None:
+        self.names: dict[str, str] = {}
+        self.work = dict(work or {})
         self.quiet = quiet
+        self.states: dict[str, str] = {}
         self.done: dict[str, float] = {}  # share of each run that is over
         self.first: dict[str, float] = {}  # share that was over when a run began here
-        self.under_way: dict[str, str] = {}  # the text shown for each
+        self.under_way: dict[str, Progress] = {}
         self.noted: dict[str, tuple[float, object]] = {}  # in a log: when a run had its last line, and its epoch then
         self.begun = time.monotonic()
-        self.finished = 0
-        self.names = distinct_names(self.work)
-        self.labels = _labels(self.names)
-        self.console = Console(stderr=True)
+        self.console = console or Console(stderr=True)
+        self._of, self._time_left = of, time_left
+        for key, name in names.items():
+            self.know(key, name)
         to_terminal = sys.stdout.isatty()  # what goes to a file must get there
         options = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
-        self.live = None if quiet else live_view(self.console, self._lines, **options)
+        can = not quiet and redraws(self.console)
+        self.live = Live(console=self.console, get_renderable=self._lines, **options) if can else None  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:
         if self.live:
@@ -152,38 +184,45 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Print such a line also if quiet."""
-        if self.live:
-            self.console.print(Text(text), soft_wrap=True)
-        else:
-            say(text, file=sys.stderr, flush=True)
+        self.console.print(Text(text), soft_wrap=True)
+
+    def know(self, key: str, name: str, state: str = "planned") -> None:
+        """Take a run in, or note its state by what others did."""
+        self.names[key], self.states[key] = name, state
+        self.work.setdefault(key, 1.0)
+        if state != "running":
+            self.under_way.pop(key, None)
 
     def news(self, key: str, status: Mapping[str, Any]) -> None:
         """Show a run that is under way."""
-        progress = Progress(status)
+        self.under_way[key] = progress = Progress(status)
+        self.states[key] = "running"
         self.done[key] = progress.share
         self.first.setdefault(key, progress.share)
-        self.under_way[key] = text = _under_way(progress)
         if self.live:
             return
         last, epoch = self.noted.setdefault(key, (time.monotonic(), status.get("epoch")))
         waited = (time.monotonic() - last) / len(self.under_way)  # many runs make no more lines than one
         if waited >= LINE_SECONDS * (1 if epoch != status.get("epoch") else 10):
             self.noted[key] = time.monotonic(), status.get("epoch")
-            self.say(f"{self.names[key]}: {text}")
+            self.say(f"{self.names[key]}: {', '.join(filter(None, progress.words))}")
 
     def ended(self, key: str, status: Mapping[str, Any]) -> None:
         """Take a run off the live lines and leave a line about how it ended."""
-        self.finished += 1
+        self.states[key] = status["state"]
         self.done[key] = 1.0
         self.first.setdefault(key, 0.0)
         self.under_way.pop(key, None)
+        line = f"[{self.finished}/{len(self.names)}] {self.names[key]}: {outcome(status)}"
+        if status["state"] not in ("done", "diverged"):
+            self.warn(line)
+            return
         left = self.time_left()
-        tail = f"; about {span(left)} left" if left and self.finished < len(self.work) else ""
-        show = self.say if status["state"] in ("done", "diverged") else self.warn
-        show(f"[{self.finished}/{len(self.work)}] {self.names[key]}: {outcome(status)}{tail}")
+        self.say(line + (f"; about {span(left)} left" if left and self.finished < len(self.names) else ""))
 
     def put_off(self, key: str, why: str) -> None:
         """Take a run off the live lines that is tried again later."""
+        self.states[key] = "planned"
         self.under_way.pop(key, None)
         self.warn(f"{self.names[key]}: {why}")
 
@@ -212,26 +251,30 @@ class Display:
         """Seconds since the display was made."""
         return time.monotonic() - self.begun
 
+    @property
+    def finished(self) -> int:
+        """The number of runs that have ended, in whatever way."""
+        return sum(state not in ("planned", "running") for state in list(self.states.values()))
+
     def time_left(self) -> float | None:
         """Return the seconds until all runs are over, or None before any of the work is done."""
+        if self._time_left:
+            return self._time_left()
         over = sum(self.work[key] * (share - self.first[key]) for key, share in list(self.done.items()))
         left = sum(work * (1 - self.done.get(key, 0.0)) for key, work in self.work.items())
         return self.elapsed * left / over if over > 0 and self.elapsed > 2 else None
 
-    def _lines(self) -> Table:
+    def _lines(self) -> RenderableType:
         """Return the live lines, as wide and as high as the terminal is at this moment."""
-        lines = [(self.labels[key], self.done[key], text) for key, text in list(self.under_way.items())]
-        if len(self.work) == 1:
-            return _fitted(lines, self.console.width)
-        total = sum(self.work.values()) or 1.0
-        over = sum(self.work[key] * share for key, share in list(self.done.items()))
-        left = self.time_left()
-        text = f"{self.finished} finished" + (f", about {span(left)} left" if left else "")
-        room = max(0, self.console.height - 3)  # a line each for all runs, for those without one, for a new line
-        hidden = len(lines) - room
-        if hidden > 0:
-            text += f"; {hidden} under way not shown"
-        return _fitted([*lines[:room], (f"{len(self.work)} runs", over / total, text)], self.console.width)
+        lines, width = [(self.names[key], each) for key, each in list(self.under_way.items())], self.console.width
+        if len(self.names) <= (not self._of):
+            return _fitted(lines, width)
+        header = headline(self._of, list(self.states.values()), self.time_left())
+        room = max(0, self.console.height - 2)  # beside the header, and a new line below
+        if len(lines) > room:
+            header.append(f"; {len(lines) - room} under way not shown")
+        header.truncate(width, overflow="ellipsis")
+        return Group(header, _fitted(lines[:room], width))
 
 
 def redraws(console: Console) -> bool:
@@ -243,48 +286,34 @@ def redraws(console: Console) -> bool:
     return alone and console.is_interactive and console.file.isatty()
 
 
-def _under_way(progress: Progress) -> str:
-    """E.g. epoch 3/10, test 91.2%, 4 min 10 s left."""
-    if not progress.status.get("steps"):
-        return textwrap.shorten(str(progress.status.get("doing") or "starting"), 60, placeholder=" ...")
-    parts = [progress.epoch]
-    if progress.accuracy:
-        parts.append(f"test {progress.accuracy}")
-    if 0 < progress.share < 1:
-        parts.append(f"{span(progress.seconds_left or 0.0)} left")
-    return ", ".join(parts)
+def headline(of: str, states: Sequence[str], left: float | None) -> Text:
+    """Return how many runs are in which state, those that go on or went wrong first, and the time left of all."""
+    counts = Counter(states)
+    line = Text(f"{of}, {count(len(states), 'run')}: " if of else f"{count(len(states), 'run')}: ")
+    order = [*COLORS, *(state for state in counts if state not in COLORS)]
+    parts = (Text(f"{counts[state]} {state}", COLORS.get(state, "")) for state in order if counts[state])
+    line.append_text(Text(", ").join(parts))
+    return line.append(f"; about {span(left)} left" if left is not None else "")
 
 
-def distinct_names(folders: Iterable[str]) -> dict[str, str]:
-    """Return the name of each run by its folder: the folder's own, or its path where runs of several share it."""
-    names = {folder: PurePath(folder).name for folder in folders}
-    often = Counter(names.values())
-    return {folder: name if often[name] == 1 else folder for folder, name in names.items()}
+_COLUMNS = ((0, 1, 2, 3), (0, 1, 3), (0, 3), (0,), ())  # of `Progress.words`: as many as there is room for
 
 
-def _labels(names: Mapping[str, str]) -> dict[str, str]:
-    """Label runs by what tells them apart: without the settings that all begin with, and identities where possible."""
-    parts = {key: name.split("-") for key, name in names.items()}
-    columns = zip(*parts.values(), strict=False)
-    common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns))) if len(names) > 1 else 0
-    labels = {key: "-".join(of_name[common:]) for key, of_name in parts.items()}
-    short = {key: re.sub(r"-[0-9a-f]{10}$", "", label) for key, label in labels.items()}
-    often = Counter(short.values())
-    return {key: label if often[label] == 1 else labels[key] for key, label in short.items()}
-
-
-def _fitted(lines: Sequence[tuple[str, float, str]], width: int) -> Table:
-    """Label, bar and text of each line, none wider than the terminal; the end of a name tells runs apart."""
+def _fitted(lines: Sequence[tuple[str, Progress]], width: int) -> Table:
+    """Return a table with name, bar and words of each run, none wider than the terminal."""
+    longest = max((len(name) for name, _ in lines), default=0)
+    words = [progress.words for _, progress in lines]
+    widths = [max(map(len, column)) for column in zip(*(each for each in words if len(each) > 1), strict=True)]
+    wide = [(each, sum(widths[i] + 2 for i in each if widths and widths[i])) for each in _COLUMNS]
+    shown, taken = next((each for each in wide if width - each[1] >= min(longest, LEAST_NAME)), wide[-1])
+    names = min(longest, width - taken)
+    bar = width - taken - longest > BAR + 1
     table = Table.grid(padding=(0, 1, 0, 0))
-    texts = max((len(text) for _, _, text in lines), default=0)
-    longest = max((len(label) for label, _, _ in lines), default=0)
-    room = width - texts - 2
-    bar = room - BAR - 1 >= min(longest, LEAST_LABEL)
-    room -= (BAR + 1) * bar
-    for label, share, text in lines:
-        shown = label if len(label) <= room else f"...{label[3 - room :]}" if room > 3 else ""
-        bars = [ProgressBar(1.0, share, BAR)] if bar else []
-        table.add_row(Text(shown), *bars, Text(text))
+    for (name, progress), each in zip(lines, words, strict=True):
+        texts = [f"{each[i]:<{widths[i]}}" for i in shown if widths[i]] if len(each) > 1 else [each[0]]
+        room = max(0, width - names - 1 - (BAR + 1) * bar)
+        bars = [ProgressBar(1.0, progress.share, BAR)] if bar else []
+        table.add_row(Text(cut(name, names)), *bars, Text("  ".join(texts).rstrip()[:room]))
     for column in table.columns:
         column.no_wrap, column.overflow = True, "crop"
     return table

@@ -18,7 +18,7 @@ from rich.text import Text
 from normlab import runs
 from normlab.common.console import Console
 from normlab.common.errors import UserError, count
-from normlab.common.progress import distinct_names, span
+from normlab.common.progress import span
 from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
@@ -69,8 +69,7 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
         print_once(sweep.jobs, check_in_worker(sweep.jobs, check_elsewhere) or ())
     costs = _costs(sweep, workers, calibrate_seconds, console)
     states = {job.run.folder: job.state for job in sweep.jobs} | dict.fromkeys(sweep.finished, State.DONE)
-    names = distinct_names(map(str, sweep.folders))
-    _list(console, [(names[str(run)], states[run], costs.get(str(run))) for run in dict.fromkeys(sweep.folders)])
+    _list(console, [(name, states[run], costs.get(str(run))) for run, name in sweep.names.items()])
     counts = Counter(PLANS[state][0] for state in states.values())
     for remark in dict.fromkeys(remark for job in sweep.jobs for remark in job.data.remarks):
         console.print(remark)

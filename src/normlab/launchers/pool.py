@@ -122,20 +122,23 @@ def _exit_with_launcher() -> None:
         os._exit(1)
 
 
-def _train_pack(configs: list[schema.RunConfig], device: str, threads: int, pack: int) -> list[Status]:
+def _train_pack(
+    configs: list[schema.RunConfig], titles: list[str], device: str, threads: int, pack: int
+) -> list[Status]:
     """Train runs, in a worker; return their statuses."""
     from normlab.training import packing  # imports torch, here by the worker's first run
     from normlab.training.device import choose
     from normlab.training.run import Resources
 
     if len(configs) == 1:
-        return [_train(configs[0], Resources(device, threads))]
+        return [_train(configs[0], Resources(device, threads, title=titles[0]))]
     loaded: dict[object, Any] = {}
+    of_run = {id(config): title for config, title in zip(configs, titles, strict=True)}
     return packing.train_packed(
         configs,
         pack,
         choose(configs[0].device, device),
-        lambda config, interleaver: _train(config, Resources(device, threads, interleaver, loaded)),
+        lambda config, interleaver: _train(config, Resources(device, threads, interleaver, loaded, of_run[id(config)])),
     )
 
 
@@ -270,8 +273,9 @@ def train_jobs(
             at once after a second one.
     """
     workers = workers_for(jobs, slots, per_gpu, pack)
-    costs, quiet = {job.key: job.cost for job in jobs}, all(job.config.quiet for job in jobs)
-    with Display(costs, quiet=quiet) as display, display.hearing() as output, _signals_interrupt():
+    names, costs = {job.key: job.run.title for job in jobs}, {job.key: job.cost for job in jobs}
+    quiet = all(job.config.quiet for job in jobs)
+    with Display(names, costs, quiet=quiet) as display, display.hearing() as output, _signals_interrupt():
         where = "GPU" if workers[0].device != "cpu" else "CPU"
         threads = jobs[0].config.threads or workers[0].threads
         number = min(len(jobs), sum(worker.pack for worker in workers))
@@ -363,8 +367,8 @@ class _Pool:
             while queue or self._active:
                 while queue and idle:
                     worker, pack = idle.pop(), queue.popleft()
-                    configs = [job.config for job in pack]
-                    future = worker.submit(_train_pack, configs, worker.device, worker.threads, worker.pack)
+                    what = [job.config for job in pack], [job.run.title for job in pack]
+                    future = worker.submit(_train_pack, *what, worker.device, worker.threads, worker.pack)
                     self._active[future] = worker, pack
                 done, _ = wait(self._active, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in done:

@@ -68,8 +68,11 @@ def run(composed: DictConfig) -> float | None:
         raise
 
 
-def train_config(config: schema.RunConfig, processes: Processes | None = None) -> float | None:
+def train_config(config: schema.RunConfig, processes: Processes | None = None, title: str = "") -> float | None:
     """Train a run in this process and the others of `processes`, unless it is finished.
+
+    Args:
+        title: what it is called in its sweep.
 
     Returns:
         Its final test accuracy; its test loss where there is none.
@@ -79,7 +82,7 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
         InterruptedRunError: after a request to stop.
     """
     processes = processes or find()
-    run = runs.Run(config.as_dict())
+    run = runs.Run(config.as_dict(), title)
     finished = run.over
     if finished and processes.world == 1:
         Unchanged().check(run, config)
@@ -88,7 +91,7 @@ def train_config(config: schema.RunConfig, processes: Processes | None = None) -
         status = _train(config, run, processes, finished)
     lacking = finished and lacks_weights(run, config)
     if processes.rank == 0 and finished and not config.quiet:
-        say(f"{run.name} is finished: {outcome(status)}.{'' if lacking else ' Nothing to do.'}", flush=True)
+        say(f"{run.title} is finished: {outcome(status)}.{'' if lacking else ' Nothing to do.'}", flush=True)
     if processes.rank == 0 and lacking:
         add_weights([run], say if not config.quiet else lambda text: None)
     if processes.rank == 0 and not config.quiet:
@@ -104,14 +107,17 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
     else:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a process that has gone is reported in a sentence
     shown = processes.rank == 0 and not finished
-    with StopRequest() as stop, Display({run.name: 1.0}, quiet=config.quiet) if shown else nullcontext() as display:
+    with (
+        StopRequest() as stop,
+        Display({run.name: run.title}, quiet=config.quiet) if shown else nullcontext() as display,
+    ):
         if display:
             if git.problem():
                 display.say(git.problem())
             shorter = find_shorter(run) if run.state in (State.PLANNED, State.FAILED) else None
             if shorter:
-                display.say(f"{run.name} {shorter}.")
-            display.say(f"{run.name}: starting. Ctrl-C stops after a checkpoint.")
+                display.say(f"{run.title} {shorter}.")
+            display.say(f"{run.title}: starting. Ctrl-C stops after a checkpoint.")
             display.news(run.name, {})
         from normlab.training.distributed import process_group  # torch takes seconds to import
         from normlab.training.run import Resources, train_run
@@ -122,7 +128,8 @@ def _train(config: schema.RunConfig, run: runs.Run, processes: Processes, finish
             elif processes.world > 1 and processes.rank == 0:
                 Unchanged().check(run, config)
             on_status = functools.partial(display.news, run.name) if display else lambda status: None
-            resources = Resources(joined.device, say=display.say if display else lambda sentence: None)
+            say_here = display.say if display else lambda sentence: None
+            resources = Resources(joined.device, title=run.title, say=say_here)
             status = train_run(config, stop=stop, resources=resources, on_status=on_status, group=joined)
         if display:
             display.ended(run.name, status)

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, Field, StrictBool, ValidationError, model_validator
 
 from normlab import runs
 from normlab.common import frozen
@@ -34,7 +34,7 @@ from normlab.config.schema import Count, Positive, Whole
 from normlab.launchers import snapshot
 from normlab.launchers.pool import check_elsewhere, check_in_worker, print_once
 from normlab.launchers.sweep import Job, Sweep, list_failures
-from normlab.runs import State, files, reading
+from normlab.runs import State, files, reading, schema
 
 REQUEUE_STATUS = 75  # exit status of a task that was stopped and wants its job to go on later
 COMMENT = "normlab "  # begins the comment of our jobs; the order's path follows
@@ -111,9 +111,10 @@ class Needs(BaseModel, extra="forbid", frozen=True):
 
 
 class Entry(BaseModel):
-    """A run in an order: its folder, from the root, and its settings."""
+    """A run in an order: its folder, from the root, what it is called in its sweep, and its settings."""
 
     folder: str = ""
+    name: str = Field("", max_length=schema.LONGEST_NAME)
     settings: dict[str, Any]
 
 
@@ -273,7 +274,7 @@ def _submit(jobs: Sequence[Job], needs: Needs, code: Path | None, report: Callab
     per_job = max(needs.runs_per_job, -(-len(jobs) // max(1, int(allowed[1])))) if allowed else needs.runs_per_job
     if allowed and per_job > needs.runs_per_job:
         report(f"An array may have {allowed[1]} tasks here: {per_job} runs go into each job.")
-    entries = [{"folder": _folder(job), "settings": job.config.as_dict()} for job in jobs]
+    entries = [{"folder": _folder(job), "name": job.run.title, "settings": job.config.as_dict()} for job in jobs]
     tasks = [entries[first : first + per_job] for first in range(0, len(jobs), per_job)]
     study, output_dir = jobs[0].config.study, jobs[0].config.output_dir
     folder = snapshot.make_folder(jobs[0].config.study_folder, "slurm")
@@ -366,7 +367,8 @@ def _wait_for(sweep: Sweep, arrays: set[str]) -> None:
         UserError: at the end, if any run failed or has none.
     """
     failed: list[tuple[Job, str]] = []
-    with Display({job.key: job.cost for job in sweep.jobs}, quiet=sweep.quiet) as display:
+    names, costs = {job.key: job.run.title for job in sweep.jobs}, {job.key: job.cost for job in sweep.jobs}
+    with Display(names, costs, quiet=sweep.quiet) as display:
         display.say(f"Waiting for {count(len(sweep.jobs), 'run')}. Ctrl-C leaves their jobs alone.")
         try:
             for job, status in _ends(sweep.jobs, display):

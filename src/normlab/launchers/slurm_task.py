@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from normlab.common.errors import InterruptedRunError, UserError, described
 from normlab.common.terminal import say
 from normlab.config import schema
 from normlab.launchers import pool, preflight, single
-from normlab.launchers.slurm import REQUEUE_STATUS, Order, read_order
+from normlab.launchers.slurm import REQUEUE_STATUS, Entry, Order, read_order
 from normlab.launchers.sweep import Job
 from normlab.runs import State
 from normlab.training.distributed.processes import find
@@ -36,9 +36,10 @@ def main(order: Path) -> int:
     try:
         _handle_signals(_interrupt)
         todo = read_order(order)
-        settings = _settings(order, todo, index)
+        entries = _entries(order, todo, index)
+        say(f"Runs of this job: {', '.join(each.name for each in entries)}", flush=True)
         train = _train_together if find().world > 1 else _train_with_pool
-        failed = train(settings, todo.slots)
+        failed = train(entries, todo.slots)
         _handle_signals(signal.SIG_IGN)  # nothing is left to stop
         return 1 if failed else 0
     except (KeyboardInterrupt, InterruptedRunError):
@@ -56,8 +57,8 @@ def main(order: Path) -> int:
         return 1
 
 
-def _settings(order: Path, todo: Order, index: str) -> list[dict[str, Any]]:
-    """Return the settings of the runs of task number `index`.
+def _entries(order: Path, todo: Order, index: str) -> list[Entry]:
+    """Return the runs of task number `index`, with all settings that there are now, and with names.
 
     Raises:
         UserError: if there is no such task, or its runs have no settings of runs.
@@ -68,15 +69,19 @@ def _settings(order: Path, todo: Order, index: str) -> list[dict[str, Any]]:
             "This command is for the jobs of hydra/launcher=slurm, in which SLURM sets that variable."
         )
     try:
-        entries = todo.tasks[int(index)]
-        settings = [runs.completed(entry.settings) for entry in entries]
-        names = [(Path(entry.folder).name, runs.run_name(each)) for entry, each in zip(entries, settings, strict=True)]
+        settings = [runs.completed(entry.settings) for entry in todo.tasks[int(index)]]
+        titles = runs.names_of(settings)  # of orders before version 0.5
+        entries = [
+            Entry(folder=entry.folder, name=entry.name or title, settings=each)
+            for entry, title, each in zip(todo.tasks[int(index)], titles, settings, strict=True)
+        ]
+        names = [(Path(entry.folder).name, runs.run_name(entry.settings)) for entry in entries]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{order} is damaged: task {index} has no settings of runs ({described(error)}).") from None
     for named, own in names:
         if named not in ("", own):
             raise UserError(f"{order} was changed: it names the run {named} and has the settings of another one.")
-    return settings
+    return entries
 
 
 def _interrupt(number: int, _: object) -> NoReturn:
@@ -92,32 +97,32 @@ def _handle_signals(handler: Callable[[int, FrameType | None], Any] | signal.Han
         signal.signal(number, handler)
 
 
-def _train_with_pool(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
+def _train_with_pool(entries: Sequence[Entry], slots: int) -> bool:
     """Train the runs that are not finished, `slots` at a time; return whether any failed or is trained elsewhere."""
     jobs, failed = [], False
-    for each in settings:
-        run = runs.Run(each)
+    for each in entries:
+        run = runs.Run(each.settings, each.name)
         if run.over:
             continue
         try:
-            config = schema.parse(each)
+            config = schema.parse(each.settings)
             jobs.append(Job(config, run, preflight.check(config)))
         except UserError as error:  # of this node, as the launcher has checked the rest
             failed = True
-            say(f"{run.name}: {error}", file=sys.stderr, flush=True)
+            say(f"{run.title}: {error}", file=sys.stderr, flush=True)
             pool.record_end(run, State.FAILED, str(error))
     return any(pool.train_jobs(jobs, slots) if jobs else ()) or failed
 
 
-def _train_together(settings: Sequence[Mapping[str, Any]], slots: int) -> bool:
+def _train_together(entries: Sequence[Entry], slots: int) -> bool:
     """Train the runs that are not finished, each in all processes of this job; return whether any failed."""
     failed = False
-    for each in settings:
+    for each in entries:
         try:
-            single.train_config(schema.parse(each))
+            single.train_config(schema.parse(each.settings), title=each.name)
         except UserError as error:
             failed = True
-            say(error, file=sys.stderr, flush=True)
+            say(f"{each.name}: {error}", file=sys.stderr, flush=True)
     return failed
 
 

@@ -86,6 +86,7 @@ class Sweep:
 
     Attributes:
         folders: of the runs in the order of the command, perhaps repeated.
+        names: what to call each run, by its folder.
         finished: status of each finished run, by its folder.
         jobs: the other runs, each once.
         without_weights: finished runs that are to have their weights (save_weights=true) and have not.
@@ -93,6 +94,7 @@ class Sweep:
     """
 
     folders: list[Path] = field(default_factory=list)
+    names: dict[Path, str] = field(default_factory=dict)
     finished: dict[Path, dict[str, Any]] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     without_weights: list[runs.Run] = field(default_factory=list)
@@ -122,7 +124,7 @@ class Sweep:
         alike: dict[str, list[str]] = defaultdict(list)
         for job in self.jobs:
             if job.shorter:
-                alike[job.shorter.kind].append(f"{job.run.name} {job.shorter}")
+                alike[job.shorter.kind].append(f"{job.run.title} {job.shorter}")
         for sentences in alike.values():
             more = f" The same holds for {len(sentences) - 1} more of {len(self)} runs." if len(sentences) > 1 else ""
             self.report(f"{sentences[0]}.{more}")
@@ -149,6 +151,7 @@ def read(context: HydraContext, config: DictConfig, overrides: Sequence[Sequence
     unchanged = Unchanged()
     given = compose_runs(context, config, overrides)
     sweep.folders.extend(run.folder for _, run in given)
+    sweep.names.update((run.folder, run.title) for _, run in given)
     for parsed, run in dict(zip(sweep.folders, given, strict=True)).values():
         if run.over:
             unchanged.check(run, parsed)
@@ -185,6 +188,9 @@ def compose_runs(
         if first[1] is not run:
             spellings += _require_same(run, first[1])
         given.append(first)
+    different = [run for _, run in known.values()]
+    for run, name in zip(different, runs.names_of([run.config for run in different]), strict=True):
+        run.title = name
     if len(known) < len(given) and config.get("quiet") is not True:
         why = f": {listed(list(dict.fromkeys(spellings)), 3, '; ')}" if spellings else ""
         number = f"{len(known)} {'is' if len(known) == 1 else 'are'} different"
@@ -221,10 +227,11 @@ def _real(path: object) -> Path:
 
 
 def list_failures(display: Display, jobs: Sequence[Job], heading: str, failed: Sequence[tuple[Job, str]]) -> None:
-    """Print how many of `jobs` are finished, and below `heading` those that failed, with their logs and reasons."""
+    """Print how many of `jobs` are finished, and below `heading` those that failed, with logs and reasons."""
     finished = sum(job.run.state in runs.FINISHED for job in jobs)
     display.say(f"{finished} of {len(jobs)} runs finished in {span(display.elapsed)}.")
-    for line in [heading, *(f"  {_log(job.run.folder)}: {why}" for job, why in failed)] if failed else ():
+    lines = [f"  {job.run.title}, {_log(job.run.folder)}: {why}" for job, why in failed]
+    for line in [heading, *lines] if failed else ():
         display.warn(line)
 
 

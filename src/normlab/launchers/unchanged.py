@@ -60,7 +60,7 @@ class Unchanged:
             change = files.change(recorded)
         except UserError as error:
             raise UserError(
-                f"{run.name} is finished, but its images cannot be read any more as they were.\n{error}"
+                f"{run.title} is finished, but its images cannot be read any more as they were.\n{error}"
             ) from None
         if change:
             name = config.dataset.name
@@ -100,7 +100,7 @@ class Unchanged:
 
 def _changed(subject: str, change: str, run: runs.Run, pattern: str, name: str) -> UserError:
     return UserError(
-        f"{subject} changed after {run.name} finished: {change}.\n"
+        f"{subject} changed after {run.title} finished: {change}.\n"
         "That result stays apart from new ones only under another name.\n"
         f"To keep it, name what is there now: {name}, or a study=... of its own.\n"
         f"To train anew, delete what was made of the old: {run.folder.parent}/{pattern}"

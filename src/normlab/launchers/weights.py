@@ -24,7 +24,7 @@ def add_weights(lacking: Sequence[runs.Run], report: Callable[[str], None]) -> N
     """
     written, without = list[str](), list[str]()
     for run in lacking:
-        (written if (run.folder / KEPT).exists() and _write(run) else without).append(run.name)
+        (written if (run.folder / KEPT).exists() and _write(run) else without).append(run.title)
     if written:
         report(f"{WEIGHTS} is written from the kept checkpoint: {_named(written)}.")
     if without:

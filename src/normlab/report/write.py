@@ -283,7 +283,7 @@ def _check_begun(study: Study, words: str, options: Options) -> None:
         )
     raise UserError(
         f"Study {study.name} has no finished run {of_what}yet: {study.counted() or 'none at all'}."
-        + "".join(f"\n{run.run}: {run.note}" for run in failed.head(1).itertuples())
+        + "".join(f"\n{study.called(str(run.run))}: {run.note}" for run in failed.head(1).itertuples())
         + f"{advice}\nHow far its runs are: {command_name('report')} status {words}"
     )
 

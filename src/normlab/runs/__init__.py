@@ -2,6 +2,7 @@
 
 from normlab.runs.folder import LOG, Run, now
 from normlab.runs.identity import compared, completed, flatten, identity, run_id, run_name
+from normlab.runs.naming import names_of
 from normlab.runs.record import (
     PROBES_FOLDER,
     PROVENANCE,
@@ -35,6 +36,7 @@ __all__ = [
     "find",
     "flatten",
     "identity",
+    "names_of",
     "now",
     "probe_files",
     "read_config",

@@ -23,6 +23,7 @@ from normlab.runs import files, lock, reading, sums
 from normlab.runs.correct import CORRECT
 from normlab.runs.identity import FORMAT, run_id, run_name
 from normlab.runs.inside import make_own_folder
+from normlab.runs.naming import names_of
 from normlab.runs.record import (
     CONFIG,
     PROBES_FOLDER,
@@ -80,15 +81,29 @@ def write_record(
 
 
 class Run:
-    """One run on disk. Reading needs no lock; writing is for the process that holds `lock()`."""
+    """One run on disk. Reading needs no lock; writing is for the process that holds `lock()`.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    Attributes:
+        name: of its folder.
+    """
+
+    def __init__(self, config: Mapping[str, Any], title: str = "") -> None:
         self.config = dict(config)
+        self._title = title
         self.run_id = run_id(config)
         self.name = run_name(config)
         self.folder = Path(config["output_dir"]) / config["study"] / self.name
         self._claim: lock.RunClaim | None = None
         self._sums: dict[str, sums.Sum] | None = None  # of its files, while this process writes them
+
+    @property
+    def title(self) -> str:
+        """What to call the run beside the others of its sweep; by default what a run by itself is called."""
+        return self._title or names_of([self.config])[0]
+
+    @title.setter
+    def title(self, title: str) -> None:
+        self._title = title
 
     @property
     def state(self) -> State:

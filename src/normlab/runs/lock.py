@@ -189,10 +189,10 @@ class RunClaim:
             time.sleep(0.1)
             by = holder(folder)
         if by is None:
-            what = f"The claim of {folder.name} is gone: {self.path} was deleted, or its folder was and is a new one."
+            what = f"The claim of this run is gone: {self.path} was deleted, or its folder was and is a new one."
         else:
             what = (
-                f"{folder.name} has been taken over by {by}: this process gave no sign of life for more than"
+                f"This run has been taken over by {by}: this process gave no sign of life for more than"
                 f" {STALE_SECONDS:.0f} s, or its claim was deleted."
             )
         raise RunBusyError(f"{what}\nThis process stops here and leaves the record alone.")
@@ -249,7 +249,7 @@ def _take(folder: Path) -> RunClaim:
             if other is None:
                 continue  # released in between
             if not other.gone and not other.silent:
-                raise RunBusyError(f"{folder.name} is already being trained by {other}.") from None
+                raise RunBusyError(f"This run is already being trained by {other}.") from None
             if other.silent:
                 time.sleep(1.0)
                 continue
@@ -265,7 +265,7 @@ def _take(folder: Path) -> RunClaim:
             time.sleep(SETTLE_SECONDS)
             if not claim.held:
                 claim.release()
-                raise RunBusyError(f"{folder.name} is already being trained by {holder(folder) or 'another host'}.")
+                raise RunBusyError(f"This run is already being trained by {holder(folder) or 'another host'}.")
         return claim
 
 

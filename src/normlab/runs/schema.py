@@ -84,6 +84,7 @@ class Status(_Part):
     peak_memory_bytes: _Count | None = None
     wall_seconds: _Seconds | None = None
     capture_seconds: _Seconds | None = None
+    images_per_second: Annotated[float, Field(ge=0, le=reading.LARGEST_NUMBER)] | None = None
     train_loss: _Number | None = None
     test_loss: _Number | None = None
     train_accuracy: _Share | None = None

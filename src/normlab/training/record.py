@@ -22,6 +22,7 @@ from normlab.training import checkpoint, device
 from normlab.training.state import TrainingState
 
 OnStatus = Callable[[Mapping[str, Any]], None]
+_SHOWN = ("train_loss", "test_loss", "test_accuracy", "images_per_second")  # of the last evaluation, by the status
 
 
 class Recorder:
@@ -79,7 +80,7 @@ class Recorder:
         if changed := provenance.differences(before, now):
             self.log.warning(
                 "%s goes on under other circumstances than it began with: %s. Its record keeps both.",
-                self.run.name,
+                self.run.title,
                 "; ".join(changed),
             )
         self._tell_of_live_code()
@@ -123,7 +124,7 @@ class Recorder:
             )
 
     def _note(self, row: Mapping[str, Any]) -> None:
-        self._latest.update({k: row[k] for k in ("train_loss", "test_loss", "test_accuracy") if k in row})
+        self._latest.update({k: row[k] for k in _SHOWN if k in row})
 
     def keep(self, state: TrainingState, kept: bool) -> None:
         """Write the checkpoint that a run keeps for more epochs, or see to it that there is none; for all processes."""
@@ -135,7 +136,7 @@ class Recorder:
             try:
                 checkpoint.keep(self.run.folder, {"run_id": self.run.run_id, **state.state_dict()})
             except UserError as error:  # the result is worth more
-                self.log.warning("%s keeps no checkpoint for more epochs: %s", self.run.name, error)
+                self.log.warning("%s keeps no checkpoint for more epochs: %s", self.run.title, error)
 
     def correct(self, state: TrainingState) -> None:
         """Write which test images were classified correctly at the end, where there are classes."""
@@ -166,6 +167,8 @@ class Recorder:
         return state.group.broadcast(status)  # and so no process leaves before all is written
 
     def _facts(self, state: TrainingState) -> dict[str, Any]:
+        seconds, images = state.position.train_seconds, state.position.train_images
+        speed = {"images_per_second": images / seconds} if seconds and images else {}  # since the last evaluation
         return {
             "epoch": state.position.epoch,
             "epochs": state.config.epochs,
@@ -180,6 +183,7 @@ class Recorder:
             # The memory of one of several runs in a process is not known.
             "peak_memory_bytes": None if state.interleaver.packed else state.peak_memory(),
             **self._latest,
+            **speed,
         }
 
 

@@ -96,7 +96,7 @@ def start(
 
 
 def _starts_anew(run: runs.Run, why: str) -> str:
-    return f"{run.name} starts anew: {why}."
+    return f"{run.title} starts anew: {why}."
 
 
 def _saved(config: RunConfig, recorder: Recorder) -> Iterator[Saved]:
@@ -117,7 +117,7 @@ def _saved(config: RunConfig, recorder: Recorder) -> Iterator[Saved]:
             yield Saved(path, content, parameters, runs.read_provenance(run.folder))
     shorter = find_shorter(run)
     if shorter and shorter.hindrance:
-        log.info("%s %s", run.name, shorter)  # the launcher has told
+        log.info("%s %s", run.title, shorter)  # the launcher has told
     elif shorter:
         try:
             yield _of_shorter(config, shorter)
@@ -195,7 +195,7 @@ def restore(state: TrainingState, saved: Saved, run: runs.Run) -> None:
         why = first_line(error) or type(error).__name__
         if saved.shorter is None and _network_changed(state, saved):
             raise UserError(
-                f"The network has changed since {run.name} was interrupted: {why}\n"
+                f"The network has changed since the run was interrupted: {why}\n"
                 f"Bring the old one back, or delete {run.folder} to start it anew."
             ) from error
         of = f"the kept checkpoint of {saved.shorter.folder.name} cannot be used: " if saved.shorter else ""
@@ -216,7 +216,7 @@ def _check_images(state: TrainingState, saved: Saved, run: runs.Run) -> None:
         if saved.shorter:
             raise MisfitError(f"the {subject} {saved.shorter.folder.name} was trained{why}")
         raise UserError(
-            f"The {subject} {run.name} was interrupted{why}.\n"
+            f"The {subject} the run was interrupted{why}.\n"
             f"Bring the old ones back, or delete {run.folder} to start it anew, or give the new ones"
             " another dataset.name."
         )

@@ -57,7 +57,7 @@ def train_run(
         UserError: for what the user can mend; any other exception is an error of ours. Both are recorded.
         InterruptedRunError: when a stop was requested; the run can go on later.
     """
-    run = runs.Run(config.as_dict()) if group.is_main else _UnwrittenRun(config.as_dict())
+    run = (runs.Run if group.is_main else _UnwrittenRun)(config.as_dict(), resources.title)
     run.freeze()
     with run.lock(), contextlib.nullcontext(stop) if stop else StopRequest() as stop:
         if group.broadcast(run.run_id) != run.run_id:
@@ -137,7 +137,7 @@ def _recorded(error: BaseException, run: runs.Run, log: logging.Logger) -> BaseE
     message = described(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in message for sign in _NO_MEMORY):
         message = (
-            f"{run.name} does not fit into the memory of its device.\n"
+            "The run does not fit into the memory of its device.\n"
             "Use a smaller batch, fewer runs at a time (hydra.launcher.slots=1), or another device."
         )
         error = OutOfMemoryError(message)

@@ -41,6 +41,7 @@ class Resources:
         threads: share of the cores.
         interleaver: makes way for other runs of this process.
         loaded: images that runs of this process share.
+        title: what the run is called in its sweep (`runs.Run.title`).
         say: called with a sentence for the terminal; of a sweep, whose networks are checked before, nothing is said.
     """
 
@@ -48,6 +49,7 @@ class Resources:
     threads: int | None = None
     interleaver: Interleaver = field(default_factory=Interleaver)
     loaded: Loaded | None = None
+    title: str = ""
     say: Log = lambda sentence: None
 
 

@@ -104,7 +104,8 @@ def test_runs_that_went_on_under_other_circumstances_are_a_warning(add_run, stud
     made(add_run("gn"), earlier=[MADE | {"host": "another", "until_step": 3}])
     made(add_run("ln"), earlier="damaged")
     told = list(continued(load(study)))
+    named = f"bn seed=0 ({first.name.rpartition('-')[2]})"
     assert told == [
-        f"Interrupted and continued under other circumstances ({difference}): {first.name} from step 30 on and 1 more."
+        f"Interrupted and continued under other circumstances ({difference}): {named} from step 30 on and 1 more."
         for difference in ("torch 1.9, then 2.0", "timm 1.0, then 1.1", "threads 2, then 1")
     ]

@@ -1,15 +1,20 @@
 import dataclasses
 import io
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from terminal import CONTROL, in_terminal
+from terminal import shown as on_screen
 
 from normlab.common.errors import UserError
 from normlab.report import study_status
@@ -161,7 +166,8 @@ def test_an_error_is_shown_by_its_first_line_as_it_is_written(run, study) -> Non
 
 def test_finished_runs_are_counted_and_listed_only_in_a_small_study(run, study) -> None:
     first = run("done")
-    assert first.name in shown(study)
+    id_ = first.name.rpartition("-")[2]
+    assert f"bn seed=1  {id_}" in shown(study)
     for _ in range(status.ROWS):
         run("done")
     assert shown(study).strip() == f"Study study, {status.ROWS + 1} runs: {status.ROWS + 1} done"
@@ -230,6 +236,86 @@ def test_watching_prints_a_line_per_change_and_ends_when_all_is_done(run, claim,
     show_status("study", study, watch=True, console=console)
     lines = [line for line in console.file.getvalue().splitlines() if ":" in line[:3]]
     assert [line.partition(": ")[2].split(";")[0] for line in lines] == ["1 running", "1 done"]
+    assert "[1/1] bn seed=1: test accuracy 91.2% (20 s)\n" in console.file.getvalue()
+
+
+def change(folder: Path, **facts: object) -> None:
+    """Replace facts of a run's status, as its process would."""
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**status, **facts}))
+    os.utime(folder / "status.json", ns=(0, time.time_ns()))
+
+
+def test_a_watch_in_a_log_tells_of_failures_when_they_happen_and_of_earlier_ones(
+    run, claim, study, monkeypatch
+) -> None:
+    run("failed", error="OSError: full")
+    first, second = run("running"), run("running")
+    claim(first)
+    claim(second)
+    error = "ValueError: weights[0]\n  a frame\nKeyError: [red]last[/red]"
+    moments = iter([lambda: change(first, state="failed", error=error), lambda: change(second, state="done")])
+    monkeypatch.setattr(status.time, "sleep", lambda _: next(moments)())
+    console = Console(file=io.StringIO(), width=200)
+    show_status("study", study, watch=True, console=console)
+    lines = [re.sub(r"^..:..:..", "TIME", line) for line in console.file.getvalue().splitlines()]
+    assert lines[:6] == [
+        "[1/3] bn seed=1: failed: OSError: full",
+        "TIME Study study, 3 runs: 2 running, 1 failed; about 30 s left",
+        "[2/3] bn seed=2: failed: ValueError: weights[0] a frame KeyError: [red]last[/red]",
+        "TIME Study study, 3 runs: 1 running, 2 failed; about 30 s left",
+        "[3/3] bn seed=3: test accuracy 91.2% (20 s)",
+        "TIME Study study, 3 runs: 2 failed, 1 done",
+    ]
+
+
+WATCH = """
+import json, os, sys, time
+from pathlib import Path
+from normlab.report.study import status
+failing, going = map(Path, sys.argv[1:])
+changes = iter([(failing, "failed"), (going, "done")])
+wait = time.sleep
+
+def sleep(_):
+    wait(0.4)
+    folder, state = next(changes)
+    facts = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**facts, "state": state, "error": "ValueError: no luck"}))
+
+status.time.sleep = sleep
+status.show_status("study", failing.parent, watch=True)
+"""
+
+
+def test_a_terminal_shows_runs_under_way_live_and_failures_when_they_happen(run, claim, study) -> None:
+    failing, going = run("running", images_per_second=1234.4), run("running", images_per_second=99.0)
+    for folder in (failing, going):
+        claim(folder)
+    code, written = in_terminal([sys.executable, "-c", WATCH, str(failing), str(going)])
+    assert code == 0
+    plain = CONTROL.sub("", written)
+    assert "Study study, 2 runs: 2 running; about 30 s left" in plain
+    assert re.search(r"bn seed=1 ━[━╺╸]+ epoch 2/4 +test 91.2% +1,234 images/s +30 s left", plain)
+    assert plain.index("bn seed=1: failed: ValueError: no luck") < plain.rindex("99 images/s")  # the other one goes on
+    assert "\x1b[2J" not in written  # lines are rewritten, and the screen is not cleared
+    assert on_screen(written)[:3] == [
+        "[1/2] bn seed=1: failed: ValueError: no luck",
+        "[2/2] bn seed=2: test accuracy 91.2% (20 s)",
+        "Study study, 2 runs: 1 failed, 1 done",
+    ]
+
+
+def test_a_run_is_called_by_what_tells_it_apart_in_its_study(add_run, study) -> None:
+    for batch, lr in itertools.product((8, 32), (0.1, 0.2)):
+        add_run(batch=batch, optimizer__lr=lr)
+    broken = add_run(batch=64)
+    (broken / "config.yaml").write_text("seed: [")
+    survey = Survey(study)
+    titles = {run.title for run in survey.read()}
+    assert titles == {*(f"bn b={batch} lr={lr} seed=0" for batch in (8, 32) for lr in (0.1, 0.2)), broken.name}
+    add_run(norm="none", batch=8)
+    assert "none b=8 lr=0.1 seed=0" in {run.title for run in survey.read()}
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -131,7 +131,7 @@ def page(
         warnings: sentences about the study.
     """
     lines = [f"# Study {escaped(study.name)}", escaped(question(study)), run_counts(study, zeros=True)]
-    lines += [f"- {escaped(f'{run.run}: {run.state} ({run.note})')}" for run in study.noted()]
+    lines += [f"- {escaped(f'{study.called(run.run)}: {run.state} ({run.note})')}" for run in study.noted()]
     lines += [f"- Warning: {escaped(warning)}" for warning in warnings]
     lines += ["## What was run", *(f"- {escaped(fact)}" for fact in facts(study))]
     for table, sources in tables:

@@ -11,14 +11,13 @@ from rich.text import Text
 
 from normlab.common.console import Console
 from normlab.common.errors import count
+from normlab.common.progress import COLORS
 from normlab.common.terminal import say
 from normlab.report.analysis.cells import Row, Table
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 from normlab.report.claims.texts import judgements_by_claim, verdict_lines
 from normlab.report.render.layout import column_parts, filled
 from normlab.report.study.load import Study
-from normlab.report.study.status import COLORS
-from normlab.runs import State
 
 _VERDICTS = {SUPPORTED: "green", CONTRADICTED: "red", INCONCLUSIVE: "yellow"}
 
@@ -35,7 +34,7 @@ def show(
     console = console or Console()
     console.print(_state(study))
     for run in study.noted():
-        _line(console, f"  {run.run}: {run.state} ({run.note})")
+        _line(console, f"  {study.called(run.run)}: {run.state} ({run.note})")
     _warnings(console, warnings)
     for setting, rows in accuracy.rows.items():
         _line(console, f"{accuracy.title}: {setting}", "bold")
@@ -92,7 +91,7 @@ def _state(study: Study) -> Text:
     line = Text(f"Study {study.name}, {count(len(study.runs), 'run')}:\n  ")
     for position, (state, number) in enumerate(study.states().items()):
         line.append(", " if position else "")
-        line.append(f"{number} {state}", COLORS.get(State(state), "") if number else "dim")
+        line.append(f"{number} {state}", COLORS.get(state, "") if number else "dim")
     return line
 
 

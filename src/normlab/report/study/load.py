@@ -90,6 +90,16 @@ class Study:
     correct: Mapping[str, Correct] = field(default_factory=dict)
 
     @cached_property
+    def names(self) -> dict[str, str]:
+        """Return what to call each run among the others, by its folder's name."""
+        return dict(zip(self.configs, runs.names_of(list(self.configs.values())), strict=True))
+
+    def called(self, run: str) -> str:
+        """Return what to call a run, with its id; one whose settings cannot be read by the name of its folder."""
+        name = self.names.get(run)
+        return f"{name} ({run.rpartition('-')[2]})" if name else run
+
+    @cached_property
     def packed(self) -> bool:
         """Return whether the study is in one file."""
         return not self.folder.is_dir()

@@ -117,7 +117,7 @@ def continued(study: Study) -> Iterator[str]:
         parts = made_by.segments(study.provenance.get(run, {}))
         for before, after in itertools.pairwise(parts):
             for difference in made_by.differences(before, after):
-                found.setdefault(difference, []).append(f"{run} from step {before.get('until_step')} on")
+                found.setdefault(difference, []).append(f"{study.called(run)} from step {before.get('until_step')} on")
     for difference, runs in found.items():
         yield f"Interrupted and continued under other circumstances ({difference}): {listed(runs, 1)}."
 

@@ -3,9 +3,9 @@
 import os
 import re
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -16,39 +16,37 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab.common.console import Console
-from normlab.common.errors import UserError, count, first_line
-from normlab.common.progress import Progress, live_view, one_line, span
+from normlab.common.errors import UserError, first_line
+from normlab.common.progress import COLORS, Display, Progress, headline, one_line, span
 from normlab.report.study.load import seconds_since
-from normlab.runs import archive
+from normlab.runs import archive, schema
 from normlab.runs.lock import Holder, holder
+from normlab.runs.naming import names_of
 from normlab.runs.reading import RecordPath, is_there, shown
-from normlab.runs.record import CONFIG, STATUS, find, read_status, scan
+from normlab.runs.record import CONFIG, STATUS, find, read_config, read_status, scan
 from normlab.runs.rows import METRICS_FILE
 from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
-COLORS = {
-    State.RUNNING: "cyan",
-    State.LOST: "red",
-    State.FAILED: "red",
-    State.UNREADABLE: "red",
-    State.INTERRUPTED: "yellow",
-    State.PLANNED: "",
-    State.DIVERGED: "magenta",
-    State.DONE: "green",
-}
 ROWS = 20  # runs listed of a state; finished runs only in a study of no more than these
 REFRESH_SECONDS = 2.0
+_WRONG = (State.FAILED, State.LOST, State.UNREADABLE)
+_ENDED = (*_WRONG, State.INTERRUPTED, *FINISHED)
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run: its state and facts by status.json, why it is in a bad state, and who holds it while it runs."""
+    """One run: its state and facts by status.json, why it is in a bad state, and who holds it while it runs.
+
+    Attributes:
+        name: of its folder; title: what it is called in its study.
+    """
 
     name: str
     state: State
     facts: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
     holder: Holder | None = None
+    title: str = ""
 
     @property
     def progress(self) -> Progress:
@@ -76,9 +74,11 @@ class RunStatus:
         )
         seconds, left = progress.number("wall_seconds"), self.total_seconds and progress.seconds_left
         return {
+            "id": self.name.rpartition("-")[2] if self.title != self.name else "",
             "progress": f"{progress.epoch}, {progress.share:.0%}" if begun else waiting,
             "time left": span(left) if left is not None else "",
             "accuracy": progress.accuracy,
+            "speed": progress.speed,
             "heartbeat": f"{span(max(0.0, seconds_since(beat, now)))} ago" if beat else "",
             "where": f"{host or ''} {f'job {job}' if job else f'process {process}' if process else ''}".strip(),
             "wall time": span(seconds) if seconds is not None else "",
@@ -94,7 +94,24 @@ def read_packed(path: Path) -> list[RunStatus]:
         UserError: if the file is damaged.
     """
     with archive.opened(path) as folder:
-        return [_read(run) for run in find(folder)]
+        found = find(folder)
+        return _titled(list(map(_read, found)), {run.name: _settings_of(run) for run in found})
+
+
+def _settings_of(folder: RecordPath) -> dict[str, Any] | None:
+    """Return the configuration of a run, None if it cannot be read."""
+    try:
+        config = read_config(folder)
+    except UserError:
+        return None
+    return None if schema.fault(schema.Config, config) else config
+
+
+def _titled(runs: Sequence[RunStatus], configs: Mapping[str, dict[str, Any] | None]) -> list[RunStatus]:
+    """Return runs with what they are called; one without settings by the name of its folder."""
+    known = {name: config for name, config in configs.items() if config is not None}
+    titles = dict(zip(known, names_of(list(known.values())), strict=True))
+    return [replace(run, title=titles.get(run.name, run.name)) for run in runs]
 
 
 class Survey:
@@ -102,6 +119,7 @@ class Survey:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._configs: dict[str, dict[str, Any] | None] = {}
         self._seen: dict[str, tuple[int, RunStatus]] = {}
 
     def read(self) -> list[RunStatus]:
@@ -114,7 +132,11 @@ class Survey:
             found = scan(self.folder)
         except OSError as error:
             raise UserError(f"The folder {self.folder} cannot be read: {error.strerror}.") from None
-        return [self._read_run(path, why) for path, why in found]
+        configs = {
+            path.name: self._configs.get(path.name) or (None if why else _settings_of(path)) for path, why in found
+        }
+        self._configs = configs
+        return _titled([self._read_run(path, why) for path, why in found], configs)
 
     def _read_run(self, folder: Path, why: str) -> RunStatus:
         if why:
@@ -183,13 +205,7 @@ def time_left(runs: Sequence[RunStatus]) -> float | None:
 
 def summary(study: str, runs: Sequence[RunStatus]) -> Text:
     """Return the study on one line: how many runs are in which state, and the time left."""
-    counts = Counter(run.state for run in runs)
-    line = Text(f"Study {study}, {count(len(runs), 'run')}: ")
-    line.append_text(
-        Text(", ").join(Text(f"{counts[state]} {state}", color) for state, color in COLORS.items() if counts[state])
-    )
-    left = time_left(runs)
-    return line.append(f"; about {span(left)} left" if left is not None else "")
+    return headline(f"Study {study}", [run.state for run in runs], time_left(runs))
 
 
 def view(study: str, runs: Sequence[RunStatus], now: datetime | None = None) -> Group:
@@ -199,7 +215,7 @@ def view(study: str, runs: Sequence[RunStatus], now: datetime | None = None) -> 
     by_state: dict[State, list[RunStatus]] = defaultdict(list)
     for run in runs:
         by_state[run.state].append(run)
-    for state, color in COLORS.items():
+    for state, color in zip(map(State, COLORS), COLORS.values(), strict=True):
         if by_state[state] and (state not in FINISHED or len(runs) <= ROWS):
             parts += [Text(), *_section(state, color, by_state[state], now)]
     if not by_state[State.RUNNING] and any(by_state[state] for state in (*UNFINISHED, State.FAILED)):
@@ -213,30 +229,28 @@ def view(study: str, runs: Sequence[RunStatus], now: datetime | None = None) -> 
 
 def _section(state: State, color: str, runs: Sequence[RunStatus], now: datetime) -> Iterator[RenderableType]:
     columns = _COLUMNS[state]
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=bool(columns), header_style="dim")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column(Text(state, f"not dim {color}"), overflow="fold")  # a name that is whole can be copied
     for column in columns:
         long = column in ("error", "why")
         table.add_column(column, overflow="fold", no_wrap=not long, min_width=20 if long else None)
-    if not columns:
-        yield Text(state, color)
     for run in runs[:ROWS]:
         cells = run.columns(now)
-        table.add_row(Text(run.name), *(Text(cells[column]) for column in columns))
+        table.add_row(Text(run.title or run.name), *(Text(cells[column]) for column in columns))
     yield table
     if len(runs) > ROWS:
         yield Text(f"and {len(runs) - ROWS} more", "dim")
 
 
 _COLUMNS = {
-    State.RUNNING: ("progress", "time left", "accuracy", "heartbeat", "where"),
-    State.LOST: ("progress", "accuracy", "heartbeat", "where"),
-    State.INTERRUPTED: ("progress", "accuracy", "heartbeat", "where"),
-    State.FAILED: ("where", "heartbeat", "error"),
-    State.UNREADABLE: ("why",),
-    State.PLANNED: (),
-    State.DIVERGED: ("progress", "wall time", "why"),
-    State.DONE: ("accuracy", "wall time"),
+    State.RUNNING: ("id", "progress", "time left", "accuracy", "speed", "heartbeat", "where"),
+    State.LOST: ("id", "progress", "accuracy", "heartbeat", "where"),
+    State.INTERRUPTED: ("id", "progress", "accuracy", "heartbeat", "where"),
+    State.FAILED: ("id", "where", "heartbeat", "error"),
+    State.UNREADABLE: ("id", "why"),
+    State.PLANNED: ("id",),
+    State.DIVERGED: ("id", "progress", "wall time", "why"),
+    State.DONE: ("id", "accuracy", "wall time"),
 }
 
 
@@ -245,8 +259,8 @@ def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, con
 
     If `quiet`, print the summary alone; with `watch` only once that is so.
 
-    In a terminal the tables are refreshed in place; elsewhere there is a line whenever a state has changed. Ctrl-C
-    ends it.
+    In a terminal the runs under way are shown in place; elsewhere there is a line whenever a state has changed. A line
+    stays of each run that ends or fails; at the end there are the tables. Ctrl-C ends it.
 
     Raises:
         UserError: if the study's folder or file cannot be read.
@@ -268,26 +282,33 @@ def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, con
 
 
 def _watch(study: str, survey: Survey, console: Console) -> None:
+    """Show runs under way, and a line about each that ends; where lines cannot be redrawn, one for each change, too."""
     runs: list[RunStatus] = []
-    live = live_view(console, lambda: view(study, runs) if runs else "", auto_refresh=False)
-    if live is None:
-        _log(study, survey, console)
-        return
-    with live:
-        for latest in _poll(survey):
-            runs[:] = latest
-            live.refresh()
-
-
-def _log(study: str, survey: Survey, console: Console) -> None:
-    """Print a line whenever a state has changed; at the end, the tables."""
-    before: list[str] = []
-    for runs in _poll(survey):
-        states = [f"{run.name} {run.state}" for run in runs]
-        if states != before:
-            console.print(Text(f"{datetime.now():%H:%M:%S} ").append_text(summary(study, runs)), soft_wrap=True)
-            before = states
+    with Display({}, console=console, of=f"Study {study}", time_left=lambda: time_left(runs)) as display:
+        try:
+            for latest in _poll(survey):
+                runs[:] = latest
+                if _tell(display, latest) and not display.live:
+                    display.say(f"{datetime.now():%H:%M:%S} {summary(study, latest)}")
+        except KeyboardInterrupt:
+            if not display.live:
+                raise
     console.print(view(study, runs))
+
+
+def _tell(display: Display, runs: Sequence[RunStatus]) -> bool:
+    """Show runs as they are now; return whether a state has changed. Runs that had failed before are told, too."""
+    before, changed = dict(display.states), [run for run in runs if display.states.get(run.name) != run.state]
+    for run in runs:
+        display.know(run.name, run.title, run.state)
+        if run.state == State.RUNNING:
+            display.news(run.name, run.facts)
+    ended = [run for run in changed if run.state in (_WRONG if run.name not in before else _ENDED)]
+    for run in ended[:ROWS]:
+        display.ended(run.name, {"error": run.note, **run.facts, "state": run.state})
+    if len(ended) > ROWS:
+        display.say(f"and {len(ended) - ROWS} more")
+    return bool(changed)
 
 
 def _poll(survey: Survey) -> Iterator[list[RunStatus]]:

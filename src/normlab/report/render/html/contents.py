@@ -147,7 +147,7 @@ def _noted(study: Study) -> list[dict[str, Any]]:
     """Return the runs that are not done and the gaps of the grid."""
     return [
         {
-            "run": run.run or "(no folder)",
+            "run": study.called(run.run) if run.run else "(no folder)",
             "href": _href(study, run.run),
             "place": "" if pd.isna(run.batch) else f"{run.setting}, {run.arm}, batch {run.batch}, seed {run.seed}",
             "state": run.state,
@@ -205,7 +205,12 @@ def _runs(study: Study, numbers: Mapping[CellKey, int], metric: Metric) -> dict[
     for run in named_rows(study.placed):
         cell = cells[numbers[run.setting, run.arm, int(run.batch)]]
         cell["runs"].append(len(found))
-        row: dict[str, Any] = {"name": run.run, "seed": int(run.seed), "state": run.state, "note": run.note or ""}
+        row: dict[str, Any] = {
+            "name": study.called(run.run),
+            "seed": int(run.seed),
+            "state": run.state,
+            "note": run.note or "",
+        }
         if run.run:
             cell["own"] = {key: value for key, value in settings.get(run.run, {}).items() if key not in common}
             row |= {"href": _href(study, run.run), "log": _end_of_log(study.folder / run.run, run.state)}
