@@ -153,7 +153,11 @@ def test_a_finished_run_that_was_changed_is_carried_out_again(make, file) -> Non
     run = recorded(make("epochs=2"))
     path = run.folder / file
     path.write_bytes(
-        path.read_bytes().replace(b"1.0", b"2.0").replace(b"a proc", b"b proc").replace(b'h": 2', b'h": 1')
+        path.read_bytes()
+        .replace(b"1.0", b"2.0")
+        .replace(b"a proc", b"b proc")
+        .replace(b'h": 2', b'h": 1')
+        .replace(b"cat", b"kat")
     )
     if file == "config.yaml":
         path.write_text(path.read_text() + "# edited\n")
