@@ -295,18 +295,17 @@ class Run:
         }
         if warnings or rows:  # if all are kept, too: the last may lack the end of its line
             kept[METRICS_FILE] = [row for row in rows if row["step"] <= evaluated]
-        if kept:
-            self._list(kept)
-        self._remove(CORRECT)
+        dropped = [CORRECT] if reading.is_there(self.folder / CORRECT) else []
+        if kept or dropped:
+            self._list([*kept, *dropped])
+        for name in dropped:
+            self._remove(name)
         for name, of_file in kept.items():
             self._rewrite(name, _as_lines(of_file).encode())
         return [*([changes] if changes else []), *warnings, *complaints]
 
     def _remove(self, name: str) -> None:
-        """Remove a file of the record; until the next status it is named with the sum of no bytes."""
-        if not reading.is_there(self.folder / name):
-            return
-        self._list([name])
+        """Remove a file that the status names with the sum of no bytes."""
         try:
             (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
