@@ -5,7 +5,7 @@ import csv
 import pytest
 from commands import run_command
 
-SMALL = ("model=gitman_cifar", "dataset.image_size=28", "dataset.train_size=32", "dataset.test_size=32")
+SMALL = ("model=custom", "model.target=small.SmallNet", "dataset.train_size=32", "dataset.test_size=32")
 
 
 @pytest.mark.slow
@@ -20,7 +20,9 @@ def test_a_sweep_with_a_grid_is_reported_at_the_best_rates(tmp_path):
         "batch=16",
         *SMALL,
     )
-    code, out, error = run_command(tmp_path, "train.py", *sweep, "dataset.val_size=30", "hydra.launcher.slots=1")
+    code, out, error = run_command(
+        tmp_path, "train.py", *sweep, "dataset.val_size=30", "hydra/launcher=basic", "threads=1"
+    )
     assert code == 0, out + error
     code, out, error = run_command(tmp_path, "report.py", "figures=false")
     assert code == 0, out + error
