@@ -14,7 +14,6 @@ def test_a_sweep_with_a_grid_is_reported_at_the_best_rates(tmp_path):
         "-m",
         "+tuning=lr",
         "norm=bn,none",
-        "seed=0,1",
         "optimizer.lr=1e-9,0.003,100",
         "epochs=1",
         "batch=16",
