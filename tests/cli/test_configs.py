@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from normlab import models
 from normlab.norms import LpNorm
@@ -37,8 +38,20 @@ def test_every_group_has_files_and_is_on_the_menu() -> None:
         assert re.search(rf"[:|#] *{option}( |$)", " ".join(entry), re.MULTILINE), f"{file} is not on the menu"
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == {
         *GROUPS,
-        *("budget", "cluster", "experiment", "hydra"),
+        *("budget", "cluster", "experiment", "hydra", "tuning"),
     }
+
+
+@pytest.mark.parametrize(("file", "optimizer"), [("lr", "sgd"), ("lr_adam", "adam"), ("lr_adam", "rmsprop")])
+def test_a_grid_of_rates_holds_the_optimizers_own_and_brings_images_to_choose_on(make, file, optimizer) -> None:
+    config = make(f"+tuning={file}", f"optimizer={optimizer}")
+    assert (config.tuned, config.dataset.val_size) == (["optimizer.lr"], 300)
+    assert run_name(config.as_dict()) == run_name(config.model_copy(update={"tuned": []}).as_dict())
+    grid = yaml.safe_load((CONF / "tuning" / f"{file}.yaml").read_text())["hydra"]["sweeper"]["params"]["optimizer.lr"]
+    rates = [float(rate) for rate in grid.split(",")]
+    assert rates == sorted(rates)
+    assert rates[1] < config.optimizer.lr < rates[-2]
+    assert f"+tuning=lr or {file}" in (CONF / "config.yaml").read_text() or file == "lr"
 
 
 @pytest.mark.no_cover

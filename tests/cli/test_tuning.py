@@ -5,7 +5,7 @@ import csv
 import pytest
 from commands import run_command
 
-SMALL = ("model=gitman_cifar", "dataset.image_size=28", "dataset.train_size=32", "dataset.test_size=32")
+SMALL = ("model=custom", "model.target=small.SmallNet", "dataset.train_size=32", "dataset.test_size=32")
 
 
 @pytest.mark.slow
@@ -14,13 +14,14 @@ def test_a_sweep_with_a_grid_is_reported_at_the_best_rates(tmp_path):
         "-m",
         "+tuning=lr",
         "norm=bn,none",
-        "seed=0,1",
         "optimizer.lr=1e-9,0.003,100",
         "epochs=1",
         "batch=16",
         *SMALL,
     )
-    code, out, error = run_command(tmp_path, "train.py", *sweep, "dataset.val_size=30", "hydra.launcher.slots=1")
+    code, out, error = run_command(
+        tmp_path, "train.py", *sweep, "dataset.val_size=30", "hydra/launcher=basic", "threads=1"
+    )
     assert code == 0, out + error
     code, out, error = run_command(tmp_path, "report.py", "figures=false")
     assert code == 0, out + error

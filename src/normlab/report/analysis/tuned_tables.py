@@ -59,7 +59,7 @@ def _chosen_table(tuning: Tuning, confidence: float) -> Table:
             {"arm": TableCell(choice.arm), "batch": TableCell(str(choice.batch), choice.batch, choice.batch)}
             | {name: _value_cell(value, chosen is not None) for name, value in values.items()}
             | {
-                "of": TableCell(str(len(choice.tried)), len(choice.tried)),
+                "values": TableCell(str(len(choice.tried)), len(choice.tried)),
                 "seeds": TableCell(str(interval.n), interval.n),
                 "validation (%)": TableCell(shown, interval.mean),
                 "tried": TableCell("; ".join(each.text for each in choice.tried)),
