@@ -136,7 +136,7 @@ def test_the_commands_of_next_are_carried_out_and_settle_the_first_look(tmp_path
     assert (status, error) == (0, "")
     [line] = set(out.splitlines())
     assert shlex.split(line)[:2] == ["python", "train.py"]
-    status, _, error = command("train.py", *shlex.split(line)[2:], "device=cpu", "threads=1")
+    status, _, error = command("train.py", *shlex.split(line)[2:], "device=cpu", "threads=1", "quiet=true")
     assert (status, error) == (0, "")
     status, out, error = command("report.py", "next", "study=s", "looks=3")
     assert (status, error) == (0, "")
