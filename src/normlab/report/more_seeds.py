@@ -132,7 +132,7 @@ def _of_verdicts(study: Study, options: Options, judgements: Sequence[Judgement]
 
 def _level(options: Options, looks: int, comparisons: int) -> float:
     """Return the level of one of these comparisons, in two digits, rounded down: a command has to name it."""
-    level = max(options.alpha / looks / comparisons, 1e-300)
+    level = max(options.alpha / looks / comparisons, 1e-50)
     unit = 10.0 ** (math.floor(math.log10(level)) - 1)
     return float(f"{math.floor(level / unit * (1 + 1e-12)) * unit:.2g}")
 
