@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from normlab import report, runs
 from normlab.common.errors import UserError
-from normlab.report import reruns
+from normlab.report import reruns, verify
 from normlab.runs import archive
 
 SMALL = (
@@ -441,3 +441,14 @@ def test_settings_of_reruns_are_checked(folder, settings, why):
     with pytest.raises(UserError) as error:
         report.verify_study(str(folder), folder.parent, **settings)
     assert why in str(error.value)
+
+
+def test_a_table_from_before_intervals_were_cut_is_open_and_no_other_one() -> None:
+    anew = "arm,mean,low,high\nbn,98.0,96.0,100.0\nnone,1.0,0.0,2.0\n"
+    check = verify._compared("accuracy", anew.replace("100.0", "101.25").replace("0.0,2.0", "-0.5,2.0"), anew)
+    assert check.outcome == "open"
+    assert "2 ends of intervals beyond what is possible, such as 101.25 for 100.0" in check.text
+    for other in ("99.0", "x"):
+        assert verify._compared("accuracy", anew.replace("100.0", other), anew).outcome == "fails"
+    assert verify._compared("accuracy", anew.replace("96.0", "97.0"), anew).outcome == "fails"
+    assert verify._compared("accuracy", anew.replace("98.0", "99.0"), anew).outcome == "fails"

@@ -81,6 +81,12 @@ class Need:
     settles: bool = False
 
     @property
+    def mean(self) -> float:
+        """Return the mean of the differences; nan where there are none, or infinities of both signs."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return float(np.mean(self.differences)) if self.differences else math.nan
+
+    @property
     def cost(self) -> float:
         """Return the seconds of all new seeds; infinity where they are not known."""
         total = self.seconds * self.seeds if self.seeds else math.inf
@@ -126,7 +132,7 @@ def _of_verdicts(study: Study, options: Options, judgements: Sequence[Judgement]
 
 def _level(options: Options, looks: int, comparisons: int) -> float:
     """Return the level of one of these comparisons, in two digits, rounded down: a command has to name it."""
-    level = options.alpha / looks / comparisons
+    level = max(options.alpha / looks / comparisons, 1e-50)
     unit = 10.0 ** (math.floor(math.log10(level)) - 1)
     return float(f"{math.floor(level / unit * (1 + 1e-12)) * unit:.2g}")
 
@@ -187,7 +193,7 @@ def _planned(need: Need, obstacle: str) -> Need:
     deviation = spread(values)
     if not deviation > 0:
         return _by_signs(need)
-    distance = float(np.mean(values)) - comparison.reference
+    distance = need.mean - comparison.reference
     margin = _margin(comparison)
     if comparison.expect == "equal":
         off = abs(distance)
@@ -207,6 +213,8 @@ def _by_signs(need: Need) -> Need:
     if len(sides) != 1 or 0.0 in sides or need.comparison.expect == "equal":
         return replace(need, note="more seeds do not settle it: differences without a spread, on no one side")
     seeds = math.ceil(math.log2(2 / need.level))
+    if seeds > MOST:
+        return replace(need, note=f"more than {MOST} seeds, by the sign test")
     return replace(need, seeds=seeds, settles=True, note="by the sign test, if all agree")
 
 
@@ -221,7 +229,7 @@ def _margin(comparison: Comparison) -> float:
 
 def _alike(need: Need) -> str:
     """Return in words how near to what the comparison is tested against the mean lies, at most."""
-    comparison, mean = need.comparison, float(np.mean(need.differences))
+    comparison, mean = need.comparison, need.mean
     bound = comparison.reference
     if comparison.expect == "equal":
         bound += math.copysign(comparison.margin, mean - bound)
@@ -293,7 +301,7 @@ def _title(need: Need) -> str:
 def _observed(need: Need) -> str:
     if not need.differences:
         return NOTHING
-    mean, deviation, comparison = float(np.mean(need.differences)), spread(need.differences), need.comparison
+    mean, deviation, comparison = need.mean, spread(need.differences), need.comparison
     if comparison.in_factors:
         shown = f"factor {math.exp(min(mean, 700)):.3g}"
         return f"{shown}, sd factor {math.exp(min(deviation, 700)):.3g}" if deviation > 0 else shown
@@ -329,7 +337,7 @@ def _tidy_row(need: Need) -> dict[str, object]:
         "comparison": need.what,
         "expected": comparison.expect if need.claim else "different",
         "reference": comparison.reference,
-        "mean": float(np.mean(values)) if values else math.nan,
+        "mean": need.mean,
         "deviation": spread(values),
         "n": len(values),
         "level": need.level,

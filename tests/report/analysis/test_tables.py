@@ -55,7 +55,22 @@ def test_accuracy_is_the_mean_of_the_last_epoch_with_scipys_interval(add_run, ta
     sample = 100 * np.array(finals)
     low, high = stats.t.interval(0.95, 2, sample.mean(), stats.sem(sample))
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((83.0, low, high))
-    assert cell(tables()["accuracy"], "bn", 8) == f"93.0 ± {high - 93:.1f} (n=3)"
+    assert cell(tables()["accuracy"], "bn", 8) == f"83.0 ± {high - 83:.1f} (n=3)"
+
+
+def test_intervals_are_cut_at_what_is_possible_and_shown_by_their_ends(add_run, tables):
+    for seed, final in enumerate((0.90, 0.92, 0.97)):
+        add_run(seed=seed, accuracies=(0.1, 0.99, final))
+        add_run("none", seed=seed, accuracies=(0.1, 0.2, 0.5 * (seed - 1) ** 2))
+    found = tables(baseline="bn")
+    bn = row(found["accuracy"], arm="bn")
+    half = stats.t.ppf(0.975, 2) * stats.sem([90, 92, 97])
+    assert (bn["low"], bn["high"]) == pytest.approx((93 - half, 100))
+    assert cell(found["accuracy"], "bn", 8) == f"93.0 [{93 - half:.1f}, 100.0] (n=3)"
+    assert (row(found["accuracy"], arm="none")["low"]) == 0
+    assert row(found["difference"], arm="none")["low"] == -100
+    assert "cut at 0 and 100 %" in found["accuracy"].caption
+    assert "cut at -100 and 100 points" in found["difference"].caption
 
 
 def test_a_caption_explains_what_its_table_has_and_nothing_else(add_run, tables):

@@ -24,7 +24,7 @@ def power(seeds: Sequence[int], effects: Sequence[float], level: float) -> NDArr
     from scipy.special import nctdtr, stdtrit  # here: a report that plans nothing is quicker without scipy
 
     n = np.asarray(seeds, dtype=float)
-    bound = stdtrit(n - 1, 1 - level / 2)
+    bound = -stdtrit(n - 1, level / 2)
     failed = sum(nctdtr(n - 1, effect * np.sqrt(n), bound) for effect in effects)
     return np.maximum(0.0, 1.0 - np.asarray(failed, dtype=float))
 
