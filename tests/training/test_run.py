@@ -87,7 +87,7 @@ def test_a_status_has_the_images_per_second_and_is_read_as_it_was_written(tiny) 
     config, told = tiny(), []
     ended = train_run(config, on_status=lambda status: told.append((status, runs.read_status(folder(config)))))
     assert all(written == read for written, read in told)
-    assert ended["images_per_second"] == rows(config)[-1]["images_per_second"] > 0
+    assert ended["images_per_second"] == runs.read_metrics(folder(config))[0][-1]["images_per_second"] > 0
 
 
 def test_accuracy_is_that_of_the_final_weights(tiny) -> None:
