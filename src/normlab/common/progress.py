@@ -164,9 +164,9 @@ class Display:
         for key, name in names.items():
             self.know(key, name)
         to_terminal = sys.stdout.isatty()  # what goes to a file must get there
-        options = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
+        options: dict[str, Any] = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
         can = not quiet and redraws(self.console)
-        self.live = Live(console=self.console, get_renderable=self._lines, **options) if can else None  # type: ignore[arg-type]
+        self.live = Live(console=self.console, get_renderable=self._lines, **options) if can else None
 
     def __enter__(self) -> Self:
         if self.live:
@@ -307,7 +307,8 @@ def _fitted(lines: Sequence[tuple[str, Progress]], width: int) -> Table:
     wide = [(each, sum(widths[i] + 2 for i in each if widths and widths[i])) for each in _COLUMNS]
     shown, taken = next((each for each in wide if width - each[1] >= min(longest, LEAST_NAME)), wide[-1])
     names = min(longest, width - taken)
-    bar = width - taken - longest > BAR + 1
+    doing = max((len(each[0]) + 1 for each in words if len(each) == 1), default=0)
+    bar = width - max(taken, doing) - longest > BAR + 1
     table = Table.grid(padding=(0, 1, 0, 0))
     for (name, progress), each in zip(lines, words, strict=True):
         texts = [f"{each[i]:<{widths[i]}}" for i in shown if widths[i]] if len(each) > 1 else [each[0]]

@@ -291,10 +291,11 @@ def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, con
 def _watch(study: str, survey: Survey, console: Console) -> None:
     """Show runs under way, and a line about each that ends; where lines cannot be redrawn, one for each change, too."""
     runs: list[RunStatus] = []
-    with Display({}, console=console, of=f"Study {study}", time_left=lambda: time_left(runs)) as display:
+    left: float | None = None
+    with Display({}, console=console, of=f"Study {study}", time_left=lambda: left) as display:
         try:
             for latest in _poll(survey):
-                runs[:] = latest
+                runs, left = latest, time_left(latest)
                 if _tell(display, latest) and not display.live:
                     display.say(f"{datetime.now():%H:%M:%S} {summary(study, latest)}")
         except KeyboardInterrupt:
