@@ -22,6 +22,7 @@ def test_a_task_that_is_sent_signals_again_and_again_writes_its_checkpoint(tiny,
     for each in configs:
         runs.Run(each).freeze()
     files.write_json(order, {"slots": 1, "tasks": [[{"settings": each} for each in configs]]})
+    order.write_text(order.read_text().replace('{"settings"', '{"name": "first of all", "settings"', 1))
     of_slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLOW_SECONDS": "0.05"}
     task = ("-u", "-m", "normlab.launchers.slurm_task", order)
     with python(tmp_path, *task, new_session=True, **of_slurm) as process:
@@ -33,6 +34,7 @@ def test_a_task_that_is_sent_signals_again_and_again_writes_its_checkpoint(tiny,
                 os.killpg(process.pid, signal.SIGTERM)
         output = "".join(process.communicate(timeout=60))
     assert process.returncode == REQUEUE_STATUS, output
+    assert "Runs of this job: first of all, bn seed=1\n" in output  # an order of before version 0.5 has no names
     assert output.count("SLURM sends SIG") == 1
     assert "Traceback" not in output
     assert status(config)["state"] == "interrupted"

@@ -78,7 +78,7 @@ def test_a_run_of_one_name_is_carried_out_in_each_folder_that_is_named(tmp_path)
     code, out, error = run_command(tmp_path, "train.py", "-m", "study=one,other,third", "output_dir=a", *SMALL, PLAN)
     assert code == 0, error
     assert "3 runs: 1 new, 0 to resume, 0 failed before, 0 running elsewhere, 2 done" in out
-    assert "a/third/small" in out
+    assert "bn seed=0 study=third" in out
 
 
 @pytest.mark.parametrize(

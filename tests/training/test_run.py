@@ -83,6 +83,13 @@ def test_training_loss_and_accuracy_are_those_of_the_images_seen(tiny, monkeypat
     assert rows(config)[0]["train_accuracy"] == pytest.approx(sum(hits for *_, hits in seen) / 40)
 
 
+def test_a_status_has_the_images_per_second_and_is_read_as_it_was_written(tiny) -> None:
+    config, told = tiny(), []
+    ended = train_run(config, on_status=lambda status: told.append((status, runs.read_status(folder(config)))))
+    assert all(written == read for written, read in told)
+    assert ended["images_per_second"] == runs.read_metrics(folder(config))[0][-1]["images_per_second"] > 0
+
+
 @pytest.mark.parametrize("settings", [(), ("norm=ln", "eval_stats=batch", "sampler=paired"), ("weight_average=0.5",)])
 def test_accuracy_and_images_that_are_right_are_those_of_the_final_weights(tiny, settings) -> None:
     config = tiny("save_weights=true", *settings)

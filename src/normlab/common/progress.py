@@ -164,9 +164,9 @@ class Display:
         for key, name in names.items():
             self.know(key, name)
         to_terminal = sys.stdout.isatty()  # what goes to a file must get there
-        options = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
+        options: dict[str, Any] = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
         can = not quiet and redraws(self.console)
-        self.live = Live(console=self.console, get_renderable=self._lines, **options) if can else None  # type: ignore[arg-type]
+        self.live = Live(console=self.console, get_renderable=self._lines, **options) if can else None
 
     def __enter__(self) -> Self:
         if self.live:
@@ -257,12 +257,12 @@ class Display:
         return sum(state not in ("planned", "running") for state in list(self.states.values()))
 
     def time_left(self) -> float | None:
-        """Return the seconds until all runs are over, or None before any of the work is done."""
+        """Return the seconds until all runs are over, or None before a hundredth of the work is done."""
         if self._time_left:
             return self._time_left()
         over = sum(self.work[key] * (share - self.first[key]) for key, share in list(self.done.items()))
         left = sum(work * (1 - self.done.get(key, 0.0)) for key, work in self.work.items())
-        return self.elapsed * left / over if over > 0 and self.elapsed > 2 else None
+        return self.elapsed * left / over if 100 * over > left and self.elapsed > 2 else None
 
     def _lines(self) -> RenderableType:
         """Return the live lines, as wide and as high as the terminal is at this moment."""
@@ -293,7 +293,7 @@ def headline(of: str, states: Sequence[str], left: float | None) -> Text:
     order = [*COLORS, *(state for state in counts if state not in COLORS)]
     parts = (Text(f"{counts[state]} {state}", COLORS.get(state, "")) for state in order if counts[state])
     line.append_text(Text(", ").join(parts))
-    return line.append(f"; about {span(left)} left" if left is not None else "")
+    return line.append(f"; about {span(left)} left" if left else "")
 
 
 _COLUMNS = ((0, 1, 2, 3), (0, 1, 3), (0, 3), (0,), ())  # of `Progress.words`: as many as there is room for
@@ -307,7 +307,8 @@ def _fitted(lines: Sequence[tuple[str, Progress]], width: int) -> Table:
     wide = [(each, sum(widths[i] + 2 for i in each if widths and widths[i])) for each in _COLUMNS]
     shown, taken = next((each for each in wide if width - each[1] >= min(longest, LEAST_NAME)), wide[-1])
     names = min(longest, width - taken)
-    bar = width - taken - longest > BAR + 1
+    doing = max((len(each[0]) + 1 for each in words if len(each) == 1), default=0)
+    bar = width - max(taken, doing) - longest > BAR + 1
     table = Table.grid(padding=(0, 1, 0, 0))
     for (name, progress), each in zip(lines, words, strict=True):
         texts = [f"{each[i]:<{widths[i]}}" for i in shown if widths[i]] if len(each) > 1 else [each[0]]

@@ -230,7 +230,8 @@ def list_failures(display: Display, jobs: Sequence[Job], heading: str, failed: S
     """Print how many of `jobs` are finished, and below `heading` those that failed, with logs and reasons."""
     finished = sum(job.run.state in runs.FINISHED for job in jobs)
     display.say(f"{finished} of {len(jobs)} runs finished in {span(display.elapsed)}.")
-    lines = [f"  {job.run.title}, {_log(job.run.folder)}: {why}" for job, why in failed]
+    logs = [f", {_log(job.run.folder)}" if str(job.run.folder) not in why else "" for job, why in failed]
+    lines = [f"  {job.run.title}{log}: {why}" for log, (job, why) in zip(logs, failed, strict=True)]
     for line in [heading, *lines] if failed else ():
         display.warn(line)
 

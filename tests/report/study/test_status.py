@@ -123,7 +123,19 @@ def test_a_damaged_status_is_told_with_its_reason(run, study, content) -> None:
     assert "status.json cannot be read: " in text or "unknown state" in text
 
 
-FACTS = ["epoch", "epochs", "step", "steps", "wall_seconds", "test_accuracy", "host", "pid", "heartbeat", "error"]
+FACTS = [
+    "epoch",
+    "epochs",
+    "step",
+    "steps",
+    "wall_seconds",
+    "test_accuracy",
+    "images_per_second",
+    "host",
+    "pid",
+    "heartbeat",
+    "error",
+]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +144,7 @@ FACTS = ["epoch", "epochs", "step", "steps", "wall_seconds", "test_accuracy", "h
         *((fact, True) for fact in FACTS),
         *(
             ("step", -1),
+            ("images_per_second", -1.0),
             ("epoch", 10**30),
             ("test_accuracy", 7),
             ("wall_seconds", 1e300),

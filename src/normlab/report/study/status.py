@@ -95,7 +95,8 @@ def read_packed(path: Path) -> list[RunStatus]:
     """
     with archive.opened(path) as folder:
         found = find(folder)
-        return _titled(list(map(_read, found)), {run.name: _settings_of(run) for run in found})
+        titles = _titles({run.name: _settings_of(run) for run in found})
+        return [_titled(_read(run), titles) for run in found]
 
 
 def _settings_of(folder: RecordPath) -> dict[str, Any] | None:
@@ -107,11 +108,14 @@ def _settings_of(folder: RecordPath) -> dict[str, Any] | None:
     return None if schema.fault(schema.Config, config) else config
 
 
-def _titled(runs: Sequence[RunStatus], configs: Mapping[str, dict[str, Any] | None]) -> list[RunStatus]:
-    """Return runs with what they are called; one without settings by the name of its folder."""
+def _titles(configs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
+    """Return what runs are called, by folder; one without settings by the name of that."""
     known = {name: config for name, config in configs.items() if config is not None}
-    titles = dict(zip(known, names_of(list(known.values())), strict=True))
-    return [replace(run, title=titles.get(run.name, run.name)) for run in runs]
+    return {name: name for name in configs} | dict(zip(known, names_of(list(known.values())), strict=True))
+
+
+def _titled(run: RunStatus, titles: Mapping[str, str]) -> RunStatus:
+    return replace(run, title=titles.get(run.name, run.name))
 
 
 class Survey:
@@ -120,6 +124,7 @@ class Survey:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._configs: dict[str, dict[str, Any] | None] = {}
+        self._titles: dict[str, str] = {}
         self._seen: dict[str, tuple[int, RunStatus]] = {}
 
     def read(self) -> list[RunStatus]:
@@ -135,8 +140,10 @@ class Survey:
         configs = {
             path.name: self._configs.get(path.name) or (None if why else _settings_of(path)) for path, why in found
         }
+        if {name for name, each in configs.items() if each} != {name for name, each in self._configs.items() if each}:
+            self._titles = _titles(configs)
         self._configs = configs
-        return _titled([self._read_run(path, why) for path, why in found], configs)
+        return [_titled(self._read_run(path, why), self._titles) for path, why in found]
 
     def _read_run(self, folder: Path, why: str) -> RunStatus:
         if why:
@@ -284,10 +291,11 @@ def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, con
 def _watch(study: str, survey: Survey, console: Console) -> None:
     """Show runs under way, and a line about each that ends; where lines cannot be redrawn, one for each change, too."""
     runs: list[RunStatus] = []
-    with Display({}, console=console, of=f"Study {study}", time_left=lambda: time_left(runs)) as display:
+    left: float | None = None
+    with Display({}, console=console, of=f"Study {study}", time_left=lambda: left) as display:
         try:
             for latest in _poll(survey):
-                runs[:] = latest
+                runs, left = latest, time_left(latest)
                 if _tell(display, latest) and not display.live:
                     display.say(f"{datetime.now():%H:%M:%S} {summary(study, latest)}")
         except KeyboardInterrupt:
