@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from normlab.common.errors import UserError, as_typed, did_you_mean, first_line, listed
 from normlab.common.installation import command_name, study_words
 from normlab.report.analysis.cells import Table
+from normlab.report.analysis.leaders import leaders
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
 from normlab.report.options import options as menu_options
+from normlab.report.render.answers import answers
 from normlab.report.render.csv import as_csv
-from normlab.report.render.html import PageFigure, html_page
+from normlab.report.render.html import PageFigure, PageTable, html_page
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import caption, escaped, markdown_table, page, sources_sentence
 from normlab.report.render.results import results_page
@@ -53,8 +55,11 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     folder = chosen.report_folder
     _make_report_folder(chosen, folder)
     made = [(table, provenance_of(chosen, table.origin)) for table in tables]
+    on_page = []
     for table, provenance in made:
-        for suffix, text in render(table, chosen.name, provenance).items():
+        texts = render(table, chosen.name, provenance)
+        on_page.append(PageTable(table, provenance, texts["tex"]))
+        for suffix, text in texts.items():
             _write(folder / f"{table.name}.{suffix}", text)
     files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
     drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
@@ -62,7 +67,9 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(chosen, made, shown, warnings))
-    html = html_page(chosen, made, judgements, drawings, metric, warnings)
+    found = leaders(chosen, metric, tables[0].tidy, options.confidence)
+    told = answers(chosen, found, judgements, metric, (options.confidence, options.alpha))
+    html = html_page(chosen, on_page, judgements, drawings, metric, warnings, told)
     _write(folder / "index.html", html)
     _remove_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options.figures)
     if options.quiet:
