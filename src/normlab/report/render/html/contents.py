@@ -6,10 +6,9 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import distribution
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
@@ -25,6 +24,7 @@ from normlab.report.analysis.metrics import Metric
 from normlab.report.claims.judge import Judgement
 from normlab.report.claims.texts import format_effect, format_expectation
 from normlab.report.render.description import facts, question
+from normlab.report.render.html.svg import PageFigure, figure_html
 from normlab.report.render.layout import filled, split_number
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
@@ -39,15 +39,11 @@ _OF_A_RUN = ("seed", "study", "output_dir", "data_dir")  # settings that runs of
 CellKey = tuple[str, str, int | None]  # setting, arm and batch size; None: a cell of a table that is of no single one
 
 
-class PageFigure(NamedTuple):
-    """A figure for the page: its panels as Plotly has them, its legend, and as an image for paper."""
-
-    name: str
-    caption: str
-    panels: Sequence[Mapping[str, Any]]
-    legend: Sequence[Mapping[str, str]]
-    png: bytes
-    sources: Provenance
+def cell_numbers(study: Study) -> dict[tuple[str, str, int], int]:
+    """Return the number of each cell on the page."""
+    places = study.placed.astype({"batch": int})
+    keys = dict.fromkeys(zip(*(places[key] for key in CELL), strict=True))
+    return {key: number for number, key in enumerate(keys)}
 
 
 def html_page(
@@ -59,17 +55,13 @@ def html_page(
     warnings: Sequence[str],
 ) -> str:
     """Return the whole page as one text. Texts from disk are escaped; numbers are those of the tables."""
-    places = study.placed.astype({"batch": int})
-    keys = dict.fromkeys(zip(*(places[key] for key in CELL), strict=True))
-    numbers: dict[CellKey, int] = {key: number for number, key in enumerate(keys)}
+    numbers: dict[CellKey, int] = {**cell_numbers(study)}
     lost = _lost(study)
     data = {
         **_runs(study, numbers, metric),
         "measure": {"label": metric.label, "unit": metric.unit, "images": metric.images},
-        "figures": [{"panels": drawing.panels, "legend": drawing.legend} for drawing in drawings],
     }
     parts = [(table, list(_parts(table, numbers, lost)), sources) for table, sources in tables]
-    plotly = _plotly() if drawings or data["runs"] else ""
     return (
         _environment()
         .get_template("index.html.j2")
@@ -81,12 +73,10 @@ def html_page(
             judgements=judgements,
             tables=[part for part in parts if part[0].name != "verdicts"],
             verdicts=next(((table, sources) for table, sources in tables if table.name == "verdicts"), None),
-            drawings=[(drawing, base64.b64encode(drawing.png).decode()) for drawing in drawings],
+            drawings=drawings,
             facts=facts(study),
             warnings=warnings,
             data=_shown(data),
-            plotly=plotly,
-            scripts=" ".join(map(_digest, (_text("page.js"), plotly))),
             made_by=tables[0][1],
         )
     )
@@ -111,7 +101,9 @@ def _environment() -> jinja2.Environment:
         "split_number": split_number,
     }
     environment.tests["nan"] = math.isnan
-    environment.globals |= {"close": CLOSE, "style": _text("page.css"), "script": _text("page.js")}
+    script, style = (f"{_text(f'page.{kind}')}{_text(f'figures.{kind}')}" for kind in ("js", "css"))
+    environment.globals |= {"close": CLOSE, "style": style, "script": script, "allowed": _digest(script)}
+    environment.globals["figure_html"] = figure_html
     return environment
 
 
@@ -131,16 +123,6 @@ def _digest(script: str) -> str:
 
 def _text(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    """Return Plotly's script, from the file in its Python package (of Plotly 6 and 7), which is slow to import."""
-    path = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js")))
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
 
 
 def _noted(study: Study) -> list[dict[str, Any]]:
