@@ -16,7 +16,7 @@ from normlab.report.options import Options
 from normlab.report.options import options as menu_options
 from normlab.report.render.answers import answers
 from normlab.report.render.csv import as_csv
-from normlab.report.render.html import PageFigure, PageTable, html_page
+from normlab.report.render.html import PageFigure, PageTable, cell_numbers, html_page
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import caption, escaped, markdown_table, page, sources_sentence
 from normlab.report.render.results import results_page
@@ -305,12 +305,14 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
 
 
 def _drawings(study: Study, first: Table, metric: Metric, options: Options, folder: Path) -> Iterator[PageFigure]:
-    from normlab.report.render.html.charts import charts
+    from normlab.report.figures import Canvas, as_svg
 
-    for drawn, images in _figures(study, first, metric, options, folder, ("pdf", "png")):
+    cells, canvas = cell_numbers(study), Canvas(options.figure_size, options.figure_style)
+    for drawn in _figures(study, first, metric, options, folder, ("pdf", "png")):
         provenance = provenance_of(study, drawn.rows)
         _write(folder / f"{drawn.name}.sources.json", provenance.as_json())
-        yield PageFigure(drawn.name, drawn.caption, *charts(drawn.figure), images["png"], provenance)
+        svg = as_svg(drawn.figure, drawn.name, cells, canvas)
+        yield PageFigure(drawn.name, drawn.caption, svg, provenance)
 
 
 def _figures_of_page(
@@ -321,22 +323,21 @@ def _figures_of_page(
     make_own_folder(folder, page.parent)
     for earlier in folder.glob("*.png"):
         earlier.unlink(missing_ok=True)  # another report may be made at the same time
-    for figure, _ in _figures(study, first, metric, options, folder, ("png",)):
+    for figure in _figures(study, first, metric, options, folder, ("png",)):
         yield f"figures/{study.name}/{figure.name}.png", figure.caption
 
 
 def _figures(
     study: Study, first: Table, metric: Metric, options: Options, folder: Path, suffixes: Sequence[str]
-) -> Iterator[tuple["NamedFigure", dict[str, bytes]]]:
-    """Draw into `folder`; yield each figure and, by suffix, its images."""
+) -> Iterator["NamedFigure"]:
+    """Draw into `folder`, in each of these formats; yield each figure."""
     from normlab.report.figures import Canvas, draw, encode  # matplotlib is slow to import; tables can do without
 
     canvas = Canvas(options.figure_size, options.figure_style)
     for drawn in draw(study, first, metric, options.confidence, canvas):
-        images = {suffix: encode(drawn.figure, suffix, canvas) for suffix in suffixes}
-        for suffix, image in images.items():
-            _write(folder / f"{drawn.name}.{suffix}", image)
-        yield drawn, images
+        for suffix in suffixes:
+            _write(folder / f"{drawn.name}.{suffix}", encode(drawn.figure, suffix, canvas))
+        yield drawn
 
 
 def _write_claims_page(

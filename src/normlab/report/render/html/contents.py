@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import distribution
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from normlab.report.claims.judge import INCONCLUSIVE, Judgement
 from normlab.report.claims.texts import format_effect, format_expectation
 from normlab.report.render.answers import REAL, Answers
 from normlab.report.render.description import facts, question
+from normlab.report.render.html.svg import PageFigure, figure_html
 from normlab.report.render.layout import filled, split_number
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
@@ -51,15 +51,11 @@ class PageTable(NamedTuple):
     latex: str
 
 
-class PageFigure(NamedTuple):
-    """A figure for the page: its panels as Plotly has them, its legend, and as an image for paper."""
-
-    name: str
-    caption: str
-    panels: Sequence[Mapping[str, Any]]
-    legend: Sequence[Mapping[str, str]]
-    png: bytes
-    sources: Provenance
+def cell_numbers(study: Study) -> dict[tuple[str, str, int], int]:
+    """Return the number of each cell on the page."""
+    places = study.placed.astype({"batch": int})
+    keys = dict.fromkeys(zip(*(places[key] for key in CELL), strict=True))
+    return {key: number for number, key in enumerate(keys)}
 
 
 def html_page(
@@ -82,19 +78,14 @@ def html_page(
         warnings: sentences about the study.
         answers: what stands above everything else.
     """
-    places = study.placed.astype({"batch": int})
-    keys = dict.fromkeys(zip(*(places[key] for key in CELL), strict=True))
-    numbers: dict[CellKey, int] = {key: number for number, key in enumerate(keys)}
+    numbers: dict[Any, int] = cell_numbers(study)
     lost = _lost(study)
     data = {
         **_runs(study, numbers, metric),
         "measure": {"label": metric.label, "unit": metric.unit, "images": metric.images},
-        "figures": {drawing.name: {"panels": drawing.panels, "legend": drawing.legend} for drawing in drawings},
     }
     shown = [(each, list(_parts(each.table, numbers, lost))) for each in tables]
     by_name = {each.table.name: (each, parts) for each, parts in shown}
-    pictures = [(drawing, base64.b64encode(drawing.png).decode()) for drawing in drawings]
-    scripts = [_text("page.js"), *([_text("figures.js"), _plotly()] if drawings else [])]
     title, _, rest = _sentence(question(study))
     return (
         _environment()
@@ -112,14 +103,12 @@ def html_page(
             seeds=by_name.get(SEEDS),
             tables=[part for part in shown[1:] if part[0].table.name not in (SEEDS, VERDICTS)],
             verdicts=by_name.get(VERDICTS),
-            main=pictures[:1],
-            curves=[each for each in pictures[1:] if each[0].name.startswith(CURVES)],
-            others=[each for each in pictures[1:] if not each[0].name.startswith(CURVES)],
+            main=drawings[:1],
+            curves=[each for each in drawings[1:] if each.name.startswith(CURVES)],
+            others=[each for each in drawings[1:] if not each.name.startswith(CURVES)],
             facts=facts(study),
             warnings=warnings,
             data=_shown(data),
-            scripts=scripts,
-            sources=" ".join(map(_digest, scripts)),
             made_by=tables[0].sources,
         )
     )
@@ -150,7 +139,9 @@ def _environment() -> jinja2.Environment:
         "split_number": split_number,
     }
     environment.tests["nan"] = math.isnan
-    environment.globals |= {"close": CLOSE, "real": REAL, "inconclusive": INCONCLUSIVE, "style": _text("page.css")}
+    script, style = (f"{_text(f'page.{kind}')}{_text(f'figures.{kind}')}" for kind in ("js", "css"))
+    environment.globals |= {"style": style, "script": script, "allowed": _digest(script), "figure_html": figure_html}
+    environment.globals |= {"close": CLOSE, "real": REAL, "inconclusive": INCONCLUSIVE}
     return environment
 
 
@@ -170,16 +161,6 @@ def _digest(script: str) -> str:
 
 def _text(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    """Return Plotly's script, from the file in its Python package (of Plotly 6 and 7), which is slow to import."""
-    path = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js")))
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
 
 
 def _noted(study: Study) -> list[dict[str, Any]]:

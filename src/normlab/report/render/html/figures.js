@@ -1,123 +1,72 @@
 "use strict";
+// Figures: the mark nearest to the pointer, or in focus, shows its values, and a click opens its runs (of touches the
+// second one); a key of the legend hides its series; the tab key stops once at the keys and once at the marks of a
+// figure, and arrows go on from there.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
-  const make = (tag, attributes = {}, ...children) => {
-    const element = Object.assign(document.createElement(tag), attributes);
-    element.append(...children);
-    return element;
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  tip.hidden = true;
+  tip.ariaHidden = "true"; // its text is the label of the mark
+  document.body.append(tip);
+  let shown = null;
+  const show = (mark) => {
+    if (mark === shown) return;
+    shown?.classList.remove("near");
+    mark?.classList.add("near");
+    shown = mark;
+    tip.hidden = !mark;
+    if (!mark) return;
+    tip.textContent = mark.getAttribute("aria-label");
+    const at = mark.getBoundingClientRect();
+    const room = document.documentElement.clientWidth - tip.offsetWidth - 4;
+    const below = at.bottom + tip.offsetHeight + 8 < innerHeight;
+    tip.style.left = `${Math.max(4, Math.min(at.left + (at.width - tip.offsetWidth) / 2, room)) + scrollX}px`;
+    tip.style.top = `${(below ? at.bottom + 4 : at.top - tip.offsetHeight - 4) + scrollY}px`;
   };
-  const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (document.documentElement.dataset.theme || (systemIsDark.matches ? "dark" : "light")) === "dark";
-  document.addEventListener("theme", () => redraw());
-
-  // Figures. Plotly is read when the first one comes into view, and each figure is drawn then, too.
-  const library = () => {
-    if (window.Plotly) return window.Plotly;
-    document.head.append(make("script", { textContent: document.getElementById("plotly").textContent }));
-    return window.Plotly;
+  const nearest = (event) => {
+    const svg = event.target.closest?.(".plot svg");
+    if (!svg) return null;
+    const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+    const distance = (mark) => Math.hypot(mark.getAttribute("cx") - at.x, mark.getAttribute("cy") - at.y);
+    const found = [...svg.querySelectorAll(".mark:not(.off)")].map((mark) => [distance(mark), mark]);
+    const [least, mark] = found.reduce((a, b) => (b[0] < a[0] ? b : a), [8, null]);
+    return least < 8 ? mark : null;
   };
-  const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const entities = { "&": "&amp;", "<": "&lt;", $: "&#36;" }; // Plotly reads some HTML, and formulas
-  const literal = (text) => String(text).replace(/[&<$]/g, (sign) => entities[sign]);
-  const inTheme = (color) => {
-    const hex = /^#(..)(..)(..)$/.exec(color);
-    if (!isDark() || !hex) return color;
-    const [red, green, blue] = hex.slice(1).map((part) => parseInt(part, 16));
-    return Math.max(red, green, blue) - Math.min(red, green, blue) < 24 && red < 150 ? "#e6e9ed" : color; // black
+  const toggle = (key) => {
+    const svg = key.closest("svg");
+    const { series } = key.dataset;
+    const hides = key.getAttribute("aria-pressed") === "true";
+    for (const each of svg.querySelectorAll(`[data-series="${series}"]`)) each.setAttribute("aria-pressed", String(!hides));
+    for (const each of svg.querySelectorAll(`.s${series}, .k${series}`)) each.classList.toggle("off", hides);
+    svg.querySelector('.mark[tabindex="0"]')?.setAttribute("tabindex", "-1");
+    svg.querySelector(".mark:not(.off)")?.setAttribute("tabindex", "0");
   };
-  const layoutOf = (panel) => {
-    const axis = (own) => ({
-      ...own,
-      title: { text: literal(own.title || ""), font: { size: 12 } },
-      ticktext: own.ticktext?.map((text) => literal(text).replace(/\n/g, "<br>")),
-      gridcolor: variable("--line"),
-      linecolor: variable("--quiet"),
-      zeroline: false,
-      automargin: true,
-    });
-    return {
-      title: { text: literal(panel.title || ""), font: { size: 13 }, y: 0.98, yanchor: "top" },
-      xaxis: axis(panel.x),
-      yaxis: axis(panel.y),
-      margin: { l: 48, r: 10, t: panel.title ? 34 : 12, b: 40 },
-      font: { color: variable("--text"), size: 11, family: getComputedStyle(document.body).fontFamily },
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      showlegend: false,
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--quiet"), activecolor: variable("--link") },
-      hovermode: "closest",
-      hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), font: { color: variable("--text") } },
-    };
+  const move = (element, steps) => {
+    const all = [...element.parentNode.children].filter((each) => !each.classList.contains("off"));
+    const next = all[Math.min(all.length - 1, Math.max(0, all.indexOf(element) + steps))];
+    element.setAttribute("tabindex", "-1");
+    next.setAttribute("tabindex", "0");
+    next.focus();
   };
-  const digits = (value) =>
-    value === null ? "" : (Number.isInteger(value) ? value : Number(value.toPrecision(5))).toString();
-  const traceOf = (trace, hidden) => {
-    const { half, text, ...rest } = trace;
-    const told = (x, y, i) => {
-      const sign = half?.[i] ? ` ± ${digits(half[i])}` : "";
-      const across = trace.error_x ? `${digits(x)}${sign}` : digits(y) + sign;
-      return text ? `${literal(text[i])}: ${across}` : `${digits(x)}: ${across}`;
-    };
-    const name = trace.name ? `<b>${literal(trace.name)}</b><br>` : "";
-    return {
-      ...rest,
-      type: "scatter",
-      name: literal(trace.name || ""),
-      visible: !hidden.has(trace.legendgroup),
-      line: { ...trace.line, ...(trace.line.color && { color: inTheme(trace.line.color) }) },
-      ...(trace.marker && { marker: { ...trace.marker, color: inTheme(trace.marker.color) } }),
-      ...(trace.error_y && { error_y: { ...trace.error_y, color: inTheme(trace.error_y.color) } }),
-      ...(trace.error_x && { error_x: { ...trace.error_x, color: inTheme(trace.error_x.color) } }),
-      ...(trace.hoverinfo !== "skip" && {
-        hovertext: trace.x.map((x, i) => name + told(x, trace.y[i], i)),
-        hoverinfo: "text",
-      }),
-    };
-  };
-  const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]; // none that would need a network
-  const options = { displaylogo: false, responsive: true, modeBarButtons: buttons };
-  const plot = (element, panel, hidden) =>
-    library().react(element, panel.traces.map((trace) => traceOf(trace, hidden)), layoutOf(panel), options);
-
-  const drawn = new Map(); // figure -> what draws it again
-  const draw = (figure) => {
-    const { panels, legend } = data.figures[figure.dataset.figure];
-    const hidden = new Set();
-    const boxes = panels.map(() => make("div", { className: "panel" }));
-    const holder = figure.querySelector(".panels");
-    holder.classList.toggle("one", panels.length === 1);
-    holder.replaceChildren(...boxes);
-    const again = () => panels.forEach((panel, i) => plot(boxes[i], panel, hidden));
-    const grouped = new Set(panels.flatMap((panel) => panel.traces.map((trace) => trace.legendgroup)));
-    const key = () =>
-      figure.querySelector(".legend").replaceChildren(
-        ...[...legend].sort((a, b) => grouped.has(b.name) - grouped.has(a.name)).map(({ name, color, dash }) => {
-          const line = make("i", { className: dash });
-          line.style.color = inTheme(color);
-          if (!grouped.has(name)) return make("button", { type: "button", disabled: true }, line, name);
-          const button = make("button", { type: "button", title: "Hide or show" }, line, name);
-          button.setAttribute("aria-pressed", String(!hidden.has(name)));
-          button.addEventListener("click", () => {
-            if (!hidden.delete(name)) hidden.add(name);
-            button.setAttribute("aria-pressed", String(!hidden.has(name)));
-            again();
-          });
-          return button;
-        }),
-      );
-    key();
-    again();
-    drawn.set(figure, () => (key(), again()));
-  };
-  const redraw = () => drawn.forEach((again) => again());
-  const watcher = new IntersectionObserver(
-    (entries) => {
-      for (const entry of entries.filter((found) => found.isIntersecting)) {
-        watcher.unobserve(entry.target);
-        draw(entry.target);
-      }
-    },
-    { rootMargin: "400px" },
-  );
-  document.querySelectorAll("figure[data-figure]").forEach((figure) => watcher.observe(figure));
+  const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
+  const press = (element) => element.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+  document.addEventListener("pointermove", (event) => event.pointerType !== "touch" && show(nearest(event)));
+  document.addEventListener("focusin", (event) => show(event.target.closest(".plot .mark")));
+  document.addEventListener("click", (event) => {
+    const key = event.target.closest(".plot .key");
+    if (key) toggle(key);
+    if (event.target.closest(".plot .mark")) return; // pressed by a key, or by what reads the screen
+    const mark = nearest(event);
+    if (event.pointerType === "touch" && mark !== shown) show(mark);
+    else if (mark) press(mark);
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") show(null);
+    const element = event.target.closest?.(".plot .mark, .plot .key");
+    if (!element) return;
+    if (event.key in steps) move(element, steps[event.key]);
+    else if (event.key === "Enter" || event.key === " ") press(element);
+    else return;
+    event.preventDefault();
+  });
 })();

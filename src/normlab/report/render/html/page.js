@@ -11,12 +11,9 @@
   // Theme: as the system has it until the button says otherwise.
   const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (document.documentElement.dataset.theme || (systemIsDark.matches ? "dark" : "light")) === "dark";
-  const tellTheme = () => document.dispatchEvent(new Event("theme"));
   document.getElementById("theme").addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-    tellTheme();
   });
-  systemIsDark.addEventListener("change", tellTheme);
 
   // What is folded opens for a link to it, for the button, and for paper.
   const reveal = (element) => {
@@ -98,53 +95,52 @@
 
   // A cell: the runs behind it.
   const dialog = document.getElementById("cell");
-  const digits = (value) =>
-    value === null ? "" : (Number.isInteger(value) ? value : Number(value.toPrecision(5))).toString();
   const shades = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A"];
-  const svg = (tag, attributes, ...children) => {
+  const drawn = (tag, attributes, ...children) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
     element.append(...children);
     return element;
   };
-  const ticks = (low, high) => {
-    const raw = (high - low) / 4 || 1;
-    const unit = 10 ** Math.floor(Math.log10(raw));
-    const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= raw);
-    return Array.from({ length: 9 }, (_, i) => (Math.ceil(low / step) + i) * step).filter((value) => value <= high);
+  const digits = (value) => Number(value.toPrecision(5)).toString();
+  const scale = (values, start, end) => {
+    const low = values.reduce((a, b) => Math.min(a, b), Infinity);
+    const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
+    const span = high - low || Math.abs(high) || 1;
+    const rough = 10 ** Math.floor(Math.log10(span / 3));
+    const step = rough * [1, 2, 5, 10].find((factor) => span / (rough * factor) <= 6);
+    const first = Math.ceil(low / step - 1e-9);
+    const ticks = Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
+    return { at: (value) => (high > low ? start + ((value - low) / span) * (end - start) : (start + end) / 2).toFixed(1), ticks };
   };
   const curves = (runs) => {
-    const [width, height, left, bottom] = [640, 260, 52, 40];
-    const lines = runs.flatMap((run, i) =>
-      run.axis === undefined ? [] : [
-        { run, i, of: data.measure.images, y: run.values, dash: run.state === "done" ? "" : "1 3" },
-        ...(run.train.length ? [{ run, i, of: "training", y: run.train, dash: "6 4" }] : []),
-      ],
-    );
-    const points = lines.flatMap(({ run, y }) => y.map((value, k) => [data.axes[run.axis][k], value]));
-    const known = points.filter(([, value]) => value !== null);
-    const range = (values) => [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
-    const [[x0, x1], [y0, y1]] = known.length ? [0, 1].map((k) => range(known.map((point) => point[k]))) : [[0, 1], [0, 1]];
-    const x = (value) => left + ((value - x0) / (x1 - x0 || 1)) * (width - left - 10);
-    const y = (value) => height - bottom - ((value - y0) / (y1 - y0 || 1)) * (height - bottom - 10);
+    const lines = runs.flatMap((run, i) => {
+      if (run.axis === undefined) return [];
+      const line = (y, dash, of) => ({ x: data.axes[run.axis], y, dash, color: shades[i % shades.length], name: `seed ${run.seed}, ${of}` });
+      const own = line(run.values, run.state === "done" ? "none" : "1.5 3", data.measure.images);
+      return run.train.length ? [own, line(run.train, "6 3", "training")] : [own];
+    });
+    const x = scale(lines.flatMap((line) => line.x), 52, 692);
+    const y = scale(lines.flatMap((line) => line.y.filter((value) => value !== null)), 252, 10);
+    const path = ({ x: places, y: values }) =>
+      places.map((place, i) => {
+        if (values[i] === null) return "";
+        const point = `${x.at(place)} ${y.at(values[i])}`;
+        const goesOn = i > 0 && values[i - 1] !== null;
+        return goesOn ? `L${point}` : `M${point}h.01`; // a single point shows, too
+      }).join("");
     const label = data.measure.label.replace(`${data.measure.images} `, "") + (unit && ` (${data.measure.unit})`);
-    const text = (at, words, attributes = {}) => svg("text", { x: at[0], y: at[1], "text-anchor": "middle", ...attributes }, words);
-    return svg(
-      "svg",
-      { viewBox: `0 0 ${width} ${height}`, class: "curves", role: "img", "aria-label": `${label} by epoch of ${runs.length} runs` },
-      ...ticks(x0, x1).map((value) => text([x(value), height - bottom + 16], digits(value))),
-      ...ticks(y0, y1).flatMap((value) => [
-        svg("line", { x1: left, x2: width - 10, y1: y(value), y2: y(value) }),
-        text([left - 6, y(value) + 4], digits(value), { "text-anchor": "end" }),
+    return drawn("svg", { class: "curves", viewBox: "0 0 700 290", role: "img", "aria-label": `${label} by epoch` },
+      ...y.ticks.flatMap((tick) => [
+        drawn("line", { x1: 52, x2: 692, y1: y.at(tick), y2: y.at(tick) }),
+        drawn("text", { x: 46, y: y.at(tick), "text-anchor": "end", "dominant-baseline": "middle" }, digits(tick)),
       ]),
-      text([(left + width) / 2, height - 6], "epoch"),
-      text([0, 0], label, { transform: `translate(12 ${(height - bottom) / 2}) rotate(-90)` }),
-      ...lines.map(({ run, i, of, y: values, dash }) => {
-        const at = values.flatMap((value, k) => (value === null ? [] : [`${x(data.axes[run.axis][k])},${y(value)}`]));
-        const look = { stroke: shades[i % shades.length], "stroke-dasharray": dash, "marker-start": at.length > 1 ? "" : "url(#dot)" };
-        return svg("polyline", { points: at.join(" "), ...look }, svg("title", {}, `seed ${run.seed}, ${of}`));
-      }),
-      svg("marker", { id: "dot", markerWidth: 4, markerHeight: 4, refX: 2, refY: 2 }, svg("circle", { cx: 2, cy: 2, r: 2 })),
+      ...x.ticks.filter(Number.isInteger).map((tick) => drawn("text", { x: x.at(tick), y: 268, "text-anchor": "middle" }, digits(tick))),
+      drawn("text", { x: 372, y: 284, "text-anchor": "middle" }, "epoch"),
+      drawn("text", { transform: "translate(12 131) rotate(-90)", "text-anchor": "middle" }, label),
+      ...lines.map((line) =>
+        drawn("path", { d: path(line), "stroke-dasharray": line.dash, style: `stroke: ${line.color}; stroke-width: ${line.x.length > 1 ? 1.5 : 5}; stroke-linecap: round` },
+          drawn("title", {}, line.name))),
     );
   };
   const told = (runs) =>
