@@ -29,7 +29,7 @@ def require_latex() -> None:
 
 
 def axe_script() -> str:
-    """Return the script of axe-core, which checks the accessibility of a page; skip the test where it is not installed."""
+    """Return the script of axe-core, which checks a page's accessibility; skip the test where it is not installed."""
     folder = Path(os.environ.get("VENV", sys.prefix)) / "axe" / "node_modules" / "axe-core"
     if not (folder / "axe.min.js").is_file():
         pytest.skip(f"axe-core is not in {folder.parents[1]}: ./scripts/test installs it where npm is")
