@@ -238,6 +238,8 @@ def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, scale: flo
         rows: of one arm: seed, state, `x`, `y`.
         line: for the line of the mean; with `marker=""` the seeds' band is left out too.
     """
+    if rows.empty:
+        return
     series, of_cell = str(rows["variant"].iloc[0]), only_cell(rows)
     values = rows.groupby(["seed", "state", x], as_index=False)[y].mean()
     values[y] *= scale

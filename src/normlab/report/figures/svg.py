@@ -1,8 +1,8 @@
 """A figure as SVG for a page: what matplotlib draws, made small, with its marks and the keys of its series on top.
 
 Elements of a series have the class `s0`, `s1`, ..., its entries in legends `k0`, `k1`, ...; what answers a pointer lies
-on top: `mark` has the text of a point, `key` an entry of a legend. Texts have the page's font; black, white and the grey
-of the grid are left to its style (`render/html/figures.css`), so that a dark page has a dark figure.
+on top: `mark` has the text of a point, `key` an entry of a legend. Texts have the page's font; black, white and the
+grey of the grid are left to its style (`render/html/figures.css`), so that a dark page has a dark figure.
 """
 
 import io

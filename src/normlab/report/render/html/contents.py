@@ -55,7 +55,7 @@ def html_page(
     warnings: Sequence[str],
 ) -> str:
     """Return the whole page as one text. Texts from disk are escaped; numbers are those of the tables."""
-    numbers: dict[CellKey, int] = {**cell_numbers(study)}
+    numbers: dict[CellKey, int] = dict(cell_numbers(study).items())
     lost = _lost(study)
     data = {
         **_runs(study, numbers, metric),
