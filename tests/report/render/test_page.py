@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from recorded import adder
@@ -111,7 +112,7 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
     assert [(row[0], row[2]) for row in rows] == [("0", "69.5"), ("1", "70.5")]
     assert dialog.locator("tbody a").first.get_attribute("href").startswith("../none-b8-s0-")
     assert "norm.name: none" in dialog.locator("pre").first.inner_text()
-    assert dialog.locator("svg.curves path").count() == 4  # test and training of two seeds
+    assert dialog.locator(".curves path").count() == 4  # test and training of two seeds
     dialog.locator("summary", has_text="Log of seed 1").click()
     assert f"the log of none 8 1 {EVIL}" in dialog.locator("details[open] pre").inner_text()
     opened.keyboard.press("Escape")
@@ -119,12 +120,68 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
 
 
 @pytest.mark.slow
-def test_a_figure_opens_the_runs_of_a_mark(opened) -> None:
-    figure = opened.locator("#figure-accuracy_against_batch")
-    mark = figure.locator(".mark[data-cell]").first
-    mark.focus()
-    mark.press("Enter")
-    assert "batch 8; digits, resnet18" in opened.locator("dialog[open] h2").inner_text()
+def test_a_mark_tells_the_numbers_of_the_table_and_opens_its_runs(opened, page) -> None:
+    figure, tip = opened.locator("#figure-accuracy_against_batch"), opened.locator(".tip")
+    table = pd.read_csv(page.parent / "accuracy.csv").set_index(["arm", "batch"])
+    mark = figure.locator('.mark[aria-label^="bn, batch 32"]')
+    mark.scroll_into_view_if_needed()
+    mark.hover(force=True)
+    row = table.loc[("bn", 32)]
+    heading, value, interval, seeds = tip.inner_text().split("\n")
+    assert (heading, seeds) == ("bn, batch 32", "seeds 0: 90.5, 1: 91.5")
+    half = row["high"] - row["mean"]
+    assert value == f"{row['mean']:.1f} ± {half:.1f} (n={row['n']})"
+    assert interval == f"interval: {row['low']:.4g} to {row['high']:.4g}"
+    opened.mouse.move(0, 0)
+    assert not tip.is_visible()
+    box = mark.bounding_box()
+    opened.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert opened.locator("dialog[open] h2").inner_text() == "bn, batch 32; digits, resnet18"
+
+
+@pytest.mark.slow
+def test_a_figure_is_used_by_the_keyboard(opened) -> None:
+    figure, tip = opened.locator("#figure-accuracy_against_batch"), opened.locator(".tip")
+    keys = figure.locator(".key")
+    keys.first.focus()
+    opened.keyboard.press("ArrowRight")
+    focused = opened.locator(":focus")
+    assert (focused.get_attribute("aria-label"), focused.get_attribute("aria-pressed")) == ("none", "true")
+    lines = figure.locator(f"g.s{focused.get_attribute('data-series')}")
+    display = "lines => [...new Set(lines.map((line) => getComputedStyle(line).display))]"
+    assert lines.evaluate_all(display) == ["inline"]
+    opened.keyboard.press("Space")
+    assert focused.get_attribute("aria-pressed") == "false"
+    assert lines.evaluate_all(display) == ["none"]
+    opened.keyboard.press("Tab")
+    heard = []
+    for _ in range(4):
+        heard.append(focused.get_attribute("aria-label").split("\n")[0])
+        assert tip.inner_text() == focused.get_attribute("aria-label")
+        opened.keyboard.press("ArrowRight")
+    assert heard[:3] == ["bn, batch 8", "bn, batch 32", "gn, batch 8"]  # none is passed over
+    opened.keyboard.press("Home")
+    opened.keyboard.press("Escape")
+    assert not tip.is_visible()
+    opened.keyboard.press("Enter")
+    assert opened.locator("dialog[open] h2").inner_text() == "bn, batch 8; digits, resnet18"
+    opened.keyboard.press("Escape")
+    assert focused.get_attribute("aria-label").startswith("bn, batch 8")
+
+
+@pytest.mark.slow
+def test_the_first_touch_of_a_mark_shows_its_values_and_the_second_opens_its_runs(browser, page) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
+    window = context.new_page()
+    window.goto(page.as_uri())
+    mark = window.locator('#figure-accuracy_against_batch [aria-label^="bn, batch 8"]').first
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    for dialogs in (0, 1):
+        window.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        assert window.locator(".tip").inner_text().startswith("bn, batch 8")
+        assert window.locator("dialog[open]").count() == dialogs
+    context.close()
 
 
 @pytest.mark.slow
@@ -132,6 +189,9 @@ def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
     assert EVIL in column(opened)
     assert EVIL in opened.locator("#runs table.noted").inner_text()
+    key = opened.locator('.key[aria-label*="harmed"]').first
+    assert key.get_attribute("aria-label") == EVIL
+    key.click()
     opened.locator("#table-accuracy tr", has_text="harmed").locator("button.cell").first.click()
     assert opened.title() == "study · normlab"
 
@@ -142,6 +202,8 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     window = context.new_page()
     window.goto(page.as_uri())
+    ink = window.locator("#figure-accuracy_against_batch text").first.evaluate("text => getComputedStyle(text).fill")
+    assert (sum(map(int, re.findall(r"\d+", ink))) > 500) == (scheme == "dark")
     assert window.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
     assert window.eval_on_selector_all("nav a", f"links => links.map({LINES})") == [1] * 4  # no word is broken
     ground = window.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -216,7 +278,7 @@ def test_a_run_without_seconds_is_on_the_page_and_no_verdict_names_imported_ones
 
 @pytest.mark.slow
 def test_a_run_costs_the_page_little(tmp_path) -> None:
-    """At 200 evaluations and a long log: 1,000 runs have to fit into 8 MB beside some figures."""
+    """At 200 evaluations and a long log: 1,000 runs have to fit into 8 MB beside the figures."""
     add = adder(tmp_path / "outputs")
 
     def size(seeds: range) -> int:
