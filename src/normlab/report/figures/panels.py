@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from normlab.report.analysis.frames import CELL
 from normlab.report.figures.marks import Cell, Mark, mark
-from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend
+from normlab.report.figures.style import CROWD, Canvas, Style, add_entries, broken, handles, legend
 from normlab.report.study.arms import FAMILIES, in_order, natural
 from normlab.report.study.load import Study
 
@@ -167,7 +167,9 @@ def multiples(
     for ax, panel, title in zip(axes, panels, titles, strict=True):
         ax.set_title(title)
         if crowded:
-            ax.legend(handles=handles(panel.arms, theme.styles), loc="center left", bbox_to_anchor=(1, 0.5))
+            entries = handles(panel.arms, theme.styles)
+            labels = [broken(arm, 20, 2) for arm in panel.arms]
+            add_entries(ax, entries, labels, loc="center left", bbox_to_anchor=(1, 0.5))
     own = [] if crowded else handles(rows_of(panels)["variant"], theme.styles)
     if own or more:
         legend(figure, [*own, *more], canvas)
@@ -175,7 +177,7 @@ def multiples(
 
 
 def wrapped(title: str, inches: float) -> str:
-    """Return the title broken after commas and before brackets where a line would be longer than this."""
+    """Return the title broken after commas and before brackets, else anywhere, where a line would be longer."""
     lines = []
     for paragraph in title.splitlines():
         lines.append("")
@@ -185,7 +187,7 @@ def wrapped(title: str, inches: float) -> str:
                 lines.append(piece)
             else:
                 lines[-1] = joined
-    return "\n".join(lines)
+    return "\n".join(broken(line, max(12, int(18 * inches))) for line in lines)
 
 
 def grid(
