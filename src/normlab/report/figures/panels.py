@@ -162,14 +162,15 @@ def multiples(
     across = min(len(panels), int(canvas.width / 3)) if crowded else across or canvas.columns(len(panels))
     figure, axes = grid(len(panels), across, canvas, **options)
     titles = [wrapped(panel.title, figure.get_figwidth() / across - (1.2 if crowded else 0.2)) for panel in panels]
-    more_lines = max(title.count("\n") for title in titles) * math.ceil(len(panels) / across)
-    figure.set_figheight(figure.get_figheight() + 0.13 * more_lines)
-    for ax, panel, title in zip(axes, panels, titles, strict=True):
+    labels = [[broken(arm, 20, 2) for arm in panel.arms] if crowded else [] for panel in panels]
+    high = 0.18 * max(sum(label.count("\n") + 1 for label in of_panel) for of_panel in labels)
+    taller = 0.13 * max(title.count("\n") for title in titles) + max(0.0, high - options.get("height", 1.9))
+    figure.set_figheight(figure.get_figheight() + taller * math.ceil(len(panels) / across))
+    for ax, panel, title, of_panel in zip(axes, panels, titles, labels, strict=True):
         ax.set_title(title)
         if crowded:
             entries = handles(panel.arms, theme.styles)
-            labels = [broken(arm, 20, 2) for arm in panel.arms]
-            add_entries(ax, entries, labels, loc="center left", bbox_to_anchor=(1, 0.5))
+            add_entries(ax, entries, of_panel, loc="center left", bbox_to_anchor=(1, 0.5))
     own = [] if crowded else handles(rows_of(panels)["variant"], theme.styles)
     if own or more:
         legend(figure, [*own, *more], canvas)
