@@ -15,6 +15,7 @@ from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import t_interval
 from normlab.report.analysis.tuning import along_setting
 from normlab.report.figures.accuracy import Axis, Finals, estimates
+from normlab.report.figures.marks import mark
 from normlab.report.figures.panels import Drawing, Panel, Theme, arrange, by_variant, multiples, paged, rows_of, split
 from normlab.report.study.load import Study
 from normlab.report.study.tuned import Choice, value_order, value_text
@@ -28,17 +29,17 @@ def figures(study: Study, metric: Metric, confidence: float, theme: Theme) -> It
         return
     results = outcomes(study.tuning.study, metric).set_index("run")[metric.epoch]
     for position, name in enumerate(study.tuning.settings):
-        rows, values = _against(study.tuning.choices, position, results, confidence)
+        rows, values = _against(study.tuning.choices, position, results, metric, confidence)
         if rows.groupby(CELL).size().max() < 2 or not rows["n"].any():
             continue
         panels = split(arrange(study, rows))
-        draw = partial(sensitivity, finals=Finals(metric, values), theme=theme, label=name)
+        draw = partial(sensitivity, finals=Finals(metric, values, (*CELL, "x")), theme=theme, label=name)
         pages = paged(panels, theme.canvas.panels, draw)
         yield "sensitivity", ((figure, _runs(shown)) for figure, shown in pages)
 
 
 def _against(
-    choices: Sequence[Choice], position: int, results: pd.Series, confidence: float
+    choices: Sequence[Choice], position: int, results: pd.Series, metric: Metric, confidence: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return a row per cell and value of a setting, at the chosen values of the others; and the single results."""
     rows, single = [], []
@@ -46,13 +47,17 @@ def _against(
         for each in along_setting(choice, position):
             place = {"setting": choice.setting, "arm": choice.arm, "batch": choice.batch}
             place["x"] = each.values[position]
-            done = [float(results[run]) for run in each.runs.values() if run in results.index]
+            done = {seed: float(results[run]) for seed, run in each.runs.items() if run in results.index}
             rows.append(
-                {**place, **t_interval(done, confidence)._asdict(), "diverged": each.diverged}
+                {
+                    **place,
+                    **t_interval(list(done.values()), confidence, metric.bounds)._asdict(),
+                    "diverged": each.diverged,
+                }
                 | {"chosen": each is choice.chosen, "runs": list(each.runs.values())}
             )
-            single += [{**place, "value": value} for value in done]
-    return pd.DataFrame(rows), pd.DataFrame(single, columns=[*CELL, "x", "value"])
+            single += [{**place, "seed": seed, "value": value} for seed, value in done.items()]
+    return pd.DataFrame(rows), pd.DataFrame(single, columns=[*CELL, "x", "seed", "value"])
 
 
 def _runs(rows: pd.DataFrame) -> pd.DataFrame:
@@ -82,9 +87,10 @@ def sensitivity(panels: Sequence[Panel], finals: Finals, theme: Theme, label: st
             at = {value: x * 10**offset if logarithmic else x + offset for value, x in places.items()}
             rows = unsorted.assign(at=unsorted["x"].map(at)).sort_values("at").reset_index(drop=True)
             style = theme.styles[arm]
-            estimates(Axis(ax, "x", at), rows, finals.values, style, on=[*CELL, "x"])
+            estimates(Axis(ax, "x", at), rows, finals, style)
             best = rows[rows["chosen"]]
-            ax.plot(best["at"], best["mean"], ls="", marker="o", ms=8, mfc="none", color=style.color)
+            [rings] = ax.plot(best["at"], best["mean"], ls="", marker="o", ms=8, mfc="none", color=style.color)
+            mark(rings, arm)
     _ticks(axes[0][0], places, logarithmic=logarithmic)
     return finals.finish(figure, axes[0][0], every, label)
 
