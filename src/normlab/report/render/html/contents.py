@@ -86,7 +86,7 @@ def html_page(
             warnings=warnings,
             data=_shown(data),
             plotly=plotly,
-            scripts=" ".join(map(_digest, (_text("page.js"), plotly))),
+            scripts=" ".join(map(_digest, (_text("page.js"), _text("live.js"), plotly))),
             made_by=tables[0][1],
         )
     )
@@ -111,7 +111,12 @@ def _environment() -> jinja2.Environment:
         "split_number": split_number,
     }
     environment.tests["nan"] = math.isnan
-    environment.globals |= {"close": CLOSE, "style": _text("page.css"), "script": _text("page.js")}
+    environment.globals |= {
+        "close": CLOSE,
+        "style": _text("page.css"),
+        "script": _text("page.js"),
+        "live": _text("live.js"),
+    }
     return environment
 
 
