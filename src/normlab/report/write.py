@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from normlab.common.errors import UserError, as_typed, did_you_mean, first_line, listed
 from normlab.common.installation import command_name, study_words
 from normlab.report.analysis.cells import Table
+from normlab.report.analysis.leaders import leaders
 from normlab.report.analysis.metrics import Metric, metric_of
 from normlab.report.claims import texts as verdict_texts
 from normlab.report.claims.judge import Judgement, judge
 from normlab.report.options import Options
 from normlab.report.options import options as menu_options
+from normlab.report.render.answers import answers
 from normlab.report.render.csv import as_csv
-from normlab.report.render.html import PageFigure, html_page
+from normlab.report.render.html import PageFigure, PageTable, cell_numbers, html_page
 from normlab.report.render.html.live import as_live
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import caption, escaped, markdown_table, page, sources_sentence
@@ -84,8 +86,11 @@ def write_report(study: str, output_dir: str | Path, options: Options, stamp: st
     folder = chosen.report_folder
     _make_report_folder(chosen, folder)
     made = [(table, provenance_of(chosen, table.origin)) for table in tables]
+    on_page = []
     for table, provenance in made:
-        for suffix, text in render(table, chosen.name, provenance).items():
+        texts = render(table, chosen.name, provenance)
+        on_page.append(PageTable(table, provenance, texts["tex"]))
+        for suffix, text in texts.items():
             _write(folder / f"{table.name}.{suffix}", text)
     files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
     drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
@@ -93,7 +98,9 @@ def write_report(study: str, output_dir: str | Path, options: Options, stamp: st
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(chosen, made, shown, warnings))
-    html = html_page(chosen, made, judgements, drawings, metric, warnings)
+    found = leaders(chosen, metric, tables[0].tidy, options.confidence)
+    told = answers(chosen, found, judgements, metric, (options.confidence, options.alpha))
+    html = html_page(chosen, on_page, judgements, drawings, metric, warnings, told)
     _write(folder / "index.html", as_live(html, stamp) if stamp else html)
     _remove_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options.figures)
     return Report(chosen, tables[0], judgements, folder / "index.html", warnings)
@@ -325,12 +332,14 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
 
 
 def _drawings(study: Study, first: Table, metric: Metric, options: Options, folder: Path) -> Iterator[PageFigure]:
-    from normlab.report.render.html.charts import charts
+    from normlab.report.figures import Canvas, as_svg
 
-    for drawn, images in _figures(study, first, metric, options, folder, ("pdf", "png")):
+    cells, canvas = cell_numbers(study), Canvas(options.figure_size, options.figure_style)
+    for drawn in _figures(study, first, metric, options, folder, ("pdf", "png")):
         provenance = provenance_of(study, drawn.rows)
         _write(folder / f"{drawn.name}.sources.json", provenance.as_json())
-        yield PageFigure(drawn.name, drawn.caption, *charts(drawn.figure), images["png"], provenance)
+        svg = as_svg(drawn.figure, drawn.name, cells, canvas)
+        yield PageFigure(drawn.name, drawn.caption, svg, provenance)
 
 
 def _figures_of_page(
@@ -341,22 +350,21 @@ def _figures_of_page(
     make_own_folder(folder, page.parent)
     for earlier in folder.glob("*.png"):
         earlier.unlink(missing_ok=True)  # another report may be made at the same time
-    for figure, _ in _figures(study, first, metric, options, folder, ("png",)):
+    for figure in _figures(study, first, metric, options, folder, ("png",)):
         yield f"figures/{study.name}/{figure.name}.png", figure.caption
 
 
 def _figures(
     study: Study, first: Table, metric: Metric, options: Options, folder: Path, suffixes: Sequence[str]
-) -> Iterator[tuple["NamedFigure", dict[str, bytes]]]:
-    """Draw into `folder`; yield each figure and, by suffix, its images."""
+) -> Iterator["NamedFigure"]:
+    """Draw into `folder`, in each of these formats; yield each figure."""
     from normlab.report.figures import Canvas, draw, encode  # matplotlib is slow to import; tables can do without
 
     canvas = Canvas(options.figure_size, options.figure_style)
     for drawn in draw(study, first, metric, options.confidence, canvas):
-        images = {suffix: encode(drawn.figure, suffix, canvas) for suffix in suffixes}
-        for suffix, image in images.items():
-            _write(folder / f"{drawn.name}.{suffix}", image)
-        yield drawn, images
+        for suffix in suffixes:
+            _write(folder / f"{drawn.name}.{suffix}", encode(drawn.figure, suffix, canvas))
+        yield drawn
 
 
 def _write_claims_page(

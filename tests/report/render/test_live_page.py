@@ -76,22 +76,25 @@ def live(browser, outputs, tmp_path) -> Iterator[Live]:
 def test_it_shows_the_new_state_and_is_as_its_reader_left_it(live, outputs, tmp_path) -> None:
     window = live.window
     assert window.locator("p.live time").inner_text() == "01/01/2026, 12:00:00"
-    window.locator("details.verdict summary").first.click()
-    figure = window.locator("#figure-accuracy_against_batch")
-    figure.scroll_into_view_if_needed()
-    hidden = figure.locator(".legend button", has_text="none")
-    hidden.click()
     table = window.locator("#table-accuracy")
-    table.locator("th button").nth(2).click()
-    table.locator("th button").nth(2).click()
+    hidden = window.locator("figure .key", has_text="none").first
+    hidden.click()
+    for _ in range(2):
+        table.locator("th button.sort").nth(2).click()
     window.locator("#theme").click()
-    theme = window.evaluate("document.documentElement.dataset.theme")
-    window.locator("#runs").scroll_into_view_if_needed()
-    table.locator("input").focus()
     table.locator("input").fill("n")
-    window.evaluate("scrollTo(0, document.querySelector('#table-curves, #figures').offsetTop)")
-    offset = "document.querySelector('#figures').getBoundingClientRect().top"
+    opened, shut = window.locator("#more > details").all()[1:3]
+    opened.locator("summary").first.click()
+    shut.locator("summary").first.click()
+    shut.locator("summary").first.click()
+    names = [each.get_attribute("id") for each in (opened, shut)]
+    theme = window.evaluate("document.documentElement.dataset.theme")
+    table.locator("input").focus()
+    window.evaluate("document.getElementById('runs').scrollIntoView()")
+    window.evaluate("scrollBy(0, -200)")
+    offset = "document.getElementById('runs').getBoundingClientRect().top"
     before = window.evaluate(offset)
+    assert before > 100
 
     shutil.copytree(outputs / "study", tmp_path / "study")
     for seed in (0, 1):
@@ -99,24 +102,19 @@ def test_it_shows_the_new_state_and_is_as_its_reader_left_it(live, outputs, tmp_
     write_report("study", tmp_path, report.options(), SECOND).page.replace(live.page)
     assert live.passes()
     assert window.locator("p.live time").inner_text() == "01/01/2026, 12:01:00"
-    assert window.locator("#table-accuracy tbody tr").count() == 5
-    assert window.locator("details.verdict").first.evaluate("details => details.open")
-    heading = table.locator("th").nth(2)
-    assert heading.get_attribute("aria-sort") == "ascending"
-    assert table.locator("input").input_value() == "n"
+    assert [window.locator(f"#{name}").evaluate("details => details.open") for name in names] == [True, False]
+    assert table.locator("tbody tr").count() == 5
+    assert table.locator("th").nth(2).get_attribute("aria-sort") == "ascending"
     assert table.locator("tbody tr:visible").count() == 5
+    assert table.locator("input").input_value() == "n"
     assert window.evaluate("document.activeElement.className") == "filter"
     assert window.evaluate("document.documentElement.dataset.theme") == theme
     assert window.evaluate(offset) == pytest.approx(before, abs=2)
+    keys = window.locator("figure").first.locator(".key").all()
+    pressed = {key.text_content().strip(): key.get_attribute("aria-pressed") for key in keys}
+    assert pressed == dict.fromkeys(("bn", "gn", "in", "renorm"), "true") | {"none": "false"}
     window.clock.run_for(1_000)
     assert window.locator("p.live [role=status]").inner_text() == "Updated."
-    figure.scroll_into_view_if_needed()
-    figure.locator(".legend button").first.wait_for()
-    pressed = {
-        button.inner_text(): button.get_attribute("aria-pressed") for button in figure.locator(".legend button").all()
-    }
-    assert pressed["none"] == "false"
-    assert pressed["bn"] == pressed["renorm"] == "true"
 
 
 def test_it_waits_for_a_reader_who_pauses_selects_opens_a_cell_prints_or_is_at_work(live) -> None:
@@ -145,13 +143,12 @@ def test_it_waits_for_a_reader_who_pauses_selects_opens_a_cell_prints_or_is_at_w
 
 def test_a_page_of_a_study_that_has_ended_stays(live) -> None:
     window = live.window
-    window.locator("details.verdict summary").first.click()
-    window.locator("#runs").scroll_into_view_if_needed()
-    window.evaluate("scrollBy(0, 1)")
+    window.locator("#more > details summary").first.click()
+    window.evaluate("scrollTo(0, 700)")
     live.page.write_text(as_still(live.page.read_text(), FIRST))
     assert live.passes()
-    assert window.locator("details.verdict").first.evaluate("details => details.open")
-    assert window.evaluate("scrollY") > 100
+    assert window.locator("#more > details").first.evaluate("details => details.open")
+    assert window.evaluate("scrollY") == pytest.approx(700, abs=2)
     window.clock.run_for(1_000)
     assert window.locator("p.live").inner_text() == "Not watched any more: this page stays as it is."
     assert not live.passes(600)

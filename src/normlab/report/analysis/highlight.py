@@ -16,10 +16,10 @@ def highlight_rule(mean: str, tidy: pd.DataFrame) -> str:
         mean: in words, the mean that is compared.
         tidy: the frame that `highlights` takes.
     """
-    complete = _complete(tidy)
-    if not (tidy[complete].groupby(_RIVALS).size() > 1).any():
+    competing = complete(tidy)
+    if not (tidy[competing].groupby(_RIVALS).size() > 1).any():
         return ""
-    among = "" if complete.all() else ", among arms of whose finished runs none diverged or lacks the value"
+    among = "" if competing.all() else ", among arms of whose finished runs none diverged or lacks the value"
     return f" Bold: at each batch size the best {mean}{among}."
 
 
@@ -36,7 +36,7 @@ def highlights(tidy: pd.DataFrame, higher_is_better: Mapping[str, bool]) -> list
         higher_is_better: by quantity; others have no best.
     """
     marks = pd.Series("", index=tidy.index)
-    for (_, _, quantity), rows in tidy[_complete(tidy)].groupby(_RIVALS, sort=False):
+    for (_, _, quantity), rows in tidy[complete(tidy)].groupby(_RIVALS, sort=False):
         if str(quantity) not in higher_is_better or len(rows) < 2:
             continue
         top = rows["mean"].max() if higher_is_better[str(quantity)] else rows["mean"].min()
@@ -47,6 +47,6 @@ def highlights(tidy: pd.DataFrame, higher_is_better: Mapping[str, bool]) -> list
     return list(marks)
 
 
-def _complete(tidy: pd.DataFrame) -> pd.Series:
+def complete(tidy: pd.DataFrame) -> pd.Series:
     """Return whether all finished runs of a row's cell are part of its mean."""
     return (tidy["n"] > 0) & (tidy["n"] == tidy["done"]) & (tidy["diverged"] == 0) & tidy["mean"].map(math.isfinite)

@@ -1,6 +1,7 @@
 """The figures of a report: DataFrame in, Figure out. A figure is drawn for any study that has the data for it.
 
-`style` has colors and sizes, `panels` divides the rows into panels, `accuracy` and `probe_figures` draw.
+`style` has colors and sizes, `panels` divides the rows into panels, `accuracy` and `probe_figures` draw; `marks` keeps
+what artists show, and `svg` writes it into a page.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,11 @@ from normlab.report.analysis.metrics import Metric
 from normlab.report.figures import accuracy, probe_figures
 from normlab.report.figures.panels import SINGLE_SEED, Drawing, Panel, Theme, arrange, common_setting, paged, split
 from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, styles
+from normlab.report.figures.svg import as_svg
 from normlab.report.study.load import Study
 from normlab.runs import FINISHED, reading
 
-__all__ = ["Canvas", "NamedFigure", "draw", "encode", "styles"]
+__all__ = ["Canvas", "NamedFigure", "as_svg", "draw", "encode", "styles"]
 
 _CAPTIONS = reading.read_yaml(Path(__file__).with_name("captions.yaml"))
 

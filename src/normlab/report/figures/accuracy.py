@@ -6,6 +6,7 @@ Frames are those of `panels.arrange`: variant, where, condition beside setting, 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -15,8 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from normlab.common.errors import exact
-from normlab.report.analysis.frames import CELL
+from normlab.report.analysis.cells import with_counts
+from normlab.report.analysis.frames import CELL, named_rows
 from normlab.report.analysis.metrics import Metric
+from normlab.report.figures.marks import Mark, mark
 from normlab.report.figures.panels import (
     Panel,
     Theme,
@@ -25,6 +28,7 @@ from normlab.report.figures.panels import (
     grid,
     multiples,
     n_seeds,
+    only_cell,
     ordered,
     rows_of,
     ticks,
@@ -35,6 +39,8 @@ from normlab.report.figures.style import BLACK, BLUE, Canvas, Style, legend, lim
 from normlab.report.study.arms import in_order
 from normlab.report.study.load import Study
 
+BN = "bn, for comparison"  # an entry of a legend
+SEEDS = 10  # whose values a mark lists
 NUMBER = r"\d[\d.]*(?:e[-+]?\d+)?"
 
 
@@ -44,6 +50,28 @@ class Finals:
 
     metric: Metric
     values: pd.DataFrame
+
+    @cached_property
+    def of_seeds(self) -> dict[Any, list[str]]:
+        """Return the seeds of each cell with their values, as texts."""
+        texts: dict[Any, list[str]] = {}
+        for run in named_rows(self.values):
+            texts.setdefault((run.setting, run.arm, run.batch), []).append(f"{run.seed}: {run.value:.4g}")
+        return texts
+
+    def marks(self, rows: pd.DataFrame) -> list[Mark]:
+        """Return a mark per row of a tidy frame: the text of the accuracy table's cell, its interval, its seeds."""
+        found = []
+        for row in named_rows(rows):
+            lines = [", ".join(filter(None, (row.arm, row.short, f"batch {row.batch}")))]
+            lines.append(with_counts(row, self.metric.decimals))
+            if row.n > 1:
+                lines.append(f"interval: {row.low:.4g} to {row.high:.4g}")
+            cell = (row.setting, row.arm, int(row.batch))
+            if seeds := self.of_seeds.get(cell, []):
+                lines.append(f"seeds {', '.join(seeds[:SEEDS])}{', ...' if len(seeds) > SEEDS else ''}")
+            found.append(Mark("\n".join(lines), cell))
+        return found
 
     def finish(self, figure: Figure, ax: Axes, rows: pd.DataFrame, label: str) -> Figure:
         """Set the vertical limits by these rows of a tidy frame, and the labels of the axes."""
@@ -114,8 +142,13 @@ def train_against_test(panels: Sequence[Panel], metric: Metric, theme: Theme) ->
             style = theme.styles[arm]
             path = common(rows, ["epoch"], pair).groupby("epoch")[pair].mean() * metric.scale
             ends = rows[rows["epoch"] == rows["epoch"].max()][pair] * metric.scale
-            ax.plot(*path.to_numpy().T, color=style.color, lw=0.9, alpha=0.8)
-            ax.plot(*ends.to_numpy().T, color=style.color, marker=style.marker, ls="none", zorder=3)
+            [line] = ax.plot(*path.to_numpy().T, color=style.color, lw=0.9, alpha=0.8)
+            mark(line, arm)
+            [markers] = ax.plot(*ends.to_numpy().T, color=style.color, marker=style.marker, ls="none", zorder=3)
+            seeds, of_cell = rows.loc[ends.index, "seed"], only_cell(rows)
+            pairs = zip(seeds, *ends.to_numpy().T, strict=True)
+            texts = [f"{arm}, seed {seed}\ntraining: {x:.4g}, {metric.images}: {y:.4g}" for seed, x, y in pairs]
+            mark(markers, arm, [Mark(text, of_cell) for text in texts])
         ax.set_box_aspect(1)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.yaxis.set_major_locator(MaxNLocator(4))
@@ -145,7 +178,7 @@ def against_batch(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figu
         apart = min(0.1, 0.4 / len(panel.arms)) if (panel.rows["n"] > 1).any() else 0.0
         for arm, rows, offset in _side_by_side(panel.rows, apart):
             places = {batch: batch * 2**offset for batch in batches}
-            estimates(Axis(ax, "batch", places), rows.sort_values("batch"), finals.values, theme.styles[arm])
+            estimates(Axis(ax, "batch", places), rows.sort_values("batch"), finals, theme.styles[arm])
     _powers_of_2(axes[0][0], batches)
     return finals.finish(figure, axes[0][0], every, "images per batch")
 
@@ -169,7 +202,7 @@ def against_norm_batch(panels: Sequence[Panel], finals: Finals, theme: Theme) ->
         theme: the styles and the canvas.
     """
     crowded = any(panel.crowded for panel in panels)
-    bn = [Line2D([], [], color=BLUE, lw=0.7, label="bn, for comparison")] if crowded else []
+    bn = [Line2D([], [], color=BLUE, lw=0.7, label=BN)] if crowded else []
     figure, axes = multiples(panels, theme, bn, height=2.3)
     every = rows_of(panels)
     sizes = sorted({int(images) for images in every["images"]})
@@ -178,25 +211,29 @@ def against_norm_batch(panels: Sequence[Panel], finals: Finals, theme: Theme) ->
         for arm, rows, offset in _side_by_side(panel.rows, 0.06):
             if rows["norm_batch"].notna().any():
                 places = {size: size * 2**offset for size in sizes}
-                estimates(Axis(ax, "images", places), rows.sort_values("images"), finals.values, theme.styles[arm])
+                estimates(Axis(ax, "images", places), rows.sort_values("images"), finals, theme.styles[arm])
             else:
                 lost += bool(rows.sort_values("images").iloc[0]["diverged"])
-                _constant(ax, rows.sort_values("images").iloc[0], theme.styles[arm], lost)
+                _constant(ax, rows.sort_values("images")[:1], finals, theme.styles[arm], lost)
         reference = every[(every["variant"] == "bn") & every["place"].isin(panel.rows["place"])]
         if panel.crowded and "bn" not in set(panel.rows["variant"]):
             reference = reference.sort_values("images")
-            ax.plot(reference["images"], reference["mean"], color=BLUE, lw=0.7, zorder=1)
+            [line] = ax.plot(reference["images"], reference["mean"], color=BLUE, lw=0.7, zorder=1)
+            mark(line, BN)
     _powers_of_2(axes[0][0], sizes)
     return finals.finish(figure, axes[0][0], every, "images per normalization")
 
 
-def _constant(ax: Axes, row: pd.Series, style: Style, lost: int) -> None:
-    """Draw a horizontal line with its interval as a band, and a cross in place `lost` from the right for divergence."""
-    ax.axhline(row["mean"], color=style.color, marker=style.marker, markevery=[0, 1], lw=0.9, ls="-.")
+def _constant(ax: Axes, rows: pd.DataFrame, finals: Finals, style: Style, lost: int) -> None:
+    """Draw one row as a horizontal line, its interval as a band, a cross in place `lost` from the right: divergence."""
+    row, [of_cell] = rows.iloc[0], finals.marks(rows)
+    line = ax.axhline(row["mean"], color=style.color, marker=style.marker, markevery=[0, 1], lw=0.9, ls="-.")
+    mark(line, row["variant"], [of_cell, of_cell])
     if row["n"] > 1:
-        ax.axhspan(row["low"], row["high"], color=style.color, alpha=0.1, lw=0)
+        mark(ax.axhspan(row["low"], row["high"], color=style.color, alpha=0.1, lw=0), row["variant"])
     if row["diverged"]:
-        ax.plot([1 - 0.04 * lost], [0.04], "x", color=style.color, transform=ax.transAxes)
+        [cross] = ax.plot([1 - 0.04 * lost], [0.04], "x", color=style.color, transform=ax.transAxes)
+        mark(cross, row["variant"], [of_cell])
 
 
 def by_condition(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figure:
@@ -223,7 +260,7 @@ def by_condition(panels: Sequence[Panel], finals: Finals, theme: Theme) -> Figur
         for arm, rows, offset in _side_by_side(panel.rows, min(0.12, 0.7 / len(panel.arms))):
             places = {condition: i + offset for i, condition in enumerate(conditions)}
             in_place = rows.iloc[rows["where"].map(places).argsort(kind="stable")]
-            estimates(Axis(ax, "where", places), in_place, finals.values, theme.styles[arm], ls=line)
+            estimates(Axis(ax, "where", places), in_place, finals, theme.styles[arm], ls=line)
         ax.grid(visible=False, axis="x")
         if labels > width:
             ax.tick_params(axis="x", rotation=90)
@@ -260,7 +297,7 @@ def by_arm(tidy: pd.DataFrame, finals: Finals, canvas: Canvas) -> Figure:
     for ax, title, (_, block) in zip(axes, titles, blocks, strict=True):
         arms = in_order(block["variant"])
         for i, (arm, rows) in enumerate(by_variant(block)):
-            estimates(Axis(ax, "variant", {arm: i}, upright=False), rows, finals.values, Style(BLACK, "o"))
+            estimates(Axis(ax, "variant", {arm: i}, upright=False), rows, finals, Style(BLACK, "o"))
         ax.set_yticks(range(len(arms)), labels=[label[arm] for arm in arms])
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_title(title, loc="left")
@@ -294,7 +331,7 @@ def against_option(panels: Sequence[Panel], finals: Finals, canvas: Canvas) -> F
             span = places[-1] - places[0]
             at = {x: x * 10**offset if logarithmic else x + offset * span for x in places}
             of_line = rows[rows["line"] == name].sort_values("x")
-            estimates(Axis(ax, "x", at), of_line, finals.values, of_lines[name])
+            estimates(Axis(ax, "x", at, series="line"), of_line, finals, of_lines[name])
         ax.set_xscale("log" if logarithmic else "linear")
         ax.set_xticks(places, labels=[exact(x) for x in places])
         ax.xaxis.set_minor_locator(NullLocator())
@@ -330,44 +367,55 @@ def option_panels(study: Study, tidy: pd.DataFrame) -> list[Panel]:
 
 @dataclass(frozen=True)
 class Axis:
-    """The places of a column's values on an axis; `upright`: the measure is on the vertical one."""
+    """The places of a column's values on an axis.
+
+    Attributes:
+        upright: whether the measure is on the vertical axis.
+        series: the column that names the entry of the legend.
+    """
 
     ax: Axes
     column: str
     places: Mapping[Any, float]
     upright: bool = True
+    series: str = "variant"
 
-    def plot(self, places: Sequence[float], values: Sequence[float], *form: Any, **style: Any) -> None:
+    def plot(self, places: Sequence[float], values: Sequence[float], *form: Any, **style: Any) -> Line2D:
         """Plot values of the measure at these places."""
-        self.ax.plot(*((places, values) if self.upright else (values, places)), *form, **style)
+        [line] = self.ax.plot(*((places, values) if self.upright else (values, places)), *form, **style)
+        return line
 
 
-def estimates(axis: Axis, rows: pd.DataFrame, values: pd.DataFrame, style: Style, **line: Any) -> None:
+def estimates(axis: Axis, rows: pd.DataFrame, finals: Finals, style: Style, **line: Any) -> None:
     """Draw means with t-intervals, single seeds as faint dots, and a cross at the foot where runs diverged.
 
     Args:
         axis: the places of the rows.
         rows: of the tidy frame, one arm's.
-        values: the done runs' outcomes; those of the rows' cells are drawn.
+        finals: the measure and the done runs' outcomes; those of the rows' cells are drawn.
         style: the arm's color and marker.
         line: more properties of the line through the means.
     """
+    if rows.empty:
+        return
+    series, marks = str(rows[axis.series].iloc[0]), finals.marks(rows)
     at = [axis.places[value] for value in rows[axis.column]]
-    axis.plot(at, list(rows["mean"]), color=style.color, marker=style.marker, zorder=3, **line)
+    mark(axis.plot(at, list(rows["mean"]), color=style.color, marker=style.marker, zorder=3, **line), series, marks)
     several = rows.assign(at=at)[rows["n"] > 1]
     if len(several):
         half, mean = several["high"] - several["mean"], several["mean"]
         bars: dict[str, Any] = {"fmt": "none", "ecolor": style.color, "elinewidth": 0.9, "capsize": 2}
         if axis.upright:
-            axis.ax.errorbar(several["at"], mean, yerr=half, **bars)
+            mark(axis.ax.errorbar(several["at"], mean, yerr=half, **bars), series)
         else:
-            axis.ax.errorbar(mean, several["at"], xerr=half, **bars)
-        dots = values.merge(several[[*CELL, "at"]], on=CELL)
-        axis.plot(list(dots["at"]), list(dots["value"]), ".", color=style.color, alpha=0.45, ms=3)
-    lost = [place for place, diverged in zip(at, rows["diverged"], strict=True) if diverged]
+            mark(axis.ax.errorbar(mean, several["at"], xerr=half, **bars), series)
+        dots = finals.values.merge(several[[*CELL, "at"]], on=CELL)
+        mark(axis.plot(list(dots["at"]), list(dots["value"]), ".", color=style.color, alpha=0.45, ms=3), series)
+    lost = [(place, of_cell) for place, of_cell, d in zip(at, marks, rows["diverged"], strict=True) if d]
     if lost:
+        places, of_lost = zip(*lost, strict=True)
         foot = axis.ax.get_xaxis_transform() if axis.upright else axis.ax.get_yaxis_transform()
-        axis.plot(lost, [0.04] * len(lost), "x", color=style.color, transform=foot)
+        mark(axis.plot(places, [0.04] * len(lost), "x", color=style.color, transform=foot), series, of_lost)
 
 
 def _powers_of_2(ax: Axes, sizes: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normlab.report.analysis.frames import CELL
+from normlab.report.figures.marks import Cell, Mark, mark
 from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend
 from normlab.report.study.arms import FAMILIES, in_order, natural
 from normlab.report.study.load import Study
@@ -237,6 +238,7 @@ def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, scale: flo
         rows: of one arm: seed, state, `x`, `y`.
         line: for the line of the mean; with `marker=""` the seeds' band is left out too.
     """
+    series, of_cell = str(rows["variant"].iloc[0]), only_cell(rows)
     values = rows.groupby(["seed", "state", x], as_index=False)[y].mean()
     values[y] *= scale
     done = values[values["state"] == "done"]
@@ -244,15 +246,40 @@ def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, scale: flo
     curve = in_common.groupby(x)[y].agg(["mean", "min", "max"])
     if in_common[y].count() < done[y].count():
         for _, seed in done.dropna(subset=[y]).groupby("seed"):
-            ax.plot(seed[x], seed[y], color=style.color, lw=0.5, alpha=0.7, gid=SINGLE_SEED)
+            [single] = ax.plot(seed[x], seed[y], color=style.color, lw=0.5, alpha=0.7, gid=SINGLE_SEED)
+            mark(single, series)
     every = max(1, math.ceil(len(curve) / 6))
     form = {"color": style.color, "marker": style.marker, "markevery": every, "ms": 3, **line}
     if len(curve):
-        ax.plot(curve.index, curve["mean"], **form)
+        [mean] = ax.plot(curve.index, curve["mean"], **form)
+        mark(mean, series, curve_marks(f"{series}, {x}", curve, of_cell) if form["marker"] else ())
     if done["seed"].nunique() > 1 and form["marker"]:
-        ax.fill_between(curve.index, curve["min"], curve["max"], color=style.color, alpha=0.18, lw=0)
-    for _, lost in values[values["state"] == "diverged"].groupby("seed"):
-        ax.plot(lost[x], lost[y], ":", color=style.color, lw=0.9)
-        if form["marker"]:
-            last = lost.dropna(subset=[y])
-            ax.plot(last[x].iloc[-1:], last[y].iloc[-1:], "x", color=style.color)
+        mark(ax.fill_between(curve.index, curve["min"], curve["max"], color=style.color, alpha=0.18, lw=0), series)
+    for number, lost in values[values["state"] == "diverged"].groupby("seed"):
+        [dotted] = ax.plot(lost[x], lost[y], ":", color=style.color, lw=0.9)
+        mark(dotted, series)
+        last = lost.dropna(subset=[y])[-1:]
+        if form["marker"] and len(last):
+            [end] = ax.plot(last[x], last[y], "x", color=style.color)
+            text = f"{series}, seed {number}\ndiverged; last at {x} {last[x].iloc[0]:g}: {last[y].iloc[0]:.4g}"
+            mark(end, series, [Mark(text, of_cell)])
+
+
+def curve_marks(name: str, curve: pd.DataFrame, cell: Cell | None) -> list[Mark | None]:
+    """Return a mark for about six points of a curve (mean, min, max by its index), the last one among them."""
+    every = max(1, math.ceil(len(curve) / 6))
+    found: list[Mark | None] = [None] * len(curve)
+    for i in {*range(0, len(curve), every), len(curve) - 1}:
+        row = curve.iloc[i]
+        ends = f" ({row['min']:.4g} to {row['max']:.4g} over seeds)" if row["min"] < row["max"] else ""
+        found[i] = Mark(f"{name} {curve.index[i]:g}\n{row['mean']:.4g}{ends}", cell)
+    return found
+
+
+def only_cell(rows: pd.DataFrame) -> Cell | None:
+    """Return the cell that rows are of; None where they are of several."""
+    cells = rows[CELL].drop_duplicates()
+    if len(cells) != 1:
+        return None
+    setting, arm, batch = cells.iloc[0]
+    return str(setting), str(arm), int(batch)

@@ -18,14 +18,17 @@ from matplotlib.lines import Line2D
 
 from normlab.report.analysis.frames import evenly
 from normlab.report.analysis.metrics import step_to_step
+from normlab.report.figures.marks import mark
 from normlab.report.figures.panels import (
     Drawing,
     Panel,
     Theme,
     by_variant,
     common,
+    curve_marks,
     grid,
     n_seeds,
+    only_cell,
     ordered,
     paged,
     rows_of,
@@ -42,6 +45,7 @@ _NUMBERS = (
     *("eigenvalue", "mean", "variance", "large", "large_normalised", "output_norm", "norm"),
     *("scale_start", "scale_drift", "shift_drift"),
 )  # columns of our probes that a record may lack, or hold something else in
+BEFORE = "before a divergence"  # an entry of a legend
 Make = Callable[[pd.DataFrame, Theme], Iterator[Drawing]]
 Density = tuple[np.ndarray, np.ndarray]  # middles of the bins, and the share of values in each, per unit of the axis
 
@@ -109,7 +113,8 @@ def _band(ax: Axes, rows: pd.DataFrame, x: str, name: str, style: Style, scale: 
     """Fill from the mean of the low to the mean of the high ends over the done seeds; ends of diverged runs: dotted."""
     low, high = f"{name}_low", f"{name}_high"
     done = scale * common(rows[rows["state"] == "done"], [x], [low, high]).groupby(x)[[low, high]].mean()
-    ax.fill_between(done.index, done[low], done[high], color=style.color, alpha=0.25, lw=0)
+    series = str(rows["variant"].iloc[0])
+    mark(ax.fill_between(done.index, done[low], done[high], color=style.color, alpha=0.25, lw=0), series)
     for end in (low, high):
         trend(ax, rows, x, end, style, scale, marker="", lw=0.6)
 
@@ -180,18 +185,22 @@ def _along_the_layers(panels: Sequence[Panel], column: str, label: str, canvas: 
         for step in steps:
             curve = done[done["step"] == step].groupby("position")[column].agg(["mean", "min", "max"])
             if len(curve):
-                ax.plot(curve.index, curve["mean"], color=colors[step])
+                series = f"step {step:.0f}"
+                [line] = ax.plot(curve.index, curve["mean"], color=colors[step])
+                mark(line, series, curve_marks(f"{panel.arms[0]}, {series}, layer", curve, only_cell(panel.rows)))
                 if done["seed"].nunique() > 1:
-                    ax.fill_between(curve.index, curve["min"], curve["max"], color=colors[step], alpha=0.2, lw=0)
+                    ends = ax.fill_between(curve.index, curve["min"], curve["max"], color=colors[step], alpha=0.2, lw=0)
+                    mark(ends, series)
         for _, lost in panel.rows[panel.rows["state"] == "diverged"].groupby("seed"):
             last = lost[lost["step"] == lost["step"].max()].sort_values("position")
-            ax.plot(last["position"], last[column], ":", color="0.4", lw=0.9)
+            [dotted] = ax.plot(last["position"], last[column], ":", color="0.4", lw=0.9)
+            mark(dotted, BEFORE)
         ax.set_title(wrapped(panel.title, figure.get_figwidth() / across - 0.2))
         ticks(ax, panel.rows["position"])
     limit(axes[0], "y", every[column])
     more: list[Artist] = [Line2D([], [], color=color, label=f"step {step:.0f}") for step, color in colors.items()]
     if (every["state"] == "diverged").any():
-        more.append(Line2D([], [], color="0.4", ls=":", label="before a divergence"))
+        more.append(Line2D([], [], color="0.4", ls=":", label=BEFORE))
     figure.supxlabel("layer, in the order of execution")
     figure.supylabel(label)
     legend(figure, more, canvas)

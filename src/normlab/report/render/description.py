@@ -42,9 +42,9 @@ def _question_of_arms(study: Study) -> str:
     placed = study.placed
     arms, batches = in_order(placed["arm"]), sorted(placed["batch"].unique())
     settings = sorted(placed["setting"].unique(), key=natural)
-    sizes = f" with batches of {', '.join(map(str, batches))}" if batches else ""
+    sizes = f" at batch size {listed(batches, 8)}" if batches else ""
     where = settings[0] if len(settings) == 1 else f"{len(settings)} settings, from {settings[0]} to {settings[-1]}"
-    return f"What does each of these arms buy{sizes}: {listed(arms, 8)}? On {where}."
+    return f"Which arm does best{sizes}: {listed(arms, 8)}? On {where}."
 
 
 def run_counts(study: Study, *, zeros: bool = False) -> str:

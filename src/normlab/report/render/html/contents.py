@@ -4,9 +4,9 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import distribution
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,11 @@ from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import CELL, evenly, named_rows, outcomes
 from normlab.report.analysis.highlight import CLOSE
 from normlab.report.analysis.metrics import Metric
-from normlab.report.claims.judge import Judgement
+from normlab.report.claims.judge import INCONCLUSIVE, Judgement
 from normlab.report.claims.texts import format_effect, format_expectation
+from normlab.report.render.answers import REAL, Answers
 from normlab.report.render.description import facts, question
+from normlab.report.render.html.svg import PageFigure, figure_html
 from normlab.report.render.layout import filled, split_number
 from normlab.report.study.load import Study
 from normlab.report.study.provenance import Provenance
@@ -36,60 +38,86 @@ LOG_BYTES = {"done": 1_000}  # the end of its log that the page holds
 LOG_BYTES_OF_OTHERS = 4_000
 _OF_A_RUN = ("seed", "study", "output_dir", "data_dir")  # settings that runs of one cell may differ in
 
+SEEDS, VERDICTS, CURVES = "seeds", "verdicts", "learning_curves"  # tables and figures with a place of their own
+
 CellKey = tuple[str, str, int | None]  # setting, arm and batch size; None: a cell of a table that is of no single one
 
 
-class PageFigure(NamedTuple):
-    """A figure for the page: its panels as Plotly has them, its legend, and as an image for paper."""
+class PageTable(NamedTuple):
+    """A table for the page, with the text of its LaTeX file."""
 
-    name: str
-    caption: str
-    panels: Sequence[Mapping[str, Any]]
-    legend: Sequence[Mapping[str, str]]
-    png: bytes
+    table: Table
     sources: Provenance
+    latex: str
+
+
+def cell_numbers(study: Study) -> dict[tuple[str, str, int], int]:
+    """Return the number of each cell on the page."""
+    places = study.placed.astype({"batch": int})
+    keys = dict.fromkeys(zip(*(places[key] for key in CELL), strict=True))
+    return {key: number for number, key in enumerate(keys)}
 
 
 def html_page(
     study: Study,
-    tables: Sequence[tuple[Table, Provenance]],
+    tables: Sequence[PageTable],
     judgements: Sequence[Judgement],
     drawings: Sequence[PageFigure],
     metric: Metric,
     warnings: Sequence[str],
+    answers: Answers,
 ) -> str:
-    """Return the whole page as one text. Texts from disk are escaped; numbers are those of the tables."""
-    places = study.placed.astype({"batch": int})
-    keys = dict.fromkeys(zip(*(places[key] for key in CELL), strict=True))
-    numbers: dict[CellKey, int] = {key: number for number, key in enumerate(keys)}
+    """Return the whole page as one text. Texts from disk are escaped; numbers are those of the tables.
+
+    Args:
+        study: the runs.
+        tables: all of them, that of the metric first.
+        judgements: the verdicts on claims.
+        drawings: all figures, the main one first.
+        metric: that the study is compared by.
+        warnings: sentences about the study.
+        answers: what stands above everything else.
+    """
+    numbers: dict[Any, int] = cell_numbers(study)
     lost = _lost(study)
     data = {
         **_runs(study, numbers, metric),
         "measure": {"label": metric.label, "unit": metric.unit, "images": metric.images},
-        "figures": [{"panels": drawing.panels, "legend": drawing.legend} for drawing in drawings],
     }
-    parts = [(table, list(_parts(table, numbers, lost)), sources) for table, sources in tables]
-    plotly = _plotly() if drawings or data["runs"] else ""
+    shown = [(each, list(_parts(each.table, numbers, lost))) for each in tables]
+    by_name = {each.table.name: (each, parts) for each, parts in shown}
+    title, _, rest = _sentence(question(study))
     return (
         _environment()
         .get_template("index.html.j2")
         .render(
             study=study,
-            question=question(study),
+            title=title,
+            question=rest,
+            answers=answers,
+            numbers=numbers,
             states={state: number for state, number in study.states().items() if number or state == "done"},
             noted=_noted(study),
-            judgements=judgements,
-            tables=[part for part in parts if part[0].name != "verdicts"],
-            verdicts=next(((table, sources) for table, sources in tables if table.name == "verdicts"), None),
-            drawings=[(drawing, base64.b64encode(drawing.png).decode()) for drawing in drawings],
+            judgements=sorted(judgements, key=lambda judgement: judgement.verdict == INCONCLUSIVE),
+            first=shown[0],
+            seeds=by_name.get(SEEDS),
+            tables=[part for part in shown[1:] if part[0].table.name not in (SEEDS, VERDICTS)],
+            verdicts=by_name.get(VERDICTS),
+            main=drawings[:1],
+            curves=[each for each in drawings[1:] if each.name.startswith(CURVES)],
+            others=[each for each in drawings[1:] if not each.name.startswith(CURVES)],
             facts=facts(study),
             warnings=warnings,
             data=_shown(data),
-            plotly=plotly,
-            scripts=" ".join(map(_digest, (_text("page.js"), _text("live.js"), plotly))),
-            made_by=tables[0][1],
+            made_by=tables[0].sources,
         )
     )
+
+
+def _sentence(text: str) -> tuple[str, str, str]:
+    """Return the first sentence of a text, and the rest of it behind the space."""
+    end = re.search(r"(?<=[?.:])\s+(?=[A-Z])", text)
+    return (text[: end.start()], end[0], text[end.end() :]) if end else (text, "", "")
 
 
 @cache
@@ -111,12 +139,10 @@ def _environment() -> jinja2.Environment:
         "split_number": split_number,
     }
     environment.tests["nan"] = math.isnan
-    environment.globals |= {
-        "close": CLOSE,
-        "style": _text("page.css"),
-        "script": _text("page.js"),
-        "live": _text("live.js"),
-    }
+    script, style = (f"{_text(f'page.{kind}')}{_text(f'figures.{kind}')}" for kind in ("js", "css"))
+    script += _text("live.js")
+    environment.globals |= {"style": style, "script": script, "allowed": _digest(script), "figure_html": figure_html}
+    environment.globals |= {"close": CLOSE, "real": REAL, "inconclusive": INCONCLUSIVE}
     return environment
 
 
@@ -136,16 +162,6 @@ def _digest(script: str) -> str:
 
 def _text(name: str) -> str:
     return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    """Return Plotly's script, from the file in its Python package (of Plotly 6 and 7), which is slow to import."""
-    path = Path(str(distribution("plotly").locate_file("plotly/package_data/plotly.min.js")))
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    from plotly.offline import get_plotlyjs
-
-    return str(get_plotlyjs())
 
 
 def _noted(study: Study) -> list[dict[str, Any]]:

@@ -1,4 +1,3 @@
-"use strict";
 // A page whose study is watched shows each new state by itself: it loads its own file again now and then, as no browser
 // lets a page from a file read others, and is as its reader left it. A page without the mark of `live.py` does neither.
 (() => {
@@ -21,38 +20,41 @@
   if (!made && !before) return;
 
   // Where an element is, in words that hold when the page has more rows, verdicts and arms, and other numbers.
-  const letters = (text) => text.replace(/[^\p{L}]+/gu, "");
   const label = (element) => {
-    const cell = element.closest("td");
-    if (cell) return `${cell.parentElement.cells[0].textContent.trim()} ${cell.cellIndex}`;
+    const cell = element.closest("tbody td, tbody th");
+    const heading = cell?.closest("table").tHead?.rows[0].cells[cell.cellIndex];
+    if (heading) return `${cell.parentElement.cells[0].textContent.trim()} ${heading.textContent}`;
     const named = (element.localName === "details" && element.querySelector("summary")) || element;
-    return letters(named.getAttribute("aria-label") || named.textContent);
+    return (named.getAttribute("aria-label") || named.textContent).trim();
   };
-  const peers = (id, tag) =>
-    all(tag, (id && document.getElementById(id)) || document).filter((each) => !each.id);
-  const placeOf = (element) => {
+  const NAMES = [label, (element) => label(element).replace(/[^\p{L}]+/gu, "")];
+  const peers = (id, kind) => all(kind, (id && document.getElementById(id)) || document).filter((each) => !each.id);
+  const placeOf = (element, kind = element.localName) => {
     if (element.id) return { id: element.id };
-    const [id, tag, name] = [element.closest("[id]")?.id, element.localName, label(element)];
-    const found = peers(id, tag);
-    const nth = found.filter((each) => label(each) === name).indexOf(element);
-    return { id, tag, name, nth, at: found.indexOf(element), of: found.length };
+    const id = element.closest("[id]")?.id;
+    const found = peers(id, kind);
+    const names = NAMES.map((name) => [name(element), found.filter((each) => name(each) === name(element)).indexOf(element)]);
+    return { id, kind, names, at: found.indexOf(element), of: found.length };
   };
-  const find = ({ id, tag, name, nth, at, of }) => {
-    if (!tag) return document.getElementById(id);
-    const found = peers(id, tag);
-    return found.filter((each) => label(each) === name)[nth] || (found.length === of ? found[at] : undefined);
+  const find = ({ id, kind, names, at, of }) => {
+    if (!kind) return document.getElementById(id);
+    const found = peers(id, kind);
+    const named = names.map(([text, nth], i) => found.filter((each) => NAMES[i](each) === text)[nth]);
+    return named.find(Boolean) || (found.length === of ? found[at] : undefined);
   };
 
   // What a reader changes: by selector, how it is read and how it is set.
-  const press = (element, name, value) => {
-    const button = element.querySelector("button") || element;
-    for (let i = 0; i < 2 && element.getAttribute(name) !== value; i += 1) button.click();
-  };
-  const attribute = (name) => [(element) => element.getAttribute(name), (element, value) => press(element, name, value)];
+  const attribute = (name) => [
+    (element) => element.getAttribute(name),
+    (element, value) => {
+      const button = element.querySelector("button") || element;
+      const isOther = () => element.getAttribute(name) !== value;
+      for (let i = 0; i < 2 && isOther(); i += 1) button.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+    },
+  ];
   const KINDS = {
     details: [(element) => element.open, (element, value) => (element.open = value)],
     "[aria-pressed]": attribute("aria-pressed"),
-    "[aria-checked]": attribute("aria-checked"),
     "th[aria-sort]": attribute("aria-sort"),
     "input[type=search]": [
       (element) => element.value,
@@ -63,56 +65,46 @@
     ],
     ".scroll": [(element) => element.scrollLeft, (element, value) => (element.scrollLeft = value)],
   };
-  const asMade = new Map(all("details").map((element) => [element, element.open]));
-  const kept = () =>
+  const asMade = new Map(all("[aria-pressed]").map((key) => [key, key.getAttribute("aria-pressed")]));
+  const changed = () =>
     Object.entries(KINDS).flatMap(([kind, [read]]) =>
-      all(kind)
-        .filter((element) => !element.closest("dialog") && element.offsetParent !== null)
-        .map((element) => ({ kind, element, value: read(element) }))
-        .filter(({ element, value }) => (asMade.has(element) ? asMade.get(element) !== value : value))
-        .map(({ kind, element, value }) => ({ kind, value, place: placeOf(element) })),
+      all(kind, document.querySelector("main"))
+        .map((element) => ({ element, value: read(element) }))
+        .filter(({ element, value }) => value !== (asMade.get(element) ?? "") && value !== 0)
+        .map(({ element, value }) => ({ kind, value, place: placeOf(element, kind) })),
     );
-  const anchor = () => {
-    const top = all("main [id], main summary, main tr, main h2, main h3").findLast((element) => {
-      const box = element.getBoundingClientRect();
-      return box.height && box.top <= 60;
-    });
-    return scrollY && top ? { place: placeOf(top), offset: top.getBoundingClientRect().top } : null;
+  const top = () => {
+    const isThere = (element) => element.getClientRects().length && element.getBoundingClientRect().top <= 60;
+    const found = scrollY && all("main [id], main summary, main tr, main h2, main h3").findLast(isThere);
+    return found ? { place: placeOf(found), offset: found.getBoundingClientRect().top } : null;
   };
+  const { dataset } = document.documentElement;
   let paused = before?.paused || false;
+  const loads = before?.made === made ? before.loads + 1 : 0; // that brought nothing new
   const save = () => {
     const focused = document.activeElement;
-    const state = {
-      ...{ made, paused, kept: kept(), anchor: anchor(), theme: document.documentElement.dataset.theme },
-      ...(focused !== document.body && { focus: placeOf(focused), caret: focused.selectionStart }),
-      quiet: before?.made === made ? before.quiet + 1 : 0, // loads that brought nothing new
-    };
+    const focus = focused === document.body ? null : { place: placeOf(focused), caret: focused.selectionStart ?? null };
+    const state = { made, paused, loads, changed: changed(), top: top(), scroll: scrollY, focus, theme: dataset.theme };
     store((storage) => storage.setItem(key, JSON.stringify(state)));
     history.scrollRestoration = "manual";
   };
-
   const restore = () => {
-    if (before.theme && before.theme !== document.documentElement.dataset.theme) document.documentElement.dataset.theme = before.theme;
-    let missing = before.kept;
-    const again = () => {
-      missing = missing.filter(({ kind, value, place }) => {
-        const element = find(place);
-        if (element?.matches(kind)) KINDS[kind][1](element, value);
-        return !element;
-      });
-    };
-    again();
-    const drawn = new MutationObserver(again); // of figures that are drawn when they come into view
-    if (missing.length) drawn.observe(document.body, { childList: true, subtree: true });
-    const focused = before.focus && find(before.focus);
+    document.querySelector("dialog[open]")?.close(); // of a link that was followed before
+    if (before.theme) dataset.theme = before.theme;
+    for (const { kind, value, place } of before.changed) {
+      const element = find(place);
+      if (element) KINDS[kind][1](element, value);
+    }
+    const focused = before.focus && find(before.focus.place);
     focused?.focus({ preventScroll: true });
-    if (before.caret != null) focused?.setSelectionRange?.(before.caret, before.caret);
+    if (before.focus?.caret != null) focused?.setSelectionRange?.(before.focus.caret, before.focus.caret);
     const scroll = () => {
-      const top = before.anchor && find(before.anchor.place);
-      if (top) scrollBy({ top: top.getBoundingClientRect().top - before.anchor.offset, behavior: "instant" });
+      const found = before.top && find(before.top.place);
+      const by = found ? found.getBoundingClientRect().top - before.top.offset : before.scroll - scrollY;
+      scrollBy({ top: by, behavior: "instant" });
     };
     scroll();
-    addEventListener("load", () => requestAnimationFrame(() => (scroll(), made || (history.scrollRestoration = "auto"))));
+    addEventListener("load", () => requestAnimationFrame(scroll));
   };
   if (before) restore();
 
@@ -124,6 +116,7 @@
   document.querySelector("main").before(line);
   if (!made) {
     line.append(news);
+    history.scrollRestoration = "auto";
     setTimeout(() => (news.textContent = "Not watched any more: this page stays as it is."), 500);
     return;
   }
@@ -139,7 +132,7 @@
   });
   told();
   line.append("Live: as of ", time, ", and it shows a new state by itself. ", button, " ", news);
-  if (before?.focus?.id === button.id) button.focus({ preventScroll: true });
+  if (before?.focus?.place.id === button.id) button.focus({ preventScroll: true });
   if (before && before.made !== made) setTimeout(() => (news.textContent = "Updated."), 500);
 
   let touched = 0;
@@ -149,21 +142,18 @@
   for (const type of ["pointerdown", "pointermove", "keydown", "wheel", "touchmove", "scroll", "input"]) {
     addEventListener(type, touch, { capture: true, passive: true });
   }
-  addEventListener("pointerdown", () => (held = true), true);
+  addEventListener("pointerdown", (event) => (held = event.button === 0), true);
   for (const type of ["pointerup", "pointercancel"]) addEventListener(type, () => (held = false), true);
   addEventListener("beforeprint", () => (printing = true));
   addEventListener("afterprint", () => (printing = false));
-  const seen = (element) => element.checkVisibility?.({ opacityProperty: true, visibilityProperty: true }) ?? true;
   const isBusy = () =>
     held ||
     printing ||
     Date.now() - touched < IDLE ||
     !getSelection().isCollapsed ||
-    document.querySelector("dialog[open], :popover-open") ||
-    all("[role=tooltip], .hovertext").some(seen);
+    document.querySelector("dialog[open], .tip:not([hidden])");
   addEventListener("load", () => {
-    const quiet = before?.made === made ? before.quiet + 1 : 0;
-    const wait = Math.max(Math.min(MOST, LEAST * 1.5 ** quiet), 20 * performance.now());
+    const wait = Math.max(Math.min(MOST, LEAST * 1.5 ** loads), 20 * performance.now());
     const due = Date.now() + wait;
     setInterval(() => {
       if (!paused && !document.hidden && Date.now() >= due && !isBusy()) location.reload();

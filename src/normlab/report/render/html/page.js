@@ -13,9 +13,42 @@
   const isDark = () => (document.documentElement.dataset.theme || (systemIsDark.matches ? "dark" : "light")) === "dark";
   document.getElementById("theme").addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-    redraw();
   });
-  systemIsDark.addEventListener("change", () => redraw());
+
+  // What is folded opens for a link to it, for the button, and for paper.
+  const reveal = (element) => {
+    for (let each = element; each; each = each.parentElement) if (each.tagName === "DETAILS") each.open = true;
+    element?.scrollIntoView();
+  };
+  const follow = () => {
+    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (target?.id.startsWith("cell-") && target.dataset.row) open(Number(target.dataset.row));
+    else if (target) reveal(target);
+  };
+  addEventListener("hashchange", follow);
+  const unfold = document.getElementById("unfold");
+  unfold.addEventListener("click", () => {
+    const opening = unfold.textContent === "Open all";
+    for (const each of document.querySelectorAll("main details:not(.sources)")) each.open = opening;
+    unfold.textContent = opening ? "Close all" : "Open all";
+  });
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = [...document.querySelectorAll("main details:not([open]):not(.sources):not(.cells)")];
+    for (const each of opened) each.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const each of opened) each.open = false;
+  });
+  const copy = async (button) => {
+    const text = button.nextElementSibling;
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+      button.textContent = "Copied";
+    } catch {
+      getSelection().selectAllChildren(text); // to be copied by hand
+    }
+  };
 
   // Tables: a heading sorts by the numbers of its column where it has some, else by its texts; what is empty goes last.
   const texts = new Intl.Collator(undefined, { numeric: true });
@@ -46,160 +79,70 @@
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
     }
+    const rows = [...input.closest(".part").querySelectorAll("tbody tr")];
+    input.nextElementSibling.textContent = words.length ? `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows` : "";
   };
   document.addEventListener("click", (event) => {
-    const target = event.target.closest("button");
-    if (target?.classList.contains("sort")) sort(target.closest("th"));
-    if (target?.classList.contains("cell")) open(Number(target.dataset.cell));
+    const target = event.target.closest("button, a, [data-cell]");
+    if (target?.matches(".sort")) sort(target.closest("th"));
+    if (target?.matches(".copy")) copy(target);
+    if (target?.dataset.cell) open(Number(target.dataset.cell));
+    if (location.hash && target?.getAttribute("href") === location.hash) follow(); // no change of it, so no event
   });
   document.addEventListener("input", (event) => {
     if (event.target.classList.contains("filter")) filter(event.target);
   });
 
-  // Figures. Plotly is read when the first one comes into view, and each figure is drawn then, too.
-  const library = () => {
-    if (window.Plotly) return window.Plotly;
-    document.head.append(make("script", { textContent: document.getElementById("plotly").textContent }));
-    return window.Plotly;
-  };
-  const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const entities = { "&": "&amp;", "<": "&lt;", $: "&#36;" }; // Plotly reads some HTML, and formulas
-  const literal = (text) => String(text).replace(/[&<$]/g, (sign) => entities[sign]);
-  const inTheme = (color) => {
-    const hex = /^#(..)(..)(..)$/.exec(color);
-    if (!isDark() || !hex) return color;
-    const [red, green, blue] = hex.slice(1).map((part) => parseInt(part, 16));
-    return Math.max(red, green, blue) - Math.min(red, green, blue) < 24 && red < 150 ? "#e6e9ed" : color; // black
-  };
-  const layoutOf = (panel) => {
-    const axis = (own) => ({
-      ...own,
-      title: { text: literal(own.title || ""), font: { size: 12 } },
-      ticktext: own.ticktext?.map((text) => literal(text).replace(/\n/g, "<br>")),
-      gridcolor: variable("--line"),
-      linecolor: variable("--quiet"),
-      zeroline: false,
-      automargin: true,
-    });
-    return {
-      title: { text: literal(panel.title || ""), font: { size: 13 }, y: 0.98, yanchor: "top" },
-      xaxis: axis(panel.x),
-      yaxis: axis(panel.y),
-      margin: { l: 48, r: 10, t: panel.title ? 34 : 12, b: 40 },
-      font: { color: variable("--text"), size: 11, family: getComputedStyle(document.body).fontFamily },
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      showlegend: false,
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--quiet"), activecolor: variable("--link") },
-      hovermode: "closest",
-      hoverlabel: { bgcolor: variable("--raised"), bordercolor: variable("--line"), font: { color: variable("--text") } },
-    };
-  };
-  const digits = (value) =>
-    value === null ? "" : (Number.isInteger(value) ? value : Number(value.toPrecision(5))).toString();
-  const traceOf = (trace, hidden) => {
-    const { half, text, ...rest } = trace;
-    const told = (x, y, i) => {
-      const sign = half?.[i] ? ` ± ${digits(half[i])}` : "";
-      const across = trace.error_x ? `${digits(x)}${sign}` : digits(y) + sign;
-      return text ? `${literal(text[i])}: ${across}` : `${digits(x)}: ${across}`;
-    };
-    const name = trace.name ? `<b>${literal(trace.name)}</b><br>` : "";
-    return {
-      ...rest,
-      type: "scatter",
-      name: literal(trace.name || ""),
-      visible: !hidden.has(trace.legendgroup),
-      line: { ...trace.line, ...(trace.line.color && { color: inTheme(trace.line.color) }) },
-      ...(trace.marker && { marker: { ...trace.marker, color: inTheme(trace.marker.color) } }),
-      ...(trace.error_y && { error_y: { ...trace.error_y, color: inTheme(trace.error_y.color) } }),
-      ...(trace.error_x && { error_x: { ...trace.error_x, color: inTheme(trace.error_x.color) } }),
-      ...(trace.hoverinfo !== "skip" && {
-        hovertext: trace.x.map((x, i) => name + told(x, trace.y[i], i)),
-        hoverinfo: "text",
-      }),
-    };
-  };
-  const buttons = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]; // none that would need a network
-  const options = { displaylogo: false, responsive: true, modeBarButtons: buttons };
-  const plot = (element, panel, hidden) =>
-    library().react(element, panel.traces.map((trace) => traceOf(trace, hidden)), layoutOf(panel), options);
-
-  const drawn = new Map(); // figure -> what draws it again
-  const draw = (figure) => {
-    const { panels, legend } = data.figures[Number(figure.dataset.figure)];
-    const hidden = new Set();
-    const boxes = panels.map(() => make("div", { className: "panel" }));
-    const holder = figure.querySelector(".panels");
-    holder.classList.toggle("one", panels.length === 1);
-    holder.replaceChildren(...boxes);
-    const again = () => panels.forEach((panel, i) => plot(boxes[i], panel, hidden));
-    const grouped = new Set(panels.flatMap((panel) => panel.traces.map((trace) => trace.legendgroup)));
-    const key = () =>
-      figure.querySelector(".legend").replaceChildren(
-        ...[...legend].sort((a, b) => grouped.has(b.name) - grouped.has(a.name)).map(({ name, color, dash }) => {
-          const line = make("i", { className: dash });
-          line.style.color = inTheme(color);
-          if (!grouped.has(name)) return make("button", { type: "button", disabled: true }, line, name);
-          const button = make("button", { type: "button", title: "Hide or show" }, line, name);
-          button.setAttribute("aria-pressed", String(!hidden.has(name)));
-          button.addEventListener("click", () => {
-            if (!hidden.delete(name)) hidden.add(name);
-            button.setAttribute("aria-pressed", String(!hidden.has(name)));
-            again();
-          });
-          return button;
-        }),
-      );
-    key();
-    again();
-    drawn.set(figure, () => (key(), again()));
-  };
-  const redraw = () => drawn.forEach((again) => again());
-  const watcher = new IntersectionObserver(
-    (entries) => {
-      for (const entry of entries.filter((found) => found.isIntersecting)) {
-        watcher.unobserve(entry.target);
-        draw(entry.target);
-      }
-    },
-    { rootMargin: "400px" },
-  );
-  document.querySelectorAll("figure[data-figure]").forEach((figure) => watcher.observe(figure));
-
-  // Paper shows what was found, not only the verdict.
-  let opened = [];
-  addEventListener("beforeprint", () => {
-    opened = [...document.querySelectorAll("details.verdict:not([open])")];
-    for (const verdict of opened) verdict.open = true;
-  });
-  addEventListener("afterprint", () => {
-    for (const verdict of opened) verdict.open = false;
-  });
-
   // A cell: the runs behind it.
   const dialog = document.getElementById("cell");
   const shades = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A"];
-  const curves = (runs) => ({
-    title: "",
-    x: { title: "epoch" },
-    y: { title: data.measure.label.replace(`${data.measure.images} `, "") + (unit && ` (${data.measure.unit})`) },
-    traces: runs.flatMap((run, i) => {
-      const line = (y, dash, of) => ({
-        x: data.axes[run.axis],
-        y,
-        mode: data.axes[run.axis].length > 1 ? "lines" : "markers",
-        name: `seed ${run.seed}, ${of}`,
-        line: { color: shades[i % shades.length], dash, width: 1.5 },
-        marker: { color: shades[i % shades.length] },
-      });
+  const drawn = (tag, attributes, ...children) => {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...children);
+    return element;
+  };
+  const digits = (value) => Number(value.toPrecision(5)).toString();
+  const scale = (values, start, end) => {
+    const low = values.reduce((a, b) => Math.min(a, b), Infinity);
+    const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
+    const span = high - low || Math.abs(high) || 1;
+    const rough = 10 ** Math.floor(Math.log10(span / 3));
+    const step = rough * [1, 2, 5, 10].find((factor) => span / (rough * factor) <= 6);
+    const first = Math.ceil(low / step - 1e-9);
+    const ticks = Array.from({ length: Math.floor(high / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
+    return { at: (value) => (high > low ? start + ((value - low) / span) * (end - start) : (start + end) / 2).toFixed(1), ticks };
+  };
+  const curves = (runs) => {
+    const lines = runs.flatMap((run, i) => {
       if (run.axis === undefined) return [];
-      return [
-        line(run.values, run.state === "done" ? "solid" : "dot", data.measure.images),
-        ...(run.train.length ? [line(run.train, "dash", "training")] : []),
-      ];
-    }),
-  });
+      const line = (y, dash, of) => ({ x: data.axes[run.axis], y, dash, color: shades[i % shades.length], name: `seed ${run.seed}, ${of}` });
+      const own = line(run.values, run.state === "done" ? "none" : "1.5 3", data.measure.images);
+      return run.train.length ? [own, line(run.train, "6 3", "training")] : [own];
+    });
+    const x = scale(lines.flatMap((line) => line.x), 52, 692);
+    const y = scale(lines.flatMap((line) => line.y.filter((value) => value !== null)), 252, 10);
+    const path = ({ x: places, y: values }) =>
+      places.map((place, i) => {
+        if (values[i] === null) return "";
+        const point = `${x.at(place)} ${y.at(values[i])}`;
+        const goesOn = i > 0 && values[i - 1] !== null;
+        return goesOn ? `L${point}` : `M${point}h.01`; // a single point shows, too
+      }).join("");
+    const label = data.measure.label.replace(`${data.measure.images} `, "") + (unit && ` (${data.measure.unit})`);
+    return drawn("svg", { class: "curves", viewBox: "0 0 700 290", role: "img", "aria-label": `${label} by epoch` },
+      ...y.ticks.flatMap((tick) => [
+        drawn("line", { x1: 52, x2: 692, y1: y.at(tick), y2: y.at(tick) }),
+        drawn("text", { x: 46, y: y.at(tick), "text-anchor": "end", "dominant-baseline": "middle" }, digits(tick)),
+      ]),
+      ...x.ticks.filter(Number.isInteger).map((tick) => drawn("text", { x: x.at(tick), y: 268, "text-anchor": "middle" }, digits(tick))),
+      drawn("text", { x: 372, y: 284, "text-anchor": "middle" }, "epoch"),
+      drawn("text", { transform: "translate(12 131) rotate(-90)", "text-anchor": "middle" }, label),
+      ...lines.map((line) =>
+        drawn("path", { d: path(line), "stroke-dasharray": line.dash, style: `stroke: ${line.color}; stroke-width: ${line.x.length > 1 ? 1.5 : 5}; stroke-linecap: round` },
+          drawn("title", {}, line.name))),
+    );
+  };
   const told = (runs) =>
     [
       `Solid: ${data.measure.images}`,
@@ -225,25 +168,24 @@
     const head = ["seed", "state", `final${unit && ` (${data.measure.unit})`}`, "best", "seconds", "record"];
     const table = make(
       "table", {},
-      make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { textContent: text })))),
+      make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { textContent: text, scope: "col" })))),
       make("tbody", {}, ...rowsOf(runs)),
     );
-    const chart = make("div", { className: "panel" });
-    const details = (summary, text) => make("details", {}, make("summary", { textContent: summary }), make("pre", { textContent: text }));
+    const details = (summary, text) => make("details", {}, make("summary", { textContent: summary }), make("pre", { textContent: text, tabIndex: 0 }));
     document.getElementById("cell-title").textContent = `${cell.arm}, batch ${cell.batch}; ${cell.setting}`;
     document.getElementById("cell-body").replaceChildren(
-      make("div", { className: "scroll" }, table),
-      ...(runs.some((run) => run.axis !== undefined) ? [chart, make("p", { className: "caption", textContent: told(runs) })] : []),
-      make("h4", { textContent: "Settings that differ within the study" }),
-      make("pre", { textContent: lines(cell.own) || "none" }),
+      make("div", { className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Runs of this cell" }, table),
+      ...(runs.some((run) => run.axis !== undefined) ? [curves(runs), make("p", { className: "caption", textContent: told(runs) })] : []),
+      make("h3", { textContent: "Settings that differ within the study" }),
+      make("pre", { textContent: lines(cell.own) || "none", tabIndex: 0 }),
       details("All settings", lines(settings)),
       ...runs.filter((run) => run.log).map((run) => details(`Log of seed ${run.seed} (its end)`, run.log)),
     );
     dialog.showModal();
-    if (chart.isConnected) plot(chart, curves(runs), new Set());
     document.getElementById("cell-body").scrollTop = 0;
   };
   dialog.addEventListener("click", (event) => {
     if (event.target === dialog) dialog.close();
   });
+  follow();
 })();

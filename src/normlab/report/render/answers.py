@@ -1,0 +1,178 @@
+"""What a study says, in sentences: which arm is ahead where, by how much, whether that is more than chance."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from normlab.common.errors import count, listed, per_cent
+from normlab.report.analysis.cells import p_text, with_interval
+from normlab.report.analysis.leaders import Leader, Rival
+from normlab.report.analysis.metrics import Metric
+from normlab.report.analysis.statistics import ENOUGH
+from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
+from normlab.report.study.arms import in_order, natural
+from normlab.report.study.load import Study
+
+REAL, OPEN = "real", "not decided"
+_NAMED = 4  # arms in a sentence
+_FEW = 3  # conditions that a sentence names
+
+
+class Answer(NamedTuple):
+    """Who is ahead under one condition.
+
+    Attributes:
+        where: "batch 8", "resnet18, batch 8".
+        verdict: `REAL` where its lead over every rival is more than chance, else `OPEN`.
+        arm: the best one.
+        value: its mean with its interval.
+        lead: over the next arm, with interval, p-value and seeds.
+        reasons: further sentences: arms that may be as good, arms that are behind, arms that diverged.
+        cell: setting, arm and batch size of its runs.
+    """
+
+    where: str
+    verdict: str
+    arm: str
+    value: str
+    lead: str
+    reasons: tuple[str, ...]
+    cell: tuple[str, str, int]
+
+
+class Answers(NamedTuple):
+    """The sentences above everything else of a report: what came out, and one answer per condition."""
+
+    headline: tuple[str, ...]
+    state: str
+    answers: tuple[Answer, ...]
+    best: str
+
+
+def answers(
+    study: Study, found: Sequence[Leader], judgements: Sequence[Judgement], metric: Metric, levels: tuple[float, float]
+) -> Answers:
+    """Return the sentences of a study.
+
+    Args:
+        study: the study.
+        found: the leader under each condition.
+        judgements: the verdicts on claims.
+        metric: that the leaders are compared by.
+        levels: the confidence of the intervals, and the level that a p-value has to keep to.
+    """
+    best = f"{'highest' if metric.higher_is_better else 'lowest'} {metric.full_label}"
+    each = tuple(
+        _answer(leader, where, metric, levels) for leader, where in zip(found, _conditions(found), strict=True)
+    )
+    return Answers((*_headline(each, best, study), *_claims(judgements)), _state(study), each, best)
+
+
+def _conditions(found: Sequence[Leader]) -> Iterator[str]:
+    """Yield each leader's condition: the parts of its setting that differ, the batch size, the images of statistics."""
+    parts = [leader.setting.split(", ") for leader in found]
+    batches = {leader.batch for leader in found}
+    for leader, own in zip(found, parts, strict=True):
+        words = [part for part in own if not all(part in other for other in parts)]
+        words += [f"batch {leader.batch}"] if len(batches) > 1 or (leader.norm_batch is None and not words) else []
+        words += [f"statistics over {count(leader.norm_batch, 'image')}"] if leader.norm_batch is not None else []
+        yield ", ".join(words)
+
+
+def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, float]) -> Answer:
+    alpha = levels[1]
+    nearest = leader.rivals[0]
+    behind = [rival for rival in leader.rivals if rival.p_holm <= alpha and rival.lead.mean > 0]
+    level = [rival for rival in leader.rivals if rival not in behind]
+    sentences = {
+        "May be as good, as far as these seeds tell": [rival.arm for rival in level],
+        "Behind by more than chance": [rival.arm for rival in behind],
+        "Not compared, because runs diverged or lack a value": leader.out,
+    }
+    told = [
+        f"{words}: {listed([_name(arm, leader) for arm in arms], _NAMED)}." for words, arms in sentences.items() if arms
+    ]
+    if level and len(nearest.seeds) < ENOUGH:
+        told.insert(0, f"Fewer than {ENOUGH} seeds cannot tell a difference from chance.")
+    return Answer(
+        where=where,
+        verdict=OPEN if level else REAL,
+        arm=_name(leader.arm, leader),
+        value=with_interval(leader.mean, metric.decimals) + (f" {metric.unit}" if metric.unit else ""),
+        lead=_lead(nearest, _name(nearest.arm, leader), metric, levels[0]),
+        reasons=tuple(told),
+        cell=(leader.setting, leader.arm, leader.batch),
+    )
+
+
+def _name(arm: str, leader: Leader) -> str:
+    """Return the arm without the number of images that the condition names."""
+    if leader.norm_batch is None:
+        return arm
+    return re.sub(r" \(\)$", "", re.sub(rf"(, )?norm_batch={leader.norm_batch}(?=[,)])", "", arm))
+
+
+def _lead(rival: Rival, name: str, metric: Metric, confidence: float) -> str:
+    mean, low, high, n = rival.lead
+    if not n:
+        return f"{name} is next, and has no seed in common with it"
+    size = max(abs(mean), 0 if math.isnan(low) else high - mean)
+    shown = f".{metric.decimals + 1}f" if metric.decimals is not None else ".2f" if 1 <= size < 100 else ".3g"
+    unit = " points" if metric.unit == "%" else ""
+    text = f"{mean:{shown}}{unit} ahead of {name}" if mean > 0 else f"level with {name}"
+    if math.isnan(low):
+        return f"{text} ({_seeds(rival.seeds)})"
+    tested = "" if math.isnan(rival.p_holm) else f", p {p_text(rival.p_holm, '= ')}"
+    return f"{text} ({per_cent(confidence)} % interval {low:{shown}} to {high:{shown}}{tested}; {_seeds(rival.seeds)})"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    """Return `seed 0`, `seeds 0, 1, 2` or `seeds 0 to 9`."""
+    if not seeds:
+        return "no seed"
+    if len(seeds) > 3 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return f"seeds {seeds[0]} to {seeds[-1]}"
+    return f"seed{'s' if len(seeds) > 1 else ''} {listed(list(seeds), 8)}"
+
+
+def _headline(each: Sequence[Answer], best: str, study: Study) -> Iterator[str]:
+    """Yield one or two sentences on who is ahead."""
+    if not each:
+        finished = not study.finished.empty
+        yield "No two arms have finished at the same batch size yet." if finished else "No run has finished yet."
+        return
+    real = [answer for answer in each if answer.verdict == REAL]
+    for arm, number in Counter(answer.arm for answer in real).most_common(_NAMED):
+        where = "; ".join(answer.where for answer in real if answer.arm == arm)
+        yield f"{arm} has the {best} at {where if number <= _FEW else f'{number} of {len(each)} conditions'}."
+    undecided = [answer for answer in each if answer.verdict == OPEN]
+    if len(undecided) > _FEW:
+        ahead = Counter(answer.arm for answer in undecided).most_common()
+        told = listed([f"{arm} at {number}" if number > 1 else arm for arm, number in ahead], _NAMED)
+        which = f"At {len(undecided)} of {len(each)} conditions these seeds do not decide it"
+        if not real:
+            which = f"At none of {len(each)} conditions do these seeds decide which arm has the {best}"
+        yield f"{which} (ahead: {told})."
+    elif undecided:
+        told = "; ".join(f"{answer.where} ({answer.arm} ahead)" for answer in undecided)
+        yield f"Not decided by these seeds: {told}."
+
+
+def _claims(judgements: Sequence[Judgement]) -> Iterator[str]:
+    tally = Counter(judgement.verdict for judgement in judgements)
+    if judgements:
+        words = [f"{tally[verdict]} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE) if tally[verdict]]
+        yield f"Papers' claims: {', '.join(words)}."
+
+
+def _state(study: Study) -> str:
+    """Return how many runs have finished, and of what: arms, batch sizes, seeds."""
+    placed = study.placed
+    arms, seeds = in_order(placed["arm"]), sorted({int(seed) for seed in placed["seed"]})
+    batches = sorted({int(batch) for batch in placed["batch"]})
+    settings = sorted(placed["setting"].unique(), key=natural)
+    parts = [count(len(arms), "arm"), f"batch {listed(batches, 6)}", _seeds(seeds)]
+    parts += [settings[0] if len(settings) == 1 else count(len(settings), "setting")] if settings else []
+    return f"{len(study.finished)} of {count(len(study.runs), 'run')} finished: {'; '.join(parts)}."
