@@ -45,7 +45,7 @@
 
   // What a reader changes: by selector, how it is read and how it is set.
   const attribute = (name) => [
-    (element) => element.getAttribute(name),
+    (element) => element.getAttribute(name) || "",
     (element, value) => {
       const button = element.querySelector("button") || element;
       const isOther = () => element.getAttribute(name) !== value;
@@ -55,7 +55,7 @@
   const KINDS = {
     details: [(element) => element.open, (element, value) => (element.open = value)],
     "[aria-pressed]": attribute("aria-pressed"),
-    "th[aria-sort]": attribute("aria-sort"),
+    "thead th": attribute("aria-sort"),
     "input[type=search]": [
       (element) => element.value,
       (element, value) => {
@@ -154,9 +154,11 @@
     document.querySelector("dialog[open], .tip:not([hidden])");
   addEventListener("load", () => {
     const wait = Math.max(Math.min(MOST, LEAST * 1.5 ** loads), 20 * performance.now());
-    const due = Date.now() + wait;
+    let due = Date.now() + wait;
     setInterval(() => {
-      if (!paused && !document.hidden && Date.now() >= due && !isBusy()) location.reload();
+      if (paused || document.hidden || Date.now() < due || isBusy()) return;
+      due = Infinity; // once
+      location.reload();
     }, 500);
   });
   addEventListener("pagehide", save);
