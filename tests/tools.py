@@ -1,8 +1,11 @@
 """Programs that tests need beside Python's packages, tried before use: of a tool a machine may have only a part."""
 
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +26,14 @@ def require_latex() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if not works("pdflatex", "-interaction=batchmode", "-halt-on-error", EMPTY_PAPER, cwd=folder):
             pytest.skip("needs pdflatex with booktabs (texlive-latex-recommended)")
+
+
+def axe_script() -> str:
+    """Return the script of axe-core, which checks a page's accessibility; skip the test where it is not installed."""
+    folder = Path(os.environ.get("VENV", sys.prefix)) / "axe" / "node_modules" / "axe-core"
+    if not (folder / "axe.min.js").is_file():
+        pytest.skip(f"axe-core is not in {folder.parents[1]}: ./scripts/test installs it where npm is")
+    return (folder / "axe.min.js").read_text(encoding="utf-8")
 
 
 def start_chromium(playwright: Any) -> Any:

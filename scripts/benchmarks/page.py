@@ -41,7 +41,7 @@ def seconds_to_open(browser: Any, page: Path) -> tuple[float, float]:
     window.goto(page.as_uri())
     loaded = time.perf_counter() - begun
     window.locator("button.cell").first.click()
-    window.locator("dialog[open] .panel path.js-line").first.wait_for()
+    window.locator("dialog[open] .curves path").first.wait_for()
     shown = time.perf_counter() - begun
     window.close()
     return loaded, shown

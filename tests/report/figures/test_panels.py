@@ -77,10 +77,13 @@ def test_a_title_is_broken_after_a_comma_or_before_a_bracket():
     assert panels.wrapped(title, 3.0) == title
 
 
+CELL = {"variant": "bn", "setting": "digits", "arm": "bn", "batch": 8}
+
+
 def rows(seed, state, values):
     """Of two layers, `value - 1` and `value + 1`."""
     return [
-        {"seed": seed, "state": state, "step": step, "layer": layer, "value": value + shift}
+        {"seed": seed, "state": state, "step": step, "layer": layer, "value": value + shift, **CELL}
         for step, value in enumerate(values)
         for layer, shift in (("a", -1.0), ("b", 1.0))
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 from recorded import adder
@@ -72,7 +73,7 @@ def opened(browser, page) -> Iterator[Any]:
 
 
 def column(window: Any, place: int = 0) -> list[str]:
-    return window.locator(f"#table-accuracy tbody tr td:nth-child({place + 1})").all_inner_texts()
+    return window.locator(f"#table-accuracy tbody tr > :nth-child({place + 1})").all_inner_texts()
 
 
 @pytest.mark.slow
@@ -106,12 +107,12 @@ def test_a_table_is_sorted_and_filtered_and_shows_what_is_not_done(opened) -> No
 def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(opened) -> None:
     opened.locator("#table-accuracy button.cell", has_text="70.0").click()
     dialog = opened.locator("dialog[open]")
-    assert dialog.locator("h3").inner_text() == "none, batch 8; digits, resnet18"
+    assert dialog.locator("h2").inner_text() == "none, batch 8; digits, resnet18"
     rows = [row.split("\t") for row in dialog.locator("tbody tr").all_inner_texts()]
     assert [(row[0], row[2]) for row in rows] == [("0", "69.5"), ("1", "70.5")]
     assert dialog.locator("tbody a").first.get_attribute("href").startswith("../none-b8-s0-")
     assert "norm.name: none" in dialog.locator("pre").first.inner_text()
-    assert dialog.locator(".panel path.js-line").count() == 4  # test and training of two seeds
+    assert dialog.locator(".curves path").count() == 4  # test and training of two seeds
     dialog.locator("summary", has_text="Log of seed 1").click()
     assert f"the log of none 8 1 {EVIL}" in dialog.locator("details[open] pre").inner_text()
     opened.keyboard.press("Escape")
@@ -119,23 +120,68 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
 
 
 @pytest.mark.slow
-def test_a_figure_tells_its_values_and_hides_an_arm(opened) -> None:
-    figure = opened.locator("#figure-accuracy_against_batch")
-    figure.scroll_into_view_if_needed()
-    figure.locator(".panel .points path").first.wait_for()
-    assert figure.locator(".legend button:not([disabled])").all_inner_texts()[:2] == ["bn", "none"]
-    figure.locator(".scatter", has=opened.locator(".errorbars path")).first.wait_for(state="attached")
-    traces = figure.locator(".panel .trace.scatter")
-    before = traces.count()
-    figure.locator(".panel .points path").first.hover(force=True)
-    figure.locator(".hovertext").first.wait_for()
-    told = figure.locator(".hovertext").first.text_content()
-    assert re.search(r"bn8: 90 ± [0-9.]+", told), told
-    figure.locator(".legend button", has_text="bn").first.click()
-    assert figure.locator(".legend button").first.get_attribute("aria-pressed") == "false"
-    opened.wait_for_function(
-        "n => document.querySelectorAll('#figure-accuracy_against_batch .trace.scatter').length < n", arg=before
-    )
+def test_a_mark_tells_the_numbers_of_the_table_and_opens_its_runs(opened, page) -> None:
+    figure, tip = opened.locator("#figure-accuracy_against_batch"), opened.locator(".tip")
+    table = pd.read_csv(page.parent / "accuracy.csv").set_index(["arm", "batch"])
+    mark = figure.locator('.mark[aria-label^="bn, batch 32"]')
+    mark.scroll_into_view_if_needed()
+    mark.hover(force=True)
+    row = table.loc[("bn", 32)]
+    heading, value, interval, seeds = tip.inner_text().split("\n")
+    assert (heading, seeds) == ("bn, batch 32", "seeds 0: 90.5, 1: 91.5")
+    half = row["high"] - row["mean"]
+    assert value == f"{row['mean']:.1f} ± {half:.1f} (n={row['n']})"
+    assert interval == f"interval: {row['low']:.4g} to {row['high']:.4g}"
+    opened.mouse.move(0, 0)
+    assert not tip.is_visible()
+    box = mark.bounding_box()
+    opened.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert opened.locator("dialog[open] h2").inner_text() == "bn, batch 32; digits, resnet18"
+
+
+@pytest.mark.slow
+def test_a_figure_is_used_by_the_keyboard(opened) -> None:
+    figure, tip = opened.locator("#figure-accuracy_against_batch"), opened.locator(".tip")
+    keys = figure.locator(".key")
+    keys.first.focus()
+    opened.keyboard.press("ArrowRight")
+    focused = opened.locator(":focus")
+    assert (focused.get_attribute("aria-label"), focused.get_attribute("aria-pressed")) == ("none", "true")
+    lines = figure.locator(f"g.s{focused.get_attribute('data-series')}")
+    display = "lines => [...new Set(lines.map((line) => getComputedStyle(line).display))]"
+    assert lines.evaluate_all(display) == ["inline"]
+    opened.keyboard.press("Space")
+    assert focused.get_attribute("aria-pressed") == "false"
+    assert lines.evaluate_all(display) == ["none"]
+    opened.keyboard.press("Tab")
+    heard = []
+    for _ in range(4):
+        heard.append(focused.get_attribute("aria-label").split("\n")[0])
+        assert tip.inner_text() == focused.get_attribute("aria-label")
+        opened.keyboard.press("ArrowRight")
+    assert heard[:3] == ["bn, batch 8", "bn, batch 32", "gn, batch 8"]  # none is passed over
+    opened.keyboard.press("Home")
+    opened.keyboard.press("Escape")
+    assert not tip.is_visible()
+    opened.keyboard.press("Enter")
+    assert opened.locator("dialog[open] h2").inner_text() == "bn, batch 8; digits, resnet18"
+    opened.keyboard.press("Escape")
+    assert focused.get_attribute("aria-label").startswith("bn, batch 8")
+
+
+@pytest.mark.slow
+def test_the_first_touch_of_a_mark_shows_its_values_and_the_second_opens_its_runs(browser, page) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
+    window = context.new_page()
+    window.goto(page.as_uri())
+    mark = window.locator('#figure-accuracy_against_batch [aria-label^="bn, batch 8"]').first
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    for dialogs in (0, 1):
+        window.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        assert window.locator(".tip").inner_text().startswith("bn, batch 8")
+        assert window.locator("dialog[open]").count() == dialogs
+    context.close()
 
 
 @pytest.mark.slow
@@ -143,9 +189,9 @@ def test_names_from_disk_are_texts(opened) -> None:
     assert opened.title() == "study · normlab"
     assert EVIL in column(opened)
     assert EVIL in opened.locator("#runs table.noted").inner_text()
-    for figure in opened.locator("figure[data-figure]").all():
-        figure.scroll_into_view_if_needed()
-        figure.locator(".panel .main-svg").first.wait_for()
+    key = opened.locator('.key[aria-label*="harmed"]').first
+    assert key.get_attribute("aria-label") == EVIL
+    key.click()
     opened.locator("#table-accuracy tr", has_text="harmed").locator("button.cell").first.click()
     assert opened.title() == "study · normlab"
 
@@ -156,9 +202,8 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme)
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     window = context.new_page()
     window.goto(page.as_uri())
-    for figure in window.locator("figure[data-figure]").all():
-        figure.scroll_into_view_if_needed()
-        figure.locator(".panel .main-svg").first.wait_for()
+    ink = window.locator("#figure-accuracy_against_batch text").first.evaluate("text => getComputedStyle(text).fill")
+    assert (sum(map(int, re.findall(r"\d+", ink))) > 500) == (scheme == "dark")
     assert window.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
     assert window.eval_on_selector_all("nav a", f"links => links.map({LINES})") == [1] * 4  # no word is broken
     ground = window.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -169,17 +214,16 @@ def test_it_is_readable_on_a_phone_and_in_the_dark(browser, page, width, scheme)
 
 
 @pytest.mark.slow
-def test_it_prints_with_the_figures_as_images(browser, page) -> None:
+def test_it_prints_what_is_folded(browser, page) -> None:
     window = browser.new_page()
     window.goto(page.as_uri())
     window.emulate_media(media="print")
-    assert window.locator("#figure-accuracy_against_batch img.paper").is_visible()
-    assert not window.locator("#figure-accuracy_against_batch .panels").is_visible()
+    assert window.locator("#figure-accuracy_against_batch svg").is_visible()
     assert window.pdf()[:5] == b"%PDF-"
-    verdict = window.locator("details.verdict").first
-    assert verdict.get_attribute("open") is None  # closed again
+    folded = window.locator("details.verdict, details.folded:not(.cells)")
+    assert [each.get_attribute("open") for each in folded.all()] == [None] * folded.count()  # closed again
     window.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert verdict.get_attribute("open") is not None
+    assert None not in [each.get_attribute("open") for each in folded.all()]
     window.close()
 
 
@@ -234,7 +278,7 @@ def test_a_run_without_seconds_is_on_the_page_and_no_verdict_names_imported_ones
 
 @pytest.mark.slow
 def test_a_run_costs_the_page_little(tmp_path) -> None:
-    """At 200 evaluations and a long log: 1,000 runs have to fit into 10 MB beside Plotly and some figures."""
+    """At 200 evaluations and a long log: 1,000 runs have to fit into 8 MB beside the figures."""
     add = adder(tmp_path / "outputs")
 
     def size(seeds: range) -> int:

@@ -77,19 +77,19 @@ def leaders(study: Study, metric: Metric, tidy: pd.DataFrame, confidence: float)
         here.append((group, arms, by_seed))
         tested.append(paired_p(matrix[first] - matrix[second]))
     adjusted = np.split(np.array(holm([p for ps in tested for p in ps])), np.cumsum([len(ps) for ps in tested])[:-1])
-    return [
-        _leader(place, groups, p, sign, confidence) for place, groups, p in zip(places, here, adjusted, strict=False)
-    ]
+    found = zip(places, here, adjusted[: len(here)], strict=True)
+    return [_leader(place, groups, p, metric, confidence) for place, groups, p in found]
 
 
 def _leader(
     place: Any,
     groups: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
     p: NDArray[np.float64],
-    sign: float,
+    metric: Metric,
     confidence: float,
 ) -> Leader:
     group, arms, by_seed = groups
+    sign, percent = (1.0 if metric.higher_is_better else -1.0), metric.unit == "%"
     of_pair = np.full((len(arms), len(arms)), math.nan)
     of_pair[np.triu_indices(len(arms), 1)] = p
     best = int((sign * arms["mean"]).to_numpy().argmax())
@@ -100,6 +100,8 @@ def _leader(
             continue
         minus = (sign * (by_seed[row.arm] - by_seed[arm])).dropna()
         lead = t_interval(minus, confidence)
+        if percent:  # no difference of accuracies is larger
+            lead = lead._replace(low=max(lead.low, -100.0), high=min(lead.high, 100.0))
         rivals.append(Rival(arm, lead, float(of_pair[min(i, best), max(i, best)]), tuple(map(int, minus.index))))
     finished = group["done"] + group["diverged"] > 0
     return Leader(

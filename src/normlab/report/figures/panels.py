@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from normlab.report.analysis.frames import CELL
 from normlab.report.figures.marks import Cell, Mark, mark
-from normlab.report.figures.style import CROWD, Canvas, Style, handles, legend
+from normlab.report.figures.style import CROWD, Canvas, Style, add_entries, broken, handles, legend
 from normlab.report.study.arms import FAMILIES, in_order, natural
 from normlab.report.study.load import Study
 
@@ -162,12 +162,15 @@ def multiples(
     across = min(len(panels), int(canvas.width / 3)) if crowded else across or canvas.columns(len(panels))
     figure, axes = grid(len(panels), across, canvas, **options)
     titles = [wrapped(panel.title, figure.get_figwidth() / across - (1.2 if crowded else 0.2)) for panel in panels]
-    more_lines = max(title.count("\n") for title in titles) * math.ceil(len(panels) / across)
-    figure.set_figheight(figure.get_figheight() + 0.13 * more_lines)
-    for ax, panel, title in zip(axes, panels, titles, strict=True):
+    labels = [[broken(arm, 20, 2) for arm in panel.arms] if crowded else [] for panel in panels]
+    high = 0.18 * max(sum(label.count("\n") + 1 for label in of_panel) for of_panel in labels)
+    taller = 0.13 * max(title.count("\n") for title in titles) + max(0.0, high - options.get("height", 1.9))
+    figure.set_figheight(figure.get_figheight() + taller * math.ceil(len(panels) / across))
+    for ax, panel, title, of_panel in zip(axes, panels, titles, labels, strict=True):
         ax.set_title(title)
         if crowded:
-            ax.legend(handles=handles(panel.arms, theme.styles), loc="center left", bbox_to_anchor=(1, 0.5))
+            entries = handles(panel.arms, theme.styles)
+            add_entries(ax, entries, of_panel, loc="center left", bbox_to_anchor=(1, 0.5))
     own = [] if crowded else handles(rows_of(panels)["variant"], theme.styles)
     if own or more:
         legend(figure, [*own, *more], canvas)
@@ -175,7 +178,7 @@ def multiples(
 
 
 def wrapped(title: str, inches: float) -> str:
-    """Return the title broken after commas and before brackets where a line would be longer than this."""
+    """Return the title broken after commas and before brackets, else anywhere, where a line would be longer."""
     lines = []
     for paragraph in title.splitlines():
         lines.append("")
@@ -185,7 +188,7 @@ def wrapped(title: str, inches: float) -> str:
                 lines.append(piece)
             else:
                 lines[-1] = joined
-    return "\n".join(lines)
+    return "\n".join(broken(line, max(12, int(18 * inches))) for line in lines)
 
 
 def grid(
@@ -238,6 +241,8 @@ def trend(ax: Axes, rows: pd.DataFrame, x: str, y: str, style: Style, scale: flo
         rows: of one arm: seed, state, `x`, `y`.
         line: for the line of the mean; with `marker=""` the seeds' band is left out too.
     """
+    if rows.empty:
+        return
     series, of_cell = str(rows["variant"].iloc[0]), only_cell(rows)
     values = rows.groupby(["seed", "state", x], as_index=False)[y].mean()
     values[y] *= scale

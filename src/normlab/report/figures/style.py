@@ -5,6 +5,7 @@ Colors are those of Okabe & Ito (2008), which color-blind readers can tell apart
 
 import io
 import math
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
+from normlab.report.figures.marks import mark
 from normlab.report.study.arms import FAMILIES, in_order
 from normlab.runs.reading import LARGEST_NUMBER
 
@@ -186,23 +188,45 @@ def limit(ax: Axes, name: Literal["x", "y"], shown: pd.Series, *, share: bool = 
     ax.set(**{f"{name}lim": (low, high)})
 
 
+def broken(name: str, most: int, lines: int = 3) -> str:
+    """Return a name in lines of at most so many characters; of a longer one the beginning, an ellipsis and the end."""
+    found = [""]
+    for word in re.findall(r"[^\s_,/()-]*.?", name):
+        for piece in (word[i : i + most] for i in range(0, len(word), most)):
+            if len(found[-1] + piece.rstrip()) > most:
+                found.append("")
+            found[-1] += piece
+    if len(found) > lines:
+        found = [*found[: lines - 1], found[-1]]
+        found[-2] = f"{found[-2][: most - 1]}…"
+    return "\n".join(line.strip() for line in found)
+
+
+def add_entries(owner: Figure | Axes, handles: Sequence[Artist], labels: Sequence[str], **placed: Any) -> None:
+    """Add a legend, whose entries stand for the series that the handles are named after."""
+    texts = owner.legend(handles=list(handles), labels=list(labels), **placed).get_texts()
+    for text, handle in zip(texts, handles, strict=True):
+        mark(text, str(handle.get_label()))
+
+
 def legend(figure: Figure, handles: Sequence[Artist], canvas: Canvas) -> None:
     """Add a legend above the panels, in as many columns as fit; the figure grows with it.
 
     Where it would be high, it stands beside a narrow figure, which becomes wide.
     """
-    lengths = [len(str(handle.get_label())) for handle in handles]
+    labels = [broken(str(handle.get_label()), int((figure.get_figwidth() - 0.6) / 0.07)) for handle in handles]
+    sizes = [(max(map(len, lines)), len(lines)) for lines in (label.split("\n") for label in labels)]
     for columns in range(len(handles), 0, -1):
-        inches = sum(0.42 + 0.06 * max(column) for column in np.array_split(lengths, columns))
-        if inches <= figure.get_figwidth():
+        split = np.array_split(sizes, columns)
+        if sum(0.42 + 0.06 * max(column[:, 0]) for column in split) <= figure.get_figwidth():
             break
-    rows = math.ceil(len(handles) / columns)
+    rows = max(int(sum(column[:, 1])) for column in split)
     if rows > 3 and figure.get_figwidth() < canvas.width:
-        figure.set_figwidth(canvas.width)
-        figure.legend(handles=list(handles), loc="outside right center")
+        figure.set_size_inches(canvas.width, max(figure.get_figheight(), 0.17 * sum(lines for _, lines in sizes)))
+        add_entries(figure, handles, labels, loc="outside right center")
         return
     figure.set_figheight(figure.get_figheight() + 0.17 * (rows - 1))
-    figure.legend(handles=list(handles), loc="outside upper center", ncols=columns, columnspacing=1.2)
+    add_entries(figure, handles, labels, loc="outside upper center", ncols=columns, columnspacing=1.2)
 
 
 def handles(arms: Iterable[str], styles: Mapping[str, Style]) -> list[Artist]:

@@ -1,14 +1,14 @@
 """A figure as SVG for a page: what matplotlib draws, made small, with its marks and the keys of its series on top.
 
 Elements of a series have the class `s0`, `s1`, ..., its entries in legends `k0`, `k1`, ...; what answers a pointer lies
-on top: `mark` has the text of a point, `key` an entry of a legend. Texts have the page's font; black, white and grey
-(the grid) are left to its style (`render/html/figures.css`), so that a dark page has a dark figure.
+on top: `mark` has the text of a point, `key` an entry of a legend. Texts have the page's font; black, white and the
+grey of the grid are left to its style (`render/html/figures.css`), so that a dark page has a dark figure.
 """
 
 import io
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
@@ -33,6 +33,19 @@ _UNSAID = {"stroke-linejoin", "stroke-dashoffset", "font-family"}  # the page's 
 _ANCHORS = {"left": ("start", 0.0), "center": ("middle", 0.5), "right": ("end", 1.0)}
 
 
+class _Key(NamedTuple):
+    """An entry of a legend, with its series."""
+
+    handle: Artist | None
+    text: Text
+    series: str
+
+    @property
+    def artists(self) -> list[Artist]:
+        """Its artists."""
+        return [self.text] if self.handle is None else [self.handle, self.text]
+
+
 def as_svg(figure: Figure, name: str, cells: Mapping[Cell, int], canvas: Canvas = PAPER) -> str:
     """Return the figure as an `<svg>` element, for an HTML page; the same figure gives the same text.
 
@@ -51,12 +64,12 @@ def as_svg(figure: Figure, name: str, cells: Mapping[Cell, int], canvas: Canvas 
     entries = [entry for legend in legends for entry in zip(legend.legend_handles, legend.get_texts(), strict=True)]
     numbers: dict[str, int] = {}
     for artist in figure.findobj():
-        if found := shown(artist):
-            artist.set_gid(f"s{numbers.setdefault(_joined(found.series), len(numbers))}")
-    keys = [(handle, text, numbers[key]) for handle, text in entries if (key := _joined(text.get_text())) in numbers]
-    for handle, text, number in keys:
-        for artist in filter(None, (handle, text)):
-            artist.set_gid(f"k{number}")
+        if (found := shown(artist)) and not isinstance(artist, Text):
+            artist.set_gid(f"s{numbers.setdefault(found.series, len(numbers))}")
+    keys = [_Key(*entry, found.series) for entry in entries if (found := shown(entry[1])) and found.series in numbers]
+    for key in keys:
+        for artist in key.artists:
+            artist.set_gid(f"k{numbers[key.series]}")
     grounds = [figure.patch, *(ax.patch for ax in figure.axes)]
     themed = all(to_hex(ground.get_facecolor()) == "#ffffff" for ground in grounds)
     for ground in grounds:
@@ -75,7 +88,7 @@ def as_svg(figure: Figure, name: str, cells: Mapping[Cell, int], canvas: Canvas 
         },
     )
     root.extend(_Tidy(name, _places_of_lines(figure)).children(drawn))
-    root.append(_keys(keys, height))
+    root.append(_keys(keys, numbers, height))
     root.append(_marks(figure, cells, height))
     for group in root.iter("g"):  # one stop of the tab key, and arrows from there (figures.js)
         for i, element in enumerate(group.findall("*[@aria-label]")):
@@ -86,11 +99,6 @@ def as_svg(figure: Figure, name: str, cells: Mapping[Cell, int], canvas: Canvas 
 def _printable(text: str) -> str:
     """Return a text without characters that XML does not allow, or that a page would obey."""
     return _NO_XML.sub("\ufffd", plain(text))
-
-
-def _joined(text: str) -> str:
-    """Return a name as it is recognized in a legend, which may break it anywhere."""
-    return "".join(_printable(text).split())
 
 
 def _drawn(figure: Figure, name: str, canvas: Canvas) -> Element:
@@ -121,14 +129,14 @@ def _places_of_lines(figure: Figure) -> dict[str, tuple[str, float]]:
     return places
 
 
-def _keys(keys: list[tuple[Artist | None, Text, int]], height: float) -> Element:
+def _keys(keys: list[_Key], numbers: Mapping[str, int], height: float) -> Element:
     group = Element("g", {"class": "keys"})
-    for handle, text, number in keys:
-        box = Bbox.union([artist.get_window_extent() for artist in (handle, text) if artist]).padded(1.5)
+    for key in keys:
+        box = Bbox.union([artist.get_window_extent() for artist in key.artists]).padded(1.5)
         shape = {"x": box.x0, "y": height - box.y1, "width": box.width, "height": box.height}
-        named = {"aria-label": text.get_text().replace("\n", " "), "data-series": str(number)}
+        named = {"aria-label": _printable(key.series), "data-series": str(numbers[key.series])}
         answer = {"class": "key", "role": "button", "aria-pressed": "true"}
-        SubElement(group, "rect", answer | named | {key: _short(value) for key, value in shape.items()})
+        SubElement(group, "rect", answer | named | {name: _short(value) for name, value in shape.items()})
     return group
 
 

@@ -92,7 +92,9 @@ def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, flo
         "Not compared, because runs diverged or lack a value": leader.out,
     }
     told = [
-        f"{words}: {listed([_name(arm, leader) for arm in arms], _NAMED)}." for words, arms in sentences.items() if arms
+        f"{words}: {listed([_name(arm, leader) for arm in arms], _NAMED)}."
+        for words, arms in sentences.items()
+        if arms and (arms is leader.out or len(leader.rivals) > 1)
     ]
     if level and len(nearest.seeds) < ENOUGH:
         told.insert(0, f"Fewer than {ENOUGH} seeds cannot tell a difference from chance.")

@@ -39,6 +39,7 @@ LOG_BYTES_OF_OTHERS = 4_000
 _OF_A_RUN = ("seed", "study", "output_dir", "data_dir")  # settings that runs of one cell may differ in
 
 SEEDS, VERDICTS, CURVES = "seeds", "verdicts", "learning_curves"  # tables and figures with a place of their own
+UNFOLDED = ("tuned",)  # tables without which the first cannot be understood
 
 CellKey = tuple[str, str, int | None]  # setting, arm and batch size; None: a cell of a table that is of no single one
 
@@ -100,6 +101,7 @@ def html_page(
             noted=_noted(study),
             judgements=sorted(judgements, key=lambda judgement: judgement.verdict == INCONCLUSIVE),
             first=shown[0],
+            unfolded=UNFOLDED,
             seeds=by_name.get(SEEDS),
             tables=[part for part in shown[1:] if part[0].table.name not in (SEEDS, VERDICTS)],
             verdicts=by_name.get(VERDICTS),

@@ -41,7 +41,7 @@
     for (const each of opened) each.open = false;
   });
   const copy = async (button) => {
-    const text = button.nextElementSibling;
+    const text = button.nextElementSibling || button.parentElement.nextElementSibling;
     try {
       await navigator.clipboard.writeText(text.textContent);
       button.textContent = "Copied";

@@ -1,0 +1,84 @@
+"""The sentences above everything else of a report."""
+
+import math
+
+import pytest
+from recorded import adder
+
+from normlab.report.analysis.leaders import Leader, Rival, leaders
+from normlab.report.analysis.metrics import METRICS, metric_of
+from normlab.report.analysis.statistics import Interval
+from normlab.report.options import options
+from normlab.report.render.answers import answers
+from normlab.report.study.load import Study, load
+from normlab.report.tables import judged_tables
+
+OPTIONS = options(baseline=None)
+
+
+def answered(study: Study):
+    metric = metric_of(study.evaluations)
+    tables, judgements = judged_tables(study, metric, OPTIONS)
+    return answers(study, leaders(study, metric, tables[0].tidy, 0.95), judgements, metric, (0.95, 0.05))
+
+
+@pytest.fixture
+def add(tmp_path):
+    return adder(tmp_path)
+
+
+def test_what_came_out_is_told_with_seeds_and_whether_it_is_more_than_chance(add, tmp_path):
+    for batch, arms in {8: {"bn": 0.9, "gn": 0.6}, 32: {"bn": 0.80, "gn": 0.803}}.items():
+        for arm, accuracy in arms.items():
+            for seed, noise in enumerate((0.0, 0.01, -0.01)):
+                add(arm, batch, seed, (0.1, 0.2, accuracy + noise * (1 if arm == "bn" else -0.5)))
+    told = answered(load("study", tmp_path))
+    assert told.state == "12 of 12 runs finished: 2 arms; batch 8, 32; seeds 0, 1, 2; digits, resnet18."
+    assert told.headline[:2] == (
+        "bn has the highest final test accuracy at batch 8.",
+        "Not decided by these seeds: batch 32 (gn ahead).",
+    )
+    real, undecided = told.answers
+    assert (real.verdict, real.where, real.arm, real.value) == ("real", "batch 8", "bn", "90.0 ± 2.5 %")
+    assert real.lead.startswith("30.00 points ahead of gn (95 % interval 26.27 to 33.73, p = 0.00")
+    assert real.lead.endswith("; seeds 0, 1, 2)")
+    assert (undecided.verdict, undecided.arm) == ("not decided", "gn")
+
+
+def test_of_too_few_seeds_nothing_is_decided(add, tmp_path):
+    for arm, accuracy in (("bn", 0.9), ("none", 0.2)):
+        add(arm, accuracies=(0.1, 0.1, accuracy))
+    [answer] = answered(load("study", tmp_path)).answers
+    assert (answer.verdict, answer.lead) == ("not decided", "70.00 points ahead of none (seed 0)")
+    assert answer.reasons == ("Fewer than 3 seeds cannot tell a difference from chance.",)
+
+
+@pytest.mark.parametrize(("state", "said"), [("running", "No run has finished yet."), ("done", "No two arms have fin")])
+def test_a_study_without_two_arms_says_so(state, said, add, tmp_path):
+    add("bn", state=state)
+    assert answered(load("study", tmp_path)).headline[0].startswith(said)
+
+
+def test_conditions_are_named_by_what_differs_and_many_are_counted(add, tmp_path):
+    add("bn")
+    study = load("study", tmp_path)
+    places = [(f"digits, resnet{depth}", batch) for depth in (18, 34) for batch in (8, 32)]
+    rivals = (
+        Rival("none", Interval(5.0, 4.0, 6.0, 3), 0.001, (0, 1, 2)),
+        Rival("gn", Interval(9.0, 1, 17, 3), 0.2, ()),
+    )
+    found = [Leader(*place, None, "bn", Interval(90, 89, 91, 3), rivals, ("in",)) for place in places]
+    told = answers(study, found, [], METRICS["test_accuracy"], (0.95, 0.05))
+    assert told.answers[1].where == "resnet18, batch 32"
+    assert told.answers[0].reasons == (
+        "May be as good, as far as these seeds tell: gn.",
+        "Behind by more than chance: none.",
+        "Not compared, because runs diverged or lack a value: in.",
+    )
+    assert told.headline == (
+        "At none of 4 conditions do these seeds decide which arm has the highest final test accuracy (ahead: bn at 4).",
+    )
+    alone = Leader("x", 32, 4, "bn (eps=1, norm_batch=4)", Interval(1, math.nan, math.nan, 1), rivals[:1], ())
+    [answer] = answers(study, [alone], [], METRICS["test_loss"], (0.95, 0.05)).answers
+    assert (answer.where, answer.arm) == ("statistics over 4 images", "bn (eps=1)")
+    assert answer.verdict == "real"
