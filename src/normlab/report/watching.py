@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from normlab.common.errors import UserError
+from normlab.common.errors import UserError, as_typed
 from normlab.common.terminal import say
 from normlab.report.options import Options
 from normlab.report.render.html.live import as_still
@@ -58,6 +58,8 @@ def watch_study(study: str, output_dir: str | Path, options: Options) -> Path:
     Raises:
         UserError: for a study that does not exist or is packed in one file; at the end, as `build`.
     """
+    if not isinstance(output_dir, str | Path):
+        raise UserError(f"output_dir={as_typed(output_dir)} is not valid: expected a path.")
     watcher = _Watcher(str(study), Path(output_dir), options)
     try:
         return watcher.watch()

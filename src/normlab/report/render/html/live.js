@@ -85,8 +85,7 @@
     const focused = document.activeElement;
     const focus = focused === document.body ? null : { place: placeOf(focused), caret: focused.selectionStart ?? null };
     const state = { made, paused, loads, changed: changed(), top: top(), scroll: scrollY, focus, theme: dataset.theme };
-    store((storage) => storage.setItem(key, JSON.stringify(state)));
-    history.scrollRestoration = "manual";
+    if (store((storage) => storage.setItem(key, JSON.stringify(state))) !== null) history.scrollRestoration = "manual";
   };
   const restore = () => {
     document.querySelector("dialog[open]")?.close(); // of a link that was followed before
@@ -113,7 +112,7 @@
   const news = document.createElement("span");
   news.setAttribute("role", "status");
   line.className = "live caption";
-  document.querySelector("main").before(line);
+  document.querySelector("main").prepend(line);
   if (!made) {
     line.append(news);
     history.scrollRestoration = "auto";
@@ -144,8 +143,8 @@
   }
   addEventListener("pointerdown", (event) => (held = event.button === 0), true);
   for (const type of ["pointerup", "pointercancel"]) addEventListener(type, () => (held = false), true);
-  addEventListener("beforeprint", () => (printing = true));
-  addEventListener("afterprint", () => (printing = false));
+  addEventListener("beforeprint", () => (button.hidden = printing = true));
+  addEventListener("afterprint", () => (button.hidden = printing = false));
   const isBusy = () =>
     held ||
     printing ||
