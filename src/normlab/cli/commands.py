@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
-from normlab.common.errors import UserError, as_typed
+from normlab.common.errors import UserError, as_typed, switch_meant
 from normlab.common.installation import CONF, command_name
 from normlab.config.command_line import CommandLine
 from normlab.config.hydra import (
@@ -87,6 +87,13 @@ def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
         raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
     if output_dir == "" or page == "":
         raise UserError(f"{'page' if output_dir else 'output_dir'}= is empty: expected a path.")
+    if watch is not False and command not in (None, "status"):
+        raise UserError(
+            f"watch={as_typed(watch)}: `{command}` answers once. Leave it out.\nTo watch a study: "
+            f"{command_name('report')} study=... watch=true, or {command_name('report')} status study=... watch=true"
+        )
+    if not isinstance(watch, bool):
+        raise UserError(f"watch={as_typed(watch)} is not valid: expected true or false.{switch_meant('watch', watch)}")
     options = report.Options(**{name: settings.pop(name) for name in names})
     rerun = {name: settings.pop(name) for name in ("rerun", "rerun_seed", "trust")}
     match command:
@@ -106,6 +113,10 @@ def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
             report.build_claims(output_dir, options)
         case "results":
             report.build_results(output_dir, page, options)
+        case _ if watch:
+            from normlab.report.watching import watch_study  # not for a report that is made once
+
+            watch_study(study, output_dir, options)
         case _:
             report.build(study, output_dir, options)
     return True

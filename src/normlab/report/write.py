@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normlab.common.errors import UserError, as_typed, did_you_mean, first_line, listed
 from normlab.common.installation import command_name, study_words
@@ -20,6 +20,7 @@ from normlab.report.options import options as menu_options
 from normlab.report.render.answers import answers
 from normlab.report.render.csv import as_csv
 from normlab.report.render.html import PageFigure, PageTable, cell_numbers, html_page
+from normlab.report.render.html.live import as_live
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import caption, commands, escaped, markdown_table, page, sources_sentence
 from normlab.report.render.results import results_page
@@ -49,6 +50,36 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
         UserError: for a study that does not exist, lacks what the options name or has no finished run, and a folder
             that cannot be written.
     """
+    report = write_report(study, output_dir, options)
+    if options.quiet:
+        show_path(report.page, report.warnings)
+    else:
+        show(report.study, report.accuracy, report.judgements, report.page, report.warnings)
+    return report.page
+
+
+class Report(NamedTuple):
+    """A report on disk: its page, and what the terminal shows of it."""
+
+    study: Study
+    accuracy: Table
+    judgements: Sequence[Judgement]
+    page: Path
+    warnings: Sequence[str]
+
+
+def write_report(study: str, output_dir: str | Path, options: Options, stamp: str = "") -> Report:
+    """Write all files of a report as `build` does, and print nothing.
+
+    Args:
+        study: its name, or the path of its folder or file.
+        output_dir: the folder that holds studies.
+        options: what is reported, and how.
+        stamp: the time by which an open page tells that it was rebuilt, ISO 8601; "" if it will not be.
+
+    Raises:
+        UserError: as `build`.
+    """
     whole = load(str(study), _folder("output_dir", output_dir))
     chosen = chosen_runs(whole, options)
     _check_begun(chosen, study_words(str(study), output_dir), options)
@@ -72,13 +103,9 @@ def build(study: str, output_dir: str | Path, options: Options) -> Path:
     found = leaders(chosen, metric, tables[0].tidy, options.confidence)
     told = answers(chosen, found, judgements, metric, (options.confidence, options.alpha))
     html = html_page(chosen, on_page, judgements, drawings, metric, warnings, told)
-    _write(folder / "index.html", html)
+    _write(folder / "index.html", as_live(html, stamp) if stamp else html)
     _remove_earlier(folder, {table.name for table in tables} | {d.name for d in drawings}, options.figures)
-    if options.quiet:
-        show_path(folder / "index.html", warnings)
-    else:
-        show(chosen, tables[0], judgements, folder / "index.html", warnings)
-    return folder / "index.html"
+    return Report(chosen, tables[0], judgements, folder / "index.html", warnings)
 
 
 def build_claims(output_dir: str | Path, options: Options) -> Path:

@@ -142,6 +142,7 @@ def _environment() -> jinja2.Environment:
     }
     environment.tests["nan"] = math.isnan
     script, style = (f"{_text(f'page.{kind}')}{_text(f'figures.{kind}')}" for kind in ("js", "css"))
+    script += _text("live.js")
     environment.globals |= {"style": style, "script": script, "allowed": _digest(script), "figure_html": figure_html}
     environment.globals |= {"close": CLOSE, "real": REAL, "inconclusive": INCONCLUSIVE}
     return environment
