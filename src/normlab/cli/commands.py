@@ -77,12 +77,7 @@ def _report(line: CommandLine) -> None:
     main()
 
 
-def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
-    """Carry out a command of report.py; return whether its answer is yes, as that of all but `verify` is."""
-    from normlab import report
-
-    names = [field.name for field in fields(report.Options)]
-    study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
+def _check(command: str | None, study: object, page: object, output_dir: object, watch: object) -> None:
     if not study or not isinstance(study, str):
         raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
     if output_dir == "" or page == "":
@@ -94,6 +89,15 @@ def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
         )
     if not isinstance(watch, bool):
         raise UserError(f"watch={as_typed(watch)} is not valid: expected true or false.{switch_meant('watch', watch)}")
+
+
+def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
+    """Carry out a command of report.py; return whether its answer is yes, as that of all but `verify` is."""
+    from normlab import report
+
+    names = [field.name for field in fields(report.Options)]
+    study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
+    _check(command, study, page, output_dir, watch)
     options = report.Options(**{name: settings.pop(name) for name in names})
     rerun = {name: settings.pop(name) for name in ("rerun", "rerun_seed", "trust")}
     match command:
