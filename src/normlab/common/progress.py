@@ -22,6 +22,7 @@ from rich.text import Text
 from normlab.common.console import Console
 from normlab.common.errors import count, cut
 
+REFRESH_SECONDS = 0.25  # between two drawings of the live lines
 LINE_SECONDS = 60.0  # between two lines about runs under way in a log
 BAR = 20  # columns
 LEAST_NAME = 32  # columns that a run's name keeps before words about it have to go
@@ -165,17 +166,28 @@ class Display:
             self.know(key, name)
         to_terminal = sys.stdout.isatty()  # what goes to a file must get there
         options: dict[str, Any] = {"transient": True, "redirect_stdout": to_terminal, "vertical_overflow": "crop"}
+        options["auto_refresh"] = False  # Live's thread may draw between another one's count of lines and its lines
         can = not quiet and redraws(self.console)
         self.live = Live(console=self.console, get_renderable=self._lines, **options) if can else None
+        self._printing, self._over = threading.RLock(), threading.Event()
+        self._refresher = threading.Thread(target=self._refresh, daemon=True)
 
     def __enter__(self) -> Self:
         if self.live:
-            self.live.start()
+            self.live.start(refresh=True)
+            self._refresher.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.live:
+            self._over.set()
+            self._refresher.join()
             self.live.stop()
+
+    def _refresh(self) -> None:
+        while self.live and not self._over.wait(REFRESH_SECONDS):
+            with self._printing:
+                self.live.refresh()
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the live ones or in the log; nothing if quiet."""
@@ -184,7 +196,8 @@ class Display:
 
     def warn(self, text: str) -> None:
         """Print such a line also if quiet."""
-        self.console.print(Text(text), soft_wrap=True)
+        with self._printing:
+            self.console.print(Text(text), soft_wrap=True)
 
     def know(self, key: str, name: str, state: str = "planned") -> None:
         """Take a run in, or note its state by what others did."""
