@@ -99,7 +99,7 @@ def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
     study, page, output_dir, watch = (settings.pop(name) for name in ("study", "page", "output_dir", "watch"))
     _check(command, study, page, output_dir, watch)
     options = report.Options(**{name: settings.pop(name) for name in names})
-    rerun = {name: settings.pop(name) for name in ("rerun", "rerun_seed", "trust")}
+    rerun, looks = {name: settings.pop(name) for name in ("rerun", "rerun_seed", "trust")}, settings.pop("looks")
     match command:
         case "import":
             from normlab.report.importing import import_runs  # slow to import, and no other command needs it
@@ -112,7 +112,7 @@ def _carry_out(command: str | None, settings: dict[str, Any]) -> bool:
         case "verify":
             return report.verify_study(study, output_dir, options, changes=settings["set"], **rerun)
         case "next":
-            report.show_next(study, output_dir, options, settings["looks"])
+            report.show_next(study, output_dir, options, looks)
         case "claims":
             report.build_claims(output_dir, options)
         case "results":

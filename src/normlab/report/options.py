@@ -50,7 +50,11 @@ def _are_whole(value: Any) -> bool:
 
 
 def _are_settings(value: Any) -> bool:
-    return value is None or isinstance(value, str) or _is_list(value, lambda each: isinstance(each, str))
+    return value is None or _is_word(value) or _is_list(value, _is_word)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
 
 
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -136,11 +136,23 @@ def test_ties_are_those_of_the_paired_t_test():
         assert found.ties == expected
 
 
-def test_among_equal_values_the_middle_is_chosen_and_one_with_fewer_seeds_never():
+def test_among_equal_values_the_middle_is_chosen():
     same = {0: 50.0, 1: 60.0}
-    assert best_of([same] * 5) == (2, [0, 1, 3, 4])
-    assert best_of([{0: 99.0}, same]) == (1, [])
+    assert best_of([same] * 5)[:2] == (2, [0, 1, 3, 4])
     assert best_of([{}, {}]) is None
+
+
+def test_runs_that_are_added_to_a_value_do_not_change_the_choice():
+    even = [{0: 50.0, 1: 60.0}, {0: 54.0, 1: 64.1}, {0: 10.0, 1: 20.0}]
+    more = {**even[2], 2: 10.0, 3: 99.0}
+    assert best_of([*even[:2], more]) == best_of(even) == (1, [], [0, 1], [0, 1, 2])
+    assert best_of([even[0], {**even[1], 2: 0.0}]) == best_of(even[:2])
+
+
+def test_a_value_that_lacks_seeds_is_not_chosen_and_values_without_any_in_common_are_compared_as_far_as_they_have():
+    same = {0: 50.0, 1: 60.0}
+    assert best_of([{0: 99.0}, same, same]) == (1, [2], [0, 1], [1, 2])
+    assert best_of([{0: 50.0}, {0: 40.0, 1: 99.0}, {2: 99.0}]) == (0, [1], [0], [0, 1])  # one pair leaves no interval
 
 
 def test_fewer_values_or_seeds_than_other_cells_are_told():
@@ -151,7 +163,7 @@ def test_fewer_values_or_seeds_than_other_cells_are_told():
     study = tuned(study_of(accuracies))
     of_arms = {choice.arm: choice for choice in study.tuning.choices}
     assert chosen(study)["bn"] == 0.01
-    assert of_arms["bn"].fewer == ["not tried with as many seeds, and not chosen from: 1"]
+    assert of_arms["bn"].fewer == ["not tried with these seeds, and not chosen from: 1"]
     assert of_arms["none"].fewer == ["2 of 4 values", "3 of 4 seeds"]
     assert "each arm at its best of 2 to 4 values of optimizer.lr (bn: 4, none: 2)" in study.tuning.sentence
 

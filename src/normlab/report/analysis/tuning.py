@@ -5,6 +5,7 @@ fewer values or seeds than other cells, divergence.
 """
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -32,24 +33,35 @@ VALIDATION = "val_accuracy"
 _SENTENCES = {  # by the attribute of a choice that has the marks
     "edges": "the best value is at the edge of those that were tried, and a better one may lie beyond it",
     "ties": "other values are as good within the noise between seeds, so that little hangs on the choice",
-    "fewer": "fewer values or seeds than in other cells, which had more to choose from",
+    "fewer": "values or seeds had no part in a choice, or are fewer than in other cells",
     "losses": "runs diverged at some values",
 }
 Value = TypeVar("Value", bound=Hashable)
 
 
 class Best(NamedTuple):
-    """The position of the best value, and of others that cannot be told from it."""
+    """The position of the best value, and of others that cannot be told from it.
+
+    Attributes:
+        chosen: position of the best value.
+        ties: positions of the others that cannot be told from it.
+        seeds: those that the choice is made on.
+        compared: positions of the values that have all of these seeds.
+    """
 
     chosen: int
     ties: list[int]
+    seeds: list[int]
+    compared: list[int]
 
 
 def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> Best | None:
-    """Choose the value with the best mean score over seeds among those that have the most seeds.
+    """Choose the value with the best mean score over the same seeds: those that more than half of the values have.
 
-    Of equal means the middle one is chosen. A value is a tie where the interval of its paired differences to the chosen
-    one holds 0, or where fewer than two pairs leave no interval.
+    So runs that are added to one value do not change the choice. Values that lack one of these seeds are left out. Where
+    that leaves no value, the seeds that all values have choose, without the values that share none. Of equal means the
+    middle one is chosen. A value is a tie where the interval of its paired differences to the chosen one holds 0, or
+    where fewer than two pairs leave no interval.
 
     Args:
         scores: per value, in the order of the values, its score by seed.
@@ -58,10 +70,12 @@ def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> 
     Returns:
         None where no value has a score.
     """
-    most = max(map(len, scores), default=0)
-    if not most:
+    tried = [i for i, each in enumerate(scores) if each]
+    if not tried:
         return None
-    means = {i: math.fsum(each.values()) / most for i, each in enumerate(scores) if len(each) == most}
+    seeds, compared = _on_common_seeds(scores, tried)
+    scores = [{seed: each[seed] for seed in seeds} if i in compared else {} for i, each in enumerate(scores)]
+    means = {i: math.fsum(scores[i].values()) / len(seeds) for i in compared}
     highest = max(means.values())
     equal = [i for i, mean in means.items() if math.isclose(mean, highest, rel_tol=1e-12)]
     chosen = equal[(len(equal) - 1) // 2]
@@ -70,7 +84,19 @@ def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> 
         interval = statistics.t_interval(statistics.paired(scores[chosen], scores[i]), confidence)
         if i != chosen and not interval.low > 0:
             ties.append(i)
-    return Best(chosen, ties)
+    return Best(chosen, ties, seeds, compared)
+
+
+def _on_common_seeds(scores: Sequence[Mapping[int, float]], tried: list[int]) -> tuple[list[int], list[int]]:
+    """Return the seeds that a choice is made on, and the positions of the values that have all of them."""
+    often = Counter(seed for i in tried for seed in scores[i])
+    seeds = {seed for seed, number in often.items() if number > len(tried) / 2}
+    compared = [i for i in tried if seeds and seeds <= scores[i].keys()]
+    if not compared:
+        compared = list(tried)
+        while not (seeds := set.intersection(*(set(scores[i]) for i in compared))):
+            compared.remove(min(compared, key=lambda i: len(scores[i])))
+    return sorted(seeds), compared
 
 
 def tune(
@@ -102,9 +128,20 @@ def tune(
         ties = [every[i] for i in found.ties] if found else []
         kept |= set((chosen or every[0]).runs.values())
         tied = [f"not told from {listed([each.text for each in ties], 4)}"] if ties else []
-        choices.append(Choice(setting, arm, batch, every, chosen, tied))
+        partly = list(_left_out(every, found)) if found else []
+        seeds = found.seeds if found else []
+        choices.append(Choice(setting, arm, batch, every, chosen, tied, fewer=partly, seeds=seeds))
     marked = list(_marked(choices, settings))
     return chosen_study(Tuning(settings, marked, study), tried, kept, whole)
+
+
+def _left_out(every: Sequence[Tried], found: Best) -> Iterator[str]:
+    """Yield which values and which seeds had no part in a choice, in words."""
+    values = [each.text for i, each in enumerate(every) if i not in found.compared]
+    if values:
+        yield f"not tried with these seeds, and not chosen from: {listed(values, 4)}"
+    if any(every[i].scores.keys() - set(found.seeds) for i in found.compared):
+        yield f"chosen on the seeds {listed(list(map(str, found.seeds)), 6)}, which most values have"
 
 
 def _tried(values: Any, rows: pd.DataFrame, scores: Mapping[str, float]) -> Tried:
@@ -152,20 +189,16 @@ def _as_option(settings: Sequence[str]) -> str:
 
 def _marked(choices: Sequence[Choice], settings: Sequence[str]) -> Iterator[Choice]:
     most_values = max((len(choice.tried) for choice in choices), default=0)
-    most_seeds = max((len(choice.chosen.scores) for choice in choices if choice.chosen), default=0)
+    most_seeds = max((len(choice.seeds) for choice in choices), default=0)
     for choice in choices:
         fewer = [f"{len(choice.tried)} of {most_values} values"] if len(choice.tried) < most_values else []
-        seeds = len(choice.chosen.scores) if choice.chosen else 0
-        if seeds < most_seeds:
-            fewer.append(f"{seeds} of {most_seeds} seeds")
-        partly = [each.text for each in choice.tried if len(each.scores) < seeds]
-        if partly:
-            fewer.append(f"not tried with as many seeds, and not chosen from: {listed(partly, 4)}")
+        if len(choice.seeds) < most_seeds:
+            fewer.append(f"{len(choice.seeds)} of {most_seeds} seeds")
         lost = [f"{each.text} ({each.diverged} of {len(each.runs)})" for each in choice.tried if each.diverged]
         yield replace(
             choice,
             edges=list(_edges(choice, settings)),
-            fewer=fewer,
+            fewer=[*fewer, *choice.fewer],
             losses=[f"diverged at {listed(lost, 4)}"] if lost else [],
         )
 

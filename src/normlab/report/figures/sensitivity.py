@@ -52,7 +52,9 @@ def _against(
                 {
                     **place,
                     **t_interval(list(done.values()), confidence, metric.bounds)._asdict(),
+                    "done": len(done),
                     "diverged": each.diverged,
+                    "missing": 0,
                 }
                 | {"chosen": each is choice.chosen, "runs": list(each.runs.values())}
             )

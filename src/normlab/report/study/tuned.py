@@ -50,8 +50,9 @@ class Choice:
     Attributes:
         ties: other values whose scores cannot be told from those of the chosen one, in words.
         edges: the tuned settings whose chosen value is the first or the last of those tried, in words.
-        fewer: of values or seeds than other cells, in words.
+        fewer: of values or seeds than other cells, and values or seeds that had no part in the choice, in words.
         losses: the values at which runs diverged, in words.
+        seeds: those that the choice is made on.
     """
 
     setting: str
@@ -63,6 +64,7 @@ class Choice:
     edges: Sequence[str] = ()
     fewer: Sequence[str] = ()
     losses: Sequence[str] = ()
+    seeds: Sequence[int] = ()
 
     @property
     def marks(self) -> list[str]:
@@ -168,7 +170,8 @@ def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]
                 f" their validation accuracies do not choose between them.\nExample: tuned=optimizer.lr"
             )
         if name not in known and study.configs:
-            hint = did_you_mean(name, possible, "tuned=")
+            same = [each for each in possible if each.rpartition(".")[2] == name]
+            hint = did_you_mean(min(same, key=len) if same else name, possible, "tuned=")
             raise UserError(f"tuned={name}: no run of this study has such a setting.{hint}")
     return wanted
 
