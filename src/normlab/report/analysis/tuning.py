@@ -58,7 +58,7 @@ class Best(NamedTuple):
 def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> Best | None:
     """Choose the value with the best mean score over the same seeds: those that more than half of the values have.
 
-    So runs that are added to one value do not change the choice. Values that lack one of these seeds are left out. Where
+    Runs that are added to one value do not change the choice. Values that lack one of these seeds are left out. Where
     that leaves no value, the seeds that all values have choose, without the values that share none. Of equal means the
     middle one is chosen. A value is a tie where the interval of its paired differences to the chosen one holds 0, or
     where fewer than two pairs leave no interval.
