@@ -1,5 +1,6 @@
 """What it would take to settle a comparison, where the answer is known."""
 
+import dataclasses
 import math
 import shlex
 
@@ -10,8 +11,10 @@ from scipy import stats
 
 from normlab import report
 from normlab.report.analysis.metrics import ACCURACY
+from normlab.report.analysis.tuning import tune
 from normlab.report.claims.judge import judge
-from normlab.report.more_seeds import Need, _of_verdicts, lines, needs, new_seeds, seeds_table
+from normlab.report.more_seeds import Need, _of_verdicts, lines, needs, new_seeds, report_command, seeds_table
+from normlab.report.tables import chosen_runs
 
 BN = (50.0, 50.6, 49.1, 50.2, 51.0)
 
@@ -125,6 +128,91 @@ def test_new_seeds_are_new_and_what_cannot_be_trained_has_no_command(study) -> N
     table = seeds_table(here, [need], report.options())
     assert table.tidy["new_seeds"].tolist() == [need.seeds]
     assert seeds_table(here, [], report.options()) is None
+
+
+def judged_by(study, need, **options):
+    words = shlex.split(report_command(study, need, report.options(**options)))
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def test_a_difference_is_judged_alone_and_its_new_seeds_by_themselves(study) -> None:
+    here = study([2.0, -1.0, 3.0, 0.5, 1.0], ln=[0.4, -1.0, 2.0, 1.0, 0.1])
+    need = found(here)[0]
+    words = judged_by(here, need)
+    assert (words["arms"], words["batches"], words["alpha"]) == (f"[{need.what.split()[0]},bn]", "[8]", "0.012")
+    assert words["seeds"] == f"[{','.join(map(str, new_seeds(here, need)))}]"
+
+
+@pytest.mark.parametrize("selected", [None, [0, 1]])
+def test_a_first_look_is_at_all_seeds_that_were_selected_and_the_new_ones(study, selected) -> None:
+    whole = study([2.0, -1.0], ln=[1.0, 2.0])
+    options = report.options(seeds=selected)
+    first, second = needs(chosen_runs(whole, options), ACCURACY, options, [])
+    words = judged_by(whole, first, seeds=selected)
+    assert (first.seeds, words.get("seeds")) == (1, "[0,1,5]" if selected else None)
+    assert "arms" not in words  # all are looked at, with one correction
+    assert second.first_look
+
+
+def test_new_runs_of_a_packed_study_are_judged_without_the_old_ones(study, tmp_path) -> None:
+    here = study([2.0, -1.0])
+    packed = dataclasses.replace(here, folder=tmp_path / "study.normlab.zip")
+    [need] = needs(packed, ACCURACY, report.options(), [])
+    assert (need.seeds, new_seeds(packed, need)) == (3, [5, 6, 7])
+    words = judged_by(packed, need)
+    assert (words["study"], words["seeds"]) == ("study_more", "[5,6,7]")
+
+
+def test_a_cell_of_which_no_run_is_done_gets_no_command(study) -> None:
+    [need] = found(study([2.0, -1.0], states=["failed", "failed"]))
+    assert (need.settles, need.note) == (False, "no run has finished there")
+
+
+def test_runs_that_were_carried_out_elsewhere_are_no_more_to_train(study, add_run) -> None:
+    add_run("none", seed=5, tuned=[], device="cuda")
+    add_run("bn", seed=5, tuned=["norm.eps"], threads=2)
+    [need] = found(study([2.0, -1.0, 3.0, 0.5, 1.0]))
+    assert [config["norm"]["name"] for config in need.configs] == ["bn", "none"]
+
+
+def test_new_seeds_of_a_tuned_study_are_judged_as_tuned(add_run, tmp_path) -> None:
+    for arm, rate in (("bn", 0.1), ("none", 0.01)):
+        for seed, minus in enumerate([0.02, -0.01, 0.03, 0.005]):
+            accuracies = (0.1, 0.99, 0.5 + minus * (arm == "none"))
+            add_run(arm, seed=seed, accuracies=accuracies, optimizer__lr=rate, tuned=["optimizer.lr"])
+    whole = report.load("study", tmp_path / "outputs")
+    [need] = found(chosen_runs(whole, report.options()))
+    words = judged_by(whole, need)
+    assert (words["tuned"], words["arms"]) == ("[optimizer.lr]", "[none,bn]")
+
+
+def test_a_range_of_rates_is_trained_at_all_rates_and_a_grid_that_ends_at_its_best_is_to_be_widened() -> None:
+    rates, width = (0.001, 0.01, 0.1), [90.0, 91.0, 92.0]
+    runs = [
+        Planted({"norm.name": arm, "optimizer.lr": rate}, seed, {"test_accuracy": value - lost})
+        for arm in ("bn", "none")
+        for rate, value in zip(rates, width, strict=True)
+        for seed in range(4)
+        for lost in [30.0 * (rate == 0.001 and seed == (arm == "bn"))]
+    ]
+    tried = planted(runs)
+    evaluations = tried.evaluations.assign(val_accuracy=tried.evaluations["test_accuracy"])
+    unknown = dict.fromkeys(("wall_seconds", "peak_memory_bytes", "parameters"), math.nan)
+    tried = dataclasses.replace(tried, runs=tried.runs.assign(**unknown), evaluations=evaluations)
+    best = tune(tried, tried, "optimizer.lr")
+    judgements = [each for each in judge(best) if each.claim.id == "santurkar2018-rates-width"]
+    [need] = _of_verdicts(best, report.options(), judgements, 2)
+    cells = sorted((config["norm"]["name"], config["optimizer"]["lr"]) for config in need.configs)
+    assert cells == [(arm, rate) for arm in ("bn", "none") for rate in rates]
+    assert "widen the grid: 0.1 is the largest optimizer.lr tried (bn)" in need.advice
+
+
+def test_a_command_of_several_comparisons_is_printed_once(study, monkeypatch) -> None:
+    here = study([2.0, -1.0], ln=[1.0, 2.0])
+    monkeypatch.setattr("normlab.report.more_seeds.commands", lambda *_, **__: ["python train.py"])
+    text = "\n".join(lines(here, found(here), report.options(), 2))
+    assert text.count("python train.py") == 1
+    assert "The commands are those of 1." in text
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ first look nor the number that it asked for makes false verdicts likelier.
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,20 +20,24 @@ from normlab.config import schema
 from normlab.report.adding import as_text, commands
 from normlab.report.analysis import frames
 from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell
-from normlab.report.analysis.metrics import Metric
+from normlab.report.analysis.metrics import RATES, Metric
 from normlab.report.analysis.power import MOST, POWER, seeds_needed
 from normlab.report.analysis.statistics import ENOUGH, paired, spread, t_interval
+from normlab.report.analysis.tuning import RATE, along_setting
 from normlab.report.claims.claims import Comparison, Side
 from normlab.report.claims.judge import INCONCLUSIVE, ComparisonResult, Judgement
 from normlab.report.options import TABLE_OPTIONS, Options
 from normlab.report.options import options as menu_options
 from normlab.report.reruns import foreign
-from normlab.report.study.arms import cell_key
+from normlab.report.study.arms import cell_key, flat_cells
 from normlab.report.study.load import Study
+from normlab.report.study.select import select
+from normlab.report.study.tuned import Choice
 
 LOOKS = 2  # at a study, by default: the one that found it inconclusive, and one at the new seeds
 MARGIN, MARGIN_FACTOR = 1.0, 1.5  # [A] the smallest differences of interest where a claim names none: points, a factor
-COMMANDS = 3  # that stand below the table
+COMMANDS = 3  # comparisons whose commands stand below the table
+_UNFINISHED = "no run has finished there"
 _CAPTION = (
     "What is inconclusive, fewest seeds times their time first. Observed: mean over n seeds, standard deviation (sd)."
     " New seeds: so many that they alone find the observed effect with a chance of {power} % (noncentral t), at most"
@@ -61,8 +65,13 @@ class Need:
         at_margin: new seeds for it; None: more than `MOST`.
         note: why there is no such number, or what it means.
         settles: whether new seeds can settle it, or begin to.
-        configs: one of each cell of its runs.
+        configs: one of each cell that has to be trained.
+        runs: names of the runs of these cells.
         seconds: training of one seed of all these cells, by finished runs; nan where none says.
+        tuned: settings that the study is tuned by, which runs of the new seeds alone do not tell.
+        selection: arms=, batches= and settings= that leave this comparison alone in the table of differences.
+        apart: whether new runs go to a study of their own, where the old seeds are not.
+        advice: what to do before that, "" for nothing.
     """
 
     place: str
@@ -73,7 +82,12 @@ class Need:
     interval: tuple[float, float]
     level: float
     configs: tuple[Mapping[str, Any], ...]
+    runs: tuple[str, ...]
     seconds: float
+    tuned: tuple[str, ...] = ()
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = False
+    advice: str = ""
     seeds: int | None = None
     margin: float = math.nan
     at_margin: int | None = None
@@ -96,6 +110,11 @@ class Need:
     def first_look(self) -> bool:
         """Return whether there are too few seeds for a test, so that nothing was looked at yet."""
         return len(self.differences) < ENOUGH
+
+    @property
+    def remarks(self) -> str:
+        """Return the note, and what to do first."""
+        return "; ".join(filter(None, [self.note, self.advice]))
 
 
 def needs(
@@ -126,7 +145,7 @@ def _of_verdicts(study: Study, options: Options, judgements: Sequence[Judgement]
                     claim=judgement.claim.sentence,
                     level=_level(options, looks, open_ones),
                 ),
-                _obstacle(result),
+                _obstacle(result) or _unfinished(study, result),
             )
 
 
@@ -142,6 +161,20 @@ def _obstacle(result: ComparisonResult) -> str:
     return result.remarks[-1] if math.isnan(result.p) and len(result.contrasts) >= ENOUGH and result.remarks else ""
 
 
+def _unfinished(study: Study, result: ComparisonResult) -> str:
+    """Return that a comparison without any contrast has a cell of which no run is done; "" where it has none."""
+    done = _done(study)
+    cells = _cells(study, result.runs).values()
+    lacking = not any(done.intersection(names) for names in cells) or (
+        not result.contrasts and not all(done.intersection(names) for names in cells)
+    )
+    return _UNFINISHED if lacking and len(result.contrasts) < ENOUGH else ""
+
+
+def _done(study: Study) -> set[str]:
+    return set(study.runs[study.runs["state"] == "done"]["run"])
+
+
 def _of_differences(study: Study, metric: Metric, options: Options, looks: int) -> Iterator[Need]:
     baseline, values = options.baseline, frames.outcomes(study, metric)
     if baseline not in set(study.runs["arm"]):
@@ -151,33 +184,82 @@ def _of_differences(study: Study, metric: Metric, options: Options, looks: int) 
     rows = [row for row in frames.named_rows(tidy) if not row.p_holm <= options.alpha]
     plain = replace(metric, log=False, name=metric.name)  # differences of losses are no factors
     comparison = Comparison((Side(1.0, {}), Side(-1.0, {})), plain, "greater", 0.0, 0.0)
+    several, done = study.placed["setting"].nunique() > 1, _done(study)
     for row in rows:
         cells = values[(values["setting"] == row.setting) & (values["batch"] == row.batch)]
         by_seed = {arm: dict(zip(here["seed"], here[metric.epoch], strict=True)) for arm, here in cells.groupby("arm")}
         minus = paired(by_seed.get(row.arm, {}), by_seed.get(baseline, {}))
         placed = study.placed
         place = (placed["setting"] == row.setting) & (placed["batch"] == row.batch)
-        runs = placed[place & placed["arm"].isin([row.arm, baseline]) & (placed["run"] != "")]["run"]
+        here = placed[place & placed["arm"].isin([row.arm, baseline]) & (placed["run"] != "")]
+        runs = here["run"]
+        finished = set(here[here["run"].isin(done)]["arm"]) == {row.arm, baseline}
         why = "some pairs diverged, and more seeds do not undo that" if row.diverged else ""
+        selection = {"arms": [row.arm, baseline], "batches": [int(row.batch)]}
+        selection |= {"settings": [row.setting]} if several else {}
         need = _need(study, options, comparison, minus, list(runs))
         what = f"{row.arm} - {baseline}, batch {row.batch}, {metric.full_label}"
-        yield _planned(replace(need, place=row.setting, what=what, level=_level(options, looks, len(rows))), why)
+        level = _level(options, looks, len(rows))
+        need = replace(need, place=row.setting, what=what, level=level, selection=selection)
+        yield _planned(need, why if finished else _UNFINISHED)
 
 
 def _need(
     study: Study, options: Options, comparison: Comparison, differences: Sequence[float], runs: Sequence[str]
 ) -> Need:
-    """Return the comparison with its runs' cells and what one more seed of them takes."""
-    cells: dict[Any, list[str]] = {}
-    for run in runs:
-        cells.setdefault(cell_key(study.configs[run]), []).append(run)
-    known = study.runs[study.runs["run"] != ""]
+    """Return the comparison with the cells that one more seed of it has to train, and what they take."""
+    tuning, choices = study.tuning, _choices(study, runs)
+    every = tuning.study if tuning else study
+    trained = _grid(study, choices) if comparison.measure.probe == RATES else runs
+    cells = _cells(every, trained)
+    known = every.runs[every.runs["run"] != ""]
     seconds = dict(zip(known["run"], frames.column_of(known, "wall_seconds"), strict=True))
     each = [t_interval(seconds[name] for name in names).mean for names in cells.values()]
     interval = t_interval(differences, options.confidence)
-    configs = tuple(study.configs[names[0]] for names in cells.values())
-    ends = (interval.low, interval.high)
-    return Need("", "", "", comparison, tuple(differences), ends, math.nan, configs, sum(each) if each else math.nan)
+    edges = [f"{edge.removeprefix('edge: ')} ({choice.arm})" for choice in choices for edge in choice.edges]
+    return Need(
+        place="",
+        what="",
+        claim="",
+        comparison=comparison,
+        differences=tuple(differences),
+        interval=(interval.low, interval.high),
+        level=math.nan,
+        configs=tuple(every.configs[names[0]] for names in cells.values()),
+        runs=tuple(trained),
+        seconds=sum(each) if each else math.nan,
+        tuned=tuple(tuning.settings) if tuning else (),
+        apart=study.packed,
+        advice=f"first widen the grid: {listed(edges, 3)}" if edges else "",
+    )
+
+
+def _cells(study: Study, runs: Iterable[str]) -> dict[Any, list[str]]:
+    """Return runs by what identifies them but for the seed: not by where and how they were carried out."""
+    flat = flat_cells(study.configs[run] for run in runs)
+    keys = {
+        cell: frozenset((name, repr(value)) for name, value in row.items() if name != "seed")
+        for cell, row in flat.items()
+    }
+    cells: dict[Any, list[str]] = {}
+    for run in runs:
+        cells.setdefault(keys[cell_key(study.configs[run])], []).append(run)
+    return cells
+
+
+def _choices(study: Study, runs: Sequence[str]) -> list[Choice]:
+    """Return what was tried in the cells of these runs of a tuned study."""
+    wanted = set(runs)
+    every = study.tuning.choices if study.tuning else ()
+    return [choice for choice in every if any(wanted.intersection(tried.runs.values()) for tried in choice.tried)]
+
+
+def _grid(study: Study, choices: Sequence[Choice]) -> list[str]:
+    """Return the runs at all learning rates that were tried in these cells: what their range is read from."""
+    assert study.tuning is not None  # others have no such measure
+    position = list(study.tuning.settings).index(RATE)
+    along = [tried for choice in choices for tried in along_setting(choice, position)]
+    return [run for tried in along for run in tried.runs.values()]
 
 
 # ---- the plan
@@ -186,10 +268,14 @@ def _need(
 def _planned(need: Need, obstacle: str) -> Need:
     """Return the comparison with the number of new seeds that it needs, or with a note on why there is none."""
     values, comparison, n = need.differences, need.comparison, len(need.differences)
+    if obstacle == _UNFINISHED:
+        return replace(need, note=obstacle)
     if obstacle:
         return replace(need, note=f"more seeds do not settle it: {obstacle}")
     if need.first_look:
-        return replace(need, seeds=ENOUGH - n, settles=True, note=f"n = {n}: the first test needs {ENOUGH} seeds")
+        alone = ", the new ones by themselves" if need.apart else ""
+        note = f"n = {n}: the first test needs {ENOUGH} seeds{alone}"
+        return replace(need, seeds=ENOUGH if need.apart else ENOUGH - n, settles=True, note=note)
     deviation = spread(values)
     if not deviation > 0:
         return _by_signs(need)
@@ -270,7 +356,7 @@ def seeds_table(study: Study, found: Sequence[Need], options: Options) -> Table 
         margin=f"{MARGIN:g} point, or a factor of {MARGIN_FACTOR:g}",
         command=f"{command_name('report')} next {words}",
     )
-    names = sorted({run for need in found for run in _names(study, need)})
+    names = sorted({run for need in found for run in need.runs})
     first = [] if options.seeds is not None else _first_commands(study, found)
     return Table(
         name="seeds",
@@ -284,14 +370,12 @@ def seeds_table(study: Study, found: Sequence[Need], options: Options) -> Table 
     )
 
 
-def _names(study: Study, need: Need) -> list[str]:
-    keys = {cell_key(config) for config in need.configs}
-    return [run for run, config in study.configs.items() if cell_key(config) in keys]
-
-
 def _first_commands(study: Study, found: Sequence[Need]) -> list[str]:
-    chosen = [need for need in found if need.settles][:COMMANDS]
-    return [f"{_title(need)}\n{line}" for need in chosen for line in train_commands(study, need)]
+    titles: dict[str, list[str]] = {}
+    for need in [need for need in found if need.settles][:COMMANDS]:
+        for line in train_commands(study, need):
+            titles.setdefault(line, []).append(_title(need))
+    return [f"{'; '.join(named)}\n{line}" for line, named in titles.items()]
 
 
 def _title(need: Need) -> str:
@@ -325,7 +409,7 @@ def _row(need: Need) -> Row:
         "at margin": TableCell(at_margin),
         "time": TableCell(span(need.cost) if math.isfinite(need.cost) else NOTHING, need.cost if known else math.nan),
         "claim": TableCell(need.claim),
-        "remarks": TableCell(need.note),
+        "remarks": TableCell(need.remarks),
     }
 
 
@@ -345,7 +429,7 @@ def _tidy_row(need: Need) -> dict[str, object]:
         "margin": need.margin,
         "new_seeds_at_margin": math.nan if need.at_margin is None else need.at_margin,
         "seconds": need.cost if math.isfinite(need.cost) else math.nan,
-        "remarks": need.note,
+        "remarks": need.remarks,
     }
 
 
@@ -354,7 +438,8 @@ def _tidy_row(need: Need) -> dict[str, object]:
 
 def new_seeds(study: Study, need: Need) -> list[int]:
     """Return the seeds that are to be added: those after the last that the study has."""
-    known = [int(config["seed"]) for config in study.configs.values()]
+    every = study.tuning.study if study.tuning else study
+    known = [int(config["seed"]) for config in every.configs.values()]
     first = max(known, default=-1) + 1
     return list(range(first, first + (need.seeds or 0)))
 
@@ -380,14 +465,38 @@ def _place(study: Study) -> tuple[str, str]:
 
 
 def report_command(study: Study, need: Need, options: Options) -> str:
-    """Return the command line that judges the new seeds by themselves; for a first look, all seeds."""
+    """Return the command line that judges the new seeds by themselves; for a first look, with those that are there."""
     name, output_dir = _place(study)
     menu = menu_options()
     changed = {key: getattr(options, key) for key in TABLE_OPTIONS if getattr(options, key) != getattr(menu, key)}
+    if need.tuned:
+        changed["tuned"] = list(need.tuned)
+    if need.apart:  # nothing else is there, and arms and settings may have shorter names
+        changed = {key: value for key, value in changed.items() if key not in ("arms", "batches", "settings")}
+    seeds = new_seeds(study, need)
+    if need.apart or not need.first_look:
+        changed["seeds"] = seeds
+    elif options.seeds is not None:
+        changed["seeds"] = [*options.seeds, *seeds]
     if not need.first_look:
-        changed |= {"seeds": new_seeds(study, need), "alpha": need.level}
+        changed |= {"alpha": need.level} | _selection(study, need)
     words = {"study": name} | ({} if output_dir == "outputs" else {"output_dir": output_dir}) | changed
     return " ".join([command_name("report"), *(shlex.quote(f"{key}={as_text(value)}") for key, value in words.items())])
+
+
+def _selection(study: Study, need: Need) -> dict[str, Any]:
+    """Return what of arms=, batches= and settings= means the comparison in the study of the new runs."""
+    if need.apart:
+        bare = not any(" (" in arm for arm in need.selection.get("arms", ()))
+        return {key: value for key, value in need.selection.items() if key == "batches" or (key == "arms" and bare)}
+    for left_out in ((), ("settings",), ("settings", "arms")):  # a tuned study has other names before it is tuned
+        words = {key: value for key, value in need.selection.items() if key not in left_out}
+        try:
+            if set(select(study, **words).configs).issuperset(need.runs):
+                return words
+        except UserError:
+            continue
+    return {}
 
 
 def all_commands(study: Study, found: Sequence[Need]) -> list[str]:
@@ -406,22 +515,26 @@ def lines(study: Study, found: Sequence[Need], options: Options, looks: int) -> 
         f"Study {study.name}: {count(len(found), 'inconclusive comparison')}. New seeds are to be judged by themselves,"
         f" each comparison at its share of {alpha} (alpha={exact(options.alpha)} over {count(looks, 'look')}): whatever"
         f" their number, and whatever was seen before, they make a false verdict in at most"
-        f" {per_cent(options.alpha / looks)} % of studies. Together with the old ones they would not"
-        f" (docs/statistics.md). Their chance to settle a comparison is {per_cent(POWER)} %, if effect and standard"
-        f" deviation (sd) are as observed."
+        f" {per_cent(options.alpha / looks)} % of studies in the table of differences, and in at most as many in that"
+        f" of verdicts. Together with the old ones they would not (docs/statistics.md). Their chance to settle a"
+        f" comparison is {per_cent(POWER)} %, if effect and standard deviation (sd) are as observed."
     )
+    printed: dict[tuple[str, ...], int] = {}
     for number, need in enumerate((need for need in found if need.settles), start=1):
         yield ""
-        yield from _advice(study, need, options, looks, number)
+        yield from _advice(study, need, options, number, printed)
     hopeless = [need for need in found if not need.settles]
     if hopeless:
         yield ""
         yield "Not worth more seeds:"
     for need in hopeless:
-        yield f"   {need.what} ({need.place}): {need.note}.{_for_margin(need)}"
+        yield f"   {need.what} ({need.place}): {need.remarks}.{_for_margin(need)}"
 
 
-def _advice(study: Study, need: Need, options: Options, looks: int, number: int) -> Iterator[str]:
+def _advice(
+    study: Study, need: Need, options: Options, number: int, printed: dict[tuple[str, ...], int]
+) -> Iterator[str]:
+    """Yield a comparison with its commands, but for those that were `printed` with an earlier one."""
     yield f"{number}. {need.what} ({need.place}): {_observed(need)}, n = {len(need.differences)}"
     if need.claim:
         yield f"   claim: {need.claim}"
@@ -429,16 +542,20 @@ def _advice(study: Study, need: Need, options: Options, looks: int, number: int)
     took = (
         f"about {span(need.cost)} of training, one run after the other" if math.isfinite(need.cost) else "time unknown"
     )
-    note = f" ({need.note})" if need.note else ""
+    note = f" ({need.remarks})" if need.remarks else ""
     yield f"   {count(need.seeds or 0, 'new seed')}{note}, {count(runs, 'run')}, {took}.{_for_margin(need)}"
     train = train_commands(study, need)
     if not train:
         yield "   No command: its runs were made elsewhere, or have settings that this version does not give."
         return
+    shown = (*train, f"then: {report_command(study, need, options)}")
+    first = printed.setdefault(shown, number)
+    if first != number:
+        yield f"   The commands are those of {first}."
+        return
     for named in _foreign(need):
         yield f"   {named}"
-    yield from (f"   {line}" for line in train)
-    yield f"   then: {report_command(study, need, options)}"
+    yield from (f"   {line}" for line in shown)
 
 
 def _for_margin(need: Need) -> str:
