@@ -165,7 +165,7 @@ def test_a_figure_is_used_by_the_keyboard(opened) -> None:
         opened.keyboard.press("ArrowRight")
     assert heard[:3] == ["bn, batch 8", "bn, batch 32", "gn, batch 8"]  # none is passed over
     opened.keyboard.press("Home")
-    for key, place in (("ArrowRight", "bn, batch 32"), ("ArrowDown", "gn, batch 32"), ("ArrowUp", "bn, batch 32")):
+    for key, place in (("ArrowDown", "gn, batch 8"), ("ArrowUp", "bn, batch 8")):  # past bn at 32
         opened.keyboard.press(key)
         assert focused.get_attribute("aria-label").startswith(place)
     opened.keyboard.press("Home")
