@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from normlab.common.errors import UserError, as_typed, did_you_mean, first_line, listed
+from normlab.common.errors import UserError, as_typed, count, did_you_mean, first_line, listed
 from normlab.common.installation import command_name, study_words
-from normlab.common.terminal import say
+from normlab.common.terminal import plain, say
 from normlab.report import more_seeds
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.leaders import leaders
@@ -95,8 +95,9 @@ def write_report(study: str, output_dir: str | Path, options: Options, stamp: st
         for suffix, text in texts.items():
             _write(folder / f"{table.name}.{suffix}", text)
     files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
-    drawings = list(_drawings(chosen, tables[0], metric, options, folder)) if options.figures else []
+    drawings, missing = _drawings(chosen, tables[0], metric, options, folder) if options.figures else ([], "")
     warnings = [*chosen.warnings, *tuning_warnings(chosen.tuning), *_remarks(whole, chosen, metric, options)]
+    warnings += [missing] if missing else []
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
     _write(folder / "report.md", page(chosen, made, shown, warnings))
@@ -363,15 +364,24 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
 # ---- tables, figures and files
 
 
-def _drawings(study: Study, first: Table, metric: Metric, options: Options, folder: Path) -> Iterator[PageFigure]:
-    from normlab.report.figures import Canvas, as_svg
+def _drawings(
+    study: Study, first: Table, metric: Metric, options: Options, folder: Path
+) -> tuple[list[PageFigure], str]:
+    """Draw all figures; return them, and a sentence on the characters that their font lacks, "" if it has all."""
+    from normlab.report.figures import Canvas, as_svg, missing_glyphs
 
     cells, canvas = cell_numbers(study), Canvas(options.figure_size, options.figure_style)
-    for drawn in _figures(study, first, metric, options, folder, ("pdf", "png")):
-        provenance = provenance_of(study, drawn.rows)
-        _write(folder / f"{drawn.name}.sources.json", provenance.as_json())
-        svg = as_svg(drawn.figure, drawn.name, cells, canvas)
-        yield PageFigure(drawn.name, drawn.caption, svg, provenance)
+    drawings = []
+    with missing_glyphs() as missing:
+        for drawn in _figures(study, first, metric, options, folder, ("pdf", "png")):
+            provenance = provenance_of(study, drawn.rows)
+            _write(folder / f"{drawn.name}.sources.json", provenance.as_json())
+            svg = as_svg(drawn.figure, drawn.name, cells, canvas)
+            drawings.append(PageFigure(drawn.name, drawn.caption, svg, provenance))
+    if not missing:
+        return drawings, ""
+    characters = f"{count(len(missing), 'character')} ({listed(sorted(map(plain, missing)), 8)})"
+    return drawings, f"The font of the figures lacks {characters}: a box is drawn for each in PNG and PDF files."
 
 
 def _figures_of_page(

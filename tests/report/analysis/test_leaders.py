@@ -86,8 +86,8 @@ def test_arms_are_compared_by_the_images_that_are_normalized_together_where_seve
     assert (leader.norm_batch, leader.arm) == (None, "bn (norm_batch=2)")
     plant({"gn": [72, 73]}, norm_batch=2)
     assert [(leader.norm_batch, leader.arm) for leader in leaders_of(tmp_path / "outputs")] == [
-        (8, "bn"),
         (2, "gn (norm_batch=2)"),
+        (8, "bn"),
     ]
 
 

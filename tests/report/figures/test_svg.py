@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -74,6 +75,16 @@ def test_texts_from_disk_are_texts() -> None:
     shown = "</text></svg><script>alert(1)</script> --> & \"' \ufffd $x_$"
     assert shown in [text.text for text in root.iter("text")]
     assert of_class(root, "key")[0].get("aria-label") == shown
+
+
+def test_characters_that_the_font_lacks_are_gathered_and_other_warnings_are_told() -> None:
+    with figures.missing_glyphs() as missing:
+        svg = figures.as_svg(figure_of("日 and 本"), "one", {})
+        figures.encode(figure_of("日"), "png")
+    assert missing == {"日", "本"}
+    assert of_class(parsed(svg), "key")[0].get("aria-label") == "日 and 本"
+    with pytest.warns(UserWarning, match="another"), figures.missing_glyphs():
+        warnings.warn("another", stacklevel=1)
 
 
 def test_the_same_figure_is_the_same_text_and_ids_are_of_one_figure() -> None:

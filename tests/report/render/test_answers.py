@@ -76,9 +76,50 @@ def test_conditions_are_named_by_what_differs_and_many_are_counted(add, tmp_path
         "Not compared, because runs diverged or lack a value: in.",
     )
     assert told.headline == (
-        "At none of 4 conditions do these seeds decide which arm has the highest final test accuracy (ahead: bn at 4).",
+        "At none of 4 conditions do these seeds decide which arm has the highest final test accuracy"
+        " (ahead: bn at 4 of them).",
     )
     alone = Leader("x", 32, 4, "bn (eps=1, norm_batch=4)", Interval(1, math.nan, math.nan, 1), rivals[:1], ())
     [answer] = answers(study, [alone], [], METRICS["test_loss"], (0.95, 0.05)).answers
     assert (answer.where, answer.arm) == ("statistics over 4 images", "bn (eps=1)")
     assert answer.verdict == "real"
+
+
+def test_equal_means_are_level_and_not_ahead(add, tmp_path):
+    for batch in (8, 32):
+        for arm in ("bn", "gn", "none"):
+            for seed, accuracy in enumerate((0.5, 0.6, 0.7)):
+                add(arm, batch, seed, (0.1, 0.1, accuracy - 0.3 * (arm == "none")))
+    told = answered(load("study", tmp_path))
+    assert told.headline[0] == "Not decided by these seeds: batch 8 (bn and gn level); batch 32 (bn and gn level)."
+    assert told.answers[0].lead.startswith("level with gn")
+
+
+def test_conditions_in_which_every_run_went_wrong_are_named(add, tmp_path):
+    for arm in ("bn", "none"):
+        for seed in (0, 1):
+            add(arm, 8, seed, (0.1, 0.2, 0.5), optimizer__lr=0.1)
+            add(arm, 32, seed, (0.1,), "failed", status={"error": "ValueError"}, optimizer__lr=0.1)
+            for batch in (8, 32):
+                state = "diverged" if arm == "bn" else "failed"
+                add(arm, batch, seed, (0.1,), state, status={"diverged_step": 3}, optimizer__lr=1e30)
+    told = answered(load("study", tmp_path)).headline
+    said = "No run is done at optimizer.lr=0.1, batch 32: all 4 failed; at optimizer.lr=1e+30: 4 diverged, 4 failed."
+    assert said in told
+
+
+def test_a_study_of_diverged_runs_says_so(add, tmp_path):
+    for arm in ("bn", "none"):
+        add(arm, accuracies=(0.1,), state="diverged", status={"diverged_step": 3})
+    assert answered(load("study", tmp_path)).headline == ("No run is done: all 2 diverged.",)
+
+
+def test_conditions_are_in_the_order_of_their_numbers_and_ties_are_counted(add, tmp_path):
+    for images in (32, 1, 2, 8):
+        for arm, accuracy in (("bn", 0.6), ("gn", 0.6 if images == 8 else 0.5)):
+            add(arm, 32, accuracies=(0.1, 0.1, accuracy), norm_batch=images)
+    told = answered(load("study", tmp_path))
+    assert [answer.where for answer in told.answers] == [
+        f"statistics over {images}" for images in ("1 image", "2 images", "8 images", "32 images")
+    ]
+    assert told.headline[0].endswith("(ahead: bn at 3 of them; level: the best arms at 1).")

@@ -113,6 +113,10 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
     assert dialog.locator("tbody a").first.get_attribute("href").startswith("../none-b8-s0-")
     assert "norm.name: none" in dialog.locator("pre").first.inner_text()
     assert dialog.locator(".curves path").count() == 4  # test and training of two seeds
+    swatches = dialog.locator("tbody .swatch").evaluate_all("all => all.map((e) => getComputedStyle(e).borderTopColor)")
+    curves = dialog.locator(".curves path").evaluate_all("all => all.map((e) => getComputedStyle(e).stroke)")
+    assert swatches == list(dict.fromkeys(curves))
+    assert len(swatches) == 2
     dialog.locator("summary", has_text="Log of seed 1").click()
     assert f"the log of none 8 1 {EVIL}" in dialog.locator("details[open] pre").inner_text()
     opened.keyboard.press("Escape")
@@ -160,6 +164,10 @@ def test_a_figure_is_used_by_the_keyboard(opened) -> None:
         assert tip.inner_text() == focused.get_attribute("aria-label")
         opened.keyboard.press("ArrowRight")
     assert heard[:3] == ["bn, batch 8", "bn, batch 32", "gn, batch 8"]  # none is passed over
+    opened.keyboard.press("Home")
+    for key, place in (("ArrowDown", "gn, batch 8"), ("ArrowUp", "bn, batch 8")):  # past bn at 32
+        opened.keyboard.press(key)
+        assert focused.get_attribute("aria-label").startswith(place)
     opened.keyboard.press("Home")
     opened.keyboard.press("Escape")
     assert not tip.is_visible()

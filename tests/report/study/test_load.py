@@ -121,9 +121,9 @@ def test_a_running_run_that_is_silent_is_noted(add_run, study, now):
     assert notes["none"] == "no sign of life for 8 min"
 
 
-def test_a_failed_runs_note_is_its_errors_first_line(add_run, study):
+def test_a_failed_runs_note_is_its_error_on_a_line(add_run, study):
     add_run(state="failed", status={"error": "ValueError: wrong\nTraceback ..."})
-    assert load(study).runs["note"].item() == "ValueError: wrong"
+    assert load(study).runs["note"].item() == "ValueError: wrong Traceback ..."
 
 
 @pytest.mark.parametrize(

@@ -170,11 +170,12 @@ def test_a_running_run_is_shown_with_its_progress_its_process_and_its_time_left(
     assert f"here process {os.getpid()}" in text
 
 
-def test_an_error_is_shown_by_its_first_line_as_it_is_written(run, study) -> None:
-    run("failed", error="ValueError: weights[0] [red]and[/blue]\nTraceback")
-    text = shown(study)
-    assert "ValueError: weights[0] [red]and[/blue]" in text
-    assert "Traceback" not in text
+def test_an_error_is_shown_on_a_line_that_has_its_last_one(run, study) -> None:
+    run("failed", error="ValueError: weights[0] [red]and[/blue]\n" + "  a frame\n" * 90 + "KeyError: 'last'")
+    text = " ".join(shown(study).split())
+    assert "ValueError: weights[0] [red]and[/blue] a frame" in text
+    assert "KeyError: 'last'" in text
+    assert load("study", study.parent).noted()[0].note.endswith("KeyError: 'last'")
 
 
 def test_finished_runs_are_counted_and_listed_only_in_a_small_study(run, study) -> None:

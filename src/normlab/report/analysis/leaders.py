@@ -78,7 +78,9 @@ def leaders(study: Study, metric: Metric, tidy: pd.DataFrame, confidence: float)
         tested.append(paired_p(matrix[first] - matrix[second]))
     adjusted = np.split(np.array(holm([p for ps in tested for p in ps])), np.cumsum([len(ps) for ps in tested])[:-1])
     found = zip(places, here, adjusted[: len(here)], strict=True)
-    return [_leader(place, groups, p, metric, confidence) for place, groups, p in found]
+    told = [_leader(place, groups, p, metric, confidence) for place, groups, p in found]
+    settings = {setting: i for i, setting in enumerate(dict.fromkeys(rows["setting"]))}
+    return sorted(told, key=lambda leader: (settings[leader.setting], leader.batch, leader.norm_batch or 0))
 
 
 def _leader(

@@ -18,12 +18,12 @@ from normlab.report.analysis.frames import outcomes
 from normlab.report.analysis.metrics import Metric
 from normlab.report.figures import accuracy, probe_figures, sensitivity
 from normlab.report.figures.panels import SINGLE_SEED, Drawing, Panel, Theme, arrange, common_setting, paged, split
-from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, styles
+from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, missing_glyphs, styles
 from normlab.report.figures.svg import as_svg
 from normlab.report.study.load import Study
 from normlab.runs import FINISHED, reading
 
-__all__ = ["Canvas", "NamedFigure", "as_svg", "draw", "encode", "styles"]
+__all__ = ["Canvas", "NamedFigure", "as_svg", "draw", "encode", "missing_glyphs", "styles"]
 
 _CAPTIONS = reading.read_yaml(Path(__file__).with_name("captions.yaml"))
 

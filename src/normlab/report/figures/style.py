@@ -6,9 +6,10 @@ Colors are those of Okabe & Ito (2008), which color-blind readers can tell apart
 import io
 import math
 import re
+import warnings
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
@@ -232,6 +233,23 @@ def legend(figure: Figure, handles: Sequence[Artist], canvas: Canvas) -> None:
 def handles(arms: Iterable[str], styles: Mapping[str, Style]) -> list[Artist]:
     """Return the entries of a legend, in the order of tables."""
     return [Line2D([], [], color=styles[arm].color, marker=styles[arm].marker, label=arm) for arm in in_order(arms)]
+
+
+@contextmanager
+def missing_glyphs() -> Iterator[set[str]]:
+    """Yield a set that has, in the end, the characters that the font lacks of what is drawn: warned of by nobody else.
+
+    matplotlib warns of each once for every figure and file.
+    """
+    missing: set[str] = set()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph .* missing from")
+        yield missing
+    for warning in caught:
+        if glyph := re.match(r"Glyph (\d+) .* missing from", str(warning.message)):
+            missing.add(chr(int(glyph[1])))
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def encode(figure: Figure, suffix: str, canvas: Canvas = PAPER) -> bytes:

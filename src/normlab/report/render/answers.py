@@ -1,23 +1,28 @@
 """What a study says, in sentences: which arm is ahead where, by how much, whether that is more than chance."""
 
+import itertools
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from normlab.common.errors import count, listed, per_cent
 from normlab.report.analysis.cells import p_text, with_interval
+from normlab.report.analysis.frames import named_rows
 from normlab.report.analysis.leaders import Leader, Rival
 from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import ENOUGH
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
 from normlab.report.study.arms import in_order, natural
 from normlab.report.study.load import Study
+from normlab.runs.states import State
 
 REAL, OPEN = "real", "not decided"
 _NAMED = 4  # arms in a sentence
 _FEW = 3  # conditions that a sentence names
+_WRONG = {State.DIVERGED, State.FAILED, State.LOST, State.UNREADABLE}
+_HOPEFUL = {State.DONE, State.RUNNING}
 
 
 class Answer(NamedTuple):
@@ -31,6 +36,7 @@ class Answer(NamedTuple):
         lead: over the next arm, with interval, p-value and seeds.
         reasons: further sentences: arms that may be as good, arms that are behind, arms that diverged.
         cell: setting, arm and batch size of its runs.
+        level: arms whose mean is the same.
     """
 
     where: str
@@ -40,6 +46,7 @@ class Answer(NamedTuple):
     lead: str
     reasons: tuple[str, ...]
     cell: tuple[str, str, int]
+    level: tuple[str, ...] = ()
 
 
 class Answers(NamedTuple):
@@ -84,7 +91,7 @@ def _conditions(found: Sequence[Leader]) -> Iterator[str]:
 def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, float]) -> Answer:
     alpha = levels[1]
     nearest = leader.rivals[0]
-    behind = [rival for rival in leader.rivals if rival.p_holm <= alpha and rival.lead.mean > 0]
+    behind = [rival for rival in leader.rivals if rival.p_holm <= alpha and not _level(rival)]
     level = [rival for rival in leader.rivals if rival not in behind]
     sentences = {
         "May be as good, as far as these seeds tell": [rival.arm for rival in level],
@@ -106,7 +113,13 @@ def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, flo
         lead=_lead(nearest, _name(nearest.arm, leader), metric, levels[0]),
         reasons=tuple(told),
         cell=(leader.setting, leader.arm, leader.batch),
+        level=tuple(_name(rival.arm, leader) for rival in leader.rivals if _level(rival)),
     )
+
+
+def _level(rival: Rival) -> bool:
+    """Return whether nothing but rounding is between an arm and the leader, on the seeds that both have."""
+    return rival.lead.mean < 1e-9
 
 
 def _name(arm: str, leader: Leader) -> str:
@@ -123,7 +136,7 @@ def _lead(rival: Rival, name: str, metric: Metric, confidence: float) -> str:
     size = max(abs(mean), 0 if math.isnan(low) else high - mean)
     shown = f".{metric.decimals + 1}f" if metric.decimals is not None else ".2f" if 1 <= size < 100 else ".3g"
     unit = " points" if metric.unit == "%" else ""
-    text = f"{mean:{shown}}{unit} ahead of {name}" if mean > 0 else f"level with {name}"
+    text = f"{mean:{shown}}{unit} ahead of {name}" if not _level(rival) else f"level with {name}"
     if math.isnan(low):
         return f"{text} ({_seeds(rival.seeds)})"
     tested = "" if math.isnan(rival.p_holm) else f", p {p_text(rival.p_holm, '= ')}"
@@ -142,8 +155,11 @@ def _seeds(seeds: Sequence[int]) -> str:
 def _headline(each: Sequence[Answer], best: str, study: Study) -> Iterator[str]:
     """Yield one or two sentences on who is ahead."""
     if not each:
-        finished = not study.finished.empty
-        yield "No two arms have finished at the same batch size yet." if finished else "No run has finished yet."
+        lost = tuple(_lost(study))
+        if not lost or (study.runs["state"] == State.DONE).any():
+            finished = not study.finished.empty
+            yield "No two arms have finished at the same batch size yet." if finished else "No run has finished yet."
+        yield from lost
         return
     real = [answer for answer in each if answer.verdict == REAL]
     for arm, number in Counter(answer.arm for answer in real).most_common(_NAMED):
@@ -151,15 +167,59 @@ def _headline(each: Sequence[Answer], best: str, study: Study) -> Iterator[str]:
         yield f"{arm} has the {best} at {where if number <= _FEW else f'{number} of {len(each)} conditions'}."
     undecided = [answer for answer in each if answer.verdict == OPEN]
     if len(undecided) > _FEW:
-        ahead = Counter(answer.arm for answer in undecided).most_common()
-        told = listed([f"{arm} at {number}" if number > 1 else arm for arm, number in ahead], _NAMED)
+        ahead = Counter(answer.arm for answer in undecided if not answer.level).most_common()
+        numbers = [f"{arm} at {number}{'' if i else ' of them'}" for i, (arm, number) in enumerate(ahead)]
+        level = sum(bool(answer.level) for answer in undecided)
+        parts = [f"ahead: {listed(numbers, _NAMED)}"] if numbers else []
+        told = "; ".join([*parts, *([f"level: the best arms at {level}"] if level else [])])
         which = f"At {len(undecided)} of {len(each)} conditions these seeds do not decide it"
         if not real:
             which = f"At none of {len(each)} conditions do these seeds decide which arm has the {best}"
-        yield f"{which} (ahead: {told})."
+        yield f"{which} ({told})."
     elif undecided:
-        told = "; ".join(f"{answer.where} ({answer.arm} ahead)" for answer in undecided)
+        told = "; ".join(f"{answer.where} ({_ahead(answer)})" for answer in undecided)
         yield f"Not decided by these seeds: {told}."
+    yield from _lost(study)
+
+
+def _ahead(answer: Answer) -> str:
+    if not answer.level:
+        return f"{answer.arm} ahead"
+    *others, last = answer.arm, *answer.level[: _NAMED - 1]
+    more = len(answer.level) - _NAMED + 1
+    return f"{', '.join(others)} and {last} level" if more < 1 else f"{count(len(answer.level) + 1, 'arm')} level"
+
+
+def _lost(study: Study) -> Iterator[str]:
+    """Yield a sentence on the conditions of which no run is done, and none is under way, because runs went wrong."""
+    by_place: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    for run in named_rows(study.placed):
+        by_place[run.setting, int(run.batch)][str(run.state)] += 1
+    partly = {place[0] for place, states in by_place.items() if not _is_lost(states)}
+    lost: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for (setting, batch), states in by_place.items():
+        if _is_lost(states):
+            lost[(setting, f"batch {batch}") if setting in partly else (setting,)].update(states)
+    settings = [setting.split(", ") for setting in dict.fromkeys(setting for setting, _ in by_place)]
+    told = []
+    for (setting, *batch_of), states in itertools.islice(lost.items(), _NAMED):
+        parts = [part for part in setting.split(", ") if not all(part in other for other in settings)]
+        where = ", ".join([*parts, *batch_of])
+        told.append(f"{where and f' at {where}'}: {_went_wrong(states)}")
+    more = [f" and {count(len(lost) - _NAMED, 'more condition')}"] if len(lost) > _NAMED else []
+    if told:
+        yield f"No run is done{';'.join([*told, *more])}."
+
+
+def _is_lost(states: Counter[str]) -> bool:
+    return bool(states.keys() & _WRONG) and not states.keys() & _HOPEFUL
+
+
+def _went_wrong(states: Counter[str]) -> str:
+    if len(states) == 1:
+        [(state, number)] = states.items()
+        return f"all {number} {state}" if number > 1 else state
+    return ", ".join(f"{number} {state}" for state, number in states.most_common())
 
 
 def _claims(judgements: Sequence[Judgement]) -> Iterator[str]:

@@ -14,6 +14,7 @@ import pandas as pd
 
 from normlab import runs
 from normlab.common.errors import UserError, count, first_line, listed
+from normlab.common.progress import one_line
 from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, places, varying
 from normlab.report.study.columns import Columns, length, tidy
 from normlab.report.study.find import find_study, packed_name
@@ -353,7 +354,7 @@ def _notes(folder: RecordPath) -> str:
 def _note(path: RecordPath, status: Mapping[str, Any], now: datetime) -> str:
     state = status.get("state")
     if state == "failed":
-        return first_line(status.get("error") or "no error was recorded")
+        return one_line(status.get("error") or "no error was recorded")
     if state == "diverged" and status.get("diverged_step") is not None:
         return f"at step {status['diverged_step']}"
     if state == "running" and isinstance(path, Path):

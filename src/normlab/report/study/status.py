@@ -174,7 +174,7 @@ def _read(folder: RecordPath) -> RunStatus:
         return RunStatus(
             folder.name, State.UNREADABLE, note=f"{STATUS} has the unknown state {shown(facts['state'])!r}"
         )
-    return RunStatus(folder.name, state, facts, first_line(facts.get("error") or ""))
+    return RunStatus(folder.name, state, facts, one_line(facts.get("error") or ""))
 
 
 def _held(run: RunStatus, folder: Path) -> RunStatus:

@@ -1,7 +1,7 @@
 "use strict";
 // Figures: the mark nearest to the pointer, or in focus, shows its values, and a click opens its runs (of touches the
 // second one); a key of the legend hides its series; the tab key stops once at the keys and once at the marks of a
-// figure, and arrows go on from there.
+// figure; from there left and right go on along a series, up and down to the same place of another one.
 (() => {
   const tip = document.createElement("div");
   tip.className = "tip";
@@ -41,14 +41,31 @@
     svg.querySelector('.mark[tabindex="0"]')?.setAttribute("tabindex", "-1");
     svg.querySelector(".mark:not(.off)")?.setAttribute("tabindex", "0");
   };
-  const move = (element, steps) => {
-    const all = [...element.parentNode.children].filter((each) => !each.classList.contains("off"));
-    const next = all[Math.min(all.length - 1, Math.max(0, all.indexOf(element) + steps))];
+  const peers = (element) => [...element.parentNode.children].filter((each) => !each.classList.contains("off"));
+  const along = (element, steps) => {
+    const all = peers(element);
+    return all[Math.min(all.length - 1, Math.max(0, all.indexOf(element) + steps))];
+  };
+  const across = (element, step) => {
+    const seriesOf = (each) => each?.getAttribute("class").match(/\bs\d+/)?.[0];
+    const all = peers(element);
+    const own = seriesOf(element);
+    if (all.every((each) => seriesOf(each) === own)) return along(element, step); // a legend, or a single series
+    const others = step > 0 ? all.slice(all.indexOf(element)) : all.slice(0, all.indexOf(element)).reverse();
+    const first = others.findIndex((each) => seriesOf(each) !== own);
+    if (first < 0) return element;
+    const after = others.slice(first);
+    const end = after.findIndex((each) => seriesOf(each) !== seriesOf(after[0]));
+    const away = (mark) => Math.abs(mark.getAttribute("cx") - element.getAttribute("cx"));
+    return after.slice(0, end < 0 ? after.length : end).reduce((a, b) => (away(b) < away(a) ? b : a));
+  };
+  const go = (element, next) => {
     element.setAttribute("tabindex", "-1");
     next.setAttribute("tabindex", "0");
     next.focus();
   };
-  const steps = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -Infinity, End: Infinity };
+  const steps = { ArrowRight: 1, ArrowLeft: -1, Home: -Infinity, End: Infinity };
+  const series = { ArrowDown: 1, ArrowUp: -1 };
   const press = (element) => element.dispatchEvent(new MouseEvent("click", { bubbles: true }));
   document.addEventListener("pointermove", (event) => event.pointerType !== "touch" && show(nearest(event)));
   document.addEventListener("focusin", (event) => show(event.target.closest(".plot .mark")));
@@ -64,7 +81,8 @@
     if (event.key === "Escape") show(null);
     const element = event.target.closest?.(".plot .mark, .plot .key");
     if (!element) return;
-    if (event.key in steps) move(element, steps[event.key]);
+    if (event.key in steps) go(element, along(element, steps[event.key]));
+    else if (event.key in series) go(element, across(element, series[event.key]));
     else if (event.key === "Enter" || event.key === " ") press(element);
     else return;
     event.preventDefault();

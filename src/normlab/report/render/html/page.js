@@ -96,6 +96,7 @@
   // A cell: the runs behind it.
   const dialog = document.getElementById("cell");
   const shades = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A"];
+  const shadeOf = (i) => shades[i % shades.length];
   const drawn = (tag, attributes, ...children) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
@@ -116,7 +117,7 @@
   const curves = (runs) => {
     const lines = runs.flatMap((run, i) => {
       if (run.axis === undefined) return [];
-      const line = (y, dash, of) => ({ x: data.axes[run.axis], y, dash, color: shades[i % shades.length], name: `seed ${run.seed}, ${of}` });
+      const line = (y, dash, of) => ({ x: data.axes[run.axis], y, dash, color: shadeOf(i), name: `seed ${run.seed}, ${of}` });
       const own = line(run.values, run.state === "done" ? "none" : "1.5 3", data.measure.images);
       return run.train.length ? [own, line(run.train, "6 3", "training")] : [own];
     });
@@ -145,16 +146,22 @@
   };
   const told = (runs) =>
     [
-      `Solid: ${data.measure.images}`,
+      ...(runs.length > 1 ? ["Each seed has the color beside it in the table"] : []),
+      `${runs.length > 1 ? "solid" : "Solid"}: ${data.measure.images}`,
       ...(runs.some((run) => run.train?.length) ? ["dashed: training"] : []),
       ...(runs.some((run) => run.values && run.state !== "done") ? ["dotted: a run that is not done"] : []),
     ].join("; ") + ".";
   const number = (value) => (value === undefined ? "" : digits(value));
   const rowsOf = (runs) =>
-    runs.map((run) => {
+    runs.map((run, i) => {
       const done = run.state === "done";
       const cells = [run.seed, "", done ? number(run.final) : "", done ? number(run.best) : "", number(run.seconds), ""];
       const row = make("tr", {}, ...cells.map((text) => make("td", { textContent: text })));
+      if (run.axis !== undefined) {
+        const swatch = make("span", { className: "swatch", ariaHidden: "true" }); // the curve says its seed, too
+        swatch.style.borderColor = shadeOf(i);
+        row.cells[0].append(swatch);
+      }
       row.cells[1].append(make("span", { className: `state ${run.state}`, textContent: run.state }));
       if (run.note) row.cells[1].append(` ${run.note}`);
       row.cells[5].append(run.href ? make("a", { href: run.href, textContent: run.name }) : run.name);
