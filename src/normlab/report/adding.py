@@ -134,6 +134,8 @@ def _menu() -> tuple[dict[str, Any], dict[str, Any]]:
 def _file(group: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return a choice's settings from the first level on, and the choices of other groups that it makes."""
     path = CONF / group / f"{name}.yaml"
+    if path not in (CONF / group).glob("*.yaml"):  # a record may name anything
+        raise UserError(f"{group}={name}: there is no such choice.")
     values = _numbers(reading.read_yaml(path))
     is_global = path.read_text(encoding="utf-8").startswith("# @package _global_")
     found: dict[str, Any] = {}
