@@ -3,30 +3,19 @@
 What a person finds who has never seen the project is a test, too.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from recorded import adder
-from tools import axe_script, start_chromium
+from tools import axe_script
 
 from normlab import report
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 RECORDED = Path(__file__).parents[3] / "outputs" / "reference" / "santurkar2018_landscape_laptop.normlab.zip"
 AXE = """([where, rules]) => axe.run(where, rules ? { runOnly: rules } : {}).then(({ violations }) =>
   violations.map(({ id, nodes }) => [id, nodes.slice(0, 3).map((node) => node.html)]))"""
 ACCURACIES = {8: {"bn": 0.60, "gn": 0.90, "none": 0.30}, 32: {"bn": 0.90, "gn": 0.89, "none": 0.85}}
 NOISE = (0.0, 0.012, -0.008, 0.004)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as tool:
-        chromium = start_chromium(tool)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

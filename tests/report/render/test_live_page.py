@@ -7,13 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 from recorded import adder
-from tools import start_chromium
 
 from normlab import report
 from normlab.report.render.html.live import as_still
 from normlab.report.write import write_report
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow
 FIRST, SECOND = "2026-01-01T12:00:00.000000+00:00", "2026-01-01T12:01:00.000000+00:00"
 CLOCK = """(() => {  // which stands still until `pass` moves it
@@ -48,14 +46,6 @@ class Live(NamedTuple):
         """Let the page load itself again."""
         with self.window.expect_navigation():
             self.window.evaluate("pass(100)")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as tool:
-        chromium = start_chromium(tool)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,10 @@ import pandas as pd
 import pytest
 import yaml
 from recorded import adder
-from tools import start_chromium
 
 from normlab import report
 from normlab.report.importing import import_runs
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 LINES = "(link) => { const r = document.createRange(); r.selectNodeContents(link); return r.getClientRects().length; }"
 EVIL = "<script>document.title='harmed'</script></script><b>&\"' $x_$"
 MEANS = {"bn": [90.0, 91.0], "none": [70.0, 71.0], "gn": [80.0, 99.0]}  # by batch size: 8, 32
@@ -45,14 +43,6 @@ def page(tmp_path_factory) -> Path:
     config["norm"]["name"] = EVIL
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return report.build("study", outputs, report.options())
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as tool:
-        chromium = start_chromium(tool)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
