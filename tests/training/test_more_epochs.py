@@ -190,8 +190,8 @@ def test_weights_of_a_finished_run_come_from_its_kept_checkpoint_or_it_says_why_
         config = tiny(*of(2, average), f"study={study}", "save_weights=true")
         assert lacks_weights(runs.Run(config.as_dict()), config)
         add_weights([runs.Run(config.as_dict())], said.append)
-    assert "weights.pt is written from the kept checkpoint: small-" in said[0]
-    assert "There is no weights.pt of small-" in said[1]
+    assert "weights.pt is written from the kept checkpoint: bn seed=0" in said[0]
+    assert "There is no weights.pt of bn seed=0" in said[1]
     assert "delete the folder" in said[1]
     asked, kept = (torch.load(folder(tiny(*of(2, average), f"study={s}")) / "weights.pt") for s in ("asked", "kept"))
     assert same(dict(asked), dict(kept))
