@@ -24,6 +24,7 @@ TEXT = (ROOT / "README.md").read_text()
 SMALL = "dataset.train_size=160 dataset.test_size=40 epochs=1 device=cpu threads=1 memory_format=contiguous"
 INSTEAD = {  # what is run in place of a word
     "seed=0,1,2": "seed=0,1",  # two are a list, too
+    "+tuning=lr": "+tuning=lr optimizer.lr=0.02,0.1",  # a grid of two, which takes the place of seven
     "budget=laptop": "budget=smoke",  # the size that an experiment has for tests
     "dataset=cifar10": f"dataset=cifar10 hydra/launcher=plan hydra.launcher.calibrate_seconds=0 {SMALL}",  # no network
 }
