@@ -309,7 +309,6 @@ def of_texts() -> Iterator[Kind]:
         "the command": ("provenance.json", lambda c, t: c.update(command=[t, t])),
         "a source of imports": (
             "provenance.json",
-            "correct.json",
             lambda c, t: c.update(imported={"source": t, "sha256": t, "time": t}),
         ),
         "a layer": ("probes/ics.jsonl", lambda c, t: c.update(layer=t)),

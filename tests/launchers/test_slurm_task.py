@@ -21,8 +21,8 @@ def test_a_task_that_is_sent_signals_again_and_again_writes_its_checkpoint(tiny,
     configs = [each.as_dict() for each in (config, tiny(*settings, "seed=1"))]
     for each in configs:
         runs.Run(each).freeze()
-    files.write_json(order, {"slots": 1, "tasks": [[{"settings": each} for each in configs]]})
-    order.write_text(order.read_text().replace('{"settings"', '{"name": "first of all", "settings"', 1))
+    entries = [{"name": "first of all", "settings": configs[0]}, *({"settings": each} for each in configs[1:])]
+    files.write_json(order, {"slots": 1, "tasks": [entries]})
     of_slurm = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SLOW_SECONDS": "0.05"}
     task = ("-u", "-m", "normlab.launchers.slurm_task", order)
     with python(tmp_path, *task, new_session=True, **of_slurm) as process:

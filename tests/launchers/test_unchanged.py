@@ -124,7 +124,7 @@ def test_a_folder_that_is_no_data_set_any_more_is_told(finished, command) -> Non
         for sweep in ((), ("-m", "seed=0,1", "hydra/launcher=plan")):
             status, out, error = command("train.py", *sweep, *RUN)
             assert status == 1, out
-            assert error.startswith("mine-photos-bn-b4-s0")
+            assert error.startswith("bn seed=0 is finished, ")
             assert "is finished, but its images cannot be read any more as they were.\n" in error
             assert words in error
             assert len(error.splitlines()) <= 5
