@@ -182,7 +182,7 @@ def _of_differences(study: Study, metric: Metric, options: Options, looks: int) 
     assert baseline is not None
     tidy = frames.differences(study.runs, values, metric.epoch, baseline, options.confidence)
     rows = [row for row in frames.named_rows(tidy) if not row.p_holm <= options.alpha]
-    plain = replace(metric, log=False, name=metric.name)  # differences of losses are no factors
+    plain = replace(metric, log=False)  # differences of losses are no factors
     comparison = Comparison((Side(1.0, {}), Side(-1.0, {})), plain, "greater", 0.0, 0.0)
     several, done = study.placed["setting"].nunique() > 1, _done(study)
     for row in rows:

@@ -29,9 +29,7 @@ LOOK_SECONDS = 1.0  # between two looks at the records, and no more than a fifth
 PAUSE_SECONDS = 5.0  # between two builds
 SHARE = 0.2  # of the time that building takes at most
 AGAIN_SECONDS = 30.0  # until a build that failed is tried again with the same records
-SETTLE_SECONDS = (
-    10.0  # that no run has been under way until a study counts as ended: the next one may be about to start
-)
+SETTLE_SECONDS = 10.0  # without a run under way until a study counts as ended: the next may be about to start
 _MOST_BYTES_OF_PAGE = 1 << 30
 
 

@@ -2,9 +2,9 @@
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -111,6 +111,18 @@ class Study:
         if self.packed:
             return self.folder.parent / "report" / packed_name(Path(self.folder.name))
         return self.folder / "report"
+
+    def reduced(self, table: pd.DataFrame, of_rows: Callable[[pd.DataFrame], pd.DataFrame]) -> "Study":
+        """Return the study of the runs of `table`, with those of its measured rows that `of_rows` returns."""
+        kept, probes = set(table["run"]), {probe: of_rows(rows) for probe, rows in self.probes.items()}
+        return replace(
+            self,
+            runs=table,
+            evaluations=of_rows(self.evaluations),
+            probes={probe: rows for probe, rows in probes.items() if len(rows)},
+            configs={run: config for run, config in self.configs.items() if run in kept},
+            remarks={setting: remark for setting, remark in self.remarks.items() if setting in set(table["setting"])},
+        )
 
     @property
     def placed(self) -> pd.DataFrame:

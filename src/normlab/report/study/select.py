@@ -48,18 +48,9 @@ def select(
         inside = rows["arm"].isna() | rows[list(chosen)].isin(chosen).all(axis=1)
         return rows[inside].reset_index(drop=True)
 
-    runs = _without_strange_gaps(kept(study.runs))
-    names = set(runs["run"])
-    probes = {probe: kept(rows) for probe, rows in study.probes.items()}
-    return replace(
-        study,
-        runs=runs,
-        evaluations=kept(study.evaluations),
-        probes={probe: rows for probe, rows in probes.items() if len(rows)},
-        configs={run: config for run, config in study.configs.items() if run in names},
-        provenance={run: made for run, made in study.provenance.items() if run in names},
-        remarks={setting: remark for setting, remark in study.remarks.items() if setting in set(runs["setting"])},
-    )
+    selected = study.reduced(_without_strange_gaps(kept(study.runs)), kept)
+    provenance = {run: made for run, made in study.provenance.items() if run in set(selected.runs["run"])}
+    return replace(selected, provenance=provenance)
 
 
 def _without_strange_gaps(runs: pd.DataFrame) -> pd.DataFrame:

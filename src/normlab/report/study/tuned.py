@@ -221,16 +221,7 @@ def chosen_study(tuning: Tuning, tried: pd.DataFrame, runs: Collection[str], who
         here = measured[measured["run"].isin(names)].reset_index(drop=True)
         return here.assign(setting=[names[run][0] for run in here["run"]], arm=[names[run][1] for run in here["run"]])
 
-    probes = {probe: of_chosen(measured) for probe, measured in study.probes.items()}
-    return replace(
-        study,
-        runs=table,
-        evaluations=of_chosen(study.evaluations),
-        probes={probe: measured for probe, measured in probes.items() if len(measured)},
-        configs={run: config for run, config in study.configs.items() if run in set(table["run"])},
-        remarks={setting: remark for setting, remark in remarks.items() if setting in set(table["setting"])},
-        tuning=tuning,
-    )
+    return replace(replace(study, remarks=remarks).reduced(table, of_chosen), tuning=tuning)
 
 
 def by_cell(tried: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int], dict[Values, pd.DataFrame]]]:
