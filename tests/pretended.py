@@ -1,13 +1,14 @@
 """A CUDA device that is not there: its tensors say that they are on cuda:0, and live in the memory of the host.
 
-`with pretended() as gpu:` lets the code inside see one GPU, and needs a CUDA build of PyTorch. What mixes devices raises
-an error as on a GPU. What waits for the device is counted in `gpu.waits`, and raises an error inside a capture, as does
-a copy from the host's memory. Kernels are the CPU's: what CUDA itself does is not imitated.
+`with pretended() as gpu:` lets the code inside see one GPU, and needs a CUDA build of PyTorch. What mixes devices
+raises an error as on a GPU. What waits for the device is counted in `gpu.waits`, and raises an error inside a capture,
+as does a copy from the host's memory. Kernels are the CPU's: what CUDA itself does is not imitated.
 """
 
 import ctypes
 import threading
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from normlab.launchers import preflight
-from normlab.training import checkpoint, engines, loop
+from normlab.training import checkpoint, graphs, loop
 
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")
@@ -90,12 +91,20 @@ class PretendedGPU:
         self.copies: Counter[str] = Counter()
         self.captures: list[list[Operation]] = []
         self.under_way: list[Operation] | None = None  # of the capture
+        self.mode = 0  # of waits: 1 warns, 2 raises an error
 
     def waits_for(self, what: str) -> None:
         where = _where()
         if self.under_way is not None:
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what} in {where})")
         self.waits[what, where] += 1
+        if self.mode == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        if self.mode == 1:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.mode = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
 
     def launched(self, capture: int = -1) -> int:
         """Return how many operations of a capture launch kernels: all but those that make empty tensors."""
@@ -274,7 +283,7 @@ class Generator:
 
 
 class Graph:
-    """A graph of the GPU: a capture of `engines.Graph`, whose replays repeat its operations one by one."""
+    """A graph of the GPU: a capture of `graphs.Graph`, whose replays repeat its operations one by one."""
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
@@ -364,6 +373,8 @@ def pretended() -> Iterator[PretendedGPU]:
         "default_generators": (Generator(),),
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "get_sync_debug_mode": lambda: _gpu.mode,
+        "set_sync_debug_mode": lambda mode: _gpu.set_sync_debug_mode(mode),
         "is_current_stream_capturing": lambda: _gpu.under_way is not None,
     }
     torch._C._ensureCUDADeviceGuardSet()  # where there is no GPU, one that does nothing
@@ -371,9 +382,9 @@ def pretended() -> Iterator[PretendedGPU]:
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "tensor", made))
-        stack.enter_context(mock.patch.object(preflight, "gpu_count", lambda: 1))
-        stack.enter_context(mock.patch.dict(engines.GRAPHS, {"cuda": Graph}))
-        # A tensor of inference cannot be a view of one that is not; and none is saved as a file.
+        stack.enter_context(mock.patch.object(preflight, "gpu_count", return_value=1))
+        stack.enter_context(mock.patch.dict(graphs.GRAPHS, {"cuda": Graph}))
+        # Wrapped tensors cannot be those of inference mode, and no file can hold them.
         stack.enter_context(mock.patch.object(loop, "evaluate", torch.no_grad()(evaluate)))
         stack.enter_context(
             mock.patch.object(checkpoint, "_write", lambda path, content: write(path, on_host(content)))
@@ -386,5 +397,3 @@ def pretended() -> Iterator[PretendedGPU]:
 def placed() -> TorchDispatchMode:
     """Return a context in which a thread's new tensors can be on the GPU, for threads that begin inside `pretended`."""
     return _Placed()
-
-

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import pytest
 from training.tape import Tape
 
-from normlab.training import engines
+from normlab.training import graphs
 
 
 @pytest.fixture(autouse=True)
 def _tape() -> Iterator[None]:
-    engines.GRAPHS["cpu"] = Tape
+    graphs.GRAPHS["cpu"] = Tape
+    graphs.Replayed.checked.clear()
     yield
-    engines.GRAPHS.pop("cpu", None)
+    graphs.GRAPHS.pop("cpu", None)

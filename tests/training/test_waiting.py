@@ -1,6 +1,7 @@
 """When a run waits for a GPU, and when not: on a stream whose events are over when they are queried a second time."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -59,9 +60,9 @@ def test_losses_on_a_cpu_are_checked_at_once(loss) -> None:
     assert not check.failed(torch.ones(3))
 
 
-def test_a_packed_run_on_a_gpu_is_two_slices_ahead_of_it(stream) -> None:
-    interleaver = PackedInterleaver(FairLock(), torch.device("cpu"))
-    interleaver.device = torch.device("cuda")
+def test_a_packed_run_on_a_gpu_is_two_slices_ahead_of_it(stream, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "default_generators", (mock.Mock(),))
+    interleaver = PackedInterleaver(FairLock(), torch.device("cuda:0"))
     for _ in range(AHEAD * SLICE):
         interleaver.after_step()
     assert (stream.recorded, stream.queries) == (AHEAD, [])

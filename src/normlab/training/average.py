@@ -10,7 +10,8 @@ class Average(AveragedModel):
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # of PyTorch
-        super().__init__(network, multi_avg_fn=self.average)
+        # With a device, or the number of updates would be on the host, where no replay counts it.
+        super().__init__(network, next(network.parameters()).device, multi_avg_fn=self.average)
         self.begun = False
 
     @torch.no_grad()

@@ -92,6 +92,11 @@ def new_stream(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]  # of PyTorch
 
 
+def generator_of(device: torch.device) -> torch.Generator:
+    """Return the default generator of a device."""
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
 def forget_peak_memory(device: torch.device) -> None:
     """Start the measurement of peak memory anew, so that a process's earlier runs do not count."""
     if device.type == "cuda":

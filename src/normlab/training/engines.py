@@ -6,58 +6,20 @@ All train on the same batches by the same formulas; `engine` chooses (conf/confi
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from normlab.common.errors import UserError, first_line
+from normlab.common.errors import UserError
 from normlab.config.schema import RMSprop, RunConfig
 from normlab.data.batches import Epoch, Split
+from normlab.training.graphs import GRAPHS, Replayed, kind_of
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.state import Position
 from normlab.training.step import TrainingStep
 
-WARM_UP = 3  # steps before the captured one: libraries choose their kernels, optimizers make their state
 COMPILING = 2  # steps of engine=compile that compile: in the second, an assumed constant may prove to be none
-
-
-class Graph(Protocol):
-    """Work that is captured once and then replayed."""
-
-    def capture(self, work: Callable[[], None]) -> None:
-        """Do `work` once, and record its operations and their tensors.
-
-        Raises:
-            RuntimeError: if `work` reads a value on the host, or does anything else that cannot be captured.
-        """
-
-    def replay(self) -> None:
-        """Repeat the operations on the values that their tensors have now.
-
-        Decisions and numbers of Python stay as they were at the capture; random numbers come from the default
-        generator.
-        """
-
-
-class CudaGraph:
-    """A CUDA graph on the current stream, which must not be the default one."""
-
-    def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-
-    def capture(self, work: Callable[[], None]) -> None:
-        """Capture `work`, and do it once."""
-        with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
-            work()
-        self.replay()  # a capture executes nothing
-
-    def replay(self) -> None:
-        """Launch the graph."""
-        self._graph.replay()
-
-
-GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}  # by type of device; a test adds one for the CPU
 
 
 def build(
@@ -105,8 +67,11 @@ class Engine:
     """Carries out the steps of an epoch, every operation launched from Python (engine=eager).
 
     Attributes:
+        replays: whether graphs are wanted where work can be captured.
         capture_seconds: spent so far on capturing or compiling, which is not counted as training.
     """
+
+    replays = False
 
     def __init__(self, config: RunConfig, train: Split, step: TrainingStep, position: Position) -> None:
         self.config, self.train, self.train_on, self.position = config, train, step, position
@@ -135,6 +100,9 @@ class Engine:
         self.position.losses[batch] = loss
         self.position.correct[batch] = correct
 
+    def refuse(self, why: str) -> None:
+        """Go on without graphs, or raise `UserError` where the run insists on them; `why`: what cannot be captured."""
+
     def _learning_rate(self, batch: int, divisor: float) -> float:
         steps = self.train.steps
         return learning_rate(self.config, self.epoch * steps + batch, steps, divisor)
@@ -161,30 +129,31 @@ class Compiled(Engine):
 
 
 class Graphed(Engine):
-    """The whole step of a full batch is one graph.
+    """The whole step is one graph for each size of batch: that of the full ones, and that of a smaller last one.
 
     Images gathered and augmented, forward and backward pass, update, loss and correct classifications kept. All that
     differs from step to step is on the device: the epoch's images, labels, draws and learning rates, and the number of
-    the batch, which each replay counts up. The smaller last batch and the steps before the capture are eager.
+    the batch, which each step counts up. Steps before a capture are launched from Python.
     """
+
+    replays = True
 
     def __init__(
         self, config: RunConfig, train: Split, step: TrainingStep, position: Position, warn: Callable[[str], None]
     ) -> None:
         super().__init__(config, train, step, position)
-        self.graph, self.warn = GRAPHS[step.device.type](), warn
-        self.state = "warming up"  # then "captured", or "eager" if it cannot be
-        self.warm_steps = 0
-        self.images: Epoch
+        self.warn = warn
+        self.images: Epoch | None = None
         self.rates = torch.zeros(len(step.optimizer.param_groups), train.steps, device=step.device)
         self.number = torch.zeros(1, dtype=torch.int64, device=step.device)  # of the batch
         self.places = torch.arange(train.batch, device=step.device)
+        self.steps: dict[int, Replayed] = {}  # by the number of images
 
     def start_epoch(self, epoch: int) -> None:
         """See `Engine`."""
         self.epoch = epoch
         fresh = self.train.epoch(epoch)
-        if self.state == "captured":  # a replay reads where the capture did
+        if self.images:  # a replay reads where the capture did
             self.images.copy_(fresh)
         else:
             self.images = fresh
@@ -200,49 +169,56 @@ class Graphed(Engine):
 
     def step(self) -> None:
         """See `Engine`."""
-        full = self.train.images_of(self.position.batch) == self.train.batch
-        if full and self.state == "captured":
-            self.graph.replay()
-        elif full and self.state == "warming up" and self.warm_steps >= WARM_UP:
-            self._capture()
-        else:
-            super().step()
-            self.number.add_(1)
-            self.warm_steps += 1
+        images = self.train.images_of(self.position.batch)
+        if images not in self.steps:
+            work, key = partial(self._whole_step, images), kind_of(self.config, images)
+            self.steps[images] = Replayed(
+                self.train_on.device, work, self._changes, key, self.config.precision, self.refuse
+            )
+        step, begun = self.steps[images], time.monotonic()
+        captures = step.captures_next
+        step()
+        if captures:
+            self._count_as_capture(time.monotonic() - begun)
 
-    def _capture(self) -> None:
-        begun = time.monotonic()
-        try:
-            self.graph.capture(self._whole_step)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            why = first_line(error)
-            if self.config.engine == "graph":
-                raise UserError(
-                    f"engine=graph cannot capture a step of {self.config.model.name} with norm={self.config.norm.name}:"
-                    f" {why}.\nUse engine=auto or engine=eager."
-                ) from error
-            self.warn(f"A step of this run cannot be captured ({why}); it goes on with engine=eager.")
-            self.state = "eager"
-            self.step()
-            return
-        self.state = "captured"
-        self._count_as_capture(time.monotonic() - begun)
+    def refuse(self, why: str) -> None:
+        """See `Engine`."""
+        if self.config.engine == "graph":
+            raise UserError(
+                f"engine=graph cannot capture a step of {self.config.model.name} with norm={self.config.norm.name}:"
+                f" {why}.\nUse engine=auto or engine=eager."
+            )
+        self.warn(f"A step of this run cannot be captured ({why}); it goes on with engine=eager.")
+        for step in self.steps.values():
+            step.refused = True
 
-    def _whole_step(self) -> None:
-        images, labels = self._batch(self.places + self.number * self.train.batch)
+    def _whole_step(self, images: int) -> None:
+        pixels, labels = self._batch(self.places[:images] + self.number * self.train.batch)
         for group, rates in zip(self.train_on.optimizer.param_groups, self.rates, strict=True):
             group["lr"].copy_(rates.index_select(0, self.number).squeeze())
-        loss, correct = self.train_on(images, labels, self.train.batch)
+        loss, correct = self.train_on(pixels, labels, images)
         self.position.losses.index_copy_(0, self.number, loss[None].to(self.position.losses.dtype))
         self.position.correct.index_copy_(0, self.number, correct[None])
         self.number.add_(1)
 
     def _batch(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images and labels at `places` of the epoch, int64 (B,)."""
+        assert self.images
         draws = self.images.draws
         images = self.train.gather(
             self.images.positions.index_select(0, places), None if draws is None else draws.index_select(0, places)
         )
         return images, self.images.labels.index_select(0, places)
+
+    def _changes(self) -> dict[str, Tensor]:
+        """Return what a step changes; not its correct classifications, where half precision has ties."""
+        step = self.train_on
+        changed: dict[str, Tensor] = {"loss": self.position.losses, "number of the batch": self.number}
+        changed |= {f"{name} of the network": value for name, value in step.network.state_dict(keep_vars=True).items()}
+        changed |= {f"buffer {name}": buffer for name, buffer in step.network.named_buffers()}
+        if step.averaged:
+            changed |= {f"{name} of the average": value for name, value in step.averaged.state_dict().items()}
+        for number, state in enumerate([vars(step.scaler), *step.optimizer.state.values()]):
+            tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            changed |= {f"{key} of the optimizer ({number})": value for key, value in tensors.items()}
+        return changed

@@ -111,6 +111,8 @@ class PackedInterleaver(Interleaver):
             self._make_way()
 
     def _make_way(self) -> None:
+        if self.device.type == "cuda":  # after a failed capture it is another one
+            self._generator_state = self._generator.graphsafe_get_state()
         if self.lock.hand_over():
             self._resume()
         elif self.device.type == "cuda":

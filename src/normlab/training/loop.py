@@ -5,20 +5,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normlab.common.errors import InterruptedRunError
 from normlab.common.rng import key
 from normlab.data.batches import Split
 from normlab.norms import batch_statistics, independent_processes, precise_statistics
 from normlab.probes import Probes, StepSnapshot
-from normlab.training.device import autocast
+from normlab.training.device import autocast, generator_of
+from normlab.training.evaluation import Evaluation
 from normlab.training.interrupt import StopRequest
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.record import Recorder
 from normlab.training.state import TrainingState
 from normlab.training.supervision import DivergedError, Supervisor
-from normlab.training.tasks import Classification
 
 
 def train(state: TrainingState, recorder: Recorder, stop: StopRequest) -> None:
@@ -75,8 +75,7 @@ def seed_step(state: TrainingState, number: int) -> None:
     """Seed the global generator of the run's device for step `number`; processes draw numbers of their own."""
     device, rank = state.device, state.group.rank
     # The generator of this device alone: torch.manual_seed would seed every backend, at 0.1 ms a step.
-    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-    generator.manual_seed(key(state.config.seed, "step", number, *(("process", rank) if rank else ())))
+    generator_of(device).manual_seed(key(state.config.seed, "step", number, *(("process", rank) if rank else ())))
 
 
 def measure(state: TrainingState, probes: Probes, supervisor: Supervisor) -> None:
@@ -133,14 +132,13 @@ def evaluate_epoch(state: TrainingState, supervisor: Supervisor) -> dict[str, An
     sizes[-1] = data.train.images_of(data.train.steps - 1)
     loss, correct = task.train_loss(position.losses, sizes), int(position.correct.sum())
     row = {"epoch": position.epoch + 1, "step": end, **task.metrics("train", loss, correct, data.train.images)}
-    hits: list[Tensor] | None = [] if data.test_order and position.epoch + 1 == config.epochs else None
     with independent_processes(), _statistics(state, network, supervisor):
         for name, split in (("val", data.val), ("test", data.test)):
             if split is not None:
-                sums = evaluate(state, network, split, supervisor, hits if name == "test" else None)
-                row |= task.metrics(name, *sums, len(split))
-    if hits is not None:
-        state.correct = _by_image(state, hits)
+                evaluation = evaluate(state, network, name, split, supervisor)
+                row |= task.metrics(name, float(evaluation.loss), int(evaluation.correct), len(split))
+                if name == "test" and position.epoch + 1 == config.epochs and data.test_order:
+                    state.correct = evaluation.hits.bool().cpu()
     supervisor.stopwatch.lap(training=False)
     row["lr"] = learning_rate(config, end - 1, data.train.steps)
     row["images_per_second"] = position.train_images / position.train_seconds
@@ -164,42 +162,26 @@ def _statistics(state: TrainingState, network: nn.Module, supervisor: Supervisor
 
 
 @torch.inference_mode()
-def evaluate(
-    state: TrainingState, network: nn.Module, split: Split, supervisor: Supervisor, hits: list[Tensor] | None = None
-) -> tuple[float, int]:
-    """Return the sums over `split` of the loss (without label smoothing) and of correct classifications.
-
-    Args:
-        state: of the run.
-        network: what is evaluated.
-        split: the images.
-        supervisor: of the run.
-        hits: gets, for each batch of this process, whether each image is classified correctly; bool, on the device.
-    """
+def evaluate(state: TrainingState, network: nn.Module, part: str, split: Split, supervisor: Supervisor) -> Evaluation:
+    """Return the sums over a part of the data, all processes' of it."""
     network.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=state.device)
-    correct = torch.zeros((), dtype=torch.int64, device=state.device)
-    for images, labels in supervisor.supervise(split.batches(), split.shared_batches):
-        with autocast(state.config, state.device):
-            outputs = network(images)
-        loss += state.step.task.test_loss(outputs, labels)
-        correct += state.step.task.correct(outputs, labels)
-        if hits is not None and isinstance(state.step.task, Classification):
-            hits.append(state.step.task.hits(outputs, labels))
+    if part not in state.evaluations:
+        replays = state.engine.replays and state.config.eval_stats == "running"
+        state.evaluations[part] = Evaluation(
+            state.config,
+            state.device,
+            state.step.task,
+            network,
+            split,
+            replays=replays,
+            refuse=state.engine.refuse,
+        )
+    evaluation = state.evaluations[part]
+    for batch in supervisor.supervise(evaluation.batches(), split.shared_batches):
+        batch()
         state.interleaver.after_step()
     state.interleaver.synchronize()
     if split.processes > 1:  # else every process has evaluated all of it
-        state.group.all_reduce(loss)
-        state.group.all_reduce(correct)
-    return float(loss), int(correct)
-
-
-def _by_image(state: TrainingState, hits: list[Tensor]) -> Tensor:
-    """Return whether each test image is classified correctly, bool (N,) on the host, from each process's batches."""
-    split = state.data.test
-    correct = torch.zeros(len(split), dtype=torch.uint8, device=state.device)
-    if hits:
-        correct[split.rank :: split.processes] = torch.cat(hits).to(torch.uint8)
-    if split.processes > 1:  # else every process has evaluated all of it
-        state.group.all_reduce(correct)
-    return correct.bool().cpu()
+        for total in (evaluation.loss, evaluation.correct, evaluation.hits):
+            state.group.all_reduce(total)
+    return evaluation

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from normlab.training.step import TrainingStep
 
 if TYPE_CHECKING:
     from normlab.training.engines import Engine
+    from normlab.training.evaluation import Evaluation
 
 
 @dataclass
@@ -82,6 +83,7 @@ class TrainingState:
     Attributes:
         correct: whether each test image was classified correctly at the end of the run, bool (N,) in the order of its
             split, on the host; None before, and where there are no classes.
+        evaluations: by part of the data, those made so far.
         peak_memory_before: bytes that earlier processes of the run, or the others of now, needed.
     """
 
@@ -97,6 +99,7 @@ class TrainingState:
     memory_format: str
     peak_memory_before: int = 0
     correct: Tensor | None = None
+    evaluations: dict[str, "Evaluation"] = field(default_factory=dict)
 
     @property
     def step_number(self) -> int:

@@ -1,0 +1,97 @@
+"""The evaluation of a network on one part of the data, batch after batch; on a GPU by the replays of graphs."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from normlab.config.schema import RunConfig
+from normlab.data.batches import Split
+from normlab.training.device import autocast
+from normlab.training.graphs import Replayed, kind_of
+from normlab.training.tasks import Classification, Task
+
+
+class Evaluation:
+    """Sums up loss and correct classifications of a network over a split, again and again while it is trained.
+
+    To be made and used in `torch.inference_mode`, the network in evaluation mode.
+
+    Args:
+        network: what is evaluated.
+        replays: whether batches of images in memory may be replays of graphs.
+        refuse: called with the reason where they cannot.
+
+    Attributes:
+        loss: sum of the loss without label smoothing over this process's images, float64.
+        correct: their correct classifications, int64.
+        hits: whether each image of the split is classified correctly, uint8 (N,); 0 for other processes' images.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        task: Task,
+        network: nn.Module,
+        split: Split,
+        *,
+        replays: bool,
+        refuse: Callable[[str], None],
+    ) -> None:
+        self.config, self.device, self.task, self.network, self.split = config, device, task, network, split
+        self.replays, self.refuse = replays, refuse
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.hits = torch.zeros(len(split), dtype=torch.uint8, device=device)
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the batch
+        self._own = self.hits[split.rank :: split.processes]
+        self._places = torch.arange(split.batch, device=device)
+        self._labels = split.labels.to(device) if self._gathers else split.labels
+        self._replayed: dict[int, Replayed] = {}  # by the number of images
+
+    @property
+    def _gathers(self) -> bool:
+        """Return whether a batch is gathered by its number: of images in memory, in one process."""
+        return self.split.resident and self.split.processes == 1
+
+    def batches(self) -> Iterator[Callable[[], None]]:
+        """Start anew, and yield the work of each batch."""
+        for total in (self.loss, self.correct, self.hits, self.number):
+            total.zero_()
+        if self._gathers:
+            yield from map(self._of_size, map(self.split.images_of, range(self.split.steps)))
+            return
+        first = 0
+        for images, labels in self.split.batches():
+            places = torch.arange(first, first + len(labels), device=self.device)
+            yield partial(self._add, images, labels, places)
+            first += len(labels)
+
+    def _of_size(self, images: int) -> Callable[[], None]:
+        work = partial(self._next, images)
+        if not self.replays:
+            return work
+        if images not in self._replayed:
+            key = "evaluation", kind_of(self.config, images)
+            self._replayed[images] = Replayed(self.device, work, self._changes, key, self.config.precision, self.refuse)
+        return self._replayed[images]
+
+    def _changes(self) -> dict[str, Tensor]:
+        return {"loss": self.loss, "correct": self.correct, "hits": self.hits, "number of the batch": self.number}
+
+    def _next(self, images: int) -> None:
+        """Evaluate the next batch of so many images; reads nothing on the host."""
+        places = self._places[:images] + self.number * self.split.batch
+        self._add(self.split.gather(places, None), self._labels.index_select(0, places), places)
+        self.number.add_(1)
+
+    def _add(self, images: Tensor, labels: Tensor, places: Tensor) -> None:
+        with autocast(self.config, self.device):
+            outputs = self.network(images)
+        self.loss += self.task.test_loss(outputs, labels)
+        if isinstance(self.task, Classification):
+            hits = self.task.hits(outputs, labels)
+            self.correct += hits.sum()
+            self._own.index_copy_(0, places, hits.to(torch.uint8))
