@@ -101,7 +101,10 @@ class PretendedGPU:
         if self.mode == 2:
             raise RuntimeError("called a synchronizing CUDA operation")
         if self.mode == 1:
-            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+            caller = next(one for one in reversed(traceback.extract_stack()) if _is_callers(one.filename))
+            warnings.warn_explicit(
+                "called a synchronizing CUDA operation", UserWarning, caller.filename, caller.lineno or 0
+            )
 
     def set_sync_debug_mode(self, mode: int | str) -> None:
         self.mode = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
@@ -112,6 +115,10 @@ class PretendedGPU:
 
 
 _gpu = PretendedGPU()
+
+
+def _is_callers(file: str) -> bool:
+    return file != __file__ and not file.startswith(str(Path(torch.__file__).parent))
 
 
 def _where() -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.config.schema import RMSprop, RunConfig
 from normlab.data.batches import Epoch, Split
-from normlab.training.graphs import GRAPHS, Replayed, kind_of
+from normlab.training.graphs import GRAPHS, LOSS, Replayed, kind_of
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.state import Position
 from normlab.training.step import TrainingStep
@@ -100,8 +100,13 @@ class Engine:
         self.position.losses[batch] = loss
         self.position.correct[batch] = correct
 
-    def refuse(self, why: str) -> None:
-        """Go on without graphs, or raise `UserError` where the run insists on them; `why`: what cannot be captured."""
+    def refuse(self, why: str, *, evaluation: bool = False) -> None:
+        """Go on without graphs of steps, or of an evaluation; raise `UserError` if the run insists on those of steps.
+
+        Args:
+            why: they cannot be captured.
+            evaluation: it is not a step that cannot be.
+        """
 
     def _learning_rate(self, batch: int, divisor: float) -> float:
         steps = self.train.steps
@@ -181,8 +186,11 @@ class Graphed(Engine):
         if captures:
             self._count_as_capture(time.monotonic() - begun)
 
-    def refuse(self, why: str) -> None:
+    def refuse(self, why: str, *, evaluation: bool = False) -> None:
         """See `Engine`."""
+        if evaluation:
+            self.warn(f"The evaluations of this run cannot be captured ({why}); they are launched from Python.")
+            return
         if self.config.engine == "graph":
             raise UserError(
                 f"engine=graph cannot capture a step of {self.config.model.name} with norm={self.config.norm.name}:"
@@ -213,7 +221,7 @@ class Graphed(Engine):
     def _changes(self) -> dict[str, Tensor]:
         """Return what a step changes; not its correct classifications, where half precision has ties."""
         step = self.train_on
-        changed: dict[str, Tensor] = {"loss": self.position.losses, "number of the batch": self.number}
+        changed: dict[str, Tensor] = {LOSS: self.position.losses, "number of the batch": self.number}
         changed |= {f"{name} of the network": value for name, value in step.network.state_dict(keep_vars=True).items()}
         changed |= {f"buffer {name}": buffer for name, buffer in step.network.named_buffers()}
         if step.averaged:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.training.device import autocast
-from normlab.training.graphs import Replayed, kind_of
+from normlab.training.graphs import LOSS, Replayed, kind_of
 from normlab.training.tasks import Classification, Task
 
 
@@ -75,11 +75,17 @@ class Evaluation:
             return work
         if images not in self._replayed:
             key = "evaluation", kind_of(self.config, images)
-            self._replayed[images] = Replayed(self.device, work, self._changes, key, self.config.precision, self.refuse)
+            self._replayed[images] = Replayed(
+                self.device, work, self._changes, key, self.config.precision, self._launch_all
+            )
         return self._replayed[images]
 
+    def _launch_all(self, why: str) -> None:
+        self.replays = False
+        self.refuse(why)
+
     def _changes(self) -> dict[str, Tensor]:
-        return {"loss": self.loss, "correct": self.correct, "hits": self.hits, "number of the batch": self.number}
+        return {LOSS: self.loss, "correct": self.correct, "hits": self.hits, "number of the batch": self.number}
 
     def _next(self, images: int) -> None:
         """Evaluate the next batch of so many images; reads nothing on the host."""

@@ -174,7 +174,7 @@ def evaluate(state: TrainingState, network: nn.Module, part: str, split: Split, 
             network,
             split,
             replays=replays,
-            refuse=state.engine.refuse,
+            refuse=partial(state.engine.refuse, evaluation=True),
         )
     evaluation = state.evaluations[part]
     for batch in supervisor.supervise(evaluation.batches(), split.shared_batches):
