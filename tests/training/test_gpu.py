@@ -8,7 +8,7 @@ from training.test_engines import NORMS, SMALL, train_both
 
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Loaded
-from normlab.training import engines, packing, supervision
+from normlab.training import device, engines, graphs, packing, supervision
 from normlab.training.interleaving import Interleaver
 from normlab.training.interrupt import StopRequest
 from normlab.training.run import Resources, train_run
@@ -67,11 +67,27 @@ def test_engine_auto_is_a_graph_on_a_gpu_and_its_capture_is_timed(tiny) -> None:
     assert status["capture_seconds"] > 0
 
 
+def test_a_process_goes_on_after_a_capture_that_failed() -> None:
+    """It draws random numbers, has the memory of the capture back, and captures again."""
+    x = torch.ones(1000, device="cuda")
+    with device.new_stream(torch.device("cuda:0")):
+        with pytest.raises(RuntimeError, match="captur"):
+            graphs.CudaGraph().capture(lambda: torch.rand_like(x).mean().item())
+        assert 0 < float(torch.rand_like(x).mean()) < 1
+        graph = graphs.CudaGraph()
+        graph.capture(lambda: x.copy_(torch.rand_like(x)))
+        graph.replay()
+        first = x.clone()
+        graph.replay()
+        assert not torch.equal(x, first)
+
+
 def test_replays_and_checks_of_losses_wait_for_nothing(tiny, monkeypatch) -> None:
     step, failed = engines.Graphed.step, LossCheck.failed
 
     def strict_step(engine: engines.Graphed) -> None:
-        captured = engine.state == "captured"
+        replayed = engine.steps.get(engine.train.images_of(engine.position.batch))
+        captured = replayed is not None and replayed.graph is not None
         torch.cuda.set_sync_debug_mode("error" if captured else "default")
         try:
             step(engine)

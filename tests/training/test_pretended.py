@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from outcome import folder, outcome, rows
-from pretended import PretendedGPU, pretended
+from pretended import PretendedGPU, placed, pretended
 from torch import nn
 from training.test_engines import SMALL
 
 from normlab import runs
 from normlab.config.schema import RunConfig
-from normlab.training.run import train_run
+from normlab.data.datasets import Loaded
+from normlab.training import packing
+from normlab.training.interleaving import Interleaver
+from normlab.training.interrupt import StopRequest
+from normlab.training.run import Resources, train_run
 
 pytestmark = [
     pytest.mark.no_cover,
@@ -210,6 +214,29 @@ def test_a_kind_of_step_is_checked_once_in_a_process(tiny) -> None:
     assert checks[0] > 0
     assert checks[1] == 0
     assert checks[2] > 0
+
+
+@pytest.mark.slow
+def test_packed_runs_end_bit_identical_to_solo_ones(tiny) -> None:
+    mixed = [(f"norm={norm}", f"batch={batch}") for norm in ("bn", "none", "noisy_bn", "mabn") for batch in (8, 16)]
+    mixed += [("model.target=small.SmallNet", "model.name=small")]  # with dropout
+    both = [
+        [tiny(*SMALL, "device=cuda", "engine=auto", "epochs=1", f"study={study}", *one) for one in mixed]
+        for study in ("packed", "solo")
+    ]
+    loaded: Loaded = {}
+
+    def work(config: RunConfig, interleaver: Interleaver) -> dict:
+        with placed():
+            return train_run(config, stop=StopRequest(), resources=Resources("cuda:0", 1, interleaver, loaded))
+
+    with pretended() as gpu:
+        states = packing.train_packed(both[0], 3, torch.device("cuda:0"), work)
+        assert [one["state"] for one in states] == ["done"] * len(mixed)
+        assert len(gpu.captures) >= len(mixed)
+        for config in both[1]:
+            train_run(config)
+    assert [outcome(config) for config in both[0]] == [outcome(config) for config in both[1]]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(tiny, steps) -> None:
