@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab import runs
+from normlab.common import cpu
 from normlab.common.console import Console
 from normlab.common.errors import UserError, count
 from normlab.common.progress import span
@@ -91,6 +92,21 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
             f" {span(max(sum(seconds) / number, *seconds))} with {number} at a time.\n"
             f"Memory: {_gigabytes(most[0])} for the largest run, {_gigabytes(sum(most))} for the largest {number}."
         )
+    if sweep.jobs and workers[0].device == "cpu" and (note := _on_bf16({job.config.precision for job in sweep.jobs})):
+        console.print(note)
+
+
+def _on_bf16(precisions: set[str]) -> str:
+    """Return a sentence about bf16 on this processor to who might train in another precision; "" if none is due."""
+    instructions = cpu.bf16_instructions()
+    if instructions and "fp32" in precisions:
+        return (
+            f"This processor has {instructions}: with precision=bf16, which makes other runs, networks of many channels"
+            f" train about {cpu.BF16_SPEED:g} times as fast."
+        )
+    if not instructions and "bf16" in precisions:
+        return "This processor has no instructions for bf16: with precision=fp32 runs are likely faster."
+    return ""
 
 
 def _list(console: Console, plans: Sequence[tuple[str, State, _Cost | None]]) -> None:
