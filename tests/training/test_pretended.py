@@ -26,6 +26,8 @@ NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm
 # Where a run may wait for the device: file and function. None of them is entered at each step of an epoch.
 WAITS = {
     "data/datasets.py _split": "images are on the device before another stream reads them",
+    "models/initialization.py scale": "a start that looks at images",
+    "norms/tracing.py _equal": "a start with the function of another network",
     "models/pretrained.py digest": "the digest of the weights at the end",
     "training/graphs.py difference": "the check of a graph, once per kind of step",
     "training/loop.py check_parameters": "at the end of an epoch",
@@ -93,7 +95,7 @@ def test_every_norm_trains_captured_in_half_precision(tiny, norm) -> None:
         ("weight_average=0.9",),
         ("dataset.flip=true", "dataset.crop_padding=1", "label_smoothing=0.1"),
         ("sampler=paired", "sampler.images_per_label=4"),
-        ("drop_last=true", "batch=24"),
+        ("drop_last=true", "batch=24", "epochs=2"),
         ("model.target=small.SmallNet", "model.name=small"),
         ("norm=wn", "norm.init=data"),
         ("norm=none", "init=lsuv"),
@@ -146,12 +148,12 @@ def test_what_is_measured_between_steps_waits_where_it_may(tiny, settings) -> No
         ("model=cifar_resnet", "depth=20"),
         ("model=vgg", "depth=11", "dataset.image_size=32", "model.width=0.25"),
         ("model=gitman_cifar", "dataset.image_size=22", "dataset.crop_size=20"),
-        ("model=inception_v3", "dataset.image_size=75", "dataset.train_size=10", "batch=2", "dataset.test_size=4"),
+        ("model=inception_v3", "dataset.image_size=75", "dataset.train_size=10", "batch=2"),
     ],
     ids=" ".join,
 )
 def test_every_network_is_captured(make, settings) -> None:
-    small = ("dataset.train_size=40", "dataset.test_size=8", "batch=8", "epochs=1", "threads=1", "optimizer.lr=1e-3")
+    small = ("dataset.train_size=40", "dataset.test_size=10", "batch=8", "epochs=1", "threads=1", "optimizer.lr=1e-3")
     config = make(*small, "device=cuda", "engine=auto", *settings)
     with pretended() as gpu:
         assert train_run(config)["state"] == "done"
