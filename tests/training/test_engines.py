@@ -1,6 +1,5 @@
-"""A captured and replayed step does what an eager one does: on the CPU to the last bit."""
+"""A captured run of a CPU is resumed, refused and goes on as another; kinds of steps are in test_pretended.py."""
 
-import importlib
 from pathlib import Path
 
 import pytest
@@ -38,67 +37,6 @@ def train_both(make, *settings: str) -> tuple[RunConfig, RunConfig]:
 
 def losses(config: RunConfig) -> list[float]:
     return [row["train_loss"] for row in rows(config)]
-
-
-@pytest.mark.no_cover
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", NORMS)
-def test_every_norm_trains_bit_identically_captured(tiny, norm, replays) -> None:
-    eager, graph = train_both(tiny, *SMALL, f"norm={norm}", "epochs=1")
-    assert outcome(eager) == outcome(graph)
-    assert len(replays) == 6 - 3 - 1  # all but the first three and the smaller one
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("norm=renorm", "schedule.warmup_epochs=0.5"),
-        ("norm=bn", "norm_batch=4", "optimizer.agc=0.05"),
-        ("norm=bnp", "optimizer=gd"),
-        ("optimizer=sgd", "optimizer.nesterov=true", "schedule=step", "schedule.milestones=[0.5]"),
-        ("weight_average=0.9",),
-        ("dataset.flip=true", "dataset.crop_padding=1", "label_smoothing=0.1"),
-        ("sampler=paired", "sampler.images_per_label=4"),
-        ("drop_last=true", "batch=24"),
-        ("precision=bf16",),
-        ("norm=wn", "init=lsuv", "input_norm=bn"),
-        ("probe=[gradients,landscape,ics]", "epochs=3"),
-        ("model.target=small.SmallNet", "model.name=small"),  # with dropout
-    ],
-    ids=" ".join,
-)
-def test_every_kind_of_step_is_bit_identical_captured(tiny, settings, replays) -> None:
-    eager, graph = train_both(tiny, *SMALL, *settings)
-    assert outcome(eager) == outcome(graph)
-    assert replays
-
-
-@pytest.mark.parametrize("settings", [("schedule=polynomial",), ("optimizer.decoupled=true",)])
-def test_adam_is_captured_with_a_float32_learning_rate(tiny, settings, replays) -> None:
-    """Where Python's is a float64."""
-    eager, graph = train_both(tiny, *SMALL, "optimizer=adam", "optimizer.weight_decay=0.1", *settings)
-    for one, other in zip(rows(eager), rows(graph), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-    assert replays
-
-
-def test_rmsprop_is_captured_where_its_learning_rate_may_be_a_tensor(tiny, replays, monkeypatch) -> None:
-    """PyTorch lets it be on a GPU only; its formula is the same there."""
-    rmsprop = importlib.import_module("torch.optim.rmsprop")
-    monkeypatch.setattr(rmsprop, "_get_capturable_supported_devices", lambda: ["cpu"])
-    build = engines.build
-
-    def capturable(config, train, step, *others):
-        for group in step.optimizer.param_groups:
-            group["capturable"] = group["foreach"] = config.engine == "graph"
-        return build(config, train, step, *others)
-
-    monkeypatch.setattr(engines, "build", capturable)
-    # It multiplies by the rate in another place; each further division by a root of tiny squares enlarges the rounding.
-    eager, graph = train_both(tiny, *SMALL, "optimizer=rmsprop", "epochs=1")
-    assert replays
-    assert losses(eager) == pytest.approx(losses(graph), rel=1e-5)
 
 
 def test_the_regression_task_is_captured(make, replays) -> None:
