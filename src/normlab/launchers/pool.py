@@ -143,6 +143,7 @@ def _train_pack(
 
 
 def _train(config: schema.RunConfig, resources: "Resources") -> Status:
+    from normlab.training.packing import crashed
     from normlab.training.run import train_run
 
     if _stop.requested:
@@ -156,7 +157,7 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
     except UserError as error:
         return {"state": State.FAILED, "error": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
     except (Exception, SystemExit) as error:  # with its traceback in run.log
-        return {"state": State.FAILED, "error": bugs.told(error), "crashed": True}
+        return crashed(error)
 
 
 def check_networks(jobs: Sequence[Job], here: bool = True) -> list[str]:
@@ -385,9 +386,10 @@ class _Pool:
     def _collect(self, future: "Future[list[Status]]") -> Worker:
         """Take the results of a pack; return its worker."""
         worker, pack = self._active.pop(future)
-        try:
+        error = future.exception()
+        if error is None:
             statuses = future.result()
-        except Exception as error:  # of the process: it was killed, or ended before a run began
+        else:  # of the process: it was killed, or ended before a run began
             killed = isinstance(error, BrokenProcessPool)
             why = "its process was killed, perhaps for want of memory" if killed else bugs.told(error)
             facts = {"out_of_memory": killed, "crashed": True}
@@ -441,7 +443,7 @@ class _Pool:
                         record_end(job.run, State.INTERRUPTED, "stopped at once")
 
 
-def record_end(run: runs.Run, state: State, error: str, cause: Exception | None = None) -> Status:
+def record_end(run: runs.Run, state: State, error: str, cause: BaseException | None = None) -> Status:
     """Record how a run ended whose process cannot do so any more, unless it is finished; return its status.
 
     The traceback of `cause` goes to run.log.
