@@ -107,10 +107,7 @@ def build_network(
     classes, size = len(data.classes), data.image_size
     network = models.build(config, num_classes=classes, image_size=size, trained=new, log=log)
     checks.prepare_layers(config, network, data, group.world)
-    given = shapes.of_data(config, data)
-    shapes.check(config, network, given)
-    if new:
-        shapes.check_calls(network, given)
+    shapes.check(config, network, shapes.of_data(config, data))
     network = network.to(where)
     if new and config.starts_from_data:
         images = data.calibration(config.calibration_images)
