@@ -117,6 +117,18 @@ def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypat
 
 
 @pytest.mark.slow
+def test_a_worker_that_trains_a_run_can_train_a_deterministic_one_next(tiny, monkeypatch) -> None:
+    """cuBLAS reads the setting once, for the first run of a process."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # which the tests' process would hand down
+    worker = Worker("cpu", 1)
+    try:
+        assert worker.submit(pool._train_pack, [tiny()], [""], "cpu", 1, 1).result()[0]["state"] == "done"
+        assert worker.submit(os.getenv, "CUBLAS_WORKSPACE_CONFIG").result() == ":4096:8"
+    finally:
+        worker.close()
+
+
+@pytest.mark.slow
 def test_a_pack_that_was_killed_is_tried_again_run_by_run(tmp_path) -> None:
     arguments = (*networks("greedy.Killed"), "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
     code, _, error = command(tmp_path, "train.py", "-m", *arguments)

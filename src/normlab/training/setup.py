@@ -60,7 +60,7 @@ def set_up(
     where = device.choose(config.device, resources.device)
     # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
     kept = saved["threads"] if saved and saved["processes"] == group.world else resources.threads
-    device.prepare(config, where, config.threads or kept)
+    device.prepare(config, where, config.threads or kept, packed=resources.interleaver.packed)
     data = load(config, where, log=recorder.preparing, rank=group.rank, world=group.world, loaded=resources.loaded)
     for warning in data.warnings:
         recorder.log.warning("%s", warning)
