@@ -8,7 +8,6 @@ import threading
 import pytest
 import torch
 from outcome import folder, outcome, status
-from pretended import placed, pretended
 from small import SmallNet
 from torch import Tensor
 
@@ -253,25 +252,3 @@ def test_a_thread_that_cannot_begin_leaves_the_lock_to_the_others(monkeypatch) -
     with pytest.raises(RuntimeError, match="illegal memory access"):
         interleaver.__enter__()
     assert not lock._held
-
-
-@pytest.mark.slow
-def test_captured_runs_that_share_a_pretended_gpu_end_as_alone(tiny) -> None:
-    cases = [(*SMALL, f"norm={norm}", f"batch={batch}") for norm in ("bn", "noisy_bn", "none") for batch in (8, 16)]
-    packed, solo = (
-        [tiny(*case, "device=cuda", "engine=graph", f"study={study}") for case in cases] for study in ("packed", "solo")
-    )
-    loaded: Loaded = {}
-
-    def work(config: RunConfig, interleaver: Interleaver) -> dict:
-        with placed():
-            return train_run(config, stop=StopRequest(), resources=Resources("cuda:0", 1, interleaver, loaded))
-
-    with pretended() as gpu:
-        ended = packing.train_packed(packed, 3, torch.device("cuda:0"), work)
-        captured = len(gpu.captures)
-        for config in solo:
-            train_run(config)
-    assert captured == len(cases)
-    assert [one["state"] for one in ended] == ["done"] * len(cases)
-    assert [outcome(config) for config in packed] == [outcome(config) for config in solo]

@@ -82,14 +82,14 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int | None, pack: int | None,
             "Time and memory: no finished run of the study to go by. hydra.launcher.calibrate_seconds=60 tries some."
         )
     else:
-        number, words = at_a_time(sweep.jobs, workers)
+        number, together = at_a_time(sweep.jobs, workers)
         seconds = [cost.seconds for cost in costs.values()]
         most = sorted((cost.memory for cost in costs.values()), reverse=True)[:number]
         devices = {worker.device for worker in workers}
         alone = ", if each is as fast as by itself" if len(devices - {"cpu"}) not in (0, number) else ""
         console.print(
             f"Left to do: about {span(sum(seconds))} of training, about"
-            f" {span(max(sum(seconds) / number, *seconds))} with {words}{alone}.\n"
+            f" {span(max(sum(seconds) / number, *seconds))} with {together}{alone}.\n"
             f"Memory: {_gigabytes(most[0])} for the largest run, {_gigabytes(sum(most))} for the largest {number}."
         )
 

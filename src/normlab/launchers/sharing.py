@@ -117,11 +117,18 @@ def _succeeds(command: Sequence[str], asked: str = "") -> bool:
     """Return whether a command succeeds, a daemon once it is in the background; Ctrl-C is not for it."""
     # Not the GPUs of CUDA_VISIBLE_DEVICES: the daemon would number them anew, and they are chosen by its clients.
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # no pipes: a daemon would keep them open
     try:
-        ended = subprocess.run(
-            command, input=asked, text=True, env=environment, timeout=ANSWER_SECONDS, start_new_session=True, **quiet
+        subprocess.run(
+            command,
+            input=asked,
+            text=True,
+            stdout=subprocess.DEVNULL,  # no pipes: a daemon would keep them open
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            timeout=ANSWER_SECONDS,
+            start_new_session=True,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return False
-    return ended.returncode == 0
+    return True
