@@ -2,11 +2,15 @@
 
 import fcntl
 import os
+import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from small import SmallNet
 from torch import Tensor, nn
+
+from normlab.training.packing import MemoryBudget
 
 
 class Alone(SmallNet):
@@ -55,3 +59,35 @@ class Insatiable(SmallNet):
 def _want_more(network: nn.Module, inputs: tuple[Tensor]) -> None:
     if not inputs[0].is_meta:
         raise MemoryError
+
+
+class Spoils(SmallNet):
+    """Raises what a kernel's error does: beside others it comes once, and then everything of the process raises it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_forward_pre_hook(_spoil)
+
+
+def _spoil(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    if not inputs[0].is_meta and threading.current_thread() is not threading.main_thread():
+        MemoryBudget.admits = MemoryBudget.free = _raise
+        _raise()
+
+
+def _raise(*_: object) -> NoReturn:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class SpoilsAlone(SmallNet):
+    """The same, and alone as well with an error of its own."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_forward_pre_hook(_spoil_alone)
+
+
+def _spoil_alone(network: nn.Module, inputs: tuple[Tensor]) -> None:
+    _spoil(network, inputs)
+    if not inputs[0].is_meta:
+        raise RuntimeError("CUDA error: device-side assert triggered")

@@ -55,27 +55,29 @@ class SweepLauncher(Launcher):
 class PoolLauncher(SweepLauncher):
     """`hydra/launcher=pool`: see `normlab.launchers.pool`."""
 
-    def __init__(self, slots: int | None, per_gpu: int, pack: int) -> None:
-        self.slots, self.per_gpu, self.pack = slots, per_gpu, pack
+    def __init__(self, slots: int | None, per_gpu: int | None, pack: int | None, mps: bool) -> None:
+        self.slots, self.per_gpu, self.pack, self.mps = slots, per_gpu, pack, mps
 
     def run(self, sweep: "Sweep") -> Sequence[float | None]:
         """Train the runs on this machine."""
         from normlab.launchers import pool
 
-        return pool.launch(sweep, self.slots, self.per_gpu, self.pack)
+        return pool.launch(sweep, self.slots, self.per_gpu, self.pack, self.mps)
 
 
 class PlanLauncher(SweepLauncher):
     """`hydra/launcher=plan`: see `normlab.launchers.plan`."""
 
-    def __init__(self, slots: int | None, per_gpu: int, calibrate_seconds: float) -> None:
-        self.slots, self.per_gpu, self.calibrate_seconds = slots, per_gpu, calibrate_seconds
+    def __init__(
+        self, slots: int | None, per_gpu: int | None, pack: int | None, mps: bool, calibrate_seconds: float
+    ) -> None:
+        self.slots, self.per_gpu, self.pack, self.calibrate_seconds = slots, per_gpu, pack, calibrate_seconds
 
     def run(self, sweep: "Sweep") -> Sequence[float | None]:
         """Print the runs with their estimated costs."""
         from normlab.launchers import plan
 
-        plan.show(sweep, self.slots, self.per_gpu, self.calibrate_seconds)
+        plan.show(sweep, self.slots, self.per_gpu, self.pack, self.calibrate_seconds)
         return sweep.results()
 
 

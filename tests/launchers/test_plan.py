@@ -56,6 +56,10 @@ def test_time_and_memory_from_runs_like_it(tmp_path) -> None:
     assert "24 s   3.0 GiB   2 runs like it" in rows(out)["bn seed=0"]
     assert "24 s   3.0 GiB   runs with another norm" in rows(out)["none seed=0"]
     assert "about 48 s of training, about 48 s with 1 at a time" in out
+    packed = ("hydra.launcher.slots=1", "hydra.launcher.pack=2")
+    _, out, _ = command(tmp_path, "train.py", *planned, "epochs=4", "norm=bn,none", "seed=0,1", *packed)
+    assert "about 1 min 36 s of training, about 48 s with 2 at a time in one process" in out
+    assert "3.0 GiB for the largest run, 6.0 GiB for the largest 2" in out
     plant(tmp_path, "interrupted", 5.0, 2**30, "seed=2", "batch=8", step=10, steps=40)
     _, out, _ = command(tmp_path, "train.py", *planned, "seed=0,1,2")
     assert " 9 s " in rows(out)["bn seed=2"]

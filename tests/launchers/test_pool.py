@@ -85,10 +85,19 @@ class SpoiledFunction:
         return int, ("spoiled",)
 
 
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt("planted")
+
+
 @pytest.mark.slow
 def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypatch, capsys) -> None:
-    jobs = [planned(make, "device=cpu", f"seed={seed}") for seed in range(4)]
-    bad = {lambda *_: []: "Can't pickle", operator.index: "TypeError: ", SpoiledFunction(): "its process was killed"}
+    jobs = [planned(make, "device=cpu", f"seed={seed}") for seed in range(5)]
+    bad = {
+        lambda *_: []: "Can't pickle",
+        operator.index: "TypeError: ",
+        interrupted: "KeyboardInterrupt: planted",
+        SpoiledFunction(): "its process was killed",
+    }
     functions = iter([*bad, pool._train_pack])  # the last worker's run is busy, which is no failure
     submit = Worker.submit
     monkeypatch.setattr(Worker, "submit", lambda worker, _, *rest: submit(worker, next(functions), *rest))
@@ -103,8 +112,20 @@ def test_a_worker_that_fails_before_its_run_fails_that_run_alone(make, monkeypat
         assert f"{log}: {error}" in printed
         assert f" ERROR {error}\n" in log.read_text()
         assert ("Traceback (most recent call last)" in log.read_text()) is ("killed" not in why)
-    assert len(failed) == 3
+    assert len(failed) == 4
     assert elsewhere == jobs[-1:]
+
+
+@pytest.mark.slow
+def test_a_worker_that_trains_a_run_can_train_a_deterministic_one_next(tiny, monkeypatch) -> None:
+    """cuBLAS reads the setting once, for the first run of a process."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)  # which the tests' process would hand down
+    worker = Worker("cpu", 1)
+    try:
+        assert worker.submit(pool._train_pack, [tiny()], [""], "cpu", 1, 1).result()[0]["state"] == "done"
+        assert worker.submit(os.getenv, "CUBLAS_WORKSPACE_CONFIG").result() == ":4096:8"
+    finally:
+        worker.close()
 
 
 @pytest.mark.slow
@@ -115,6 +136,24 @@ def test_a_pack_that_was_killed_is_tried_again_run_by_run(tmp_path) -> None:
     assert "its process was killed" in error
     assert "Tried again with a device of their own: 2" in error
     assert by_network(tmp_path) == {"greedy.Killed": ["done", "done"]}
+
+
+@pytest.mark.slow
+def test_after_an_error_that_spoils_a_pack_all_that_is_left_of_it_is_tried_again_in_other_processes(tmp_path) -> None:
+    targets = ("small.SmallNet", "greedy.Spoils", "greedy.SpoilsAlone")
+    arguments = (*networks(*targets), "seed=0,1", "hydra.launcher.slots=1", "hydra.launcher.pack=2")
+    code, _, error = command(tmp_path, "train.py", "-m", *arguments)
+    assert code == 1, error
+    assert "Traceback" not in error
+    assert by_network(tmp_path) == {
+        "small.SmallNet": ["done", "done"],
+        "greedy.Spoils": ["done", "done"],
+        "greedy.SpoilsAlone": ["failed", "failed"],
+    }
+    assert "2 of 6 runs failed." in error
+    [_, failures] = error.split("Failed:")
+    assert failures.count("device-side assert triggered") == 2
+    assert "illegal memory access" in error.split("Failed:")[0]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Several runs in one process end as they do alone, whatever becomes of the others."""
 
+import contextlib
 import itertools
 import json
 import threading
@@ -15,7 +16,7 @@ from normlab.config.schema import RunConfig
 from normlab.data import sources
 from normlab.data.datasets import Loaded
 from normlab.training import packing
-from normlab.training.interleaving import FairLock, Interleaver
+from normlab.training.interleaving import FairLock, Interleaver, PackedInterleaver
 from normlab.training.interrupt import StopRequest
 from normlab.training.packing import MemoryBudget
 from normlab.training.run import Resources, train_run
@@ -178,3 +179,76 @@ def test_a_fair_lock_goes_round() -> None:
     for thread in threads:
         thread.join(timeout=20)
     assert sorted(order) == sorted("abc" * 4)
+
+
+class StickyError:
+    """An error after which every call of CUDA raises it again, for the rest of the process."""
+
+    def __init__(self) -> None:
+        self.happened = False
+
+    def check(self, *_: object) -> None:
+        if self.happened:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class Device:
+    """What a packed run's thread asks a GPU for: events that are done, states of a generator, streams."""
+
+    def __init__(self, error: StickyError) -> None:
+        self.check = error.check
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *_: (self.check(), self)[1]
+
+
+@pytest.mark.parametrize("run", range(5))
+def test_an_error_that_spoils_the_process_fails_its_run_and_those_that_are_not_finished(tiny, monkeypatch, run) -> None:
+    """In the third step of one of five runs, three at a time: some are finished, some not begun."""
+    error, memory = StickyError(), (50 << 30, 80 << 30)
+    device = Device(error)
+    for name in ("set_device", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, error.check)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (error.check(), memory)[1])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: device)
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+    monkeypatch.setattr(packing, "new_stream", lambda _: contextlib.nullcontext())
+    configs = [tiny(f"seed={seed}") for seed in range(5)]
+
+    def work(config: RunConfig, interleaver: Interleaver) -> dict:
+        try:
+            for step in range(20):
+                error.happened |= (config.seed, step) == (run, 3)
+                error.check()
+                interleaver.after_step()
+            return {"state": "done"}
+        except Exception as raised:
+            return packing.crashed(raised)
+
+    ended = packing.train_packed(configs, 3, torch.device("cuda:0"), work)
+    finished = [one for one in ended if one == {"state": "done"}]
+    assert ended[run] not in finished
+    assert len(finished) <= run
+    for one in ended:
+        assert one in finished or (one["state"], one["crashed"]) == ("failed", True)
+        assert one in finished or "illegal memory access" in one["error"]
+
+
+def test_an_error_of_one_run_alone_leaves_the_others(tiny) -> None:
+    """Outside of CUDA nothing is spoiled."""
+    configs = [tiny(f"seed={seed}") for seed in range(4)]
+
+    def work(config: RunConfig, interleaver: Interleaver) -> dict:
+        return packing.crashed(ValueError()) if config.seed == 0 else {"state": "done"}
+
+    assert [one["state"] for one in packing.train_packed(configs, 2, CPU, work)] == ["failed"] + ["done"] * 3
+
+
+def test_a_thread_that_cannot_begin_leaves_the_lock_to_the_others(monkeypatch) -> None:
+    error, lock = StickyError(), FairLock()
+    monkeypatch.setattr(torch.cuda, "default_generators", (Device(error),))
+    interleaver = PackedInterleaver(lock, torch.device("cuda:0"))
+    error.happened = True
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        interleaver.__enter__()
+    assert not lock._held

@@ -23,7 +23,7 @@ from normlab.common.progress import span
 from normlab.config import schema
 from normlab.data import inventory
 from normlab.data.inventory import Inventory
-from normlab.launchers.pool import Worker, check_elsewhere, check_in_worker, print_once, workers_for
+from normlab.launchers.pool import Worker, at_a_time, check_elsewhere, check_in_worker, print_once, workers_for
 from normlab.launchers.sweep import Job, Sweep, run_cost
 from normlab.runs import State
 
@@ -49,13 +49,12 @@ class _Cost:
     source: str
 
 
-def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float) -> None:
+def show(sweep: Sweep, slots: int | None, per_gpu: int | None, pack: int | None, calibrate_seconds: float) -> None:
     """Print every run of a sweep with its state and estimated cost, and what all of it comes to.
 
     Args:
         sweep: the runs.
-        slots: as of the pool.
-        per_gpu: as of the pool.
+        slots, per_gpu, pack: as of the pool.
         calibrate_seconds: time for trying a few steps of runs that no finished run of the study is like; 0: none, and
             networks are not built.
 
@@ -65,7 +64,7 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDE)
-    workers = workers_for(sweep.jobs, slots, per_gpu) if sweep.jobs else []
+    workers = workers_for(sweep.jobs, slots, per_gpu, pack) if sweep.jobs else []
     if sweep.jobs and calibrate_seconds > 0:
         print_once(sweep.jobs, check_in_worker(sweep.jobs, check_elsewhere) or ())
     costs = _costs(sweep, workers, calibrate_seconds, console)
@@ -84,12 +83,14 @@ def show(sweep: Sweep, slots: int | None, per_gpu: int, calibrate_seconds: float
             "Time and memory: no finished run of the study to go by. hydra.launcher.calibrate_seconds=60 tries some."
         )
     else:
-        number = len(workers)
+        number, together = at_a_time(sweep.jobs, workers)
         seconds = [cost.seconds for cost in costs.values()]
         most = sorted((cost.memory for cost in costs.values()), reverse=True)[:number]
+        devices = {worker.device for worker in workers}
+        alone = ", if each is as fast as by itself" if len(devices - {"cpu"}) not in (0, number) else ""
         console.print(
             f"Left to do: about {span(sum(seconds))} of training, about"
-            f" {span(max(sum(seconds) / number, *seconds))} with {number} at a time.\n"
+            f" {span(max(sum(seconds) / number, *seconds))} with {together}{alone}.\n"
             f"Memory: {_gigabytes(most[0])} for the largest run, {_gigabytes(sum(most))} for the largest {number}."
         )
     if sweep.jobs and workers[0].device == "cpu" and (note := _on_bf16({job.config.precision for job in sweep.jobs})):

@@ -26,7 +26,7 @@ from normlab.common.installation import command_name, study_words
 from normlab.common.progress import Display, one_line
 from normlab.common.terminal import say
 from normlab.config import schema
-from normlab.launchers import preflight
+from normlab.launchers import preflight, sharing
 from normlab.launchers.sweep import Job, Sweep, list_failures
 from normlab.runs import State
 from normlab.training.interrupt import SIGNALS, StopRequest
@@ -41,7 +41,7 @@ Status = dict[str, Any]
 T = TypeVar("T")
 
 
-def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[float | None]:
+def launch(sweep: Sweep, slots: int | None, per_gpu: int | None, pack: int | None, mps: bool) -> list[float | None]:
     """Train what is left of a sweep, several runs at a time; return every run's result.
 
     Raises:
@@ -49,7 +49,7 @@ def launch(sweep: Sweep, slots: int | None, per_gpu: int, pack: int) -> list[flo
             trains it.
     """
     sweep.report_known()
-    failed, elsewhere = train_jobs(sweep.jobs, slots, per_gpu, pack, check=True) if sweep.jobs else ([], [])
+    failed, elsewhere = train_jobs(sweep.jobs, slots, per_gpu, pack, mps=mps, check=True) if sweep.jobs else ([], [])
     if failed:
         raise UserError(f"{len(failed)} of {len(sweep)} runs failed. The same command tries them again.")
     if elsewhere:
@@ -84,7 +84,7 @@ class Worker:
         try:
             if self._executor is None:
                 spawn = multiprocessing.get_context("spawn")  # a forked CUDA or OpenMP state does not work
-                given = (self.threads, self.output)
+                given = (self.threads, self.pack, self.output)
                 self._executor = ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_worker, initargs=given)
             return self._executor.submit(function, *arguments)
         finally:
@@ -100,13 +100,15 @@ class Worker:
 _stop = StopRequest()  # of a worker: for its run under way and all that might follow
 
 
-def _start_worker(threads: int, output: Connection | None) -> None:
+def _start_worker(threads: int, pack: int, output: Connection | None) -> None:
     """Prepare a process, before it imports torch."""
     if output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
         output.close()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # also for libraries that take no argument
+    if pack > 1:  # each run has a stream, and streams beyond the connections to a GPU wait for each other
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     threading.Thread(target=_exit_with_launcher, daemon=True).start()
     _stop.__enter__()  # SLURM sends signals to workers as well as to the launcher
     for number in (signal.SIGINT, signal.SIGHUP):  # from a terminal, to all: the launcher passes them on
@@ -143,6 +145,7 @@ def _train_pack(
 
 
 def _train(config: schema.RunConfig, resources: "Resources") -> Status:
+    from normlab.training.packing import crashed
     from normlab.training.run import train_run
 
     if _stop.requested:
@@ -156,7 +159,7 @@ def _train(config: schema.RunConfig, resources: "Resources") -> Status:
     except UserError as error:
         return {"state": State.FAILED, "error": str(error), "out_of_memory": isinstance(error, OutOfMemoryError)}
     except (Exception, SystemExit) as error:  # with its traceback in run.log
-        return {"state": State.FAILED, "error": bugs.told(error), "crashed": True}
+        return crashed(error)
 
 
 def check_networks(jobs: Sequence[Job], here: bool = True) -> list[str]:
@@ -213,20 +216,31 @@ def check_in_worker(jobs: Sequence[Job], check: Callable[[Sequence[Job]], T]) ->
     return None
 
 
-def workers_for(jobs: Sequence[Job], slots: int | None, per_gpu: int, pack: int = 1) -> list[Worker]:
+def workers_for(
+    jobs: Sequence[Job], slots: int | None, per_gpu: int | None = None, pack: int | None = None
+) -> list[Worker]:
     """Return `slots` workers, or `per_gpu` for each GPU, or one per CPU core; no more than jobs, and the cores shared.
+
+    What is None is chosen (`sharing.choose`).
 
     Raises:
         UserError: for a number out of range.
     """
-    numbers = {"slots": 1 if slots is None else slots, "per_gpu": per_gpu, "pack": pack}
-    for setting, value in numbers.items():
-        if not isinstance(value, int) or value < 1:
+    for setting, value in {"slots": slots, "per_gpu": per_gpu, "pack": pack}.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f"hydra.launcher.{setting}={as_typed(value)} is out of range: expected 1 or more.")
     gpus = 0 if all(job.config.device == "cpu" for job in jobs) else preflight.gpu_count()
+    per_gpu, pack = sharing.choose(jobs, gpus, slots, per_gpu, pack)
     number = min(slots or gpus * per_gpu or cores(), len(jobs))
     devices = [f"cuda:{index % gpus}" if gpus else "cpu" for index in range(number)]
     return [Worker(device, max(1, cores() // number), pack) for device in devices]
+
+
+def at_a_time(jobs: Sequence[Job], workers: Sequence[Worker]) -> tuple[int, str]:
+    """Return how many of the jobs are trained at a time, and that in words."""
+    number = min(len(jobs), sum(worker.pack for worker in workers))
+    processes = f" in {len(workers)} processes" if len(workers) > 1 else " in one process"
+    return number, f"{number} at a time{processes * (number > len(workers))}"
 
 
 def packs_for(jobs: Sequence[Job], workers: Sequence[Worker]) -> list[list[Job]]:
@@ -240,20 +254,20 @@ def packs_for(jobs: Sequence[Job], workers: Sequence[Worker]) -> list[list[Job]]
     alike: dict[Hashable, list[Job]] = defaultdict(list)
     for job in jobs:
         config = job.config
-        alike[_unshared(job), config.device, config.precision, config.deterministic, config.threads].append(job)
+        alone = job.key if sharing.keeps_to_itself(job) else ""
+        alike[alone, config.device, config.precision, config.deterministic, config.threads].append(job)
     dealt = [group[first :: len(workers)] for group in alike.values() for first in range(len(workers))]
     return sorted(filter(None, dealt), key=lambda pack: -sum(job.cost for job in pack))
 
 
-def _unshared(job: Job) -> str:
-    """Return the key of a run that keeps a device busy by itself, or would keep others waiting; else nothing."""
-    dataset = job.config.dataset
-    streamed = isinstance(dataset, schema.FolderDataset) and dataset.storage != "memory"
-    return job.key if streamed or job.config.engine == "compile" else ""
-
-
 def train_jobs(
-    jobs: Sequence[Job], slots: int | None = None, per_gpu: int = 1, pack: int = 1, *, check: bool = False
+    jobs: Sequence[Job],
+    slots: int | None = None,
+    per_gpu: int | None = None,
+    pack: int | None = None,
+    *,
+    mps: bool = False,
+    check: bool = False,
 ) -> tuple[list[tuple[Job, str]], list[Job]]:
     """Train all jobs, several at a time; list those that were not finished.
 
@@ -261,7 +275,8 @@ def train_jobs(
 
     Args:
         jobs: what is left to train.
-        slots, per_gpu, pack: how many at a time.
+        slots, per_gpu, pack: how many at a time; None: as `workers_for` chooses.
+        mps: whether processes of a GPU share it by NVIDIA's MPS, where that works.
         check: whether to check first that each network takes its batches.
 
     Returns:
@@ -278,22 +293,23 @@ def train_jobs(
     with Display(names, costs, quiet=quiet) as display, display.hearing() as output, _signals_interrupt():
         where = "GPU" if workers[0].device != "cpu" else "CPU"
         threads = jobs[0].config.threads or workers[0].threads
-        number = min(len(jobs), sum(worker.pack for worker in workers))
-        pool = _Pool(workers, display, output)
-        if check:
-            pool.check(jobs)
-        display.say(
-            f"Runs to train: {len(jobs)}, {number} at a time ({where}, threads of each: {threads})."
-            " Ctrl-C stops after a checkpoint."
-        )
-        for job in jobs:
-            job.run.freeze()
-        pool.train(jobs)
+        shared = len({worker.device for worker in workers}) < len(workers) and where == "GPU"
+        with sharing.mps(mps, shared, display.say):
+            pool = _Pool(workers, display, output)
+            if check:
+                pool.check(jobs)
+            display.say(
+                f"Runs to train: {len(jobs)}, {at_a_time(jobs, workers)[1]} ({where}, threads of each: {threads})."
+                " Ctrl-C stops after a checkpoint."
+            )
+            for job in jobs:
+                job.run.freeze()
+            pool.train(jobs)
         failed, elsewhere = pool.failed, pool.elsewhere
         if pool.crowded:
             display.say(f"Tried again with a device of their own: {len(pool.crowded)}")
             devices = len({worker.device for worker in workers})
-            alone = _Pool(workers_for(pool.crowded, devices, 1), display, output)
+            alone = _Pool(workers_for(pool.crowded, devices), display, output)
             alone.train(pool.crowded)
             failed, elsewhere = failed + alone.failed, elsewhere + alone.elsewhere
         list_failures(display, jobs, "Failed:", failed)
@@ -385,9 +401,10 @@ class _Pool:
     def _collect(self, future: "Future[list[Status]]") -> Worker:
         """Take the results of a pack; return its worker."""
         worker, pack = self._active.pop(future)
-        try:
+        error = future.exception()
+        if error is None:
             statuses = future.result()
-        except Exception as error:  # of the process: it was killed, or ended before a run began
+        else:  # of the process: it was killed, or ended before a run began
             killed = isinstance(error, BrokenProcessPool)
             why = "its process was killed, perhaps for want of memory" if killed else bugs.told(error)
             facts = {"out_of_memory": killed, "crashed": True}
@@ -414,7 +431,9 @@ class _Pool:
         if job.key in self._ended:
             return
         self._ended.add(job.key)
-        blame_others = status.get("out_of_memory") or (status.get("crashed") and worker.pack > 1)
+        # An error of CUDA reaches all runs of its process, and under MPS all processes of its GPU.
+        together = worker.pack > 1 or worker.device != "cpu"
+        blame_others = status.get("out_of_memory") or (status.get("crashed") and together)
         if status["state"] == State.FAILED and blame_others and worker.device in self._shared:
             self.crowded.append(job)
             self._display.put_off(job.key, f"{one_line(status['error'])} Tried again alone, later.")
@@ -441,7 +460,7 @@ class _Pool:
                         record_end(job.run, State.INTERRUPTED, "stopped at once")
 
 
-def record_end(run: runs.Run, state: State, error: str, cause: Exception | None = None) -> Status:
+def record_end(run: runs.Run, state: State, error: str, cause: BaseException | None = None) -> Status:
     """Record how a run ended whose process cannot do so any more, unless it is finished; return its status.
 
     The traceback of `cause` goes to run.log.

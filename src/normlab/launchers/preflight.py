@@ -74,6 +74,20 @@ def gpu_count() -> int:
     return 0 if failed else count.value
 
 
+@functools.cache
+def gpu_memory_bytes() -> int:
+    """Return the memory of the smallest CUDA device; 0 if there is none, or the driver does not tell."""
+    sizes = []
+    for index in range(gpu_count()):
+        device, size = ctypes.c_int(0), ctypes.c_size_t(0)
+        driver = ctypes.CDLL("libcuda.so.1")
+        failed = driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceTotalMem_v2(
+            ctypes.byref(size), device
+        )
+        sizes.append(0 if failed else size.value)
+    return min(sizes, default=0)
+
+
 def _check_device(config: RunConfig) -> None:
     if config.device.startswith("cuda"):
         index = int(config.device.partition(":")[2] or 0)

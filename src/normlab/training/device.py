@@ -21,7 +21,11 @@ from normlab.common import git as checkout
 from normlab.common.errors import UserError
 from normlab.config.schema import RunConfig
 
+# cuBLAS and PyTorch read it once, when they first compute on a GPU, perhaps for a run that need not be deterministic;
+# without it cuBLAS refuses deterministic ones.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEFAULT_THREADS = torch.get_num_threads()  # before an earlier run of this process chose another number
+PLANS = 2  # of cuDNN for a convolution that are timed, of those that it takes to be the fastest [A]; PyTorch's is 10
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,17 +62,21 @@ def left_idle() -> str | None:
     return f"device=auto: runs train on the CPU; normlab has not been tried on this machine's {kind}." if kind else None
 
 
-def prepare(config: RunConfig, device: torch.device, threads: int | None) -> None:
-    """Apply the settings of a run that are the process's; `threads`: None for all that PyTorch would use."""
+def prepare(config: RunConfig, device: torch.device, threads: int | None, *, packed: bool = False) -> None:
+    """Apply the settings of a run that are the process's.
+
+    Args:
+        threads: None for all that PyTorch would use.
+        packed: whether other runs share the process. cuDNN's plans are then not timed: each thread would do so anew.
+    """
     torch.set_num_threads(threads or DEFAULT_THREADS)
     tf32 = config.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(config.deterministic, warn_only=False)
-    torch.backends.cudnn.benchmark = device.type == "cuda" and not config.deterministic
+    torch.backends.cudnn.benchmark = device.type == "cuda" and not (config.deterministic or packed)
     if device.type == "cuda":
+        torch.backends.cudnn.benchmark_limit = PLANS
         torch.cuda.set_device(device)  # initializes CUDA, which memory statistics need
     else:
         _keep_freed_memory()

@@ -83,7 +83,11 @@ class PackedInterleaver(Interleaver):
 
     def __enter__(self) -> Self:
         self.lock.acquire()
-        self._resume()
+        try:
+            self._resume()
+        except BaseException:
+            self.lock.release()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -3,13 +3,15 @@
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from normlab.common import bugs
 from normlab.config.schema import RunConfig
+from normlab.runs import State
 from normlab.training.device import new_stream
 from normlab.training.interleaving import FairLock, Interleaver, PackedInterleaver
 
@@ -23,28 +25,33 @@ def train_packed(configs: Sequence[RunConfig], at_a_time: int, device: torch.dev
     """Return the status that `work` returns for each of `configs`, `at_a_time` of them under way together.
 
     A run starts when the one that started before it has settled, and fits into the memory that is left
-    (`MemoryBudget`).
+    (`MemoryBudget`). An error that is no run's own, as every call of CUDA raises once a kernel has failed, ends the
+    whole: the runs without a status have crashed with it.
 
     Args:
-        work: trains one run; must not raise.
+        work: trains one run; returns what becomes of it, its own errors as well.
     """
     left = deque(enumerate(configs))
     results: dict[int, Status] = {}
     lock, budget = FairLock(), MemoryBudget(device)
+    errors: list[BaseException] = []
 
     def train() -> None:
-        with ExitStack() as stack:
+        with _kept(errors), ExitStack() as stack:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
                 stack.enter_context(new_stream(device))
             interleaver = stack.enter_context(_MeasuringInterleaver(lock, device, budget))
-            while left:
+            stack.enter_context(_kept(errors))  # before the lock is another thread's
+            while left and not errors:
                 if not budget.admits(left[0][1]):
                     interleaver.wait_for_others()
                     continue
                 number, config = left.popleft()
                 interleaver.start_run(config)
                 results[number] = work(config, interleaver)
+                if results[number].get("crashed") and device.type == "cuda":
+                    torch.cuda.synchronize(device)  # raises if the error has spoiled the process for all
                 interleaver.end_run()
 
     threads = [threading.Thread(target=train, name=f"run {n}") for n in range(min(at_a_time, len(configs)))]
@@ -52,7 +59,20 @@ def train_packed(configs: Sequence[RunConfig], at_a_time: int, device: torch.dev
         thread.start()
     for thread in threads:
         thread.join()
-    return [results[number] for number in range(len(configs))]
+    return [results[number] if number in results else crashed(errors[0]) for number in range(len(configs))]
+
+
+def crashed(error: BaseException) -> Status:
+    """Return the status of a run that an unforeseen error has ended."""
+    return {"state": State.FAILED, "error": bugs.told(error), "crashed": True}
+
+
+@contextmanager
+def _kept(errors: list[BaseException]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        errors.append(error)
 
 
 class MemoryBudget:

@@ -60,7 +60,7 @@ def set_up(
     where = device.choose(config.device, resources.device)
     # Sums over threads depend on their number: a resumed run keeps it, so that it ends as if uninterrupted.
     kept = saved["threads"] if saved and saved["processes"] == group.world else resources.threads
-    device.prepare(config, where, config.threads or kept)
+    device.prepare(config, where, config.threads or kept, packed=resources.interleaver.packed)
     data = load(config, where, log=recorder.preparing, rank=group.rank, world=group.world, loaded=resources.loaded)
     for warning in data.warnings:
         recorder.log.warning("%s", warning)
@@ -107,10 +107,7 @@ def build_network(
     classes, size = len(data.classes), data.image_size
     network = models.build(config, num_classes=classes, image_size=size, trained=new, log=log)
     checks.prepare_layers(config, network, data, group.world)
-    given = shapes.of_data(config, data)
-    shapes.check(config, network, given)
-    if new:
-        shapes.check_calls(network, given)
+    shapes.check(config, network, shapes.of_data(config, data))
     network = network.to(where)
     if new and config.starts_from_data:
         images = data.calibration(config.calibration_images)

@@ -4,12 +4,12 @@ import copy
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from normlab import models
 from normlab.common.errors import UserError, first_line
@@ -19,8 +19,11 @@ from normlab.data.inventory import Inventory
 from normlab.norms import batch_norm_refused, independent_processes
 
 CHECKED_SECONDS = 20.0  # for a sweep before it starts; what is left over, each run finds out by itself
-# What makes no other network, and no other sizes of batches.
-_NEITHER = {"study", "experiment", "budget", "output_dir", "data_dir", "seed", "epochs", "optimizer", "schedule"}
+_NOT_THE_NETWORK = {
+    *("study", "experiment", "budget", "output_dir", "data_dir", "seed", "epochs", "optimizer", "schedule"),
+    *("batch", "eval_batch"),
+}
+_fitting: set[Hashable] = set()  # kinds of networks, each with a size of batch, that this process has checked
 
 _KNOWN = ("torch.", "torchvision.", "normlab.")  # networks of which tests know what a rewrite leaves
 
@@ -77,8 +80,7 @@ def check_sweep(
     kinds: dict[str, list[tuple[RunConfig, Shapes]]] = defaultdict(list)
     for config, data in runs:
         if found := of_inventory(config, data):
-            rest = config.model_dump(mode="json", exclude=_NEITHER | {"batch", "eval_batch"}, by_alias=True)
-            kinds[json.dumps(rest, sort_keys=True)].append((config, found))
+            kinds[_network(config)].append((config, found))
     for alike in kinds.values():
         try:
             _check_kind(alike, log)
@@ -94,21 +96,34 @@ def _check_kind(runs: Sequence[tuple[RunConfig, Shapes]], log: Callable[[str], N
     """Check runs of one network, which is built once."""
     config, shapes = runs[0]
     network = models.build(config, num_classes=shapes.outputs, image_size=shapes.image_size, log=log)
-    seen: set[int] = set()
-    check_calls(network, shapes)
     for config, shapes in runs:
-        new = {size: setting for size, setting in shapes.batches.items() if size not in seen}
-        seen |= set(new)
-        check(config, network, replace(shapes, batches=new))
+        check(config, network, shapes)
+
+
+def _network(config: RunConfig) -> str:
+    """Return the settings that make a network, as text."""
+    return json.dumps(config.model_dump(mode="json", exclude=_NOT_THE_NETWORK, by_alias=True), sort_keys=True)
 
 
 def check(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
-    """Check each size of batch that will occur.
+    """Check each size of batch that will occur, and that nothing but normlab's layers normalizes by the batch.
+
+    A process checks a kind of network, of code that it has seen, once for each size.
 
     Raises:
         UserError: if the images are too small for the network or too few for a layer's statistics, or the
-            network's output is not one number per image and class.
+            network's output is not one number per image and class; see `normlab.norms.batch_norm_refused`.
     """
+    code = frozenset(each.code if isinstance(each, fx.GraphModule) else type(each) for each in network.modules())
+    kind = (_network(config), code, shapes.channels, shapes.image_size, shapes.outputs)
+    new = {size: setting for size, setting in shapes.batches.items() if (kind, size) not in _fitting}
+    if new:
+        _check_calls(network, shapes)
+        _check_batches(config, network, replace(shapes, batches=new))
+        _fitting.update((kind, size) for size in new)
+
+
+def _check_batches(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
     shown = copy.deepcopy(network).to("meta").train()
 
     def run(images: int, side: int, channels: int = shapes.channels) -> Any:
@@ -146,12 +161,8 @@ def check(config: RunConfig, network: nn.Module, shapes: Shapes) -> None:
             )
 
 
-def check_calls(network: nn.Module, shapes: Shapes) -> None:
-    """Check that nothing but normlab's layers normalizes by the batch in a network that has code of the user's.
-
-    Raises:
-        UserError: see `normlab.norms.batch_norm_refused`.
-    """
+def _check_calls(network: nn.Module, shapes: Shapes) -> None:
+    """Check what a network that has code of the user's normalizes by the batch."""
     if all(type(module).__module__.startswith(_KNOWN) for module in network.modules()):
         return
     shape = (2, shapes.channels, shapes.image_size, shapes.image_size)
