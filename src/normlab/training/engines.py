@@ -177,8 +177,9 @@ class Graphed(Engine):
         self.warm_steps = 0
         self.images: Epoch
         self.rates = torch.zeros(len(step.optimizer.param_groups), train.steps, device=step.device)
+        self.rate = self.rates.new_zeros(len(self.rates), 1)  # of the batch, of each group
         self.number = torch.zeros(1, dtype=torch.int64, device=step.device)  # of the batch
-        self.places = torch.arange(train.batch, device=step.device)
+        self.numbers = torch.arange(train.steps, device=step.device)
 
     def start_epoch(self, epoch: int) -> None:
         """See `Engine`."""
@@ -195,8 +196,8 @@ class Graphed(Engine):
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        batch = self.position.batch
-        return self._batch(self.places[: self.train.images_of(batch)] + batch * self.train.batch)
+        first = self.position.batch * self.train.batch
+        return self._batch(lambda of_images: of_images[first : first + self.train.batch])
 
     def step(self) -> None:
         """See `Engine`."""
@@ -212,6 +213,8 @@ class Graphed(Engine):
 
     def _capture(self) -> None:
         begun = time.monotonic()
+        for group, rate in zip(self.train_on.optimizer.param_groups, self.rate, strict=True):
+            group["lr"] = rate[0]  # a view, so that one operation sets all rates
         try:
             self.graph.capture(self._whole_step)
         except torch.OutOfMemoryError:
@@ -231,18 +234,22 @@ class Graphed(Engine):
         self._count_as_capture(time.monotonic() - begun)
 
     def _whole_step(self) -> None:
-        images, labels = self._batch(self.places + self.number * self.train.batch)
-        for group, rates in zip(self.train_on.optimizer.param_groups, self.rates, strict=True):
-            group["lr"].copy_(rates.index_select(0, self.number).squeeze())
+        full = self.train.images // self.train.batch
+
+        def part(of_images: Tensor) -> Tensor:
+            batches = of_images[: full * self.train.batch].view(full, self.train.batch, *of_images.shape[1:])
+            return batches.index_select(0, self.number)[0]
+
+        images, labels = self._batch(part)
+        torch.index_select(self.rates, 1, self.number, out=self.rate)
         loss, correct = self.train_on(images, labels, self.train.batch)
-        self.position.losses.index_copy_(0, self.number, loss[None].to(self.position.losses.dtype))
-        self.position.correct.index_copy_(0, self.number, correct[None])
+        here = self.numbers == self.number  # deterministic=true makes index_copy_ sort its indices
+        for value, kept in ((loss, self.position.losses), (correct, self.position.correct)):
+            torch.where(here, value, kept, out=kept)
         self.number.add_(1)
 
-    def _batch(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and labels at `places` of the epoch, int64 (B,)."""
-        draws = self.images.draws
-        images = self.train.gather(
-            self.images.positions.index_select(0, places), None if draws is None else draws.index_select(0, places)
-        )
-        return images, self.images.labels.index_select(0, places)
+    def _batch(self, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of a `part` of what there is of the images of the epoch, (images, ...)."""
+        epoch = self.images
+        images = self.train.gather(part(epoch.positions), None if epoch.draws is None else part(epoch.draws))
+        return images, part(epoch.labels)
