@@ -114,6 +114,18 @@ def test_statistics_of_a_single_value_are_refused(arm, together) -> None:
         net(images(1, 6, 3, 3))
 
 
+@pytest.mark.parametrize("arm", WITH_STATISTICS)
+def test_averages_that_move_together_are_those_that_layers_move_alone(arm) -> None:
+    alone, together = network(arm, norm_batch=4), network(arm, norm_batch=4)
+    for net, layers in ((alone, Steps(alone)), (together, Steps(together, together=True))):
+        for step in range(3):
+            layers.begin(step, 4)
+            loss_of(net(images(6, 6, 5, 5, seed=step))).backward()
+            layers.end()
+    for name, value in state(alone).items():
+        assert torch.equal(value, state(together)[name]), name
+
+
 class Means(BatchStatistics):
     momentum = 0.5
 

@@ -326,6 +326,8 @@ def test_compiled_as_one_graph_it_is_the_same(variant: Any, options: Any, oracle
             run(x).square().sum().backward()
             Steps(net).end()
         torch.testing.assert_close(ours.grad, theirs.grad)
+        for one, other in zip(network.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
     torch.testing.assert_close(network.state_dict(), reference.state_dict())
 
 
@@ -336,7 +338,7 @@ def test_what_is_held_is_not_recomputed_from_a_buffer_that_has_changed_since() -
 
     def step(x: Tensor) -> Tensor:
         with torch.no_grad():
-            factor = keep_for_backward(buffer.clone() * 2)
+            (factor,) = keep_for_backward(buffer.clone() * 2)
         y = (x * factor).relu() * factor
         buffer.add_(1)
         return y

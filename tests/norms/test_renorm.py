@@ -45,7 +45,7 @@ def make(norm_batch: int | None = None, **changes: Any) -> BatchRenorm2d:
 def corrected(rmax: float, dmax: float) -> BatchRenorm2d:
     """A float64 layer whose ramp is over, with averages that are not those of any batch here."""
     layer = make(rmax=rmax, dmax=dmax).double()
-    layer.clock.now.fill_(100)
+    layer.clock.at_step(100, 101)
     layer.running_mean.copy_(images(6, seed=50))
     layer.running_std.copy_(images(6, seed=51).abs() + 0.5)
     layer.num_batches_tracked.fill_(100)
@@ -184,8 +184,8 @@ def test_lower_precision_stays_close_to_the_formula(dtype: torch.dtype, norm_bat
 
 def test_a_jump_in_place_of_a_ramp_comes_after_its_step() -> None:
     layer = make(ramp_start=2, dmax_end=2, rmax_end=2)
-    ramps = []
+    bounds = []
     for step in range(5):
         Steps(layer).begin(step, 5)
-        ramps.append(layer._ramp(2).item())
-    assert ramps == [0, 0, 0, 1, 1]
+        bounds.append((layer.clock.r_most.item(), layer.clock.d_most.item()))
+    assert bounds == [(1, 0)] * 3 + [(3, 5)] * 2

@@ -22,9 +22,10 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]
     The moving averages take the mean over groups of each group's mean and unbiased variance, weighted by its
     images (Ioffe 2017, section 4.2, normalizes groups of 4 inside batches of 32 in this way).
 
-    Invariant: with k >= N it is nn.BatchNorm2d, and runs as that.
+    Invariant: with k >= N it is nn.BatchNorm2d, and runs by its kernel.
     """
 
+    counter = "num_batches_tracked"
     lr_divisors: dict[str, float]
 
     def __init__(self, channels: int, *, norm_batch: int | None = None, **options: Any) -> None:
@@ -33,9 +34,9 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]
         self.lr_divisors = {}
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize (N, C, H, W), by PyTorch's layer where that can do it."""
+        """Normalize (N, C, H, W), by PyTorch's kernel where that can do it."""
         whole = self.norm_batch is None or self.norm_batch >= len(input)
-        # What PyTorch's layer cannot do.
+        # What PyTorch's kernel cannot do.
         others = self.synchronized or self.averages_over_processes or self.evaluates_on_batch
         if (whole and not others) or not (self.training or self.evaluates_on_batch):
             return self.evaluate(input)
@@ -47,8 +48,7 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]
         beta = None if self.bias is None else per_group(self.bias, groups)
         if self.synchronized:
             return self._normalize_together(input, gamma, beta)
-        mean = torch.zeros(input.shape[1], device=input.device, dtype=full_precision(input[:0]).dtype)
-        var = torch.zeros_like(mean)
+        mean, var = torch.zeros(2, input.shape[1], device=input.device, dtype=full_precision(input[:0]).dtype)
         return F.batch_norm(input, mean, var, gamma, beta, True, 1.0, self.eps), (mean, var)
 
     def _normalize_together(
@@ -66,13 +66,16 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]
         return y.to(input.dtype), (mu.detach(), v.detach() * count / (count - 1))
 
     def evaluate(self, input: Tensor) -> Tensor:
-        """Run PyTorch's layer."""
-        return nn.BatchNorm2d.forward(self, input)
+        """Run PyTorch's kernel, which in training takes the batch into the averages."""
+        self._check_input_dim(input)
+        if self.training:
+            self.note()  # counts the batch
+        averages = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        return F.batch_norm(input, *averages, self.weight, self.bias, self.training, self.momentum, self.eps)
 
-    def update(self, *statistics: Tensor) -> None:
-        """See `BatchStatistics.update`."""
-        super().update(*statistics)
-        self.get_buffer("num_batches_tracked").add_(1)
+    def newest(self, count: Tensor) -> float | Tensor:
+        """See `BatchStatistics.newest`: PyTorch's averages do not begin as plain means."""
+        return self.momentum
 
     def start_averages(self, mean: Tensor, var: Tensor, batches: int) -> None:
         """See `BatchStatistics.start_averages`; here they are the same."""

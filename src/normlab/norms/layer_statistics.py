@@ -1,7 +1,7 @@
 """Statistics of the batch: groups inside it, moving averages, several processes, statistics for evaluation."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -28,6 +28,8 @@ class BatchStatistics(FullPrecision):
 
     averages: ClassVar[dict[str, float]] = {"running_mean": 0.0, "running_var": 1.0}  # name -> initial value
     counter: ClassVar[str | None] = None  # a buffer that counts batches; with it averages begin as plain means
+    alone: bool = True  # moves its averages in its forward pass; else `Steps.end` moves those of all layers together
+    pending: tuple[Tensor, ...] | None = None  # statistics of the newest batch, which the averages have yet to take
     takes_single_values: ClassVar[bool] = False  # whether a group may have a single value per channel
     slides_over_groups: ClassVar[bool] = False  # whether several processes must have as many groups each
     norm_batch: int | None = None  # images of a group; None: all of the batch
@@ -82,14 +84,13 @@ class BatchStatistics(FullPrecision):
         """Return statistics (C,) of the whole input for `averages_of`; by default the mean and the mean square."""
         return _mean(input.double()), _mean(input.double().square())
 
-    def update(self, *statistics: Tensor) -> None:
-        """Take a step's statistics (C,), means over its groups weighted by images, into the moving averages."""
-        newest: float | Tensor = self.momentum
-        if self.counter is not None:
-            count = self.get_buffer(self.counter).add_(1)
-            newest = count.to(statistics[0].dtype).reciprocal().clamp_min(self.momentum)
-        for name, statistic in zip(self.averages, statistics, strict=True):
-            self.get_buffer(name).lerp_(statistic, newest)
+    def newest(self, count: Tensor) -> float | Tensor:
+        """Return the weight of the newest batch in the moving averages of L layers that differ in channels alone.
+
+        Args:
+            count: of each layer's batches, the newest included; (L,), as is the weight if it depends on the count.
+        """
+        return self.momentum if self.counter is None else count.reciprocal().clamp_min(self.momentum)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W) group by group.
@@ -122,8 +123,14 @@ class BatchStatistics(FullPrecision):
             with torch.no_grad():
                 if self.averages_over_processes and processes() > 1:
                     statistics = mean_over_processes(torch.cat(statistics), images).chunk(len(statistics))
-                self.update(*statistics)
+            self.note(*statistics)
         return output
+
+    def note(self, *statistics: Tensor) -> None:
+        """Note a batch's statistics (C,), means over its groups weighted by images, for `move_averages`."""
+        self.pending = statistics
+        if self.alone:
+            move_averages([self])
 
     def batch_mean(self, input: Tensor) -> Tensor:
         """Return the mean (C,) over images, H and W of float32 or float64 (n, C, H, W).
@@ -151,6 +158,37 @@ class BatchStatistics(FullPrecision):
             return highest
         over_processes: Tensor = _AllReduceMax.apply(highest)
         return over_processes
+
+
+@torch.no_grad()
+def move_averages(layers: Iterable[BatchStatistics]) -> None:
+    """Take what layers have noted into their moving averages, for layers of a kind in a handful of operations."""
+    kinds: dict[object, list[BatchStatistics]] = {}
+    for layer in layers:
+        if layer.pending is not None:  # else it has not run
+            kinds.setdefault((type(layer), layer.momentum, getattr(layer, "clock", None)), []).append(layer)
+    for same in kinds.values():
+        counters = [layer.get_buffer(layer.counter) for layer in same if layer.counter is not None]
+        if counters:
+            torch._foreach_add_(counters, 1)
+        pairs = [
+            (layer.get_buffer(name), statistic)
+            for layer in same
+            for name, statistic in zip(layer.averages, layer.pending or (), strict=bool(layer.pending))
+        ]
+        for layer in same:
+            layer.pending = None
+        if not pairs:
+            continue
+        averages, statistics = map(list, zip(*pairs, strict=True))
+        newest = same[0].newest(torch.stack(counters).to(averages[0].dtype) if counters else averages[0])
+        if isinstance(newest, Tensor):  # one kernel for all layers takes weights in the averages' shapes alone
+            weights = [weight for weight in newest.unbind() for _ in same[0].averages]
+            sizes = [len(average) for average in averages]
+            spread = torch.cat([weight.expand(size) for weight, size in zip(weights, sizes, strict=True)])
+            torch._foreach_lerp_(averages, statistics, torch.split(spread, sizes))
+        else:
+            torch._foreach_lerp_(averages, statistics, newest)
 
 
 class _AllReduce(torch.autograd.Function):
@@ -210,22 +248,23 @@ def full_precision(input: Tensor) -> Tensor:
 
 
 @library.custom_op("normlab::keep", mutates_args=())
-def _copy(x: Tensor) -> Tensor:
-    return x.clone()
+def _copies(values: Sequence[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in values]
 
 
-@_copy.register_fake
-def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+@_copies.register_fake
+def _(values: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in values]
 
 
-def keep_for_backward(x: Tensor) -> Tensor:
-    """Return x, with the value that it has now also in a compiled backward pass.
+def keep_for_backward(*values: Tensor) -> Sequence[Tensor]:
+    """Return values of which the forward pass uses at least one, as they are now also in a compiled backward pass.
 
-    torch.compile recomputes cheap values in the backward pass, from buffers that `update` has changed by then; it does
-    not recompute operations that it does not know.
+    torch.compile recomputes cheap values in the backward pass, or computes them there alone, from buffers that have
+    moved on by then; it does so with no operation that it does not know, and that the forward pass needs.
     """
-    return _copy(x) if torch.compiler.is_compiling() else x
+    kept: Sequence[Tensor] = _copies(values) if torch.compiler.is_compiling() else values
+    return kept
 
 
 def _mean(input: Tensor) -> Tensor:

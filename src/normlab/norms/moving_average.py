@@ -1,5 +1,6 @@
 """Normalizers by moving averages in both passes: MABN and PowerNorm."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -26,13 +27,15 @@ class _Scaled(torch.autograd.Function):
     """y = gamma · r · z + beta with z = x / sqrt(s + eps), for x (k, G·C, H, W), gamma and beta (G·C,).
 
     With g = dL/dz the input's gradient is (g - z · psi) / sqrt(b + eps). It is the exact one if s and b are the group's
-    own mean square, r = 1 and psi = mean(g · z), which psi is where own = 1. `constants` (6, G·C) are s, r, b, own,
-    mean(z²), and the psi of layers without a window. The backward pass leaves its statistics in `state`:
+    own mean square, r = 1 and psi = mean(g · z). Of the `constants` zero, s, s + eps, r, b, own, mean(z²) and psi
+    (G·C,) some may be None: r for 1, b for s, the others where they are not needed. The backward pass leaves its
+    statistics in `state`:
 
     - with a window, `state` (window - 1, C) has the newest groups' mean(g · z), psi is the mean of the newest `window`
-      of them, this group's included (`_slide`), and the groups go into `state`;
+      of them, this group's included (`_slide`), but this group's alone where own, a bool; the groups go into `state`;
     - without one, it adds the groups' mean(g · z) - psi · mean(z²), weighted by images, to `state` (C + 1,), and the
-      images to its last entry.
+      images to its last entry;
+    - without a state, psi is the group's own.
 
     Nothing else that may be compiled writes `state`: of two writers, a compiled one would be lost silently.
     """
@@ -43,42 +46,49 @@ class _Scaled(torch.autograd.Function):
         x: Tensor,
         gamma: Tensor,
         beta: Tensor,
-        constants: Tensor,
         state: Tensor | None,
         settings: tuple[float, int | None, bool, bool],
+        *constants: Tensor | None,
     ) -> Tensor:
-        s, r = constants[0], constants[1]
-        ctx.save_for_backward(x, gamma, constants)
+        zero, s, _, r, *_ = constants
+        scale = gamma if r is None else gamma * r
+        ctx.save_for_backward(x, scale, *constants)
         ctx.state, ctx.settings = state, settings
-        return F.batch_norm(x, torch.zeros_like(s), s, gamma * r, beta, False, 0.0, settings[0])
+        return F.batch_norm(x, zero, s, scale, beta, False, 0.0, settings[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, constants = ctx.saved_tensors
-        s, r, b, own, zz, psi = constants.unbind()
+        saved, scale, zero, s, divisor, r, b, own, zz, psi = ctx.saved_tensors
         eps, window, together, shared = ctx.settings
-        dy = full_precision(dy)
+        x, dy = full_precision(saved), full_precision(dy)
         images, values = len(x), x.numel() / x.shape[1]
-        inverse, inverse_b = torch.rsqrt(s + eps), torch.rsqrt(b + eps)
-        dy_z = (dy * x).sum((0, 2, 3)) * inverse
-        scale = gamma * r
-        gz = scale * dy_z / values
+        of_dy = scale
+        if b is not None:
+            ratio = torch.sqrt(divisor / (b + eps))
+            of_dy, divisor = scale * ratio, divisor / ratio
+        # One kernel for dy · of_dy / sqrt(s + eps), sum dy · z and sum dy. It has no statistics of a training batch;
+        # CUDA's kernels for channels_last want them empty, not None.
+        dx, dy_z, dbeta = torch.ops.aten.native_batch_norm_backward(
+            dy, x, of_dy, zero, s, zero[:0], zero[:0], False, eps, [True, True, True]
+        )
+        gz = torch.addcmul(zero, scale, dy_z, value=1 / values)
         if together:
             gz = mean_over_processes(gz, images)
         if ctx.state is None:
             psi = gz
         elif window is None:
-            psi = torch.where(own > 0, gz, psi)
-            groups = x.shape[1] // (len(ctx.state) - 1)
-            statistic = (gz - psi * zz).view(groups, -1).sum(0)
+            groups = len(gz) // (len(ctx.state) - 1)
+            statistic = torch.addcmul(gz, psi, zz, value=-1).view(groups, -1).sum(0)
             ctx.state.add_(torch.cat([statistic, statistic.new_full((1,), groups)]), alpha=images)
         else:
             means, newest = _slide(ctx.state, gz, shared)
-            psi = torch.where(own > 0, gz, means)
-            ctx.state.copy_(torch.where(newest.isfinite().all(0), newest, ctx.state))
-        dx = (dy * broadcast(scale * inverse_b)).addcmul_(x, broadcast(-psi * inverse * inverse_b))
-        return dx.to(x.dtype), r * dy_z, dy.sum((0, 2, 3)), None, None, None
+            psi = torch.where(own, gz, means)
+            if len(newest):
+                finite = torch.linalg.vector_norm(newest, torch.inf, 0) < torch.inf
+                torch.where(finite, newest, ctx.state, out=ctx.state)
+        dx.addcmul_(x, broadcast(psi / divisor), value=-1)
+        return dx.to(saved.dtype), dy_z if r is None else r * dy_z, dbeta, *[None] * 10
 
 
 def _slide(history: Tensor, statistic: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
@@ -119,11 +129,15 @@ class MovingSquare(BatchStatistics):
     running_square: Tensor
     batches: Tensor
     eps: float
-    warmup: float
+    zero: Tensor
     clock: Clock
 
-    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return s, r, b, own and psi (G·C,) of `_Scaled` by the groups' E[x²], and what `running_square` averages.
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__(channels, **options)
+        self.register_buffer("zero", torch.zeros(channels), persistent=False)
+
+    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor | None, ...], Tensor]:
+        """Return the `constants` of `_Scaled` from s on by the groups' E[x²], and what `running_square` averages.
 
         Averages that slide from group to group move here.
         """
@@ -137,18 +151,18 @@ class MovingSquare(BatchStatistics):
         """See `BatchStatistics.normalize`."""
         with torch.no_grad():
             square = self.batch_mean(full_precision(input).square())
-            one = torch.ones_like(square)
-            (s, r, b, own, psi), averaged = (square, one, square, one, square), square
-            state, window = None, None
+            own: tuple[Tensor | None, ...] = (square, square + self.eps, *[None] * 5)
+            averaged, state, window = square, None, None
             if self.training:
-                (s, r, b, own, psi), averaged = self.statistics(square, groups)
+                own, averaged = self.statistics(square, groups)
                 state, window = self.gradient_state()
-            zz = square / (s + self.eps)
-            constants = keep_for_backward(torch.stack([s, r, b, own, zz, psi]))
+            kept = iter(keep_for_backward(*(one for one in own if one is not None)))
+            constants = [None if one is None else next(kept) for one in own]
         gamma, beta = per_group(self.weight, groups), per_group(self.bias, groups)
         together = self.synchronized and processes() > 1
         settings = (self.eps, window, together, self.shared)
-        return _Scaled.apply(input, gamma, beta, constants, state, settings), (averaged,)
+        zero = per_group(self.zero, groups)
+        return _Scaled.apply(input, gamma, beta, state, settings, zero, *constants), (averaged,)
 
     @property
     def shared(self) -> bool:
@@ -157,8 +171,7 @@ class MovingSquare(BatchStatistics):
 
     def evaluate(self, input: Tensor) -> Tensor:
         """See `BatchStatistics.evaluate`."""
-        zero = torch.zeros_like(self.running_square)
-        return F.batch_norm(input, zero, self.running_square, self.weight, self.bias, False, 0.0, self.eps)
+        return F.batch_norm(input, self.zero, self.running_square, self.weight, self.bias, False, 0.0, self.eps)
 
     def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
         """Return the mean square."""
@@ -174,10 +187,7 @@ class MovingAverageBatchNorm2d(MovingSquare):
     gradients: Tensor
     seen: Tensor
 
-    momentum: float
     window: int
-    r_from: float
-    rmax: float
     ema_of: str
     ema_start: str
 
@@ -187,28 +197,27 @@ class MovingAverageBatchNorm2d(MovingSquare):
         self.register_buffer("gradients", torch.zeros(self.window - 1, channels))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
 
-    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """See `MovingSquare.statistics`."""
-        own = (self.clock.end < self.warmup) | (self.seen < self.window)
+        needed, r_least, r_most = map(self.clock.get_buffer, ("needed", "r_least", "r_most"))
+        own = self.seen < needed
         sma, newest = _slide(self.squares, square, self.shared)
         self.squares.copy_(newest)
         self.seen.add_(groups * (processes() if self.shared else 1))
         s = torch.where(own, square, sma)
         ema = per_group(self.running_square, groups)
-        r = torch.sqrt((s + self.eps) / (ema + self.eps)).clamp(1 / self.rmax, self.rmax)
-        r = torch.where((self.clock.now < self.r_from) | (self.batches == 0), 1.0, r)
-        return (s, r, s, own.to(s.dtype).expand_as(s), square), s if self.ema_of == "sma" else square
+        divisor = s + self.eps
+        r = torch.sqrt(divisor / (ema + self.eps)).clamp(r_least, r_most)
+        return (s, divisor, r, None, own, None, None), s if self.ema_of == "sma" else square
 
     def gradient_state(self) -> tuple[Tensor, int | None]:
         """See `MovingSquare.gradient_state`."""
         return self.gradients, self.window
 
-    def update(self, *statistics: Tensor) -> None:
-        """See `BatchStatistics.update`."""
-        (averaged,) = statistics
-        count = self.batches.add_(1).to(averaged.dtype)
-        plain = count.reciprocal() if self.ema_start == "mean" else (count == 1).to(averaged.dtype)
-        self.running_square.lerp_(averaged, plain.clamp_min(self.momentum))
+    def newest(self, count: Tensor) -> float | Tensor:
+        """See `BatchStatistics.newest`."""
+        plain = count.reciprocal() if self.ema_start == "mean" else (count == 1).to(count.dtype)
+        return plain.clamp_min(self.momentum)
 
 
 class PowerNorm2d(MovingSquare):
@@ -217,6 +226,7 @@ class PowerNorm2d(MovingSquare):
     nu: Tensor
     noted: Tensor
 
+    warmup: float
     alpha: float
     alpha_backward: float
     scale_channels: bool
@@ -226,6 +236,7 @@ class PowerNorm2d(MovingSquare):
         super().__init__(channels, **options)
         self.register_buffer("noted", torch.zeros(channels + 1))
         self.register_buffer("nu", torch.zeros(channels))
+        self.momentum = 1 - self.alpha
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize (N, C, H, W), divided by its root mean square over the channels before."""
@@ -241,22 +252,21 @@ class PowerNorm2d(MovingSquare):
         """See `BatchStatistics.moments`."""
         return super().moments(self._scaled(input))
 
-    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    def statistics(self, square: Tensor, groups: int) -> tuple[tuple[Tensor | None, ...], Tensor]:
         """See `MovingSquare.statistics`."""
         s = torch.where(self.clock.now < self.warmup, square, per_group(self.running_square, groups))
-        b = square if self.backward_rms == "batch" else s
-        return (s, torch.ones_like(s), b, torch.zeros_like(s), per_group(self.nu, groups)), square
+        b = square if self.backward_rms == "batch" else None
+        divisor = s + self.eps
+        return (s, divisor, None, b, None, square / divisor, per_group(self.nu, groups)), square
 
     def gradient_state(self) -> tuple[Tensor, int | None]:
         """See `MovingSquare.gradient_state`."""
         return self.noted, None
 
-    def update(self, *statistics: Tensor) -> None:
-        """See `BatchStatistics.update`: the plain mean of the first batches, and then the exponential average."""
-        (square,) = statistics
-        count = self.batches.add_(1).to(square.dtype)
+    def newest(self, count: Tensor) -> float | Tensor:
+        """See `BatchStatistics.newest`: of the plain mean of the first batches, and then of the exponential average."""
         plain = torch.where(self.clock.end < self.warmup, count.reciprocal(), 0.0)
-        self.running_square.lerp_(square, plain).lerp_(square, 1 - self.alpha)
+        return 1 - self.alpha * (1 - plain)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -266,10 +276,19 @@ class PowerNorm2d(MovingSquare):
         """
         if (self.synchronized or self.averages_over_processes) and processes() > 1:
             dist.all_reduce(self.noted)
-        total, images = self.noted[:-1], self.noted[-1]
-        valid = (images > 0) & total.isfinite()
-        self.nu.add_(torch.where(valid, total / images.clamp_min(1), 0), alpha=1 - self.alpha_backward)
+        newest = self.noted[:-1] / self.noted[-1]  # not finite: gradients overflowed, or there were none
+        self.nu.add_(newest.nan_to_num(0.0, 0.0, 0.0), alpha=1 - self.alpha_backward)
         self.noted.zero_()
+
+
+class _Centered(torch.autograd.Function):
+    """W - mean over (in, kh, kw) of W, which is its own derivative; plain autograd takes thrice the operations."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w - w.mean((1, 2, 3), keepdim=True)
+
+    backward = forward
 
 
 class CenteredConv2d(ReparametrizedConv2d):
@@ -280,8 +299,8 @@ class CenteredConv2d(ReparametrizedConv2d):
 
     def effective_weight(self) -> Tensor:
         """Return W, centered."""
-        w = super().effective_weight()
-        return w - w.mean((1, 2, 3), keepdim=True)
+        w: Tensor = _Centered.apply(super().effective_weight())
+        return w
 
 
 class _MovingVariant(Variant):
@@ -298,7 +317,11 @@ class _MovingVariant(Variant):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.clock = Clock(self.unit)
+        self.clock = Clock(self.unit, self.phase)
+
+    def phase(self, now: float, end: float) -> dict[str, float]:
+        """Return what layers have to know of the phase of a step from `now` to `end`."""
+        return {}
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """Return a layer of the class `layer`."""
@@ -341,6 +364,11 @@ class MABN(_MovingVariant):
     r_from: float = option(0.2, ge="warmup", unit="unit")
     ema_of: str = option("sma", choices=("sma", "batch"))
     ema_start: str = option("mean", choices=("mean", "first"))
+
+    def phase(self, now: float, end: float) -> dict[str, float]:
+        """Return the bounds of r, and how many groups a window needs before it is used."""
+        rmax = 1.0 if now == 0 or now < self.r_from else self.rmax  # at first there is no EMA yet
+        return {"r_least": 1 / rmax, "r_most": rmax, "needed": math.inf if end < self.warmup else self.window}
 
     def convolution(self, convolution: nn.Conv2d) -> nn.Module:
         """Return a `CenteredConv2d`."""

@@ -10,15 +10,6 @@ from normlab.common.registry import option, register
 from normlab.norms.sites import NO_GAMMA, Variant, copy_affine
 
 
-def scale_and_shift(input: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return input (N, C, ...) times scale (C,) plus shift (C,), of input's dtype; differentiable in all three.
-
-    By the kernel of batch normalization for evaluation, with mean 0 and variance 1, which makes its result exact:
-    one pass forward and one backward, where a product and a sum of their own take several.
-    """
-    return F.batch_norm(input, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, False, 0.0, 0.0)
-
-
 def set_bias(convolution: nn.Conv2d) -> nn.Conv2d:
     """Give a convolution without a bias one that starts at 0; in place."""
     if convolution.bias is None:
@@ -35,10 +26,17 @@ class ChannelAffine(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels), persistent=False)
+        self.register_buffer("var", torch.ones(channels), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return gamma · x + beta."""
-        return scale_and_shift(input, self.weight, self.bias)
+        """Return gamma · x + beta, of input's dtype.
+
+        By the kernel of batch normalization for evaluation, with mean 0 and variance 1, which makes its result exact:
+        one pass forward and one backward, where a product and a sum of their own take several.
+        """
+        constants = self.get_buffer("mean"), self.get_buffer("var")
+        return F.batch_norm(input, *constants, self.weight, self.bias, False, 0.0, 0.0)
 
     def extra_repr(self) -> str:
         """Return the channels for `repr`."""

@@ -13,23 +13,34 @@ from normlab.norms.steps import Clock
 
 
 class _Normalize(torch.autograd.Function):
-    """y = weight · (x - mean) / sqrt(var + eps) + bias, given the mean and biased variance (C,) of x itself.
+    """y = gamma · ((x - mean) / std · r + d) + beta, given mean, biased variance and std (C,) of x itself.
 
-    Invariant: it is F.batch_norm in training, forward and backward, without a second search for the statistics.
+    Invariant: with r = 1 and d = 0 it is F.batch_norm in training, forward and backward, without a second search for
+    the statistics.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, torch.rsqrt(var + eps))
+    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor, eps: float, *constants: Tensor) -> Tensor:
+        mean, var, std, r, d = constants
+        weight, bias = _scale_and_shift(gamma, beta, r, d)
+        ctx.save_for_backward(x, gamma, weight, mean, std, r, d)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse = ctx.saved_tensors
-        grads = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, None, None, mean, inverse, True, 0.0, [True, True, True]
+        x, gamma, weight, mean, std, r, d = ctx.saved_tensors
+        if torch.is_grad_enabled() and gamma is not None:  # for second derivatives, of which gamma is a part
+            weight = gamma * r
+        dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, None, None, mean, std.reciprocal(), True, 0.0, [True, True, True]
         )
-        return *grads, None, None, None
+        dgamma = None if gamma is None else torch.addcmul(dweight * r, dbias, d)
+        return dx, dgamma, dbias, *[None] * 6
+
+
+def _scale_and_shift(gamma: Tensor | None, beta: Tensor, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """One scale and one shift per channel in the place of r, d, gamma and beta."""
+    return (r, beta + d) if gamma is None else (gamma * r, torch.addcmul(beta, gamma, d))
 
 
 class BatchRenorm2d(BatchStatistics):
@@ -40,11 +51,6 @@ class BatchRenorm2d(BatchStatistics):
     running_mean: Tensor
     running_std: Tensor
     eps: float
-    rmax: float
-    dmax: float
-    ramp_start: float
-    dmax_end: float
-    rmax_end: float
     learn_scale: bool
     clock: Clock
 
@@ -61,37 +67,34 @@ class BatchRenorm2d(BatchStatistics):
             centered = x - broadcast(mean)
             var = self.batch_mean(centered.square())
         else:
-            # Averages that are not used: without them the statistics of half-precision input are so, too, on a CPU.
-            unused = torch.zeros(input.shape[1], device=input.device, dtype=full_precision(input[:0]).dtype)
-            with torch.no_grad():
-                if input.is_meta:  # the fast kernel does not work on tensors without data
-                    mean, var = unused, unused
-                else:
-                    mean, var = torch.batch_norm_update_stats(input, unused, unused.clone(), 0.0)
-        mean_b, std_b = mean.detach(), torch.sqrt(self.eps + var.detach())
-        gamma = per_group(self.weight, groups) if self.learn_scale else 1.0
-        beta = per_group(self.bias, groups)
-        # y = gamma · (xhat · r + d) + beta, with one scale and one shift per channel.
-        r, d = self._corrections(mean_b, std_b, groups)
-        weight, bias = gamma * r, gamma * d + beta
+            mean, var = self._moments(input)
+        std = torch.sqrt(var + self.eps)
+        statistics = mean.detach(), std.detach()
+        r, d = self._corrections(*statistics, groups)
+        gamma, beta = per_group(self.weight, groups) if self.learn_scale else None, per_group(self.bias, groups)
         if self.synchronized:
-            y = torch.addcmul(broadcast(bias), centered, broadcast(weight * torch.rsqrt(var + self.eps)))
-            return y.to(input.dtype), (mean_b, std_b)
-        return _Normalize.apply(input, weight, bias, mean, var, self.eps), (mean_b, std_b)
+            weight, bias = _scale_and_shift(gamma, beta, r, d)
+            y = torch.addcmul(broadcast(bias), centered, broadcast(weight / std))
+            return y.to(input.dtype), statistics
+        return _Normalize.apply(input, gamma, beta, self.eps, mean, var, std, r, d), statistics
+
+    @torch.no_grad()
+    def _moments(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        # Averages that are not used: without them the statistics of half-precision input are so, too, on a CPU.
+        unused = self.running_mean.new_empty(2, input.shape[1])
+        if input.is_meta:  # the fast kernel does not work on tensors without data
+            return unused[0], unused[1]
+        return torch.batch_norm_update_stats(input, unused[0], unused[1], 0.0)
 
     def _corrections(self, mean_b: Tensor, std_b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         """The corrections r and d (G·C,) by the averages before this step; 1 and 0 in evaluation by the batch."""
         if not self.training:
             return torch.ones_like(std_b), torch.zeros_like(mean_b)
         mu, s = per_group(self.running_mean, groups), per_group(self.running_std, groups)
-        rmax = 1 + (self.rmax - 1) * self._ramp(self.rmax_end)
-        dmax = self.dmax * self._ramp(self.dmax_end)
-        r, d = (std_b / s).clamp(1 / rmax, rmax), ((mean_b - mu) / s).clamp(-dmax, dmax)
-        return keep_for_backward(r), keep_for_backward(d)
-
-    def _ramp(self, end: float) -> Tensor:
-        """0 up to and at `ramp_start`, 1 from `end` on, linear between (and a jump if they are one)."""
-        return ((self.clock.now - self.ramp_start) / max(end - self.ramp_start, 1e-12)).clamp(0, 1)
+        r_least, r_most, d_least, d_most = map(self.clock.get_buffer, ("r_least", "r_most", "d_least", "d_most"))
+        r, d = (std_b / s).clamp(r_least, r_most), ((mean_b - mu) / s).clamp(d_least, d_most)
+        r, d = keep_for_backward(r, d)
+        return r, d
 
     def evaluate(self, input: Tensor) -> Tensor:
         """See `BatchStatistics.evaluate`."""
@@ -138,10 +141,20 @@ class BatchRenorm(Variant):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.clock = Clock(self.ramp_unit)
+        self.clock = Clock(self.ramp_unit, self.bounds)
         if not self.learn_scale:
             self.takes = ("shifts", "running statistics")
 
     def norm(self, norm: nn.BatchNorm2d) -> nn.Module:
         """Return a `BatchRenorm2d`."""
         return copy_affine(norm, BatchRenorm2d(norm.num_features, clock=self.clock, **self.options))
+
+    def bounds(self, now: float, end: float) -> dict[str, float]:
+        """Return the bounds of r and d in a step that begins at `now`."""
+        rmax = 1 + (self.rmax - 1) * self._ramp(now, self.rmax_end)
+        dmax = self.dmax * self._ramp(now, self.dmax_end)
+        return {"r_least": 1 / rmax, "r_most": rmax, "d_least": -dmax, "d_most": dmax}
+
+    def _ramp(self, now: float, end: float) -> float:
+        """0 up to and at `ramp_start`, 1 from `end` on, linear between (and a jump if they are one)."""
+        return min(max((now - self.ramp_start) / max(end - self.ramp_start, 1e-12), 0.0), 1.0)

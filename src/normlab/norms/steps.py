@@ -1,12 +1,13 @@
 """The work of layers around an optimization step, and the roles of their parameters for an optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from normlab.norms.adapter import FullPrecision
+from normlab.norms.layer_statistics import BatchStatistics, move_averages
 
 Role = Literal["weight", "scale", "shift", "bias"]
 WEIGHT_LAYERS = (
@@ -20,33 +21,53 @@ class Clock(FullPrecision):
 
     Args:
         unit: "fraction": `now` is the fraction of the run that is done, in [0, 1); "steps": the number of steps.
+        others: returns further scalars for the layers, by name, from `now` and `end`: computed once for all of them.
 
     Attributes:
-        now, end: float32 scalars on the layers' device, the time before and after the step under way; 0 until a
-            training loop calls `at_step`.
+        now, end: the time before and after the step under way; 0 until a training loop calls `at_step`. They are
+            float32 scalars on the layers' device, as the others are.
     """
 
     now: Tensor
     end: Tensor
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, others: Callable[[float, float], dict[str, float]] | None = None) -> None:
         super().__init__()
-        self.unit = unit
-        self.register_buffer("now", torch.zeros(()))
-        self.register_buffer("end", torch.zeros(()), persistent=False)  # records of renorm go on without it
+        self.unit, self.others = unit, others
+        for name, value in self._values(0.0, 0.0).items():
+            self.register_buffer(name, torch.tensor(value), persistent=name == "now")
+
+    def _values(self, now: float, end: float) -> dict[str, float]:
+        return {"now": now, "end": end} | (self.others(now, end) if self.others else {})
 
     def at_step(self, step: int, steps: int) -> None:
         """Set the time to before `step` (0-based) of `steps`."""
         scale = 1 if self.unit == "steps" else steps
-        self.now.fill_(step / scale)
-        self.end.fill_((step + 1) / scale)
+        self._set(step / scale, (step + 1) / scale)
+
+    def _set(self, now: float, end: float) -> None:
+        for name, value in self._values(now, end).items():
+            self.get_buffer(name).fill_(value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if not self.now.is_meta:
+            self._set(float(self.now), float(self.now))  # no record has more than `now`
 
 
 class Steps:
-    """Calls `at_step(step, steps)` of the modules that have it before a step (0-based), `after_step()` after it."""
+    """Calls `at_step(step, steps)` of the modules that have it before a step (0-based), `after_step()` after it.
 
-    def __init__(self, network: nn.Module) -> None:
+    Args:
+        together: let `end` move the averages of all layers, in a few operations, and not each layer its own in its
+            forward pass. For steps of one forward pass each.
+    """
+
+    def __init__(self, network: nn.Module, *, together: bool = False) -> None:
         modules: list[Any] = list(network.modules())
+        self._layers = [module for module in modules if together and isinstance(module, BatchStatistics)]
+        for layer in self._layers:
+            layer.alone = False
         self._before = [module.at_step for module in modules if hasattr(module, "at_step")]
         self._after = [module.after_step for module in modules if hasattr(module, "after_step")]
 
@@ -57,6 +78,7 @@ class Steps:
 
     def end(self) -> None:
         """Call after each training step."""
+        move_averages(self._layers)
         for after_step in self._after:
             after_step()
 

@@ -22,6 +22,6 @@ class Average(AveragedModel):
             self.begun = True
             return
         self.average(list(self.module.parameters()), list(model.parameters()), None)
-        for own, new in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(new)
+        if buffers := list(self.module.buffers()):
+            torch._foreach_copy_(buffers, list(model.buffers()))
         self.n_averaged += 1

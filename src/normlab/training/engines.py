@@ -150,8 +150,9 @@ class Graphed(Engine):
         self.warn = warn
         self.images: Epoch | None = None
         self.rates = torch.zeros(len(step.optimizer.param_groups), train.steps, device=step.device)
+        self.rate = self.rates.new_zeros(len(self.rates), 1)  # of the batch, of each group
         self.number = torch.zeros(1, dtype=torch.int64, device=step.device)  # of the batch
-        self.places = torch.arange(train.batch, device=step.device)
+        self.numbers = torch.arange(train.steps, device=step.device)
         self.steps: dict[int, Replayed] = {}  # by the number of images
 
     def start_epoch(self, epoch: int) -> None:
@@ -162,15 +163,18 @@ class Graphed(Engine):
             self.images.copy_(fresh)
         else:
             self.images = fresh
-        divisors = [group["lr_divisor"] for group in self.train_on.optimizer.param_groups]
-        rates = [[self._learning_rate(batch, divisor) for batch in range(self.train.steps)] for divisor in divisors]
+        groups = self.train_on.optimizer.param_groups
+        divisors, numbers = [group["lr_divisor"] for group in groups], range(self.train.steps)
+        rates = [[self._learning_rate(number, divisor) for number in numbers] for divisor in divisors]
         self.rates.copy_(torch.tensor(rates))
+        for group, rate in zip(groups, self.rate, strict=True):
+            group["lr"] = rate[0]  # a view, so that one operation sets all rates
         self.number.fill_(self.position.batch)
 
     def next_batch(self) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        batch = self.position.batch
-        return self._batch(self.places[: self.train.images_of(batch)] + batch * self.train.batch)
+        first = self.position.batch * self.train.batch
+        return self._batch(lambda of_images: of_images[first : first + self.train.batch])
 
     def step(self) -> None:
         """See `Engine`."""
@@ -201,22 +205,28 @@ class Graphed(Engine):
             step.refused = True
 
     def _whole_step(self, images: int) -> None:
-        pixels, labels = self._batch(self.places[:images] + self.number * self.train.batch)
-        for group, rates in zip(self.train_on.optimizer.param_groups, self.rates, strict=True):
-            group["lr"].copy_(rates.index_select(0, self.number).squeeze())
+        full = self.train.images // self.train.batch
+
+        def part(of_images: Tensor) -> Tensor:
+            if images < self.train.batch:  # the last one
+                return of_images[full * self.train.batch :]
+            batches = of_images[: full * self.train.batch].view(full, self.train.batch, *of_images.shape[1:])
+            return batches.index_select(0, self.number)[0]
+
+        pixels, labels = self._batch(part)
+        torch.index_select(self.rates, 1, self.number, out=self.rate)
         loss, correct = self.train_on(pixels, labels, images)
-        self.position.losses.index_copy_(0, self.number, loss[None].to(self.position.losses.dtype))
-        self.position.correct.index_copy_(0, self.number, correct[None])
+        here = self.numbers == self.number  # deterministic=true makes index_copy_ sort its indices
+        for value, kept in ((loss, self.position.losses), (correct, self.position.correct)):
+            torch.where(here, value, kept, out=kept)
         self.number.add_(1)
 
-    def _batch(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images and labels at `places` of the epoch, int64 (B,)."""
+    def _batch(self, part: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of a `part` of what there is of the images of the epoch, (images, ...)."""
         assert self.images
         draws = self.images.draws
-        images = self.train.gather(
-            self.images.positions.index_select(0, places), None if draws is None else draws.index_select(0, places)
-        )
-        return images, self.images.labels.index_select(0, places)
+        images = self.train.gather(part(self.images.positions), None if draws is None else part(draws))
+        return images, part(self.images.labels)
 
     def _changes(self) -> dict[str, Tensor]:
         """Return what a step changes; not its correct classifications, where half precision has ties."""

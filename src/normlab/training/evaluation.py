@@ -47,6 +47,8 @@ class Evaluation:
         self.hits = torch.zeros(len(split), dtype=torch.uint8, device=device)
         self.number = torch.zeros(1, dtype=torch.int64, device=device)  # of the batch
         self._own = self.hits[split.rank :: split.processes]
+        self._numbers = torch.arange(split.steps, device=device)[:, None]
+        self._in_batches = self.hits.new_zeros(split.steps, split.batch)
         self._places = torch.arange(split.batch, device=device)
         self._labels = split.labels.to(device) if self._gathers else split.labels
         self._replayed: dict[int, Replayed] = {}  # by the number of images
@@ -62,11 +64,11 @@ class Evaluation:
             total.zero_()
         if self._gathers:
             yield from map(self._of_size, map(self.split.images_of, range(self.split.steps)))
+            self.hits.copy_(self._in_batches.flatten()[: len(self.hits)])
             return
         first = 0
         for images, labels in self.split.batches():
-            places = torch.arange(first, first + len(labels), device=self.device)
-            yield partial(self._add, images, labels, places)
+            yield partial(self._add, images, labels, self._own[first : first + len(labels)])
             first += len(labels)
 
     def _of_size(self, images: int) -> Callable[[], None]:
@@ -85,19 +87,22 @@ class Evaluation:
         self.refuse(why)
 
     def _changes(self) -> dict[str, Tensor]:
-        return {LOSS: self.loss, "correct": self.correct, "hits": self.hits, "number of the batch": self.number}
+        sums = {LOSS: self.loss, "correct": self.correct, "hits": self._in_batches}
+        return sums | {"number of the batch": self.number}
 
     def _next(self, images: int) -> None:
         """Evaluate the next batch of so many images; reads nothing on the host."""
         places = self._places[:images] + self.number * self.split.batch
-        self._add(self.split.gather(places, None), self._labels.index_select(0, places), places)
+        hits = self.hits.new_zeros(self.split.batch)
+        self._add(self.split.gather(places, None), self._labels.index_select(0, places), hits[:images])
+        # Not index_copy_, which sorts its indices with deterministic=true.
+        torch.where(self._numbers == self.number, hits, self._in_batches, out=self._in_batches)
         self.number.add_(1)
 
-    def _add(self, images: Tensor, labels: Tensor, places: Tensor) -> None:
+    def _add(self, images: Tensor, labels: Tensor, hits: Tensor) -> None:
         with autocast(self.config, self.device):
             outputs = self.network(images)
         self.loss += self.task.test_loss(outputs, labels)
         if isinstance(self.task, Classification):
-            hits = self.task.hits(outputs, labels)
+            hits.copy_(self.task.hits(outputs, labels))
             self.correct += hits.sum()
-            self._own.index_copy_(0, places, hits.to(torch.uint8))
