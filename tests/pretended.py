@@ -1,8 +1,8 @@
 """A CUDA device that is not there: its tensors say that they are on cuda:0, and live in the memory of the host.
 
-`with pretended() as gpu:` lets the code inside see one GPU, and needs a CUDA build of PyTorch. What mixes devices raises
-an error as on a GPU. What waits for the device is counted in `gpu.waits`, and raises an error inside a capture, as does
-a copy from the host's memory. Kernels are the CPU's: what CUDA itself does is not imitated.
+`with pretended() as gpu:` lets the code inside see one GPU, and needs a CUDA build of PyTorch. What mixes devices
+raises an error as on a GPU. What waits for the device is counted in `gpu.waits`, and raises an error inside a capture,
+as does a copy from the host's memory. Kernels are the CPU's: what CUDA itself does is not imitated.
 """
 
 import ctypes
@@ -371,7 +371,7 @@ def pretended() -> Iterator[PretendedGPU]:
         for name, value in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "tensor", made))
-        stack.enter_context(mock.patch.object(preflight, "gpu_count", lambda: 1))
+        stack.enter_context(mock.patch.object(preflight, "gpu_count", return_value=1))
         stack.enter_context(mock.patch.dict(engines.GRAPHS, {"cuda": Graph}))
         # A tensor of inference cannot be a view of one that is not; and none is saved as a file.
         stack.enter_context(mock.patch.object(loop, "evaluate", torch.no_grad()(evaluate)))
@@ -386,5 +386,3 @@ def pretended() -> Iterator[PretendedGPU]:
 def placed() -> TorchDispatchMode:
     """Return a context in which a thread's new tensors can be on the GPU, for threads that begin inside `pretended`."""
     return _Placed()
-
-
