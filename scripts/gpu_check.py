@@ -83,13 +83,17 @@ def check(chosen: argparse.Namespace, folder: Path, named: list[str]) -> int:
     for sentence in [needs.NEEDED, *lacking]:
         print(sentence, flush=True)
     sizes: Sizes = TINY if chosen.tiny else SMALL
+    if chosen.again and "speed" in (named or STAGES):
+        (folder / "speed.json").unlink(missing_ok=True)
     checked = Checked(folder, facts={"tiny": chosen.tiny, "lacking": lacking, "machine": machine()})
     for name in named or STAGES:
+        any_run = chosen.again
         for part in stage_parts(name, sizes, folder, work, images):
             left = chosen.limit - (time.monotonic() - begun)
             share = part.limit * chosen.limit / STAGE_SECONDS
             # What is kept is for the parts that come after it.
-            checked.carry_out(name, part.within(max(0.0, min(share, left - part.kept))), again=chosen.again)
+            part = part.within(max(0.0, min(share, left - part.kept)))
+            any_run |= checked.carry_out(name, part, again=chosen.again or (part.closes and any_run))
         begun = time.monotonic()
     print(f"Written to {folder}; its summary: {checked.summary}")
     if unfinished := checked.unfinished(named or STAGES):

@@ -4,6 +4,7 @@ python -m gpu_checks.engines FOUND.json FOLDER SETTINGS
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ def compared(one: dict[str, Any], eager: dict[str, Any]) -> tuple[str, float]:
 
 def main() -> int:
     found, folder, words = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    shutil.rmtree(folder, ignore_errors=True)  # runs of code that has been mended since
     rows, faults, facts = [], [], {}
     eager: dict[str, dict[str, Any]] = {}
     for launched, more in LAUNCHED.items():

@@ -7,6 +7,7 @@ are left. FOUND.json.notes keeps what came out of each, so that tests which pass
 import faulthandler
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -77,14 +78,18 @@ def main(found: Path, words: list[str]) -> int:
     notes = found.with_suffix(".notes")
     # What did not pass in an earlier command is tried again.
     notes.write_text(json.dumps({test: one for test, one in read(notes).items() if one["outcome"] == "passed"}))
-    goes_on = True
-    while goes_on:
-        stuck = number(read(notes), NOT_ENDED)
-        code = subprocess.run([sys.executable, "-m", "gpu_checks.limited", "--here", str(notes), *words]).returncode
+    code = SPOILED
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # at the limit of all of them
+    try:
+        goes_on = True
+        while goes_on:
+            stuck = number(read(notes), NOT_ENDED)
+            code = subprocess.run([sys.executable, "-m", "gpu_checks.limited", "--here", str(notes), *words]).returncode
+            goes_on = code == SPOILED or number(read(notes), NOT_ENDED) > stuck
+    finally:
         outcomes = read(notes)
         found.write_text(json.dumps({"outcomes": outcomes, "table": shown(outcomes)}))
-        goes_on = code == SPOILED or number(outcomes, NOT_ENDED) > stuck
-    print(shown(outcomes))
+        print(shown(outcomes), flush=True)
     good = number(outcomes, "passed") + number(outcomes, "skipped")
     return 0 if code in (0, pytest.ExitCode.NO_TESTS_COLLECTED) and 0 < good == len(outcomes) else 1
 

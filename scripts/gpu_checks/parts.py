@@ -31,6 +31,7 @@ class Part:
             the last one's is shown.
         kept: seconds that are left to the parts after it.
         fills: whether it goes on as long as there is time, so that it need not be done.
+        closes: whether it is done again whenever another part of its stage was.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     found: Path | None = None
     kept: float = 0
     fills: bool = False
+    closes: bool = False
 
     def within(self, limit: float) -> "Part":
         return replace(self, limit=limit)
@@ -63,30 +65,33 @@ class Checked:
         self.facts = facts
         self._write()
 
-    def carry_out(self, stage: str, part: Part, *, again: bool = False) -> None:
-        """Run a part that is not finished, and note how it ended."""
+    def carry_out(self, stage: str, part: Part, *, again: bool = False) -> bool:
+        """Run a part, and note how it ended, unless the same command is finished; return whether it was run."""
         outcomes = self.stages.setdefault(stage, {})
         outcome = outcomes.setdefault(part.name, {"state": "not run", "tries": 0})
         outcome |= {"what": part.what, "fills": part.fills}
-        if outcome["state"] == "ok" and not again:
+        if outcome["state"] == "ok" and not again and outcome.get("command") == [*part.command]:
             print(f"== {stage}, {part.name}: done before", flush=True)
-        elif part.limit < SHORTEST_SECONDS:
-            outcome["why"] = "no time was left"
+            return False
+        if part.limit < SHORTEST_SECONDS:
+            outcome |= {"state": "not run", "why": "no time was left"}
             print(f"== {stage}, {part.name}: {outcome['why']}", flush=True)
-        else:
-            print(f"== {stage}, {part.name}: {part.what} (at most {part.limit:.0f} s)", flush=True)
-            # Should this process be killed, "cut off" is what stays.
-            outcome |= {"state": "cut off", "tries": outcome["tries"] + 1, "why": "", "limit": round(part.limit)}
-            outcome["code"] = commit()
             self._write()
-            outcome |= self._run(part, self.folder / f"{stage}.log")
-            if part.found and part.found.is_file():
-                self.found.setdefault(stage, {})[part.found.stem] = read(part.found)
-            print(
-                f"   {outcome['state']}, {outcome['seconds']} s{'. ' * bool(outcome['why'])}{outcome['why']}",
-                flush=True,
-            )
+            return False
+        print(f"== {stage}, {part.name}: {part.what} (at most {part.limit:.0f} s)", flush=True)
+        # Should this process be killed, "cut off" is what stays.
+        outcome |= {"state": "cut off", "tries": outcome["tries"] + 1, "why": "", "limit": round(part.limit)}
+        outcome |= {"code": commit(), "command": [*part.command]}
         self._write()
+        outcome |= self._run(part, self.folder / f"{stage}.log")
+        if part.found and part.found.is_file():
+            self.found.setdefault(stage, {})[part.found.stem] = read(part.found)
+        print(
+            f"   {outcome['state']}, {outcome['seconds']} s{'. ' * bool(outcome['why'])}{outcome['why']}",
+            flush=True,
+        )
+        self._write()
+        return True
 
     def unfinished(self, stages: Sequence[str]) -> list[str]:
         return [

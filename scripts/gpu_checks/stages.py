@@ -28,6 +28,7 @@ class Sizes:
     sweep: Sequence[str]
     seeds: int  # of the sweep
     experiments: str  # where WORDS names none
+    with_images: str  # before those, where CIFAR-10 (JPEG) is
 
 
 SMALL = Sizes(
@@ -46,6 +47,8 @@ SMALL = Sizes(
     sweep=("norm=bn,affine,bnminus,none", "batch=8,32,128"),
     seeds=5,
     experiments="experiment=small_batch budget=laptop; experiment=peerthum2023_accuracy budget=laptop",
+    with_images="norm=bn,affine,bnminus,none batch=8,32,128 seed=0,1,2,3,4 epochs=6 precision=bf16 dataset=image_folder"
+    " dataset.path=${data_dir}/cifar10_jpeg dataset.name=cifar10_jpeg dataset.crop_padding=4 study=cifar10_jpeg",
 )
 NETWORK = ("model=cifar_resnet", "depth=20", "threads=1")
 TINY = Sizes(
@@ -65,6 +68,7 @@ TINY = Sizes(
     seeds=1,
     experiments="norm=affine batch=16 epochs=1 dataset.train_size=96 dataset.test_size=20 study=one_more"
     f" {' '.join(NETWORK)}",
+    with_images="",
 )
 
 
@@ -136,7 +140,7 @@ def sweeps(sizes: Sizes, folder: Path, work: Path, images: Path | None) -> list[
     seeds = f"seed={','.join(map(str, range(sizes.seeds)))}"
     found = {name: work / f"{name}.json" for name in ("sweep", "again", "plain", "experiments")}
     report = [sys.executable, "report.py", f"output_dir={work}", "study=sweep"]
-    words = os.environ.get("WORDS") or sizes.experiments
+    words = os.environ.get("WORDS") or f"{sizes.with_images if images else ''};{sizes.experiments}"
     data = [f"data_dir={images}"] if images else []
     return [
         Part(
@@ -163,12 +167,18 @@ def sweeps(sizes: Sizes, folder: Path, work: Path, images: Path | None) -> list[
         ),
         Part(
             "experiments",
-            f"while there is time: {words}",
+            f"while there is time: {words.strip(';')}",
             500,
             check("sweeps", "experiments", str(found["experiments"]), str(work), "{limit}", words, *data),
             found["experiments"],
             kept=40,
             fills=True,
         ),
-        Part("pack", "all studies in records.zip", 60, check("sweeps", "pack", str(folder / "records.zip"), str(work))),
+        Part(
+            "pack",
+            "all studies in records.zip",
+            60,
+            check("sweeps", "pack", str(folder / "records.zip"), str(work)),
+            closes=True,
+        ),
     ]

@@ -18,7 +18,7 @@ import torch
 from pretended import pretended
 from torch.autograd import DeviceType
 
-from gpu_checks import bundle, engines, limited, needs, parts, replays
+from gpu_checks import bundle, engines, limited, needs, parts, replays, stages
 from gpu_checks.parts import Checked, Part
 from normlab.training.run import train_run
 
@@ -145,6 +145,8 @@ def test_a_part_that_is_finished_is_not_repeated_and_one_that_failed_is(tmp_path
         checked = Checked(tmp_path, FACTS)
         checked.carry_out("correct", python("raise SystemExit('it is broken')", "broken"))
         assert (state(checked, "broken")["tries"], state(checked, "broken")["why"]) == (tries, "it is broken")
+    assert not checked.carry_out("correct", python(count))
+    assert checked.carry_out("correct", python(count + " # with another size"))
     assert checked.unfinished(["correct"]) == ["correct broken (failed)"]
     assert "| correct | broken | failed: it is broken |" in checked.summary.read_text()
 
@@ -191,6 +193,17 @@ def test_what_a_part_found_is_in_the_summary(tmp_path: Path) -> None:
     checked.carry_out("correct", python(code, found=found))
     assert "## correct: engines\n\nall is well" in checked.summary.read_text()
     assert Checked(tmp_path, FACTS).found["correct"]["engines"]["runs"] == 3
+
+
+@pytest.mark.parametrize("images", [None, Path("images")])
+@pytest.mark.parametrize("sizes", [stages.SMALL, stages.TINY], ids=["small", "tiny"])
+def test_the_limits_of_what_has_to_be_done_fit_into_those_of_the_stage(
+    tmp_path: Path, sizes: stages.Sizes, images: Path | None
+) -> None:
+    for name in stages.STAGES:
+        listed = stages.stage_parts(name, sizes, tmp_path, tmp_path, images)
+        assert sum(part.limit for part in listed if not part.fills) <= gpu_check.STAGE_SECONDS
+        assert len({part.name for part in listed}) == len(listed)
 
 
 def test_tiny_results_and_others_do_not_share_a_folder(tmp_path: Path) -> None:
