@@ -6,6 +6,7 @@ plain      a loop in the style of torchvision's reference script: a DataLoader o
 lightning  the same loader under Lightning's Trainer, with loss and accuracy logged at every step
 tuned      what a skilled user would write instead: images in memory, augmented batch by batch on the device,
            channels_last, fused SGD, nothing read before the end of an epoch
+compile    the plain loop, its network under torch.compile, on a GPU with mode="reduce-overhead" (CUDA graphs)
 normlab    `python train.py`, as a user calls it
 
 The opponents get their images and networks from normlab, so that all train the same; all else is their own. They
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab import models, runs
-from normlab.config.schema import SGD, BuiltinDataset, Cosine, RunConfig, parse
+from normlab.config.schema import SGD, BuiltinDataset, Cosine, FolderDataset, RunConfig, parse
 from normlab.data import sources
 from normlab.data.batches import standardization
 from normlab.data.resident import Resident
@@ -70,13 +71,15 @@ class Trained:
 def images_of(config: RunConfig) -> Images:
     """Those that a run with these settings has."""
     dataset = config.dataset
-    if not isinstance(dataset, BuiltinDataset) or dataset.crop_size:
-        raise SystemExit(f"dataset={dataset.name}: the opponents read whole digits and CIFAR images.")
-    if dataset.kind == "digits":
-        source = sources.digits()
+    if not isinstance(dataset, BuiltinDataset | FolderDataset) or dataset.crop_size or dataset.kind == "imagenet":
+        raise SystemExit(f"dataset={dataset.name}: the opponents read whole images of digits, CIFAR and a folder.")
+    data_dir = Path(config.data_dir).expanduser()
+    if isinstance(dataset, FolderDataset):
+        source = sources.folder(dataset, data_dir, config.seed, torch.device("cpu"), lambda line: None)
     else:
-        source = sources.cifar(dataset.kind, Path(config.data_dir).expanduser(), lambda line: None)
-    source = sources.resized(source, dataset.image_size)
+        cifar = dataset.kind != "digits"
+        source = sources.cifar(dataset.kind, data_dir, lambda line: None) if cifar else sources.digits()
+        source = sources.resized(source, dataset.image_size)
     assert isinstance(source.train, Resident)
     assert isinstance(source.test, Resident)
     rows, _ = training_rows(source.train_labels, dataset.train_size, dataset.val_size, dataset.split_seed)
@@ -192,10 +195,13 @@ class Average:
         return self.total / self.count
 
 
-def plain(config: RunConfig, images: Images, workers: int, after_step: AfterStep) -> Trained:
+def plain(
+    config: RunConfig, images: Images, workers: int, after_step: AfterStep, *, is_compiled: bool = False
+) -> Trained:
     device = device_of(config)
     train, test = loaders(config, images, workers)
     network = network_of(config, images).to(device)
+    forward = compiled(network, device) if is_compiled else network  # of evaluation not: it would compile once more
     optimizer = optimizer_of(config, network)
     schedule = schedule_of(config, optimizer, len(train))
     seconds, test_accuracy = [], 0.0
@@ -206,7 +212,7 @@ def plain(config: RunConfig, images: Images, workers: int, after_step: AfterStep
         for batch, labels in train:
             batch, labels = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with autocast(config, device):
-                outputs = network(batch)
+                outputs = forward(batch)
                 loss = F.cross_entropy(outputs, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -222,6 +228,12 @@ def plain(config: RunConfig, images: Images, workers: int, after_step: AfterStep
             schedule.step()
         test_accuracy = plain_accuracy(config, network, test, device)
     return Trained(seconds, test_accuracy)
+
+
+def compiled(network: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    compiled: Callable[[Tensor], Tensor] = torch.compile(network, dynamic=False, mode=mode)
+    return compiled
 
 
 @torch.inference_mode()
@@ -406,7 +418,7 @@ def tuned_accuracy(config: RunConfig, network: nn.Module, test: Tensor, labels: 
     return int(hits) / len(labels)
 
 
-OPPONENTS = {"plain": plain, "lightning": lightning, "tuned": tuned}
+OPPONENTS = {"plain": plain, "lightning": lightning, "tuned": tuned, "compile": partial(plain, is_compiled=True)}
 
 
 # What a process measures
@@ -457,8 +469,10 @@ def many_runs(contender: str, settings: list[dict[str, Any]], workers: int) -> d
     """Train one network after the other."""
     configs = [parse(each) for each in settings]
     images = images_of(configs[0])  # the same for all
+    begun = time.perf_counter()
     found = [OPPONENTS[contender](config, images, workers, lambda loss: None) for config in configs]
-    return {"test_accuracy": [trained.test_accuracy for trained in found]}
+    trained_seconds = time.perf_counter() - begun  # the rest is the process's start
+    return {"test_accuracy": [trained.test_accuracy for trained in found], "trained_seconds": trained_seconds}
 
 
 def first_step(contender: str, settings: dict[str, Any], workers: int) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """The opponents of `scripts/bench speed` do the work that a run does, and no less."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,10 +146,11 @@ def test_the_tuned_loop_crops_and_flips_as_torchvision_does() -> None:
 @pytest.mark.parametrize("dataset", speed.DATASETS)
 @pytest.mark.parametrize("batch", [8, 32, 128, 512])
 def test_a_measurement_counts_full_batches_and_three_steps_at_least(dataset: str, device: str, batch: int) -> None:
-    images, epochs = speed.sizes(dataset, batch, speed.COUNTED[device][dataset])
+    images, epochs, warm = speed.sizes(device, dataset, batch, speed.counted_images(device, dataset, batch))
     assert images % batch == 0
     assert images <= speed.TRAINING_IMAGES[dataset]
-    assert (epochs - 1) * images // batch >= 3
+    assert (epochs - warm) * images // batch >= 3
+    assert warm * images // batch >= {"cpu": 1, "cuda": 5}[device]
 
 
 def test_ratios_are_of_one_round_and_above_one_where_normlab_is_faster() -> None:
@@ -163,6 +167,95 @@ def test_ratios_are_of_one_round_and_above_one_where_normlab_is_faster() -> None
     }
 
 
+@pytest.fixture
+def chosen(tmp_path: Path) -> Callable[..., argparse.Namespace]:
+    """The options of a command that measures speed."""
+
+    def options(**others: Any) -> argparse.Namespace:
+        usual = {
+            **{"what": ["speed"], "contender": ["normlab", "plain"], "rounds": 2, "dataset": ["digits"]},
+            **{"data_dir": str(tmp_path), "batch": [8, 32], "images": None, "device": "cpu", "workers": 0},
+            **{"precision": ["fp32", "tf32"], "settings": [], "json": tmp_path / "speed.json", "markdown": None},
+            **{"resume": True, "limit": 60.0},
+        }
+        return argparse.Namespace(**(usual | others))
+
+    return options
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who was measured, without measuring; after five the time is over."""
+    names: list[str] = []
+
+    def speed_of(overrides: list[str], workers: int, warm: int, contender: str) -> dict[str, Any]:
+        if len(names) == 5:
+            raise speed.LimitError
+        batch, precision = (next(one for one in overrides if one.startswith(name)) for name in ("batch", "precision"))
+        names.append(f"{contender} {batch} {precision}")
+        memory = {"peak_memory_bytes": 1, "peak_device_bytes": None}
+        return {"images_per_second": 1.0, "capture_seconds": None, **memory}
+
+    monkeypatch.setattr(speed, "speed_of", speed_of)
+    return names
+
+
+def test_a_command_that_reached_its_limit_goes_on_with_what_is_missing(chosen: Any, measured: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        speed.carry_out(chosen())
+    assert ended.value.code == speed.UNFINISHED
+    first = [*measured]
+    assert len(first) == len(set(first)) == 5  # of the eight of a round: none twice
+    measured.clear()
+    with pytest.raises(SystemExit):
+        speed.carry_out(chosen())
+    assert len({*first, *measured[:3]}) == 8
+    measured.clear()
+    with pytest.raises(SystemExit):
+        speed.carry_out(chosen())
+    assert len(measured) == 5
+    measured.clear()
+    speed.carry_out(chosen())
+    assert len(measured) == 1
+    found = json.loads(chosen().json.read_text())
+    assert [len(each) for one in found["speed"] for each in one["rounds"].values()] == [2] * 8
+
+
+def test_contenders_and_precisions_are_added_to_a_file_and_other_settings_refused(
+    chosen: Any, measured: list[str]
+) -> None:
+    one = {"batch": [8], "rounds": 1}
+    speed.carry_out(chosen(**one, precision=["tf32"]))
+    speed.carry_out(chosen(**one, precision=["fp32"], contender=["compile"]))
+    expected = [("normlab", "tf32"), ("plain", "tf32"), ("compile", "fp32")]
+    assert measured == [f"{who} batch=8 precision={precision}" for who, precision in expected]
+    found = json.loads(chosen().json.read_text())
+    assert found["options"]["contender"] == ["normlab", "plain", "compile"]
+    assert found["options"]["precision"] == ["fp32", "tf32"]
+    with pytest.raises(SystemExit, match="measured with another settings"):
+        speed.carry_out(chosen(**one, settings=["depth=34"]))
+
+
+def test_who_could_not_be_measured_is_tried_again_by_the_next_command(
+    chosen: Any, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = {"batch": [8], "precision": ["fp32"]}
+
+    def fails(*_: object) -> dict[str, Any]:
+        raise speed.UnavailableError("it is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(speed, "speed_of", fails)
+        speed.carry_out(chosen(**one))
+    assert json.loads(chosen().json.read_text())["speed"][0]["unavailable"] == {
+        "normlab": "n/a: it is away",
+        "plain": "n/a: it is away",
+    }
+    speed.carry_out(chosen(**one))
+    assert json.loads(chosen().json.read_text())["speed"][0]["unavailable"] == {}
+    assert len(measured) == 4
+
+
 @pytest.mark.slow
 def test_the_command_measures_all_and_names_those_that_cannot_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,9 +270,9 @@ def test_the_command_measures_all_and_names_those_that_cannot_be(
     (one,) = found["speed"]
     absent = set() if HAS_LIGHTNING else {"lightning"}
     assert set(one["unavailable"]) == absent
-    assert set(one["images_per_second"]) == set(speed.CONTENDERS) - absent
-    assert set(one["peak_memory_bytes"]) == set(speed.CONTENDERS) - absent
-    for contender in set(speed.CONTENDERS) - absent:
+    assert set(one["images_per_second"]) == set(speed.USUAL) - absent
+    assert set(one["peak_memory_bytes"]) == set(speed.USUAL) - absent
+    for contender in set(speed.USUAL) - absent:
         (measured,) = one["rounds"][contender]
         assert measured["steps"] == 2 * 3
         assert measured["images_per_second"] > 0
