@@ -114,16 +114,31 @@ def test_statistics_of_a_single_value_are_refused(arm, together) -> None:
         net(images(1, 6, 3, 3))
 
 
+@pytest.mark.parametrize("passes", [1, 2], ids=["once", "a layer called twice in a step"])
 @pytest.mark.parametrize("arm", WITH_STATISTICS)
-def test_averages_that_move_together_are_those_that_layers_move_alone(arm) -> None:
+def test_averages_that_move_together_are_those_that_layers_move_alone(arm, passes) -> None:
     alone, together = network(arm, norm_batch=4), network(arm, norm_batch=4)
-    for net, layers in ((alone, Steps(alone)), (together, Steps(together, together=True))):
+    for net in (alone, together):
+        layers = Steps(net)
         for step in range(3):
             layers.begin(step, 4)
-            loss_of(net(images(6, 6, 5, 5, seed=step))).backward()
+            if net is together:
+                layers.start()
+            for number in range(passes):
+                loss_of(net(images(6, 6, 5, 5, seed=step + number))).backward()
             layers.end()
     for name, value in state(alone).items():
         assert torch.equal(value, state(together)[name]), name
+
+
+def test_a_pass_between_steps_moves_averages_at_once() -> None:
+    net = network("bn")
+    layers = Steps(net)
+    layers.start()
+    layers.end()
+    before = state(net)
+    net(images(6, 6, 5, 5))
+    assert any(not torch.equal(value, state(net)[name]) for name, value in before.items())
 
 
 class Means(BatchStatistics):

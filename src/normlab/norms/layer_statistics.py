@@ -100,6 +100,8 @@ class BatchStatistics(FullPrecision):
         """
         if not (self.training or self.evaluates_on_batch):
             return self.evaluate(input)
+        if self.training and self.pending is not None:  # a network calls it several times in a step
+            move_averages([self])
         images = len(input)
         size = min(self.norm_batch or images, images)
         groups, rest = divmod(images, size)

@@ -58,16 +58,13 @@ class Clock(FullPrecision):
 class Steps:
     """Calls `at_step(step, steps)` of the modules that have it before a step (0-based), `after_step()` after it.
 
-    Args:
-        together: let `end` move the averages of all layers, in a few operations, and not each layer its own in its
-            forward pass. For steps of one forward pass each.
+    Between `start` and `end` layers leave their moving averages to `end`, which moves all in a few operations; in any
+    other forward pass each layer moves its own.
     """
 
-    def __init__(self, network: nn.Module, *, together: bool = False) -> None:
+    def __init__(self, network: nn.Module) -> None:
         modules: list[Any] = list(network.modules())
-        self._layers = [module for module in modules if together and isinstance(module, BatchStatistics)]
-        for layer in self._layers:
-            layer.alone = False
+        self._layers = [module for module in modules if isinstance(module, BatchStatistics)]
         self._before = [module.at_step for module in modules if hasattr(module, "at_step")]
         self._after = [module.after_step for module in modules if hasattr(module, "after_step")]
 
@@ -76,9 +73,16 @@ class Steps:
         for at_step in self._before:
             at_step(step, steps)
 
+    def start(self) -> None:
+        """Call before the forward pass of a step, if the averages shall move together."""
+        for layer in self._layers:
+            layer.alone, layer.pending = False, None
+
     def end(self) -> None:
         """Call after each training step."""
         move_averages(self._layers)
+        for layer in self._layers:
+            layer.alone = True
         for after_step in self._after:
             after_step()
 

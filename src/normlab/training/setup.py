@@ -175,7 +175,7 @@ def build_step(
         task,
         network,
         engines.compiled(config, group.data_parallel(network)),
-        Steps(network, together=True),
+        Steps(network),
         build_optimizer(config.optimizer, network, for_graph=engines.may_capture(config, where)),
         torch.amp.GradScaler(where.type, enabled=config.precision == "fp16"),
         transform,

@@ -43,6 +43,7 @@ class TrainingStep:
 
         Returns its loss and its number of correct classifications, scalars on the device.
         """
+        self.layers.start()
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.config, self.device):
             outputs = self.parallel(images)
