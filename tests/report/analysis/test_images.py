@@ -122,6 +122,15 @@ def test_accuracy_per_class_is_that_counted_by_hand_and_a_class_without_images_h
     assert (row["cat (%)"].text[:4], row["eel (%)"].text[:4]) == ("75.0", "50.0")
 
 
+def test_accuracy_per_class_is_of_a_setting_s_own_runs_where_settings_take_turns() -> None:
+    bits = ("110", "000", "010", "001")
+    study = planted(Planted({"depth": (18, 34)[i % 2]}, i // 2, {}) for i in range(len(bits)))
+    study = replace(study, correct={f"run{i}": bits_of(each, (1, 1, 1)) for i, each in enumerate(bits)})
+    tidy = tables_of(study)["classes"].tidy
+    found = {setting: (list(rows["mean"]), set(rows["n"])) for setting, rows in tidy.groupby("setting")}
+    assert found == {"digits, resnet18": ([50, 100, 0], {2}), "digits, resnet34": ([0, 0, 50], {2})}
+
+
 def test_of_many_classes_the_hardest_are_shown() -> None:
     names = tuple(f"c{i}" for i in range(30))
     study = study_of({"bn": [bits_of("".join("10"[i % 2] for i in range(30)), (1,) * 30, classes=names)]})

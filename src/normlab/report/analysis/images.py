@@ -194,7 +194,8 @@ def _class_table(
 ) -> Table:
     parts, shown, dropped = [], {}, False
     for setting, rows in runs.groupby("setting", sort=False):
-        values = rows.drop(columns="images").join(_class_accuracies(study, list(rows["run"])))
+        rows = rows.drop(columns="images").reset_index(drop=True)  # joined by position
+        values = rows.join(_class_accuracies(study, list(rows["run"])))
         names = list(values.columns[len(CELL) + 2 :])
         hardest = sorted(names, key=lambda name: values[name].mean())  # stable
         kept, first = set(hardest[:MOST_CLASSES]), set(hardest[:SHOWN])
