@@ -80,11 +80,14 @@ def test_each_arm_gets_the_value_that_is_best_for_it_and_everything_is_of_those_
 
 def test_test_images_have_no_part_in_the_choice():
     best_on_test = {"bn": {0.01: [90.0, 90.5, 91.0], 0.1: [99.0, 99.5, 98.0], 1.0: [10.0, 11.0, 12.0]}}
-    on_validation = {"bn": {0.01: [95.0, 95.5, 96.0], 0.1: [80.0, 81.0, 82.0], 1.0: [10.0, 11.0, 12.0]}}
+    on_validation = {"bn": {0.01: [99.0, 99.5, 100.0], 0.1: [80.0, 81.0, 82.0], 1.0: [10.0, 11.0, 12.0]}}
     study = tuned(study_of(best_on_test, on_validation))
     assert chosen(study) == {"bn": 0.01}
     tables, _ = judged_tables(study, metric_of(study.evaluations), options())
     assert tables[0].tidy["mean"].item() == pytest.approx(90.5)
+    [selected] = [table for table in tables if table.name == "tuned"]
+    assert selected.rows["digits, resnet18"][0]["validation (%)"].text == "99.5 [98.3, 100.0]"
+    assert "cut at 0 and 100 %" in selected.caption
     shuffled = study_of({"bn": dict(zip(best_on_test["bn"], [[1.0] * 3] * 3, strict=True))}, on_validation)
     assert chosen(tuned(shuffled)) == chosen(study)
 
