@@ -92,11 +92,10 @@ def image_tables(study: Study, baseline: str | None, confidence: float) -> list[
     if runs.empty:
         return []
     here = study.runs[study.runs["setting"].isin(runs["setting"])]
+    others = f" Left out, as they were evaluated on other images than most of their table: {count(left_out, 'run')}."
     words = {
         "percent": f"{per_cent(confidence)} %",
-        "notes": f" Left out, as they were evaluated on other images than most of their table: {count(left_out, 'run')}."
-        if left_out
-        else "",
+        "notes": others if left_out else "",
         "baseline": baseline,
         "seeds": SEEDS,
     }
