@@ -21,7 +21,7 @@ from normlab.common.progress import COLORS, Display, Progress, headline, one_lin
 from normlab.report.study.load import seconds_since
 from normlab.runs import archive, schema
 from normlab.runs.lock import Holder, holder
-from normlab.runs.naming import names_of
+from normlab.runs.naming import run_names
 from normlab.runs.reading import RecordPath, is_there, shown
 from normlab.runs.record import CONFIG, STATUS, find, read_config, read_status, scan
 from normlab.runs.rows import METRICS_FILE
@@ -111,7 +111,7 @@ def _settings_of(folder: RecordPath) -> dict[str, Any] | None:
 def _titles(configs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
     """Return what runs are called, by folder; one without settings by the name of that."""
     known = {name: config for name, config in configs.items() if config is not None}
-    return {name: name for name in configs} | dict(zip(known, names_of(list(known.values())), strict=True))
+    return {name: name for name in configs} | dict(zip(known, run_names(list(known.values())), strict=True))
 
 
 def _titled(run: RunStatus, titles: Mapping[str, str]) -> RunStatus:
