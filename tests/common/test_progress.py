@@ -26,6 +26,7 @@ def test_durations_read_as_people_say_them(seconds, text) -> None:
         ({"state": "done", "test_loss": 1234.5678, "wall_seconds": 1}, "test loss 1235 (1 s)"),
         ({"state": "diverged", "diverged_step": 7}, "diverged at step 7"),
         ({"state": "failed", "error": "One.\nTwo."}, "failed: One. Two."),
+        ({"state": "interrupted", "error": "interrupted by SIGTERM"}, "interrupted: by SIGTERM"),
     ],
 )
 def test_an_outcome_is_a_few_words(status, text) -> None:
@@ -45,6 +46,21 @@ def test_time_left_is_the_time_so_far_scaled_by_the_work_done_here(monkeypatch) 
     clock = 20.0
     display.news("new", {"step": 50, "steps": 100, "epoch": 0, "epochs": 1, "wall_seconds": 10})
     assert display.time_left() == pytest.approx(20.0 * 150 / 200)
+
+
+@pytest.mark.parametrize("change", ["news", "ended"])
+def test_the_time_left_can_be_asked_for_at_any_moment(change) -> None:
+    display = Display({"a": "a"}, quiet=True)
+
+    class Watched(dict):
+        """Asks after each change, as the thread does that draws the live lines."""
+
+        def __setitem__(self, key: str, value: float) -> None:
+            super().__setitem__(key, value)
+            display.time_left()
+
+    display.done = Watched()
+    getattr(display, change)("a", {**DONE, "step": 1, "steps": 2})
 
 
 def test_outside_a_terminal_there_are_lines_and_no_bars(capsys) -> None:
@@ -101,8 +117,10 @@ def test_an_error_that_is_too_long_keeps_its_last_line() -> None:
     long = one_line("RuntimeError: a\n" + "  in some frame\n" * 99 + "ValueError: the shapes differ\n")
     assert len(long) <= 240
     assert long.startswith("RuntimeError: a in some frame")
-    assert long.endswith(" ... ValueError: the shapes differ")
+    assert long.endswith("me in some frame ValueError: the shapes differ")
     assert len(one_line("x\n" + "word " * 99)) <= 240
+    assert one_line("x" * 999) == f"{'x' * 157}...{'x' * 80}"
+    assert Progress({"doing": "x" * 999}).words == (f"{'x' * 37}...{'x' * 20}",)
 
 
 def test_a_run_that_prepares_its_data_says_so() -> None:

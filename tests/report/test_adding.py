@@ -1,5 +1,6 @@
 """Command lines for more seeds, read as the command reads them and composed by Hydra."""
 
+import itertools
 import shlex
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from normlab.config import schema
 from normlab.config.command_line import read
 from normlab.launchers.composing import compose
 from normlab.report import load
-from normlab.report.adding import as_text, commands, settings
+from normlab.report.adding import _merged, as_text, commands, settings
 from normlab.report.study.arms import cell_key
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
@@ -81,6 +82,31 @@ def test_two_arms_need_a_short_line(composed) -> None:
     configs = composed(["norm=bn,none", "batch=8", "optimizer.lr=0.1"])
     [line] = commands(configs, [2, 3], "x", "outputs")
     assert line.split(" ", 2)[2] == "-m study=x norm=bn,none batch=8 optimizer.lr=0.1 seed=2,3"
+
+
+def test_a_network_is_of_the_choice_that_leaves_its_name_open(composed) -> None:
+    [line] = commands(composed(["model=torchvision", "model.name=resnet18"]), [2], "x", "outputs")
+    assert line.split(" ", 2)[2] == "-m study=x model=torchvision norm=bn batch=128 model.name=resnet18 seed=2"
+
+
+def test_thousands_of_cells_are_joined_at_once() -> None:
+    lists = {"norm": "abcdefghij", "batch": [str(i) for i in range(20)], "optimizer.lr": [str(i) for i in range(10)]}
+    cells = [
+        dict(zip(lists, ([each] for each in values), strict=True)) for values in itertools.product(*lists.values())
+    ]
+    assert _merged([dict(reversed(cell.items())) if i % 2 else cell for i, cell in enumerate(cells)]) == [
+        {name: list(values) for name, values in lists.items()}
+    ]
+
+
+@pytest.mark.parametrize(
+    "given", [{"a b": 1}, {"a/b": 1}, {"1st": 1}, {"x": {"a b": 1}}, {"x": [{"1": 1}]}, {"x": {2: 3}}]
+)
+def test_keys_that_hydra_does_not_read_as_they_are_have_no_command(composed, given) -> None:
+    [config] = composed(["model=custom", "model.name=own", "model.target=a.b.C", "+model.kwargs={x: {y: inf}}"])
+    lines = commands([config], [5], "a_study", "an output's folder")
+    assert added(composed, lines) == wanted([config], [5])
+    assert commands([{**config, "model": {**config["model"], "kwargs": given}}], [1], "x", "outputs") == []
 
 
 def test_what_no_command_gives_has_none(composed) -> None:

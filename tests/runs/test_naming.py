@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from normlab.runs import names_of, run_id
+from normlab.runs import run_id, run_names
 
 BASE: dict[str, Any] = {
     "study": "study",
@@ -36,7 +36,7 @@ def run(**settings: Any) -> dict[str, Any]:
 
 
 def named(*settings: dict[str, Any]) -> list[str]:
-    return names_of([run(**each) for each in settings])
+    return run_names([run(**each) for each in settings])
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_run_is_called_by_its_arm_by_what_tells_it_apart_and_by_its_seed(setti
 
 def test_runs_that_only_options_of_a_probe_tell_apart_have_their_ids() -> None:
     configs = [run(probe={"ics": {"times": times}}) for times in (3, 4)]
-    assert names_of(configs) == [f"bn seed=0 {run_id(config)}" for config in configs]
+    assert run_names(configs) == [f"bn seed=0 {run_id(config)}" for config in configs]
 
 
 def test_equal_runs_are_numbered() -> None:
@@ -91,11 +91,11 @@ def test_names_are_unique_short_printable_and_the_same_in_every_order(number) ->
         "seed": [0, 1],
     }
     configs = [run(**dict(zip(choices, each, strict=True))) for each in itertools.product(*choices.values())]
-    names = names_of(configs)
+    names = run_names(configs)
     assert len(set(names)) == len(configs)
     assert all(name.isprintable() and len(name) < 200 for name in names)
     order = draw.sample(range(len(configs)), len(configs))
-    assert names_of([configs[i] for i in order]) == [names[i] for i in order]
+    assert run_names([configs[i] for i in order]) == [names[i] for i in order]
 
 
 def test_only_what_varies_is_named() -> None:
@@ -104,5 +104,5 @@ def test_only_what_varies_is_named() -> None:
     for number in range(1 << len(varied)):
         chosen = {name: values for i, (name, values) in enumerate(varied.items()) if number >> i & 1}
         runs = [run(**dict(zip(chosen, values, strict=True))) for values in itertools.product(*chosen.values())]
-        for name in names_of(runs):
+        for name in run_names(runs):
             assert {setting for setting, word in words.items() if word in name} == set(chosen)

@@ -124,7 +124,7 @@ def test_processes_resume_each_other_and_an_error_of_one_ends_all(configured, tm
     )
     stopped = status(by_one)
     assert (stopped["state"], stopped["step"]) == ("interrupted", 4), printed
-    assert stopped["error"] == "interrupted by SIGUSR2"
+    assert stopped["error"] == "by SIGUSR2"
     several.train_here(by_one.as_dict())
     assert (folder(by_two) / "run.log").read_text().count("going on at epoch") == 1
     for config, processes in ((by_two, 2), (by_one, 1)):
@@ -268,7 +268,7 @@ def test_torchrun_is_interrupted_with_a_checkpoint_and_tasks_of_slurm_go_on(tmp_
         torchrun.send_signal(signal.SIGTERM)
         _, error = torchrun.communicate(timeout=60)
     stopped = runs.read_status(run) or {}
-    assert (stopped["state"], stopped["error"]) == ("interrupted", "interrupted by SIGTERM"), error
+    assert (stopped["state"], stopped["error"]) == ("interrupted", "by SIGTERM"), error
     assert error.count("Interrupted. The same command goes on") == 1
     assert (run / "checkpoint.pt").exists()
     exited, _, error = by_two_tasks(tmp_path, *COMMAND)

@@ -16,7 +16,7 @@ from small import SmallNet
 from torch import nn
 
 from normlab import models, runs
-from normlab.common import source
+from normlab.common import progress, source
 from normlab.common.errors import FolderGoneError, InterruptedRunError, RunBusyError, UserError
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
@@ -154,6 +154,7 @@ def test_an_interrupted_evaluation_is_repeated_and_no_step_is(tiny, monkeypatch,
         patch.setattr(loop, "evaluate", Mock(side_effect=InterruptedRunError("SIGTERM")))
         with pytest.raises(InterruptedRunError):
             train_run(tiny("study=parts"))
+    assert progress.outcome(status(tiny("study=parts"))) == "interrupted: by SIGTERM"
     train_run(tiny("study=parts"))
     assert steps.taken == 6 + 6
     assert outcome(tiny("study=parts")) == outcome(tiny("study=whole"))

@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import sys
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -57,16 +56,17 @@ def outcome(status: Mapping[str, Any]) -> str:
         return result + (f" ({span(seconds)})" if seconds is not None else "")
     if status["state"] == "diverged":
         return f"diverged at step {status.get('diverged_step')}"
-    return f"{status['state']}: {one_line(status.get('error'))}"
+    return f"{status['state']}: {one_line(status.get('error')).removeprefix('interrupted ')}"  # as before version 0.5
 
 
 def one_line(error: object) -> str:
-    """Return a text or an error on one line, shortened to 240 characters: its last line is left, or its beginning."""
-    text, lines = " ".join(str(error).split()), str(error).strip().splitlines()
-    if len(text) <= MOST_OF_ERROR:
-        return text
-    last = textwrap.shorten(lines[-1], MOST_OF_ERROR * 2 // 3, placeholder=" ...") if len(lines) > 1 else ""
-    return f"{textwrap.shorten(text, MOST_OF_ERROR - len(last) - 1, placeholder=' ...')} {last}".rstrip()
+    """Return a text or an error on one line, cut to 240 characters: a last line of up to 160 is left whole."""
+    lines = [" ".join(line.split()) for line in str(error).strip().splitlines()]
+    text = " ".join(filter(None, lines))
+    if len(text) <= MOST_OF_ERROR or len(lines) == 1:
+        return cut(text, MOST_OF_ERROR)
+    last = cut(lines[-1], MOST_OF_ERROR * 2 // 3)
+    return f"{cut(text.removesuffix(lines[-1]).rstrip(), MOST_OF_ERROR - len(last) - 1)} {last}"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Progress:
     def words(self) -> tuple[str, ...]:
         """Epoch, accuracy, speed and time left, "" for what is unknown; before the first step what it does instead."""
         if not self.status.get("steps"):
-            return (textwrap.shorten(str(self.status.get("doing") or "starting"), 60, placeholder=" ..."),)
+            return (cut(one_line(self.status.get("doing") or "starting"), 60),)
         left = f"{span(self.seconds_left or 0.0)} left" if 0 < self.share < 1 else ""
         return self.epoch, self.accuracy and f"test {self.accuracy}", self.speed, left
 
@@ -210,8 +210,8 @@ class Display:
         """Show a run that is under way."""
         self.under_way[key] = progress = Progress(status)
         self.states[key] = "running"
+        self.first.setdefault(key, progress.share)  # before `done`, which the refresher's `time_left` goes through
         self.done[key] = progress.share
-        self.first.setdefault(key, progress.share)
         if self.live:
             return
         last, epoch = self.noted.setdefault(key, (time.monotonic(), status.get("epoch")))
@@ -223,8 +223,8 @@ class Display:
     def ended(self, key: str, status: Mapping[str, Any]) -> None:
         """Take a run off the live lines and leave a line about how it ended."""
         self.states[key] = status["state"]
-        self.done[key] = 1.0
         self.first.setdefault(key, 0.0)
+        self.done[key] = 1.0
         self.under_way.pop(key, None)
         line = f"[{self.finished}/{len(self.names)}] {self.names[key]}: {outcome(status)}"
         if status["state"] not in ("done", "diverged"):
@@ -280,7 +280,7 @@ class Display:
     def _lines(self) -> RenderableType:
         """Return the live lines, as wide and as high as the terminal is at this moment."""
         lines, width = [(self.names[key], each) for key, each in list(self.under_way.items())], self.console.width
-        if len(self.names) <= (not self._of):
+        if not self.names or (len(self.names) == 1 and not self._of):
             return _fitted(lines, width)
         header = headline(self._of, list(self.states.values()), self.time_left())
         room = max(0, self.console.height - 2)  # beside the header, and a new line below

@@ -70,7 +70,7 @@ def _entries(order: Path, todo: Order, index: str) -> list[Entry]:
         )
     try:
         settings = [runs.completed(entry.settings) for entry in todo.tasks[int(index)]]
-        titles = runs.names_of(settings)  # of orders before version 0.5
+        titles = runs.run_names(settings)  # of orders before version 0.5
         entries = [
             Entry(folder=entry.folder, name=entry.name or title, settings=each)
             for entry, title, each in zip(todo.tasks[int(index)], titles, settings, strict=True)

@@ -191,7 +191,7 @@ def compose_runs(
             spellings += _require_same(run, first[1])
         given.append(first)
     different = [run for _, run in known.values()]
-    for run, name in zip(different, runs.names_of([run.config for run in different]), strict=True):
+    for run, name in zip(different, runs.run_names([run.config for run in different]), strict=True):
         run.title = name
     if len(known) < len(given) and config.get("quiet") is not True:
         why = f": {listed(list(dict.fromkeys(spellings)), 3, '; ')}" if spellings else ""

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ SEVERAL = 5  # seeds that are listed; more are a range
 _OF_MACHINE = ("dataset.path", "data_dir")  # settings that make no other run, without which one cannot start
 _KEPT = (*_OF_MACHINE, "norm", "batch")  # settings that a command always gives, the first two where they differ
 _PLAIN = re.compile(r"[A-Za-z_/][\w/.+-]*", re.ASCII)  # text that is read as it is
+_KEY = re.compile(r"[+~]?[a-z_][\w-]*(\.[a-z_][\w-]*)*", re.ASCII | re.IGNORECASE)  # the keys that Hydra's grammar has
 _WORDS = ("null", "true", "false", "nan", "inf")
 
 Words = dict[str, Any]  # values, and choices of groups, by setting; "+norm.x" is added, "~norm.x" taken out
@@ -78,6 +79,8 @@ def settings(config: Mapping[str, Any], *, here: bool = True) -> Words | None:
             rest = {other: value for other, value in words.items() if other != key}
             if _identity(rest) == name:
                 words = rest
+        if not all(_KEY.fullmatch(key) and as_text(value) for key, value in words.items()):
+            return None
     except (UserError, AttributeError, KeyError, TypeError, ValueError, RecursionError):  # of settings that are none
         return None
     return words
@@ -207,7 +210,8 @@ def _choices(config: Mapping[str, Any]) -> Words:
 
 def _distance(section: Mapping[str, Any], other: Mapping[str, Any]) -> int:
     one, two = runs.flatten(section), runs.flatten(other)
-    return sum(1 + (key in ("kind", "_target_", "name")) for key in one | two if one.get(key, ...) != two.get(key, ...))
+    unlike = [key for key in one | two if one.get(key, ...) not in (two.get(key, ...), "???")]  # that leave it open
+    return sum(1 + (key in ("kind", "_target_", "name")) for key in unlike)
 
 
 def _differences(composed: Mapping[str, Any], wanted: Mapping[str, Any], of_machine: Sequence[str]) -> Words:
@@ -245,11 +249,19 @@ def _differences(composed: Mapping[str, Any], wanted: Mapping[str, Any], of_mach
 
 
 def as_text(value: Any) -> str:
-    """Return a value as Hydra's command line reads it."""
+    """Return a value as Hydra's command line reads it.
+
+    Raises:
+        ValueError: for a mapping with a key that it would read as something else, or not at all.
+    """
     if isinstance(value, Mapping):
+        if any(as_text(key) != key for key in value):
+            raise ValueError("Hydra's grammar knows no quoted keys")
         return f"{{{','.join(f'{as_text(key)}:{as_text(each)}' for key, each in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{','.join(map(as_text, value))}]"
+    if isinstance(value, float):
+        return repr(value)  # JSON's Infinity is a text there
     if not isinstance(value, str):
         return json.dumps(value)
     if _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
@@ -259,20 +271,15 @@ def as_text(value: Any) -> str:
 
 
 def _merged(cells: Sequence[dict[str, list[str]]]) -> list[dict[str, list[str]]]:
-    """Return as few products of lists as make up these cells, by joining two that differ in one setting's values."""
-    left = list(cells)
-    joined = True
-    while joined:
-        joined = False
-        for i, one in enumerate(left):
-            for j in range(i + 1, len(left)):
-                other = left[j]
-                unlike = [key for key in one if one[key] != other.get(key)]
-                if one.keys() == other.keys() and len(unlike) == 1:
-                    left[i] = one | {unlike[0]: [*one[unlike[0]], *other[unlike[0]]]}
-                    del left[j]
-                    joined = True
-                    break
-            if joined:
-                break
+    """Return as few products of lists as make up these cells, by joining those that differ in one setting's values."""
+    left, before = list(cells), 0
+    while len(left) != before:
+        before = len(left)
+        for key in dict.fromkeys(key for cell in left for key in cell):
+            joined: dict[Hashable, dict[str, list[str]]] = {}
+            for cell in left:
+                alike = key in cell, frozenset((other, tuple(cell[other])) for other in cell if other != key)
+                found = joined.get(alike)
+                joined[alike] = found | {key: [*found[key], *cell[key]]} if found else cell  # no two cells are equal
+            left = list(joined.values())
     return left

@@ -2,7 +2,7 @@
 
 from normlab.runs.folder import LOG, Run, now
 from normlab.runs.identity import compared, completed, flatten, identity, run_id, run_name
-from normlab.runs.naming import names_of
+from normlab.runs.naming import run_names
 from normlab.runs.record import (
     PROBES_FOLDER,
     PROVENANCE,
@@ -36,7 +36,6 @@ __all__ = [
     "find",
     "flatten",
     "identity",
-    "names_of",
     "now",
     "probe_files",
     "read_config",
@@ -48,5 +47,6 @@ __all__ = [
     "read_status",
     "run_id",
     "run_name",
+    "run_names",
     "scan",
 ]

@@ -23,7 +23,7 @@ from normlab.runs import files, lock, reading, sums
 from normlab.runs.correct import CORRECT
 from normlab.runs.identity import FORMAT, run_id, run_name
 from normlab.runs.inside import make_own_folder
-from normlab.runs.naming import names_of
+from normlab.runs.naming import run_names
 from normlab.runs.record import (
     CONFIG,
     PROBES_FOLDER,
@@ -99,7 +99,7 @@ class Run:
     @property
     def title(self) -> str:
         """What to call the run beside the others of its sweep; by default what a run by itself is called."""
-        return self._title or names_of([self.config])[0]
+        return self._title or run_names([self.config])[0]
 
     @title.setter
     def title(self, title: str) -> None:

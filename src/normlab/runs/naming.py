@@ -28,13 +28,13 @@ _MOST_OF_ARM, _MOST_OF_VALUE, _MOST = 60, 24, 120  # characters
 _MOST_TRIED = 10  # settings that may tell runs of equal names apart
 
 
-def names_of(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def run_names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what to call each run among these: its arm, the settings that tell runs apart, and its seed.
 
     A setting that follows from those before it (a learning rate that is scaled with the batch) is left out. Names are
     different, printable and of at most about 150 characters, whatever the settings hold. They do not depend on the
-    order of the runs, unless runs are equal. Runs that would have one name get the settings by which they differ, such
-    as the study; if these do not tell them apart, the id.
+    order of the runs, unless runs are equal. Runs that would have one name get a setting that tells them apart, such as
+    the study; if there is none, the id.
     """
     keys = [cell_key(config) for config in configs]
     cells = sorted(flat_cells(configs).items(), key=lambda cell: repr(sorted(cell[1].items())))
@@ -73,7 +73,7 @@ def _condensed(row: Mapping[str, Hashable]) -> dict[str, Hashable]:
     apart = ("model.name", "depth", "seed", "probe")
     kept = {key: value for key, value in row.items() if key not in apart and not key.startswith("probe.")}
     probes = dict.fromkeys(key.split(".")[1] for key in row if key.startswith("probe."))
-    network = f"{str(row.get('model.name')).lstrip('.')}{row.get('depth') or ''}"
+    network = f"{row.get('model.name')}{row.get('depth') or ''}"
     return {**kept, _NETWORK: network} | ({"probe": ",".join(probes)} if probes else {})
 
 
@@ -97,7 +97,7 @@ def _word(key: str, short: str, row: Mapping[str, Hashable]) -> tuple[str, ...]:
 
 
 def _distinct_rests(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what to add to the names of runs of equal ones: the settings that tell them apart, else their ids."""
+    """Return what to add to the names of runs of equal ones: a setting that tells them apart, else their ids."""
     flat = [_condensed(flatten(config)) for config in configs]
     for key in sorted(varying(flat), key=_rank)[:_MOST_TRIED]:
         rests = [" ".join(("", *_word(key, key, row))) for row in flat]

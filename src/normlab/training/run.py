@@ -90,7 +90,7 @@ def _open_record(config: RunConfig, run: runs.Run, group: ProcessGroup, on_statu
         raise
     except InterruptedRunError as error:
         log.info("interrupted by %s", error)
-        run.write_status("interrupted", ended=runs.now(), error=f"interrupted by {error}")
+        run.write_status("interrupted", ended=runs.now(), error=f"by {error}")
         group.barrier()  # torchrun ends the others when the first has ended: only once all is written
         raise
     except (Exception, KeyboardInterrupt, SystemExit) as error:

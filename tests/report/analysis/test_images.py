@@ -96,10 +96,12 @@ def test_agreement_is_that_counted_by_hand() -> None:
         "none": [bits_of("10011", counts), bits_of("11110", counts), bits_of("00000", counts)],  # the last: no pair
     }
     table = tables_of(study_of(arms))["agreement"]
+    assert table.caption.endswith("the ends of an interval that is cut at 0 and 100 %.")
     # Seed 0: both 1, 4; only the arm 5; only bn 2; neither 3. Seed 1: four both, one neither.
     for name, of_two in {"both": (40, 80), "only_arm": (20, 0), "only_baseline": (20, 0), "neither": (20, 20)}.items():
         found = quantity(table, "none", name)
         assert (found["mean"], found["n"], found["done"]) == (pytest.approx(np.mean(of_two)), 2, 3)
+        assert 0 <= found["low"] <= found["high"] <= 100
     assert quantity(table, "none", "disagree")["mean"] == pytest.approx(20)
     # bn's seeds differ in the third; none's in 3 (2, 3, 5), in 3 (1, 4, 5) and in 4 (1, 2, 3, 4) of five.
     assert quantity(table, "none", "seeds_disagree")["mean"] == pytest.approx(100 * np.mean([1 / 5, 10 / 15]))
@@ -119,7 +121,17 @@ def test_accuracy_per_class_is_that_counted_by_hand_and_a_class_without_images_h
     assert list(table.tidy["quantity"]) == ["class cat", "class eel"]
     assert list(table.tidy["mean"]) == pytest.approx([75, 50])
     [row] = table.rows["digits, resnet18"]
-    assert (row["cat (%)"].text[:4], row["eel (%)"].text[:4]) == ("75.0", "50.0")
+    assert (row["cat (%)"].text, row["eel (%)"].text) == ("75.0 [0.0, 100.0]", "50.0 ± 50.0")
+    assert table.caption.endswith("the ends of an interval that is cut at 0 and 100 %.")
+
+
+def test_accuracy_per_class_is_of_a_setting_s_own_runs_where_settings_take_turns() -> None:
+    bits = ("110", "000", "010", "001")
+    study = planted(Planted({"depth": (18, 34)[i % 2]}, i // 2, {}) for i in range(len(bits)))
+    study = replace(study, correct={f"run{i}": bits_of(each, (1, 1, 1)) for i, each in enumerate(bits)})
+    tidy = tables_of(study)["classes"].tidy
+    found = {setting: (list(rows["mean"]), set(rows["n"])) for setting, rows in tidy.groupby("setting")}
+    assert found == {"digits, resnet18": ([50, 100, 0], {2}), "digits, resnet34": ([0, 0, 50], {2})}
 
 
 def test_of_many_classes_the_hardest_are_shown() -> None:
@@ -140,6 +152,6 @@ def test_runs_on_other_images_are_left_out_and_counted_and_there_is_no_table_wit
     study = replace(study, correct=study.correct | {"run3": bits_of("111", counts)})
     tables = tables_of(study)
     assert tables["classes"].runs == ["run0", "run1", "run3"]
-    assert "on other images than most of their table: 1 runs" in tables["classes"].caption
+    assert "on other images than most of their table: 1 run." in tables["classes"].caption
     assert not tables_of(replace(study, correct={}))
     assert "agreement" not in tables_of(study, None)

@@ -11,7 +11,9 @@ from scipy import stats
 
 from normlab import report
 from normlab.common.errors import UserError
-from normlab.report.analysis.metrics import METRICS, metric_of
+from normlab.report import figures
+from normlab.report.analysis.metrics import ACCURACY, METRICS, metric_of
+from normlab.report.analysis.tables import build_tables
 from normlab.report.analysis.tuning import best_of, rate_curves, tune, tuning_warnings
 from normlab.report.claims.judge import CONTRADICTED, NOT_RUN, SUPPORTED, judge
 from normlab.report.options import options
@@ -33,6 +35,11 @@ def study_of(accuracies, validation=None, **settings):
                 state = "diverged" if value is None else "done"
                 runs.append(Planted(where, seed, {} if value is None else {"test_accuracy": value}, state))
                 chosen_by.append(validation[arm][rate][seed])
+    return validated(runs, chosen_by)
+
+
+def validated(runs, chosen_by):
+    """The study of these runs, which have these accuracies on validation images at their ends."""
     study = planted(runs)
     places = study.runs[["run", "setting", "arm", "batch", "seed", "state"]]
     evaluations = study.evaluations.merge(places, on="run")
@@ -73,11 +80,14 @@ def test_each_arm_gets_the_value_that_is_best_for_it_and_everything_is_of_those_
 
 def test_test_images_have_no_part_in_the_choice():
     best_on_test = {"bn": {0.01: [90.0, 90.5, 91.0], 0.1: [99.0, 99.5, 98.0], 1.0: [10.0, 11.0, 12.0]}}
-    on_validation = {"bn": {0.01: [95.0, 95.5, 96.0], 0.1: [80.0, 81.0, 82.0], 1.0: [10.0, 11.0, 12.0]}}
+    on_validation = {"bn": {0.01: [99.0, 99.5, 100.0], 0.1: [80.0, 81.0, 82.0], 1.0: [10.0, 11.0, 12.0]}}
     study = tuned(study_of(best_on_test, on_validation))
     assert chosen(study) == {"bn": 0.01}
     tables, _ = judged_tables(study, metric_of(study.evaluations), options())
     assert tables[0].tidy["mean"].item() == pytest.approx(90.5)
+    [selected] = [table for table in tables if table.name == "tuned"]
+    assert selected.rows["digits, resnet18"][0]["validation (%)"].text == "99.5 [98.3, 100.0]"
+    assert "cut at 0 and 100 %" in selected.caption
     shuffled = study_of({"bn": dict(zip(best_on_test["bn"], [[1.0] * 3] * 3, strict=True))}, on_validation)
     assert chosen(tuned(shuffled)) == chosen(study)
 
@@ -218,10 +228,7 @@ def test_runs_can_name_what_is_tuned_and_several_settings_are_chosen_at_once():
                 where = {"optimizer.lr": rate, "optimizer.weight_decay": decay}
                 runs.append(Planted(where, seed, {"test_accuracy": 70.0}))
                 scores.append(90.0 if (rate, decay) == (0.1, 0.1) else 40.0 + seed)
-    study = planted(runs)
-    study.evaluations["val_accuracy"] = (
-        study.evaluations["run"].map(dict(zip(study.configs, scores, strict=True))) / 100
-    )
+    study = validated(runs, scores)
     for config in study.configs.values():
         config["tuned"] = ["optimizer.lr", "optimizer.weight_decay"]
     study.configs["run0"]["tuned"] = ["x" * 10**6, {"a": 1}, 3]  # a strange configuration
@@ -229,6 +236,12 @@ def test_runs_can_name_what_is_tuned_and_several_settings_are_chosen_at_once():
     assert choice.chosen.values == (0.1, 0.1)
     assert choice.edges == ["edge: 0.1 is the largest optimizer.weight_decay tried"]
     assert set(rate_curves(tune(study, study, None))) == {"run9", "run10", "run11"}  # along the rates, at that decay
+    found = tune(study, study, None)
+    found.evaluations["step"] = found.evaluations["epoch"]
+    [main, *_] = build_tables(found, ACCURACY, None, (), 0.95)
+    drawn = [each for each in figures.draw(found, main, ACCURACY, 0.95) if each.name.startswith("sensitivity")]
+    assert [each.name for each in drawn] == ["sensitivity", "sensitivity_2"]  # of the rates, and of the decays
+    assert [each.figure.axes[0].get_xscale() for each in drawn] == ["log", "linear"]
 
 
 # ---- the range of learning rates

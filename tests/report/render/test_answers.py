@@ -53,6 +53,19 @@ def test_of_too_few_seeds_nothing_is_decided(add, tmp_path):
     assert answer.reasons == ("Fewer than 3 seeds cannot tell a difference from chance.",)
 
 
+def test_an_arm_that_is_ahead_on_the_seeds_that_both_have_is_neither_level_nor_behind(add, tmp_path):
+    for seed in range(6):
+        add("bn", seed=seed, accuracies=(0.1, 0.1, 0.6 if seed < 3 else 0.96))
+    for seed in range(3):
+        add("gn", seed=seed, accuracies=(0.1, 0.1, 0.7 + 0.01 * seed))
+    told = answered(load("study", tmp_path))
+    [answer] = told.answers
+    assert (answer.verdict, answer.arm, answer.level) == ("not decided", "bn", ())
+    words = "11.00 points behind gn on the seeds that both have (95 % interval 8.52 to 13.48, p = 0.003; seeds 0, 1, 2)"
+    assert answer.lead == words
+    assert told.headline[0].endswith("(bn ahead).")
+
+
 @pytest.mark.parametrize(("state", "said"), [("running", "No run has finished yet."), ("done", "No two arms have fin")])
 def test_a_study_without_two_arms_says_so(state, said, add, tmp_path):
     add("bn", state=state)
@@ -65,7 +78,7 @@ def test_conditions_are_named_by_what_differs_and_many_are_counted(add, tmp_path
     places = [(f"digits, resnet{depth}", batch) for depth in (18, 34) for batch in (8, 32)]
     rivals = (
         Rival("none", Interval(5.0, 4.0, 6.0, 3), 0.001, (0, 1, 2)),
-        Rival("gn", Interval(9.0, 1, 17, 3), 0.2, ()),
+        Rival("gn", Interval(9.0, 1, 17, 3), 0.2, (0, 1, 2)),
     )
     found = [Leader(*place, None, "bn", Interval(90, 89, 91, 3), rivals, ("in",)) for place in places]
     told = answers(study, found, [], METRICS["test_accuracy"], (0.95, 0.05))
@@ -83,6 +96,14 @@ def test_conditions_are_named_by_what_differs_and_many_are_counted(add, tmp_path
     [answer] = answers(study, [alone], [], METRICS["test_loss"], (0.95, 0.05)).answers
     assert (answer.where, answer.arm) == ("statistics over 4 images", "bn (eps=1)")
     assert answer.verdict == "real"
+    imported = alone._replace(
+        arm="bn (norm_batch=4) (imported)", rivals=(*rivals, Rival("in", rivals[1].lead, 0.2, (0,)))
+    )
+    [answer] = answers(study, [imported], [], METRICS["test_loss"], (0.95, 0.05)).answers
+    assert (answer.arm, answer.reasons[0][:19]) == ("bn (imported)", "Fewer than 3 seeds ")
+    many = [Leader("x", i, None, f"arm{i % 6}", alone.mean, rivals[:1], ()) for i in range(10)]
+    *_, last, more = answers(study, many, [], METRICS["test_loss"], (0.95, 0.05)).headline
+    assert (last[:4], more) == ("arm3", "2 more arms lead elsewhere.")
 
 
 def test_equal_means_are_level_and_not_ahead(add, tmp_path):

@@ -123,6 +123,14 @@ def test_it_shows_the_new_state_and_is_as_its_reader_left_it(live, outputs, tmp_
     assert window.locator("p.live [role=status]", has_text="Updated.").count() == 1
 
 
+def test_a_table_stays_scrolled_both_ways(live) -> None:
+    live.window.set_viewport_size({"width": 240, "height": 120})
+    table = live.window.locator("#table-accuracy .scroll")
+    table.evaluate("table => table.scrollTo(20, 30)")
+    live.load()
+    assert table.evaluate("table => [table.scrollLeft, table.scrollTop]") == [20, 30]
+
+
 def test_it_waits_for_a_reader_who_pauses_selects_opens_a_cell_prints_or_is_at_work(live) -> None:
     window = live.window
     window.locator("#live-pause").click()

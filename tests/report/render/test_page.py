@@ -114,6 +114,15 @@ def test_a_cell_opens_its_runs_with_their_seeds_results_curves_settings_and_log(
 
 
 @pytest.mark.slow
+def test_a_link_opens_what_is_folded_and_one_that_leads_nowhere_harms_nothing(opened) -> None:
+    opened.evaluate("location.hash = '%'")
+    opened.reload()
+    [name, *_] = opened.locator("details.folded:not([open])[id]").evaluate_all("all => all.map((each) => each.id)")
+    opened.evaluate("(name) => location.hash = name.replace('-', '%2D')", name)
+    opened.wait_for_function("(name) => document.getElementById(name).open", arg=name)
+
+
+@pytest.mark.slow
 def test_a_mark_tells_the_numbers_of_the_table_and_opens_its_runs(opened, page) -> None:
     figure, tip = opened.locator("#figure-accuracy_against_batch"), opened.locator(".tip")
     table = pd.read_csv(page.parent / "accuracy.csv").set_index(["arm", "batch"])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -335,6 +336,7 @@ def test_a_run_is_called_by_what_tells_it_apart_in_its_study(add_run, study) -> 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_ctrl_c_ends_watching_quietly(run, claim, study, monkeypatch, terminal) -> None:
     claim(run("running"))
+    run("running", error=None)  # nobody holds it
 
     def stop(_: float) -> None:
         raise KeyboardInterrupt
@@ -343,6 +345,22 @@ def test_ctrl_c_ends_watching_quietly(run, claim, study, monkeypatch, terminal) 
     console = Console(file=io.StringIO(), width=200, force_terminal=terminal)
     show_status("study", study, watch=True, console=console)
     assert "1 running" in console.file.getvalue()
+    assert "bn seed=2: lost: its process is gone" in " ".join(console.file.getvalue().split())
+
+
+def test_a_quiet_watch_keeps_what_it_read_last_alone(study, monkeypatch) -> None:
+    class Runs(list):
+        """To be weakly referenced."""
+
+    def poll(_: Survey):
+        made = []
+        for _ in range(9):
+            made.append(weakref.ref(runs := Runs()))
+            yield runs
+        assert sum(each() is not None for each in made) == 1
+
+    monkeypatch.setattr(status, "_poll", poll)
+    show_status("study", study, watch=True, quiet=True, console=Console(file=io.StringIO()))
 
 
 def test_a_study_that_is_not_there_and_a_watch_that_is_no_truth_value_are_told(tmp_path, run) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from normlab.common.errors import per_cent
+from normlab.common.errors import count, per_cent
 from normlab.report.analysis import cells, frames
-from normlab.report.analysis.cells import NOTHING, Table, lists
+from normlab.report.analysis.cells import NOTHING, Table, lists, note_on_cut
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
+from normlab.report.analysis.metrics import SHARE
 from normlab.report.study.load import Study
 from normlab.runs import reading
 
@@ -91,11 +92,10 @@ def image_tables(study: Study, baseline: str | None, confidence: float) -> list[
     if runs.empty:
         return []
     here = study.runs[study.runs["setting"].isin(runs["setting"])]
+    others = f" Left out, as they were evaluated on other images than most of their table: {count(left_out, 'run')}."
     words = {
         "percent": f"{per_cent(confidence)} %",
-        "notes": f" Left out, as they were evaluated on other images than most of their table: {left_out} runs."
-        if left_out
-        else "",
+        "notes": others if left_out else "",
         "baseline": baseline,
         "seeds": SEEDS,
     }
@@ -194,13 +194,15 @@ def _class_table(
 ) -> Table:
     parts, shown, dropped = [], {}, False
     for setting, rows in runs.groupby("setting", sort=False):
-        values = rows.drop(columns="images").join(_class_accuracies(study, list(rows["run"])))
+        rows = rows.drop(columns="images").reset_index(drop=True)  # joined by position
+        values = rows.join(_class_accuracies(study, list(rows["run"])))
         names = list(values.columns[len(CELL) + 2 :])
         hardest = sorted(names, key=lambda name: values[name].mean())  # stable
         kept, first = set(hardest[:MOST_CLASSES]), set(hardest[:SHOWN])
         dropped |= len(names) > SHOWN
         names = [name for name in names if name in kept]
-        parts.append(frames.summarize(here[here["setting"] == setting], values, names, confidence))
+        of_setting = here[here["setting"] == setting]
+        parts.append(frames.summarize(of_setting, values, names, confidence, dict.fromkeys(names, SHARE)))
         shown[setting] = first
     tidy = pd.concat(parts, ignore_index=True)
     in_table = [row.quantity in shown[row.setting] for row in named_rows(tidy)]
@@ -211,7 +213,8 @@ def _class_table(
     )
     headings = {name: f"{name.removeprefix('class ')} (%)" for name in tidy["quantity"].unique()}
     shown_rows = lists(tidy[in_table], headings, lambda row: cells.with_interval(row, 1))
-    return _table("classes", tidy, shown_rows, runs, {**words, "hardest": hard})
+    notes = f"{words['notes']}{note_on_cut(tidy[in_table], '0 and 100 %')}"
+    return _table("classes", tidy, shown_rows, runs, {**words, "hardest": hard, "notes": notes})
 
 
 def _class_accuracies(study: Study, names: Sequence[str]) -> pd.DataFrame:
@@ -239,13 +242,15 @@ def _agreement_table(
         return
     values = pairs[["run", *CELL, "seed"]].join(pd.DataFrame(_shares(study, pairs)))
     compared = here[(here["arm"] != baseline) & here["setting"].isin(pairs["setting"])]
-    tidy = frames.summarize(compared, values, [*_SIDES, "disagree"], confidence)
+    shares = [*_SIDES, "disagree"]
+    tidy = frames.summarize(compared, values, shares, confidence, dict.fromkeys(shares, SHARE))
     tidy = pd.concat([tidy, _within_arms(study, tidy, runs, baseline)], ignore_index=True)
     tidy.insert(len(CELL), "baseline", baseline)
     headings = {name: f"{text.format(baseline=baseline)} (%)" for name, text in _SIDES.items()}
     headings |= {"disagree": "one of them (%)", "seeds_disagree": "one of two seeds (%)"}
     used = pd.DataFrame({"run": [*pairs["run"], *pairs["run_baseline"].unique()]})
-    yield _table("agreement", tidy, lists(tidy, headings, _share_text), used, words)
+    notes = f"{words['notes']}{note_on_cut(tidy, '0 and 100 %')}"
+    yield _table("agreement", tidy, lists(tidy, headings, _share_text), used, {**words, "notes": notes})
 
 
 def _shares(study: Study, pairs: pd.DataFrame) -> dict[str, NDArray[np.float64]]:

@@ -71,8 +71,9 @@ def leaders(study: Study, metric: Metric, tidy: pd.DataFrame, confidence: float)
         if len(arms) < 2:
             continue
         by_seed = pd.DataFrame({arm: pd.Series(samples[place[0], arm, place[1]]) for arm in arms["arm"]}).sort_index()
+        by_seed *= sign  # so that more is better
         first, second = np.triu_indices(len(arms), 1)
-        matrix = sign * by_seed.to_numpy(dtype=float).T
+        matrix = by_seed.to_numpy(dtype=float).T
         places.append(place)
         here.append((group, arms, by_seed))
         tested.append(paired_p(matrix[first] - matrix[second]))
@@ -91,19 +92,17 @@ def _leader(
     confidence: float,
 ) -> Leader:
     group, arms, by_seed = groups
-    sign, percent = (1.0 if metric.higher_is_better else -1.0), metric.unit == "%"
     of_pair = np.full((len(arms), len(arms)), math.nan)
     of_pair[np.triu_indices(len(arms), 1)] = p
-    best = int((sign * arms["mean"]).to_numpy().argmax())
+    means = arms["mean"].to_numpy()
+    best = int(means.argmax() if metric.higher_is_better else means.argmin())
     row = next(named_rows(arms.iloc[[best]]))
     rivals = []
     for i, arm in enumerate(arms["arm"]):
         if i == best:
             continue
-        minus = (sign * (by_seed[row.arm] - by_seed[arm])).dropna()
-        lead = t_interval(minus, confidence)
-        if percent:  # no difference of accuracies is larger
-            lead = lead._replace(low=max(lead.low, -100.0), high=min(lead.high, 100.0))
+        minus = (by_seed[row.arm] - by_seed[arm]).dropna()
+        lead = t_interval(minus, confidence, metric.difference_bounds)
         rivals.append(Rival(arm, lead, float(of_pair[min(i, best), max(i, best)]), tuple(map(int, minus.index))))
     finished = group["done"] + group["diverged"] > 0
     return Leader(

@@ -17,8 +17,8 @@ def power(seeds: Sequence[int], effects: Sequence[float], level: float) -> NDArr
     Args:
         seeds: numbers of paired differences.
         effects: each in standard deviations of the differences, above 0. One: the test of a difference. Two: the tests
-            against both ends of a margin (TOST), by the distances from them. Both fail together so rarely that the sum
-            of their chances to fail is that of either, and at most a little too large.
+            against both ends of a margin (TOST), by the distances from them. The chance that either fails is at most
+            the sum of both, and nearly that, so the power is at most a little too low.
         level: of the tests, both sides together; only a find on the side of the effect counts.
     """
     from scipy.special import nctdtr, stdtrit  # here: a report that plans nothing is quicker without scipy

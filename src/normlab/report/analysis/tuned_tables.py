@@ -11,9 +11,9 @@ import pandas as pd
 
 from normlab.common.errors import per_cent
 from normlab.report.analysis import cells, frames, statistics
-from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, lists
+from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, lists, note_on_cut
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
-from normlab.report.analysis.metrics import METRICS, NEAR_BEST, RATES, rates_near_the_best
+from normlab.report.analysis.metrics import METRICS, NEAR_BEST, RATES, SHARE, rates_near_the_best
 from normlab.report.analysis.tuning import rate_curves
 from normlab.report.study.load import Study
 from normlab.report.study.tuned import Choice, Tuning, value_text
@@ -45,7 +45,7 @@ def _chosen_table(tuning: Tuning, confidence: float) -> Table:
     tidy = []
     for choice in tuning.choices:
         chosen = choice.chosen
-        interval = statistics.t_interval(chosen.scores.values() if chosen else (), confidence)
+        interval = statistics.t_interval(chosen.scores.values() if chosen else (), confidence, SHARE)
         values = dict(zip(tuning.settings, chosen.values if chosen else [None] * len(tuning.settings), strict=True))
         place: dict[str, Any] = {"setting": choice.setting, "arm": choice.arm, "batch": choice.batch}
         tidy.append(
@@ -67,9 +67,9 @@ def _chosen_table(tuning: Tuning, confidence: float) -> Table:
             }
         )
     caption = _CHOSEN.format(settings=" and ".join(tuning.settings), percent=per_cent(confidence))
-    return Table(
-        "tuned", "Chosen settings", caption, pd.DataFrame(tidy), dict(rows), runs=_all_tried(tuning),
-    )  # fmt: skip
+    found = pd.DataFrame(tidy)
+    caption += note_on_cut(found, "0 and 100 %")
+    return Table("tuned", "Chosen settings", caption, found, dict(rows), runs=_all_tried(tuning))
 
 
 class _Shown:

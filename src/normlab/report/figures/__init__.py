@@ -61,7 +61,7 @@ def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas:
     for prefix, kinds in (
         (f"{table.name}_", _of_ends(study, table, metric, theme)),
         ("", _of_training(study, metric, theme)),
-        ("", sensitivity.figures(study, metric, confidence, theme)),
+        ("", iter([("sensitivity", sensitivity.figures(study, metric, confidence, theme))])),
         ("", probe_figures.figures(finished, theme)),
     ):
         for kind, drawings in kinds:

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from normlab.report.analysis.frames import CELL
 from normlab.report.figures.marks import Cell, Mark, mark
 from normlab.report.figures.style import CROWD, Canvas, Style, add_entries, broken, handles, legend
-from normlab.report.study.arms import FAMILIES, in_order, natural
+from normlab.report.study.arms import FAMILIES, in_order, natural, without_norm_batch
 from normlab.report.study.load import Study
 
 SINGLE_SEED = "single seed"  # marks the lines of single seeds where not every seed has a value
@@ -66,7 +66,7 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     where = [", ".join(filter(None, pair)) or whole for pair in zip(short, sizes, strict=True)]
     places = pd.DataFrame(
         {
-            "variant": [_without_groups(arm) for arm in cells["arm"]],
+            "variant": [without_norm_batch(arm) for arm in cells["arm"]],
             "norm_batch": groups.astype(float).to_numpy(),
             "short": short,
             "where": where,
@@ -77,10 +77,6 @@ def arrange(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
         }
     )
     return rows.assign(**places.iloc[groups_of_cells.ngroup()].set_axis(rows.index))
-
-
-def _without_groups(arm: str) -> str:
-    return re.sub(r"(?:, |(\())norm_batch=\d+", r"\1", arm).replace(" ()", "")
 
 
 def common_setting(study: Study) -> str:

@@ -23,8 +23,8 @@ from normlab.report.study.tuned import Choice, value_order, value_text
 _TICKS = 5  # values that are named on an axis of rates; of more, decades are
 
 
-def figures(study: Study, metric: Metric, confidence: float, theme: Theme) -> Iterator[tuple[str, Iterator[Drawing]]]:
-    """Yield per tuned setting of which a cell has several values the kind of figure and its pages."""
+def figures(study: Study, metric: Metric, confidence: float, theme: Theme) -> Iterator[Drawing]:
+    """Yield the pages of each tuned setting of which a cell has several values."""
     if study.tuning is None:
         return
     results = outcomes(study.tuning.study, metric).set_index("run")[metric.epoch]
@@ -35,7 +35,7 @@ def figures(study: Study, metric: Metric, confidence: float, theme: Theme) -> It
         panels = split(arrange(study, rows))
         draw = partial(sensitivity, finals=Finals(metric, values, (*CELL, "x")), theme=theme, label=name)
         pages = paged(panels, theme.canvas.panels, draw)
-        yield "sensitivity", ((figure, _runs(shown)) for figure, shown in pages)
+        yield from ((figure, _runs(shown)) for figure, shown in pages)
 
 
 def _against(
@@ -81,8 +81,9 @@ def sensitivity(panels: Sequence[Panel], finals: Finals, theme: Theme, label: st
     figure, axes = multiples(panels, theme, [chosen], height=2.3)
     every = rows_of(panels)
     distinct = sorted({(value,) for value in every["x"]}, key=value_order)
-    places = _places([value for (value,) in distinct])
-    logarithmic = list(places) == list(places.values())
+    values = [value for (value,) in distinct]
+    logarithmic = _spans_a_factor_of_ten(values)
+    places = {value: float(value) if logarithmic else i + 0.5 for i, value in enumerate(values)}
     for ax, panel in axes:
         for i, (arm, unsorted) in enumerate(by_variant(panel.rows)):
             offset = min(0.03, 0.3 / len(panel.arms)) * (i - (len(panel.arms) - 1) / 2)
@@ -97,12 +98,10 @@ def sensitivity(panels: Sequence[Panel], finals: Finals, theme: Theme, label: st
     return finals.finish(figure, axes[0][0], every, label)
 
 
-def _places(values: Sequence[Any]) -> dict[Hashable, float]:
-    """Return the place of each value on the axis: itself where the axis is logarithmic, else its number."""
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-    if len(numbers) == len(values) and numbers[0] > 0 and numbers[-1] >= 10 * numbers[0]:
-        return {value: float(value) for value in values}
-    return {value: float(i) + 0.5 for i, value in enumerate(values)}
+def _spans_a_factor_of_ten(values: Sequence[Any]) -> bool:
+    """Return whether these values, in their order, are positive numbers that do."""
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and 0 < 10 * values[0] <= values[-1]
 
 
 def _ticks(ax: Axes, places: Mapping[Hashable, float], *, logarithmic: bool) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -14,14 +13,14 @@ from normlab.report.analysis.leaders import Leader, Rival
 from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import ENOUGH
 from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
-from normlab.report.study.arms import in_order, natural
+from normlab.report.study.arms import in_order, natural, without_norm_batch
 from normlab.report.study.load import Study
 from normlab.runs.states import State
 
 REAL, OPEN = "real", "not decided"
 _NAMED = 4  # arms in a sentence
 _FEW = 3  # conditions that a sentence names
-_WRONG = {State.DIVERGED, State.FAILED, State.LOST, State.UNREADABLE}
+_ENDED_BADLY = {State.DIVERGED, State.FAILED, State.LOST, State.UNREADABLE}
 _HOPEFUL = {State.DONE, State.RUNNING}
 
 
@@ -91,7 +90,7 @@ def _conditions(found: Sequence[Leader]) -> Iterator[str]:
 def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, float]) -> Answer:
     alpha = levels[1]
     nearest = leader.rivals[0]
-    behind = [rival for rival in leader.rivals if rival.p_holm <= alpha and not _level(rival)]
+    behind = [rival for rival in leader.rivals if rival.p_holm <= alpha and rival.lead.mean > 0 and not _level(rival)]
     level = [rival for rival in leader.rivals if rival not in behind]
     sentences = {
         "May be as good, as far as these seeds tell": [rival.arm for rival in level],
@@ -103,7 +102,7 @@ def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, flo
         for words, arms in sentences.items()
         if arms and (arms is leader.out or len(leader.rivals) > 1)
     ]
-    if level and len(nearest.seeds) < ENOUGH:
+    if any(len(rival.seeds) < ENOUGH for rival in level):
         told.insert(0, f"Fewer than {ENOUGH} seeds cannot tell a difference from chance.")
     return Answer(
         where=where,
@@ -119,24 +118,27 @@ def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, flo
 
 def _level(rival: Rival) -> bool:
     """Return whether nothing but rounding is between an arm and the leader, on the seeds that both have."""
-    return rival.lead.mean < 1e-9
+    return abs(rival.lead.mean) < 1e-9
 
 
 def _name(arm: str, leader: Leader) -> str:
     """Return the arm without the number of images that the condition names."""
-    if leader.norm_batch is None:
-        return arm
-    return re.sub(r" \(\)$", "", re.sub(rf"(, )?norm_batch={leader.norm_batch}(?=[,)])", "", arm))
+    return arm if leader.norm_batch is None else without_norm_batch(arm)
 
 
 def _lead(rival: Rival, name: str, metric: Metric, confidence: float) -> str:
+    """Return what is between the leader and an arm, which may be ahead of it where it has other seeds, too."""
     mean, low, high, n = rival.lead
     if not n:
         return f"{name} is next, and has no seed in common with it"
+    place = f"ahead of {name}"
+    if mean < 0:
+        mean, low, high = -mean, -high, -low
+        place = f"behind {name} on the seeds that both have"
     size = max(abs(mean), 0 if math.isnan(low) else high - mean)
     shown = f".{metric.decimals + 1}f" if metric.decimals is not None else ".2f" if 1 <= size < 100 else ".3g"
     unit = " points" if metric.unit == "%" else ""
-    text = f"{mean:{shown}}{unit} ahead of {name}" if not _level(rival) else f"level with {name}"
+    text = f"{mean:{shown}}{unit} {place}" if not _level(rival) else f"level with {name}"
     if math.isnan(low):
         return f"{text} ({_seeds(rival.seeds)})"
     tested = "" if math.isnan(rival.p_holm) else f", p {p_text(rival.p_holm, '= ')}"
@@ -162,13 +164,16 @@ def _headline(each: Sequence[Answer], best: str, study: Study) -> Iterator[str]:
         yield from lost
         return
     real = [answer for answer in each if answer.verdict == REAL]
-    for arm, number in Counter(answer.arm for answer in real).most_common(_NAMED):
+    ahead = Counter(answer.arm for answer in real)
+    for arm, number in ahead.most_common(_NAMED):
         where = "; ".join(answer.where for answer in real if answer.arm == arm)
         yield f"{arm} has the {best} at {where if number <= _FEW else f'{number} of {len(each)} conditions'}."
+    if (more := len(ahead) - _NAMED) > 0:
+        yield f"{count(more, 'more arm')} lead{'s' * (more == 1)} elsewhere."
     undecided = [answer for answer in each if answer.verdict == OPEN]
     if len(undecided) > _FEW:
-        ahead = Counter(answer.arm for answer in undecided if not answer.level).most_common()
-        numbers = [f"{arm} at {number}{'' if i else ' of them'}" for i, (arm, number) in enumerate(ahead)]
+        best_means = Counter(answer.arm for answer in undecided if not answer.level).most_common()
+        numbers = [f"{arm} at {number}{'' if i else ' of them'}" for i, (arm, number) in enumerate(best_means)]
         level = sum(bool(answer.level) for answer in undecided)
         parts = [f"ahead: {listed(numbers, _NAMED)}"] if numbers else []
         told = "; ".join([*parts, *([f"level: the best arms at {level}"] if level else [])])
@@ -212,7 +217,7 @@ def _lost(study: Study) -> Iterator[str]:
 
 
 def _is_lost(states: Counter[str]) -> bool:
-    return bool(states.keys() & _WRONG) and not states.keys() & _HOPEFUL
+    return bool(states.keys() & _ENDED_BADLY) and not states.keys() & _HOPEFUL
 
 
 def _went_wrong(states: Counter[str]) -> str:

@@ -36,6 +36,7 @@ __all__ = [
     "natural",
     "places",
     "varying",
+    "without_norm_batch",
 ]
 
 _NORMS = declarations("norms").values()  # in the order of tables
@@ -116,6 +117,11 @@ def natural(text: str) -> list[float | str]:
     """Return a key that sorts numbers by their value: resnet18 before resnet101, 0.05 before 0.1."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", text)
     return [float(part) if i % 2 else part for i, part in enumerate(parts)]
+
+
+def without_norm_batch(arm: str) -> str:
+    """Return an arm's label without its norm_batch, which some places tell beside it."""
+    return re.sub(r"(?:, |(\())norm_batch=\d+", r"\1", arm).replace(" ()", "")
 
 
 def _rank(name: str) -> int:

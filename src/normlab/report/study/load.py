@@ -93,7 +93,7 @@ class Study:
     @cached_property
     def names(self) -> dict[str, str]:
         """Return what to call each run among the others, by its folder's name."""
-        return dict(zip(self.configs, runs.names_of(list(self.configs.values())), strict=True))
+        return dict(zip(self.configs, runs.run_names(list(self.configs.values())), strict=True))
 
     def called(self, run: str) -> str:
         """Return what to call a run, with its id; one whose settings cannot be read by the name of its folder."""

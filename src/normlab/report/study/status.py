@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -21,16 +21,16 @@ from normlab.common.progress import COLORS, Display, Progress, headline, one_lin
 from normlab.report.study.load import seconds_since
 from normlab.runs import archive, schema
 from normlab.runs.lock import Holder, holder
-from normlab.runs.naming import names_of
+from normlab.runs.naming import run_names
 from normlab.runs.reading import RecordPath, is_there, shown
 from normlab.runs.record import CONFIG, STATUS, find, read_config, read_status, scan
 from normlab.runs.rows import METRICS_FILE
 from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
 ROWS = 20  # runs listed of a state; finished runs only in a study of no more than these
-REFRESH_SECONDS = 2.0
-_WRONG = (State.FAILED, State.LOST, State.UNREADABLE)
-_ENDED = (*_WRONG, State.INTERRUPTED, *FINISHED)
+POLL_SECONDS = 2.0
+_NOT_DONE = (State.FAILED, State.LOST, State.UNREADABLE)
+_ENDED = (*_NOT_DONE, State.INTERRUPTED, *FINISHED)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _settings_of(folder: RecordPath) -> dict[str, Any] | None:
 def _titles(configs: Mapping[str, dict[str, Any] | None]) -> dict[str, str]:
     """Return what runs are called, by folder; one without settings by the name of that."""
     known = {name: config for name, config in configs.items() if config is not None}
-    return {name: name for name in configs} | dict(zip(known, names_of(list(known.values())), strict=True))
+    return {name: name for name in configs} | dict(zip(known, run_names(list(known.values())), strict=True))
 
 
 def _titled(run: RunStatus, titles: Mapping[str, str]) -> RunStatus:
@@ -280,7 +280,7 @@ def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, con
         return
     try:
         if quiet:
-            *_, runs = _poll(survey)
+            [runs] = deque(_poll(survey), maxlen=1)  # the last; a week has many
             console.print(summary(study, runs), soft_wrap=True)
         else:
             _watch(study, survey, console)
@@ -311,9 +311,9 @@ def _tell(display: Display, runs: Sequence[RunStatus]) -> bool:
         display.know(run.name, run.title, run.state)
         if run.state == State.RUNNING:
             display.news(run.name, run.facts)
-    ended = [run for run in changed if run.state in (_WRONG if run.name not in before else _ENDED)]
+    ended = [run for run in changed if run.state in (_NOT_DONE if run.name not in before else _ENDED)]
     for run in ended[:ROWS]:
-        display.ended(run.name, {"error": run.note, **run.facts, "state": run.state})
+        display.ended(run.name, {**run.facts, "error": run.note, "state": run.state})
     if len(ended) > ROWS:
         display.say(f"and {len(ended) - ROWS} more")
     return bool(changed)
@@ -326,7 +326,7 @@ def _poll(survey: Survey) -> Iterator[list[RunStatus]]:
         yield runs
         if not any(run.state in UNFINISHED for run in runs):
             return
-        time.sleep(max(REFRESH_SECONDS, time.monotonic() - begun))  # on a slow file system, not all of the time
+        time.sleep(max(POLL_SECONDS, time.monotonic() - begun))  # on a slow file system, not all of the time
 
 
 def _console() -> Console:

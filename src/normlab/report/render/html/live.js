@@ -63,14 +63,17 @@
         element.dispatchEvent(new Event("input", { bubbles: true }));
       },
     ],
-    ".scroll": [(element) => element.scrollLeft, (element, value) => (element.scrollLeft = value)],
+    ".scroll": [
+      ({ scrollLeft, scrollTop }) => (scrollLeft || scrollTop ? [scrollLeft, scrollTop] : ""),
+      (element, [left, top]) => element.scrollTo({ left, top, behavior: "instant" }),
+    ],
   };
   const asMade = new Map(all("[aria-pressed]").map((key) => [key, key.getAttribute("aria-pressed")]));
   const changed = () =>
     Object.entries(KINDS).flatMap(([kind, [read]]) =>
       all(kind, document.querySelector("main"))
         .map((element) => ({ element, value: read(element) }))
-        .filter(({ element, value }) => value !== (asMade.get(element) ?? "") && value !== 0)
+        .filter(({ element, value }) => value !== (asMade.get(element) ?? ""))
         .map(({ element, value }) => ({ kind, value, place: placeOf(element, kind) })),
     );
   const top = () => {

@@ -21,7 +21,7 @@
     element?.scrollIntoView();
   };
   const follow = () => {
-    const target = document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const target = document.getElementById(location.hash.slice(1)) || document.querySelector(":target");
     if (target?.id.startsWith("cell-") && target.dataset.row) open(Number(target.dataset.row));
     else if (target) reveal(target);
   };
@@ -75,11 +75,11 @@
   };
   const filter = (input) => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    for (const row of input.closest(".part").querySelectorAll("tbody tr")) {
+    const rows = [...input.closest(".part").querySelectorAll("tbody tr")];
+    for (const row of rows) {
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
     }
-    const rows = [...input.closest(".part").querySelectorAll("tbody tr")];
     input.nextElementSibling.textContent = words.length ? `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows` : "";
   };
   document.addEventListener("click", (event) => {
