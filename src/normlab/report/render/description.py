@@ -44,6 +44,8 @@ def _question_of_arms(study: Study) -> str:
     settings = sorted(placed["setting"].unique(), key=natural)
     sizes = f" at batch size {listed(batches, 8)}" if batches else ""
     where = settings[0] if len(settings) == 1 else f"{len(settings)} settings, from {settings[0]} to {settings[-1]}"
+    if len(arms) == 1:
+        return f"How well does {arms[0]} do{sizes}? On {where}."
     return f"Which arm does best{sizes}: {listed(arms, 8)}? On {where}."
 
 
