@@ -93,6 +93,10 @@ def test_an_arm_that_is_left_out_is_named_with_what_it_reached_and_no_lead_is_re
     )
     [answer] = told.answers
     assert (answer.verdict, answer.others) == ("real among those compared", (f"Not compared: {bn}.",))
+    for seed in range(4):
+        add("gn", 16, seed, (0.1, 0.2, 0.71))
+    told = answered(load("study", tmp_path))
+    assert told.headline[0] == "Not decided by these seeds: batch 16 (gn ahead of the arms compared)."
 
 
 def test_arms_without_a_run_are_named_and_so_are_conditions_of_one_arm(add, tmp_path):
@@ -121,7 +125,7 @@ def test_the_page_offers_what_would_decide_answers_only_where_one_is_open(add, t
         add("gn", 32, seed, (0.1, 0.2, 0.5))
     page = build("study", tmp_path, options(baseline="gn", figures=False)).read_text()
     assert "what would decide the others" in page
-    assert '<p class="effects">in has no run.</p>' in page
+    assert '<div class="effects">in has no run.</div>' in page
 
 
 def test_an_arm_that_leads_under_another_setting_is_missed_where_it_has_no_run(add, tmp_path):

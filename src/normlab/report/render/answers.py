@@ -39,6 +39,7 @@ class Answer(NamedTuple):
         others: sentences about the arms that it is not compared with.
         cell: setting, arm and batch size of its runs.
         level: arms whose mean is the same.
+        among: " of the arms compared" where others are left out because runs went wrong, else "".
     """
 
     where: str
@@ -50,6 +51,7 @@ class Answer(NamedTuple):
     others: tuple[str, ...]
     cell: tuple[str, str, int]
     level: tuple[str, ...] = ()
+    among: str = ""
 
 
 class Answers(NamedTuple):
@@ -121,6 +123,7 @@ def _answer(leader: Leader, where: str, metric: Metric, levels: tuple[float, flo
         ),
         cell=(leader.setting, leader.arm, leader.batch),
         level=tuple(_name(rival.arm, leader) for rival in leader.rivals if _level(rival)),
+        among=" of the arms compared" if left_out else "",
     )
 
 
@@ -169,11 +172,10 @@ def _seeds(seeds: Sequence[int]) -> str:
 def _headline(each: Sequence[Answer], best: str) -> Iterator[str]:
     """Yield one or two sentences on who is ahead."""
     real = [answer for answer in each if answer.verdict != OPEN]
-    ahead = Counter((answer.arm, answer.verdict) for answer in real)
-    for (arm, verdict), number in ahead.most_common(_NAMED):
-        where = "; ".join(answer.where for answer in real if (answer.arm, answer.verdict) == (arm, verdict))
-        among = "" if verdict == REAL else "of the arms compared "
-        yield f"{arm} has the {best} {among}at {where if number <= _FEW else f'{number} of {len(each)} conditions'}."
+    ahead = Counter((answer.arm, answer.among) for answer in real)
+    for (arm, among), number in ahead.most_common(_NAMED):
+        where = "; ".join(answer.where for answer in real if (answer.arm, answer.among) == (arm, among))
+        yield f"{arm} has the {best}{among} at {where if number <= _FEW else f'{number} of {len(each)} conditions'}."
     if (more := len({arm for arm, _ in ahead} - {arm for (arm, _), _ in ahead.most_common(_NAMED)})) > 0:
         yield f"{count(more, 'more arm')} lead{'s' * (more == 1)} elsewhere."
     undecided = [answer for answer in each if answer.verdict == OPEN]
@@ -194,7 +196,7 @@ def _headline(each: Sequence[Answer], best: str) -> Iterator[str]:
 
 def _ahead(answer: Answer) -> str:
     if not answer.level:
-        return f"{answer.arm} ahead"
+        return f"{answer.arm} ahead{answer.among}"
     *others, last = answer.arm, *answer.level[: _NAMED - 1]
     more = len(answer.level) - _NAMED + 1
     return f"{', '.join(others)} and {last} level" if more < 1 else f"{count(len(answer.level) + 1, 'arm')} level"
