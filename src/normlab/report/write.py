@@ -96,7 +96,7 @@ def write_report(study: str, output_dir: str | Path, options: Options, stamp: st
             _write(folder / f"{table.name}.{suffix}", text)
     files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
     drawings, missing = _drawings(chosen, tables[0], metric, options, folder) if options.figures else ([], "")
-    warnings = [*chosen.warnings, *tuning_warnings(chosen.tuning), *_remarks(whole, chosen, metric, options)]
+    warnings = [*chosen.warnings, *tuning_warnings(chosen), *_remarks(whole, chosen, metric, options)]
     warnings += [missing] if missing else []
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
@@ -137,7 +137,7 @@ def _studies(folder: Path, warnings: list[str], options: Options) -> Iterator[St
             warnings.append(f"{name} is left out: {first_line(error)}")
             continue
         warnings += study.warnings
-        warnings += [f"{name}: {warning}" for warning in tuning_warnings(study.tuning)]
+        warnings += [f"{name}: {warning}" for warning in tuning_warnings(study)]
         yield study
 
 
