@@ -206,7 +206,12 @@ def show_next(study: str, output_dir: str | Path, options: Options, looks: objec
         for line in more_seeds.all_commands(whole, found):
             say(line)
         return
-    say("\n".join(more_seeds.lines(whole, found, options, looks)))
+    told = (
+        more_seeds.lines(whole, found, options, looks)
+        if found
+        else [more_seeds.nothing_asked(chosen, options, judgements)]
+    )
+    say("\n".join(told))
 
 
 def pack_study(
@@ -307,8 +312,8 @@ def _check_begun(study: Study, words: str, options: Options) -> None:
     if not study.finished.empty or not study.evaluations.empty:
         return
     counts = study.states()
-    of_what = f"of {options.selection} " if options.selection else ""
-    failed = study.runs[study.runs["state"] == "failed"]
+    of_what = f"of {options.selection_in_short} " if options.selection else ""
+    failed = study.every[study.every["state"] == "failed"]
     if counts["running"]:
         advice = "\nIts runs are under way, and none has been evaluated yet. Give the same command again later."
     else:
@@ -351,7 +356,7 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
             " is optimistic. Test images say how good the chosen runs are: metric=test_accuracy"
         )
     if options.selection:
-        yield f"Only {options.selection} is reported; p-values are corrected over what is reported."
+        yield f"Only {options.selection_in_short} is reported; p-values are corrected over what is reported."
     done = study.evaluations[study.evaluations["state"] == "done"]
     for setting, rows in done.groupby("setting"):
         if metric.name not in rows or rows[metric.name].isna().all():
