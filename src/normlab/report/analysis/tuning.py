@@ -116,7 +116,8 @@ def tune(
         confidence: of the intervals that tell ties.
 
     Raises:
-        UserError: for settings that cannot be tuned, and where there is a choice without validation images.
+        UserError: for settings that cannot be tuned, for a choice without validation images, and where in no cell two
+            values share the seeds that a choice needs.
     """
     settings = tuned_settings(study, given)
     if not settings:
@@ -153,7 +154,7 @@ def _choice(cell: tuple[str, str, int], every: Sequence[Tried], confidence: floa
 
 
 def _furthest(choice: Choice, evaluated: set[str]) -> Tried:
-    """Return the first value of which a run has been evaluated, where none has finished; else the first of all."""
+    """Return the value that is shown while none has finished: the first with an evaluation, else the first of all."""
     return next((each for each in choice.tried if not evaluated.isdisjoint(each.runs.values())), choice.tried[0])
 
 
