@@ -51,7 +51,7 @@ def _question_of_arms(study: Study) -> str:
 
 def run_counts(study: Study, *, zeros: bool = False) -> str:
     """Return the number of runs in each state, as a sentence."""
-    return f"{count(len(study.runs), 'run')}: {study.counted(zeros=zeros)}."
+    return f"{count(len(study.every), 'run')}: {study.counted(zeros=zeros)}."
 
 
 def facts(study: Study) -> list[str]:

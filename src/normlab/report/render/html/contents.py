@@ -167,7 +167,7 @@ def _text(name: str) -> str:
 
 
 def _noted(study: Study) -> list[dict[str, Any]]:
-    """Return the runs that are not done and the gaps of the grid."""
+    """Return the runs that are not done, those that were tried among them, and the gaps of the grid."""
     return [
         {
             "run": study.called(run.run) if run.run else "(no folder)",
@@ -176,7 +176,7 @@ def _noted(study: Study) -> list[dict[str, Any]]:
             "state": run.state,
             "note": run.note or "",
         }
-        for run in named_rows(study.runs[study.runs["state"] != "done"])
+        for run in named_rows(study.every[study.every["state"] != "done"])
     ]
 
 
