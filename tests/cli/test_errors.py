@@ -204,6 +204,12 @@ def test_an_error_of_a_users_own_code_is_told_from_ours(tmp_path) -> None:
     assert bugs.blame(ours.value).startswith("This is an error of normlab")
 
 
+def test_what_is_to_be_sent_to_the_authors_has_the_command(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", "study=x"])
+    assert "\n  command: report.py next study=x\n" in bugs.report(ValueError("x"), "next")
+    assert "\n  command: report.py study=x\n" in bugs.report(ValueError("x"))
+
+
 OWN_FILES = {
     "name: [": ["broken.yaml", "cannot be read"],
     "- 1": ["norm=[1] is not valid: expected settings"],
@@ -231,8 +237,13 @@ def test_a_pipe_that_closes_and_a_folder_that_is_gone_are_no_errors_of_ours(tmp_
     script, gone = [sys.executable, ROOT / "train.py"], tmp_path / "gone"
     reader, writer = os.pipe()
     os.close(reader)
-    piped = subprocess.run([*script, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
-    assert (piped.returncode, piped.stderr) == (1, "")
+    packed = f"study={ROOT / 'outputs/reference/digits_every_norm.normlab.zip'}"
+    for words in (["train.py", "--help"], ["train.py", "doctor"], ["report.py", "status", packed]):
+        command = [sys.executable, ROOT / words[0], *words[1:]]
+        piped = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        assert (piped.returncode, piped.stderr) == (1, "")
+        both = subprocess.run(command, stdout=writer, stderr=writer, cwd=tmp_path)
+        assert both.returncode == 1
     gone.mkdir()
     gone_too = f"rmdir {gone} && exec {shlex.join(map(str, script))}"
     started = subprocess.run(["sh", "-c", gone_too], cwd=gone, capture_output=True, text=True)

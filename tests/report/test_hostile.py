@@ -11,7 +11,8 @@ import pytest
 from normlab import report
 from normlab.common.errors import UserError
 from normlab.report.study.find import find_studies, find_study
-from normlab.report.write import build_results, study_status
+from normlab.report.study.status import study_status
+from normlab.report.write import build_results
 
 TABLES_ONLY = report.options(figures=False)
 

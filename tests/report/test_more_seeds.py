@@ -10,10 +10,19 @@ from planted import Planted, planted
 from scipy import stats
 
 from normlab import report
-from normlab.report.analysis.metrics import ACCURACY
+from normlab.report.analysis.metrics import ACCURACY, RATES
 from normlab.report.analysis.tuning import tune
 from normlab.report.claims.judge import judge
-from normlab.report.more_seeds import Need, _of_verdicts, lines, needs, new_seeds, report_command, seeds_table
+from normlab.report.more_seeds import (
+    Need,
+    _of_verdicts,
+    lines,
+    needs,
+    new_seeds,
+    nothing_asked,
+    report_command,
+    seeds_table,
+)
 from normlab.report.tables import chosen_runs
 
 BN = (50.0, 50.6, 49.1, 50.2, 51.0)
@@ -83,8 +92,7 @@ def test_of_fewer_than_three_seeds_the_first_look_is_asked_for(study, seeds) -> 
 
 def test_what_more_seeds_cannot_settle(study) -> None:
     [need] = found(study([2.0, -1.0, 3.0, 0.5, 1.0], states=["diverged", *["done"] * 4]))
-    assert (need.seeds, need.settles) == (None, False)
-    assert "diverged" in need.note
+    assert (need.seeds, need.settles, need.note) == (None, False, "more seeds do not settle it: some pairs diverged")
 
 
 def test_differences_of_zero_are_not_planned_for(study) -> None:
@@ -102,7 +110,7 @@ def test_verdicts_are_planned_for_by_the_margins_of_their_claims() -> None:
     minus = [1.5, -2.6, 1.9, -0.4, -1.1]
     runs = [
         Planted({"norm.name": arm}, seed, {"test_accuracy": BN[seed] + difference})
-        for arm, minus in (("bn", [0.0] * 5), ("renorm", minus), ("lp1", minus))
+        for arm, minus in (("bn", [0.0] * 5), *((arm, minus) for arm in ("renorm", "lp1", "lp2", "lpinf")))
         for seed, difference in enumerate(minus)
     ]
     judgements = judge(planted(runs))
@@ -168,6 +176,29 @@ def test_a_cell_of_which_no_run_is_done_gets_no_command(study) -> None:
     assert (need.settles, need.note) == (False, "no run has finished there")
 
 
+def test_an_arm_all_of_whose_runs_diverged_is_said_to_have(study) -> None:
+    [need] = found(study([2.0, -1.0], states=["diverged", "diverged"]))
+    assert (need.settles, need.note) == (False, "more seeds do not settle it: all runs diverged there")
+
+
+def test_a_claim_of_which_a_comparison_is_not_run_is_not_worth_seeds_that_would_not_settle_it() -> None:
+    ours = "wu2018-bn-falls"
+    needed = {}
+    for sign in (1, -1):
+        minus = [1.5, -0.6, 1.9, 0.4, 1.1]
+        runs = [
+            Planted({"norm.name": "bn", "norm_batch": size}, seed, {"test_accuracy": BN[seed] + more})
+            for size, added in ((2, [0.0] * 5), (16, minus))
+            for seed, more in enumerate(sign * value for value in added)
+        ]
+        judgements = [each for each in judge(planted(runs)) if each.claim.id == ours]
+        [needed[sign]] = _of_verdicts(planted(runs), report.options(), judgements, 2)
+    assert not needed[1].settles
+    assert needed[1].note.startswith("more seeds do not settle it: the claim needs what was not run, too: bn (")
+    assert needed[1].note.endswith("(the study has no gn)")
+    assert needed[-1].settles  # they can contradict it
+
+
 def test_runs_that_were_carried_out_elsewhere_are_no_more_to_train(study, add_run) -> None:
     add_run("none", seed=5, tuned=[], device="cuda")
     add_run("bn", seed=5, tuned=["norm.eps"], threads=2)
@@ -184,6 +215,80 @@ def test_new_seeds_of_a_tuned_study_are_judged_as_tuned(add_run, tmp_path) -> No
     [need] = found(chosen_runs(whole, report.options()))
     words = judged_by(whole, need)
     assert (words["tuned"], words["arms"]) == ("[optimizer.lr]", "[none,bn]")
+    assert words["study"] == "study"  # nothing is chosen that new runs could change
+
+
+def in_full(study):
+    """A planted study with the columns of one that was loaded, and its test accuracy on validation images, too."""
+    places = study.runs[["run", "setting", "arm", "batch", "seed", "state"]]
+    unknown = dict.fromkeys(("wall_seconds", "peak_memory_bytes", "parameters"), math.nan)
+    rows = study.evaluations.merge(places, on="run").assign(val_accuracy=study.evaluations["test_accuracy"])
+    return dataclasses.replace(study, runs=study.runs.assign(**unknown), evaluations=rows)
+
+
+def tuned_study(differs):
+    """A study of two arms at three learning rates, of which 0.01 is best, with none behind bn by `differs`."""
+    runs = [
+        Planted({"norm.name": arm, "optimizer.lr": rate}, seed, {"test_accuracy": 90.0 - lost - minus})
+        for arm in ("bn", "none")
+        for rate, lost in ((0.001, 20.0), (0.01, 0.0), (0.1, 2.0))
+        for seed, minus in enumerate(differs if arm == "none" else [0.0] * len(differs))
+    ]
+    tried = in_full(planted(runs))
+    return tried, tune(tried, tried, "optimizer.lr")
+
+
+def test_new_seeds_of_a_study_with_a_choice_go_to_one_of_their_own_where_nothing_is_chosen_anew() -> None:
+    tried, best = tuned_study([2.0, -1.0, 3.0, 0.5])
+    wanted = needs(best, ACCURACY, report.options(), judge(best))
+    difference = next(need for need in wanted if not need.claim)
+    words = judged_by(tried, difference)
+    assert words["study"] == "planted_more"
+    assert (words["arms"], words["batches"], words["alpha"]) == ("[none,bn]", "[32]", "0.025")
+    assert {config["optimizer"]["lr"] for config in difference.configs} == {0.01}
+    for claimed in (need for need in wanted if need.claim and need.settles):
+        of_rates = claimed.comparison.measure.probe == RATES
+        words = judged_by(tried, claimed)
+        assert words["study"] == ("planted_rates" if of_rates else "planted_more")
+        assert (words["tuned"], "arms" in words) == ("[optimizer.lr]", False)
+
+
+def test_verdicts_are_judged_together_and_corrected_once() -> None:
+    minus = {"none": [2.0, -1.0, 3.0, 0.5, 1.0], "affine": [1.0, -2.0, 3.5, 0.5, 1.0]}
+    runs = [
+        Planted({"norm.name": arm}, seed, {"test_accuracy": BN[seed] - each})
+        for arm, values in ({"bn": [0.0] * 5} | minus).items()
+        for seed, each in enumerate(values)
+    ]
+    here = in_full(planted(runs))
+    claimed = [need for need in needs(here, ACCURACY, report.options(), judge(here)) if need.claim and need.settles]
+    assert len(claimed) > 1
+    assert len({need.seeds for need in claimed}) > 1
+    most = max(need.seeds for need in claimed)
+    for need in claimed:
+        assert need.level == pytest.approx(0.025 / len(claimed), rel=0.1)
+        words = judged_by(here, need)
+        assert (words["alpha"], words["seeds"]) == ("0.025", f"[{','.join(map(str, range(5, 5 + most)))}]")
+    assert "are judged together" in next(lines(here, claimed, report.options(), 2))
+    assert "are judged together" not in next(lines(here, claimed[:1], report.options(), 2))
+
+
+def test_where_nothing_was_compared_it_is_said_and_why(study) -> None:
+    whole = study([2.0, -1.0, 3.0, 0.5, 1.0])
+    alone = report.options(arms=["bn"])
+    said = nothing_asked(chosen_runs(whole, alone), alone, [])
+    assert said.startswith("Study study: nothing of arms=[bn] was compared, as only bn is there")
+    without = report.options(baseline=None)
+    assert "baseline=null is none of the arms (bn, none)" in nothing_asked(whole, without, [])
+    assert "nothing is inconclusive" in nothing_asked(whole, report.options(), [])
+
+
+def test_the_caption_names_the_command_with_the_options_of_the_report(study) -> None:
+    whole = study([2.0, -1.0, 3.0, 0.5, 1.0])
+    options = report.options(seeds=[0, 1, 2], alpha=0.1)
+    chosen = chosen_runs(whole, options)
+    table = seeds_table(chosen, needs(chosen, ACCURACY, options, []), options)
+    assert table.caption.endswith(" 'seeds=[0,1,2]' alpha=0.1.")
 
 
 def test_a_range_of_rates_is_trained_at_all_rates_and_a_grid_that_ends_at_its_best_is_to_be_widened() -> None:
@@ -195,16 +300,13 @@ def test_a_range_of_rates_is_trained_at_all_rates_and_a_grid_that_ends_at_its_be
         for seed in range(4)
         for lost in [30.0 * (rate == 0.001 and seed == (arm == "bn"))]
     ]
-    tried = planted(runs)
-    evaluations = tried.evaluations.assign(val_accuracy=tried.evaluations["test_accuracy"])
-    unknown = dict.fromkeys(("wall_seconds", "peak_memory_bytes", "parameters"), math.nan)
-    tried = dataclasses.replace(tried, runs=tried.runs.assign(**unknown), evaluations=evaluations)
+    tried = in_full(planted(runs))
     best = tune(tried, tried, "optimizer.lr")
     judgements = [each for each in judge(best) if each.claim.id == "santurkar2018-rates-width"]
     [need] = _of_verdicts(best, report.options(), judgements, 2)
     cells = sorted((config["norm"]["name"], config["optimizer"]["lr"]) for config in need.configs)
     assert cells == [(arm, rate) for arm in ("bn", "none") for rate in rates]
-    assert "widen the grid: 0.1 is the largest optimizer.lr tried (bn)" in need.advice
+    assert "widen the grid: 0.1 is the largest optimizer.lr tried (bn, batch 32)" in need.advice
 
 
 def test_a_command_of_several_comparisons_is_printed_once(study, monkeypatch) -> None:

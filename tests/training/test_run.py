@@ -52,6 +52,14 @@ def test_a_run_leaves_the_promised_record(tiny) -> None:
     assert train_run(config) == ended, "a finished run is left alone"
 
 
+def test_a_run_whose_output_nobody_reads_any_more_is_interrupted_and_goes_on(tiny) -> None:
+    config = tiny("study=piped")
+    with pytest.raises(BrokenPipeError):
+        train_run(config, on_status=Mock(side_effect=BrokenPipeError))
+    assert status(config)["state"] == "interrupted"
+    assert train_run(config)["state"] == "done"
+
+
 def of_a_library(num_classes: int) -> nn.Module:
     return nn.Sequential(timm.layers.ConvNormAct(3, 4, 3), nn.Flatten(), nn.Linear(256, num_classes))
 

@@ -29,6 +29,7 @@ from normlab.common.cpu import BF16_SPEED, bf16_instructions, cores
 from normlab.common.download import unreachable
 from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
+from normlab.config.command_line import CommandLine
 from normlab.config.hydra import exit_with_error, settings_of
 from normlab.config.schema import FolderDataset, ImageDataset, RegressionDataset, RunConfig
 from normlab.data import inventory
@@ -72,9 +73,10 @@ def run(composed: DictConfig) -> NoReturn:
     """Check this machine and end the process, with status 0 if a run with these settings can train here, else 1."""
     try:
         config = schema.parse(settings_of(composed))
-    except Exception as error:
-        exit_with_error(error)  # past Hydra, which would add a line of its own
-    sys.exit(not examine(config, HydraConfig.get().runtime.choices["hydra/launcher"]))
+        is_ready = examine(config, HydraConfig.get().runtime.choices["hydra/launcher"])
+    except Exception as error:  # past Hydra, which would add a line of its own
+        exit_with_error(error, CommandLine("train", "doctor", settings=sys.argv[1:]))
+    sys.exit(not is_ready)
 
 
 def examine(config: RunConfig, launcher: str, console: Console | None = None) -> bool:

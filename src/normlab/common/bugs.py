@@ -36,8 +36,13 @@ def told(error: BaseException) -> str:
     return f"{described(error)}. {blame(error)}"
 
 
-def report(error: BaseException) -> str:
-    """Return the lines below a traceback that say whose error it is, and what to send to the authors of normlab."""
+def report(error: BaseException, command: str | None = None) -> str:
+    """Return the lines below a traceback that say whose error it is, and what to send to the authors of normlab.
+
+    Args:
+        error: what was raised.
+        command: the word in front of the settings, which sys.argv has not.
+    """
     code = git.state()
     commit = (
         f", commit {code['commit'] or code.get('error')}{' with changes' if code.get('diff') else ''}" if code else ""
@@ -47,7 +52,7 @@ def report(error: BaseException) -> str:
     return "\n".join(
         (
             f"{blame(error)}\nPlease send its authors the traceback above, and these lines:",
-            f"  command: {shlex.join([program, *sys.argv[1:]])}",
+            f"  command: {shlex.join([program, *([command] if command else []), *sys.argv[1:]])}",
             f"  normlab {normlab.__version__}{commit}",
             f"  Python {platform.python_version()}, {', '.join(versions)}",
             f"  {platform.platform()}",

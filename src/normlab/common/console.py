@@ -16,6 +16,10 @@ class Console(rich_console.Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
+    def on_broken_pipe(self) -> None:
+        """Leave the error to who ends the process, where Rich would end it here."""
+        raise  # Rich calls this while it handles the error
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a text as rich has it, which would take off the ends of escape sequences."""
         return super().render_str(plain(text), **options)

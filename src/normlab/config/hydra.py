@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -94,9 +95,6 @@ def run_main(
         sys.stdout.flush()
     except (KeyboardInterrupt, InterruptedRunError):
         exit_interrupted(goes_on=script == "train")
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(1)
     except Exception as error:
         exit_with_error(error, line)
     sys.exit(0)
@@ -141,21 +139,35 @@ def exit_with_error(error: Exception, line: CommandLine | None = None) -> NoRetu
     """Print an error and end the process with exit status 1.
 
     What the user can mend is a sentence of at most five lines, anything else a traceback with what to send to whom.
+    Nothing is printed where nobody reads it any more.
 
     Args:
         error: of normlab, Hydra, OmegaConf, or any other.
         line: the command line that it came of; if it is not given, settings of train.
     """
+    if isinstance(error, BrokenPipeError) and _leave_closed_pipes():
+        sys.exit(1)
     sentence = _sentence(error, line or CommandLine("train", settings=sys.argv[1:]))
     if sentence is None:
         from normlab.common import bugs  # whose imports take time, and few errors need them
 
         say("".join(traceback.format_exception(error)).rstrip(), file=sys.stderr)
-        lines = [bugs.report(error)]
+        lines = [bugs.report(error, line.command if line else None)]
     else:
         lines = [line for line in str(sentence).splitlines() if line.strip()][:5]
     say("\n".join(lines), file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def _leave_closed_pipes() -> bool:
+    """Return whether a reader of what is printed, such as head, has seen enough; what it has not read goes nowhere."""
+    closed = select.poll()
+    for number in (1, 2):
+        closed.register(number, 0)
+    numbers = [number for number, event in closed.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for number in numbers:  # also what Python writes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(numbers)
 
 
 def _sentence(error: Exception, line: CommandLine) -> UserError | None:

@@ -63,7 +63,7 @@ def run(composed: DictConfig) -> float | None:
     except Exception as error:
         if processes.rank and isinstance(error, UserError | OmegaConfBaseException):
             sys.exit(1)
-        if mode == RunMode.RUN or processes.world > 1:
+        if mode == RunMode.RUN or processes.world > 1 or isinstance(error, BrokenPipeError):
             exit_with_error(error)  # here and not in Hydra, which would add a line of its own
         raise
 

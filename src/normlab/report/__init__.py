@@ -8,7 +8,8 @@ how far a study is, `show_next` what would settle what is inconclusive in it, `p
 
 from normlab.report.options import Options, options
 from normlab.report.study.load import Study, load
-from normlab.report.write import build, build_claims, build_results, pack_study, show_next, study_status, verify_study
+from normlab.report.study.status import study_status
+from normlab.report.write import build, build_claims, build_results, pack_study, show_next, verify_study
 
 __all__ = [
     "Options",

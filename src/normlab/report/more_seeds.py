@@ -6,6 +6,7 @@ first look nor the number that it asked for makes false verdicts likelier.
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from normlab.common.errors import UserError, count, exact, listed, per_cent
+from normlab.common.errors import UserError, as_typed, count, exact, listed, per_cent
 from normlab.common.installation import command_name, study_words
 from normlab.common.progress import span
 from normlab.config import schema
@@ -25,26 +26,32 @@ from normlab.report.analysis.power import MOST, POWER, seeds_needed
 from normlab.report.analysis.statistics import ENOUGH, paired, spread, t_interval
 from normlab.report.analysis.tuning import RATE, along_setting
 from normlab.report.claims.claims import Comparison, Side
-from normlab.report.claims.judge import INCONCLUSIVE, ComparisonResult, Judgement
+from normlab.report.claims.judge import INCONCLUSIVE, NOT_RUN, ComparisonResult, Judgement
 from normlab.report.options import TABLE_OPTIONS, Options
 from normlab.report.options import options as menu_options
 from normlab.report.reruns import foreign
-from normlab.report.study.arms import cell_key, flat_cells
+from normlab.report.study.arms import cell_key, flat_cells, in_order
 from normlab.report.study.load import Study
 from normlab.report.study.select import select
 from normlab.report.study.tuned import Choice
+from normlab.runs.states import State
 
 LOOKS = 2  # at a study, by default: the one that found it inconclusive, and one at the new seeds
 MARGIN, MARGIN_FACTOR = 1.0, 1.5  # [A] the smallest differences of interest where a claim names none: points, a factor
 COMMANDS = 3  # comparisons whose commands stand below the table
+MORE, WITH_RATES = "_more", "_rates"  # ends of the names of studies of new runs
+_TOGETHER = (
+    " Comparisons with the same command behind `then:` are judged together, when all of their new runs are there."
+)
 _UNFINISHED = "no run has finished there"
+_DIVERGED = "more seeds do not settle it: all runs diverged there"
 _CAPTION = (
     "What is inconclusive, fewest seeds times their time first. Observed: mean over n seeds, standard deviation (sd)."
     " New seeds: so many that they alone find the observed effect with a chance of {power} % (noncentral t), at most"
     " {most}; at margin: the same for the claim's margin (where it has none: {margin}, which are ours). From few seeds"
     " these numbers are rough. New seeds are to be judged by themselves, each comparison at its share of alpha={alpha},"
     " half of this report's, over all that are inconclusive here in the table of differences, or of verdicts. Time:"
-    " training of the new seeds, one run after the other, as finished runs took. All commands: {command}"
+    " training of the new seeds, one run after the other, as finished runs took. All commands: {command}."
 )
 
 
@@ -60,7 +67,9 @@ class Need:
         differences: one number per seed, on the scale of the measure.
         interval: low and high of their mean.
         level: of the test of the new seeds, both sides together, with Holm's correction.
+        family: level of the report that judges it among others, whose own correction shares it out.
         seeds: new seeds for `POWER` at the observed effect; None: more than `MOST`, or none help.
+        judged: new seeds of the report that judges it among others: the most that one of them needs.
         margin: smallest difference of interest, nan where none is known.
         at_margin: new seeds for it; None: more than `MOST`.
         note: why there is no such number, or what it means.
@@ -69,8 +78,9 @@ class Need:
         runs: names of the runs of these cells.
         seconds: training of one seed of all these cells, by finished runs; nan where none says.
         tuned: settings that the study is tuned by, which runs of the new seeds alone do not tell.
-        selection: arms=, batches= and settings= that leave this comparison alone in the table of differences.
-        apart: whether new runs go to a study of their own, where the old seeds are not.
+        selection: arms=, batches= and settings= that leave this comparison alone in the table of differences; none
+            where it is judged among others.
+        apart: ends the name of the study that new runs go to, where the old seeds are not; "": to the same study.
         advice: what to do before that, "" for nothing.
     """
 
@@ -86,9 +96,11 @@ class Need:
     seconds: float
     tuned: tuple[str, ...] = ()
     selection: Mapping[str, Any] = field(default_factory=dict)
-    apart: bool = False
+    family: float = math.nan
+    apart: str = ""
     advice: str = ""
     seeds: int | None = None
+    judged: int | None = None
     margin: float = math.nan
     at_margin: int | None = None
     note: str = ""
@@ -124,13 +136,27 @@ def needs(
 
     Comparisons that cannot be planned for yet follow, then those that more seeds do not settle.
     """
-    found = [*_of_verdicts(study, options, judgements, looks), *_of_differences(study, metric, options, looks)]
+    found = _judged_together(_of_verdicts(study, options, judgements, looks))
+    found += _judged_together(_of_differences(study, metric, options, looks))
     return sorted(found, key=lambda need: (not need.settles, need.first_look, need.cost))
+
+
+def _judged_together(needs: Iterable[Need]) -> list[Need]:
+    """Return comparisons of one table with the seeds of their report: those that share one need Holm's over all."""
+    found, most = list(needs), dict[str, int]()
+
+    def seeds(need: Need) -> int | None:
+        return None if need.first_look or need.selection else need.seeds
+
+    for need in found:
+        most[need.apart] = max(most.get(need.apart, 0), seeds(need) or 0)
+    return [replace(need, judged=most[need.apart]) if seeds(need) else need for need in found]
 
 
 def _of_verdicts(study: Study, options: Options, judgements: Sequence[Judgement], looks: int) -> Iterator[Need]:
     results = [result for judgement in judgements for result in judgement.results]
-    open_ones = sum(result.verdict == INCONCLUSIVE for result in results)
+    open_ones = Counter(_apart(study, result.comparison) for result in results if result.verdict == INCONCLUSIVE)
+    reports = looks * len(open_ones)  # each look is shared by the reports of the studies that new runs go to
     for judgement in judgements:
         for result in judgement.results if judgement.verdict == INCONCLUSIVE else ():
             if result.verdict != INCONCLUSIVE or not result.runs:
@@ -143,13 +169,14 @@ def _of_verdicts(study: Study, options: Options, judgements: Sequence[Judgement]
                     place=judgement.place,
                     what=f"{result.label}, {measure}",
                     claim=judgement.claim.sentence,
-                    level=_level(options, looks, open_ones),
+                    level=_level(options, reports, open_ones[need.apart]),
+                    family=_level(options, reports),
                 ),
-                _obstacle(result) or _unfinished(study, result),
+                _not_run(study, judgement, result) or _obstacle(result) or _unfinished(study, result),
             )
 
 
-def _level(options: Options, looks: int, comparisons: int) -> float:
+def _level(options: Options, looks: int, comparisons: int = 1) -> float:
     """Return the level of one of these comparisons, in two digits, rounded down: a command has to name it."""
     level = max(options.alpha / looks / comparisons, 1e-50)
     unit = 10.0 ** (math.floor(math.log10(level)) - 1)
@@ -161,18 +188,37 @@ def _obstacle(result: ComparisonResult) -> str:
     return result.remarks[-1] if math.isnan(result.p) and len(result.contrasts) >= ENOUGH and result.remarks else ""
 
 
+def _not_run(study: Study, judgement: Judgement, result: ComparisonResult) -> str:
+    """Return what the claim needs beside this comparison and no run has; "" where this one alone is a verdict."""
+    missing = [each for each in judgement.results if each.verdict == NOT_RUN]
+    alone = not math.isnan(result.p) and result.favors == judgement.claim.any
+    if not missing or alone:
+        return ""
+    norms = {str(config["norm"]["name"]) for config in study.configs.values()}
+    named = dict.fromkeys(str(side.where["norm.name"]) for each in missing for side in each.comparison.sides)
+    lacking = [name for name in named if name not in norms]
+    of_arms = f" (the study has no {listed(lacking, 3)})" if lacking else ""
+    needed = listed([f"{each.label}, {each.comparison.measure.full_label}" for each in missing], 2, "; ")
+    return f"the claim needs what was not run, too: {needed}{of_arms}"
+
+
 def _unfinished(study: Study, result: ComparisonResult) -> str:
     """Return that a comparison without any contrast has a cell of which no run is done; "" where it has none."""
-    done = _done(study)
+    done = _in_state(study, State.DONE)
     cells = _cells(study, result.runs).values()
-    lacking = not any(done.intersection(names) for names in cells) or (
-        not result.contrasts and not all(done.intersection(names) for names in cells)
-    )
-    return _UNFINISHED if lacking and len(result.contrasts) < ENOUGH else ""
+    without = [names for names in cells if not done.intersection(names)]
+    lacking = len(without) == len(cells) or (not result.contrasts and without)
+    return _undone(study, without) if lacking and len(result.contrasts) < ENOUGH else ""
 
 
-def _done(study: Study) -> set[str]:
-    return set(study.runs[study.runs["state"] == "done"]["run"])
+def _undone(study: Study, cells: Iterable[Iterable[str]]) -> str:
+    """Return why there is no test where no run of these cells is done."""
+    diverged = _in_state(study, State.DIVERGED)
+    return _DIVERGED if any(names and diverged.issuperset(names) for names in map(list, cells)) else _UNFINISHED
+
+
+def _in_state(study: Study, state: State) -> set[str]:
+    return set(study.runs[study.runs["state"] == state]["run"])
 
 
 def _of_differences(study: Study, metric: Metric, options: Options, looks: int) -> Iterator[Need]:
@@ -184,7 +230,9 @@ def _of_differences(study: Study, metric: Metric, options: Options, looks: int) 
     rows = [row for row in frames.named_rows(tidy) if not row.p_holm <= options.alpha]
     plain = replace(metric, log=False)  # differences of losses are no factors
     comparison = Comparison((Side(1.0, {}), Side(-1.0, {})), plain, "greater", 0.0, 0.0)
-    several, done = study.placed["setting"].nunique() > 1, _done(study)
+    several, done = study.placed["setting"].nunique() > 1, _in_state(study, State.DONE)
+    # In a study of their own arms and settings may have other names, so that there all are judged together.
+    named = not _apart(study, comparison) or not (several or any(" (" in arm for arm in study.placed["arm"]))
     for row in rows:
         cells = values[(values["setting"] == row.setting) & (values["batch"] == row.batch)]
         by_seed = {arm: dict(zip(here["seed"], here[metric.epoch], strict=True)) for arm, here in cells.groupby("arm")}
@@ -193,15 +241,16 @@ def _of_differences(study: Study, metric: Metric, options: Options, looks: int) 
         place = (placed["setting"] == row.setting) & (placed["batch"] == row.batch)
         here = placed[place & placed["arm"].isin([row.arm, baseline]) & (placed["run"] != "")]
         runs = here["run"]
-        finished = set(here[here["run"].isin(done)]["arm"]) == {row.arm, baseline}
-        why = "some pairs diverged, and more seeds do not undo that" if row.diverged else ""
-        selection = {"arms": [row.arm, baseline], "batches": [int(row.batch)]}
-        selection |= {"settings": [row.setting]} if several else {}
+        without = [list(of_arm["run"]) for _, of_arm in here.groupby("arm") if done.isdisjoint(of_arm["run"])]
+        unfinished = bool(without) or here["arm"].nunique() < 2
+        why = _undone(study, without) if unfinished else "some pairs diverged" if row.diverged else ""
+        selection: dict[str, Any] = {"arms": [row.arm, baseline], "batches": [int(row.batch)]} if named else {}
+        selection |= {"settings": [row.setting]} if named and several else {}
         need = _need(study, options, comparison, minus, list(runs))
         what = f"{row.arm} - {baseline}, batch {row.batch}, {metric.full_label}"
         level = _level(options, looks, len(rows))
         need = replace(need, place=row.setting, what=what, level=level, selection=selection)
-        yield _planned(need, why if finished else _UNFINISHED)
+        yield _planned(replace(need, family=_level(options, looks)), why)
 
 
 def _need(
@@ -216,7 +265,11 @@ def _need(
     seconds = dict(zip(known["run"], frames.column_of(known, "wall_seconds"), strict=True))
     each = [t_interval(seconds[name] for name in names).mean for names in cells.values()]
     interval = t_interval(differences, options.confidence)
-    edges = [f"{edge.removeprefix('edge: ')} ({choice.arm})" for choice in choices for edge in choice.edges]
+    edges = [
+        f"{edge.removeprefix('edge: ')} ({choice.arm}, batch {choice.batch})"
+        for choice in choices
+        for edge in choice.edges
+    ]
     return Need(
         place="",
         what="",
@@ -229,9 +282,16 @@ def _need(
         runs=tuple(trained),
         seconds=sum(each) if each else math.nan,
         tuned=tuple(tuning.settings) if tuning else (),
-        apart=study.packed,
-        advice=f"first widen the grid: {listed(edges, 3)}" if edges else "",
+        apart=_apart(study, comparison),
+        advice=f"first widen the grid: {listed(list(dict.fromkeys(edges)), 3)}" if edges else "",
     )
+
+
+def _apart(study: Study, comparison: Comparison) -> str:
+    """Return what ends the name of the study that new runs go to: in a tuned one they would change what is chosen."""
+    if comparison.measure.probe == RATES:
+        return WITH_RATES
+    return MORE if study.packed or (study.tuning and study.tuning.chooses) else ""
 
 
 def _cells(study: Study, runs: Iterable[str]) -> dict[Any, list[str]]:
@@ -268,7 +328,7 @@ def _grid(study: Study, choices: Sequence[Choice]) -> list[str]:
 def _planned(need: Need, obstacle: str) -> Need:
     """Return the comparison with the number of new seeds that it needs, or with a note on why there is none."""
     values, comparison, n = need.differences, need.comparison, len(need.differences)
-    if obstacle == _UNFINISHED:
+    if obstacle in (_UNFINISHED, _DIVERGED):
         return replace(need, note=obstacle)
     if obstacle:
         return replace(need, note=f"more seeds do not settle it: {obstacle}")
@@ -348,7 +408,8 @@ def seeds_table(study: Study, found: Sequence[Need], options: Options) -> Table 
     rows: dict[str, list[Row]] = {}
     for need in found:
         rows.setdefault(f"Verdicts: {need.place}" if need.claim else need.place, []).append(_row(need))
-    words = f"study={study.folder}" if study.packed else study_words(*_place(study))
+    words = study_words(*((str(study.folder), "outputs") if study.packed else _place(study)))
+    words = " ".join([words, *_words(_changed(options))])
     caption = _CAPTION.format(
         alpha=exact(options.alpha / LOOKS),
         power=per_cent(POWER),
@@ -438,25 +499,28 @@ def _tidy_row(need: Need) -> dict[str, object]:
 
 def new_seeds(study: Study, need: Need) -> list[int]:
     """Return the seeds that are to be added: those after the last that the study has."""
+    return _seeds_after_the_last(study, need.seeds or 0)
+
+
+def _seeds_after_the_last(study: Study, number: int) -> list[int]:
     every = study.tuning.study if study.tuning else study
     known = [int(config["seed"]) for config in every.configs.values()]
     first = max(known, default=-1) + 1
-    return list(range(first, first + (need.seeds or 0)))
+    return list(range(first, first + number))
 
 
 def train_commands(study: Study, need: Need) -> list[str]:
     """Return the command lines that add the seeds; none where no command gives such runs."""
     name, output_dir = _place(study)
-    return commands(need.configs, new_seeds(study, need), name, output_dir, here=not study.packed)
+    return commands(need.configs, new_seeds(study, need), name + need.apart, output_dir, here=not study.packed)
 
 
 def _place(study: Study) -> tuple[str, str]:
-    """Return study= and output_dir= of the folder that new runs go to, those of a packed study to one of their own."""
+    """Return study= and output_dir= of the folder of a study, or of what is to lie beside it where it is packed."""
     name, folder = study.name, study.folder
     depth = len(name.split("/"))
     if study.packed:
-        name = f"{name.rpartition('/')[2]}_more"
-        return name, str(folder.parent)
+        return name.rpartition("/")[2], str(folder.parent)
     if tuple(name.split("/")) != folder.parts[-depth:]:
         name, depth = folder.name, 1
     if len(folder.parts) < depth:
@@ -467,28 +531,36 @@ def _place(study: Study) -> tuple[str, str]:
 def report_command(study: Study, need: Need, options: Options) -> str:
     """Return the command line that judges the new seeds by themselves; for a first look, with those that are there."""
     name, output_dir = _place(study)
-    menu = menu_options()
-    changed = {key: getattr(options, key) for key in TABLE_OPTIONS if getattr(options, key) != getattr(menu, key)}
+    changed = _changed(options)
     if need.tuned:
         changed["tuned"] = list(need.tuned)
     if need.apart:  # nothing else is there, and arms and settings may have shorter names
         changed = {key: value for key, value in changed.items() if key not in ("arms", "batches", "settings")}
-    seeds = new_seeds(study, need)
+    seeds = _seeds_after_the_last(study, need.judged or need.seeds or 0)
     if need.apart or not need.first_look:
         changed["seeds"] = seeds
     elif options.seeds is not None:
         changed["seeds"] = [*options.seeds, *seeds]
     if not need.first_look:
-        changed |= {"alpha": need.level} | _selection(study, need)
-    words = {"study": name} | ({} if output_dir == "outputs" else {"output_dir": output_dir}) | changed
-    return " ".join([command_name("report"), *(shlex.quote(f"{key}={as_text(value)}") for key, value in words.items())])
+        changed |= {"alpha": need.level if need.selection else need.family} | _selection(study, need)
+    place = {"study": name + need.apart} | ({} if output_dir == "outputs" else {"output_dir": output_dir})
+    return " ".join([command_name("report"), *_words(place | changed)])
+
+
+def _changed(options: Options) -> dict[str, Any]:
+    """Return the options of tables that are not the menu's."""
+    menu = menu_options()
+    return {key: getattr(options, key) for key in TABLE_OPTIONS if getattr(options, key) != getattr(menu, key)}
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    return [shlex.quote(f"{key}={as_text(value)}") for key, value in settings.items()]
 
 
 def _selection(study: Study, need: Need) -> dict[str, Any]:
     """Return what of arms=, batches= and settings= means the comparison in the study of the new runs."""
     if need.apart:
-        bare = not any(" (" in arm for arm in need.selection.get("arms", ()))
-        return {key: value for key, value in need.selection.items() if key == "batches" or (key == "arms" and bare)}
+        return dict(need.selection)
     for left_out in ((), ("settings",), ("settings", "arms")):  # a tuned study has other names before it is tuned
         words = {key: value for key, value in need.selection.items() if key not in left_out}
         try:
@@ -505,11 +577,27 @@ def all_commands(study: Study, found: Sequence[Need]) -> list[str]:
     return list(dict.fromkeys(every))
 
 
+def nothing_asked(study: Study, options: Options, judgements: Sequence[Judgement]) -> str:
+    """Return why nothing asks for more seeds where no comparison is inconclusive."""
+    arms, baseline = in_order(study.placed["arm"]), options.baseline
+    beside = [set(here) for _, here in study.placed.groupby(["setting", "batch"])["arm"]]
+    if judgements or any(baseline in each and len(each) > 1 for each in beside):
+        return f"Study {study.name}: nothing is inconclusive, so nothing asks for more seeds."
+    if len(arms) < 2:
+        why = f"only {arms[0]} is there" if arms else "no run is there"
+    elif baseline not in arms:
+        why = f"baseline={as_typed(baseline)} is none of the arms ({listed(arms, 8)})"
+    else:
+        why = f"no other arm has a setting and batch size of the baseline, {baseline}"
+    left_out = f" of {options.selection_in_short}" if options.selection else ""
+    return (
+        f"Study {study.name}: nothing{left_out} was compared, as {why}, and no claim is about these runs. So nothing"
+        " asks for more seeds."
+    )
+
+
 def lines(study: Study, found: Sequence[Need], options: Options, looks: int) -> Iterator[str]:
-    """Yield what `report.py next` prints."""
-    if not found:
-        yield f"Study {study.name}: nothing is inconclusive, so nothing asks for more seeds."
-        return
+    """Yield what `report.py next` prints of what is inconclusive."""
     alpha = exact(options.alpha / looks)
     yield (
         f"Study {study.name}: {count(len(found), 'inconclusive comparison')}. New seeds are to be judged by themselves,"
@@ -518,6 +606,7 @@ def lines(study: Study, found: Sequence[Need], options: Options, looks: int) -> 
         f" {per_cent(options.alpha / looks)} % of studies in the table of differences, and in at most as many in that"
         f" of verdicts. Together with the old ones they would not (docs/statistics.md). Their chance to settle a"
         f" comparison is {per_cent(POWER)} %, if effect and standard deviation (sd) are as observed."
+        f"{_TOGETHER if _are_judged_together(found) else ''}"
     )
     printed: dict[tuple[str, ...], int] = {}
     for number, need in enumerate((need for need in found if need.settles), start=1):
@@ -529,6 +618,12 @@ def lines(study: Study, found: Sequence[Need], options: Options, looks: int) -> 
         yield "Not worth more seeds:"
     for need in hopeless:
         yield f"   {need.what} ({need.place}): {need.remarks}.{_for_margin(need)}"
+
+
+def _are_judged_together(found: Sequence[Need]) -> bool:
+    """Return whether one report, with one correction, is to judge more than one of these comparisons."""
+    reports = Counter((bool(need.claim), need.apart) for need in found if need.judged)
+    return any(number > 1 for number in reports.values())
 
 
 def _advice(

@@ -1,5 +1,6 @@
 """The settings that every report is made with, which conf/report.yaml explains, checked."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,8 +133,16 @@ class Options:
     @property
     def selection(self) -> str:
         """Return the options that leave cells out as they were given: `arms=[bn,none] seeds=[0]`; "" if none does."""
+        return self._selected(sys.maxsize)
+
+    @property
+    def selection_in_short(self) -> str:
+        """Return the same with few of the entries of each."""
+        return self._selected(8)
+
+    def _selected(self, most: int) -> str:
         given = {name: getattr(self, name) for name in _SELECTIONS}
-        return " ".join(f"{name}=[{','.join(map(str, v))}]" for name, v in given.items() if v is not None)
+        return " ".join(f"{name}=[{listed(list(v), most, ',')}]" for name, v in given.items() if v is not None)
 
 
 def options(**changes: Any) -> Options:

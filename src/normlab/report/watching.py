@@ -17,7 +17,7 @@ from normlab.common.errors import UserError, as_typed
 from normlab.common.terminal import say
 from normlab.report.options import Options
 from normlab.report.render.html.live import as_still
-from normlab.report.study.find import find_study
+from normlab.report.study.find import find_to_watch
 from normlab.report.study.status import Survey
 from normlab.report.write import build, write_report
 from normlab.runs import files, reading
@@ -161,12 +161,7 @@ def _folder_of(study: str, output_dir: Path) -> Path:
     Raises:
         UserError: if there is none, or a packed study.
     """
-    try:
-        _, path = find_study(study, output_dir)
-    except UserError:
-        path = output_dir / study
-        if not os.path.isdir(path):  # noqa: PTH112  # a Path raises what is no answer, of a name that is too long
-            raise
+    _, path = find_to_watch(study, output_dir)
     if path.is_file():
         raise UserError(
             f"{path} is a study in one file, in which no run goes on: there is nothing to watch.\nLeave out watch=true."

@@ -26,10 +26,9 @@ from normlab.report.render.markdown import caption, commands, escaped, markdown_
 from normlab.report.render.results import results_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
-from normlab.report.study.find import find_studies, find_study
+from normlab.report.study.find import find_studies
 from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Provenance, continued, mixed_cells, mixed_provenance, provenance_of
-from normlab.report.study.status import show_status
 from normlab.report.tables import chosen_runs, judged_tables, make_tables, table_options
 from normlab.runs import archive, files
 from normlab.runs.inside import make_own_folder
@@ -96,7 +95,7 @@ def write_report(study: str, output_dir: str | Path, options: Options, stamp: st
             _write(folder / f"{table.name}.{suffix}", text)
     files.write_json(folder / archive.OPTIONS, table_options(options), durable=False)
     drawings, missing = _drawings(chosen, tables[0], metric, options, folder) if options.figures else ([], "")
-    warnings = [*chosen.warnings, *tuning_warnings(chosen.tuning), *_remarks(whole, chosen, metric, options)]
+    warnings = [*chosen.warnings, *tuning_warnings(chosen), *_remarks(whole, chosen, metric, options)]
     warnings += [missing] if missing else []
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
     shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
@@ -137,7 +136,7 @@ def _studies(folder: Path, warnings: list[str], options: Options) -> Iterator[St
             warnings.append(f"{name} is left out: {first_line(error)}")
             continue
         warnings += study.warnings
-        warnings += [f"{name}: {warning}" for warning in tuning_warnings(study.tuning)]
+        warnings += [f"{name}: {warning}" for warning in tuning_warnings(study)]
         yield study
 
 
@@ -174,18 +173,6 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     return _write_claims_page(page, results_page(studies, judgements), judgements, warnings, options)
 
 
-def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool = False) -> None:
-    """Print how far the runs of `output_dir`/`study` are; `watch`: until they are done; `quiet`: on one line.
-
-    Raises:
-        UserError: for a study that does not exist and a folder that cannot be read.
-    """
-    if not isinstance(watch, bool):
-        raise UserError(f"watch={as_typed(watch)} is not valid: expected true or false.")
-    name, path = find_study(str(study), _folder("output_dir", output_dir))
-    show_status(name, path, watch=watch, quiet=quiet)
-
-
 def show_next(study: str, output_dir: str | Path, options: Options, looks: object) -> None:
     """Print what would settle what is inconclusive in a study: how many new seeds, their time, and the commands.
 
@@ -206,7 +193,12 @@ def show_next(study: str, output_dir: str | Path, options: Options, looks: objec
         for line in more_seeds.all_commands(whole, found):
             say(line)
         return
-    say("\n".join(more_seeds.lines(whole, found, options, looks)))
+    told = (
+        more_seeds.lines(whole, found, options, looks)
+        if found
+        else [more_seeds.nothing_asked(chosen, options, judgements)]
+    )
+    say("\n".join(told))
 
 
 def pack_study(
@@ -307,8 +299,8 @@ def _check_begun(study: Study, words: str, options: Options) -> None:
     if not study.finished.empty or not study.evaluations.empty:
         return
     counts = study.states()
-    of_what = f"of {options.selection} " if options.selection else ""
-    failed = study.runs[study.runs["state"] == "failed"]
+    of_what = f"of {options.selection_in_short} " if options.selection else ""
+    failed = study.every[study.every["state"] == "failed"]
     if counts["running"]:
         advice = "\nIts runs are under way, and none has been evaluated yet. Give the same command again later."
     else:
@@ -351,7 +343,7 @@ def _remarks(whole: Study, study: Study, metric: Metric, options: Options) -> It
             " is optimistic. Test images say how good the chosen runs are: metric=test_accuracy"
         )
     if options.selection:
-        yield f"Only {options.selection} is reported; p-values are corrected over what is reported."
+        yield f"Only {options.selection_in_short} is reported; p-values are corrected over what is reported."
     done = study.evaluations[study.evaluations["state"] == "done"]
     for setting, rows in done.groupby("setting"):
         if metric.name not in rows or rows[metric.name].isna().all():
@@ -387,13 +379,16 @@ def _drawings(
 def _figures_of_page(
     study: Study, first: Table, metric: Metric, options: Options, page: Path
 ) -> Iterator[tuple[str, str]]:
-    """Yield path as seen from the page, and caption."""
+    """Yield path as seen from the page, and caption; then remove figures that are made no more."""
     folder = page.parent / "figures" / study.name
     make_own_folder(folder, page.parent)
-    for earlier in folder.glob("*.png"):
-        earlier.unlink(missing_ok=True)  # another report may be made at the same time
+    made = set()
     for figure in _figures(study, first, metric, options, folder, ("png",)):
+        made.add(f"{figure.name}.png")
         yield f"figures/{study.name}/{figure.name}.png", figure.caption
+    for earlier in folder.glob("*.png"):
+        if earlier.name not in made:
+            earlier.unlink(missing_ok=True)  # another report may be made at the same time
 
 
 def _figures(

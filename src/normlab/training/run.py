@@ -141,10 +141,10 @@ def _recorded(error: BaseException, run: runs.Run, log: logging.Logger) -> BaseE
             "Use a smaller batch, fewer runs at a time (hydra.launcher.slots=1), or another device."
         )
         error = OutOfMemoryError(message)
-    if not isinstance(error, UserError | KeyboardInterrupt):
+    gone = isinstance(error, KeyboardInterrupt | BrokenPipeError)  # who started it, or who read what it printed
+    if not gone and not isinstance(error, UserError):
         log.error("%s", bugs.report(error))
-    state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    run.write_status(state, ended=runs.now(), error=message)
+    run.write_status("interrupted" if gone else "failed", ended=runs.now(), error=message)
     return error
 
 

@@ -73,8 +73,11 @@ def test_the_leads_and_p_values_are_those_of_paired_tests_with_holm_over_all_pai
 def test_an_arm_that_diverged_does_not_compete_and_one_alone_leads_nothing(plant, tmp_path):
     plant({"bn": [60, 61], "gn": [90, None], "none": [50, 52]})
     plant({"bn": [60, 61], "gn": [90, None]}, batch=32)
-    [leader] = leaders_of(tmp_path / "outputs")
-    assert (leader.batch, leader.arm, leader.out) == (8, "bn", ("gn",))
+    leader, alone = leaders_of(tmp_path / "outputs")
+    assert (leader.batch, leader.arm) == (8, "bn")
+    [out] = leader.out
+    assert (out.arm, out.mean.mean, out.mean.n, out.states) == ("gn", 90, 1, {"done": 1, "diverged": 1})
+    assert (alone.arm, alone.rivals, alone.absent) == ("bn", (), ("none",))
     assert [rival.arm for rival in leader.rivals] == ["none"]
     assert math.isnan(leader.rivals[0].p_holm)  # two seeds
 

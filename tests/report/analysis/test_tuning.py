@@ -17,6 +17,7 @@ from normlab.report.analysis.tables import build_tables
 from normlab.report.analysis.tuning import best_of, rate_curves, tune, tuning_warnings
 from normlab.report.claims.judge import CONTRADICTED, NOT_RUN, SUPPORTED, judge
 from normlab.report.options import options
+from normlab.report.render.description import run_counts
 from normlab.report.study.provenance import provenance_of
 from normlab.report.tables import judged_tables, read_table_options, table_options
 from normlab.report.write import render
@@ -25,15 +26,18 @@ RATES = (0.001, 0.01, 0.1, 1.0)
 
 
 def study_of(accuracies, validation=None, **settings):
-    """A study of arms by learning rate: `{"bn": {0.1: [90, 91, None]}}`, test accuracies by seed; None: diverged."""
+    """A study of arms by learning rate: `{"bn": {0.1: [90, 91, None]}}`, test accuracies by seed.
+
+    None: diverged; the name of a state: a run in that state; of seeds that are not 0, 1, ... a mapping.
+    """
     validation = accuracies if validation is None else validation
     runs, chosen_by = [], []
     for arm, rates in accuracies.items():
         for rate, values in rates.items():
-            for seed, value in enumerate(values):
+            for seed, value in values.items() if isinstance(values, dict) else enumerate(values):
                 where = {"norm.name": arm, "optimizer.lr": rate, **settings}
-                state = "diverged" if value is None else "done"
-                runs.append(Planted(where, seed, {} if value is None else {"test_accuracy": value}, state))
+                state = "diverged" if value is None else value if isinstance(value, str) else "done"
+                runs.append(Planted(where, seed, {"test_accuracy": value} if state == "done" else {}, state))
                 chosen_by.append(validation[arm][rate][seed])
     return validated(runs, chosen_by)
 
@@ -43,7 +47,7 @@ def validated(runs, chosen_by):
     study = planted(runs)
     places = study.runs[["run", "setting", "arm", "batch", "seed", "state"]]
     evaluations = study.evaluations.merge(places, on="run")
-    of_runs = {f"run{i}": value for i, value in enumerate(chosen_by)}
+    of_runs = {f"run{i}": value for i, value in enumerate(chosen_by) if not isinstance(value, str)}
     values = evaluations["run"].map(of_runs).astype(float) / 100
     evaluations["val_accuracy"] = values.where(evaluations["epoch"] == 3, 0.99)  # earlier ones mislead
     unknown = dict.fromkeys(("wall_seconds", "peak_memory_bytes", "parameters"), math.nan)
@@ -75,7 +79,7 @@ def test_each_arm_gets_the_value_that_is_best_for_it_and_everything_is_of_those_
     assert set(study.runs["setting"]) == {"digits, resnet18"}
     assert set(study.evaluations["run"]) == set(study.runs["run"])
     assert not any(choice.edges or choice.ties or choice.fewer for choice in study.tuning.choices)
-    assert "diverged at 0.1 (4 of 4), 1 (4 of 4)" in " ".join(tuning_warnings(study.tuning))
+    assert "diverged at 0.1 (4 of 4), 1 (4 of 4)" in " ".join(tuning_warnings(study))
 
 
 def test_test_images_have_no_part_in_the_choice():
@@ -113,7 +117,7 @@ def test_a_choice_at_the_edge_of_the_grid_says_so(peak, edge):
     study = tuned(study_of({"bn": rates}))
     [choice] = study.tuning.choices
     assert [f"is the {edge} optimizer.lr tried" in text for text in choice.edges] == ([True] if edge else [])
-    assert ("edge of those that were tried" in " ".join(tuning_warnings(study.tuning))) is bool(edge)
+    assert ("edge of those that were tried" in " ".join(tuning_warnings(study))) is bool(edge)
 
 
 def test_no_weight_decay_at_all_is_no_edge():
@@ -162,6 +166,89 @@ def test_runs_that_are_added_to_a_value_do_not_change_the_choice():
 def test_a_value_that_lacks_seeds_is_not_chosen_and_values_without_any_in_common_are_compared_as_far_as_they_have():
     same = {0: 50.0, 1: 60.0}
     assert best_of([{0: 99.0}, same, same]) == (1, [2], [0, 1], [1, 2])
+    # Each seed is had by most values, and both by one alone: seed 1, which more of them share, chooses.
+    assert best_of([{0: 50.0, 1: 50.0}, {0: 60.0}, {1: 60.0}, {1: 55.0}]) == (2, [0, 3], [1], [0, 2, 3])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_values_that_share_no_seed_are_not_compared_in_either_order(swapped):
+    low, high = {0: 60.0, 1: 61.0}, {2: 90.0, 3: 91.0}
+    rates = {0.01: high if swapped else low, 0.1: low if swapped else high}
+    assert best_of(list(rates.values())) is None
+    assert best_of([{0: 50.0, 1: 60.0}, {0: 60.0}, {1: 60.0}]) is None  # each seed has as many
+    with pytest.raises(UserError, match=r"(?s)nothing can be chosen.*0\.01: .*Train the values with the same seeds"):
+        tuned(study_of({"bn": rates}))
+    study = tuned(study_of({"bn": rates, "none": {0.01: [50.0] * 4}}))
+    of_arms = {choice.arm: choice for choice in study.tuning.choices}
+    assert of_arms["bn"].chosen is None
+    assert "nothing is chosen, and no run is shown: bn" in " ".join(tuning_warnings(study))
+    assert set(study.runs[study.runs["arm"] == "bn"]["run"]) == {""}
+    tables, _ = judged_tables(study, metric_of(study.evaluations), options())
+    assert [row["arm"].text for row in tables[0].rows["digits, resnet18"]] == ["bn", "none"]
+
+
+def test_runs_of_values_that_are_not_chosen_are_counted_and_what_ended_them_is_told():
+    ended = ["failed", "interrupted", "running"]
+    whole = study_of({"bn": {0.01: [60.0] * 3, 0.1: [80.0] * 3, 1.0: ended, 10.0: [99.0]}})
+    whole.runs.loc[whole.runs["state"] == "failed", "note"] = "out of memory"
+    study = tuned(whole)
+    [choice] = study.tuning.choices
+    assert choice.chosen.values == (0.1,)
+    assert not choice.edges
+    assert choice.fewer == [
+        "not tried with these seeds, and not chosen from: 10",
+        "not finished with these seeds, and not chosen from: 1 (1 failed, 1 interrupted, 1 running)",
+    ]
+    assert study.counted() == "7 done, 1 running, 1 failed, 1 interrupted"
+    [told] = study.noted()
+    assert (told.note, study.called(told.run)) == ("out of memory", f"bn lr=1 seed=0 ({told.run})")
+    assert run_counts(study).startswith("10 runs: 7 done")
+    assert "3 of 10 runs are shown" in " ".join(tuning_warnings(study))
+
+
+def test_while_nothing_has_finished_the_runs_that_were_evaluated_are_shown():
+    whole = study_of({"bn": {0.01: ["planned"], 0.1: ["running"]}})
+    whole = dataclasses.replace(whole, evaluations=whole.evaluations[whole.evaluations["run"] == "run1"])
+    assert list(tuned(whole).runs["run"]) == ["run1"]
+
+
+def test_the_number_that_chose_is_shown():
+    accuracies = {0.01: noisy(80, 3), 0.1: [*noisy(90, 3, seed=1), 20.0, 20.0]}
+    study = tuned(study_of({"bn": accuracies}))
+    [choice] = study.tuning.choices
+    assert choice.fewer == ["chosen on the seeds 0, 1, 2, which all values have"]
+    tables, _ = judged_tables(study, metric_of(study.evaluations), options())
+    [row] = next(table for table in tables if table.name == "tuned").rows["digits, resnet18"]
+    assert row["validation (%)"].value == pytest.approx(np.mean(accuracies[0.1][:3]))
+    assert row["seeds"].text == "3"
+
+
+def test_where_no_cell_has_several_values_nothing_is_said_to_be_chosen_on_validation_images():
+    study = study_of({"bn": {0.1: noisy(90, 3)}, "none": {0.01: noisy(80, 3)}})
+    study.evaluations.pop("val_accuracy")
+    found = tuned(study)
+    [warning] = tuning_warnings(found)
+    assert warning == "No cell has more than one value of optimizer.lr, so nothing was chosen."
+    assert "validation" not in found.tuning.sentence
+    assert found.tuning.selection()["chosen_on"] is None
+    assert [choice.chosen.values for choice in found.tuning.choices] == [(0.1,), (0.01,)]
+    single = tuned(study_of({"bn": {0.1: noisy(90, 3), 0.01: noisy(80, 3)}, "none": {0.01: ["running"] * 3}}))
+    assert "6 of 9 runs are shown" in " ".join(tuning_warnings(single))
+    assert not any("seeds" in text for choice in single.tuning.choices for text in choice.fewer)
+
+
+def test_a_batch_size_that_an_arm_lacks_has_no_cost_of_trials():
+    runs = [
+        Planted({"norm.name": arm, "batch": batch, "optimizer.lr": rate}, seed, {"test_accuracy": 90.0})
+        for arm, batch in (("bn", 8), ("bn", 32), ("none", 8))
+        for rate in (0.01, 0.1)
+        for seed in range(3)
+    ]
+    study = tuned(validated(runs, [90.0] * len(runs)))
+    tables, _ = judged_tables(study, metric_of(study.evaluations), options())
+    [cost] = [table for table in tables if table.name == "cost"]
+    [lacking] = [row for row in cost.rows["digits, resnet18"] if (row["arm"].text, row["batch"].value) == ("none", 32)]
+    assert lacking["all tried"].text == "0"
     assert best_of([{0: 50.0}, {0: 40.0, 1: 99.0}, {2: 99.0}]) == (0, [1], [0], [0, 1])  # one pair leaves no interval
 
 
@@ -211,6 +298,9 @@ def test_without_validation_images_it_is_refused_with_the_way_to_get_some():
         ("seed", "do not choose between them"),
         ("norm.name", "do not choose between them"),
         ("dataset.name", "do not choose between them"),
+        ("model.name", "of another arm or network"),
+        ("depth", "of another arm or network"),
+        ("optimizer.name", "do not choose between them"),
         (list("abcdef"), "at most 5"),
     ],
 )

@@ -99,6 +99,19 @@ def test_figures_that_are_drawn_no_more_are_removed(add_run, tmp_path) -> None:
     assert list((tmp_path / "figures" / "study").glob("*.png"))
 
 
+def test_figures_stay_where_drawing_is_stopped(add_run, tmp_path, monkeypatch) -> None:
+    def stopped(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    add_run("bn")
+    (tmp_path / "figures" / "study").mkdir(parents=True)
+    (tmp_path / "figures" / "study" / "accuracy.png").touch()
+    monkeypatch.setattr(figures, "encode", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        build_results(tmp_path / "outputs", tmp_path / "results.md", OPTIONS)
+    assert (tmp_path / "figures" / "study" / "accuracy.png").exists()
+
+
 @pytest.mark.parametrize("wrong", [{"output_dir": None}, {"page": None}])
 def test_a_path_that_is_none_is_a_sentence(tmp_path, wrong) -> None:
     with pytest.raises(UserError, match="null is not valid: expected a path"):

@@ -1,6 +1,7 @@
 """The best arm under each condition of a study, and its lead over every other arm, tested by seed."""
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from normlab.report.analysis.frames import CELL, named_rows, outcomes
 from normlab.report.analysis.highlight import complete
 from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import ENOUGH, Interval, holm, t_interval, tails
+from normlab.report.study.arms import without_norm_batch
 from normlab.report.study.load import Study
 
 _NOT_COMPARED_BY_IT = -1
@@ -31,14 +33,29 @@ class Rival(NamedTuple):
     seeds: tuple[int, ...]
 
 
+class Out(NamedTuple):
+    """An arm that has runs and does not compete: some diverged or lack the value, or none is done.
+
+    Attributes:
+        mean: of those runs that have the value.
+        states: the number of its runs in each state.
+    """
+
+    arm: str
+    mean: Interval
+    states: Mapping[str, int]
+
+
 class Leader(NamedTuple):
     """The arm with the best mean under one condition.
 
     Attributes:
         norm_batch: how many images are normalized together, where the arms of a batch size are compared by it.
+        arm: "" where none competes.
         mean: its mean and interval.
-        rivals: the other arms, the nearest first.
-        out: arms of which a finished run diverged or lacks the value; they do not compete.
+        rivals: the other arms that compete, the nearest first.
+        out: arms that do not.
+        absent: arms without a run here, of those that have one in this setting or lead under another condition.
     """
 
     setting: str
@@ -47,11 +64,12 @@ class Leader(NamedTuple):
     arm: str
     mean: Interval
     rivals: tuple[Rival, ...]
-    out: tuple[str, ...]
+    out: tuple[Out, ...] = ()
+    absent: tuple[str, ...] = ()
 
 
 def leaders(study: Study, metric: Metric, tidy: pd.DataFrame, confidence: float) -> list[Leader]:
-    """Return the leader under each condition (setting, batch size) under which two arms or more compete.
+    """Return the leader under each condition (setting, batch size) that has a run, also where fewer than two compete.
 
     Args:
         study: the study.
@@ -64,12 +82,12 @@ def leaders(study: Study, metric: Metric, tidy: pd.DataFrame, confidence: float)
     values = outcomes(study, metric).dropna(subset=[metric.epoch])
     samples = {cell: dict(zip(g["seed"], g[metric.epoch], strict=True)) for cell, g in values.groupby(CELL)}
     rows = tidy.assign(competes=complete(tidy), norm_batch=_norm_batches(study, tidy))
+    states = _states(study)
+    rows = rows[[cell in states for cell in zip(*(rows[key] for key in CELL), strict=True)]]
     sign = 1.0 if metric.higher_is_better else -1.0
     places, here, tested = [], [], []
     for place, group in rows.groupby(["setting", "batch", "norm_batch"], sort=False):
         arms = group[group["competes"]]
-        if len(arms) < 2:
-            continue
         by_seed = pd.DataFrame({arm: pd.Series(samples[place[0], arm, place[1]]) for arm in arms["arm"]}).sort_index()
         by_seed *= sign  # so that more is better
         first, second = np.triu_indices(len(arms), 1)
@@ -78,20 +96,30 @@ def leaders(study: Study, metric: Metric, tidy: pd.DataFrame, confidence: float)
         here.append((group, arms, by_seed))
         tested.append(paired_p(matrix[first] - matrix[second]))
     adjusted = np.split(np.array(holm([p for ps in tested for p in ps])), np.cumsum([len(ps) for ps in tested])[:-1])
-    found = zip(places, here, adjusted[: len(here)], strict=True)
-    told = [_leader(place, groups, p, metric, confidence) for place, groups, p in found]
+    found = [
+        _leader(place, compared, p, metric, confidence)
+        for place, (_, *compared), p in zip(places, here, adjusted[: len(here)], strict=True)
+    ]
+    leading = pd.Series([leader.arm for leader in found if leader.rivals], dtype=object)
+    told = []
+    for leader, place, (group, *_) in zip(found, places, here, strict=True):
+        expected = pd.concat([rows["arm"][rows["setting"] == leader.setting], leading])
+        told.append(leader._replace(**_others(place, group, expected, states)))
     settings = {setting: i for i, setting in enumerate(dict.fromkeys(rows["setting"]))}
     return sorted(told, key=lambda leader: (settings[leader.setting], leader.batch, leader.norm_batch or 0))
 
 
 def _leader(
     place: Any,
-    groups: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
+    compared: Sequence[pd.DataFrame],
     p: NDArray[np.float64],
     metric: Metric,
     confidence: float,
 ) -> Leader:
-    group, arms, by_seed = groups
+    arms, by_seed = compared
+    own = (place[0], int(place[1]), None if place[2] == _NOT_COMPARED_BY_IT else int(place[2]))
+    if arms.empty:
+        return Leader(*own, "", Interval(math.nan, math.nan, math.nan, 0), ())
     of_pair = np.full((len(arms), len(arms)), math.nan)
     of_pair[np.triu_indices(len(arms), 1)] = p
     means = arms["mean"].to_numpy()
@@ -104,16 +132,33 @@ def _leader(
         minus = (by_seed[row.arm] - by_seed[arm]).dropna()
         lead = t_interval(minus, confidence, metric.difference_bounds)
         rivals.append(Rival(arm, lead, float(of_pair[min(i, best), max(i, best)]), tuple(map(int, minus.index))))
-    finished = group["done"] + group["diverged"] > 0
-    return Leader(
-        setting=place[0],
-        batch=int(place[1]),
-        norm_batch=None if place[2] == _NOT_COMPARED_BY_IT else int(place[2]),
-        arm=row.arm,
-        mean=Interval(row.mean, row.low, row.high, row.n),
-        rivals=tuple(sorted(rivals, key=lambda rival: (math.isnan(rival.lead.mean), rival.lead.mean))),
-        out=tuple(group["arm"][finished & ~group["competes"]]),
+    nearest = sorted(rivals, key=lambda rival: (math.isnan(rival.lead.mean), rival.lead.mean))
+    return Leader(*own, row.arm, Interval(row.mean, row.low, row.high, row.n), tuple(nearest))
+
+
+def _others(
+    place: Any, group: pd.DataFrame, expected: pd.Series, states: Mapping[tuple[Any, ...], Mapping[str, int]]
+) -> dict[str, Any]:
+    """Return the arms that do not compete under a condition, and those of the expected ones that have no run there."""
+    out = tuple(
+        Out(row.arm, Interval(row.mean, row.low, row.high, row.n), states[row.setting, row.arm, row.batch])
+        for row in named_rows(group[~group["competes"]])
     )
+    by_norm_batch = place[2] != _NOT_COMPARED_BY_IT
+    here, everywhere = (
+        list(dict.fromkeys(without_norm_batch(arm) if by_norm_batch else arm for arm in arms))
+        for arms in (group["arm"], expected)
+    )
+    return {"out": out, "absent": tuple(arm for arm in everywhere if arm not in here)}
+
+
+def _states(study: Study) -> dict[tuple[Any, ...], Counter[str]]:
+    """Return the states of the runs of each cell that has any."""
+    found: dict[tuple[Any, ...], Counter[str]] = defaultdict(Counter)
+    for run in named_rows(study.placed):
+        if run.run:
+            found[run.setting, run.arm, int(run.batch)][str(run.state)] += 1
+    return found
 
 
 def paired_p(differences: NDArray[np.float64]) -> list[float]:

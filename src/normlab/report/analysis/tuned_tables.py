@@ -20,9 +20,11 @@ from normlab.report.study.tuned import Choice, Tuning, value_text
 
 _CHOSEN = (
     "The value of {settings} with the best mean validation accuracy over seeds, for each cell; test images have no part"
-    " in the choice. Among values of equally many seeds; of equal means the middle one. Validation: mean over seeds of"
-    " the chosen value, ± half of the {percent} % t-interval, optimistic as the best of several; a diverged run counts"
-    " as chance. not told from: values whose paired differences to the chosen one have an interval that holds 0."
+    " in the choice. Values are compared on the same seeds, which more than half of them have (where that leaves no two"
+    " values: those that most share), without values that lack one of these; of equal means the middle one. Validation:"
+    " mean over these seeds, which seeds counts, of the chosen value, ± half of the {percent} % t-interval, optimistic"
+    " as the best of several; a diverged run counts as chance. not told from: values whose paired differences to the"
+    " chosen one have an interval that holds 0."
 )
 _RATES = (
     "The range of learning rates that an arm tolerates: of the rates tried, those without a gap around the best whose"
@@ -45,7 +47,11 @@ def _chosen_table(tuning: Tuning, confidence: float) -> Table:
     tidy = []
     for choice in tuning.choices:
         chosen = choice.chosen
+<<<<<<< HEAD
         interval = statistics.t_interval(chosen.scores.values() if chosen else (), confidence, SHARE)
+=======
+        interval = statistics.t_interval([chosen.scores[seed] for seed in choice.seeds] if chosen else (), confidence)
+>>>>>>> mend2
         values = dict(zip(tuning.settings, chosen.values if chosen else [None] * len(tuning.settings), strict=True))
         place: dict[str, Any] = {"setting": choice.setting, "arm": choice.arm, "batch": choice.batch}
         tidy.append(
@@ -129,14 +135,13 @@ def with_cost_of_trials(table: Table, study: Study) -> Table:
         return table
     seconds = _seconds(study.tuning.study)
     spent = {(choice.setting, choice.arm, choice.batch): _spent(choice, seconds) for choice in study.tuning.choices}
-    rows = {}
+    rows, nothing = {}, (0, math.nan)  # of gaps of the grid
     for setting, lines in table.rows.items():
-        rows[setting] = [
-            {**row, **_cost_cells(*spent[setting, row["arm"].text, int(row["batch"].value)])} for row in lines
-        ]
+        keys = [(setting, row["arm"].text, int(row["batch"].value)) for row in lines]
+        rows[setting] = [{**row, **_cost_cells(*spent.get(key, nothing))} for row, key in zip(lines, keys, strict=True)]
     more = []
     for cell in table.tidy.drop_duplicates(CELL).to_dict("records"):
-        number, in_all = spent[cell["setting"], cell["arm"], cell["batch"]]
+        number, in_all = spent.get((cell["setting"], cell["arm"], cell["batch"]), nothing)
         of_cell = {key: cell[key] for key in (*CELL, *COUNTS)} | {"low": math.nan, "high": math.nan, "n": number}
         more += [of_cell | {"quantity": "tried_runs", "mean": number}]
         more += [of_cell | {"quantity": "tried_seconds", "mean": in_all}]

@@ -35,6 +35,7 @@ _SENTENCES = {  # by the attribute of a choice that has the marks
     "ties": "other values are as good within the noise between seeds, so that little hangs on the choice",
     "fewer": "values or seeds had no part in a choice, or are fewer than in other cells",
     "losses": "runs diverged at some values",
+    "none": "nothing is chosen, and no run is shown",
 }
 Value = TypeVar("Value", bound=Hashable)
 
@@ -59,21 +60,20 @@ def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> 
     """Choose the value with the best mean score over the same seeds: those that more than half of the values have.
 
     Runs that are added to one value do not change the choice. Values that lack one of these seeds are left out. Where
-    that leaves no value, the seeds that all values have choose, without the values that share none. Of equal means the
-    middle one is chosen. A value is a tie where the interval of its paired differences to the chosen one holds 0, or
-    where fewer than two pairs leave no interval.
+    that leaves no two values to compare, the seeds choose that most values share; of those that are shared by as many
+    values, most seeds. Of equal means the middle one is chosen. A value is a tie where the interval of its paired
+    differences to the chosen one holds 0, or where fewer than two pairs leave no interval.
 
     Args:
         scores: per value, in the order of the values, its score by seed.
         confidence: of the intervals.
 
     Returns:
-        None where no value has a score.
+        None where no value has a score, where no two share a seed, and where that leaves open which are compared.
     """
-    tried = [i for i, each in enumerate(scores) if each]
-    if not tried:
+    seeds, compared = _on_common_seeds(scores)
+    if not compared:
         return None
-    seeds, compared = _on_common_seeds(scores, tried)
     scores = [{seed: each[seed] for seed in seeds} if i in compared else {} for i, each in enumerate(scores)]
     means = {i: math.fsum(scores[i].values()) / len(seeds) for i in compared}
     highest = max(means.values())
@@ -87,16 +87,20 @@ def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> 
     return Best(chosen, ties, seeds, compared)
 
 
-def _on_common_seeds(scores: Sequence[Mapping[int, float]], tried: list[int]) -> tuple[list[int], list[int]]:
+def _on_common_seeds(scores: Sequence[Mapping[int, float]]) -> tuple[list[int], list[int]]:
     """Return the seeds that a choice is made on, and the positions of the values that have all of them."""
-    often = Counter(seed for i in tried for seed in scores[i])
-    seeds = {seed for seed, number in often.items() if number > len(tried) / 2}
-    compared = [i for i in tried if seeds and seeds <= scores[i].keys()]
-    if not compared:
-        compared = list(tried)
-        while not (seeds := set.intersection(*(set(scores[i]) for i in compared))):
-            compared.remove(min(compared, key=lambda i: len(scores[i])))
-    return sorted(seeds), compared
+    tried = [i for i, each in enumerate(scores) if each]
+    having = {seed: tuple(i for i in tried if seed in scores[i]) for seed in sorted(set().union(*scores))}
+    seeds = [seed for seed, values in having.items() if len(values) > len(tried) / 2]
+    compared = [i for i in tried if seeds and scores[i].keys() >= set(seeds)]
+    if len(compared) > 1 or len(tried) < 2:
+        return seeds, compared
+    shared = Counter(values for values in having.values() if len(values) > 1)
+    sizes = {values: (len(values), number) for values, number in shared.items()}
+    best = [values for values, size in sizes.items() if size == max(sizes.values())]
+    if len(best) != 1:
+        return [], []
+    return [seed for seed, values in having.items() if values == best[0]], list(best[0])
 
 
 def tune(
@@ -112,7 +116,8 @@ def tune(
         confidence: of the intervals that tell ties.
 
     Raises:
-        UserError: for settings that cannot be tuned, and where there is a choice without validation images.
+        UserError: for settings that cannot be tuned, for a choice without validation images, and where in no cell two
+            values share the seeds that a choice needs.
     """
     settings = tuned_settings(study, given)
     if not settings:
@@ -120,34 +125,68 @@ def tune(
     tried = tried_runs(study, whole, settings)
     scores = _scores(study, tried, value)
     _require_validation(tried, scores, settings, whole.name)
-    choices, kept = [], set[str]()
-    for (setting, arm, batch), of_values in by_cell(tried):
-        every = [_tried(values, rows, scores) for values, rows in of_values.items()]
-        found = best_of([each.scores for each in every], confidence)
-        chosen = every[found.chosen] if found else None
-        ties = [every[i] for i in found.ties] if found else []
-        kept |= set((chosen or every[0]).runs.values())
-        tied = [f"not told from {listed([each.text for each in ties], 4)}"] if ties else []
-        partly = list(_left_out(every, found)) if found else []
-        seeds = found.seeds if found else []
-        choices.append(Choice(setting, arm, batch, every, chosen, tied, fewer=partly, seeds=seeds))
+    choices, kept, evaluated = [], set[str](), set(study.evaluations["run"])
+    for cell, of_values in by_cell(tried):
+        choice = _choice(cell, [_tried(values, rows, scores) for values, rows in of_values.items()], confidence)
+        choices.append(choice)
+        if not choice.none:
+            kept |= set((choice.chosen or _furthest(choice, evaluated)).runs.values())
+    if choices and not kept:
+        first = choices[0]
+        raise UserError(
+            f"tuned={_as_option(settings)}: nothing can be chosen in {whole.name}. {first.name}: {first.none[0]}.\n"
+            "Train the values with the same seeds.\nTo report the runs as they are: tuned=[]"
+        )
     marked = list(_marked(choices, settings))
     return chosen_study(Tuning(settings, marked, study), tried, kept, whole)
 
 
+def _choice(cell: tuple[str, str, int], every: Sequence[Tried], confidence: float) -> Choice:
+    """Return what is chosen in a cell, with the marks that it has by itself."""
+    found = best_of([each.scores for each in every], confidence)
+    if found is None:
+        finished = any(each.scores for each in every)
+        none = [f"no seeds say which values to compare ({_seeds_of(every)})"] if finished else []
+        return Choice(*cell, every, every[0] if len(every) == 1 else None, none=none)
+    ties = [every[i].text for i in found.ties]
+    tied = [f"not told from {listed(ties, 4)}"] if ties else []
+    return Choice(*cell, every, every[found.chosen], tied, fewer=list(_left_out(every, found)), seeds=found.seeds)
+
+
+def _furthest(choice: Choice, evaluated: set[str]) -> Tried:
+    """Return the value that is shown while none has finished: the first with an evaluation, else the first of all."""
+    return next((each for each in choice.tried if not evaluated.isdisjoint(each.runs.values())), choice.tried[0])
+
+
+def _seeds_of(every: Sequence[Tried]) -> str:
+    having = [f"{each.text}: {listed(list(each.scores), 3)}" for each in every if each.scores]
+    return listed(having, 3, "; ")
+
+
 def _left_out(every: Sequence[Tried], found: Best) -> Iterator[str]:
     """Yield which values and which seeds had no part in a choice, in words."""
-    values = [each.text for i, each in enumerate(every) if i not in found.compared]
-    if values:
-        yield f"not tried with these seeds, and not chosen from: {listed(values, 4)}"
+    untried, unfinished = list[str](), list[str]()
+    for each in (each for i, each in enumerate(every) if i not in found.compared):
+        lacking = Counter(each.states[seed] for seed in found.seeds if seed in each.states.keys() - each.scores.keys())
+        if lacking:
+            states = ", ".join(f"{number} {state}" for state, number in lacking.items())
+            unfinished.append(f"{each.text} ({states})")
+        else:
+            untried.append(each.text)
+    if untried:
+        yield f"not tried with these seeds, and not chosen from: {listed(untried, 4)}"
+    if unfinished:
+        yield f"not finished with these seeds, and not chosen from: {listed(unfinished, 4)}"
     if any(every[i].scores.keys() - set(found.seeds) for i in found.compared):
-        yield f"chosen on the seeds {listed(list(map(str, found.seeds)), 6)}, which most values have"
+        number = len(found.compared)
+        which = "all values have" if number == len(every) else f"{number} of {len(every)} values have"
+        yield f"chosen on the seeds {listed(found.seeds, 6)}, which {which}"
 
 
 def _tried(values: Any, rows: pd.DataFrame, scores: Mapping[str, float]) -> Tried:
     runs = {int(seed): str(run) for seed, run in zip(rows["seed"], rows["run"], strict=True)}
     found = {seed: scores[run] for seed, run in sorted(runs.items()) if run in scores}
-    return Tried(values, runs, found, int(rows["state"].eq("diverged").sum()))
+    return Tried(values, runs, found, dict(zip(runs, map(str, rows["state"]), strict=True)))
 
 
 def _scores(study: Study, tried: pd.DataFrame, value: str) -> dict[str, float]:
@@ -192,7 +231,7 @@ def _marked(choices: Sequence[Choice], settings: Sequence[str]) -> Iterator[Choi
     most_seeds = max((len(choice.seeds) for choice in choices), default=0)
     for choice in choices:
         fewer = [f"{len(choice.tried)} of {most_values} values"] if len(choice.tried) < most_values else []
-        if len(choice.seeds) < most_seeds:
+        if choice.seeds and len(choice.seeds) < most_seeds:
             fewer.append(f"{len(choice.seeds)} of {most_seeds} seeds")
         lost = [f"{each.text} ({each.diverged} of {len(each.runs)})" for each in choice.tried if each.diverged]
         yield replace(
@@ -206,7 +245,7 @@ def _marked(choices: Sequence[Choice], settings: Sequence[str]) -> Iterator[Choi
 def _edges(choice: Choice, settings: Sequence[str]) -> Iterator[str]:
     """Yield the settings whose chosen value is the least or the largest number tried; 0 has nothing below it."""
     for position, name in enumerate(settings):
-        values = {each.values[position] for each in choice.tried if each.scores}
+        values = {each.values[position] for each in choice.tried}
         numbers = sorted(value for value in values if isinstance(value, int | float) and not isinstance(value, bool))
         if choice.chosen is None or len(numbers) < 2 or len(numbers) < len(values):
             continue
@@ -216,15 +255,15 @@ def _edges(choice: Choice, settings: Sequence[str]) -> Iterator[str]:
             yield f"edge: {value_text(own)} is the {end} {name} tried"
 
 
-def tuning_warnings(tuning: Tuning | None) -> Iterator[str]:
+def tuning_warnings(study: Study) -> Iterator[str]:
     """Yield how the runs were chosen, and a sentence for each kind of mark with the cells that have it."""
+    tuning = study.tuning
     if tuning is None:
         return
-    tried, chosen = len(tuning.study.runs[tuning.study.runs["run"] != ""]), 0
-    for choice in tuning.choices:
-        chosen += len(choice.chosen.runs) if choice.chosen else 0
-    yield f"Tuned: {tuning.sentence}, and never on test images; {chosen} of {count(tried, 'run')} are shown."
-    if all(len(choice.tried) == 1 for choice in tuning.choices):
+    if tuning.chooses:
+        shown, tried = (len(set(each.placed["run"]) - {""}) for each in (study, tuning.study))
+        yield f"Tuned: {tuning.sentence}, and never on test images; {shown} of {count(tried, 'run')} are shown."
+    else:
         yield f"No cell has more than one value of {' and '.join(tuning.settings)}, so nothing was chosen."
     for kind, sentence in _SENTENCES.items():
         having = [choice for choice in tuning.choices if getattr(choice, kind)]

@@ -44,12 +44,14 @@ def _question_of_arms(study: Study) -> str:
     settings = sorted(placed["setting"].unique(), key=natural)
     sizes = f" at batch size {listed(batches, 8)}" if batches else ""
     where = settings[0] if len(settings) == 1 else f"{len(settings)} settings, from {settings[0]} to {settings[-1]}"
+    if len(arms) == 1:
+        return f"How well does {arms[0]} do{sizes}? On {where}."
     return f"Which arm does best{sizes}: {listed(arms, 8)}? On {where}."
 
 
 def run_counts(study: Study, *, zeros: bool = False) -> str:
     """Return the number of runs in each state, as a sentence."""
-    return f"{count(len(study.runs), 'run')}: {study.counted(zeros=zeros)}."
+    return f"{count(len(study.every), 'run')}: {study.counted(zeros=zeros)}."
 
 
 def facts(study: Study) -> list[str]:

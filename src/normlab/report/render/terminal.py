@@ -88,7 +88,7 @@ def _verdicts(console: Console, title: str, judgements: Iterator[Judgement]) -> 
 
 
 def _state(study: Study) -> Text:
-    line = Text(f"Study {study.name}, {count(len(study.runs), 'run')}:\n  ")
+    line = Text(f"Study {study.name}, {count(len(study.every), 'run')}:\n  ")
     for position, (state, number) in enumerate(study.states().items()):
         line.append(", " if position else "")
         line.append(f"{number} {state}", COLORS.get(state, "") if number else "dim")

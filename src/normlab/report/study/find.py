@@ -98,6 +98,21 @@ def find_study(study: str | Path, output_dir: Path) -> tuple[str, Path]:
     raise _no_study(study, output_dir)
 
 
+def find_to_watch(study: str, output_dir: Path) -> tuple[str, Path]:
+    """Return what `find_study` does, also of a folder that has no run yet, as that of a sweep that has just begun.
+
+    Raises:
+        UserError: if there is no such folder or file, with the nearest that there is.
+    """
+    try:
+        return find_study(study, output_dir)
+    except UserError:
+        folder = output_dir / study
+        if not os.path.isdir(folder) or not study:  # noqa: PTH112  # as of `_is_file`
+            raise
+        return study, folder
+
+
 def _no_study(study: str, output_dir: Path) -> UserError:
     words = study_words(study.removesuffix(SUFFIX), output_dir)
     start = f"{command_name('train')} -m {words} norm=bn,none"

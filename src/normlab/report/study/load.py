@@ -97,6 +97,8 @@ class Study:
 
     def called(self, run: str) -> str:
         """Return what to call a run, with its id; one whose settings cannot be read by the name of its folder."""
+        if self.tuning:
+            return self.tuning.study.called(run)  # which knows those that are not chosen, too
         name = self.names.get(run)
         return f"{name} ({run.rpartition('-')[2]})" if name else run
 
@@ -134,9 +136,17 @@ class Study:
         """Return the rows of `runs` that are done or diverged."""
         return self.runs[self.runs["state"].isin(FINISHED)]
 
+    @property
+    def every(self) -> pd.DataFrame:
+        """Return the rows of `runs`, and of a tuned study those of all runs that were tried, where they were."""
+        if self.tuning is None:
+            return self.runs
+        tried, gaps_here = self.tuning.study.runs, self.runs[self.runs["run"] == ""]
+        return pd.concat([tried[tried["run"] != ""], gaps_here], ignore_index=True)
+
     def states(self) -> dict[str, int]:
-        """Return the number of runs in each state, gaps of the grid among the missing."""
-        counts = self.runs["state"].value_counts()
+        """Return the number of runs in each state, those that were tried and gaps of the grid among them."""
+        counts = self.every["state"].value_counts()
         names = [*STATES, State.UNREADABLE] if State.UNREADABLE in counts else STATES
         return {str(state): int(counts.get(state, 0)) for state in names}
 
@@ -176,8 +186,9 @@ class Study:
         return pd.concat([table[_PLACE], settings, last.reindex(table.index), facts], axis=1).reset_index(drop=True)
 
     def noted(self) -> list[Any]:
-        """Return the rows of runs whose state wants an explanation, as named tuples."""
-        return list(self.runs[self.runs["note"].fillna("") != ""].itertuples(index=False))
+        """Return the rows of `every` whose state wants an explanation, as named tuples."""
+        every = self.every
+        return list(every[every["note"].fillna("") != ""].itertuples(index=False))
 
 
 def load(

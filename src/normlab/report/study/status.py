@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab.common.console import Console
-from normlab.common.errors import UserError, first_line
+from normlab.common.errors import UserError, as_typed, first_line
 from normlab.common.progress import COLORS, Display, Progress, headline, one_line, span
+from normlab.report.study.find import find_study, find_to_watch
 from normlab.report.study.load import seconds_since
 from normlab.runs import archive, schema
 from normlab.runs.lock import Holder, holder
@@ -29,8 +30,7 @@ from normlab.runs.states import FINISHED, UNFINISHED, State, recorded_state
 
 ROWS = 20  # runs listed of a state; finished runs only in a study of no more than these
 POLL_SECONDS = 2.0
-_NOT_DONE = (State.FAILED, State.LOST, State.UNREADABLE)
-_ENDED = (*_NOT_DONE, State.INTERRUPTED, *FINISHED)
+_ENDED = (State.FAILED, State.LOST, State.UNREADABLE, State.INTERRUPTED, *FINISHED)
 
 
 @dataclass(frozen=True)
@@ -261,13 +261,28 @@ _COLUMNS = {
 }
 
 
+def study_status(study: str, output_dir: str | Path, *, watch: bool, quiet: bool = False) -> None:
+    """Print how far the runs of `output_dir`/`study` are; `watch`: until they are done; `quiet`: on one line.
+
+    Raises:
+        UserError: for a study that does not exist and a folder that cannot be read.
+    """
+    if not isinstance(watch, bool):
+        raise UserError(f"watch={as_typed(watch)} is not valid: expected true or false.")
+    if not isinstance(output_dir, str | Path):
+        raise UserError(f"output_dir={as_typed(output_dir)} is not valid: expected a path.")
+    name, path = (find_to_watch if watch else find_study)(str(study), Path(output_dir))
+    show_status(name, path, watch=watch, quiet=quiet)
+
+
 def show_status(study: str, path: Path, *, watch: bool, quiet: bool = False, console: Console | None = None) -> None:
     """Print how far a study is; with `watch`, again and again until no run is left that a sweep takes further.
 
     If `quiet`, print the summary alone; with `watch` only once that is so.
 
     In a terminal the runs under way are shown in place; elsewhere there is a line whenever a state has changed. A line
-    stays of each run that ends or fails; at the end there are the tables. Ctrl-C ends it.
+    stays of each run that ends or fails meanwhile; at the end there are the tables. Ctrl-C ends it. A study without a
+    run is waited for, as a sweep checks its runs before it writes the first record.
 
     Raises:
         UserError: if the study's folder or file cannot be read.
@@ -294,9 +309,11 @@ def _watch(study: str, survey: Survey, console: Console) -> None:
     left: float | None = None
     with Display({}, console=console, of=f"Study {study}", time_left=lambda: left) as display:
         try:
-            for latest in _poll(survey):
+            for look, latest in enumerate(_poll(survey)):
                 runs, left = latest, time_left(latest)
-                if _tell(display, latest) and not display.live:
+                if not look and not latest:
+                    display.say(f"{datetime.now():%H:%M:%S} Study {study} has no run yet: waiting for the first.")
+                if _tell(display, latest, first=not look) and not display.live:
                     display.say(f"{datetime.now():%H:%M:%S} {summary(study, latest)}")
         except KeyboardInterrupt:
             if not display.live:
@@ -304,14 +321,14 @@ def _watch(study: str, survey: Survey, console: Console) -> None:
     console.print(view(study, runs))
 
 
-def _tell(display: Display, runs: Sequence[RunStatus]) -> bool:
-    """Show runs as they are now; return whether a state has changed. Runs that had failed before are told, too."""
-    before, changed = dict(display.states), [run for run in runs if display.states.get(run.name) != run.state]
+def _tell(display: Display, runs: Sequence[RunStatus], *, first: bool) -> bool:
+    """Show runs as they are now; return whether a state has changed. At the first look none has ended meanwhile."""
+    changed = [run for run in runs if display.states.get(run.name) != run.state]
     for run in runs:
         display.know(run.name, run.title, run.state)
         if run.state == State.RUNNING:
             display.news(run.name, run.facts)
-    ended = [run for run in changed if run.state in (_NOT_DONE if run.name not in before else _ENDED)]
+    ended = [run for run in changed if run.state in _ENDED and not first]
     for run in ended[:ROWS]:
         display.ended(run.name, {**run.facts, "error": run.note, "state": run.state})
     if len(ended) > ROWS:
@@ -323,8 +340,10 @@ def _poll(survey: Survey) -> Iterator[list[RunStatus]]:
     while True:
         begun = time.monotonic()
         runs = survey.read()
+        if not runs and not survey.folder.is_dir():
+            raise UserError(f"The folder {survey.folder} is not there any more, so its study is not watched.")
         yield runs
-        if not any(run.state in UNFINISHED for run in runs):
+        if runs and not any(run.state in UNFINISHED for run in runs):
             return
         time.sleep(max(POLL_SECONDS, time.monotonic() - begun))  # on a slow file system, not all of the time
 

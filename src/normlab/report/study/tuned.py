@@ -16,8 +16,9 @@ from normlab.report.study.load import Study, gaps
 from normlab.runs.states import State
 
 MOST_SETTINGS = 5  # that can be tuned at once
-_NOT_TUNED = ("seed", "batch", "probe", "norm.name", "norm._target_", "norm.imported")
-_NOT_TUNED_OF_DATA = ("name", "kind", "train_size", "test_size", "val_size", "split_seed", "test_fraction")
+_NOT_TUNED = ("seed", "batch", "depth", "norm.imported")
+_NOT_TUNED_OF_GROUPS = ("name", "kind", "target", "_target_", "stem", "weights")  # those that make another thing of one
+_NOT_TUNED_OF_DATA = ("train_size", "test_size", "val_size", "split_seed", "test_fraction")
 
 Values = tuple[Hashable, ...]  # one per tuned setting
 
@@ -29,13 +30,18 @@ class Tried:
     Attributes:
         runs: names of all of them by seed, those under way among them.
         scores: the validation accuracy of the finished ones in per cent, by seed; chance where a run diverged.
-        diverged: how many did.
+        states: of all of them, by seed.
     """
 
     values: Values
     runs: Mapping[int, str]
     scores: Mapping[int, float]
-    diverged: int
+    states: Mapping[int, str]
+
+    @property
+    def diverged(self) -> int:
+        """Return how many diverged."""
+        return list(self.states.values()).count(State.DIVERGED)
 
     @property
     def text(self) -> str:
@@ -45,9 +51,11 @@ class Tried:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was tried in a cell, in the order of the values, and what was chosen: None while nothing has finished.
+    """What was tried in a cell, in the order of the values, and what was chosen.
 
     Attributes:
+        chosen: None while nothing has finished, and where no two values can be compared.
+        none: why nothing is chosen though runs have finished, in words.
         ties: other values whose scores cannot be told from those of the chosen one, in words.
         edges: the tuned settings whose chosen value is the first or the last of those tried, in words.
         fewer: of values or seeds than other cells, and values or seeds that had no part in the choice, in words.
@@ -64,12 +72,13 @@ class Choice:
     edges: Sequence[str] = ()
     fewer: Sequence[str] = ()
     losses: Sequence[str] = ()
+    none: Sequence[str] = ()
     seeds: Sequence[int] = ()
 
     @property
     def marks(self) -> list[str]:
         """Return all that is to be known of the choice, in words."""
-        return [*self.edges, *self.ties, *self.fewer, *self.losses]
+        return [*self.none, *self.edges, *self.ties, *self.fewer, *self.losses]
 
     @property
     def name(self) -> str:
@@ -91,22 +100,27 @@ class Tuning:
     choices: Sequence[Choice]
     study: Study
 
+    @property
+    def chooses(self) -> bool:
+        """Return whether any cell has more than one value."""
+        return any(len(choice.tried) > 1 for choice in self.choices)
+
     @cached_property
     def sentence(self) -> str:
         """Return how many values each arm was given, which no number of a tuned study is shown without."""
+        names = " and ".join(self.settings)
+        if not self.chooses:
+            return f"each arm at the one value of {names} that it has, so that nothing was chosen"
         sizes = {choice.arm: set[int]() for choice in self.choices}
         for choice in self.choices:
             sizes[choice.arm].add(len(choice.tried))
         every = sorted(set().union(*sizes.values()))
-        number = f"{every[0]} to {every[-1]}" if len(every) > 1 else str(every[0] if every else 0)
-        of_what = "combinations" if len(self.settings) > 1 else "value" if every == [1] else "values"
+        number = f"{every[0]} to {every[-1]}" if len(every) > 1 else str(every[0])
+        of_what = "combinations" if len(self.settings) > 1 else "values"
         each = ""
         if len(every) > 1 and all(len(of_arm) == 1 for of_arm in sizes.values()):
             each = f" ({listed([f'{arm}: {of_arm.pop()}' for arm, of_arm in sizes.items()], 12)})"
-        return (
-            f"each arm at its best of {number} {of_what} of {' and '.join(self.settings)}{each}, chosen on validation"
-            " images"
-        )
+        return f"each arm at its best of {number} {of_what} of {names}{each}, chosen on validation images"
 
     def selection(self) -> dict[str, Any]:
         """Return everything that was tried and chosen, as plain values for a file."""
@@ -129,7 +143,8 @@ class Tuning:
             }
             for choice in self.choices
         ]
-        return {"settings": list(self.settings), "chosen_on": "validation images", "cells": cells}
+        chosen_on = "validation images" if self.chooses else None
+        return {"settings": list(self.settings), "chosen_on": chosen_on, "cells": cells}
 
 
 def value_text(value: Hashable) -> str:
@@ -150,7 +165,7 @@ def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]
     """Return the settings to tune: those of the option, or, where it is None, those that the runs name themselves.
 
     Raises:
-        UserError: for one that the runs do not have, or that makes other arms, images or pairs.
+        UserError: for one that the runs do not have, or that makes other arms, networks, images or pairs.
     """
     named = [config.get("tuned") for config in study.configs.values()] if given is None else []
     if not (given or any(named)):
@@ -166,8 +181,8 @@ def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]
     for name in wanted:
         if name in known and not _can_be_tuned(name):
             raise UserError(
-                f"tuned={name}: runs of another {name} are of another arm, of other images, or another sample, and"
-                f" their validation accuracies do not choose between them.\nExample: tuned=optimizer.lr"
+                f"tuned={name}: runs of another {name} are of another arm or network, of other images, or another"
+                " sample, and their validation accuracies do not choose between them.\nExample: tuned=optimizer.lr"
             )
         if name not in known and study.configs:
             same = [each for each in possible if each.rpartition(".")[2] == name]
@@ -177,11 +192,12 @@ def tuned_settings(study: Study, given: str | Sequence[str] | None) -> list[str]
 
 
 def _can_be_tuned(name: str) -> bool:
-    group, _, key = name.rpartition(".")
-    return (
-        name not in _NOT_TUNED
-        and not name.startswith("probe.")
-        and not (group == "dataset" and key in _NOT_TUNED_OF_DATA)
+    group, _, key = name.partition(".")
+    return not (
+        name in _NOT_TUNED
+        or group == "probe"
+        or key in _NOT_TUNED_OF_GROUPS
+        or (group == "dataset" and key in _NOT_TUNED_OF_DATA)
     )
 
 
@@ -206,12 +222,17 @@ def tried_runs(study: Study, whole: Study, settings: Sequence[str]) -> pd.DataFr
 
 
 def chosen_study(tuning: Tuning, tried: pd.DataFrame, runs: Collection[str], whole: Study) -> Study:
-    """Return the study of these runs of those that were tried, with the gaps of their grid."""
+    """Return the study of these runs of those that were tried, with the gaps of their grid.
+
+    A cell of which nothing can be chosen is a gap.
+    """
     study = tuning.study
     kept = tried[tried["run"].isin(runs)]
     rows = [kept[list(study.runs)], study.runs[study.runs["arm"].isna()]]
-    have = [Place(*place) for place in zip(*(kept[key] for key in Place._fields), strict=True)]
-    missing = [{**gap._asdict(), "run": "", "state": State.MISSING, "note": ""} for gap in gaps(have)]
+    without = {(choice.setting, choice.arm, choice.batch) for choice in tuning.choices if choice.none}
+    unchosen = {place for place in _places_of(tried) if place[:3] in without}
+    lacking = [*gaps([*_places_of(kept), *unchosen]), *sorted(unchosen)]
+    missing = [{**gap._asdict(), "run": "", "state": State.MISSING, "note": ""} for gap in lacking]
     rows.append(pd.DataFrame(missing, columns=list(study.runs)))
     table = pd.concat([each for each in rows if len(each)] or rows[:1], ignore_index=True).astype(study.runs.dtypes)
     _, remarks = places(list(whole.configs.values()), tuning.settings)
@@ -222,6 +243,10 @@ def chosen_study(tuning: Tuning, tried: pd.DataFrame, runs: Collection[str], who
         return here.assign(setting=[names[run][0] for run in here["run"]], arm=[names[run][1] for run in here["run"]])
 
     return replace(replace(study, remarks=remarks).reduced(table, of_chosen), tuning=tuning)
+
+
+def _places_of(tried: pd.DataFrame) -> list[Place]:
+    return [Place(*place) for place in zip(*(tried[key] for key in Place._fields), strict=True)]
 
 
 def by_cell(tried: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int], dict[Values, pd.DataFrame]]]:

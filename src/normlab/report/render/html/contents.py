@@ -24,7 +24,7 @@ from normlab.report.analysis.highlight import CLOSE
 from normlab.report.analysis.metrics import Metric
 from normlab.report.claims.judge import INCONCLUSIVE, Judgement
 from normlab.report.claims.texts import format_effect, format_expectation
-from normlab.report.render.answers import REAL, Answers
+from normlab.report.render.answers import OPEN, REAL, Answers
 from normlab.report.render.description import facts, question
 from normlab.report.render.html.svg import PageFigure, figure_html
 from normlab.report.render.layout import filled, split_number
@@ -144,7 +144,7 @@ def _environment() -> jinja2.Environment:
     script, style = (f"{_text(f'page.{kind}')}{_text(f'figures.{kind}')}" for kind in ("js", "css"))
     script += _text("live.js")
     environment.globals |= {"style": style, "script": script, "allowed": _digest(script), "figure_html": figure_html}
-    environment.globals |= {"close": CLOSE, "real": REAL, "inconclusive": INCONCLUSIVE}
+    environment.globals |= {"close": CLOSE, "real": REAL, "open": OPEN, "inconclusive": INCONCLUSIVE}
     return environment
 
 
@@ -167,7 +167,7 @@ def _text(name: str) -> str:
 
 
 def _noted(study: Study) -> list[dict[str, Any]]:
-    """Return the runs that are not done and the gaps of the grid."""
+    """Return the runs that are not done, those that were tried among them, and the gaps of the grid."""
     return [
         {
             "run": study.called(run.run) if run.run else "(no folder)",
@@ -176,7 +176,7 @@ def _noted(study: Study) -> list[dict[str, Any]]:
             "state": run.state,
             "note": run.note or "",
         }
-        for run in named_rows(study.runs[study.runs["state"] != "done"])
+        for run in named_rows(study.every[study.every["state"] != "done"])
     ]
 
 
