@@ -47,11 +47,8 @@ def _chosen_table(tuning: Tuning, confidence: float) -> Table:
     tidy = []
     for choice in tuning.choices:
         chosen = choice.chosen
-<<<<<<< HEAD
-        interval = statistics.t_interval(chosen.scores.values() if chosen else (), confidence, SHARE)
-=======
-        interval = statistics.t_interval([chosen.scores[seed] for seed in choice.seeds] if chosen else (), confidence)
->>>>>>> mend2
+        scores = [chosen.scores[seed] for seed in choice.seeds] if chosen else ()
+        interval = statistics.t_interval(scores, confidence, SHARE)
         values = dict(zip(tuning.settings, chosen.values if chosen else [None] * len(tuning.settings), strict=True))
         place: dict[str, Any] = {"setting": choice.setting, "arm": choice.arm, "batch": choice.batch}
         tidy.append(
