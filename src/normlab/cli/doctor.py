@@ -25,7 +25,7 @@ from rich.text import Text
 
 from normlab import __version__
 from normlab.common.console import Console
-from normlab.common.cpu import BF16_SPEED, bf16_instructions, cores
+from normlab.common.cpu import BF16_FROM, BF16_SPEED, bf16_instructions, cores
 from normlab.common.download import unreachable
 from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
@@ -154,7 +154,7 @@ def processor() -> Finding:
     usable, there = cores(), os.cpu_count() or 1
     text = f"{usable} {f'of {there} ' if usable < there else ''}core{'s' * (there > 1)}"
     if instructions := bf16_instructions():
-        text += f" with {instructions} (precision=bf16 trains about {BF16_SPEED:g} times as fast as fp32)"
+        text += f" with {instructions} (precision=bf16: {BF16_SPEED:g} times as fast from {BF16_FROM} pixels on, about)"
     memory, limit = psutil.virtual_memory(), memory_limit()
     if limit is not None and limit < memory.total:
         whole = _gib(memory.total)

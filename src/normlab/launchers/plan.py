@@ -102,8 +102,8 @@ def _on_bf16(precisions: set[str]) -> str:
     instructions = cpu.bf16_instructions()
     if instructions and "fp32" in precisions:
         return (
-            f"This processor has {instructions}: with precision=bf16, which makes other runs, networks of many channels"
-            f" train about {cpu.BF16_SPEED:g} times as fast."
+            f"This processor has {instructions}: with precision=bf16, which makes other runs, images of {cpu.BF16_FROM}"
+            f" pixels and more train about {cpu.BF16_SPEED:g} times as fast."
         )
     if not instructions and "bf16" in precisions:
         return "This processor has no instructions for bf16: with precision=fp32 runs are likely faster."

@@ -36,7 +36,9 @@ def run_cost(config: schema.RunConfig, data: Inventory) -> float:
     instructions for bf16 takes less time by them.
     """
     cost = config.epochs * data.train_images * (1 + 16 / config.batch) * (config.depth or 18)
-    return cost / cpu.BF16_SPEED if config.precision == "bf16" and cpu.bf16_instructions() else cost
+    is_large = data.image_size is None or data.image_size >= cpu.BF16_FROM
+    fast = config.precision == "bf16" and is_large and cpu.bf16_instructions()
+    return cost / cpu.BF16_SPEED if fast else cost
 
 
 @dataclass(frozen=True)
