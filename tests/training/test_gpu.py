@@ -17,6 +17,7 @@ from normlab.training.supervision import LossCheck
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
 ]
 # Deterministic, so that two runs differ by the engine alone.
 SETTINGS = (*SMALL, "device=cuda", "deterministic=true")
