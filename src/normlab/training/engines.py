@@ -4,7 +4,7 @@ All train on the same batches by the same formulas; `engine` chooses (conf/confi
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from typing import cast
 
@@ -23,9 +23,19 @@ COMPILING = 2  # steps of engine=compile that compile: in the second, an assumed
 
 
 def build(
-    config: RunConfig, train: Split, step: TrainingStep, position: Position, warn: Callable[[str], None]
+    config: RunConfig,
+    train: Split,
+    step: TrainingStep,
+    position: Position,
+    warn: Callable[[str], None],
+    *,
+    packed: bool = False,
 ) -> "Engine":
-    """Return the engine that a run requests by `engine`; `warn` is called when engine=auto cannot capture.
+    """Return the engine that a run requests by `engine`.
+
+    Args:
+        warn: called when engine=auto cannot capture.
+        packed: whether other runs train in this process at the same time: each run's graphs are checked then.
 
     Raises:
         UserError: for engine=graph where a step cannot be captured.
@@ -34,7 +44,7 @@ def build(
     if config.engine == "graph" and why_not:
         raise UserError(f"engine=graph cannot capture the steps of this run: {why_not}.\nUse engine=auto or eager.")
     if may_capture(config, step.device) and not why_not:
-        return Graphed(config, train, step, position, warn)
+        return Graphed(config, train, step, position, warn, packed)
     kind = Compiled if config.engine == "compile" else Engine
     return kind(config, train, step, position)
 
@@ -68,10 +78,11 @@ class Engine:
 
     Attributes:
         replays: whether graphs are wanted where work can be captured.
+        packed: whether other runs train in this process at the same time.
         capture_seconds: spent so far on capturing or compiling, which is not counted as training.
     """
 
-    replays = False
+    replays, packed = False, False
 
     def __init__(self, config: RunConfig, train: Split, step: TrainingStep, position: Position) -> None:
         self.config, self.train, self.train_on, self.position = config, train, step, position
@@ -107,6 +118,10 @@ class Engine:
             why: they cannot be captured.
             evaluation: it is not a step that cannot be.
         """
+
+    def kind(self, images: int) -> Hashable:
+        """Return what kind of step one of so many images is, of which the graph of one is checked."""
+        return kind_of(self.config, images, packed=self.packed)
 
     def _learning_rate(self, batch: int, divisor: float) -> float:
         steps = self.train.steps
@@ -144,10 +159,16 @@ class Graphed(Engine):
     replays = True
 
     def __init__(
-        self, config: RunConfig, train: Split, step: TrainingStep, position: Position, warn: Callable[[str], None]
+        self,
+        config: RunConfig,
+        train: Split,
+        step: TrainingStep,
+        position: Position,
+        warn: Callable[[str], None],
+        packed: bool,
     ) -> None:
         super().__init__(config, train, step, position)
-        self.warn = warn
+        self.warn, self.packed = warn, packed
         self.images: Epoch | None = None
         self.rates = torch.zeros(len(step.optimizer.param_groups), train.steps, device=step.device)
         self.rate = self.rates.new_zeros(len(self.rates), 1)  # of the batch, of each group
@@ -180,9 +201,9 @@ class Graphed(Engine):
         """See `Engine`."""
         images = self.train.images_of(self.position.batch)
         if images not in self.steps:
-            work, key = partial(self._whole_step, images), kind_of(self.config, images)
+            work = partial(self._whole_step, images)
             self.steps[images] = Replayed(
-                self.train_on.device, work, self._changes, key, self.config.precision, self.refuse
+                self.train_on.device, work, self._changes, self.kind(images), self.config.precision, self.refuse
             )
         step, begun = self.steps[images], time.monotonic()
         captures = step.captures_next

@@ -1,6 +1,6 @@
 """The evaluation of a network on one part of the data, batch after batch; on a GPU by the replays of graphs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.training.device import autocast
-from normlab.training.graphs import LOSS, Replayed, kind_of
+from normlab.training.graphs import LOSS, Replayed
 from normlab.training.tasks import Classification, Task
 
 
@@ -20,7 +20,7 @@ class Evaluation:
 
     Args:
         network: what is evaluated.
-        replays: whether batches of images in memory may be replays of graphs.
+        kind: returns what kind of step a batch of so many images is; None: no batch is to be the replay of a graph.
         refuse: called with the reason where they cannot.
 
     Attributes:
@@ -37,11 +37,11 @@ class Evaluation:
         network: nn.Module,
         split: Split,
         *,
-        replays: bool,
+        kind: Callable[[int], Hashable] | None,
         refuse: Callable[[str], None],
     ) -> None:
         self.config, self.device, self.task, self.network, self.split = config, device, task, network, split
-        self.replays, self.refuse = replays, refuse
+        self.kind, self.refuse = kind, refuse
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.hits = torch.zeros(len(split), dtype=torch.uint8, device=device)
@@ -73,17 +73,17 @@ class Evaluation:
 
     def _of_size(self, images: int) -> Callable[[], None]:
         work = partial(self._next, images)
-        if not self.replays:
+        if not self.kind:
             return work
         if images not in self._replayed:
-            key = "evaluation", kind_of(self.config, images)
+            kind = "evaluation", self.kind(images)
             self._replayed[images] = Replayed(
-                self.device, work, self._changes, key, self.config.precision, self._launch_all
+                self.device, work, self._changes, kind, self.config.precision, self._launch_all
             )
         return self._replayed[images]
 
     def _launch_all(self, why: str) -> None:
-        self.replays = False
+        self.kind = None
         self.refuse(why)
 
     def _changes(self) -> dict[str, Tensor]:

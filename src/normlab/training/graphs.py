@@ -243,6 +243,9 @@ def difference(
     return ""
 
 
-def kind_of(config: RunConfig, images: int) -> str:
-    """Return a key of all settings that a step of so many images depends on, as far as its operations go."""
-    return f"{images} {config.model_dump_json(exclude=_NOT_OF_A_STEP, by_alias=True)}"
+def kind_of(config: RunConfig, images: int, *, packed: bool) -> Hashable:
+    """Return a key of all settings that the operations of a step of so many images depend on.
+
+    In a pack each is of a kind of its own: it is checked while the device works for other runs.
+    """
+    return object() if packed else f"{images} {config.model_dump_json(exclude=_NOT_OF_A_STEP, by_alias=True)}"

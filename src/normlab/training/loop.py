@@ -173,7 +173,7 @@ def evaluate(state: TrainingState, network: nn.Module, part: str, split: Split, 
             state.step.task,
             network,
             split,
-            replays=replays,
+            kind=state.engine.kind if replays else None,
             refuse=partial(state.engine.refuse, evaluation=True),
         )
     evaluation = state.evaluations[part]

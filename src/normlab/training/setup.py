@@ -86,7 +86,8 @@ def set_up(
     if config.probe:
         subject = _probe_subject(config, network, data)
         probes = Probes(config.probe, subject, config.epochs * data.train.steps, recorder.measurement)
-    engine = engines.build(config, data.train, step, position, recorder.log.warning)
+    packed = resources.interleaver.packed
+    engine = engines.build(config, data.train, step, position, recorder.log.warning, packed=packed)
     return TrainingState(
         config, where, group, resources.interleaver, data, step, engine, probes, position, memory_format
     )
