@@ -37,6 +37,12 @@ STRICT = ("index_select", "gather", "scatter_", "_fused_sgd_", "_fused_adam_")  
 Operation = tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]  # ..., and the outputs that are its own
 
 
+PROTOTYPE = (
+    "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"
+    " (function THCPModule_cudaSetSyncDebugMode)"
+)
+
+
 class Pretended(Tensor):
     """A tensor that says it is on the GPU; `host` has its numbers."""
 
@@ -107,6 +113,8 @@ class PretendedGPU:
             )
 
     def set_sync_debug_mode(self, mode: int | str) -> None:
+        """Warn first, as PyTorch does once in a process."""
+        warnings.warn(PROTOTYPE, stacklevel=2)
         self.mode = mode if isinstance(mode, int) else ("default", "warn", "error").index(mode)
 
     def launched(self, capture: int = -1) -> int:
@@ -292,7 +300,7 @@ class Generator:
 class Graph:
     """A graph of the GPU: a capture of `graphs.Graph`, whose replays repeat its operations one by one."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: object = None) -> None:
         self.operations: list[Operation] = []
 
     def capture(self, work: Callable[[], None]) -> None:
@@ -371,6 +379,8 @@ def pretended() -> Iterator[PretendedGPU]:
         "empty_cache": lambda: None,
         "mem_get_info": lambda *_: (60 << 30, 80 << 30),
         "max_memory_allocated": lambda *_: 1,
+        "memory_reserved": lambda *_: 1,
+        "graph_pool_handle": lambda: (0, 1),
         "reset_peak_memory_stats": lambda *_: None,
         "Stream": Stream,
         "Event": Event,

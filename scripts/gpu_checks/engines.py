@@ -17,7 +17,7 @@ from normlab import runs
 LAUNCHED = {  # the first is what the others are compared with
     "eager": ["engine=eager", "hydra.launcher.per_gpu=4"],
     "one process": ["engine=auto", "hydra.launcher.per_gpu=1", "hydra.launcher.pack=8"],
-    "four processes": ["engine=auto", "hydra.launcher.per_gpu=4", "hydra.launcher.pack=4"],
+    "four processes": ["engine=auto", "hydra.launcher.per_gpu=4", "hydra.launcher.pack=4", "hydra.launcher.mps=false"],
 }
 COMPARED = ("train_loss", "test_loss")
 TOLERANCE = 1e-3  # relative, of the losses of each epoch; deterministic, in fp32
@@ -32,8 +32,16 @@ def trained(study: str, folder: Path, words: list[str]) -> dict[str, dict[str, A
     for run in runs.find(folder / study):
         rows, _ = runs.read_metrics(run)
         losses = [row.get(name, math.nan) for row in rows for name in COMPARED]
-        found[run.name] = {"losses": losses, **(runs.read_status(run) or {"state": "not begun"})}
+        status = runs.read_status(run) or {"state": "not begun"}
+        found[run.name] = {"losses": losses, "refused": refusal(run), **status}
     return found
+
+
+def refusal(run: Path) -> str:
+    """What a run says of graphs that it does not use, or nothing."""
+    log = run / runs.LOG
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return next((line.partition("WARNING ")[2] for line in lines if "cannot be captured" in line), "")
 
 
 def compared(one: dict[str, Any], eager: dict[str, Any]) -> tuple[str, float]:
@@ -45,7 +53,7 @@ def compared(one: dict[str, Any], eager: dict[str, Any]) -> tuple[str, float]:
     largest = math.nan if any(map(math.isnan, differences)) else max(differences, default=math.nan)
     if not largest <= TOLERANCE:
         return f"differs by {largest:.1e}", largest
-    return "" if one.get("capture_seconds") else "was not captured", largest
+    return "" if one.get("capture_seconds") and not one["refused"] else one["refused"] or "was not captured", largest
 
 
 def main() -> int:
@@ -58,7 +66,10 @@ def main() -> int:
         seen = trained(launched.replace(" ", "_"), folder, [*words, *more])
         seconds = time.monotonic() - begun
         eager = eager or seen
-        outcomes = {name: compared(seen.get(name, {"state": "missing", "losses": []}), eager[name]) for name in eager}
+        outcomes = {
+            name: compared(seen.get(name, {"state": "missing", "losses": [], "refused": ""}), eager[name])
+            for name in eager
+        }
         if launched == "eager":
             outcomes = {name: ("" if one["state"] == "done" else one["state"], 0.0) for name, one in eager.items()}
         wrong = {name: why for name, (why, _) in outcomes.items() if why}

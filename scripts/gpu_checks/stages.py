@@ -117,7 +117,7 @@ def speed(sizes: Sizes, folder: Path, work: Path, images: Path | None) -> list[P
     words = [
         *("speed", "--what", "speed", "--device", "cuda", "--dataset", "cifar10_jpeg" if images else sizes.dataset),
         *("--data-dir", str(images or work), "--precision", *sizes.precisions, "--batch", *sizes.batches),
-        *("--workers", str(workers), *sizes.images, "--settings", "engine=auto", *sizes.network),
+        *("--workers", str(workers), *sizes.images, "--settings", "engine=graph", *sizes.network),
     ]
     files = ["--json", str(folder / "speed.json"), "--markdown", str(tables), "--resume", "--limit", "{limit}"]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, table
+from gpu_checks.engines import refusal
 from normlab import runs
 
 LAUNCHED = ["device=cuda", "engine=auto", "hydra.launcher.per_gpu=4", "hydra.launcher.pack=4"]
@@ -48,7 +49,8 @@ def sweep(found: Path, folder: Path, *words: str) -> int:
     seconds = train(folder, [*words, "study=sweep"])
     ended = statuses(folder / "sweep")
     states = Counter(one["state"] for one in ended.values())
-    captured = sum(bool(one.get("capture_seconds")) for one in ended.values())
+    told_of = {run.name: refusal(run) for run in runs.find(folder / "sweep")}
+    captured = sum(bool(one.get("capture_seconds")) and not told_of.get(name) for name, one in ended.items())
     facts = {"seconds": seconds, "runs": len(ended), "states": states, "captured": captured}
     sentence = f"{len(ended)} runs in {seconds:.1f} s, {captured} of them captured; {told(states)}."
     found.write_text(json.dumps({**facts, "table": sentence}))

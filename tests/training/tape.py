@@ -15,7 +15,7 @@ class Tape:
     Like a CUDA graph it holds on to every tensor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pool: object = None) -> None:
         self.operations: list[_Operation] = []
 
     def capture(self, work: Callable[[], None]) -> None:

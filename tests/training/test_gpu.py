@@ -73,9 +73,9 @@ def test_a_process_goes_on_after_a_capture_that_failed() -> None:
     x = torch.ones(1000, device="cuda")
     with device.new_stream(torch.device("cuda:0")):
         with pytest.raises(RuntimeError, match="captur"):
-            graphs.CudaGraph().capture(lambda: torch.rand_like(x).mean().item())
+            graphs.CudaGraph(torch.cuda.graph_pool_handle()).capture(lambda: torch.rand_like(x).mean().item())
         assert 0 < float(torch.rand_like(x).mean()) < 1
-        graph = graphs.CudaGraph()
+        graph = graphs.CudaGraph(torch.cuda.graph_pool_handle())
         graph.capture(lambda: x.copy_(torch.rand_like(x)))
         graph.replay()
         first = x.clone()

@@ -213,6 +213,41 @@ def test_a_graph_that_comes_to_something_else_is_not_used(tiny) -> None:
     assert "engine=eager" in log
 
 
+class Ramps(nn.Module):
+    """A network whose layer follows the run by a number of Python."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, num_classes)
+        self.ramp = Ramp()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.ramp(self.bn(self.conv(images)).mean((2, 3))))
+
+
+class Ramp(nn.Module):
+    now = 0.0
+
+    def at_step(self, step: int, steps: int) -> None:
+        self.now = step / steps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (1.0 + self.now)
+
+
+def test_a_layer_that_changes_a_number_of_python_is_not_captured(tiny) -> None:
+    """The check alone would not see it: all that it compares is of one step."""
+    ramp = ("model.target=training.test_pretended.Ramps", "model.name=ramps", "epochs=3")
+    config, eager = (
+        tiny("dataset.train_size=96", *ramp, f"device={device}", f"study={device}") for device in ("cuda", "cpu")
+    )
+    with pretended():
+        train_run(config)
+    train_run(eager)
+    assert "at_step of a layer changes a number of Python" in (folder(config) / runs.LOG).read_text()
+    assert outcome(config) == outcome(eager)
+
+
 def test_a_step_that_waits_is_not_captured(tiny) -> None:
     config = tiny(*SMALL, "model.target=training.test_engines.ReadsItsLoss", "model.name=reads", "device=cuda")
     with pretended() as gpu:

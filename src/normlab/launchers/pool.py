@@ -129,11 +129,14 @@ def _train_pack(
 ) -> list[Status]:
     """Train runs, in a worker; return their statuses."""
     from normlab.training import packing  # imports torch, here by the worker's first run
-    from normlab.training.device import choose
+    from normlab.training.device import choose, release_memory
     from normlab.training.run import Resources
 
     if len(configs) == 1:
-        return [_train(configs[0], Resources(device, threads, title=titles[0]))]
+        status = _train(configs[0], Resources(device, threads, title=titles[0]))
+        with contextlib.suppress(RuntimeError):  # of CUDA, which the next run will tell
+            release_memory(choose(configs[0].device, device))  # for other processes of the device
+        return [status]
     loaded: dict[object, Any] = {}
     of_run = {id(config): title for config, title in zip(configs, titles, strict=True)}
     return packing.train_packed(

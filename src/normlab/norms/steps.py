@@ -65,6 +65,7 @@ class Steps:
     def __init__(self, network: nn.Module) -> None:
         modules: list[Any] = list(network.modules())
         self._layers = [module for module in modules if isinstance(module, BatchStatistics)]
+        self._others = [module for module in modules if hasattr(module, "at_step") and not isinstance(module, Clock)]
         self._before = [module.at_step for module in modules if hasattr(module, "at_step")]
         self._after = [module.after_step for module in modules if hasattr(module, "after_step")]
 
@@ -72,6 +73,11 @@ class Steps:
         """Call before each training step."""
         for at_step in self._before:
             at_step(step, steps)
+
+    def python_numbers(self) -> list[dict[str, Any]]:
+        """Return the numbers, flags and texts of Python that modules with `at_step` have, but for a `Clock`."""
+        plain = (bool, int, float, str)
+        return [{key: value for key, value in vars(each).items() if isinstance(value, plain)} for each in self._others]
 
     def start(self) -> None:
         """Call before the forward pass of a step, if the averages shall move together."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import resource
@@ -103,6 +104,13 @@ def new_stream(device: torch.device) -> AbstractContextManager[object]:
 def generator_of(device: torch.device) -> torch.Generator:
     """Return the default generator of a device."""
     return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a GPU's allocator keeps, that of unreachable tensors and graphs as well."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -4,7 +4,7 @@ All train on the same batches by the same formulas; `engine` chooses (conf/confi
 """
 
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normlab.common.errors import UserError
 from normlab.config.schema import RMSprop, RunConfig
 from normlab.data.batches import Epoch, Split
-from normlab.training.graphs import GRAPHS, LOSS, Replayed, kind_of
+from normlab.training.graphs import GRAPHS, LOSS, Replayed, kind_of, new_pool
 from normlab.training.optimizers import learning_rate, set_learning_rate
 from normlab.training.state import Position
 from normlab.training.step import TrainingStep
@@ -77,12 +77,8 @@ class Engine:
     """Carries out the steps of an epoch, every operation launched from Python (engine=eager).
 
     Attributes:
-        replays: whether graphs are wanted where work can be captured.
-        packed: whether other runs train in this process at the same time.
         capture_seconds: spent so far on capturing or compiling, which is not counted as training.
     """
-
-    replays, packed = False, False
 
     def __init__(self, config: RunConfig, train: Split, step: TrainingStep, position: Position) -> None:
         self.config, self.train, self.train_on, self.position = config, train, step, position
@@ -111,17 +107,16 @@ class Engine:
         self.position.losses[batch] = loss
         self.position.correct[batch] = correct
 
-    def refuse(self, why: str, *, evaluation: bool = False) -> None:
-        """Go on without graphs of steps, or of an evaluation; raise `UserError` if the run insists on those of steps.
+    def evaluation(
+        self, work: Callable[[], None], changes: Callable[[], dict[str, Tensor]], images: int
+    ) -> Callable[[], None]:
+        """Return how to do the work of a batch of an evaluation: itself, or by a graph.
 
         Args:
-            why: they cannot be captured.
-            evaluation: it is not a step that cannot be.
+            work, changes: see `Replayed`.
+            images: in the batch.
         """
-
-    def kind(self, images: int) -> Hashable:
-        """Return what kind of step one of so many images is, of which the graph of one is checked."""
-        return kind_of(self.config, images, packed=self.packed)
+        return work
 
     def _learning_rate(self, batch: int, divisor: float) -> float:
         steps = self.train.steps
@@ -156,8 +151,6 @@ class Graphed(Engine):
     the batch, which each step counts up. Steps before a capture are launched from Python.
     """
 
-    replays = True
-
     def __init__(
         self,
         config: RunConfig,
@@ -175,6 +168,9 @@ class Graphed(Engine):
         self.number = torch.zeros(1, dtype=torch.int64, device=step.device)  # of the batch
         self.numbers = torch.arange(train.steps, device=step.device)
         self.steps: dict[int, Replayed] = {}  # by the number of images
+        self._all: list[Replayed] = []  # those of evaluations, too
+        self._pool = new_pool(step.device)
+        self._python_numbers: object = None
 
     def start_epoch(self, epoch: int) -> None:
         """See `Engine`."""
@@ -201,29 +197,52 @@ class Graphed(Engine):
         """See `Engine`."""
         images = self.train.images_of(self.position.batch)
         if images not in self.steps:
-            work = partial(self._whole_step, images)
-            self.steps[images] = Replayed(
-                self.train_on.device, work, self._changes, self.kind(images), self.config.precision, self.refuse
-            )
+            self.steps[images] = self._replayed(partial(self._whole_step, images), self._changes, "step", images)
+        numbers = self.train_on.layers.python_numbers()
+        if self._python_numbers not in (None, numbers) and not self.steps[images].refused:
+            self._refuse("at_step of a layer changes a number of Python, which no replay sees; only tensors may change")
+        self._python_numbers = numbers
         step, begun = self.steps[images], time.monotonic()
         captures = step.captures_next
         step()
         if captures:
-            self._count_as_capture(time.monotonic() - begun)
+            seconds = time.monotonic() - begun
+            self.position.train_seconds -= seconds  # no time of training
+            self.capture_seconds += seconds if step.graph else 0.0
 
-    def refuse(self, why: str, *, evaluation: bool = False) -> None:
-        """See `Engine`."""
-        if evaluation:
-            self.warn(f"The evaluations of this run cannot be captured ({why}); they are launched from Python.")
-            return
+    def evaluation(
+        self, work: Callable[[], None], changes: Callable[[], dict[str, Tensor]], images: int
+    ) -> Callable[[], None]:
+        """See `Engine`. Other statistics than running ones are beyond the graph."""
+        return self._replayed(work, changes, "evaluation", images) if self.config.eval_stats == "running" else work
+
+    def _replayed(
+        self, work: Callable[[], None], changes: Callable[[], dict[str, Tensor]], what: str, images: int
+    ) -> Replayed:
+        made = Replayed(
+            self.train_on.device,
+            work,
+            changes,
+            kind=(what, kind_of(self.config, images, packed=self.packed)),
+            precision=self.config.precision,
+            pool=self._pool,
+            refuse=self._refuse,
+        )
+        if any(each.refused for each in self._all):
+            made.launch_from_now_on()
+        self._all.append(made)
+        return made
+
+    def _refuse(self, why: str) -> None:
+        """Launch all from Python from now on, or end a run that insists on graphs."""
         if self.config.engine == "graph":
             raise UserError(
                 f"engine=graph cannot capture a step of {self.config.model.name} with norm={self.config.norm.name}:"
                 f" {why}.\nUse engine=auto or engine=eager."
             )
         self.warn(f"A step of this run cannot be captured ({why}); it goes on with engine=eager.")
-        for step in self.steps.values():
-            step.refused = True
+        for each in self._all:
+            each.launch_from_now_on()
 
     def _whole_step(self, images: int) -> None:
         full = self.train.images // self.train.batch

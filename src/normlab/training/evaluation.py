@@ -1,6 +1,6 @@
 """The evaluation of a network on one part of the data, batch after batch; on a GPU by the replays of graphs."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from normlab.config.schema import RunConfig
 from normlab.data.batches import Split
 from normlab.training.device import autocast
-from normlab.training.graphs import LOSS, Replayed
+from normlab.training.graphs import LOSS
 from normlab.training.tasks import Classification, Task
 
 
@@ -20,8 +20,7 @@ class Evaluation:
 
     Args:
         network: what is evaluated.
-        kind: returns what kind of step a batch of so many images is; None: no batch is to be the replay of a graph.
-        refuse: called with the reason where they cannot.
+        by_graph: `Engine.evaluation`.
 
     Attributes:
         loss: sum of the loss without label smoothing over this process's images, float64.
@@ -36,12 +35,10 @@ class Evaluation:
         task: Task,
         network: nn.Module,
         split: Split,
-        *,
-        kind: Callable[[int], Hashable] | None,
-        refuse: Callable[[str], None],
+        by_graph: Callable[..., Callable[[], None]],
     ) -> None:
         self.config, self.device, self.task, self.network, self.split = config, device, task, network, split
-        self.kind, self.refuse = kind, refuse
+        self.by_graph = by_graph
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.hits = torch.zeros(len(split), dtype=torch.uint8, device=device)
@@ -51,7 +48,7 @@ class Evaluation:
         self._in_batches = self.hits.new_zeros(split.steps, split.batch)
         self._places = torch.arange(split.batch, device=device)
         self._labels = split.labels.to(device) if self._gathers else split.labels
-        self._replayed: dict[int, Replayed] = {}  # by the number of images
+        self._works: dict[int, Callable[[], None]] = {}  # by the number of images
 
     @property
     def _gathers(self) -> bool:
@@ -72,19 +69,9 @@ class Evaluation:
             first += len(labels)
 
     def _of_size(self, images: int) -> Callable[[], None]:
-        work = partial(self._next, images)
-        if not self.kind:
-            return work
-        if images not in self._replayed:
-            kind = "evaluation", self.kind(images)
-            self._replayed[images] = Replayed(
-                self.device, work, self._changes, kind, self.config.precision, self._launch_all
-            )
-        return self._replayed[images]
-
-    def _launch_all(self, why: str) -> None:
-        self.kind = None
-        self.refuse(why)
+        if images not in self._works:
+            self._works[images] = self.by_graph(partial(self._next, images), self._changes, images)
+        return self._works[images]
 
     def _changes(self) -> dict[str, Tensor]:
         sums = {LOSS: self.loss, "correct": self.correct, "hits": self._in_batches}

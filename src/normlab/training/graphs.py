@@ -7,7 +7,7 @@ import contextlib
 import gc
 import math
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from normlab.common.errors import first_line
 from normlab.config.schema import RunConfig
-from normlab.training.device import generator_of
+from normlab.training.device import generator_of, release_memory
 
 WARM_UP = 3  # times before the capture: libraries choose their kernels, optimizers make their state
 # Of a replay's changes, beside the rounding of their results: the largest difference to those of the work itself, as a
 # fraction of them, and as a multiple of the difference between two times of the work itself. [A]
 TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 3e-2, "fp16": 3e-2}
 NOISE, ROUNDING = 4.0, 1e-6
+NO_MEMORY = "the device has no memory for a graph"
 LOSS = "loss"  # the name of the tensor that keeps it
 _NOT_OF_A_STEP: Any = {
     **dict.fromkeys(("study", "experiment", "budget", "tuned", "output_dir", "data_dir", "logger", "quiet"), True),
@@ -50,20 +51,25 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """A CUDA graph on the current stream, which must not be the default one."""
+    """A CUDA graph on the current stream, which must not be the default one.
 
-    def __init__(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
+    Args:
+        pool: of `new_pool`, for the memory of graphs that are replayed one after the other and leave nothing there.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._graph, self._pool = torch.cuda.CUDAGraph(), pool
 
     def capture(self, work: Callable[[], None]) -> None:
         """See `Graph`. Unlike `torch.cuda.graph` it neither waits for the device nor empties the allocator's cache."""
-        device, pool = torch.cuda.current_device(), torch.cuda.graph_pool_handle()
+        device, pool = torch.cuda.current_device(), self._pool
         generator = torch.cuda.default_generators[device]
         usable = generator.clone_state()
         try:
             with _no_garbage_collection():
-                # Other threads of this process may use CUDA meanwhile.
-                self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                # Other threads of this process may use CUDA meanwhile. The generator's tensors are made here, for all.
+                with torch.inference_mode(False):
+                    self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     work()
                 finally:
@@ -72,8 +78,8 @@ class CudaGraph:
             # The end of a capture that failed raises an error of its own, and leaves generator and allocator in it.
             with contextlib.suppress(RuntimeError):  # it had ended there already
                 torch._C._cuda_endAllocateToPool(device, pool)  # noqa: SLF001  # there is no public way
-            generator.graphsafe_set_state(usable)
-            self._graph.reset()
+            if not _can_draw():  # up to PyTorch 2.12
+                generator.graphsafe_set_state(usable)
             if isinstance(error.__context__, RuntimeError):
                 raise error.__context__ from error
             raise
@@ -83,7 +89,21 @@ class CudaGraph:
         self._graph.replay()
 
 
-GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}  # by type of device; a test adds one for the CPU
+GRAPHS: dict[str, Callable[[Any], Graph]] = {"cuda": CudaGraph}  # by type of device; a test adds one for the CPU
+
+
+def new_pool(device: torch.device) -> Any:
+    """Return the handle of a pool of memory for graphs; None where they need none."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def _can_draw() -> bool:
+    """Return whether the GPU's generator draws outside of a capture."""
+    try:
+        torch.empty(1, device="cuda").uniform_()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -107,6 +127,7 @@ class Replayed:
         changes: returns the tensors that it changes, by name, as they are when it has been done a few times.
         kind: works of one kind are checked once in this process.
         precision: of the run.
+        pool: of `new_pool`.
         refuse: called with the reason when the work cannot be captured; it goes on from Python if this returns.
     """
 
@@ -117,13 +138,16 @@ class Replayed:
         device: torch.device,
         work: Callable[[], None],
         changes: Callable[[], Mapping[str, Tensor]],
+        *,
         kind: Hashable,
         precision: str,
+        pool: Any,
         refuse: Callable[[str], None],
     ) -> None:
         self.device, self.work, self.changes, self.refuse = device, work, changes, refuse
-        self.kind, self.tolerance = kind, TOLERANCE[precision]
+        self.kind, self.tolerance, self.pool = kind, TOLERANCE[precision], pool
         self.graph: Graph | None = None
+        self._set_aside: list[Graph] = []
         self.times = 0  # that it was done from Python
         self.refused = device.type not in GRAPHS
 
@@ -148,8 +172,14 @@ class Replayed:
         elif waits := waits_in(self.work):
             self._refuse(waits)
 
-    def _refuse(self, why: str) -> None:
+    def launch_from_now_on(self) -> None:
+        """Use no graph any more. It is kept: to free it would free memory that others of its stream use."""
         self.refused = True
+        self._set_aside += [self.graph] if self.graph else []
+        self.graph = None
+
+    def _refuse(self, why: str) -> None:
+        self.launch_from_now_on()
         self.refuse(why)
 
     def _capture(self) -> None:
@@ -164,26 +194,45 @@ class Replayed:
             generator.set_state(draws)
             way()
 
-        graph = GRAPHS[self.device.type]()
-        try:
-            graph.capture(self.work)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        def launched() -> dict[str, Tensor]:
             carry_out(self.work)
-            self._refuse(first_line(error))
+            return _copies(tensors)
+
+        if why := self._why_no_graph():
+            carry_out(self.work)
+            self._refuse(why)
             return
+        graph = self._set_aside[-1]
         carry_out(graph.replay)
         if self.kind not in self.checked:
-            replayed = _copies(tensors)
-            carry_out(self.work)
-            launched = _copies(tensors)
-            carry_out(self.work)
-            if wrong := difference(before, replayed, launched, tensors, self.tolerance):
+            replayed, times = _copies(tensors), [launched(), launched()]
+            wrong = difference(before, replayed, times, self.tolerance)
+            if wrong:  # perhaps the work differs from itself by more than two times of it show
+                times += [launched(), launched()]
+                wrong = difference(before, replayed, times, self.tolerance)
+            if wrong:
                 self._refuse(f"a replay comes to another {wrong}")
                 return
             self.checked.add(self.kind)
-        self.graph = graph
+        self.graph = self._set_aside.pop()
+
+    def _why_no_graph(self) -> str:
+        """Capture the work in a graph, which is set aside; return why there is none, or ""."""
+        why = self._captured()
+        if why == NO_MEMORY:
+            release_memory(self.device)  # which the allocator does not while a capture is under way
+            why = self._captured()
+        return why
+
+    def _captured(self) -> str:
+        self._set_aside.append(GRAPHS[self.device.type](self.pool))
+        try:
+            self._set_aside[-1].capture(self.work)
+        except torch.OutOfMemoryError:
+            return NO_MEMORY
+        except RuntimeError as error:
+            return first_line(error)
+        return ""
 
 
 def waits_in(work: Callable[[], None]) -> str:
@@ -196,7 +245,7 @@ def waits_in(work: Callable[[], None]) -> str:
             work()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    waiting = [one for one in caught if "synchronizing" in str(one.message)]
+    waiting = [one for one in caught if "called a synchronizing" in str(one.message)]
     for one in caught:
         if one not in waiting and "prototype" not in str(one.message):  # of the mode itself
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
@@ -210,8 +259,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def difference(
     before: Mapping[str, Tensor],
     replayed: Mapping[str, Tensor],
-    launched: Mapping[str, Tensor],
-    again: Mapping[str, Tensor],
+    launched: Sequence[Mapping[str, Tensor]],
     tolerance: float,
 ) -> str:
     """Return the name of a tensor that a replay changes in another way than the work itself does, or "".
@@ -222,16 +270,19 @@ def difference(
     Args:
         before: the tensors' values.
         replayed: after a replay.
-        launched: after the work itself.
-        again: after the work itself another time, from the same values: on a GPU sums may be in another order.
+        launched: after the work itself, several times from the same values: on a GPU sums may be in another order.
         tolerance: of `TOLERANCE`.
     """
-    for name, value in launched.items():
-        own, other, start, second = (one[name].detach().double() for one in (launched, replayed, before, again))
-        norms = torch.stack([each.norm() for each in (other - own, second - own, own - start, own)])
-        error, noise, change, size = norms.tolist()
+    for name, value in launched[0].items():
+        own, other, start, *again = (one[name].double() for one in (launched[0], replayed, before, *launched[1:]))
+        if name == LOSS and value.dim():
+            touched = (own != start) | (other != start)
+            own, other, start, *again = (torch.where(touched, each, 0.0) for each in (own, other, start, *again))
+        norms = torch.stack([each.norm() for each in (other - own, own - start, own, *(one - own for one in again))])
+        error, change, size, *noises = norms.tolist()
+        noise = max(noises)
         if name == LOSS:  # before any sum of a backward pass: so it tells work that differs from time to time, too
-            noise = 0.0
+            noise, change = 0.0, size
         if not math.isfinite(size):
             same = torch.equal(own.isfinite(), other.isfinite())
         elif value.is_floating_point():

@@ -115,12 +115,17 @@ class PackedInterleaver(Interleaver):
             self._make_way()
 
     def _make_way(self) -> None:
+        if not self._hand_over() and self.device.type == "cuda":
+            time.sleep(5e-5)
+
+    def _hand_over(self) -> bool:
+        """Let everybody else who waits go first; return False if nobody does."""
         if self.device.type == "cuda":  # after a failed capture it is another one
             self._generator_state = self._generator.graphsafe_get_state()
-        if self.lock.hand_over():
+        handed_over = self.lock.hand_over()
+        if handed_over:
             self._resume()
-        elif self.device.type == "cuda":
-            time.sleep(5e-5)
+        return handed_over
 
     def _resume(self) -> None:
         if self.device.type == "cuda":

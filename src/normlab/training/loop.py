@@ -166,16 +166,8 @@ def evaluate(state: TrainingState, network: nn.Module, part: str, split: Split, 
     """Return the sums over a part of the data, all processes' of it."""
     network.eval()
     if part not in state.evaluations:
-        replays = state.engine.replays and state.config.eval_stats == "running"
-        state.evaluations[part] = Evaluation(
-            state.config,
-            state.device,
-            state.step.task,
-            network,
-            split,
-            kind=state.engine.kind if replays else None,
-            refuse=partial(state.engine.refuse, evaluation=True),
-        )
+        by_graph = state.engine.evaluation
+        state.evaluations[part] = Evaluation(state.config, state.device, state.step.task, network, split, by_graph)
     evaluation = state.evaluations[part]
     for batch in supervisor.supervise(evaluation.batches(), split.shared_batches):
         batch()

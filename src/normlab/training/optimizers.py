@@ -56,6 +56,8 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module, *, for_graph: b
         optimizer = torch.optim.RMSprop(
             groups, config.lr, config.alpha, config.eps, momentum=momentum, foreach=foreach, capturable=on_gpu
         )
+    if on_gpu:  # else it warns of the steps before the capture
+        optimizer._warned_capturable_if_run_uncaptured = True  # noqa: SLF001  # there is no public way
     if for_graph:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(config.lr, device=device)

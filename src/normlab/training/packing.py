@@ -1,6 +1,5 @@
 """A list of runs trained by one process, several at a time (see interleaving.py)."""
 
-import gc
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,7 @@ import torch
 from normlab.common import bugs
 from normlab.config.schema import RunConfig
 from normlab.runs import State
-from normlab.training.device import new_stream
+from normlab.training.device import new_stream, release_memory
 from normlab.training.interleaving import FairLock, Interleaver, PackedInterleaver
 
 SETTLED_STEPS = 8  # of a run: its graph is captured, its optimizer has its state
@@ -88,6 +87,10 @@ class MemoryBudget:
         self.starting = False
         self.measured: list[tuple[int, int]] = []  # batch, bytes
 
+    def reserved(self) -> int:
+        """Return the bytes that this process keeps of the device."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
     def free(self) -> float:
         """Return the bytes that are free on the device; infinite for a CPU."""
         return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else float("inf")
@@ -108,12 +111,12 @@ class _MeasuringInterleaver(PackedInterleaver):
     def __init__(self, lock: FairLock, device: torch.device, budget: MemoryBudget) -> None:
         super().__init__(lock, device)
         self.budget = budget
-        self.batch, self.free_before, self.settles_at = 0, 0.0, 0
+        self.batch, self.reserved_before, self.settles_at = 0, 0, 0
 
     def start_run(self, config: RunConfig) -> None:
         self.budget.under_way += 1
         self.budget.starting = True
-        self.batch, self.free_before = config.batch, self.budget.free()
+        self.batch, self.reserved_before = config.batch, self.budget.reserved()
         self.settles_at = self.steps + SETTLED_STEPS
 
     def after_step(self) -> None:
@@ -125,18 +128,15 @@ class _MeasuringInterleaver(PackedInterleaver):
         if self.steps < self.settles_at:
             self._measure()
         self.budget.under_way -= 1
-        if self.device.type == "cuda":  # its memory, its graph's above all, is for the next
-            gc.collect()
-            torch.cuda.empty_cache()
+        release_memory(self.device)  # its graph's above all, for the next
 
     def wait_for_others(self) -> None:
         """Let the others go on until memory may have become free."""
-        if not self.lock.hand_over():
+        if not self._hand_over():
             raise AssertionError("a run waits for memory, and none is under way")
-        self._resume()
 
     def _measure(self) -> None:
-        taken = self.free_before - self.budget.free()
-        if 0 < taken < float("inf"):
-            self.budget.measured.append((self.batch, int(taken)))
+        taken = self.budget.reserved() - self.reserved_before
+        if taken > 0:
+            self.budget.measured.append((self.batch, taken))
         self.budget.starting = False
