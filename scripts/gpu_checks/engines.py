@@ -53,7 +53,7 @@ def compared(one: dict[str, Any], eager: dict[str, Any]) -> tuple[str, float]:
     largest = math.nan if any(map(math.isnan, differences)) else max(differences, default=math.nan)
     if not largest <= TOLERANCE:
         return f"differs by {largest:.1e}", largest
-    return "" if one.get("capture_seconds") and not one["refused"] else one["refused"] or "was not captured", largest
+    return one.get("refused") or ("" if one.get("capture_seconds") else "was not captured"), largest
 
 
 def main() -> int:
@@ -66,10 +66,7 @@ def main() -> int:
         seen = trained(launched.replace(" ", "_"), folder, [*words, *more])
         seconds = time.monotonic() - begun
         eager = eager or seen
-        outcomes = {
-            name: compared(seen.get(name, {"state": "missing", "losses": [], "refused": ""}), eager[name])
-            for name in eager
-        }
+        outcomes = {name: compared(seen.get(name, {"state": "missing", "losses": []}), eager[name]) for name in eager}
         if launched == "eager":
             outcomes = {name: ("" if one["state"] == "done" else one["state"], 0.0) for name, one in eager.items()}
         wrong = {name: why for name, (why, _) in outcomes.items() if why}

@@ -260,6 +260,10 @@ def test_the_tests_marked_gpu_are_found() -> None:
 @pytest.mark.parametrize(
     ("one", "wrong"),
     [
+        (
+            {"state": "done", "losses": [1.0, 2.0], "capture_seconds": 1.0, "refused": "A step cannot be captured"},
+            "A step cannot be captured",
+        ),
         ({"state": "done", "losses": [1.0, 2.0005], "capture_seconds": 0.1}, ""),
         ({"state": "done", "losses": [1.0, 2.1], "capture_seconds": 0.1}, "differs by 5.0e-02"),
         ({"state": "done", "losses": [1.0, float("nan")], "capture_seconds": 0.1}, "differs by nan"),
