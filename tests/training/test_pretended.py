@@ -126,6 +126,8 @@ def test_every_kind_of_step_trains_captured_as_on_a_cpu(tiny, settings) -> None:
         (("optimizer=rmsprop", "optimizer.lr=1e-3"), 1e-5),
         (("memory_format=channels_last",), 1e-5),
         (("precision=tf32",), None),
+        (("precision=fp16", "optimizer=adam", "model.target=small.SmallNet", "model.name=small"), 2e-2),
+        (("precision=fp16", "model.target=small.SmallNet", "model.name=small"), 2e-2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
