@@ -22,9 +22,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests press Ctrl-C in what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import torch
+if "NORMLAB_PRETENDED_GPU" in os.environ:  # see tests/training/test_pretended.py
+    import torch
 
-if torch.version.cuda:  # for tests/pretended.py: the first backward pass of a process makes a thread for each device
     torch._C._ensureCUDADeviceGuardSet()
 
 for name in (*ASKED, "CONSTRAINTS", "VENV"):  # of the terminal or the CI that runs the tests, not of what they start

@@ -400,6 +400,7 @@ def pretended() -> Iterator[PretendedGPU]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(torch, "tensor", made))
         stack.enter_context(mock.patch.object(preflight, "gpu_count", return_value=1))
+        stack.enter_context(mock.patch.object(preflight, "gpu_memory_bytes", return_value=80 << 30))
         stack.enter_context(mock.patch.dict(graphs.GRAPHS, {"cuda": Graph}))
         # Wrapped tensors cannot be those of inference mode, and no file can hold them.
         stack.enter_context(mock.patch.object(loop, "evaluate", torch.no_grad()(evaluate)))

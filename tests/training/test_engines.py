@@ -1,4 +1,4 @@
-"""A captured run of a CPU is resumed, refused and goes on as another; kinds of steps are in test_pretended.py."""
+"""A captured run of a CPU is resumed, refused and goes on as another; kinds of steps are in pretended_runs.py."""
 
 from pathlib import Path
 

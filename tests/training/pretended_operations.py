@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from pretended import pretended
 
 from normlab.training.run import train_run
@@ -52,9 +51,6 @@ NOT_DETERMINISTIC = (
 )
 
 
-@pytest.mark.no_cover
-@pytest.mark.slow
-@pytest.mark.skipif(torch.version.cuda is None, reason="a CUDA build of PyTorch is needed to pretend a GPU")
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_captured_step_launches_few_operations(tiny, norm) -> None:
     extra = {"bnp": ["optimizer.precondition=bnp"]}.get(norm, [])
