@@ -5,6 +5,7 @@ raises an error as on a GPU. What waits for the device is counted in `gpu.waits`
 as does a copy from the host's memory. Kernels are the CPU's: what CUDA itself does is not imitated.
 """
 
+import copy
 import ctypes
 import threading
 import traceback
@@ -70,6 +71,16 @@ class Pretended(Tensor):
     def tolist(self) -> Any:
         _gpu.waits_for("tolist")
         return self.host.tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """PyTorch copies the storage of a view, which is none here."""
+        if id(self) not in memo:
+            memo[id(self)] = copied = self.detach().clone().requires_grad_(self.requires_grad)
+            copied.grad = copy.deepcopy(self.grad, memo)
+            if hasattr(self, "_is_param"):  # by which PyTorch tells parameters
+                copied._is_param = self._is_param
+        found: Tensor = memo[id(self)]
+        return found
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["host"], None

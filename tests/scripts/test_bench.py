@@ -246,7 +246,8 @@ def test_who_could_not_be_measured_is_tried_again_by_the_next_command(
 
     with monkeypatch.context() as patched:
         patched.setattr(speed, "speed_of", fails)
-        speed.carry_out(chosen(**one))
+        with pytest.raises(SystemExit, match="it is away"):
+            speed.carry_out(chosen(**one))
     assert json.loads(chosen().json.read_text())["speed"][0]["unavailable"] == {
         "normlab": "n/a: it is away",
         "plain": "n/a: it is away",

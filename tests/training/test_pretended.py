@@ -1,7 +1,7 @@
 """The tests of the files pretended_*.py, each function in a process of its own.
 
-PyTorch makes a thread for each device at the first backward pass of a process. So a pretended GPU has to be there by then,
-and a process that had one cannot fork another that trains, as other tests do.
+PyTorch makes a thread for each device at the first backward pass of a process. So a pretended GPU has to be there
+before, and a process that had one cannot fork another that trains, as other tests do.
 """
 
 import ast
@@ -27,7 +27,7 @@ def functions() -> Iterator[str]:
 @pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of PyTorch for CUDA")
-@pytest.mark.parametrize("function", functions())
+@pytest.mark.parametrize("function", [*functions()])
 def test_on_a_pretended_gpu(tmp_path, function) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tmp_path}/of_it"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
