@@ -78,9 +78,12 @@ def gpu_count() -> int:
 def gpu_memory_bytes() -> int:
     """Return the memory of the smallest CUDA device; 0 if there is none, or the driver does not tell."""
     sizes = []
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
     for index in range(gpu_count()):
         device, size = ctypes.c_int(0), ctypes.c_size_t(0)
-        driver = ctypes.CDLL("libcuda.so.1")
         failed = driver.cuDeviceGet(ctypes.byref(device), index) or driver.cuDeviceTotalMem_v2(
             ctypes.byref(size), device
         )
