@@ -449,8 +449,8 @@ class _Pool:
 
     def _stop(self) -> None:
         """Let the runs under way write a checkpoint; a second request in the meantime ends them at once."""
-        self._display.say("Stopping: the runs under way write a checkpoint. Once more stops at once.")
         try:
+            self._display.say("Stopping: the runs under way write a checkpoint. Once more stops at once.")
             for process in multiprocessing.active_children():
                 process.terminate()  # TERM: a run writes its checkpoint first
             wait(self._active)
