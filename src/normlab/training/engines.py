@@ -272,8 +272,8 @@ class Graphed(Engine):
         """Return what a step changes; not its correct classifications, where half precision has ties."""
         step = self.train_on
         changed: dict[str, Tensor] = {LOSS: self.position.losses, "number of the batch": self.number}
-        changed |= {f"{name} of the network": value for name, value in step.network.state_dict(keep_vars=True).items()}
-        changed |= {f"buffer {name}": buffer for name, buffer in step.network.named_buffers()}
+        network = {**dict(step.network.named_parameters()), **dict(step.network.named_buffers())}
+        changed |= {f"{name} of the network": value for name, value in network.items()}
         if step.averaged:
             changed |= {f"{name} of the average": value for name, value in step.averaged.state_dict().items()}
         for number, state in enumerate([vars(step.scaler), *step.optimizer.state.values()]):
