@@ -9,18 +9,14 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gpu_check
 import pytest
 import torch
-from pretended import pretended
-from torch.autograd import DeviceType
 
-from gpu_checks import bundle, engines, limited, needs, parts, replays, stages
+from gpu_checks import bundle, engines, limited, needs, parts, stages
 from gpu_checks.parts import Checked, Part
-from normlab.training.run import train_run
 
 ROOT = Path(__file__).parents[2]
 FACTS: dict[str, Any] = {
@@ -273,53 +269,6 @@ def test_the_tests_marked_gpu_are_found() -> None:
 )
 def test_a_run_is_compared_with_the_eager_one(one: dict[str, Any], wrong: str) -> None:
     assert engines.compared(one, {"state": "done", "losses": [1.0, 2.0]})[0] == wrong
-
-
-# Replays
-
-
-class Profile:
-    """In place of PyTorch's: a second of one kernel in twenty replays."""
-
-    def __init__(self, activities: object) -> None:
-        self.said: list[str] = []
-
-    def start(self) -> None:
-        self.said.append("start")
-
-    def stop(self) -> None:
-        self.said.append("stop")
-
-    def key_averages(self) -> list[SimpleNamespace]:
-        kernel = {"key": "conv|2d", "count": 40, "self_device_time_total": 1e6, "device_type": DeviceType.CUDA}
-        return [SimpleNamespace(**kernel), SimpleNamespace(**kernel | {"device_type": DeviceType.CPU})]
-
-
-@pytest.mark.slow
-@needs_pretence
-def test_twenty_replays_of_one_epoch_are_profiled(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replays, "profile", Profile)
-    with pretended():
-        window = replays.Window()
-        positions = []
-
-        def step(engine: Any) -> None:
-            before = len(window._profile.said)
-            window.step(engine)
-            if len(window._profile.said) > before:
-                positions.append((engine.epoch, engine.position.batch))
-
-        monkeypatch.setattr(replays.engines.Graphed, "step", step)
-        few = ("device=cuda", "engine=graph", "batch=4", "dataset.train_size=100", "drop_last=true", "epochs=3")
-        train_run(tiny(*few))
-    assert window._profile.said == ["start", "stop"]
-    ((epoch, first), (same, last)) = positions
-    assert (epoch, last - first) == (same, replays.REPLAYS)
-    assert window.done
-    assert window.seconds > 0
-    kernels = window.kernels()
-    assert kernels == [{"name": "conv|2d", "launches": 2.0, "microseconds": 50_000.0}]
-    assert "| `conv/2d` | 2.0 | 50000.0 | 100.0% |" in replays.shown(kernels, 60_000.0)
 
 
 # What is brought along
