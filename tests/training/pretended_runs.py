@@ -240,6 +240,21 @@ def test_a_layer_that_changes_a_number_of_python_is_not_captured(tiny) -> None:
     assert outcome(config) == outcome(eager)
 
 
+def test_a_compiled_network_is_captured_once_it_is_compiled(tiny, monkeypatch) -> None:
+    """Compilation itself, which a pretended GPU has none of, is PyTorch's."""
+    compiled = []
+
+    def compile_it(network: nn.Module, *, dynamic: bool) -> nn.Module:
+        compiled.append(network)
+        return network
+
+    monkeypatch.setattr(torch, "compile", compile_it)
+    config, gpu = on_gpu(tiny, "engine=compile", "epochs=3")
+    assert compiled
+    assert_captured_without_waiting(gpu, "training/engines.py _compiling")
+    assert outcome(config) == outcome(on_cpu(tiny, "epochs=3"))
+
+
 def test_a_step_that_waits_is_not_captured(tiny) -> None:
     config = tiny(*SMALL, "model.target=training.test_engines.ReadsItsLoss", "model.name=reads", "device=cuda")
     with pretended() as gpu:

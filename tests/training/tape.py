@@ -33,8 +33,12 @@ _Operation = tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]  # ..., a
 
 
 class _Recorder(TorchDispatchMode):
-    # These read a value on the host, or have an output whose size depends on values.
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "equal")
+    # These read a value on the host, or have an output whose size depends on values; inference mode leaves some whole
+    # that are others elsewhere.
+    REFUSED = (
+        *("_local_scalar_dense", "item", "is_nonzero", "equal", "allclose"),
+        *("nonzero", "masked_select", "_unique2", "unique_consecutive"),
+    )
 
     def __init__(self, operations: list[_Operation]) -> None:
         super().__init__()

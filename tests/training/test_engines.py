@@ -92,6 +92,18 @@ def test_a_step_that_reads_a_value_on_the_host_is_refused_with_the_reason(tiny) 
         train_run(tiny(*SMALL, *network, "engine=graph"))
 
 
+class ReadsInEvaluation(ReadsItsLoss):
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.relu(self.bn(self.conv(images))).mean((2, 3))
+        return self.head(features if self.training else _scaled(features))
+
+
+def test_an_evaluation_that_reads_a_value_on_the_host_is_refused_with_the_reason(tiny) -> None:
+    network = ("model.target=training.test_engines.ReadsInEvaluation", "model.name=reads", "epochs=4")
+    with pytest.raises(UserError, match=r"engine=graph cannot capture an evaluation of reads with norm=bn: it reads"):
+        train_run(tiny(*network, "engine=graph"))
+
+
 @pytest.mark.parametrize("engine", ["auto", "compile", "eager"])
 def test_a_cpu_is_eager_unless_requested(tiny, engine, replays) -> None:
     config = tiny(f"engine={engine}")

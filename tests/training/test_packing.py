@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from normlab.common.errors import InterruptedRunError
 from normlab.config.schema import RunConfig
 from normlab.data import sources
 from normlab.data.datasets import Loaded
-from normlab.training import packing
+from normlab.training import packing, resume
 from normlab.training.interleaving import FairLock, Interleaver, PackedInterleaver
 from normlab.training.interrupt import StopRequest
 from normlab.training.packing import MemoryBudget
 from normlab.training.run import Resources, train_run
+from normlab.training.state import TrainingState
 
 CPU = torch.device("cpu")
 SMALL = ("dataset.train_size=90", "model.target=small.SmallResNet", "model.name=small_resnet", "optimizer.lr=5e-3")
@@ -77,6 +79,28 @@ def test_they_do_make_way_for_each_other(tiny, monkeypatch) -> None:
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert len(set(order)) == 3
     assert changes > 10  # one after the other, it would be two
+
+
+def test_others_go_on_while_a_run_is_set_up(tiny, monkeypatch) -> None:
+    order: list[tuple[str, str]] = []
+    after_step, set_up = packing._MeasuringInterleaver.after_step, resume.set_up
+
+    def stepped(interleaver: packing._MeasuringInterleaver) -> None:
+        order.append(("step", threading.current_thread().name))
+        after_step(interleaver)
+
+    def noted(*args: Any) -> TrainingState:
+        order.append(("begins", threading.current_thread().name))
+        state = set_up(*args)
+        order.append(("ends", threading.current_thread().name))
+        return state
+
+    monkeypatch.setattr(packing._MeasuringInterleaver, "after_step", stepped)
+    monkeypatch.setattr(resume, "set_up", noted)
+    together([tiny("epochs=9"), tiny("epochs=1", "seed=1"), tiny("epochs=1", "seed=2")], at_a_time=2)
+    *_, begins = (number for number, (what, _) in enumerate(order) if what == "begins")
+    ends = order.index(("ends", order[begins][1]), begins)
+    assert {what for what, _ in order[begins + 1 : ends]} == {"step"}
 
 
 class Fails(SmallNet):

@@ -5,6 +5,7 @@ All train on the same batches by the same formulas; `engine` chooses (conf/confi
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import cast
 
@@ -34,7 +35,7 @@ def build(
     """Return the engine that a run requests by `engine`.
 
     Args:
-        warn: called when engine=auto cannot capture.
+        warn: called when a step cannot be captured that engine=auto or compile would capture.
         packed: whether other runs train in this process at the same time: each run's graphs are checked then.
 
     Raises:
@@ -51,7 +52,7 @@ def build(
 
 def may_capture(config: RunConfig, device: torch.device) -> bool:
     """Return whether the steps of a run may be captured, for all that is known before it is built."""
-    return config.engine == "graph" or (config.engine == "auto" and device.type == "cuda")
+    return config.engine == "graph" or (config.engine != "eager" and device.type == "cuda")
 
 
 def compiled(config: RunConfig, network: nn.Module) -> nn.Module:
@@ -122,25 +123,33 @@ class Engine:
         steps = self.train.steps
         return learning_rate(self.config, self.epoch * steps + batch, steps, divisor)
 
-    def _count_as_capture(self, seconds: float) -> None:
-        self.capture_seconds += seconds
-        self.position.train_seconds -= seconds  # the step as a whole is counted there
+    @contextmanager
+    def _compiling(self, steps: int) -> Iterator[None]:
+        """Count the time of a step as preparation if torch.compile compiles in it.
+
+        Args:
+            steps: of its kind before this one.
+        """
+        begun = time.monotonic()
+        yield
+        if self.config.engine == "compile" and steps < COMPILING:
+            if self.position.losses.is_cuda:
+                torch.cuda.synchronize()
+            seconds = time.monotonic() - begun
+            self.capture_seconds += seconds
+            self.position.train_seconds -= seconds  # the step as a whole is counted there
 
 
 class Compiled(Engine):
-    """The network is compiled by torch.compile in its first steps, whose time counts as preparation."""
+    """The network is compiled by torch.compile in its first steps."""
 
     _steps = 0
 
     def step(self) -> None:
         """See `Engine`."""
-        begun = time.monotonic()
-        super().step()
+        with self._compiling(self._steps):
+            super().step()
         self._steps += 1
-        if self._steps <= COMPILING:
-            if self.position.losses.is_cuda:
-                torch.cuda.synchronize()
-            self._count_as_capture(time.monotonic() - begun)
 
 
 class Graphed(Engine):
@@ -204,7 +213,8 @@ class Graphed(Engine):
         self._python_numbers = numbers
         step, begun = self.steps[images], time.monotonic()
         captures = step.captures_next
-        step()
+        with self._compiling(step.times):
+            step()
         if captures:
             seconds = time.monotonic() - begun
             self.position.train_seconds -= seconds  # no time of training
@@ -226,21 +236,22 @@ class Graphed(Engine):
             kind=(what, kind_of(self.config, images, packed=self.packed)),
             precision=self.config.precision,
             pool=self._pool,
-            refuse=self._refuse,
+            refuse=partial(self._refuse, what=f"{'an' if what == 'evaluation' else 'a'} {what}"),
         )
         if any(each.refused for each in self._all):
             made.launch_from_now_on()
         self._all.append(made)
         return made
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, what: str = "a step") -> None:
         """Launch all from Python from now on, or end a run that insists on graphs."""
         if self.config.engine == "graph":
             raise UserError(
-                f"engine=graph cannot capture a step of {self.config.model.name} with norm={self.config.norm.name}:"
+                f"engine=graph cannot capture {what} of {self.config.model.name} with norm={self.config.norm.name}:"
                 f" {why}.\nUse engine=auto or engine=eager."
             )
-        self.warn(f"A step of this run cannot be captured ({why}); it goes on with engine=eager.")
+        instead = "without a graph" if self.config.engine == "compile" else "with engine=eager"
+        self.warn(f"{what.capitalize()} of this run cannot be captured ({why}); it goes on {instead}.")
         for each in self._all:
             each.launch_from_now_on()
 

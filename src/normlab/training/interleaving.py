@@ -1,8 +1,8 @@
 """Several runs in one process, each in a thread of its own, of which one at a time launches operations.
 
-While the device works for some, Python goes on with the next. A run makes way between two steps, so that no run is
-ever in the middle of anything while another one works: global state of PyTorch (the default generator, what a capture
-records, what tracing patches) is one run's at a time.
+While the device works for some, Python goes on with the next. A run makes way between two steps and between two parts
+of its set-up, so that no run is ever in the middle of anything while another one works: global state of PyTorch (the
+default generator, what a capture records, what tracing patches) is one run's at a time.
 """
 
 import threading
@@ -20,6 +20,9 @@ class Interleaver:
     """The interleaver of a run that has its process to itself: nothing to make way for."""
 
     packed = False
+
+    def make_way(self) -> None:
+        """Let others go on between two parts of the set-up, so that the device has work meanwhile."""
 
     def after_step(self) -> None:
         """Make way for another run after a step."""
@@ -93,14 +96,18 @@ class PackedInterleaver(Interleaver):
     def __exit__(self, *_: object) -> None:
         self.lock.release()
 
+    def make_way(self) -> None:
+        """See `Interleaver`."""
+        self._hand_over()
+
     def after_step(self) -> None:
         """Make way for another run: after each step on a CPU, after a slice on a GPU, until few are left to do."""
         self.steps += 1
         if self.device.type != "cuda":
-            self._make_way()
+            self.make_way()
         elif self.steps % SLICE == 0:
             self._slices.append(torch.cuda.current_stream().record_event())
-            self._make_way()
+            self._make_way_or_sleep()
             if len(self._slices) > AHEAD:
                 self._wait_for(self._slices.popleft())
 
@@ -112,10 +119,10 @@ class PackedInterleaver(Interleaver):
 
     def _wait_for(self, event: torch.Event) -> None:
         while not event.query():
-            self._make_way()
+            self._make_way_or_sleep()
 
-    def _make_way(self) -> None:
-        if not self._hand_over() and self.device.type == "cuda":
+    def _make_way_or_sleep(self) -> None:
+        if not self._hand_over():
             time.sleep(5e-5)
 
     def _hand_over(self) -> bool:

@@ -62,6 +62,8 @@ def set_up(
     kept = saved["threads"] if saved and saved["processes"] == group.world else resources.threads
     device.prepare(config, where, config.threads or kept, packed=resources.interleaver.packed)
     data = load(config, where, log=recorder.preparing, rank=group.rank, world=group.world, loaded=resources.loaded)
+    make_way = resources.interleaver.make_way
+    make_way()
     for warning in data.warnings:
         recorder.log.warning("%s", warning)
     if group.broadcast(data.fingerprint) != data.fingerprint:
@@ -77,9 +79,11 @@ def set_up(
     if config.device == "auto" and (idle := device.left_idle()):
         log(idle)
     network = build_network(config, data, where, group, new=saved is None, log=log)
+    make_way()
     images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=where)
     memory_format = saved["memory_format"] if saved else choose_memory_format(config, network, images)
     step = build_step(config, network, task_of(data.task, config.label_smoothing), images, group, memory_format)
+    make_way()
     device.forget_peak_memory(where)
     position = Position.start(data.train.steps, where)
     probes = None
