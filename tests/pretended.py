@@ -7,6 +7,7 @@ as does a copy from the host's memory. Kernels are the CPU's: what CUDA itself d
 
 import copy
 import ctypes
+import os
 import threading
 import traceback
 import warnings
@@ -355,7 +356,8 @@ def _without_primary_context() -> Iterator[None]:
 
 @contextmanager
 def pretended() -> Iterator[PretendedGPU]:
-    """Let the code inside see one GPU."""
+    """Let the code inside see one GPU, in a process of its own (tests/training/test_pretended.py)."""
+    assert "NORMLAB_PRETENDED_GPU" in os.environ, "a test of a pretended GPU belongs in tests/training/pretended_*.py"
     global _gpu
     _gpu = PretendedGPU()
     local, default = threading.local(), Stream()

@@ -2,6 +2,7 @@
 
 import atexit
 import importlib.util
+import os
 import sys
 import threading
 
@@ -14,6 +15,7 @@ def pretend() -> None:
     import torch
     from pretended import placed, pretended
 
+    os.environ["NORMLAB_PRETENDED_GPU"] = "1"
     torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign]
     gpu = pretended()
     gpu.__enter__()
