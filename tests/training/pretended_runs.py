@@ -308,3 +308,16 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tiny, steps) -> None:
         steps.interrupt(config, after=5)
         train_run(config)
     assert outcome(config) == outcome(undisturbed)
+
+
+def test_a_run_that_was_begun_on_a_cpu_goes_on(make, steps) -> None:
+    """Where weights and the state of the optimizer are laid out in memory in another way."""
+    few = ("dataset.train_size=80", "dataset.test_size=20", "batch=16", "epochs=1", "optimizer.lr=1e-3")
+    undisturbed, begun = (make(*few, "device=cpu", f"study={study}") for study in ("undisturbed", "moved"))
+    train_run(undisturbed)
+    steps.interrupt(begun, after=3)
+    config = make(*few, "device=cuda", "study=moved")
+    with pretended():
+        train_run(config)
+    losses = [rows(one)[-1]["train_loss"] for one in (config, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

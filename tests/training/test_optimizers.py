@@ -1,14 +1,22 @@
 """Parameter groups, and schedules against PyTorch's own."""
 
+import functools
 import itertools
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from normlab import models, runs
-from normlab.training.optimizers import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from normlab.training.optimizers import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    restore_optimizer,
+    set_learning_rate,
+    updating,
+)
 
 STEPS, EPOCHS, BASE = 5, 8, 0.1
 RUN = (f"epochs={EPOCHS}", f"optimizer.lr={BASE}")
@@ -178,3 +186,57 @@ def test_fixups_scalars_and_biases_learn_slowly_and_decay(make) -> None:
 def test_an_arm_without_norms_and_biases_still_has_an_optimizer(make) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False))
     assert len(build_optimizer(make().optimizer, network).param_groups) == 1
+
+
+# In memory
+
+
+LAYOUTS = {"contiguous": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "by taps": (2, 3, 0, 1)}
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    order = LAYOUTS[layout]
+    return values.permute(order).contiguous().permute([order.index(dimension) for dimension in range(4)])
+
+
+class OneConvolution(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(*weight.shape[1::-1], weight.shape[2], bias=False)
+        self.layer.weight.data = weight
+
+
+@pytest.mark.parametrize("gradients", [*LAYOUTS])
+@pytest.mark.parametrize("weights", [*LAYOUTS])
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        (("optimizer=sgd", "optimizer.nesterov=true"), functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+        (("optimizer=adam",), torch.optim.Adam),
+        (("optimizer=adam", "optimizer.decoupled=true"), torch.optim.AdamW),
+    ],
+)
+def test_an_update_is_the_same_however_weights_and_gradients_are_laid_out(
+    make, settings, kind, weights, gradients
+) -> None:
+    """As by PyTorch's updates of one operation after the other, which go by index."""
+    options = (
+        ("optimizer.lr=0.1", "optimizer.momentum=0.9") if settings[0] == "optimizer=sgd" else ("optimizer.lr=0.1",)
+    )
+    config = make(*settings, *options, "optimizer.weight_decay=0.01").optimizer
+    generator = torch.Generator().manual_seed(0)
+    start, *grads = (torch.randn(6, 4, 3, 3, generator=generator) for _ in range(4))
+    own = OneConvolution(laid_out(start, weights))
+    other = nn.Parameter(start.clone())
+    optimizers = build_optimizer(config, own), kind([other], lr=0.1, weight_decay=0.01, foreach=False, fused=False)
+    for number, grad in enumerate(grads):
+        own.layer.weight.grad, other.grad = laid_out(grad, gradients), grad.clone()
+        with updating(torch.device("cpu")):
+            optimizers[0].step()
+        optimizers[1].step()
+        if number == 0:  # as a resumed run, whose weights are laid out in another way than when it was saved
+            saved = optimizers[0].state_dict()
+            own = OneConvolution(laid_out(own.layer.weight.detach(), gradients))
+            optimizers = build_optimizer(config, own), optimizers[1]
+            restore_optimizer(optimizers[0], saved)
+    torch.testing.assert_close(own.layer.weight, other, rtol=1e-5, atol=1e-6)

@@ -1,14 +1,19 @@
 """Optimizers with parameter groups by module type, and learning-rate schedules as pure functions."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from normlab.config.schema import SGD, Adam, Cosine, OptimizerConfig, Polynomial, RunConfig, Step
 from normlab.norms import decayed_parameters, parameter_roles
+
+_FUSED = (torch.ops.aten._fused_sgd_, torch.ops.aten._fused_adam_, torch.ops.aten._fused_adamw_)
 
 
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
@@ -73,6 +78,44 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     """
     groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
     optimizer.load_state_dict({**saved, "param_groups": [{**own, "params": other["params"]} for own, other in groups]})
+    for parameter, state in optimizer.state.items():  # which may have been laid out in memory in another way
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def updating(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context for an update on `device`."""
+    return _InMemoryOrder() if device.type == "cpu" else nullcontext()  # type: ignore[no-untyped-call]
+
+
+class _InMemoryOrder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives an update that is one operation its tensors as they are in memory.
+
+    PyTorch's own on a CPU copy each gradient that is not contiguous, and pair values as they are in memory also where
+    a parameter, its gradient and its state are laid out in different ways (2.14).
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket not in _FUSED:
+            return func(*args, **(kwargs or {}))
+        rows = zip(*(tensors for tensors in args if tensors), strict=True)  # a parameter, its gradient, its state
+        views = list(zip(*map(_in_memory_order, rows), strict=True))
+        contiguous = [[view.contiguous() for view in each] for each in views]
+        lists = iter(contiguous)
+        func(*(next(lists) if tensors else tensors for tensors in args), **(kwargs or {}))
+        for view, updated in zip(chain(*views), chain(*contiguous), strict=True):
+            if updated is not view:
+                view.copy_(updated)
+        return None
+
+
+def _in_memory_order(row: tuple[Tensor, ...]) -> list[Tensor]:
+    """Return views of tensors of one shape, or of none, in the order of the first one's values in memory."""
+    order = sorted(range(row[0].dim()), key=row[0].stride, reverse=True)
+    return [one.permute(order) if one.dim() else one for one in row]
 
 
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float = 1.0) -> float:

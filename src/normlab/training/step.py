@@ -10,6 +10,7 @@ from normlab.config.schema import RunConfig
 from normlab.norms import Steps
 from normlab.training.average import Average
 from normlab.training.device import autocast
+from normlab.training.optimizers import updating
 from normlab.training.tasks import Task
 
 
@@ -52,7 +53,8 @@ class TrainingStep:
         if self.transform:
             self.scaler.unscale_(self.optimizer)
             self.transform()
-        self.scaler.step(self.optimizer)
+        with updating(self.device):
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.layers.end()
         if self.averaged:
