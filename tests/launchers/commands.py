@@ -1,4 +1,4 @@
-"""The real commands, in processes of their own, with a network that is small enough."""
+"""The commands with a network that is small enough: real ones to disturb, and forks of what is not disturbed."""
 
 import os
 import signal
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+from commands import Forked, run_command
 
 from normlab import runs
 
@@ -58,9 +60,9 @@ def start(folder: Path, script: str, *arguments: str, new_session: bool = False)
 
 
 def command(folder: Path, script: str, *arguments: str) -> tuple[int, str, str]:
-    with start(folder, script, *arguments) as process:
-        out, error = process.communicate(timeout=300)
-    return process.returncode, out, error
+    """Exit status, stdout and stderr of a command that nobody disturbs, which therefore may be a fork."""
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return run_command(folder, script, *arguments, SLOW_SECONDS="0.02", PYTHONPATH=paths)
 
 
 def by_two_tasks(folder: Path, *arguments: str) -> tuple[int, str, str]:
@@ -72,15 +74,12 @@ def by_two_tasks(folder: Path, *arguments: str) -> tuple[int, str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = [
-        python(folder, ROOT / "train.py", *arguments, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
-        for rank in ("0", "1")
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    tasks = [
+        Forked(folder, "train.py", *arguments, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")
     ]
-    (out, error), *others = [process.communicate(timeout=120) for process in processes]
-    assert others == [("", "")], others
-    exited, other = (process.returncode for process in processes)
-    assert exited == other, error
+    (exited, out, error), other = [task.wait() for task in tasks]
+    assert other == (exited, "", ""), (error, other)
     return exited, out, error
 
 
