@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from commands import Forked, run_command
+from commands import run_command
 
 from normlab import runs
 
@@ -74,12 +74,15 @@ def by_two_tasks(folder: Path, *arguments: str) -> tuple[int, str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    tasks = [
-        Forked(folder, "train.py", *arguments, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = [
+        python(folder, ROOT / "train.py", *arguments, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank)
+        for rank in ("0", "1")
     ]
-    (exited, out, error), other = [task.wait() for task in tasks]
-    assert other == (exited, "", ""), (error, other)
+    (out, error), *others = [process.communicate(timeout=120) for process in processes]
+    assert others == [("", "")], others
+    exited, other = (process.returncode for process in processes)
+    assert exited == other, error
     return exited, out, error
 
 
