@@ -121,11 +121,14 @@ def test_a_budget_that_is_missing_is_asked_for(command) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_from_the_command_to_the_verdicts(name, command, tmp_path) -> None:
     """One seed, an epoch or 20, few filters and test images, in one process: the pool and seeds have their tests."""
+    text, _ = read(name)
     small = (
         "budget=smoke",
         "seed=0",
         "epochs=20" if "deep_linear" in name else "epochs=1",  # whose epoch is a step
-        *(("model.width=0.25",) if "/model: vgg" in read(name)[0] else ()),
+        *(("schedule.warmup_epochs=0.5",) if "warmup_epochs" in text else ()),
+        *(("model.width=0.25",) if "/model: vgg" in text else ()),
+        *(("dataset.train_size=32",) if name == "small_batch" else ()),  # which has 41 runs
         "dataset.test_size=40",
         "hydra/launcher=basic",
         "device=cpu",
