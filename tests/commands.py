@@ -1,6 +1,7 @@
 """The commands as forks of the tests' process, which has imported what takes them seconds to import.
 
-The workers of their sweeps are forks, too; tests/launchers has commands and workers that begin as a user's do.
+The workers of their sweeps are forks, too; tests/launchers has commands and workers that begin as a user's do. What a
+fork trains needs threads=1: OpenMP's threads, which this process may have, are not in it.
 """
 
 import multiprocessing
