@@ -125,7 +125,7 @@ def cluster() -> Iterator[None]:
 def undisturbed(tmp_path) -> Iterator[Command]:
     """The pool at work on the long runs, in the folder `pool`."""
     (tmp_path / "pool").mkdir()
-    with start(tmp_path / "pool", *LONG, "seed=0,1,2,3") as process:
+    with start(tmp_path / "pool", *LONG, "seed=0,1,2,3,4") as process:
         yield process
 
 
@@ -178,9 +178,14 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
     until("SLURM's notice", lambda: "down" in call("sinfo", "--noheader", "--format=%T"))
     subprocess.run([ROOT / "scripts" / "local_slurm", "start"], check=True, capture_output=True)
 
-    last = train_as_fork(here, *LONG, *SLURM, "seed=0,1,2,3", **SLOW)  # waits for all
+    # SLURM looks for limits that are near twice a minute, and tells of them up to 30 s early.
+    limited = ("seed=4", "hydra.launcher.time=1", "hydra.launcher.grace_seconds=30", "hydra.launcher.wait=false")
+    of_a_minute = array(train_as_fork(here, *LONG, *SLURM, *limited, **SLOW))
+    last = train_as_fork(here, *LONG, *SLURM, "seed=0,1,2,3,4", **SLOW)  # waits for all
     assert last.returncode == 0, last.stderr
     assert "Submitted: 1 run as" in last.stdout  # the cancelled one
+    assert "SLURM sends SIGUSR2" in log(f"{of_a_minute}_0")
+    assert log(f"{of_a_minute}_0").count(f"job {of_a_minute}_0 on") >= 2
 
     _, error = undisturbed.communicate(timeout=60)
     assert undisturbed.returncode == 0, error
@@ -207,17 +212,6 @@ def a_run_in_several_tasks_stops_on_request_goes_on_and_finishes(here: Path) -> 
     assert waiting.returncode == 0, error + log
     assert "goes back into the queue" in log
     assert ended(study) == ["done"]
-
-
-def a_job_that_is_near_its_limit_stops_and_goes_on(here: Path) -> None:
-    """SLURM looks for limits that are near twice a minute, and tells of them up to 30 s early."""
-    limit = ("hydra.launcher.time=1", "hydra.launcher.grace_seconds=30")
-    done = train(here, *LONG, *SLURM, *limit, **SLOW)
-    assert done.returncode == 0, done.stderr
-    task = f"{array(done)}_0"
-    log = (here / "outputs" / "default" / "slurm" / f"{task}_0_log.out").read_text()
-    assert "SLURM sends SIGUSR2" in log
-    assert log.count(f"job {task} on") >= 2
 
 
 def a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds(here: Path) -> None:
@@ -309,7 +303,6 @@ def test_seven_commands_on_one_cluster_at_a_time(cluster, tmp_path) -> None:
     """So that their waits overlap, but for one that has none."""
     a_refusal_of_slurm_is_reported_in_its_words(tmp_path)
     commands = (
-        a_job_that_is_near_its_limit_stops_and_goes_on,
         a_run_in_several_tasks_stops_on_request_goes_on_and_finishes,
         a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds,
         jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail,
@@ -318,14 +311,11 @@ def test_seven_commands_on_one_cluster_at_a_time(cluster, tmp_path) -> None:
         hydras_launcher_by_submitit_carries_out_a_sweep,
     )
     folders = [tmp_path / str(number) for number in range(len(commands))]
-    for folder in (*folders, tmp_path / "undisturbed"):
+    for folder in folders:
         folder.mkdir()
-    assert train_as_fork(tmp_path / "undisturbed", *LONG).returncode == 0
     with ThreadPoolExecutor(len(commands)) as threads:
         for future in [threads.submit(*job) for job in zip(commands, folders, strict=True)]:
             future.result()
-    near_its_limit, undisturbed = (folder / "outputs" / "default" for folder in (folders[0], tmp_path / "undisturbed"))
-    assert results(near_its_limit) == results(undisturbed)
 
 
 def test_jobs_of_other_programs_are_none_of_ours(tmp_path, monkeypatch) -> None:
