@@ -34,8 +34,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that wait for a cluster, so that others run meanwhile."""
+    """Begin with the tests that wait for a cluster, so that others run meanwhile; measure no coverage of slow ones.
+
+    Measuring takes them as long again, and most of what they run is run by quick ones, too: see docs/testing.md.
+    """
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
 
 
 Make = Callable[..., config.RunConfig]

@@ -137,7 +137,6 @@ def test_half_precision_keeps_statistics_and_averages_in_float32(make, norm) -> 
     assert error < (0.5 if norm in RANDOM else 0.15), error
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", COMPILED)
 def test_compiled_it_is_the_same_network(make, norm) -> None:
@@ -280,7 +279,6 @@ SETTINGS = {  # what a norm needs that the others do not; docs/variants.md says 
 }
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_trains(make, norm) -> None:
