@@ -30,7 +30,7 @@ from normlab.norms.layer_statistics import statistics_layers
 # Every arm with statistics of the batch; noisy_bn's are bn's.
 WITH_STATISTICS = [
     "bn", "bnminus", "bn_scaled", "renorm", "lp1", "lp2", "lpinf", "wn_mean", "evonorm_b0", "mabn", "powernorm",
-    "mimicnorm",
+    "mimicnorm", "bn_var", "bn_mean", "online",
 ]  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def test_batch_statistics_are_those_of_the_groups_of_training(arm, k) -> None:
     torch.testing.assert_close(evaluated, net.train()(batch), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("arm", ["bn", "bnminus", "lp1", "lpinf", "wn_mean", "evonorm_b0"])
+@pytest.mark.parametrize("arm", ["bn", "bnminus", "bn_var", "bn_mean", "lp1", "lpinf", "wn_mean", "evonorm_b0"])
 @pytest.mark.parametrize("together", [False, True])
 def test_statistics_of_a_single_value_are_refused(arm, together) -> None:
     net = network(arm)
