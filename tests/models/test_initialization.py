@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from small import SmallNet

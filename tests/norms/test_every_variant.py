@@ -25,7 +25,20 @@ from normlab.training.run import train_run
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
 WITH_STATE = (  # beyond parameters: averages, phases, random numbers, work of the optimizer; one norm of each kind
-    *("bn", "renorm", "lpinf", "mabn", "powernorm", "online", "evonorm_b0", "wn_mean", "mimicnorm", "noisy_bn", "bnp", "nf"),
+    *(
+        "bn",
+        "renorm",
+        "lpinf",
+        "mabn",
+        "powernorm",
+        "online",
+        "evonorm_b0",
+        "wn_mean",
+        "mimicnorm",
+        "noisy_bn",
+        "bnp",
+        "nf",
+    ),
 )
 # One norm for each code: test_moving_average.py compiles mabn and powernorm; draws come from another stream than eager.
 COMPILED = (
@@ -159,7 +172,7 @@ def test_groups_inside_the_batch_are_independent_exactly_where_there_are_statist
     other, another = images.clone(), images.clone()
     other[1::2] += 1.0
     another[0] += 1.0
-    first, second, third = (network(x) for x in (images, other, another))
+    first, second, third = (copy.deepcopy(network)(x) for x in (images, other, another))
     torch.testing.assert_close(first[0::2], second[0::2], rtol=1e-9, atol=1e-9)
     if norm != "fixup":  # whose classifier starts at zero
         assert (first[1::2] - second[1::2]).abs().max() > 1e-6

@@ -90,4 +90,3 @@ def test_without_affine_there_is_nothing_to_train_nor_to_start_elsewhere(name: s
     assert "init" not in named(name).refused
     with pytest.raises(UserError, match="affine=1 is not valid"):
         named(name, affine=1)
-

@@ -21,28 +21,31 @@ from normlab.norms.norm_activation import spatial_moments
 from normlab.norms.sites import Variant, copy_affine
 
 
-def recurrence(factor: float | Tensor, added: Tensor, start: Tensor) -> Tensor:
-    """Return h (n + 1, C), h[0] = start (C,) and h[i + 1] = factor[i] · h[i] + added[i].
+def powers(alpha: float, count: int, device: torch.device) -> Tensor:
+    """Return alpha^(i - j) for i >= j, else 0, float64 (count + 1, count + 1)."""
+    steps = torch.arange(count + 1, device=device, dtype=torch.float64)
+    return (alpha ** (steps[:, None] - steps)).tril()
+
+
+def average(weights: Tensor, added: Tensor, start: Tensor) -> Tensor:
+    """Return h (n + 1, C), h[0] = start (C,) and h[i + 1] = alpha · h[i] + added[i], by the `powers` of alpha.
+
+    In float64, in which neither TF32 nor autocast round the product.
+    """
+    return (weights @ torch.cat([start[None], added]).double()).to(added.dtype)
+
+
+def recurrence(factor: Tensor, added: Tensor, start: Tensor) -> Tensor:
+    """Return h (n + 1, C), h[0] = start (C,) and h[i + 1] = factor[i] · h[i] + added[i], factor and added (n, C).
 
     A round adds to each h[i] what `distance` steps before have come to, and doubles the distance: log2(n + 1) rounds
     for n steps, all of them additions and products, and so exact but for rounding, whatever the factors.
-
-    Args:
-        factor: a number, or (n, C).
-        added: (n, C).
-        start: (C,).
     """
     h, distance = torch.cat([start[None], added]), 1
-    if isinstance(factor, Tensor):
-        factor = torch.cat([factor[:1], factor])  # its first row is not used, as nothing is before the start
+    factor = torch.cat([factor[:1], factor])  # its first row is not used, as nothing is before the start
     while distance < len(h):
-        later, earlier = h[distance:], h[:-distance]
-        if isinstance(factor, Tensor):
-            later = torch.addcmul(later, factor[distance:], earlier)
-            factor = torch.cat([factor[:distance], factor[distance:] * factor[:-distance]])
-        else:
-            later = torch.add(later, earlier, alpha=factor)
-            factor = factor * factor
+        later = torch.addcmul(h[distance:], factor[distance:], h[:-distance])
+        factor = torch.cat([factor[:distance], factor[distance:] * factor[:-distance]])
         h = torch.cat([h[:distance], later])
         distance *= 2
     return h
@@ -76,7 +79,7 @@ class _Normalize(torch.autograd.Function):
         rest = 1 - ctx.alpha
         vs = recurrence(1 - rest * mean_y2, (g * y).mean((2, 3)), v)
         of_y = rest * vs[:-1]
-        us = recurrence(ctx.alpha, (g.mean((2, 3)) - of_y * mean_y) * scale, u)
+        us = average(powers(ctx.alpha, len(y), y.device), (g.mean((2, 3)) - of_y * mean_y) * scale, u)
         dx = torch.addcmul(_maps(-rest * us[:-1]), g, _maps(scale))
         dx.addcmul_(y, _maps(of_y * scale), value=-1)
         if ctx.noted is not None:
@@ -126,10 +129,11 @@ class OnlineNorm2d(BatchStatistics):
         alpha = self.alpha_forward
         with torch.no_grad():
             mu, var = (moment[:, :, 0, 0] for moment in spatial_moments(input))
-            m = recurrence(alpha, (1 - alpha) * mu, per_group(self.running_mean, groups))
+            weights = powers(alpha, len(mu), mu.device)
+            m = average(weights, (1 - alpha) * mu, per_group(self.running_mean, groups))
             shift = mu - m[:-1]
             added = (1 - alpha) * (var + alpha * shift.square())
-            s2 = recurrence(alpha, added, per_group(self.running_var, groups))
+            s2 = average(weights, added, per_group(self.running_var, groups))
             scale = torch.rsqrt(s2[:-1] + self.eps)
             means = shift * scale, (var + shift.square()) * scale.square()
             kept = keep_for_backward(m[:-1], scale, *means, *(per_group(one, groups) for one in self.control))
