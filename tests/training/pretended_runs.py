@@ -95,6 +95,9 @@ def test_every_norm_trains_captured_in_half_precision(tiny, norm) -> None:
         ("norm=mabn", "norm_batch=4"),
         ("norm=powernorm", "norm_batch=4"),
         ("norm=evonorm_b0", "norm_batch=4"),
+        ("norm=online", "norm_batch=4"),
+        ("train_only=norm", "init=uniform_gamma"),
+        ("train_only=norm", "norm=online", "weight_average=0.9"),
         ("deterministic=true", "norm=mabn"),
         ("dataset.val_size=20", "dataset.test_size=90", "eval_batch=16", "epochs=5"),
         ("save_weights=true", "keep_checkpoint=true"),
@@ -278,9 +281,9 @@ def test_a_kind_of_step_is_checked_once_in_a_process(tiny) -> None:
 
 
 def test_packed_runs_end_bit_identical_to_solo_ones(tiny) -> None:
-    sizes = {"bn": 8, "none": 16, "noisy_bn": 8, "mabn": 16}
+    sizes = {"bn": 8, "none": 16, "noisy_bn": 8, "mabn": 16, "online": 8}
     mixed = [(f"norm={norm}", f"batch={batch}") for norm, batch in sizes.items()]
-    mixed += [("norm=bn", "batch=16"), ("model.target=small.SmallNet", "model.name=small")]  # with dropout
+    mixed += [("train_only=norm", "batch=16"), ("model.target=small.SmallNet", "model.name=small")]  # with dropout
     both = [
         [tiny(*SMALL, "device=cuda", "engine=auto", "epochs=1", f"study={study}", *one) for one in mixed]
         for study in ("packed", "solo")

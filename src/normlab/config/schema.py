@@ -343,7 +343,9 @@ DatasetConfig = Annotated[BuiltinDataset | FolderDataset | RegressionDataset, Fi
 class InitConfig(_Section):
     """The initialization of the weights."""
 
-    name: Literal["default", "he_fan_in", "glorot", "orthogonal", "zero_gamma", "lsuv", "bn_folded", "fixup"]
+    name: Literal[
+        "default", "he_fan_in", "glorot", "orthogonal", "zero_gamma", "uniform_gamma", "lsuv", "bn_folded", "fixup"
+    ]
 
 
 class IID(_Section):
@@ -557,6 +559,7 @@ class RunConfig(_Section):
     drop_last: Switch
     input_norm: Literal["dataset", "none", "bn"]
     sync_stats: Switch
+    train_only: Annotated[Literal["norm"] | None, Since(4, neutral=None)]
     calibration_images: Count
     weight_average: Annotated[Number, Field(gt=0, lt=1)] | None
     eval_stats: Literal["running", "precise", "batch"]

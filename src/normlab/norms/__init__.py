@@ -24,8 +24,11 @@ from normlab.norms.mimic import MimicConv2d, MimicNorm
 from normlab.norms.moving_average import MABN, PowerNorm
 from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
 from normlab.norms.norm_activation import EvoNormB0, EvoNormS0, FilterResponseNorm
-from normlab.norms.normalizer_free import Fixup, NormalizerFree
+from normlab.norms.normalizer_free import Fixup, NormalizerFree, SkipInit
+from normlab.norms.online import OnlineNorm
+from normlab.norms.parts import MeanNorm, VarianceNorm
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
+from normlab.norms.pointwise import DynamicErf, DynamicTanh
 from normlab.norms.registry import named, rewrite, variants
 from normlab.norms.renorm import BatchRenorm
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
@@ -47,6 +50,8 @@ __all__ = [
     "Branch",
     "ChannelAffine",
     "Clock",
+    "DynamicErf",
+    "DynamicTanh",
     "EvoNormB0",
     "EvoNormS0",
     "FilterResponseNorm",
@@ -58,6 +63,7 @@ __all__ = [
     "InstanceNorm",
     "LayerNorm",
     "LpNorm",
+    "MeanNorm",
     "MeanOnlyWeightNorm",
     "MimicConv2d",
     "MimicNorm",
@@ -67,10 +73,13 @@ __all__ = [
     "NoisyNoNorm",
     "NormProp",
     "NormalizerFree",
+    "OnlineNorm",
     "PowerNorm",
     "Site",
+    "SkipInit",
     "Steps",
     "TReLUWeightNorm",
+    "VarianceNorm",
     "Variant",
     "WeightNorm",
     "batch_norm_refused",

@@ -47,7 +47,12 @@ _METHODS = {
 }  # fmt: skip
 
 # `refused` of a variant that leaves nothing of gamma: the run would be that of init=default under another name.
-NO_GAMMA = {"init": {"zero_gamma": "it has no scale per channel that could start at zero"}}
+NO_GAMMA = {
+    "init": {
+        "zero_gamma": "it has no scale per channel that could start at zero",
+        "uniform_gamma": "it has no scale per channel that could be drawn",
+    }
+}
 
 
 @dataclass(frozen=True)
