@@ -31,6 +31,7 @@ from normlab.norms.renorm import BatchRenorm
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
 from normlab.norms.sites import Site, Variant, find_sites
 from normlab.norms.steps import Clock, Steps, decayed_parameters, parameter_roles
+from normlab.norms.task_balanced import TaskBalancedBatchNorm
 from normlab.norms.tracing import separate, trace
 from normlab.norms.weights import MeanOnlyWeightNorm, NormProp, TReLUWeightNorm, WeightNorm, data_dependent_start
 
@@ -71,6 +72,7 @@ __all__ = [
     "Site",
     "Steps",
     "TReLUWeightNorm",
+    "TaskBalancedBatchNorm",
     "Variant",
     "WeightNorm",
     "batch_norm_refused",

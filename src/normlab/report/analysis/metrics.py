@@ -22,6 +22,7 @@ FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
 NEAR_BEST = 5.0  # [A] points of accuracy below its best at which an arm still tolerates a learning rate
 RATES = "rates"  # not a probe: what `tuning.rate_curves` gives of a cell and seed
+TASKS = "tasks"  # not a probe: the evaluations of runs whose classes come task after task
 SHARE: Bounds = (0.0, 100.0)  # of an accuracy, in per cent
 _IMAGES = {"test": "test", "val": "validation", "train": "training"}
 
@@ -158,6 +159,18 @@ def rates_near_the_best(rows: pd.DataFrame) -> Values:
 # ---- which rows
 
 
+def ends_of_tasks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the last evaluation of each task of one run or several, in their order; no row of other runs.
+
+    Args:
+        rows: evaluations, with the column run if they are of several.
+    """
+    if "task" not in rows:
+        return rows.iloc[:0]
+    keys = [key for key in ("run", "task") if key in rows]
+    return rows.dropna(subset=["task"]).drop_duplicates(keys, keep="last")
+
+
 def _last_step(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["step"].eq(rows["step"].max())]
 
@@ -194,6 +207,17 @@ def _band(quantity: str) -> Callable[[pd.DataFrame], Values]:
 
 def _gap(rows: pd.DataFrame) -> Values:
     return _column(rows, "train_accuracy") - _column(rows, "test_accuracy")
+
+
+def _forgetting(rows: pd.DataFrame) -> Values:
+    """Return by how much each task but the last fell from its best end to the last one (Chaudhry et al. 2018).
+
+    Their f is the highest accuracy on a task at the ends of it and of later ones but the last, minus that at the last
+    one's; accuracies are among all classes seen (theirs: of a single head, too).
+    """
+    count = len(rows)
+    columns = [_column(rows, f"task_{number}_accuracy") for number in range(1, count)]
+    return np.array([column[number:-1].max() - column[-1] for number, column in enumerate(columns)])
 
 
 def _shifted_cosine(rows: pd.DataFrame) -> Values:
@@ -287,6 +311,10 @@ _TABLE = [
            unit="%", diverged="chance", bounds=SHARE),
     Metric("setbacks", "training accuracy lost between evaluations, in all", "train_accuracy", _drops,
            unit="%", diverged=100.0),
+    Metric("incremental_accuracy", "average incremental accuracy", "test_accuracy", _average, TASKS, "average incremental",
+           ends_of_tasks, unit="%", higher_is_better=True, decimals=1, diverged="chance", bounds=SHARE),
+    Metric("forgetting", "forgetting", _forgetting, _average, TASKS, "forgetting", ends_of_tasks, unit="%", decimals=1,
+           higher_is_better=False, bounds=(-100.0, 100.0)),
     Metric("ics", "internal covariate shift, L2", "l2", _mean_log, "ics", "‖G - G'‖", log=True, diverged="before"),
     Metric("relative_ics", "relative internal covariate shift", _ratio("l2", "gradient_norm"), _mean_log,
            "ics", "‖G - G'‖ / ‖G‖", log=True, diverged="before"),
