@@ -41,7 +41,8 @@ class TaskSequence:
         counts = [len(self.current(task)) for task in range(sampler.tasks)]
         if not min(counts):
             raise UserError(
-                f"Task {counts.index(0) + 1} of sampler.tasks={sampler.tasks} has no image.\nUse fewer tasks or more images."
+                f"Task {counts.index(0) + 1} of sampler.tasks={sampler.tasks} has no image to train on.\n"
+                "Use fewer tasks, or more images."
             )
         self.largest = max(counts)
         self.ranks = torch.empty_like(labels)
