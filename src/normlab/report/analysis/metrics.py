@@ -216,9 +216,8 @@ def _forgetting(rows: pd.DataFrame) -> Values:
     Their f is the highest accuracy on a task at the ends of it and of later ones but the last, minus that at the last
     one's; accuracies are among all classes seen (theirs: of a single head, too).
     """
-    count = len(rows)
-    columns = [_column(rows, f"task_{number}_accuracy") for number in range(1, count)]
-    return np.array([column[number:-1].max() - column[-1] for number, column in enumerate(columns)])
+    columns = [_column(rows, f"task_{number}_accuracy") for number in range(1, len(rows))]
+    return np.array([column[own:-1].max() - column[-1] for own, column in enumerate(columns)])
 
 
 def _shifted_cosine(rows: pd.DataFrame) -> Values:
