@@ -39,7 +39,7 @@ LAUNCHED = {  # as measured, and three more
     "normprop": 147,
     "powernorm": 319,
     "renorm": 152,
-    "tbbn": 0,
+    "tbbn": 543,
     "wn": 138,
     "wn_mean": 182,
     "wn_trelu": 162,
