@@ -25,25 +25,13 @@ from normlab.training.run import train_run
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
 WITH_STATE = (  # beyond parameters: averages, phases, random numbers, work of the optimizer; one norm of each kind
-    *(
-        "bn",
-        "renorm",
-        "lpinf",
-        "mabn",
-        "powernorm",
-        "online",
-        "evonorm_b0",
-        "wn_mean",
-        "mimicnorm",
-        "noisy_bn",
-        "bnp",
-        "nf",
-    ),
+    *("bn", "renorm", "lpinf", "mabn", "powernorm", "online", "tbbn", "evonorm_b0", "wn_mean", "mimicnorm"),
+    *("noisy_bn", "bnp", "nf"),
 )
 # One norm for each code: test_moving_average.py compiles mabn and powernorm; draws come from another stream than eager.
 COMPILED = (
     *("bn", "bn_var", "bn_mean", "derf", "online", "gn", "renorm", "lp1", "lpinf", "frn", "evonorm_s0", "evonorm_b0"),
-    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup"),
+    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup", "tbbn"),
 )
 SMALL = (
     "model=custom",
@@ -162,7 +150,7 @@ def test_compiled_it_is_the_same_network(make, norm) -> None:
     assert_same(forward(compiled, batch().double()), forward(network, batch().double()), 1e-8)
 
 
-@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm not in RANDOM])
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm not in (*RANDOM, "tbbn")])  # which has no groups
 def test_groups_inside_the_batch_are_independent_exactly_where_there_are_statistics(make, norm) -> None:
     """With norm_batch=4, image 2 of 8 shares statistics with the even images, and with no odd one."""
     _, network = build(make, norm, "norm_batch=4")
@@ -295,7 +283,7 @@ SETTINGS = {  # what a norm needs that the others do not; docs/variants.md says 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", [norm for norm in NORMS if norm != "tbbn"])  # test_class_incremental.py trains it
 def test_every_norm_trains(make, norm) -> None:
     """20 layers, 700 of the digits, three epochs: chance is 10 % of 359 test images, three sigma 15 %."""
     short = ("dataset.train_size=700", "batch=32", "epochs=3", "schedule.warmup_epochs=1", "eval_every=9")

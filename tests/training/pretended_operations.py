@@ -34,6 +34,7 @@ LAUNCHED = {  # in a step of `small.SmallResNet`, torchvision's blocks with six 
     "powernorm": 319,
     "renorm": 152,
     "skipinit": 62,
+    "tbbn": 543,
     "wn": 138,
     "wn_mean": 182,
     "wn_trelu": 162,

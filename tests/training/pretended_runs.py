@@ -85,6 +85,7 @@ def test_every_norm_trains_captured_in_half_precision(tiny, norm) -> None:
         ("weight_average=0.9", "epochs=2"),
         ("dataset.flip=true", "dataset.crop_padding=1", "label_smoothing=0.1"),
         ("sampler=paired", "sampler.images_per_label=4"),
+        ("sampler=class_incremental", "sampler.memory_batch=4", "epochs=4"),
         ("drop_last=true", "batch=24", "epochs=2"),
         ("model.target=small.SmallNet", "model.name=small"),  # with dropout
         ("norm=wn", "norm.init=data"),

@@ -41,6 +41,7 @@ DEPTHS = {  # the sizes of each network that has several; None: any
     "deep_linear": None,
 }
 TITLES = {"resnet": "a ResNet of torchvision", "cifar_resnet": "a CIFAR ResNet", "vgg": "a VGG of torchvision"}
+MOST_TASKS = 50  # of sampler=class_incremental: each has a column in a run's rows
 IDLE_CALIBRATION_IMAGES, IDLE_PRECISE_BATCHES = 256, 200  # recorded where nothing uses them: conf/config.yaml's values
 SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
 
@@ -361,7 +362,17 @@ class Paired(_Section):
     images_per_label: Annotated[Integer, Field(ge=2)]
 
 
-SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
+class ClassIncremental(_Section):
+    """Classes that come task after task, with a memory of images of earlier ones (`data.incremental`)."""
+
+    name: Literal["class_incremental"]
+    tasks: Annotated[Integer, Field(ge=2, le=MOST_TASKS)]
+    memory: Count
+    memory_batch: Count
+    exemplars: Literal["random", "herding"]
+
+
+SamplerConfig = Annotated[IID | Paired | ClassIncremental, Field(discriminator="name")]
 
 
 class _Optimizer(_Section):
@@ -593,7 +604,7 @@ class RunConfig(_Section):
             changes["depth"] = None
         if data.get("dataset", {}).get("kind") == "linear_regression" and data.get("input_norm") == "dataset":
             changes["input_norm"] = "none"
-        if data.get("sampler", {}).get("name") == "paired":
+        if data.get("sampler", {}).get("name") in ("paired", "class_incremental"):
             changes["drop_last"] = False  # every batch is full
         return {**data, **changes}
 
@@ -626,8 +637,8 @@ class RunConfig(_Section):
                 f"label_smoothing={exact(self.label_smoothing)} is about classes, and a regression has none.\n"
                 "Use label_smoothing=0."
             )
-        if isinstance(self.sampler, Paired):
-            raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
+        if not isinstance(self.sampler, IID):
+            raise wrong(f"sampler={self.sampler.name} draws labels, and a regression has none.\nUse sampler=iid.")
         return self
 
     @model_validator(mode="after")
@@ -663,6 +674,48 @@ class RunConfig(_Section):
                 f" does not divide eval_batch={self.eval_batch}.\n"
                 f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_incremental(self) -> Self:
+        sampler, named = self.sampler, f"norm={self.norm.name}"
+        balances = self.norm.target == "normlab.norms.TaskBalancedBatchNorm"
+        if not isinstance(sampler, ClassIncremental):
+            if balances:
+                raise wrong(
+                    f"{named} balances the images of current and earlier tasks in a batch, and sampler={sampler.name}"
+                    " has no tasks.\nUse sampler=class_incremental, or another norm."
+                )
+            return self
+        if balances and self.norm_batch is not None:
+            raise wrong(f"{named} splits a batch by its tasks, and not by norm_batch.\nUse norm_batch=null.")
+        if sampler.memory_batch >= self.batch:
+            raise wrong(
+                f"sampler.memory_batch={sampler.memory_batch} leaves no image of the current task in a batch of"
+                f" {self.batch}.\nUse fewer: a quarter is sampler.memory_batch={max(self.batch // 4, 1)}."
+            )
+        if sampler.memory < sampler.memory_batch:
+            raise wrong(
+                f"sampler.memory={sampler.memory} images are fewer than the sampler.memory_batch={sampler.memory_batch}"
+                f" of them in a batch.\nNearest valid: sampler.memory={sampler.memory_batch}."
+            )
+        if self.epochs % sampler.tasks:
+            nearest_valid = max(round(self.epochs / sampler.tasks), 1) * sampler.tasks
+            raise wrong(
+                f"epochs={self.epochs} are those of all tasks, and sampler.tasks={sampler.tasks} do not divide them.\n"
+                f"Nearest valid: epochs={nearest_valid}."
+            )
+        for setting, value, needed in (
+            ("eval_stats", self.eval_stats, "running"),
+            ("label_smoothing", exact(self.label_smoothing), "0"),
+            ("init", self.init.name if self.init.name in ("lsuv", "bn_folded") else "default", "default"),
+            ("norm.init", "data" if self.norm.options.get("init") == "data" else "weights", "weights"),
+        ):
+            if value != needed:
+                raise wrong(
+                    f"{setting}={value} is about images or classes of all tasks, and sampler=class_incremental has"
+                    f" those of one task after another.\nUse {setting}={needed}."
+                )
         return self
 
     @model_validator(mode="after")
@@ -704,10 +757,11 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
-        if self.schedule.warmup_epochs >= self.epochs:
+        if self.schedule.warmup_epochs >= self.scheduled_epochs:
+            each = "" if self.scheduled_epochs == self.epochs else f", {self.scheduled_epochs} for each task"
             raise wrong(
                 f"schedule.warmup_epochs={exact(self.schedule.warmup_epochs)} leaves nothing of epochs="
-                f"{self.epochs}.\nUse a shorter warm-up or more epochs.",
+                f"{self.epochs}{each}.\nUse a shorter warm-up or more epochs.",
             )
         return self
 
@@ -752,6 +806,11 @@ class RunConfig(_Section):
     def weights(self) -> str | None:
         """Return the trained weights that the network starts from, the name of a library's or a file; None: random."""
         return getattr(self.model, "weights", None)
+
+    @property
+    def scheduled_epochs(self) -> int:
+        """Return the epochs that a schedule is over: those of the run, or of each of its tasks."""
+        return self.epochs // self.sampler.tasks if isinstance(self.sampler, ClassIncremental) else self.epochs
 
     @property
     def starts_from_data(self) -> bool:

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.common.download import unreachable
-from normlab.common.errors import UserError
-from normlab.config.schema import BuiltinDataset, FolderDataset, ImageDataset, RegressionDataset
+from normlab.common.errors import UserError, nearest
+from normlab.config.schema import (
+    MOST_TASKS,
+    BuiltinDataset,
+    ClassIncremental,
+    FolderDataset,
+    ImageDataset,
+    RegressionDataset,
+)
 from normlab.data import damage, unreadable
 from normlab.data.damage import open_image
 from normlab.data.folders import Layout, Listing, images_of, scan
@@ -108,6 +115,23 @@ def check(
     image_size = dataset.image_size or common_size(images, lenient=dataset.skip_unreadable)
     found = _inventory(dataset, len(images.train), len(images.test), len(images.classes), image_size)
     return replace(found, val_images=len(images.val) or found.val_images, remarks=remarks(images))
+
+
+def check_tasks(sampler: ClassIncremental, classes: int) -> None:
+    """Check that a data set's classes make tasks of equal size, and that the memory has room for one image of each.
+
+    Raises:
+        UserError: if not.
+    """
+    if classes % sampler.tasks:
+        valid = [tasks for tasks in range(2, MOST_TASKS + 1) if classes % tasks == 0]
+        advice = f"Nearest valid: sampler.tasks={nearest(sampler.tasks, valid)}." if valid else "Use sampler=iid."
+        raise UserError(f"sampler.tasks={sampler.tasks} cannot have as many of the {classes} classes each.\n{advice}")
+    if sampler.memory < classes:
+        raise UserError(
+            f"sampler.memory={sampler.memory} has no room for an image of each of the {classes} classes.\n"
+            f"Nearest valid: sampler.memory={classes}."
+        )
 
 
 def remarks(images: Listing) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from normlab import norms
 from normlab.common.errors import UserError, exact, listed
 from normlab.common.imports import locate
 from normlab.common.rng import key
-from normlab.config.schema import RunConfig
+from normlab.config.schema import ClassIncremental, RunConfig
 from normlab.models import initialization, networks, pretrained
 from normlab.models.pretrained import Log
 from normlab.norms.batch import BatchNorm
@@ -203,6 +203,9 @@ def variant(config: RunConfig) -> norms.Variant:
     if not isinstance(made, norms.Variant):
         raise _no_variant(config)
     made.name = config.norm.name
+    if isinstance(config.sampler, ClassIncremental):
+        memory = config.sampler.memory_batch
+        made.replay = config.sampler.tasks, config.batch - memory, memory
     return made
 
 

@@ -34,6 +34,7 @@ from normlab.norms.renorm import BatchRenorm
 from normlab.norms.residual import Branch, find_branches, fixup_start, zero_gamma
 from normlab.norms.sites import Site, Variant, find_sites
 from normlab.norms.steps import Clock, Steps, decayed_parameters, parameter_roles
+from normlab.norms.task_balanced import TaskBalancedBatchNorm
 from normlab.norms.tracing import separate, trace
 from normlab.norms.weights import MeanOnlyWeightNorm, NormProp, TReLUWeightNorm, WeightNorm, data_dependent_start
 
@@ -79,6 +80,7 @@ __all__ = [
     "SkipInit",
     "Steps",
     "TReLUWeightNorm",
+    "TaskBalancedBatchNorm",
     "VarianceNorm",
     "Variant",
     "WeightNorm",

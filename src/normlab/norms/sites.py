@@ -80,6 +80,7 @@ class Variant:
     takes: tuple[str, ...] = ("scales", "shifts")  # what it takes of norms that were trained: "running statistics", too
     refused: ClassVar[dict[str, dict[str, str]]] = {}  # setting -> value -> why a run cannot have it with this variant
     name: str | None = None  # as the user calls it
+    replay: tuple[int, int, int] | None = None  # tasks; images of the current one, of the memory, in a batch
 
     def __init__(self, *, norm_batch: int | None = None, **options: Any) -> None:
         self.norm_batch = norm_batch  # images that share statistics; None: all of the batch

@@ -48,6 +48,8 @@ def spread_over_epochs(config: Mapping[str, Any]) -> str:
         "" if its first epochs are those of a longer run, as far as the settings tell.
     """
     schedule, norm = config["schedule"]["name"], config["norm"]
+    if config["sampler"]["name"] == "class_incremental":
+        return "sampler=class_incremental spreads its tasks over all epochs"
     if schedule != "constant":
         return f"schedule={schedule} spreads over all epochs"
     for option in ("unit", "ramp_unit"):

@@ -118,6 +118,14 @@ def _in_memory_order(row: tuple[Tensor, ...]) -> list[Tensor]:
     return [one.permute(order) if one.dim() else one for one in row]
 
 
+def restart_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Set an optimizer to where one that is new would be, in place: a captured step keeps its tensors."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float = 1.0) -> float:
     """Return the learning rate of `step` (0-based) of a run, of parameters that learn at the rate over `divisor`.
 
@@ -130,7 +138,8 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: f
 
 
 def _undivided_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float) -> float:
-    schedule, base, epochs = config.schedule, config.optimizer.lr, config.epochs
+    schedule, base, epochs = config.schedule, config.optimizer.lr, config.scheduled_epochs
+    step %= epochs * steps_per_epoch  # each task has a schedule of its own
     warmup = schedule.warmup_epochs
     epoch = step / steps_per_epoch
     if epoch < warmup:

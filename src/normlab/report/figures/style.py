@@ -142,7 +142,7 @@ def _known_styles() -> dict[str, Style]:
     for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms have one style
         for i, arm in enumerate(family):
             known[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
-        colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN)
+        colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN, WINE)
     return known
 
 
