@@ -81,13 +81,17 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: f
     After a linear warm-up that reaches `base` at its end, the schedule runs over the rest, t in [0, 1):
     step: base · gamma^(milestones passed, as fractions of the whole run); cosine: from base to final_lr by
     half a cosine; polynomial: final_lr + (base - final_lr) · (1 - t)^power. `divisor` divides base, and final_lr only
-    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate.
+    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate. With `cycles` the same goes
+    for each of the equal parts that the run is then made of.
     """
     return _undivided_rate(config, step, steps_per_epoch, divisor) / divisor
 
 
 def _undivided_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float) -> float:
-    schedule, base, epochs = config.schedule, config.optimizer.lr, config.epochs
+    schedule, base = config.schedule, config.optimizer.lr
+    cycles, steps = getattr(schedule, "cycles", 1), config.epochs * steps_per_epoch
+    step -= math.ceil(step * cycles // steps * steps / cycles)  # the first of its cycle
+    epochs = config.epochs / cycles
     warmup = schedule.warmup_epochs
     epoch = step / steps_per_epoch
     if epoch < warmup:
