@@ -81,8 +81,8 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: f
     After a linear warm-up that reaches `base` at its end, the schedule runs over the rest, t in [0, 1):
     step: base · gamma^(milestones passed, as fractions of the whole run); cosine: from base to final_lr by
     half a cosine; polynomial: final_lr + (base - final_lr) · (1 - t)^power. `divisor` divides base, and final_lr only
-    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate. With `cycles` the same goes
-    for each of the equal parts that the run is then made of.
+    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate. With `cycles` this
+    holds of each of the equal parts that the run is then made of.
     """
     return _undivided_rate(config, step, steps_per_epoch, divisor) / divisor
 
