@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normlab import models
+from normlab import models, runs
 from normlab.common.errors import UserError
-from normlab.norms import BinaryActivation, BinaryConv2d, Clock, GainedConv2d, RPReLU, parameter_roles, rewrite
+from normlab.norms import BinaryActivation, BinaryConv2d, Clock, GainedConv2d, RPReLU, Steps, parameter_roles, rewrite
 from normlab.training.gradient_transforms import AdaptiveClipping
+from normlab.training.run import train_run
 
 EPS = 1e-5
 Parameters = dict[str, Tensor]
@@ -273,6 +275,40 @@ def test_what_it_cannot_have_is_refused(make, settings, message) -> None:
 def test_images_of_imagenets_size_are_refused(make) -> None:
     with pytest.raises(UserError, match="model=binary_resnet is for images of up to 64 pixels, and these have 224"):
         models.build(make("model=binary_resnet"), num_classes=10, image_size=224)
+
+
+@pytest.mark.parametrize("norm", ["bn", "bnn_free"])
+def test_weights_become_binary_at_their_share_of_the_run_and_so_does_a_copy(make, norm) -> None:
+    network = build(make, norm, "model.binarize_at=0.3")
+    layer = network.get_submodule("layer2.0.downsample.1")
+    seen = []
+    for step in range(10):
+        Steps(network).begin(step, 10)
+        seen.append(len(layer.effective_weight()[0].detach().abs().unique()) == 1)
+    assert seen == [False] * 3 + [True] * 7
+    other = build(make, norm, "model.binarize_at=0.3", "seed=1")
+    other.load_state_dict(network.state_dict())
+    images = torch.randn(4, 3, 8, 8)
+    for copied in (other, pickle.loads(pickle.dumps(network)), copy.deepcopy(network)):
+        assert torch.equal(copied(images), network(images))
+        Steps(copied).begin(0, 10)  # each has a clock of its own
+    assert len(layer.effective_weight()[0].detach().abs().unique()) == 1
+
+
+def test_a_second_run_can_start_from_the_weights_of_a_first(make) -> None:
+    """Their two stages as two runs, with batch normalization: a file of weights fits."""
+    small = ("dataset.train_size=20", "dataset.test_size=10", "batch=10", "epochs=1", "device=cpu", "save_weights=true")
+    first = make("model=binary_resnet", *small, "model.binarize_at=1")
+    train_run(first)
+    file = runs.Run(first.as_dict()).folder / "weights.pt"
+    second = make("model=binary_resnet", *small, "model.binarize_at=0", f"model.weights={file}")
+    network = models.build(second, num_classes=10, image_size=8)
+    weights = torch.load(file, weights_only=True)
+    layer = network.get_submodule("layer1.0.conv")
+    assert torch.equal(layer.weight, weights["layer1.0.conv.weight"])
+    assert torch.equal(layer.effective_weight().sign(), layer.weight.sign())
+    assert len(layer.effective_weight()[0].detach().abs().unique()) == 1
+    assert train_run(second)["state"] == "done"
 
 
 # --- The variant in other networks, and clipping --------------------------------------------------------

@@ -25,12 +25,25 @@ from normlab.training.run import train_run
 NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm").glob("*.yaml"))
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
 WITH_STATE = (  # beyond parameters: averages, phases, random numbers, work of the optimizer; one norm of each kind
-    *("bn", "renorm", "lpinf", "mabn", "powernorm", "evonorm_b0", "wn_mean", "mimicnorm", "noisy_bn", "bnp", "nf"),
+    *(
+        "bn",
+        "renorm",
+        "lpinf",
+        "mabn",
+        "powernorm",
+        "evonorm_b0",
+        "wn_mean",
+        "mimicnorm",
+        "noisy_bn",
+        "bnp",
+        "nf",
+        "bnn_free",
+    ),
 )
 # One norm for each code: test_moving_average.py compiles mabn and powernorm; draws come from another stream than eager.
 COMPILED = (
     *("bn", "gn", "renorm", "lp1", "lpinf", "frn", "evonorm_s0", "evonorm_b0"),
-    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup"),
+    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup", "bnn_free"),
 )
 SMALL = (
     "model=custom",
