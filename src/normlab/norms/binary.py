@@ -26,7 +26,8 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return dy * (1 - x.abs()).clamp_min(0).mul(2)
+        dx: Tensor = dy * (1 - x.abs()).clamp_min(0).mul(2)
+        return dx
 
 
 class BinaryActivation(nn.Module):
@@ -134,7 +135,8 @@ class GainedConv2d(ReparametrizedConv2d):
         u = (v - mu) / (s + self.eps) * v[0].numel() ** -0.5
         if self.clock is not None:
             u = _Binarized.apply(u, self.clock.get_buffer("binary"))
-        return self.gain.to(u.dtype) * u
+        w: Tensor = self.gain.to(u.dtype) * u
+        return w
 
 
 @register(
