@@ -26,12 +26,12 @@ NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
 WITH_STATE = (  # beyond parameters: averages, phases, random numbers, work of the optimizer; one norm of each kind
     *("bn", "renorm", "lpinf", "mabn", "powernorm", "online", "tbbn", "evonorm_b0", "wn_mean", "mimicnorm"),
-    *("noisy_bn", "bnp", "nf"),
+    *("noisy_bn", "bnp", "nf", "bnn_free"),
 )
 # One norm for each code: test_moving_average.py compiles mabn and powernorm; draws come from another stream than eager.
 COMPILED = (
     *("bn", "bn_var", "bn_mean", "derf", "online", "gn", "renorm", "lp1", "lpinf", "frn", "evonorm_s0", "evonorm_b0"),
-    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup", "tbbn"),
+    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup", "tbbn", "bnn_free"),
 )
 SMALL = (
     "model=custom",

@@ -10,6 +10,7 @@ LAUNCHED = {  # in a step of `small.SmallResNet`, torchvision's blocks with six 
     "bn_scaled": 68,
     "bn_var": 230,
     "bnminus": 66,
+    "bnn_free": 333,
     "bnp": 200,
     "derf": 175,
     "dyt": 133,

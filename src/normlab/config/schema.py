@@ -37,11 +37,17 @@ RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
     "resnet": RESNET_DEPTHS,
     "cifar_resnet": (20, 32, 44, 56, 110),
+    "binary_resnet": (18,),
     "vgg": (11, 13, 16, 19),
     "deep_linear": None,
 }
-TITLES = {"resnet": "a ResNet of torchvision", "cifar_resnet": "a CIFAR ResNet", "vgg": "a VGG of torchvision"}
 MOST_TASKS = 50  # of sampler=class_incremental: each has a column in a run's rows
+TITLES = {
+    "resnet": "a ResNet of torchvision",
+    "cifar_resnet": "a CIFAR ResNet",
+    "binary_resnet": "a depth of the binary ResNet",
+    "vgg": "a VGG of torchvision",
+}
 IDLE_CALIBRATION_IMAGES, IDLE_PRECISE_BATCHES = 256, 200  # recorded where nothing uses them: conf/config.yaml's values
 SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
 
@@ -214,6 +220,14 @@ class CifarResNetConfig(_Trainable):
     name: Name
 
 
+class BinaryResNetConfig(_Trainable):
+    """The binary ResNet of Chen et al. 2021 for 32x32 images; `binarize_at` is a fraction of the run."""
+
+    kind: Literal["binary_resnet"]
+    name: Name
+    binarize_at: Annotated[Number, Field(ge=0, le=1)]
+
+
 class VGGConfig(_Trainable):
     """torchvision's VGG with batch normalization, of the top-level `depth`."""
 
@@ -256,6 +270,7 @@ class DeepLinearConfig(_Section):
 ModelConfig = Annotated[
     ResNetConfig
     | CifarResNetConfig
+    | BinaryResNetConfig
     | VGGConfig
     | TorchvisionConfig
     | TimmConfig
@@ -430,15 +445,21 @@ class Constant(_Schedule):
     name: Literal["constant"]
 
 
-class Step(_Schedule):
-    """The learning rate is multiplied by `gamma` at each milestone, a fraction of the run."""
+class _Falling(_Schedule):
+    """A schedule that runs `cycles` times, each over an equal part of the run, and starts again from the rate."""
+
+    cycles: Annotated[Count, Since(4, neutral=1)]
+
+
+class Step(_Falling):
+    """The learning rate is multiplied by `gamma` at each milestone, a fraction of the cycle."""
 
     name: Literal["step"]
     milestones: list[Annotated[Number, Field(gt=0, lt=1)]]
     gamma: UnitInterval
 
 
-class Cosine(_Schedule):
+class Cosine(_Falling):
     """The learning rate falls to `final_lr` along half a cosine."""
 
     name: Literal["cosine"]
@@ -446,7 +467,7 @@ class Cosine(_Schedule):
     divide_final_lr: Annotated[StrictBool, Since(2, neutral=True)]
 
 
-class Polynomial(_Schedule):
+class Polynomial(_Falling):
     """The learning rate falls to `final_lr` along a polynomial of degree `power`."""
 
     name: Literal["polynomial"]
@@ -651,10 +672,19 @@ class RunConfig(_Section):
                 f"init={self.init.name} would write over the weights of model.weights={given}.\n"
                 "Use init=default, or init=bn_folded for norms that do not normalize."
             )
-        if self.model.kind in ("custom", "cifar_resnet") and not weights.is_file(given):
+        if self.model.kind in ("custom", "cifar_resnet", "binary_resnet") and not weights.is_file(given):
             raise wrong(
                 f"model.weights={given} is no file, and model={self.model.kind} has no library of trained weights.\n"
                 f"Give a file: its path, or a name that ends in {', '.join(weights.SUFFIXES)}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_binary(self) -> Self:
+        if self.model.kind == "binary_resnet" and self.init.name == "bn_folded":
+            raise wrong(
+                "init=bn_folded folds norms into convolutions, and model=binary_resnet has binary ones.\n"
+                "Use init=default, or another network."
             )
         return self
 
@@ -757,11 +787,13 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
-        if self.schedule.warmup_epochs >= self.scheduled_epochs:
+        cycles = getattr(self.schedule, "cycles", 1)
+        if self.schedule.warmup_epochs * cycles >= self.scheduled_epochs:
             each = "" if self.scheduled_epochs == self.epochs else f", {self.scheduled_epochs} for each task"
             raise wrong(
                 f"schedule.warmup_epochs={exact(self.schedule.warmup_epochs)} leaves nothing of epochs="
-                f"{self.epochs}{each}.\nUse a shorter warm-up or more epochs.",
+                f"{self.epochs}{each}{f' in {cycles} cycles' if cycles > 1 else ''}.\n"
+                "Use a shorter warm-up or more epochs.",
             )
         return self
 

@@ -12,6 +12,7 @@ from normlab.common.errors import UserError, described, did_you_mean
 from normlab.common.imports import locate
 from normlab.config import schema
 from normlab.config.weights import is_file
+from normlab.models.binary_resnet import BinaryResNet
 
 
 def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -26,6 +27,13 @@ def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Modu
             return _resnet(model, depth, num_classes, image_size)
         case schema.CifarResNetConfig():
             return CifarResNet(depth, num_classes)
+        case schema.BinaryResNetConfig() as model:
+            if image_size > schema.SMALL_STEM_UP_TO:
+                raise UserError(
+                    f"model=binary_resnet is for images of up to {schema.SMALL_STEM_UP_TO} pixels, and these have"
+                    f" {image_size}.\nUse dataset.image_size=32: its authors' network for ImageNet is another one."
+                )
+            return BinaryResNet(num_classes, model.binarize_at)
         case schema.VGGConfig() as model:
             return _vgg(model, depth, num_classes, image_size)
         case schema.TorchvisionConfig() as model:

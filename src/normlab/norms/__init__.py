@@ -10,6 +10,7 @@
 from normlab.common.registry import option, register
 from normlab.norms.batch import BatchNorm, BatchNormMinus, FrozenBatchNorm, FrozenBatchNorm2d, GroupedBatchNorm2d
 from normlab.norms.batch_norm_calls import batch_norm_refused
+from normlab.norms.binary import BinaryActivation, BinaryConv2d, BinaryNormalizerFree, GainedConv2d, RPReLU, Shift
 from normlab.norms.group import GroupNorm, InstanceNorm, LayerNorm
 from normlab.norms.layer_statistics import (
     BatchStatistics,
@@ -48,6 +49,9 @@ __all__ = [
     "BatchNormMinus",
     "BatchRenorm",
     "BatchStatistics",
+    "BinaryActivation",
+    "BinaryConv2d",
+    "BinaryNormalizerFree",
     "Branch",
     "ChannelAffine",
     "Clock",
@@ -59,6 +63,7 @@ __all__ = [
     "Fixup",
     "FrozenBatchNorm",
     "FrozenBatchNorm2d",
+    "GainedConv2d",
     "GroupNorm",
     "GroupedBatchNorm2d",
     "InstanceNorm",
@@ -76,6 +81,8 @@ __all__ = [
     "NormalizerFree",
     "OnlineNorm",
     "PowerNorm",
+    "RPReLU",
+    "Shift",
     "Site",
     "SkipInit",
     "Steps",

@@ -1,5 +1,6 @@
 """Training residual networks without normalization: Fixup, and normalizer-free (NF) networks."""
 
+from collections.abc import Container
 from typing import ClassVar
 
 import torch
@@ -260,7 +261,7 @@ class NormalizerFree(Variant):
         for node in centered:
             _gain(network, node)
         branches = find_branches(network)  # again, as gains are among their nodes now
-        _downscale(network, branches, self.alpha)
+        downscale(network, branches, self.alpha)
         for branch in branches:
             end_with(network, branch, "scale", ScalarScale(self.alpha))
 
@@ -277,10 +278,13 @@ def _gain(network: fx.GraphModule, node: fx.Node) -> None:
         after.replace_input_with(user, gained)
 
 
-def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) -> None:
+def downscale(
+    network: fx.GraphModule, branches: list[Branch], alpha: float, *, uncounted: Container[fx.Node] = ()
+) -> None:
     """Divide the input of branches, and of shortcuts with convolutions, by its expected standard deviation.
 
-    Convolutions, activations and pooling keep the variance of their input; a sum adds alpha² times the branch's.
+    Convolutions, activations and pooling keep the variance of their input; a sum adds alpha² times the branch's, unless
+    it is one of `uncounted`.
     """
     sums = {branch.sum: branch for branch in branches}
     takers: dict[fx.Node, list[fx.Node]] = {branch.entry: [] for branch in branches}
@@ -289,7 +293,8 @@ def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) ->
     variance: dict[fx.Node, float] = {}
     for node in list(network.graph.nodes):
         if node in sums:
-            variance[node] = variance[sums[node].shortcut] + alpha**2 * variance[sums[node].end]
+            added = 0.0 if node in uncounted else alpha**2 * variance[sums[node].end]
+            variance[node] = variance[sums[node].shortcut] + added
         else:
             variance[node] = next((variance[input] for input in node.all_input_nodes), 1.0)
         if node in takers and variance[node] != 1:

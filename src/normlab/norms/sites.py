@@ -77,6 +77,7 @@ class Variant:
 
     normalizes = True  # False: init=bn_folded may fold statistics into its convolutions
     needs_convolution = False  # whether a site without one is refused
+    rewrites: tuple[type[nn.Conv2d], ...] = ()  # convolutions with weights of their own that it can rewrite
     takes: tuple[str, ...] = ("scales", "shifts")  # what it takes of norms that were trained: "running statistics", too
     refused: ClassVar[dict[str, dict[str, str]]] = {}  # setting -> value -> why a run cannot have it with this variant
     name: str | None = None  # as the user calls it
@@ -340,6 +341,8 @@ class _Rewriting:
     def _check_plain(self, name: str) -> None:
         """Refuse a convolution that does not convolve with its parameter `weight` as nn.Conv2d does."""
         layer = self.network.get_submodule(name)
+        if isinstance(layer, self.variant.rewrites):
+            return
         own_forward = type(layer).forward is not nn.Conv2d.forward or "forward" in vars(layer)
         if own_forward or is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
             raise UserError(

@@ -55,6 +55,8 @@ def spread_over_epochs(config: Mapping[str, Any]) -> str:
     for option in ("unit", "ramp_unit"):
         if norm.get(option) == "fraction":
             return f"norm={norm['name']} changes with the share of all epochs that is done (norm.{option}=fraction)"
+    if config["model"].get("binarize_at", 0) not in (0, 1):
+        return "model=binary_resnet has binary weights after a share of all epochs (model.binarize_at)"
     for name, probe in config["probe"].items():
         if probe["times"] is not None and probe["times"] > 1:
             return f"probe={name} measures {probe['times']} times, evenly over all epochs (probe.{name}.steps does not)"

@@ -132,14 +132,19 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: f
     After a linear warm-up that reaches `base` at its end, the schedule runs over the rest, t in [0, 1):
     step: base · gamma^(milestones passed, as fractions of the whole run); cosine: from base to final_lr by
     half a cosine; polynomial: final_lr + (base - final_lr) · (1 - t)^power. `divisor` divides base, and final_lr only
-    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate.
+    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate. With `cycles` this
+    holds of each of the equal parts that the run is then made of.
     """
     return _undivided_rate(config, step, steps_per_epoch, divisor) / divisor
 
 
 def _undivided_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float) -> float:
-    schedule, base, epochs = config.schedule, config.optimizer.lr, config.scheduled_epochs
-    step %= epochs * steps_per_epoch  # each task has a schedule of its own
+    schedule, base = config.schedule, config.optimizer.lr
+    steps = config.scheduled_epochs * steps_per_epoch
+    step %= steps  # each task has a schedule of its own
+    cycles = getattr(schedule, "cycles", 1)
+    step -= math.ceil(step * cycles // steps * steps / cycles)  # the first of its cycle
+    epochs = config.scheduled_epochs / cycles
     warmup = schedule.warmup_epochs
     epoch = step / steps_per_epoch
     if epoch < warmup:
