@@ -195,6 +195,7 @@ class ResNetConfig(_Trainable):
     name: Name
     stem: Literal["small", "imagenet"] | None
     dropout: Fraction
+    width: Annotated[Annotated[Number, Field(ge=1 / 8, le=1)], Since(4, neutral=1.0)]
 
 
 class CustomModelConfig(_Trainable):
@@ -636,6 +637,12 @@ class RunConfig(_Section):
             raise wrong(
                 f"init={self.init.name} would write over the weights of model.weights={given}.\n"
                 "Use init=default, or init=bn_folded for norms that do not normalize."
+            )
+        width = getattr(self.model, "width", 1.0)
+        if width != 1 and not weights.is_file(given):
+            raise wrong(
+                f"model.weights={given} are those of the whole network, and model.width={exact(width)} makes a narrower"
+                " one.\nUse model.width=1, or model.weights=null."
             )
         if self.model.kind in ("custom", "cifar_resnet") and not weights.is_file(given):
             raise wrong(
