@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from normlab.common.rng import stream
-from normlab.config.schema import FolderDataset, ImageDataset, Paired, RegressionDataset, RunConfig
+from normlab.config.schema import ArrayDataset, FolderDataset, ImageDataset, Paired, RegressionDataset, RunConfig
 from normlab.data import inventory, regression, sources
 from normlab.data.batches import Augmentation, Normalization, Split, standardization, unit_interval
 from normlab.data.image_order import ImageOrder
@@ -107,6 +107,8 @@ def _source(
         source: Source = loaded[name]
     elif isinstance(dataset, FolderDataset):
         source = sources.folder(dataset, data_dir, config.seed, device, log)
+    elif isinstance(dataset, ArrayDataset):
+        source = sources.resized(sources.of_arrays(dataset, data_dir, log), dataset.image_size)
     elif dataset.kind == "digits":
         source = sources.resized(sources.digits(), dataset.image_size)
     else:
