@@ -26,10 +26,11 @@ NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
 WITH_STATE = (  # beyond parameters: averages, phases, random numbers, work of the optimizer; one norm of each kind
     *("bn", "renorm", "lpinf", "mabn", "powernorm", "evonorm_b0", "wn_mean", "mimicnorm", "noisy_bn", "bnp", "nf"),
+    *("mbn_style", "cbn"),
 )
 # One norm for each code: test_moving_average.py compiles mabn and powernorm; draws come from another stream than eager.
 COMPILED = (
-    *("bn", "gn", "renorm", "lp1", "lpinf", "frn", "evonorm_s0", "evonorm_b0"),
+    *("bn", "gn", "renorm", "lp1", "lpinf", "frn", "evonorm_s0", "evonorm_b0", "mbn_style"),
     *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup"),
 )
 SMALL = (
@@ -159,7 +160,7 @@ def test_groups_inside_the_batch_are_independent_exactly_where_there_are_statist
     other, another = images.clone(), images.clone()
     other[1::2] += 1.0
     another[2] += 1.0
-    first, second, third = (network(x) for x in (images, other, another))
+    first, second, third = (copy.deepcopy(network)(x) for x in (images, other, another))
     torch.testing.assert_close(first[0::2], second[0::2], rtol=1e-9, atol=1e-9)
     if norm != "fixup":  # whose classifier starts at zero
         assert (first[1::2] - second[1::2]).abs().max() > 1e-6
@@ -221,6 +222,8 @@ def test_an_interrupted_evaluation_is_repeated_with_the_layers_where_they_were(m
         ("norm=fixup", "init=fixup"),
         ("norm=fixup", "init=lsuv"),
         ("norm=mabn", "precision=fp16"),
+        ("norm=cbn", "precision=fp16"),
+        ("norm=cbn", "engine=compile"),
     ],
 )
 def test_what_a_norm_cannot_have_is_refused_by_its_name(make, settings) -> None:

@@ -42,7 +42,8 @@ def build(
     _check_dtype(config, network)
     rewriting = variant(config)
     probes = (("probe", name) for name in config.probe)
-    for setting, value in (("init", config.init.name), ("precision", config.precision), *probes):
+    settings = (("init", config.init.name), ("precision", config.precision), ("engine", config.engine), *probes)
+    for setting, value in settings:
         if value in rewriting.refused.get(setting, {}):
             raise UserError(
                 f"norm={config.norm.name} cannot have {setting}={value}: {rewriting.refused[setting][value]}.\n"

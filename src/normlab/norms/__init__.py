@@ -25,6 +25,7 @@ from normlab.norms.moving_average import MABN, PowerNorm
 from normlab.norms.noise import Noise, NoisyBatchNorm, NoisyNoNorm
 from normlab.norms.norm_activation import EvoNormB0, EvoNormS0, FilterResponseNorm
 from normlab.norms.normalizer_free import Fixup, NormalizerFree
+from normlab.norms.past_batches import CrossIterationBatchNorm, MemorizedBatchNorm
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
 from normlab.norms.registry import named, rewrite, variants
 from normlab.norms.renorm import BatchRenorm
@@ -47,6 +48,7 @@ __all__ = [
     "Branch",
     "ChannelAffine",
     "Clock",
+    "CrossIterationBatchNorm",
     "EvoNormB0",
     "EvoNormS0",
     "FilterResponseNorm",
@@ -59,6 +61,7 @@ __all__ = [
     "LayerNorm",
     "LpNorm",
     "MeanOnlyWeightNorm",
+    "MemorizedBatchNorm",
     "MimicConv2d",
     "MimicNorm",
     "NoNorm",
