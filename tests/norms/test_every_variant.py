@@ -26,12 +26,12 @@ NORMS = sorted(path.stem for path in (Path(__file__).parents[2] / "conf" / "norm
 RANDOM = ("noisy_bn", "noisy_none")  # whose training forward pass is another one each time
 WITH_STATE = (  # beyond parameters: averages, phases, random numbers, work of the optimizer; one norm of each kind
     *("bn", "renorm", "lpinf", "mabn", "powernorm", "online", "tbbn", "evonorm_b0", "wn_mean", "mimicnorm"),
-    *("noisy_bn", "bnp", "nf", "bnn_free"),
+    *("noisy_bn", "bnp", "nf", "bnn_free", "mbn_style", "cbn"),
 )
 # One norm for each code: test_moving_average.py compiles mabn and powernorm; draws come from another stream than eager.
 COMPILED = (
     *("bn", "bn_var", "bn_mean", "derf", "online", "gn", "renorm", "lp1", "lpinf", "frn", "evonorm_s0", "evonorm_b0"),
-    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup", "tbbn", "bnn_free"),
+    *("wn", "wn_mean", "wn_trelu", "normprop", "mimicnorm", "nf", "fixup", "tbbn", "bnn_free", "mbn_style"),
 )
 SMALL = (
     "model=custom",
@@ -158,7 +158,7 @@ def test_groups_inside_the_batch_are_independent_exactly_where_there_are_statist
     images = batch().double()
     other, another = images.clone(), images.clone()
     other[1::2] += 1.0
-    another[0] += 1.0
+    another[2] += 1.0
     first, second, third = (copy.deepcopy(network)(x) for x in (images, other, another))
     torch.testing.assert_close(first[0::2], second[0::2], rtol=1e-9, atol=1e-9)
     if norm != "fixup":  # whose classifier starts at zero
@@ -223,6 +223,8 @@ def test_an_interrupted_evaluation_is_repeated_with_the_layers_where_they_were(m
         ("norm=mabn", "precision=fp16"),
         ("norm=skipinit", "init=fixup"),
         ("norm=skipinit", "init=bn_folded"),
+        ("norm=cbn", "precision=fp16"),
+        ("norm=cbn", "engine=compile"),
     ],
 )
 def test_what_a_norm_cannot_have_is_refused_by_its_name(make, settings) -> None:

@@ -99,6 +99,8 @@ def test_every_norm_trains_captured_in_half_precision(tiny, norm) -> None:
         ("norm=online", "norm_batch=4"),
         ("train_only=norm", "init=uniform_gamma"),
         ("train_only=norm", "norm=online", "weight_average=0.9"),
+        ("norm=mbn_style", "norm_batch=4", "input_norm=bn"),
+        ("norm=cbn", "norm_batch=4", "norm.burn_in=1"),
         ("deterministic=true", "norm=mabn"),
         ("dataset.val_size=20", "dataset.test_size=90", "eval_batch=16", "epochs=5"),
         ("save_weights=true", "keep_checkpoint=true"),

@@ -202,6 +202,7 @@ class ResNetConfig(_Trainable):
     name: Name
     stem: Literal["small", "imagenet"] | None
     dropout: Fraction
+    width: Annotated[Annotated[Number, Field(ge=1 / 8, le=1)], Since(4, neutral=1.0)]
 
 
 class CustomModelConfig(_Trainable):
@@ -299,28 +300,37 @@ class BuiltinDataset(_Dataset):
     image_size: Count | None
 
 
-class FolderDataset(_Dataset):
+class _OwnDataset(_Dataset):
+    path: Folder
+    image_size: Count | None
+    test_fraction: Annotated[Annotated[Number, Field(gt=0, lt=1)] | None, Since(3, neutral=None)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_path(cls, data: Any) -> Any:
+        """The path is no part of a run's identity, so two folders must not share a name by default."""
+        if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("path"), str):
+            folder = Path(data["path"]).expanduser().resolve().name.removesuffix(".npz")
+            return {**data, "name": re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9]+", "_", folder).lstrip("_") or "images"}
+        return data
+
+
+class ArrayDataset(_OwnDataset):
+    """Arrays of NumPy in .npz or .npy files, held in memory."""
+
+    kind: Literal["npz"]
+
+
+class FolderDataset(_OwnDataset):
     """Images in folders of their classes, decoded into memory or streamed."""
 
     kind: Literal["image_folder", "imagenet"]
-    path: Folder
-    image_size: Count | None
     storage: Literal["auto", "memory", "stream"]
     memory_limit_gb: Positive
     crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
     workers: Whole
     value_range: Annotated[Annotated[list[Number], Field(min_length=2, max_length=2)] | None, Since(2, neutral=None)]
-    test_fraction: Annotated[Annotated[Number, Field(gt=0, lt=1)] | None, Since(3, neutral=None)]
     skip_unreadable: Annotated[Switch, Since(3, neutral=False)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_after_folder(cls, data: Any) -> Any:
-        """The path is no part of a run's identity, so two folders must not share a name by default."""
-        if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("path"), str):
-            folder = Path(data["path"]).expanduser().resolve().name
-            return {**data, "name": re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9]+", "_", folder).lstrip("_") or "images"}
-        return data
 
     @model_validator(mode="after")
     def _check_folder(self) -> Self:
@@ -352,8 +362,10 @@ class RegressionDataset(_Section):
     split_seed: Whole
 
 
-ImageDataset = BuiltinDataset | FolderDataset
-DatasetConfig = Annotated[BuiltinDataset | FolderDataset | RegressionDataset, Field(discriminator="kind")]
+ImageDataset = BuiltinDataset | FolderDataset | ArrayDataset
+DatasetConfig = Annotated[
+    BuiltinDataset | FolderDataset | ArrayDataset | RegressionDataset, Field(discriminator="kind")
+]
 
 
 class InitConfig(_Section):
@@ -671,6 +683,12 @@ class RunConfig(_Section):
             raise wrong(
                 f"init={self.init.name} would write over the weights of model.weights={given}.\n"
                 "Use init=default, or init=bn_folded for norms that do not normalize."
+            )
+        width = getattr(self.model, "width", 1.0)
+        if width != 1 and not weights.is_file(given):
+            raise wrong(
+                f"model.weights={given} are those of the whole network, and model.width={exact(width)} makes a narrower"
+                " one.\nUse model.width=1, or model.weights=null."
             )
         if self.model.kind in ("custom", "cifar_resnet", "binary_resnet") and not weights.is_file(given):
             raise wrong(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from normlab.common.rng import stream
-from normlab.config.schema import ClassIncremental, FolderDataset, ImageDataset, Paired, RegressionDataset, RunConfig
+from normlab.config.schema import (
+    ArrayDataset,
+    ClassIncremental,
+    FolderDataset,
+    ImageDataset,
+    Paired,
+    RegressionDataset,
+    RunConfig,
+)
 from normlab.data import inventory, regression, sources
 from normlab.data.batches import Augmentation, Normalization, Split, standardization, unit_interval
 from normlab.data.image_order import ImageOrder
@@ -108,6 +116,8 @@ def _source(
         source: Source = loaded[name]
     elif isinstance(dataset, FolderDataset):
         source = sources.folder(dataset, data_dir, config.seed, device, log)
+    elif isinstance(dataset, ArrayDataset):
+        source = sources.resized(sources.of_arrays(dataset, data_dir, log), dataset.image_size)
     elif dataset.kind == "digits":
         source = sources.resized(sources.digits(), dataset.image_size)
     else:

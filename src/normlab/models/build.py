@@ -42,7 +42,8 @@ def build(
     _check_dtype(config, network)
     rewriting = variant(config)
     others = [("probe", name) for name in config.probe] + [("sync_stats", str(config.sync_stats).lower())]
-    for setting, value in (("init", config.init.name), ("precision", config.precision), *others):
+    others += [("init", config.init.name), ("precision", config.precision), ("engine", config.engine)]
+    for setting, value in others:
         if value in rewriting.refused.get(setting, {}):
             raise UserError(
                 f"norm={config.norm.name} cannot have {setting}={value}: {rewriting.refused[setting][value]}.\n"

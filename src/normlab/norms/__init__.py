@@ -28,6 +28,7 @@ from normlab.norms.norm_activation import EvoNormB0, EvoNormS0, FilterResponseNo
 from normlab.norms.normalizer_free import Fixup, NormalizerFree, SkipInit
 from normlab.norms.online import OnlineNorm
 from normlab.norms.parts import MeanNorm, VarianceNorm
+from normlab.norms.past_batches import CrossIterationBatchNorm, MemorizedBatchNorm
 from normlab.norms.plain import Affine, ChannelAffine, NoNorm
 from normlab.norms.pointwise import DynamicErf, DynamicTanh
 from normlab.norms.registry import named, rewrite, variants
@@ -55,6 +56,7 @@ __all__ = [
     "Branch",
     "ChannelAffine",
     "Clock",
+    "CrossIterationBatchNorm",
     "DynamicErf",
     "DynamicTanh",
     "EvoNormB0",
@@ -71,6 +73,7 @@ __all__ = [
     "LpNorm",
     "MeanNorm",
     "MeanOnlyWeightNorm",
+    "MemorizedBatchNorm",
     "MimicConv2d",
     "MimicNorm",
     "NoNorm",
