@@ -40,7 +40,7 @@ def folders(tmp_path) -> Path:
 
 
 MISTAKES = {
-    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_frozen, bn_scaled"],
+    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_frozen, bn_mean"],
     "norm=null": ["norm=null", "norm=none"],
     "model=null": ["model=null", "the name of one of its files"],
     "norm=batch_norm": ["Did you mean norm=bn?"],
@@ -295,7 +295,10 @@ def test_tab_completion_knows_groups_and_options(command) -> None:
     assert status == 0
     assert "complete" in out
     _, out, _ = command("train.py", "-sc", "query=bash", COMP_LINE="python train.py norm=b", COMP_POINT="22")
-    assert out.split() == ["norm=bn", "norm=bn_frozen", "norm=bn_scaled", "norm=bnminus", "norm=bnp"]
+    assert out.split() == [
+        *("norm=bn", "norm=bn_frozen", "norm=bn_mean", "norm=bn_scaled", "norm=bn_var"),
+        *("norm=bnminus", "norm=bnn_free", "norm=bnp"),
+    ]
 
 
 def test_a_users_own_configuration_folder_is_searched(command, tmp_path) -> None:

@@ -143,7 +143,7 @@ class GainedConv2d(ReparametrizedConv2d):
     "bnn_free",
     aliases=("bnnnobn", "bnfreebnn", "bnfree"),
     family="weights, starts and gradients",
-    order=28,
+    order=35,
 )
 class BinaryNormalizerFree(Variant):
     """Binary networks without batch normalization (Chen et al. 2021, 2104.08215), as their code has it.

@@ -103,7 +103,7 @@ class TaskBalancedBatchNorm2d(GroupedBatchNorm2d):
     "tbbn",
     aliases=("taskbalancedbn", "taskbalancedbatchnorm"),
     family="statistics of the batch",
-    order=28,
+    order=34,
     needs="sampler=class_incremental",
 )
 class TaskBalancedBatchNorm(BatchNorm):
