@@ -132,8 +132,7 @@ def _gigabytes(number: float) -> str:
 
 def _kind(config: schema.RunConfig) -> tuple[Hashable, Hashable]:
     """Return the settings that decide the cost of a run, in detail and without the norm."""
-    width = getattr(config.model, "width", 1.0)
-    network = (config.model.name, config.depth, width, config.dataset.name, config.batch)
+    network = (config.model.name, config.depth, config.dataset.name, config.batch)
     detail = (config.norm.name, config.norm_batch, config.precision, config.eval_stats, tuple(config.probe))
     return (*network, *detail), network
 

@@ -31,9 +31,8 @@ def planted(tmp_path_factory) -> Path:
 
 
 def recorded(folder: Path) -> Path:
-    """Without figures, which take half a minute: `under_way` has some."""
     (folder / RECORDED.name).symlink_to(RECORDED)
-    return report.build(str(folder / RECORDED.name), folder, report.options(figures=False, thresholds=[]))
+    return report.build(str(folder / RECORDED.name), folder, report.options(thresholds=[]))
 
 
 def under_way(folder: Path) -> Path:
