@@ -131,18 +131,18 @@ class Style(NamedTuple):
 
 BLUE, VERMILION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 PURPLE, SKY, ORANGE, GREY, BROWN = "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#8C510A"
-WINE = "#882255"
+WINE, OLIVE, INDIGO = "#882255", "#999933", "#332288"
 _MARKERS = "os^DvPX*<"
 
 
 def _known_styles() -> dict[str, Style]:
     """Return the style of each known arm: within a family no color comes twice; blue is BN's alone, black none's."""
     known = {}
-    colors: tuple[str, ...] = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE, WINE)
+    colors: tuple[str, ...] = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE, WINE, OLIVE, INDIGO)
     for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms have one style
         for i, arm in enumerate(family):
             known[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
-        colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN)
+        colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN, WINE)
     return known
 
 
