@@ -206,7 +206,7 @@ class Graphed(Engine):
         """See `Engine`."""
         images = self.train.images_of(self.position.batch)
         if images not in self.steps:
-            self.steps[images] = self._replayed(partial(self._whole_step, images), self._changes, "step", images)
+            self.steps[images] = self._replayed(partial(self._whole_step, images), self._changes, "a step", images)
         numbers = self.train_on.layers.python_numbers()
         if self._python_numbers not in (None, numbers) and not self.steps[images].refused:
             self._refuse("at_step of a layer changes a number of Python, which no replay sees; only tensors may change")
@@ -224,7 +224,7 @@ class Graphed(Engine):
         self, work: Callable[[], None], changes: Callable[[], dict[str, Tensor]], images: int
     ) -> Callable[[], None]:
         """See `Engine`. Other statistics than running ones are beyond the graph."""
-        return self._replayed(work, changes, "evaluation", images) if self.config.eval_stats == "running" else work
+        return self._replayed(work, changes, "an evaluation", images) if self.config.eval_stats == "running" else work
 
     def _replayed(
         self, work: Callable[[], None], changes: Callable[[], dict[str, Tensor]], what: str, images: int
@@ -236,7 +236,7 @@ class Graphed(Engine):
             kind=(what, kind_of(self.config, images, packed=self.packed)),
             precision=self.config.precision,
             pool=self._pool,
-            refuse=partial(self._refuse, what=f"{'an' if what == 'evaluation' else 'a'} {what}"),
+            refuse=partial(self._refuse, what=what),
         )
         if any(each.refused for each in self._all):
             made.launch_from_now_on()

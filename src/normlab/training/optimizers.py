@@ -80,7 +80,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -
     optimizer.load_state_dict({**saved, "param_groups": [{**own, "params": other["params"]} for own, other in groups]})
     for parameter, state in optimizer.state.items():  # which may have been laid out in memory in another way
         for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
