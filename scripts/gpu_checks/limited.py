@@ -111,5 +111,7 @@ def shown(outcomes: dict[str, Any]) -> str:
 if __name__ == "__main__":
     if sys.argv[1] == "--here":
         options = ["-m", "gpu", "-p", "no:cacheprovider", "-W", "default", f"--durations={SLOWEST}", "-rfE"]
-        sys.exit(pytest.main([*options, *marked(), *sys.argv[3:]], plugins=[Limited(Path(sys.argv[2]))]))
+        notes = Path(sys.argv[2])
+        options += ["--basetemp", str(notes.with_suffix(".folders"))]  # else pytest removes those of other sessions
+        sys.exit(pytest.main([*options, *marked(), *sys.argv[3:]], plugins=[Limited(notes)]))
     sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

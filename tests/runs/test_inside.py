@@ -66,8 +66,13 @@ def test_folders_within_folders_without_end_are_looked_at(tmp_path, monkeypatch)
     for _ in range(1200):  # a path of so many is too long to be named
         Path("a").mkdir()
         os.chdir("a")
-    make_own_folder(tmp_path, tmp_path)
-    files.remove_temporaries(tmp_path)
+    try:
+        make_own_folder(tmp_path, tmp_path)
+        files.remove_temporaries(tmp_path)
+    finally:
+        for _ in range(1200):  # which a later session of pytest could not remove
+            os.chdir("..")
+            Path("a").rmdir()
 
 
 def test_links_that_a_logger_keeps_in_its_folder_do_no_harm(tmp_path) -> None:
