@@ -37,7 +37,7 @@ BASE = {
 PLANTABLE = (
     "test_accuracy", "train_accuracy", "train_test_gap", "training_speed", "setbacks", "train_loss", "ics",
     "ics_cosine", "loss_band", "gradient_band", "beta", "scale_drift", "shift_drift", "large_share", "mean_change",
-    "sharpness",
+    "sharpness", "incremental_accuracy", "forgetting",
 )  # fmt: skip
 
 
@@ -107,6 +107,12 @@ def evaluations_of(run: Planted) -> list[dict[str, Any]]:
         rows = [{**row, "test_accuracy": x / 100} for row, x in zip(rows, (99.0, 1.0, test), strict=True)]
     if train:
         rows = [{**row, "train_accuracy": x / 100} for row, x in zip(rows, train, strict=True)]
+    if "incremental_accuracy" in values or "forgetting" in values:  # the first evaluation is of no end of a task
+        mean, lost = values.get("incremental_accuracy", 50.0) / 100, values.get("forgetting", 0.0) / 100
+        rows = [
+            {**row, "task": task, "test_accuracy": mean + more, "task_1_accuracy": first}
+            for row, task, more, first in zip(rows, (1, 1, 2), (0.3, 0.1, -0.1), (0.9, 0.5, 0.5 - lost), strict=True)
+        ]
     if "train_loss" in values:
         rows = [
             {**row, "train_loss": x} for row, x in zip(rows, (9.0, 9.0, math.exp(values["train_loss"])), strict=True)

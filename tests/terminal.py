@@ -9,7 +9,6 @@ import struct
 import subprocess
 import termios
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 CONTROL = re.compile(r"\x1b\[([\d;?]*)([A-Za-z])")
@@ -60,11 +59,3 @@ def shown(written: str, columns: int = 100) -> list[str]:
                 column += 1
         lines += [""] * (row + 1 - len(lines))
     return [line.rstrip() for line in lines if line.strip()]
-
-
-def to_files(arguments: Sequence[str], folder: Path, env: Mapping[str, str] = {}) -> tuple[int, str, str]:
-    """The exit status, and what a command writes to stdout and stderr if both are files."""
-    usual = {name: value for name, value in os.environ.items() if name not in ASKED}
-    with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
-        status = subprocess.call(arguments, cwd=folder, env={**usual, **env}, stdout=out, stderr=err, timeout=300)
-    return status, (folder / "out").read_bytes().decode(), (folder / "err").read_bytes().decode()

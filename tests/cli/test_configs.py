@@ -19,6 +19,7 @@ NEEDED = {  # what a file asks of its user
     "model=torchvision": ("model.name=mobilenet_v2",),
     "model=timm": ("model.name=resnet10t",),
     "dataset=image_folder": ("dataset.path=somewhere",),
+    "dataset=npz": ("dataset.path=somewhere",),
     "dataset=linear_regression": ("model=deep_linear",),
 }
 SHAPES = {  # what it takes, if not an image of 32x32 pixels

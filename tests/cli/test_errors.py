@@ -40,7 +40,7 @@ def folders(tmp_path) -> Path:
 
 
 MISTAKES = {
-    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_frozen, bn_scaled"],
+    "norm=bnn": ["norm=bnn", "Did you mean norm=bn?", "affine, bn, bn_frozen, bn_mean"],
     "norm=null": ["norm=null", "norm=none"],
     "model=null": ["model=null", "the name of one of its files"],
     "norm=batch_norm": ["Did you mean norm=bn?"],
@@ -52,6 +52,19 @@ MISTAKES = {
     "weight_average=0": ["weight_average=0", "above 0"],
     "sampler=paired batch=33": ["batch=33", "Nearest valid: batch=32"],
     "sampler=paired eval_stats=batch eval_batch=51": ["eval_batch=51", "Nearest valid: eval_batch=50"],
+    "norm=tbbn": ["norm=tbbn", "sampler=iid has no tasks", "sampler=class_incremental"],
+    "sampler=class_incremental norm=tbbn norm_batch=4": ["norm=tbbn", "norm_batch=null"],
+    "sampler=class_incremental epochs=5": ["epochs=5", "sampler.tasks=2", "Nearest valid: epochs=4"],
+    "sampler=class_incremental sampler.tasks=4": ["sampler.tasks=4", "10 classes", "Nearest valid: sampler.tasks=5"],
+    "sampler=class_incremental sampler.memory=8 sampler.memory_batch=4": ["sampler.memory=8", "sampler.memory=10"],
+    "sampler=class_incremental batch=32": ["sampler.memory_batch=32", "sampler.memory_batch=8"],
+    "sampler=class_incremental sampler.memory=20": ["sampler.memory=20", "Nearest valid: sampler.memory=32"],
+    "sampler=class_incremental eval_stats=batch": ["eval_stats=batch", "eval_stats=running"],
+    "sampler=class_incremental label_smoothing=0.1": ["label_smoothing=0.1", "label_smoothing=0"],
+    "sampler=class_incremental init=lsuv": ["init=lsuv", "init=default"],
+    "sampler=class_incremental norm=wn norm.init=data": ["norm.init=data", "norm.init=weights"],
+    "sampler=class_incremental schedule.warmup_epochs=2": ["schedule.warmup_epochs=2", "2 for each task"],
+    "sampler=class_incremental model=deep_linear dataset=linear_regression": ["a regression has none", "sampler=iid"],
     "sync_stats=true norm_batch=4": ["sync_stats", "norm_batch"],
     "init=xavier": ["init=xavier", "glorot"],
     "nrom=bn": ["nrom", "Did you mean norm"],
@@ -242,8 +255,7 @@ def test_a_pipe_that_closes_and_a_folder_that_is_gone_are_no_errors_of_ours(tmp_
         command = [sys.executable, ROOT / words[0], *words[1:]]
         piped = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
         assert (piped.returncode, piped.stderr) == (1, "")
-        both = subprocess.run(command, stdout=writer, stderr=writer, cwd=tmp_path)
-        assert both.returncode == 1
+    assert subprocess.run(command, stdout=writer, stderr=writer, cwd=tmp_path).returncode == 1
     gone.mkdir()
     gone_too = f"rmdir {gone} && exec {shlex.join(map(str, script))}"
     started = subprocess.run(["sh", "-c", gone_too], cwd=gone, capture_output=True, text=True)
@@ -283,7 +295,10 @@ def test_tab_completion_knows_groups_and_options(command) -> None:
     assert status == 0
     assert "complete" in out
     _, out, _ = command("train.py", "-sc", "query=bash", COMP_LINE="python train.py norm=b", COMP_POINT="22")
-    assert out.split() == ["norm=bn", "norm=bn_frozen", "norm=bn_scaled", "norm=bnminus", "norm=bnp"]
+    assert out.split() == [
+        *("norm=bn", "norm=bn_frozen", "norm=bn_mean", "norm=bn_scaled", "norm=bn_var"),
+        *("norm=bnminus", "norm=bnn_free", "norm=bnp"),
+    ]
 
 
 def test_a_users_own_configuration_folder_is_searched(command, tmp_path) -> None:

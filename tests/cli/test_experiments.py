@@ -61,14 +61,14 @@ def loaded() -> tuple[Any, Any]:
     return loader, menu
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_header_counts_the_runs_and_each_is_valid(loaded, name) -> None:
     for budget in BUDGETS:
         counted = int(re.search(rf"{budget}: ([\d,]+) runs", read(name)[0])[1].replace(",", ""))  # type: ignore[index]
         assert len(runs_of(name, budget)) == counted
-        settings = [config.parse(run) for run in compose(*loaded, runs_of(name, budget, "seed=0"))]
+        one = ["seed=0", *(f"{setting}=0.1" for setting in read(name)[1].get("tuned", []))]  # of grids that are alike
+        settings = [config.parse(run) for run in compose(*loaded, runs_of(name, budget, *one))]
         assert {run.budget for run in settings} == {budget}
         assert len({str(run) for run in settings}) == len(settings), "two of them are the same run"
 
@@ -117,14 +117,18 @@ def test_a_budget_that_is_missing_is_asked_for(command) -> None:
     assert "Traceback" not in error
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_from_the_command_to_the_verdicts(name, command, tmp_path) -> None:
-    """One seed, few test images, in one process: seeds are composed above, and the pool has tests of its own."""
+    """One seed, an epoch or 20, few filters and test images, in one process: the pool and seeds have their tests."""
+    text, _ = read(name)
     small = (
         "budget=smoke",
         "seed=0",
+        "epochs=20" if "deep_linear" in name else "epochs=1",  # whose epoch is a step
+        *(("schedule.warmup_epochs=0.5",) if "warmup_epochs" in text else ()),
+        *(("model.width=0.25",) if "/model: vgg" in text else ()),
+        *(("dataset.train_size=32",) if name == "small_batch" else ()),  # which has 41 runs
         "dataset.test_size=40",
         "hydra/launcher=basic",
         "device=cpu",

@@ -7,14 +7,13 @@ import zipfile
 
 import pytest
 from launchers.commands import ROOT, SMALL
-from terminal import COLOR, CONTROL, in_terminal, shown, to_files
+from terminal import COLOR, CONTROL, in_terminal, shown
 
 from normlab.config import hydra
 
-TRAIN, SWEEP = (
-    [sys.executable, str(ROOT / "train.py"), *SMALL, "epochs=50"],
-    [sys.executable, str(ROOT / "train.py"), "-m", *SMALL, "epochs=50", "norm=bn,none", "hydra.launcher.slots=2"],
-)
+PYTHON = (sys.executable, str(ROOT / "train.py"))
+TRAIN = (*SMALL, "epochs=50")
+SWEEP = ("-m", *TRAIN, "norm=bn,none", "hydra.launcher.slots=2")
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +24,7 @@ def modules_of_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_run_has_one_live_line_which_is_gone_at_the_end(tmp_path) -> None:
     with (tmp_path / "out").open("w") as out:
-        status, written = in_terminal(TRAIN, cwd=tmp_path, stdout=out)
+        status, written = in_terminal([*PYTHON, *TRAIN], cwd=tmp_path, stdout=out)
     assert status == 0
     assert re.search(r"bn seed=0 .*epoch \d+/50 +test \d.* images/s", written)
     assert "1 run:" not in written
@@ -40,7 +39,9 @@ def test_a_run_has_one_live_line_which_is_gone_at_the_end(tmp_path) -> None:
 @pytest.mark.slow
 def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
     with (tmp_path / "out").open("w") as out:
-        status, written = in_terminal([*SWEEP, "epochs=300"], cwd=tmp_path, stdout=out)  # long enough to be seen
+        status, written = in_terminal(
+            [*PYTHON, *SWEEP, "epochs=300"], cwd=tmp_path, stdout=out
+        )  # long enough to be seen
     assert status == 0
     for name in ("bn seed=0", "none seed=0"):
         assert re.search(rf"(\x1b\[2K|\n){name} .*epoch \d+/300 .* images/s", written)
@@ -53,25 +54,25 @@ def test_a_sweep_has_a_live_line_per_run_and_one_for_all(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [TRAIN, SWEEP], ids=["run", "sweep"])
-def test_files_get_neither_escapes_nor_carriage_returns(tmp_path, command) -> None:
-    status, out, err = to_files(command, tmp_path, {"FORCE_COLOR": "1", "TERM": "xterm-256color"})
+@pytest.mark.parametrize("words", [TRAIN, SWEEP], ids=["run", "sweep"])
+def test_files_get_neither_escapes_nor_carriage_returns(command, words) -> None:
+    status, out, err = command("train.py", *words, FORCE_COLOR="1", TERM="xterm-256color")
     assert status == 0
     assert not set("\r\x1b") & set(out + err)
     assert re.search(r"^\[1/\d\] (bn|none) seed=0: ", err, re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_quiet_commands_print_nothing_but_what_went_wrong(tmp_path) -> None:
+def test_quiet_commands_print_nothing_but_what_went_wrong(command) -> None:
     words = ["model.target=small.SmallNet,greedy.Insatiable", "norm=bn", "quiet=true"]
-    status, out, err = to_files([*SWEEP, *words], tmp_path)
+    status, out, err = command("train.py", *SWEEP, *words)
     assert (status, out) == (1, "")
     put_off, failed, heading, log, error = err.splitlines()
     assert "Tried again alone" in put_off
     assert re.match(r"\[\d/2\] bn target=greedy.Insatiable seed=0: failed: .* does not fit into the memory", failed)
     assert (heading, error[:22]) == ("Failed:", "1 of 2 runs failed. Th")
     assert re.search(r"run.log: .* does not fit into the memory", log)
-    assert to_files([*TRAIN, "quiet=true"], tmp_path) == (0, "", "")  # finished
+    assert command("train.py", *TRAIN, "quiet=true") == (0, "", "")  # finished
 
 
 @pytest.mark.slow

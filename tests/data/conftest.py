@@ -49,6 +49,7 @@ def load_it(tmp_path: Path, settings: Settings) -> Callable[..., Data]:
             "data_dir": str(tmp_path / "data"),
             "seed": 0,
             "batch": 8,
+            "epochs": 4,
             "eval_batch": 16,
             "drop_last": False,
             "sampler": IID(name="iid"),

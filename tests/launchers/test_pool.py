@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import Forked
 from conftest import Make
 from launchers.commands import LONG, ROOT, SMALL, command, python, start, status_of, wait_for, wait_for_progress
 
@@ -255,11 +256,11 @@ def test_an_interrupt_before_the_first_step_stops_a_sweep(tmp_path) -> None:
 @pytest.mark.slow
 def test_a_sweep_started_twice_trains_each_run_once(tmp_path) -> None:
     arguments = ("-m", "norm=bn,affine,none", "batch=8,16", *SMALL, "hydra.launcher.slots=1")
-    with start(tmp_path, "train.py", *arguments) as one, start(tmp_path, "train.py", *arguments) as two:
-        ended = [process.communicate(timeout=200) for process in (one, two)]
-    for process, (_, error) in zip((one, two), ended, strict=True):  # the first to end may leave one to the other
-        assert process.returncode == ("other processes train them" in error), error
-    assert 0 in (one.returncode, two.returncode)
+    both = [Forked(tmp_path, "train.py", *arguments) for _ in range(2)]
+    ended = [process.wait() for process in both]
+    for status, _, error in ended:  # the first to end may leave one to the other
+        assert status == ("other processes train them" in error), error
+    assert 0 in (status for status, *_ in ended)
     found = runs.find(tmp_path / "outputs" / "default")
     assert len(found) == 6
     for run in found:
@@ -271,18 +272,18 @@ def test_a_sweep_started_twice_trains_each_run_once(tmp_path) -> None:
 
 @pytest.mark.slow
 def test_of_two_commands_on_one_run_one_trains_and_the_others_report_it(tmp_path) -> None:
-    with start(tmp_path, "train.py", *LONG) as one, start(tmp_path, "train.py", *LONG) as two:
-        run = wait_for_progress(tmp_path)
-        winner, loser = (one, two) if status_of(run)["pid"] == one.pid else (two, one)
-        _, error = loser.communicate(timeout=60)
-        assert loser.returncode == 1
-        assert f"is already being trained by process {winner.pid}" in error
-        code, _, error = command(tmp_path, "train.py", "-m", *LONG)
-        assert code == 1, "what is chained to it would miss a run"
-        assert f"is already being trained by process {winner.pid}" in error
-        assert "1 of 1 runs are not finished: other processes train them" in error
-        winner.send_signal(signal.SIGINT)
-        winner.communicate(timeout=60)
+    one, two = (Forked(tmp_path, "train.py", *LONG, SLOW_SECONDS="0.02") for _ in range(2))
+    run = wait_for_progress(tmp_path)
+    winner, loser = (one, two) if status_of(run)["pid"] == one.pid else (two, one)
+    code, _, error = loser.wait()
+    assert code == 1
+    assert f"is already being trained by process {winner.pid}" in error
+    code, _, error = command(tmp_path, "train.py", "-m", *LONG)
+    assert code == 1, "what is chained to it would miss a run"
+    assert f"is already being trained by process {winner.pid}" in error
+    assert "1 of 1 runs are not finished: other processes train them" in error
+    os.kill(winner.pid, signal.SIGINT)
+    assert winner.wait()[0] == 130
     assert len(runs.find(tmp_path / "outputs" / "default")) == 1
 
 

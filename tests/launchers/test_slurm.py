@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command
 from filelock import FileLock
 from launchers.commands import ROOT, Command, python
 from outcome import outcome
@@ -54,6 +55,15 @@ def train(folder: Path, *arguments: str, **more: str) -> "subprocess.CompletedPr
     with start(folder, *arguments, **more) as process:
         out, error = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def train_as_fork(folder: Path, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    """The same without the time to import, for a process without threads."""
+    paths = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])  # of the jobs
+    words = ("-m", *arguments)
+    return subprocess.CompletedProcess(
+        words, *run_command(folder, "train.py", *words, PYTHONPATH=paths, **CONF, **more)
+    )
 
 
 def call(*words: str) -> str:
@@ -127,11 +137,11 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
     here.mkdir()
     study = here / "outputs" / "default"
     sweep = (*LONG, *SLURM, "hydra.launcher.wait=false", "seed=0,1,2,3")
-    first = train(here, *sweep, **SLOW)
+    first = train_as_fork(here, *sweep, **SLOW)
     job = array(first)
     assert "4 runs as job" in first.stdout
     assert f"scancel {job}" in first.stdout
-    again = train(here, *sweep, **SLOW)
+    again = train_as_fork(here, *sweep, **SLOW)
     assert f"4 of 4 runs are queued or running already (job {job})" in again.stdout
     assert "Submitted" not in again.stdout
 
@@ -170,8 +180,8 @@ def test_jobs_disturbed_in_every_way_end_as_if_nothing_had_happened(cluster, und
 
     # SLURM looks for limits that are near twice a minute, and tells of them up to 30 s early.
     limited = ("seed=4", "hydra.launcher.time=1", "hydra.launcher.grace_seconds=30", "hydra.launcher.wait=false")
-    of_a_minute = array(train(here, *LONG, *SLURM, *limited, **SLOW))
-    last = train(here, *LONG, *SLURM, "seed=0,1,2,3,4", **SLOW)  # waits for all
+    of_a_minute = array(train_as_fork(here, *LONG, *SLURM, *limited, **SLOW))
+    last = train_as_fork(here, *LONG, *SLURM, "seed=0,1,2,3,4", **SLOW)  # waits for all
     assert last.returncode == 0, last.stderr
     assert "Submitted: 1 run as" in last.stdout  # the cancelled one
     assert "SLURM sends SIGUSR2" in log(f"{of_a_minute}_0")
@@ -271,7 +281,7 @@ def queued_jobs_run_the_code_that_was_submitted(here: Path) -> None:
 
 
 def a_refusal_of_slurm_is_reported_in_its_words(here: Path) -> None:
-    done = train(here, *SETTINGS, *SLURM, "cluster.partition=nowhere")
+    done = train_as_fork(here, *SETTINGS, *SLURM, "cluster.partition=nowhere")
     assert done.returncode == 1
     assert "SLURM refuses the jobs: " in done.stderr
     assert "invalid partition" in done.stderr
@@ -290,14 +300,14 @@ def hydras_launcher_by_submitit_carries_out_a_sweep(here: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.slurm
 def test_seven_commands_on_one_cluster_at_a_time(cluster, tmp_path) -> None:
-    """So that their waits overlap."""
+    """So that their waits overlap, but for one that has none."""
+    a_refusal_of_slurm_is_reported_in_its_words(tmp_path)
     commands = (
         a_run_in_several_tasks_stops_on_request_goes_on_and_finishes,
         a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds,
         jobs_hold_more_runs_where_arrays_are_small_and_one_may_fail,
         interrupting_the_waiting_command_leaves_jobs_alone_and_a_killed_one_is_reported,
         queued_jobs_run_the_code_that_was_submitted,
-        a_refusal_of_slurm_is_reported_in_its_words,
         hydras_launcher_by_submitit_carries_out_a_sweep,
     )
     folders = [tmp_path / str(number) for number in range(len(commands))]
@@ -334,18 +344,10 @@ def test_jobs_of_other_programs_are_none_of_ours(tmp_path, monkeypatch) -> None:
 
 
 def test_without_slurm_the_command_ends_in_a_sentence(tmp_path) -> None:
-    done = train(tmp_path, *SETTINGS, *SLURM, PATH=str(tmp_path))
+    done = train_as_fork(tmp_path, *SETTINGS, *SLURM, PATH=str(tmp_path))
     assert done.returncode == 1
     assert "there is no sbatch here" in done.stderr
     assert len(done.stderr.splitlines()) <= 5
-
-
-@pytest.mark.slow
-def test_hydras_launcher_by_joblib_carries_out_a_sweep(tmp_path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = train(tmp_path, *SETTINGS, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1")
-    assert done.returncode == 0, done.stderr
-    assert ended(tmp_path / "outputs" / "default") == ["done", "done"]
 
 
 def test_a_device_is_checked_where_the_run_will_be(make) -> None:

@@ -124,7 +124,7 @@ def test_a_run_that_is_given_twice_is_one_and_that_is_told(tmp_path, command, wo
     (tmp_path / "a" / "s").mkdir(parents=True)
     (tmp_path / "a" / "t").symlink_to("s")
     (tmp_path / "linked").symlink_to("a")
-    code, out, error = command("train.py", "-m", *words, PLAN)
+    code, out, error = command("train.py", "-m", *words, PLAN, "hydra.launcher.calibrate_seconds=0")
     assert code == 0, error
     assert f"The command gives {number} runs, of which 1 is different" in out
     assert told in out

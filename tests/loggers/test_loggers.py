@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launchers.commands import SMALL, command
+from launchers.commands import SMALL, start
 from outcome import SPEED, folder, outcome
 from training.test_packing import together
 
@@ -250,8 +250,9 @@ def test_workers_of_a_pool_that_all_begin_a_database_of_mlflow(tmp_path) -> None
     words = ("-m", *SMALL, "seed=0,1", "logger=mlflow", "hydra.launcher.slots=2")
     home = tmp_path / "home"
     home.mkdir()
-    code, out, error = command(home, "train.py", *words)
-    assert code == 0, error
+    with start(home, "train.py", *words) as process:  # whose workers have no MLflow of this process
+        out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
     assert "logger" not in out + error
     records = runs.find(home / "outputs" / "default")
     assert len(records) == 2

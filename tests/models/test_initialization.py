@@ -4,6 +4,7 @@ import copy
 import math
 
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from small import SmallNet
@@ -92,10 +93,26 @@ def test_fixup_scales_the_branches_of_any_arm(make) -> None:
     assert network.fc.weight.abs().max() == 0
 
 
-@pytest.mark.parametrize("arm", ["none", "bnminus", "bnp", "mimicnorm", "nf", "noisy_none", "wn_trelu", "fixup"])
-def test_a_norm_without_scales_refuses_a_start_that_is_about_them(make, arm) -> None:
-    with pytest.raises(UserError, match=f"norm={arm} cannot have init=zero_gamma: it has no scale"):
-        models.build(make(*SMALL, f"norm={arm}", "init=zero_gamma"), num_classes=10, image_size=8)
+@pytest.mark.parametrize("start", ["zero_gamma", "uniform_gamma"])
+@pytest.mark.parametrize(
+    "arm", ["none", "bnminus", "bnp", "mimicnorm", "nf", "noisy_none", "wn_trelu", "fixup", "skipinit"]
+)
+def test_a_norm_without_scales_refuses_a_start_that_is_about_them(make, arm, start) -> None:
+    with pytest.raises(UserError, match=f"norm={arm} cannot have init={start}: it has no scale"):
+        models.build(make(*SMALL, f"norm={arm}", f"init={start}"), num_classes=10, image_size=8)
+
+
+def test_uniform_gamma_draws_the_scales_of_norms_alone(make) -> None:
+    drawn, plain = (
+        models.build(make("depth=18", f"init={init}"), num_classes=10, image_size=8)
+        for init in ("uniform_gamma", "default")
+    )
+    scales = torch.cat([m.weight for m in drawn.modules() if isinstance(m, nn.BatchNorm2d)]).detach()
+    assert scipy.stats.kstest(scales.numpy(), "uniform").pvalue > 0.01
+    assert torch.equal(drawn.conv1.weight, plain.conv1.weight)
+    assert not any(m.bias.any() for m in drawn.modules() if isinstance(m, nn.BatchNorm2d))
+    other = models.build(make("depth=18", "init=uniform_gamma", "norm=gn"), num_classes=10, image_size=8)
+    assert torch.equal(other.layer2[0].bn1.weight, drawn.layer2[0].bn1.weight)
 
 
 @pytest.mark.parametrize("method", ["zero_gamma", "fixup"])

@@ -9,6 +9,8 @@ from normlab import models
 from normlab.common.errors import UserError
 from normlab.models.networks import CifarBlock
 from normlab.norms import find_sites
+from normlab.runs import run_names
+from normlab.runs.identity import run_id
 from normlab.training.run import train_run
 
 
@@ -246,6 +248,59 @@ def test_vgg_of_a_quarter_of_its_width_has_a_quarter_of_the_filters_at_every_pla
 def test_the_large_head_of_vgg_takes_all_filters(make) -> None:
     with pytest.raises(UserError, match=r"model.width=0.5 needs model.head=small"):
         models.build(make("model=vgg", "model.width=0.5", "model.head=imagenet"), num_classes=10, image_size=32)
+
+
+@pytest.mark.parametrize(("depth", "stem"), [(18, "small"), (50, "imagenet")])
+def test_a_resnet_of_a_quarter_of_its_width_has_a_quarter_of_the_channels_at_every_place(make, depth, stem) -> None:
+    def channels(*settings: str) -> list[tuple[int, ...]]:
+        config = make(f"depth={depth}", f"model.stem={stem}", *settings)
+        with torch.device("meta"):
+            network = models.build(config, num_classes=7, image_size=32)
+        layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.Linear))
+        return [tuple(layer.weight.shape) for layer in layers]
+
+    def quarter(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(size // 4 if size >= 64 else size for size in shape)  # not 3 colors, 7 classes, sides of filters
+
+    narrow = channels("model.width=0.25")
+    assert narrow == [quarter(shape) for shape in channels()]
+    assert channels("model.width=1.0") == channels()
+
+
+@pytest.mark.parametrize("width", [0.125, 0.3, 0.75])
+def test_a_narrow_resnet_starts_as_torchvisions(make, width) -> None:
+    network = models.build(make(f"model.width={width}", "model.stem=imagenet"), num_classes=10, image_size=32)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):  # He et al. 2015, normal, by the fan-out
+            expected = (2 / (layer.out_channels * layer.kernel_size[0] ** 2)) ** 0.5
+            assert layer.weight.std().item() == pytest.approx(expected, rel=5 / (2 * layer.weight.numel()) ** 0.5)
+        elif isinstance(layer, nn.BatchNorm2d):
+            assert torch.equal(layer.weight, torch.ones_like(layer.weight))
+            assert not layer.bias.any()
+            assert torch.equal(layer.running_var, torch.ones_like(layer.bias))
+            assert not layer.running_mean.any()
+    bound = network.fc.in_features**-0.5  # nn.Linear's uniform start
+    assert 0.9 * bound < network.fc.weight.abs().max() <= bound
+    assert network.fc.bias.abs().max() <= bound
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("width", ["0.12", "1.5", "0", "true"])
+def test_widths_out_of_range_are_refused(make, width) -> None:
+    with pytest.raises(UserError, match=rf"model.width={width}"):
+        make(f"model.width={width}")
+
+
+def test_whole_trained_weights_do_not_fit_a_narrow_network(make) -> None:
+    with pytest.raises(UserError, match=r"model.width=0.5 makes a narrower one.\nUse model.width=1"):
+        make("model.width=0.5", "model.weights=DEFAULT")
+
+
+def test_the_width_is_part_of_an_identity_and_of_a_label_only_where_it_is_not_one(make) -> None:
+    whole, narrow = (make(f"model.width={width}").as_dict() for width in (1.0, 0.25))
+    before = {**whole, "model": {key: value for key, value in whole["model"].items() if key != "width"}}
+    assert run_id(before) == run_id(whole) != run_id(narrow)
+    assert run_names([before, narrow]) == ["bn width=1 seed=0", "bn width=0.25 seed=0"]
 
 
 def test_dropout_stands_before_the_classifier_and_changes_no_weight(make) -> None:

@@ -30,8 +30,10 @@ from normlab.norms.layer_statistics import statistics_layers
 # Every arm with statistics of the batch; noisy_bn's are bn's.
 WITH_STATISTICS = [
     "bn", "bnminus", "bn_scaled", "renorm", "lp1", "lp2", "lpinf", "wn_mean", "evonorm_b0", "mabn", "powernorm",
-    "mimicnorm",
+    "mimicnorm", "bn_var", "bn_mean", "online", "mbn_style", "cbn",
 ]  # fmt: skip
+
+SYNCHRONIZED = [arm for arm in WITH_STATISTICS if arm != "online"]  # in which images have an order
 
 
 class Net(nn.Module):
@@ -68,7 +70,7 @@ def test_precise_statistics_are_those_of_all_batches_pooled() -> None:
             torch.testing.assert_close(layer.running_var, inputs.var((0, 2, 3), correction=0), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("arm", WITH_STATISTICS)
+@pytest.mark.parametrize("arm", SYNCHRONIZED)  # online normalizes by the images before
 def test_precise_statistics_of_one_batch_evaluate_it_as_its_own_statistics_do(arm) -> None:
     net = network(arm)
     batch = images(8, 6, 5, 5)
@@ -103,7 +105,7 @@ def test_batch_statistics_are_those_of_the_groups_of_training(arm, k) -> None:
     torch.testing.assert_close(evaluated, net.train()(batch), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("arm", ["bn", "bnminus", "lp1", "lpinf", "wn_mean", "evonorm_b0"])
+@pytest.mark.parametrize("arm", ["bn", "bnminus", "bn_var", "bn_mean", "lp1", "lpinf", "wn_mean", "evonorm_b0"])
 @pytest.mark.parametrize("together", [False, True])
 def test_statistics_of_a_single_value_are_refused(arm, together) -> None:
     net = network(arm)
@@ -217,12 +219,13 @@ def one_of_two(rank: int, port: int, folder: str, nets: dict[str, nn.Module]) ->
             layers.begin(step, 10)
             net.zero_grad()
             loss_of(parallel(batch)).backward()
-            layers.end()
+            layers.end(lambda parallel=parallel, batch=batch: parallel(batch))
         found[name] = state(net)
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+BURNT_IN = {"cbn": {"burn_in": 0}}
 LOCAL = {"bn": {}, "renorm": {}, "lp2": {}, "gn": {"groups": 2}}  # arms, with options, of processes on their own
 
 
@@ -230,7 +233,7 @@ LOCAL = {"bn": {}, "renorm": {}, "lp2": {}, "gn": {"groups": 2}}  # arms, with o
 def both(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     """What two processes end with, one half of each batch in each."""
     folder = tmp_path_factory.mktemp("ddp")
-    nets = {arm: synchronize(network(arm)) for arm in WITH_STATISTICS}
+    nets = {arm: synchronize(network(arm, **BURNT_IN.get(arm, {}))) for arm in SYNCHRONIZED}
     nets |= {f"local {arm}": network(arm, **options) for arm, options in LOCAL.items()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -240,16 +243,16 @@ def both(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", WITH_STATISTICS)
+@pytest.mark.parametrize("arm", SYNCHRONIZED)
 def test_synchronized_statistics_make_two_processes_one(both, arm) -> None:
-    single = network(arm)
+    single = network(arm, **BURNT_IN.get(arm, {}))
     layers = Steps(single)
     for step in STEPS:
         layers.begin(step, 10)
         single.zero_grad()
         halves = [loss_of(half) for half in single(images(8, 6, 5, 5, seed=step)).split(4)]
         (sum(halves) / 2).backward()
-        layers.end()
+        layers.end(lambda step=step: single(images(8, 6, 5, 5, seed=step)))
     for found in both:
         torch.testing.assert_close({name: found[arm][name] for name in state(single)}, state(single), **CLOSE)
 

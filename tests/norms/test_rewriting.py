@@ -160,8 +160,12 @@ def test_what_is_frozen_stays_frozen(name: str) -> None:
     base.fc.requires_grad_(True)
     network = norms.rewrite(base, name)
     # What a variant adds between the layers belongs to none of them, and nor does the norm of the logits.
-    added = {"fixup": "_shift. _affine.", "nf": "_scale.", "mimicnorm": "logit_norm. _scale."}.get(name, "").split()
-    trained = [key for key, p in network.named_parameters() if p.requires_grad and not any(a in key for a in added)]
+    added = {"fixup": "_shift. _affine.", "nf": "_scale.", "skipinit": "_scale.", "mimicnorm": "logit_norm. _scale."}
+    trained = [
+        key
+        for key, p in network.named_parameters()
+        if p.requires_grad and not any(a in key for a in added.get(name, "").split())
+    ]
     assert trained == ["fc.weight", "fc.bias"]
 
 

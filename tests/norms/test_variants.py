@@ -168,7 +168,7 @@ def test_a_network_that_branches_on_values_is_refused_in_a_sentence() -> None:
 
 SCALED = [
     *("affine", "bn", "gn", "ln", "in", "renorm", "lp1", "lp2", "lpinf", "mabn", "powernorm"),
-    *("frn", "evonorm_s0", "evonorm_b0"),
+    *("frn", "evonorm_s0", "evonorm_b0", "bn_var", "bn_mean", "online", "dyt", "derf"),
 ]
 
 

@@ -150,9 +150,8 @@ def test_mistakes_are_answered_in_the_commands_name(installed, empty) -> None:
     assert (status, "normlab-train -m study=nothing" in error) == (1, True)
 
 
-@pytest.mark.no_cover
 def test_a_sweep_and_its_report_in_an_empty_folder(installed, empty) -> None:
-    sweep = ("normlab-train", "-m", "norm=bn,none", "batch=32,128", *SMALL)
+    sweep = ("normlab-train", "-m", "norm=bn,none", "batch=32,128", "hydra.launcher.slots=1", *SMALL)
     status, out, error = run(installed, empty, *sweep)
     assert status == 0, out + error
     study = report.load(empty / "outputs" / "default")
@@ -165,7 +164,6 @@ def test_a_sweep_and_its_report_in_an_empty_folder(installed, empty) -> None:
     assert (empty / "outputs" / "default" / "report" / "report.md").is_file()
 
 
-@pytest.mark.no_cover
 def test_what_hydra_offers_works_without_a_checkout(installed, empty) -> None:
     (empty / "own" / "optimizer").mkdir(parents=True)
     (empty / "own" / "optimizer" / "mine.yaml").write_text("defaults: [sgd]\nlr: 0.123\n")

@@ -1,6 +1,7 @@
 """Activations against numpy and scipy, affine against planted changes, gradients against a plain backward pass."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from normlab import models
 from normlab.norms import find_sites
-from normlab.probes import ProbedNetwork
+from normlab.probes import ProbedNetwork, activations
 from normlab.probes.activations import Activations
 from normlab.probes.affine import AffineDrift
 from normlab.probes.gradients import GradientNorms
@@ -85,6 +86,55 @@ def test_an_arm_without_norm_has_rows_of_its_convolutions(make) -> None:
     assert found == pytest.approx(plain, rel=1e-4)
     assert first["skewness"] == pytest.approx(expected(x[1:], x[1:])["skewness"], rel=1e-3)
     assert first["large_normalised"] == pytest.approx(expected(x[1:], x[1:])["large_normalised"] * 7 / 8, rel=1e-4)
+
+
+def by_pairs(a: np.ndarray) -> tuple[float, float]:
+    """Mean cosine of the pairs of rows (those that are not zero) and stable rank of (samples, features), by loops."""
+    total, pairs = 0.0, 0
+    for n, one in enumerate(a):
+        for m, other in enumerate(a):
+            lengths = sum(v * v for v in one) ** 0.5 * sum(v * v for v in other) ** 0.5
+            if n != m and lengths > 0:
+                total, pairs = total + sum(v * w for v, w in zip(one, other, strict=True)) / lengths, pairs + 1
+    direction = np.arange(1.0, 1 + a.shape[1])
+    for _ in range(3000):  # the power method
+        direction = a.T @ (a @ direction)
+        direction /= np.linalg.norm(direction)
+    return total / pairs, sum(v * v for row in a for v in row) / np.linalg.norm(a @ direction) ** 2
+
+
+@pytest.mark.parametrize("zeros", [0, 2])
+def test_samples_are_compared_as_loops_over_pairs_do(make, zeros) -> None:
+    network = build(make, "norm=none")
+    images, targets = batch(7)
+    images = 0.3 * images + 1
+    images[:zeros] = 0
+    x = F.conv2d(images.double(), network.body[0].weight.double(), padding=1).detach().flatten(1).numpy()
+    found, _ = rows(Activations, snapshot(network, images, targets), network, SITES, histograms=0)
+    cosine, rank = by_pairs(x)
+    assert found["sample_cosine"] == pytest.approx(cosine, abs=2e-6)
+    assert found["stable_rank"] == pytest.approx(rank, rel=2e-5)
+    assert abs(cosine) > 0.01  # or the comparison says nothing
+    assert 1 < rank < 7 - zeros
+
+
+def test_equal_samples_have_cosine_and_stable_rank_1_and_orthogonal_ones_0_and_their_number() -> None:
+    same = torch.tensor([[1.0, -2.0, 3.0]]).repeat(5, 1)[:, :, None, None]
+    scaled = same * torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])[:, None, None, None]
+    for y, expected in ((scaled, (1, 1)), (2 * torch.eye(4)[:, :, None, None], (0, 4)), (-same[:1], (math.nan, 1))):
+        found = activations._between_samples(y)
+        assert tuple(found.values()) == pytest.approx(expected, nan_ok=True)
+    for y in (torch.zeros(3, 2, 1, 1), torch.full((3, 2, 1, 1), math.inf)):
+        assert all(map(math.isnan, activations._between_samples(y).values()))
+
+
+@pytest.mark.parametrize("split", [1, 5, 48])
+def test_features_are_summed_in_parts_whatever_their_number(split, monkeypatch) -> None:
+    y = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = activations._between_samples(y)
+    monkeypatch.setattr(activations, "SUMMED", split)
+    assert activations._between_samples(y) == pytest.approx(whole, rel=1e-12)
+    assert activations._between_samples(y.to(memory_format=torch.channels_last)) == pytest.approx(whole, rel=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["noisy_bn", "wn_trelu", "frn", "mimicnorm"])

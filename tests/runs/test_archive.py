@@ -226,7 +226,6 @@ def test_equal_rows_are_stored_so_that_they_can_be_read(tmp_path) -> None:
         assert (study / RUN / "metrics.jsonl").read_bytes() == rows
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_a_study_of_more_entries_than_an_old_zip_file_can_have_is_read(tmp_path) -> None:
     archive.write(tmp_path / "x.zip", "x", {f"{number}/config.yaml": b"" for number in range(66_000)})

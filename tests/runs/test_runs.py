@@ -275,7 +275,6 @@ def test_a_damaged_status_is_a_sentence_and_counts_as_failed(run, content) -> No
     assert run.state == "failed"
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_recorded_configurations_equal_those_of_yaml() -> None:
     for study in RECORDED:

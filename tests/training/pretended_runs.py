@@ -8,6 +8,7 @@ import torch
 from outcome import folder, outcome, rows
 from pretended import PretendedGPU, placed, pretended
 from torch import nn
+from training.pretended_operations import assert_few_operations
 from training.test_engines import SMALL
 
 from normlab import runs
@@ -58,9 +59,10 @@ def on_cpu(make, *settings: str) -> RunConfig:
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_norm_trains_captured_as_on_a_cpu(tiny, norm) -> None:
-    """To the last bit: the kernels are the same."""
+    """To the last bit: the kernels are the same. A step launches few operations."""
     config, gpu = on_gpu(tiny, f"norm={norm}")
     assert_captured_without_waiting(gpu)
+    assert_few_operations(gpu, norm)
     assert outcome(config) == outcome(on_cpu(tiny, f"norm={norm}"))
 
 
@@ -83,6 +85,7 @@ def test_every_norm_trains_captured_in_half_precision(tiny, norm) -> None:
         ("weight_average=0.9", "epochs=2"),
         ("dataset.flip=true", "dataset.crop_padding=1", "label_smoothing=0.1"),
         ("sampler=paired", "sampler.images_per_label=4"),
+        ("sampler=class_incremental", "sampler.memory_batch=4", "epochs=4"),
         ("drop_last=true", "batch=24", "epochs=2"),
         ("model.target=small.SmallNet", "model.name=small"),  # with dropout
         ("norm=wn", "norm.init=data"),
@@ -93,6 +96,11 @@ def test_every_norm_trains_captured_in_half_precision(tiny, norm) -> None:
         ("norm=mabn", "norm_batch=4"),
         ("norm=powernorm", "norm_batch=4"),
         ("norm=evonorm_b0", "norm_batch=4"),
+        ("norm=online", "norm_batch=4"),
+        ("train_only=norm", "init=uniform_gamma"),
+        ("train_only=norm", "norm=online", "weight_average=0.9"),
+        ("norm=mbn_style", "norm_batch=4", "input_norm=bn"),
+        ("norm=cbn", "norm_batch=4", "norm.burn_in=1"),
         ("deterministic=true", "norm=mabn"),
         ("dataset.val_size=20", "dataset.test_size=90", "eval_batch=16", "epochs=5"),
         ("save_weights=true", "keep_checkpoint=true"),
@@ -153,9 +161,10 @@ def test_what_is_measured_between_steps_waits_where_it_may(tiny, settings) -> No
     [
         ("model=resnet", "depth=18"),
         ("model=cifar_resnet", "depth=20"),
+        ("model=binary_resnet", "norm=bnn_free", "optimizer=adam", "model.binarize_at=0.75"),
         ("model=vgg", "depth=11", "dataset.image_size=32", "model.width=0.25"),
         ("model=gitman_cifar", "dataset.image_size=22", "dataset.crop_size=20"),
-        ("model=inception_v3", "dataset.image_size=75", "dataset.train_size=10", "batch=2"),
+        ("model=inception_v3", "dataset.image_size=75", "dataset.train_size=8", "dataset.test_size=2", "batch=2"),
     ],
     ids=" ".join,
 )
@@ -276,8 +285,9 @@ def test_a_kind_of_step_is_checked_once_in_a_process(tiny) -> None:
 
 
 def test_packed_runs_end_bit_identical_to_solo_ones(tiny) -> None:
-    mixed = [(f"norm={norm}", f"batch={batch}") for norm in ("bn", "none", "noisy_bn", "mabn") for batch in (8, 16)]
-    mixed += [("model.target=small.SmallNet", "model.name=small")]  # with dropout
+    sizes = {"bn": 8, "none": 16, "noisy_bn": 8, "mabn": 16, "online": 8}
+    mixed = [(f"norm={norm}", f"batch={batch}") for norm, batch in sizes.items()]
+    mixed += [("train_only=norm", "batch=16"), ("model.target=small.SmallNet", "model.name=small")]  # with dropout
     both = [
         [tiny(*SMALL, "device=cuda", "engine=auto", "epochs=1", f"study={study}", *one) for one in mixed]
         for study in ("packed", "solo")

@@ -44,6 +44,10 @@ ARMS = {
     "small_groups": "norm=renorm norm_batch=4 drop_last=true",
     "paired": "norm=bn norm_batch=8 sampler=paired sampler.images_per_label=2",
     "gradients": "norm=mabn norm_batch=8 drop_last=true",  # has moving averages of gradients
+    "online": "norm=online norm_batch=8 drop_last=true",
+    "norms_alone": "norm=bn sync_stats=true train_only=norm init=uniform_gamma",
+    "memory": "norm=mbn_style norm_batch=8 drop_last=true",
+    "iterations": "norm=cbn norm_batch=8 norm.burn_in=1 drop_last=true",
     "group_norm": "norm=gn",
     "from_data": "norm=wn_mean norm.init=data sync_stats=true",
     "streamed": "norm=bn sync_stats=true dataset.crop_scale=[0.3,1] dataset.flip=true",

@@ -100,6 +100,10 @@ def test_the_longest_finished_run_is_extended_and_one_under_way_is_not(tiny, ste
     [
         (("schedule=cosine",), "schedule=cosine spreads over all epochs, so its epochs differ from those of {}"),
         (("schedule=constant", "norm=renorm"), "norm=renorm changes with the share of all epochs that is done"),
+        (
+            ("schedule=constant", "model=binary_resnet"),
+            "model=binary_resnet has binary weights after a share of all epochs",
+        ),
         (("schedule=constant", "probe=[gradients]"), "probe=gradients measures 20 times, evenly over all epochs"),
         (("schedule=constant", "keep_checkpoint=false"), "{} has kept no checkpoint (keep_checkpoint)"),
         (("schedule=constant", "norm=none", "optimizer.lr=1e30"), "{} diverged, which leaves nothing to go on from"),

@@ -49,6 +49,22 @@ def test_schedule_per_epoch_equals_pytorchs(make, settings, make_scheduler) -> N
     assert within == ours
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "step", "polynomial"])
+def test_each_cycle_is_a_run_of_its_own_with_a_warm_up_of_its_own(make, schedule) -> None:
+    settings = (f"schedule={schedule}", "schedule.warmup_epochs=0.5", "schedule.per=step", *RUN)
+    third = make(*settings, f"epochs={EPOCHS}")
+    whole = make(*settings, f"epochs={3 * EPOCHS}", "schedule.cycles=3")
+    expected = [learning_rate(third, step, STEPS) for step in range(EPOCHS * STEPS)]
+    assert [learning_rate(whole, step, STEPS) for step in range(3 * EPOCHS * STEPS)] == pytest.approx(expected * 3)
+    assert runs.run_id(third.as_dict()) != runs.run_id(make(*settings, "schedule.cycles=3").as_dict())
+
+
+def test_cycles_that_do_not_divide_the_run_begin_at_the_next_step(make) -> None:
+    config = make("schedule=polynomial", "schedule.power=1", "schedule.per=step", *RUN, "epochs=1", "schedule.cycles=2")
+    rates = [learning_rate(config, step, 7) for step in range(7)]
+    assert rates == pytest.approx([BASE * (1 - t) for t in (0, 1 / 3.5, 2 / 3.5, 3 / 3.5, 0, 1 / 3.5, 2 / 3.5)])
+
+
 @pytest.mark.parametrize(
     ("schedule", "make_scheduler"),
     [

@@ -1,4 +1,4 @@
-"""The tests of the files pretended_*.py, each function in a process of its own.
+"""The tests of the files pretended_*.py, in a few processes of their own.
 
 PyTorch makes a thread for each device at the first backward pass of a process. So a pretended GPU has to be there
 before, and a process that had one cannot fork another that trains, as other tests do.
@@ -15,6 +15,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+PROCESSES = 3  # a start takes as long as three tests; fewer would be longer than what else there is for another worker
 
 
 def functions() -> Iterator[str]:
@@ -24,15 +25,15 @@ def functions() -> Iterator[str]:
                 yield f"{file.name}::{node.name}"
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a build of PyTorch for CUDA")
-@pytest.mark.parametrize("function", [*functions()])
-def test_on_a_pretended_gpu(tmp_path, function) -> None:
+@pytest.mark.parametrize("part", range(PROCESSES))
+def test_on_a_pretended_gpu(tmp_path, part) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={tmp_path}/of_it"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+    tests = [str(HERE / function) for function in [*functions()][part::PROCESSES]]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(HERE / function)],
+        [sys.executable, "-m", "pytest", *options, *tests],
         cwd=HERE.parents[1],
         env=environment | {"NORMLAB_PRETENDED_GPU": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

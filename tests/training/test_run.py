@@ -145,6 +145,14 @@ def test_a_run_interrupted_after_any_step_ends_bit_identical(tiny, steps) -> Non
         ("sampler=paired", "norm_batch=8", "eval_stats=batch", "weight_average=0.9", "dataset.crop_size=6"),
         ("input_norm=bn", "norm=bn_scaled", "eval_stats=precise", "precise_batches=2", "init=lsuv"),
         ("norm=bnp", "init=bn_folded", "optimizer.agc=0.02", "optimizer.lr=1e-3"),
+        (
+            "norm=bnn_free",
+            "model=binary_resnet",
+            "optimizer=adam",
+            "schedule=step",
+            "schedule.cycles=2",
+            "precision=bf16",
+        ),
     ],
     ids=" ".join,
 )

@@ -31,7 +31,7 @@ from normlab.common.errors import UserError, first_line, storage_error
 from normlab.config import schema
 from normlab.config.command_line import CommandLine
 from normlab.config.hydra import exit_with_error, settings_of
-from normlab.config.schema import FolderDataset, ImageDataset, RegressionDataset, RunConfig
+from normlab.config.schema import BuiltinDataset, ImageDataset, RegressionDataset, RunConfig
 from normlab.data import inventory
 from normlab.launchers import preflight
 
@@ -284,7 +284,7 @@ def _chosen(dataset: ImageDataset | RegressionDataset, data_dir: Path) -> Findin
         return Finding.of_error(subject, error)
     if isinstance(dataset, RegressionDataset):
         return Finding(subject, "synthetic, made when it is needed")
-    where = f" in {dataset.path}" if isinstance(dataset, FolderDataset) else ""
+    where = "" if isinstance(dataset, BuiltinDataset) else f" in {dataset.path}"
     size = f" of {found.image_size}x{found.image_size} pixels" if found.image_size else ""
     text = f"{found.train_images:,} images{size} to train on, {found.classes} classes{where}"
     return Finding(subject, text, "note", " ".join(found.remarks)) if found.remarks else Finding(subject, text)

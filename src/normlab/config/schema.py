@@ -37,10 +37,17 @@ RESNET_DEPTHS = (18, 34, 50, 101, 152)
 DEPTHS = {  # the sizes of each network that has several; None: any
     "resnet": RESNET_DEPTHS,
     "cifar_resnet": (20, 32, 44, 56, 110),
+    "binary_resnet": (18,),
     "vgg": (11, 13, 16, 19),
     "deep_linear": None,
 }
-TITLES = {"resnet": "a ResNet of torchvision", "cifar_resnet": "a CIFAR ResNet", "vgg": "a VGG of torchvision"}
+MOST_TASKS = 50  # of sampler=class_incremental: each has a column in a run's rows
+TITLES = {
+    "resnet": "a ResNet of torchvision",
+    "cifar_resnet": "a CIFAR ResNet",
+    "binary_resnet": "a depth of the binary ResNet",
+    "vgg": "a VGG of torchvision",
+}
 IDLE_CALIBRATION_IMAGES, IDLE_PRECISE_BATCHES = 256, 200  # recorded where nothing uses them: conf/config.yaml's values
 SMALL_STEM_UP_TO = 64  # pixels; above it the ImageNet stem is chosen unless model.stem says otherwise
 
@@ -195,6 +202,7 @@ class ResNetConfig(_Trainable):
     name: Name
     stem: Literal["small", "imagenet"] | None
     dropout: Fraction
+    width: Annotated[Annotated[Number, Field(ge=1 / 8, le=1)], Since(4, neutral=1.0)]
 
 
 class CustomModelConfig(_Trainable):
@@ -211,6 +219,14 @@ class CifarResNetConfig(_Trainable):
 
     kind: Literal["cifar_resnet"]
     name: Name
+
+
+class BinaryResNetConfig(_Trainable):
+    """The binary ResNet of Chen et al. 2021 for 32x32 images; `binarize_at` is a fraction of the run."""
+
+    kind: Literal["binary_resnet"]
+    name: Name
+    binarize_at: Annotated[Number, Field(ge=0, le=1)]
 
 
 class VGGConfig(_Trainable):
@@ -255,6 +271,7 @@ class DeepLinearConfig(_Section):
 ModelConfig = Annotated[
     ResNetConfig
     | CifarResNetConfig
+    | BinaryResNetConfig
     | VGGConfig
     | TorchvisionConfig
     | TimmConfig
@@ -283,28 +300,37 @@ class BuiltinDataset(_Dataset):
     image_size: Count | None
 
 
-class FolderDataset(_Dataset):
+class _OwnDataset(_Dataset):
+    path: Folder
+    image_size: Count | None
+    test_fraction: Annotated[Annotated[Number, Field(gt=0, lt=1)] | None, Since(3, neutral=None)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_path(cls, data: Any) -> Any:
+        """The path is no part of a run's identity, so two folders must not share a name by default."""
+        if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("path"), str):
+            folder = Path(data["path"]).expanduser().resolve().name.removesuffix(".npz")
+            return {**data, "name": re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9]+", "_", folder).lstrip("_") or "images"}
+        return data
+
+
+class ArrayDataset(_OwnDataset):
+    """Arrays of NumPy in .npz or .npy files, held in memory."""
+
+    kind: Literal["npz"]
+
+
+class FolderDataset(_OwnDataset):
     """Images in folders of their classes, decoded into memory or streamed."""
 
     kind: Literal["image_folder", "imagenet"]
-    path: Folder
-    image_size: Count | None
     storage: Literal["auto", "memory", "stream"]
     memory_limit_gb: Positive
     crop_scale: Annotated[list[UnitInterval], Field(min_length=2, max_length=2)] | None
     workers: Whole
     value_range: Annotated[Annotated[list[Number], Field(min_length=2, max_length=2)] | None, Since(2, neutral=None)]
-    test_fraction: Annotated[Annotated[Number, Field(gt=0, lt=1)] | None, Since(3, neutral=None)]
     skip_unreadable: Annotated[Switch, Since(3, neutral=False)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_after_folder(cls, data: Any) -> Any:
-        """The path is no part of a run's identity, so two folders must not share a name by default."""
-        if isinstance(data, Mapping) and data.get("name") is None and isinstance(data.get("path"), str):
-            folder = Path(data["path"]).expanduser().resolve().name
-            return {**data, "name": re.sub(r"[^A-Za-z0-9_.+-]+|^[^A-Za-z0-9]+", "_", folder).lstrip("_") or "images"}
-        return data
 
     @model_validator(mode="after")
     def _check_folder(self) -> Self:
@@ -336,14 +362,18 @@ class RegressionDataset(_Section):
     split_seed: Whole
 
 
-ImageDataset = BuiltinDataset | FolderDataset
-DatasetConfig = Annotated[BuiltinDataset | FolderDataset | RegressionDataset, Field(discriminator="kind")]
+ImageDataset = BuiltinDataset | FolderDataset | ArrayDataset
+DatasetConfig = Annotated[
+    BuiltinDataset | FolderDataset | ArrayDataset | RegressionDataset, Field(discriminator="kind")
+]
 
 
 class InitConfig(_Section):
     """The initialization of the weights."""
 
-    name: Literal["default", "he_fan_in", "glorot", "orthogonal", "zero_gamma", "lsuv", "bn_folded", "fixup"]
+    name: Literal[
+        "default", "he_fan_in", "glorot", "orthogonal", "zero_gamma", "uniform_gamma", "lsuv", "bn_folded", "fixup"
+    ]
 
 
 class IID(_Section):
@@ -359,7 +389,17 @@ class Paired(_Section):
     images_per_label: Annotated[Integer, Field(ge=2)]
 
 
-SamplerConfig = Annotated[IID | Paired, Field(discriminator="name")]
+class ClassIncremental(_Section):
+    """Classes that come task after task, with a memory of images of earlier ones (`data.incremental`)."""
+
+    name: Literal["class_incremental"]
+    tasks: Annotated[Integer, Field(ge=2, le=MOST_TASKS)]
+    memory: Count
+    memory_batch: Count
+    exemplars: Literal["random", "herding"]
+
+
+SamplerConfig = Annotated[IID | Paired | ClassIncremental, Field(discriminator="name")]
 
 
 class _Optimizer(_Section):
@@ -417,15 +457,21 @@ class Constant(_Schedule):
     name: Literal["constant"]
 
 
-class Step(_Schedule):
-    """The learning rate is multiplied by `gamma` at each milestone, a fraction of the run."""
+class _Falling(_Schedule):
+    """A schedule that runs `cycles` times, each over an equal part of the run, and starts again from the rate."""
+
+    cycles: Annotated[Count, Since(4, neutral=1)]
+
+
+class Step(_Falling):
+    """The learning rate is multiplied by `gamma` at each milestone, a fraction of the cycle."""
 
     name: Literal["step"]
     milestones: list[Annotated[Number, Field(gt=0, lt=1)]]
     gamma: UnitInterval
 
 
-class Cosine(_Schedule):
+class Cosine(_Falling):
     """The learning rate falls to `final_lr` along half a cosine."""
 
     name: Literal["cosine"]
@@ -433,7 +479,7 @@ class Cosine(_Schedule):
     divide_final_lr: Annotated[StrictBool, Since(2, neutral=True)]
 
 
-class Polynomial(_Schedule):
+class Polynomial(_Falling):
     """The learning rate falls to `final_lr` along a polynomial of degree `power`."""
 
     name: Literal["polynomial"]
@@ -557,6 +603,7 @@ class RunConfig(_Section):
     drop_last: Switch
     input_norm: Literal["dataset", "none", "bn"]
     sync_stats: Switch
+    train_only: Annotated[Literal["norm"] | None, Since(4, neutral=None)]
     calibration_images: Count
     weight_average: Annotated[Number, Field(gt=0, lt=1)] | None
     eval_stats: Literal["running", "precise", "batch"]
@@ -590,7 +637,7 @@ class RunConfig(_Section):
             changes["depth"] = None
         if data.get("dataset", {}).get("kind") == "linear_regression" and data.get("input_norm") == "dataset":
             changes["input_norm"] = "none"
-        if data.get("sampler", {}).get("name") == "paired":
+        if data.get("sampler", {}).get("name") in ("paired", "class_incremental"):
             changes["drop_last"] = False  # every batch is full
         return {**data, **changes}
 
@@ -623,8 +670,8 @@ class RunConfig(_Section):
                 f"label_smoothing={exact(self.label_smoothing)} is about classes, and a regression has none.\n"
                 "Use label_smoothing=0."
             )
-        if isinstance(self.sampler, Paired):
-            raise wrong("sampler=paired draws labels, and a regression has none.\nUse sampler=iid.")
+        if not isinstance(self.sampler, IID):
+            raise wrong(f"sampler={self.sampler.name} draws labels, and a regression has none.\nUse sampler=iid.")
         return self
 
     @model_validator(mode="after")
@@ -637,10 +684,25 @@ class RunConfig(_Section):
                 f"init={self.init.name} would write over the weights of model.weights={given}.\n"
                 "Use init=default, or init=bn_folded for norms that do not normalize."
             )
-        if self.model.kind in ("custom", "cifar_resnet") and not weights.is_file(given):
+        width = getattr(self.model, "width", 1.0)
+        if width != 1 and not weights.is_file(given):
+            raise wrong(
+                f"model.weights={given} are those of the whole network, and model.width={exact(width)} makes a narrower"
+                " one.\nUse model.width=1, or model.weights=null."
+            )
+        if self.model.kind in ("custom", "cifar_resnet", "binary_resnet") and not weights.is_file(given):
             raise wrong(
                 f"model.weights={given} is no file, and model={self.model.kind} has no library of trained weights.\n"
                 f"Give a file: its path, or a name that ends in {', '.join(weights.SUFFIXES)}."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_binary(self) -> Self:
+        if self.model.kind == "binary_resnet" and self.init.name == "bn_folded":
+            raise wrong(
+                "init=bn_folded folds norms into convolutions, and model=binary_resnet has binary ones.\n"
+                "Use init=default, or another network."
             )
         return self
 
@@ -660,6 +722,48 @@ class RunConfig(_Section):
                 f" does not divide eval_batch={self.eval_batch}.\n"
                 f"Nearest valid: eval_batch={max(self.eval_batch // each, 1) * each}.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_incremental(self) -> Self:
+        sampler, named = self.sampler, f"norm={self.norm.name}"
+        balances = self.norm.target == "normlab.norms.TaskBalancedBatchNorm"
+        if not isinstance(sampler, ClassIncremental):
+            if balances:
+                raise wrong(
+                    f"{named} balances the images of current and earlier tasks in a batch, and sampler={sampler.name}"
+                    " has no tasks.\nUse sampler=class_incremental, or another norm."
+                )
+            return self
+        if balances and self.norm_batch is not None:
+            raise wrong(f"{named} splits a batch by its tasks, and not by norm_batch.\nUse norm_batch=null.")
+        if sampler.memory_batch >= self.batch:
+            raise wrong(
+                f"sampler.memory_batch={sampler.memory_batch} leaves no image of the current task in a batch of"
+                f" {self.batch}.\nUse fewer: a quarter is sampler.memory_batch={max(self.batch // 4, 1)}."
+            )
+        if sampler.memory < sampler.memory_batch:
+            raise wrong(
+                f"sampler.memory={sampler.memory} images are fewer than the sampler.memory_batch={sampler.memory_batch}"
+                f" of them in a batch.\nNearest valid: sampler.memory={sampler.memory_batch}."
+            )
+        if self.epochs % sampler.tasks:
+            nearest_valid = max(round(self.epochs / sampler.tasks), 1) * sampler.tasks
+            raise wrong(
+                f"epochs={self.epochs} are those of all tasks, and sampler.tasks={sampler.tasks} do not divide them.\n"
+                f"Nearest valid: epochs={nearest_valid}."
+            )
+        for setting, value, needed in (
+            ("eval_stats", self.eval_stats, "running"),
+            ("label_smoothing", exact(self.label_smoothing), "0"),
+            ("init", self.init.name if self.init.name in ("lsuv", "bn_folded") else "default", "default"),
+            ("norm.init", "data" if self.norm.options.get("init") == "data" else "weights", "weights"),
+        ):
+            if value != needed:
+                raise wrong(
+                    f"{setting}={value} is about images or classes of all tasks, and sampler=class_incremental has"
+                    f" those of one task after another.\nUse {setting}={needed}."
+                )
         return self
 
     @model_validator(mode="after")
@@ -701,10 +805,13 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:
-        if self.schedule.warmup_epochs >= self.epochs:
+        cycles = getattr(self.schedule, "cycles", 1)
+        if self.schedule.warmup_epochs * cycles >= self.scheduled_epochs:
+            each = "" if self.scheduled_epochs == self.epochs else f", {self.scheduled_epochs} for each task"
             raise wrong(
                 f"schedule.warmup_epochs={exact(self.schedule.warmup_epochs)} leaves nothing of epochs="
-                f"{self.epochs}.\nUse a shorter warm-up or more epochs.",
+                f"{self.epochs}{each}{f' in {cycles} cycles' if cycles > 1 else ''}.\n"
+                "Use a shorter warm-up or more epochs.",
             )
         return self
 
@@ -749,6 +856,11 @@ class RunConfig(_Section):
     def weights(self) -> str | None:
         """Return the trained weights that the network starts from, the name of a library's or a file; None: random."""
         return getattr(self.model, "weights", None)
+
+    @property
+    def scheduled_epochs(self) -> int:
+        """Return the epochs that a schedule is over: those of the run, or of each of its tasks."""
+        return self.epochs // self.sampler.tasks if isinstance(self.sampler, ClassIncremental) else self.epochs
 
     @property
     def starts_from_data(self) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.common.rng import stream
+from normlab.data.incremental import TaskSequence
 from normlab.data.resident import Resident
 from normlab.data.samplers import paired
 from normlab.data.streaming import Files
@@ -119,7 +120,7 @@ class Split:
     """Some rows of a source, as batches of float32 (B, 3, H, W) images and int64 (B,) labels on the device.
 
     An epoch has every image once, in random order, in ceil(N / batch) batches. With `images_per_label` it has
-    as many batches, all of them full, of images that `samplers.paired` draws.
+    as many batches, all of them full, of images that `samplers.paired` draws; with `tasks`, by `TaskSequence.draw`.
 
     With `processes` > 1 there are as many of it, and `batches` gives each its share: process r reads only the images
     r, r + processes, r + 2 processes, ... of each batch, B ~ batch / processes. (So norm_batch's group n mod G of the
@@ -131,6 +132,7 @@ class Split:
         labels: of these images; int64 (N,), or float32 (N, features) of a regression.
         batch: images per batch.
         images_per_label: None, or a divisor of `batch`.
+        tasks: None, or the tasks that the classes come in.
         drop_last: leave out the last batch of an epoch if it is smaller.
         augmentation: applied in an epoch.
         cut: pixels by which an image's central crop is smaller, where it is not augmented.
@@ -147,6 +149,7 @@ class Split:
     _: KW_ONLY
     batch: int
     images_per_label: int | None = None
+    tasks: TaskSequence | None = None
     drop_last: bool = False
     augmentation: Augmentation | None = None
     cut: int = 0
@@ -169,6 +172,8 @@ class Split:
     @property
     def steps(self) -> int:
         """The number of batches of an epoch."""
+        if self.tasks:
+            return self.tasks.steps(self.batch)
         whole, rest = divmod(len(self), self.batch)
         return whole if self.drop_last and not self.images_per_label else whole + bool(rest)
 
@@ -176,7 +181,7 @@ class Split:
     def images(self) -> int:
         """The number of images of an epoch, with repetitions. Only the last batch can have fewer than `batch`."""
         full = self.steps * self.batch
-        return full if self.images_per_label else min(full, len(self))
+        return full if self.images_per_label or self.tasks else min(full, len(self))
 
     def images_of(self, batch: int) -> int:
         """Return the number of images in batch number `batch` of an epoch, over all processes."""
@@ -244,12 +249,16 @@ class Split:
 
     def _draw(self, epoch: int) -> tuple[Tensor, Tensor | None]:
         """Draw the positions of an epoch and the augmentation there."""
-        order = self._order("order", epoch)
+        if self.tasks:
+            order = self.tasks.draw(epoch, self.batch, stream(self.seed, "order", epoch))
+        else:
+            order = self._order("order", epoch)
         if not self.augmentation:
             return order, None
         # An image has its draw wherever it comes. If it can come twice, a place has, and the image looks new
         # (but for the random resized crop of a streamed one, which is the image's own throughout an epoch).
-        count, of_place = (len(order), slice(None)) if self.images_per_label else (len(self), order)
+        repeats = self.images_per_label or self.tasks
+        count, of_place = (len(order), slice(None)) if repeats else (len(self), order)
         return order, self.augmentation.draw(count, stream(self.seed, "augment", epoch))[of_place]
 
     def _epoch(self, order: Tensor, draws: Tensor | None) -> Epoch:

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from normlab.common.rng import stream
-from normlab.config.schema import FolderDataset, ImageDataset, Paired, RegressionDataset, RunConfig
+from normlab.config.schema import (
+    ArrayDataset,
+    ClassIncremental,
+    FolderDataset,
+    ImageDataset,
+    Paired,
+    RegressionDataset,
+    RunConfig,
+)
 from normlab.data import inventory, regression, sources
 from normlab.data.batches import Augmentation, Normalization, Split, standardization, unit_interval
 from normlab.data.image_order import ImageOrder
+from normlab.data.incremental import TaskSequence
 from normlab.data.resident import Resident
 from normlab.data.samplers import evaluation_order
 from normlab.data.sources import Source
@@ -107,6 +116,8 @@ def _source(
         source: Source = loaded[name]
     elif isinstance(dataset, FolderDataset):
         source = sources.folder(dataset, data_dir, config.seed, device, log)
+    elif isinstance(dataset, ArrayDataset):
+        source = sources.resized(sources.of_arrays(dataset, data_dir, log), dataset.image_size)
     elif dataset.kind == "digits":
         source = sources.resized(sources.digits(), dataset.image_size)
     else:
@@ -138,7 +149,8 @@ class _Images:
             self.normalization = unit_interval(self.device)
         augments = dataset.flip or dataset.crop_padding > 0 or self.cut > 0
         augmentation = Augmentation(dataset.flip, dataset.crop_padding, self.cut) if augments else None
-        more = {"images_per_label": self.each, "augmentation": augmentation}
+        tasks = self._tasks(source.train_labels[rows])
+        more = {"images_per_label": self.each, "tasks": tasks, "augmentation": augmentation}
         return Data(
             source.classes,
             source.image_size - self.cut,
@@ -150,6 +162,14 @@ class _Images:
             warnings=(*source.remarks, *source.values.warnings),
             test_order=ImageOrder.of(source.fingerprint, test_rows, source.test_labels[test_rows], source.classes),
         )
+
+    def _tasks(self, labels: Tensor) -> TaskSequence | None:
+        """Return the tasks that the classes of images with `labels` (int64, (N,)) come in; None: all at once."""
+        sampler, classes = self.config.sampler, len(self.source.classes)
+        if not isinstance(sampler, ClassIncremental):
+            return None
+        inventory.check_tasks(sampler, classes)
+        return TaskSequence(labels, classes, self.config.scheduled_epochs, sampler, self.config.seed)
 
     def _validation(self, rows: Tensor, settings: dict[str, Any]) -> Split | None:
         """Return the validation part that a folder has, or the `rows` of the training images."""

@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from normlab.common.download import unreachable
-from normlab.common.errors import UserError
-from normlab.config.schema import BuiltinDataset, FolderDataset, ImageDataset, RegressionDataset
-from normlab.data import damage, unreadable
+from normlab.common.errors import UserError, nearest
+from normlab.config.schema import (
+    MOST_TASKS,
+    ArrayDataset,
+    BuiltinDataset,
+    ClassIncremental,
+    FolderDataset,
+    ImageDataset,
+    RegressionDataset,
+)
+from normlab.data import arrays, damage, unreadable
 from normlab.data.damage import open_image
 from normlab.data.folders import Layout, Listing, images_of, scan
 
@@ -97,17 +105,50 @@ def check(
         _require_cifar(dataset.kind, data_dir)
         classes, size = CIFARS[dataset.kind].classes, dataset.image_size or 32
         return _inventory(dataset, train=50_000, test=10_000, classes=classes, image_size=size)
+    if isinstance(dataset, ArrayDataset):
+        return _of_arrays(dataset)
     if dataset.kind == "imagenet" and not _imagenet_is_unpacked(Path(dataset.path).expanduser()):
         return _inventory(dataset, train=1_281_167, test=50_000, classes=1000, image_size=dataset.image_size)
     images = usable_images(dataset, data_dir, log)
-    if images.val and dataset.val_size:
-        raise UserError(
-            f"dataset.val_size={dataset.val_size} would split off validation images, and {images.root} has"
-            f" {len(images.val)} of its own.\nLeave it out: dataset.val_size=0."
-        )
+    _check_validation(dataset, len(images.val))
     image_size = dataset.image_size or common_size(images, lenient=dataset.skip_unreadable)
     found = _inventory(dataset, len(images.train), len(images.test), len(images.classes), image_size)
     return replace(found, val_images=len(images.val) or found.val_images, remarks=remarks(images))
+
+
+def check_tasks(sampler: ClassIncremental, classes: int) -> None:
+    """Check that a data set's classes make tasks of equal size, and that the memory has room for one image of each.
+
+    Raises:
+        UserError: if not.
+    """
+    if classes % sampler.tasks:
+        valid = [tasks for tasks in range(2, MOST_TASKS + 1) if classes % tasks == 0]
+        advice = f"Nearest valid: sampler.tasks={nearest(sampler.tasks, valid)}." if valid else "Use sampler=iid."
+        raise UserError(f"sampler.tasks={sampler.tasks} cannot have as many of the {classes} classes each.\n{advice}")
+    if sampler.memory < classes:
+        raise UserError(
+            f"sampler.memory={sampler.memory} has no room for an image of each of the {classes} classes.\n"
+            f"Nearest valid: sampler.memory={classes}."
+        )
+
+
+def _of_arrays(dataset: ArrayDataset) -> Inventory:
+    path = Path(dataset.path).expanduser()
+    found = arrays.scan(path)
+    val, test = len(found.labels.get("val", ())), arrays.check_split(found, path, dataset.test_fraction)
+    _check_validation(dataset, val)
+    train = len(found.labels["train"]) - (test if "test" not in found.labels else 0)
+    counted = _inventory(dataset, train, test, len(found.classes), dataset.image_size or found.image_size)
+    return replace(counted, val_images=val or counted.val_images)
+
+
+def _check_validation(dataset: ImageDataset, own: int) -> None:
+    if own and dataset.val_size:
+        raise UserError(
+            f"dataset.val_size={dataset.val_size} would split off validation images, and {dataset.name} has {own} of"
+            " its own.\nLeave it out: dataset.val_size=0."
+        )
 
 
 def remarks(images: Listing) -> tuple[str, ...]:
@@ -205,7 +246,7 @@ def _layout(dataset: FolderDataset) -> Layout:
     return layout
 
 
-def is_gone(dataset: FolderDataset) -> bool:
+def is_gone(dataset: FolderDataset | ArrayDataset) -> bool:
     """Return whether there is nothing at `dataset.path`, or an empty folder, as of a disk that is not mounted."""
     root = Path(dataset.path).expanduser()
     return not root.exists() or (root.is_dir() and os.access(root, os.R_OK) and not any(root.iterdir()))
@@ -213,7 +254,7 @@ def is_gone(dataset: FolderDataset) -> bool:
 
 def forget() -> None:
     """Let the next look at a folder read it anew."""
-    for remembered in (scan, common_size, damage.find, unreadable.remembered):
+    for remembered in (scan, arrays.scan, common_size, damage.find, unreadable.remembered):
         remembered.cache_clear()
 
 

@@ -6,9 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from normlab.config.schema import FolderDataset, RunConfig
+from normlab.config.schema import ArrayDataset, FolderDataset, RunConfig
+from normlab.data import arrays
 from normlab.data.contents import known_contents_digest, listing_digest
-from normlab.data.folders import shown
+from normlab.data.folders import Listing, shown
 from normlab.data.inventory import list_images, usable_images
 
 RECORDED = 20  # names of files that are left out
@@ -24,10 +25,15 @@ class ImageFiles:
         data_dir: keeps the digest of what was read, so that not every run reads it.
     """
 
-    def __init__(self, dataset: FolderDataset, data_dir: Path) -> None:
+    def __init__(self, dataset: FolderDataset | ArrayDataset, data_dir: Path) -> None:
         self._dataset, self._data_dir = dataset, data_dir
-        self._images = list_images(dataset)
+        self._lenient = isinstance(dataset, FolderDataset) and dataset.skip_unreadable
+        self._images = self._list()
         self.path = self._images.root.resolve()
+
+    def _list(self) -> Listing:
+        assert isinstance(self._dataset, FolderDataset)
+        return list_images(self._dataset)
 
     @cached_property
     def listing(self) -> str:
@@ -40,10 +46,10 @@ class ImageFiles:
         return self._contents(self._images.paths)
 
     def _listing(self, paths: tuple[str, ...]) -> str:
-        return listing_digest(self._images.root, paths, lenient=self._dataset.skip_unreadable)
+        return listing_digest(self._images.root, paths, lenient=self._lenient)
 
     def _contents(self, paths: tuple[str, ...]) -> str:
-        return known_contents_digest(self.path, paths, self._data_dir, lenient=self._dataset.skip_unreadable)
+        return known_contents_digest(self.path, paths, self._data_dir, lenient=self._lenient)
 
     def _counts(self) -> dict[str, int]:
         return {
@@ -55,7 +61,7 @@ class ImageFiles:
     def describe(self) -> dict[str, Any]:
         """Return what a run records: path, numbers of classes and files, both digests, and the files left out."""
         described = {"path": str(self.path), **self._counts(), "listing": self.listing, "contents": self.contents}
-        if not self._dataset.skip_unreadable:
+        if not isinstance(self._dataset, FolderDataset) or not self._lenient:
             return described
         left_out = usable_images(self._dataset, self._data_dir, log=lambda sentence: None).left_out
         names = [shown(path) for path in left_out]
@@ -73,11 +79,27 @@ class ImageFiles:
         known = self._images.paths if "validation_images" in recorded else paths
         if self._listing(known) == recorded.get("listing") or self._contents(known) == recorded.get("contents"):
             return ""
-        now = self._counts() | {"images": len(known)}
+        now = self._counts() | ({} if "validation_images" in recorded else {"images": len(known)})
         counts = (count for count in ("classes", "images") if now[count] != recorded.get(count))
         return next(
             (f"{recorded.get(each)} {each} then, {now[each]} now" for each in counts), "other files or contents"
         )
+
+
+class ArrayFiles(ImageFiles):
+    """The files of arrays; their images are counted, not the files."""
+
+    def __init__(self, dataset: ArrayDataset, data_dir: Path) -> None:
+        self._arrays = arrays.scan(Path(dataset.path).expanduser())
+        super().__init__(dataset, data_dir)
+
+    def _list(self) -> Listing:
+        return Listing(self._arrays.root, self._arrays.classes, self._arrays.paths, (), (), ())
+
+    def _counts(self) -> dict[str, int]:
+        numbers = {part: len(labels) for part, labels in self._arrays.labels.items()}
+        images, val = sum(numbers.values()), numbers.get("val", 0)
+        return {"classes": len(self._arrays.classes), "images": images, "validation_images": val}
 
 
 def image_files(config: RunConfig) -> ImageFiles | None:
@@ -86,6 +108,9 @@ def image_files(config: RunConfig) -> ImageFiles | None:
     Raises:
         UserError: if the folder is not there, or is no data set.
     """
+    data_dir = Path(config.data_dir).expanduser()
+    if isinstance(config.dataset, ArrayDataset):
+        return ArrayFiles(config.dataset, data_dir)
     if not isinstance(config.dataset, FolderDataset) or config.dataset.kind != "image_folder":
         return None
-    return ImageFiles(config.dataset, Path(config.data_dir).expanduser())
+    return ImageFiles(config.dataset, data_dir)

@@ -18,8 +18,8 @@ from torchvision.transforms import functional
 
 from normlab.common.download import fetch
 from normlab.common.errors import UserError
-from normlab.config.schema import FolderDataset
-from normlab.data import cache, inventory
+from normlab.config.schema import ArrayDataset, FolderDataset
+from normlab.data import arrays, cache, inventory
 from normlab.data.cache import Log
 from normlab.data.contents import known_contents_digest
 from normlab.data.images import Decoder
@@ -137,7 +137,35 @@ def resized(source: Source, size: int | None) -> Source:
         parts = torch.split(images.images, 1000)  # in floating point on the way
         return Resident(torch.cat([functional.resize(part, [size, size], antialias=True) for part in parts]))
 
-    return replace(source, image_size=size, train=resize(source.train), test=resize(source.test))
+    val = None if source.val is None else resize(source.val)
+    return replace(source, image_size=size, train=resize(source.train), test=resize(source.test), val=val)
+
+
+def of_arrays(dataset: ArrayDataset, data_dir: Path, log: Log) -> Source:
+    """Read a user's own arrays; gray images get three equal channels.
+
+    Raises:
+        UserError: they are others than expected, or cannot be read.
+    """
+    path = Path(dataset.path).expanduser()
+    found = arrays.scan(path)
+    fingerprint = known_contents_digest(found.root, found.paths, data_dir, log)
+    parts = {}
+    for part, place in found.images.items():
+        images = torch.from_numpy(arrays.read(place))
+        images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
+        if len(images) != len(found.labels[part]) or images.shape[-1] != found.image_size:
+            raise UserError(f"{place} changed while it was read.\nStart again.")
+        parts[part] = images, torch.from_numpy(found.labels[part])
+    if "test" not in parts:
+        images, labels = parts["train"]
+        test = stratified(labels, arrays.check_split(found, path, dataset.test_fraction), dataset.split_seed, "test")
+        train = without(len(labels), test)
+        parts = {"train": (images[train], labels[train]), "test": (images[test], labels[test])}
+    source = _in_memory(found.classes, fingerprint, parts["train"], parts["test"])
+    if "val" not in parts:
+        return source
+    return replace(source, val=Resident(parts["val"][0]), val_labels=parts["val"][1])
 
 
 def folder(dataset: FolderDataset, data_dir: Path, seed: int, device: torch.device, log: Log) -> Source:

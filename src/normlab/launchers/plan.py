@@ -132,7 +132,8 @@ def _gigabytes(number: float) -> str:
 
 def _kind(config: schema.RunConfig) -> tuple[Hashable, Hashable]:
     """Return the settings that decide the cost of a run, in detail and without the norm."""
-    network = (config.model.name, config.depth, config.dataset.name, config.batch)
+    width = getattr(config.model, "width", 1.0)
+    network = (config.model.name, config.depth, width, config.dataset.name, config.batch)
     detail = (config.norm.name, config.norm_batch, config.precision, config.eval_stats, tuple(config.probe))
     return (*network, *detail), network
 

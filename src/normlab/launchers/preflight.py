@@ -9,7 +9,14 @@ from pathlib import Path
 
 from normlab.common.errors import UserError, storage_error
 from normlab.config import weights
-from normlab.config.schema import CustomModelConfig, LoggerConfig, RegressionDataset, RunConfig, TimmConfig
+from normlab.config.schema import (
+    ClassIncremental,
+    CustomModelConfig,
+    LoggerConfig,
+    RegressionDataset,
+    RunConfig,
+    TimmConfig,
+)
 from normlab.data import inventory
 from normlab.runs import archive, files
 
@@ -33,6 +40,8 @@ def check(config: RunConfig, *, here: bool = True) -> inventory.Inventory:
             f"batch={config.batch} is larger than the data: dataset={config.dataset.name} has"
             f" {data.train_images} {what} to train on.\nNearest valid: batch={data.train_images}."
         )
+    if isinstance(config.sampler, ClassIncremental) and data.classes:
+        inventory.check_tasks(config.sampler, data.classes)
     _check_importable(config.norm.target, "norm._target_")
     if isinstance(config.model, CustomModelConfig):
         _check_importable(config.model.target, "model.target")

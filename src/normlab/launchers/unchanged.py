@@ -10,7 +10,7 @@ from normlab.common.errors import UserError
 from normlab.common.source import changed_modules
 from normlab.common.terminal import say
 from normlab.config import weights
-from normlab.config.schema import FolderDataset, RunConfig
+from normlab.config.schema import ArrayDataset, FolderDataset, RunConfig
 from normlab.data.inventory import is_gone
 from normlab.data.recorded import ImageFiles, image_files
 
@@ -82,7 +82,7 @@ class Unchanged:
         key = config.dataset.model_dump_json()
         if key not in self._files:
             self._files[key] = None
-            if isinstance(config.dataset, FolderDataset) and is_gone(config.dataset):
+            if isinstance(config.dataset, FolderDataset | ArrayDataset) and is_gone(config.dataset):
                 self._say(f"{config.dataset.path} has no images now: they are not compared.")
                 return None
             try:

@@ -10,7 +10,7 @@ from normlab import norms
 from normlab.common.errors import UserError, exact, listed
 from normlab.common.imports import locate
 from normlab.common.rng import key
-from normlab.config.schema import RunConfig
+from normlab.config.schema import ClassIncremental, RunConfig
 from normlab.models import initialization, networks, pretrained
 from normlab.models.pretrained import Log
 from normlab.norms.batch import BatchNorm
@@ -41,8 +41,9 @@ def build(
     network = base(config, num_classes, image_size, trained=trained, log=log)
     _check_dtype(config, network)
     rewriting = variant(config)
-    probes = (("probe", name) for name in config.probe)
-    for setting, value in (("init", config.init.name), ("precision", config.precision), *probes):
+    others = [("probe", name) for name in config.probe] + [("sync_stats", str(config.sync_stats).lower())]
+    others += [("init", config.init.name), ("precision", config.precision), ("engine", config.engine)]
+    for setting, value in others:
         if value in rewriting.refused.get(setting, {}):
             raise UserError(
                 f"norm={config.norm.name} cannot have {setting}={value}: {rewriting.refused[setting][value]}.\n"
@@ -57,11 +58,14 @@ def build(
         if trained:
             log(f"norm.scale_init={exact(rewriting.scale_init)} is for a fresh start: gamma stays as in model.weights.")
         rewriting.scale_init = 1.0
-    sites = norms.find_sites(network) if config.init.name == "bn_folded" and not rewriting.normalizes else []
+    folds = config.init.name == "bn_folded" and not rewriting.normalizes
+    sites = norms.find_sites(network) if folds or config.train_only else []
     network = norms.rewrite(network, rewriting)
     if trained:
         _tell_of_start(config, network, rewriting, log)
-    for site in sites:
+    if config.train_only:
+        _freeze_all_but_norms(config, network, sites)
+    for site in sites if folds else ():
         if site.convolution is not None and initialization.can_fold(network, site):
             convolution = network.get_submodule(site.convolution)
             assert isinstance(convolution, nn.Conv2d)
@@ -74,6 +78,21 @@ def build(
             "Let some of its parameters require gradients, so that there is something to train."
         )
     return norms.synchronize(network) if config.sync_stats else network
+
+
+def _freeze_all_but_norms(config: RunConfig, network: nn.Module, sites: list[norms.Site]) -> None:
+    """Leave trainable, of what is, the scales and shifts of the layers at the sites alone."""
+    layers = [layer for site in sites for layer in network.get_submodule(site.norm).modules()]
+    scaling = [layer for layer in layers if getattr(getattr(layer, "weight", None), "requires_grad", False)]
+    if not scaling:
+        raise UserError(
+            f"train_only=norm trains the scales and shifts of norms alone, and norm={config.norm.name} has no scale per"
+            " channel to train.\nUse a norm that has one, e.g. norm=bn or norm=gn, or train_only=null."
+        )
+    kept = {parameter for layer in scaling for parameter in (layer.weight, layer.bias)}
+    for parameter in network.parameters():
+        if parameter not in kept:
+            parameter.requires_grad_(False)
 
 
 def _check_dtype(config: RunConfig, network: nn.Module) -> None:
@@ -185,6 +204,9 @@ def variant(config: RunConfig) -> norms.Variant:
     if not isinstance(made, norms.Variant):
         raise _no_variant(config)
     made.name = config.norm.name
+    if isinstance(config.sampler, ClassIncremental):
+        memory = config.sampler.memory_batch
+        made.replay = config.sampler.tasks, config.batch - memory, memory
     return made
 
 

@@ -28,6 +28,11 @@ def initialize(network: nn.Module, method: str, seed: int) -> None:
         zero_gamma(network)
     elif method == "fixup":
         fixup_start(network)
+    elif method == "uniform_gamma":  # Frankle et al. 2021, 2003.00152
+        for name, module in network.named_modules():
+            if isinstance(module, BatchNormalization) and module.affine:
+                nn.init.uniform_(module.weight, generator=stream(seed, "init", f"{name}.weight"))
+                nn.init.zeros_(module.bias)
     elif method in ("he_fan_in", "glorot", "orthogonal", "lsuv"):
         layers = [(name, module) for name, module in network.named_modules() if isinstance(module, WEIGHT_LAYERS)]
         linear = [module for _, module in layers if isinstance(module, nn.Linear)]

@@ -12,6 +12,7 @@ from normlab.common.errors import UserError, described, did_you_mean
 from normlab.common.imports import locate
 from normlab.config import schema
 from normlab.config.weights import is_file
+from normlab.models.binary_resnet import BinaryResNet
 
 
 def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Module:
@@ -26,6 +27,13 @@ def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Modu
             return _resnet(model, depth, num_classes, image_size)
         case schema.CifarResNetConfig():
             return CifarResNet(depth, num_classes)
+        case schema.BinaryResNetConfig() as model:
+            if image_size > schema.SMALL_STEM_UP_TO:
+                raise UserError(
+                    f"model=binary_resnet is for images of up to {schema.SMALL_STEM_UP_TO} pixels, and these have"
+                    f" {image_size}.\nUse dataset.image_size=32: its authors' network for ImageNet is another one."
+                )
+            return BinaryResNet(num_classes, model.binarize_at)
         case schema.VGGConfig() as model:
             return _vgg(model, depth, num_classes, image_size)
         case schema.TorchvisionConfig() as model:
@@ -41,14 +49,48 @@ def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Modu
 
 
 def _resnet(model: schema.ResNetConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:
-    network: nn.Module = getattr(torchvision.models, f"resnet{depth}")(weights=None, num_classes=num_classes)
+    make = getattr(torchvision.models, f"resnet{depth}")
+    if model.width == 1:
+        network: nn.Module = make(weights=None, num_classes=num_classes)
+    else:
+        with torch.device("meta"):  # all weights are made anew
+            network = make(weights=None, num_classes=num_classes)
+        _narrow(network, model.width)
+        he_fan_out(network)
     if (model.stem or ("small" if image_size <= schema.SMALL_STEM_UP_TO else "imagenet")) == "small":
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        stem = network.get_submodule("conv1")
+        assert isinstance(stem, nn.Conv2d)
+        network.conv1 = nn.Conv2d(3, stem.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
         he_fan_out(network.conv1)
         network.maxpool = nn.Identity()
     if model.dropout:
         network.avgpool = nn.Sequential(network.get_submodule("avgpool"), nn.Dropout(model.dropout))
     return network
+
+
+def _narrow(network: nn.Module, width: float) -> None:
+    """Replace each layer by one of round(width · C) channels where it has C; in place.
+
+    Images and logits keep theirs. Equal numbers stay equal, so that residual sums fit.
+    """
+
+    def fewer(channels: int) -> int:
+        return max(1, round(channels * width))
+
+    for name, module in list(network.named_modules()):
+        parent, _, own = name.rpartition(".")
+        made: nn.Module
+        if isinstance(module, nn.Conv2d):
+            before = module.in_channels if name == "conv1" else fewer(module.in_channels)
+            shape = {"kernel_size": module.kernel_size, "stride": module.stride, "padding": module.padding}
+            made = nn.Conv2d(before, fewer(module.out_channels), **shape, bias=False)  # type: ignore[arg-type]
+        elif isinstance(module, nn.BatchNorm2d):
+            made = nn.BatchNorm2d(fewer(module.num_features))
+        elif isinstance(module, nn.Linear):
+            made = nn.Linear(fewer(module.in_features), module.out_features)
+        else:
+            continue
+        setattr(network.get_submodule(parent), own, made)
 
 
 def _vgg(model: schema.VGGConfig, depth: int, num_classes: int, image_size: int) -> nn.Module:

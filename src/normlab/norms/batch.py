@@ -167,7 +167,9 @@ class FrozenBatchNorm(Variant):
     """
 
     takes = ("scales", "shifts", "running statistics")
-    refused: ClassVar[dict[str, dict[str, str]]] = {"init": {"zero_gamma": "its scales are those of trained weights"}}
+    refused: ClassVar[dict[str, dict[str, str]]] = {
+        "init": dict.fromkeys(("zero_gamma", "uniform_gamma"), "its scales are those of trained weights")
+    }
 
     eps: float = option(1e-5, gt=0)
     train_affine: bool = option(False)

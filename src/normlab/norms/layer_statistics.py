@@ -31,6 +31,7 @@ class BatchStatistics(FullPrecision):
     alone: bool = True  # moves its averages in its forward pass; else `Steps.end` moves those of all layers together
     pending: tuple[Tensor, ...] | None = None  # statistics of the newest batch, which the averages have yet to take
     takes_single_values: ClassVar[bool] = False  # whether a group may have a single value per channel
+    forwards_again: ClassVar[bool] = False  # whether the averages take the batch as it is after the update
     slides_over_groups: ClassVar[bool] = False  # whether several processes must have as many groups each
     norm_batch: int | None = None  # images of a group; None: all of the batch
     synchronized = False  # one group over all processes of torch.distributed
@@ -122,9 +123,11 @@ class BatchStatistics(FullPrecision):
                 pairs = zip(statistics, others, strict=True)
                 statistics = tuple(torch.lerp(s, other, rest / images) for s, other in pairs)
         if self.training:
+            statistics = self.to_note(*statistics)
             with torch.no_grad():
                 if self.averages_over_processes and processes() > 1:
-                    statistics = mean_over_processes(torch.cat(statistics), images).chunk(len(statistics))
+                    together = mean_over_processes(torch.cat(statistics), images)
+                    statistics = torch.split(together, [len(each) for each in statistics])
             self.note(*statistics)
         return output
 
@@ -133,6 +136,14 @@ class BatchStatistics(FullPrecision):
         self.pending = statistics
         if self.alone:
             move_averages([self])
+
+    def to_note(self, *statistics: Tensor) -> tuple[Tensor, ...]:
+        """Return what is noted of a batch, vectors without gradient, from the means over groups of its statistics."""
+        return statistics
+
+    def remember(self, *statistics: Tensor) -> tuple[Tensor, ...]:
+        """Return what each of `averages` takes of a batch's statistics, as noted, after the step; without gradient."""
+        return statistics
 
     def batch_mean(self, input: Tensor) -> Tensor:
         """Return the mean (C,) over images, H and W of float32 or float64 (n, C, H, W).
@@ -173,11 +184,7 @@ def move_averages(layers: Iterable[BatchStatistics]) -> None:
         counters = [layer.get_buffer(layer.counter) for layer in same if layer.counter is not None]
         if counters:
             torch._foreach_add_(counters, 1)
-        pairs = [
-            (layer.get_buffer(name), statistic)
-            for layer in same
-            for name, statistic in zip(layer.averages, layer.pending or (), strict=bool(layer.pending))
-        ]
+        pairs = [(layer.get_buffer(name), statistic) for layer in same for name, statistic in _to_take(layer)]
         for layer in same:
             layer.pending = None
         if not pairs:
@@ -191,6 +198,11 @@ def move_averages(layers: Iterable[BatchStatistics]) -> None:
             torch._foreach_lerp_(averages, statistics, torch.split(spread, sizes))
         else:
             torch._foreach_lerp_(averages, statistics, newest)
+
+
+def _to_take(layer: BatchStatistics) -> Iterator[tuple[str, Tensor]]:
+    taken = layer.remember(*layer.pending) if layer.pending else ()  # nothing where PyTorch's kernel took it already
+    return zip(layer.averages, taken, strict=bool(taken))
 
 
 class _AllReduce(torch.autograd.Function):

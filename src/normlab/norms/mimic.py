@@ -11,7 +11,7 @@ from normlab.common.registry import option, register
 from normlab.norms.batch import GroupedBatchNorm2d
 from normlab.norms.layer_statistics import BatchStatistics, processes
 from normlab.norms.plain import NoNorm, set_bias
-from normlab.norms.residual import Branch, find_branches, insert_after
+from normlab.norms.residual import Branch, end_with, find_branches, insert_after
 from normlab.norms.sites import Site
 
 LARGE = 50  # inputs of a filter, above which the authors' code for CIFAR centers a convolution
@@ -158,8 +158,7 @@ class MimicNorm(NoNorm):
 def scale_branch(network: fx.GraphModule, branch: Branch, number: int) -> None:
     """Multiply the output of a residual branch, and of a shortcut that has convolutions, by a `LearnedScale`."""
     start = 1.2 ** len(branch.convolutions) / number
-    scaled = insert_after(network, branch.end, f"{branch.convolutions[-1]}_scale", LearnedScale(start))
-    branch.sum.replace_input_with(branch.end, scaled)
+    end_with(network, branch, "scale", LearnedScale(start))
     if branch.shortcut_convolutions:
         name = f"{branch.shortcut_convolutions[-1]}_scale"
         start = 1.2 ** len(branch.shortcut_convolutions)

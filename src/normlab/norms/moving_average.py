@@ -22,6 +22,12 @@ from normlab.norms.sites import Variant, copy_affine
 from normlab.norms.steps import Clock
 from normlab.norms.weights import ReparametrizedConv2d
 
+# `refused` of a variant whose backward pass has averages of gradients.
+APPROXIMATE_BACKWARD = {
+    "precision": {"fp16": "its averages of gradients cannot follow a loss scale that changes; use bf16"},
+    "probe": {"sharpness": "its backward pass is not the derivative of the loss, so there is no Hessian"},
+}
+
 
 class _Scaled(torch.autograd.Function):
     """y = gamma · r · z + beta with z = x / sqrt(s + eps), for x (k, G·C, H, W), gamma and beta (G·C,).
@@ -306,10 +312,7 @@ class CenteredConv2d(ReparametrizedConv2d):
 class _MovingVariant(Variant):
     """A variant with phases, by one clock for all layers."""
 
-    refused: ClassVar[dict[str, dict[str, str]]] = {
-        "precision": {"fp16": "its averages of gradients cannot follow a loss scale that changes; use bf16"},
-        "probe": {"sharpness": "its backward pass is not the derivative of the loss, so there is no Hessian"},
-    }
+    refused: ClassVar[dict[str, dict[str, str]]] = APPROXIMATE_BACKWARD
     layer: ClassVar[type[MovingSquare]]
 
     eps: float = option(1e-5, gt=0)

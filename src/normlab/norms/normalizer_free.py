@@ -1,5 +1,6 @@
 """Training residual networks without normalization: Fixup, and normalizer-free (NF) networks."""
 
+from collections.abc import Container
 from typing import ClassVar
 
 import torch
@@ -7,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normlab.common.registry import option, register
-from normlab.norms.residual import Branch, find_branches, fixup_start, insert_after
+from normlab.norms.mimic import LearnedScale
+from normlab.norms.plain import NoNorm
+from normlab.norms.residual import Branch, end_with, find_branches, fixup_start, insert_after, required
 from normlab.norms.sites import NO_GAMMA, Site, Variant, activation_of
 from normlab.norms.steps import WEIGHT_LAYERS, Role
 from normlab.norms.weights import ReparametrizedConv2d
@@ -110,8 +113,7 @@ class Fixup(Variant):
         """Give branches and layers with weights their scalars, and weights their start."""
         fixup_start(network, "norm=fixup")
         for branch in find_branches(network):
-            affine = insert_after(network, branch.end, f"{branch.convolutions[-1]}_affine", ScalarAffine())
-            branch.sum.replace_input_with(branch.end, affine)
+            end_with(network, branch, "affine", ScalarAffine())
         self._shift_inputs(network)
         for module in network.modules():
             if isinstance(module, (ScalarBias, *WEIGHT_LAYERS)):
@@ -143,6 +145,35 @@ class Fixup(Variant):
 
 def _has_weights(network: fx.GraphModule, node: fx.Node) -> bool:
     return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), WEIGHT_LAYERS)
+
+
+_ZERO_ONCE = {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
+
+
+@register("skipinit", family="weights, starts and gradients", order=33)
+class SkipInit(NoNorm):
+    """SkipInit (De & Smith 2020, 2002.10444): no normalization, and residual branches f that start at zero.
+
+        h' = h + s · f(h)        one learned scalar s per branch, from `start`
+
+    The paper starts s at 0, or at a small value, 1 / sqrt(number of branches) or less.
+    With `conv_bias` convolutions have a bias, which starts at 0, in the place of the norm's shift.
+    Invariant: at the start (of 0) every residual sum equals its shortcut.
+    """
+
+    needs_convolution = True
+    refused: ClassVar[dict[str, dict[str, str]]] = {
+        "init": NO_GAMMA["init"]
+        | _ZERO_ONCE
+        | {"bn_folded": "its branches start at zero, and not with the function of the BN network"}
+    }
+
+    start: float = option(0.0, ge=0)
+
+    def graph(self, network: fx.GraphModule, sites: list[Site]) -> None:
+        """Multiply the output of each branch."""
+        for branch in required(find_branches(network), type(network).__name__, "norm=skipinit"):
+            end_with(network, branch, "scale", LearnedScale(self.start))
 
 
 class ScaledStandardConv2d(ReparametrizedConv2d):
@@ -209,10 +240,7 @@ class NormalizerFree(Variant):
 
     needs_convolution = True
     takes = ()
-    refused: ClassVar[dict[str, dict[str, str]]] = {
-        "init": NO_GAMMA["init"]
-        | {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
-    }
+    refused: ClassVar[dict[str, dict[str, str]]] = {"init": NO_GAMMA["init"] | _ZERO_ONCE}
 
     alpha: float = option(0.2, gt=0)
     eps: float = option(1e-4, gt=0)
@@ -233,10 +261,9 @@ class NormalizerFree(Variant):
         for node in centered:
             _gain(network, node)
         branches = find_branches(network)  # again, as gains are among their nodes now
-        _downscale(network, branches, self.alpha)
+        downscale(network, branches, self.alpha)
         for branch in branches:
-            scale = insert_after(network, branch.end, f"{branch.convolutions[-1]}_scale", ScalarScale(self.alpha))
-            branch.sum.replace_input_with(branch.end, scale)
+            end_with(network, branch, "scale", ScalarScale(self.alpha))
 
 
 def _gain(network: fx.GraphModule, node: fx.Node) -> None:
@@ -251,10 +278,13 @@ def _gain(network: fx.GraphModule, node: fx.Node) -> None:
         after.replace_input_with(user, gained)
 
 
-def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) -> None:
+def downscale(
+    network: fx.GraphModule, branches: list[Branch], alpha: float, *, uncounted: Container[fx.Node] = ()
+) -> None:
     """Divide the input of branches, and of shortcuts with convolutions, by its expected standard deviation.
 
-    Convolutions, activations and pooling keep the variance of their input; a sum adds alpha² times the branch's.
+    Convolutions, activations and pooling keep the variance of their input; a sum adds alpha² times the branch's, unless
+    it is one of `uncounted`.
     """
     sums = {branch.sum: branch for branch in branches}
     takers: dict[fx.Node, list[fx.Node]] = {branch.entry: [] for branch in branches}
@@ -263,7 +293,8 @@ def _downscale(network: fx.GraphModule, branches: list[Branch], alpha: float) ->
     variance: dict[fx.Node, float] = {}
     for node in list(network.graph.nodes):
         if node in sums:
-            variance[node] = variance[sums[node].shortcut] + alpha**2 * variance[sums[node].end]
+            added = 0.0 if node in uncounted else alpha**2 * variance[sums[node].end]
+            variance[node] = variance[sums[node].shortcut] + added
         else:
             variance[node] = next((variance[input] for input in node.all_input_nodes), 1.0)
         if node in takers and variance[node] != 1:

@@ -121,7 +121,14 @@ def insert_after(network: fx.GraphModule, node: fx.Node, name: str, module: nn.M
         return network.graph.call_module(name, (node,))
 
 
-def _required(branches: list[Branch], name: str, setting: str) -> list[Branch]:
+def end_with(network: fx.GraphModule, branch: Branch, name: str, module: nn.Module) -> None:
+    """Put a new module between the end of a residual branch and the sum, named after the branch's last convolution."""
+    end = insert_after(network, branch.end, f"{branch.convolutions[-1]}_{name}", module)
+    branch.sum.replace_input_with(branch.end, end)
+
+
+def required(branches: list[Branch], name: str, setting: str) -> list[Branch]:
+    """Return `branches`, or raise a UserError if there is none in the network called `name`."""
     if not branches:
         raise UserError(
             f"{setting} is about residual branches, and {name} has none.\n"
@@ -140,7 +147,7 @@ def zero_gamma(network: nn.Module) -> None:
     """
     traced = trace(network)
     name = type(traced).__name__
-    for branch in _required(find_branches(traced), name, "init=zero_gamma"):
+    for branch in required(find_branches(traced), name, "init=zero_gamma"):
         norm = traced.get_submodule(branch.norm) if branch.norm else None
         scale = getattr(norm, "weight", None)
         if scale is None:
@@ -162,7 +169,7 @@ def fixup_start(network: nn.Module, setting: str = "init=fixup") -> None:
         UserError: if the network has no residual branch.
     """
     traced = network if isinstance(network, fx.GraphModule) else trace(network)
-    branches = _required(find_branches(traced), type(traced).__name__, setting)
+    branches = required(find_branches(traced), type(traced).__name__, setting)
     for branch in branches:
         *inner, last = (traced.get_submodule(name) for name in branch.convolutions)
         for convolution in inner:

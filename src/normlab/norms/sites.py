@@ -47,7 +47,12 @@ _METHODS = {
 }  # fmt: skip
 
 # `refused` of a variant that leaves nothing of gamma: the run would be that of init=default under another name.
-NO_GAMMA = {"init": {"zero_gamma": "it has no scale per channel that could start at zero"}}
+NO_GAMMA = {
+    "init": {
+        "zero_gamma": "it has no scale per channel that could start at zero",
+        "uniform_gamma": "it has no scale per channel that could be drawn",
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,11 @@ class Variant:
 
     normalizes = True  # False: init=bn_folded may fold statistics into its convolutions
     needs_convolution = False  # whether a site without one is refused
+    rewrites: tuple[type[nn.Conv2d], ...] = ()  # convolutions with weights of their own that it can rewrite
     takes: tuple[str, ...] = ("scales", "shifts")  # what it takes of norms that were trained: "running statistics", too
     refused: ClassVar[dict[str, dict[str, str]]] = {}  # setting -> value -> why a run cannot have it with this variant
     name: str | None = None  # as the user calls it
+    replay: tuple[int, int, int] | None = None  # tasks; images of the current one, of the memory, in a batch
 
     def __init__(self, *, norm_batch: int | None = None, **options: Any) -> None:
         self.norm_batch = norm_batch  # images that share statistics; None: all of the batch
@@ -334,6 +341,8 @@ class _Rewriting:
     def _check_plain(self, name: str) -> None:
         """Refuse a convolution that does not convolve with its parameter `weight` as nn.Conv2d does."""
         layer = self.network.get_submodule(name)
+        if isinstance(layer, self.variant.rewrites):
+            return
         own_forward = type(layer).forward is not nn.Conv2d.forward or "forward" in vars(layer)
         if own_forward or is_parametrized(layer) or not isinstance(layer.weight, nn.Parameter):
             raise UserError(

@@ -84,13 +84,32 @@ class Steps:
         for layer in self._layers:
             layer.alone, layer.pending = False, None
 
-    def end(self) -> None:
-        """Call after each training step."""
+    def end(self, again: Callable[[], object] | None = None) -> None:
+        """Call after each training step.
+
+        Args:
+            again: forwards the step's batch once more, for layers that keep its statistics as they are after the
+                update (mbn_style). Without it they keep those of the step's forward pass.
+        """
+        if again is not None and any(layer.forwards_again for layer in self._layers):
+            self._forward_again(again)
         move_averages(self._layers)
         for layer in self._layers:
             layer.alone = True
         for after_step in self._after:
             after_step()
+
+    def _forward_again(self, again: Callable[[], object]) -> None:
+        """Let layers note statistics anew, but for those that do not want it, whose averages stay where they are."""
+        others = [(layer, layer.pending, layer.momentum) for layer in self._layers if not layer.forwards_again]
+        for layer in self._layers:
+            layer.pending = None
+        for layer, *_ in others:
+            layer.momentum = 0.0
+        with torch.no_grad():
+            again()
+        for layer, pending, momentum in others:
+            layer.pending, layer.momentum = pending, momentum
 
 
 def parameter_roles(network: nn.Module) -> Iterator[tuple[nn.Parameter, Role, float]]:

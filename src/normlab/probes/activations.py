@@ -15,6 +15,7 @@ from normlab.probes.base import Probe, ProbedNetwork, Row, evenly_spaced
 from normlab.probes.snapshot import StepSnapshot
 
 LARGE = 3.0  # [A] standard deviations beyond which a value counts as large
+SUMMED = 2**16  # features that are in float64 at a time
 RANGE = 5.0  # [A] standard deviations of the first measurement that a histogram reaches to either side
 
 
@@ -29,6 +30,12 @@ class Activations(Probe):
                                                                           (skewness: over those that vary)
         large = share of |y| > 3,   large_normalised = share of |x - mean x| / std x > 3, per channel
         output_norm = sqrt(mean x²)                       of the convolution's output, over all values
+
+    With A (N, C·H·W), a row per sample, the values of y as they are, not centered, and a_n its rows:
+
+        sample_cosine = mean over pairs n != m of a_n · a_m / (|a_n| |a_m|), of the samples that are not all zero:
+            its rise is feature condensation (Wang et al. 2023, 2311.15993; Lubana et al. 2021, 2106.05956)
+        stable_rank = |A|_F² / |A|_2² = trace G / largest eigenvalue of G,   G = A·A^T (N, N); from 1 to N
 
     `histogram` counts the values of y of one channel, drawn by the layer's name, of a few layers, between `edges`:
     from -5 to 5 standard deviations about the mean at the run's first measurement. What is beyond counts as in the
@@ -56,7 +63,7 @@ class Activations(Probe):
         def record(layer: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             # At once: the activation that follows may work in place.
             rows[layer] = {"layer": layer, "position": layers.index(layer), **_moments(inputs[0], output)}
-            rows[layer] |= self._histogram(layer, output)
+            rows[layer] |= _between_samples(output) | self._histogram(layer, output)
 
         snapshot.forward_with_hooks({layer: partial(record, layer) for layer in layers})
         yield from (rows[layer] for layer in layers)
@@ -97,6 +104,23 @@ class Activations(Probe):
             if not all(map(math.isfinite, each)) or each != sorted(each):
                 raise ValueError("probes.activations has edges out of order")
         self.edges = edges
+
+
+def _between_samples(y: Tensor) -> Row:
+    """Return `sample_cosine` and `stable_rank` of y (N, ...); nan where they are not defined."""
+    parts = torch.split(y.flatten(1), SUMMED, 1)
+    gram = (
+        torch.stack([part.double() @ part.double().T for part in parts]).sum(0).cpu()
+    )  # float64, which autocast leaves alone
+    if not gram.isfinite().all():
+        return {"sample_cosine": math.nan, "stable_rank": math.nan}
+    gram = gram[gram.diagonal() > 0][:, gram.diagonal() > 0]  # samples of zeros have no direction and no part in A
+    samples, unit = len(gram), gram.diagonal().rsqrt()
+    pairs = samples * (samples - 1)
+    return {
+        "sample_cosine": float((unit @ gram @ unit - samples) / pairs) if pairs else math.nan,
+        "stable_rank": float(gram.trace() / torch.linalg.eigvalsh(gram)[-1]) if samples else math.nan,
+    }
 
 
 def _moments(x: Tensor, y: Tensor) -> Row:

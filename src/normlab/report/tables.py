@@ -8,7 +8,7 @@ from normlab.report import more_seeds
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.images import image_tables
 from normlab.report.analysis.metrics import Metric, metric_of
-from normlab.report.analysis.tables import build_tables, probe_tables
+from normlab.report.analysis.tables import build_tables, probe_tables, task_tables
 from normlab.report.analysis.tuned_tables import tuned_tables, with_cost_of_trials
 from normlab.report.analysis.tuning import tune
 from normlab.report.claims import texts
@@ -34,7 +34,7 @@ def make_tables(study: Study, metric: Metric, options: Options) -> list[Table]:
     baseline = options.baseline if options.baseline in set(study.runs["arm"]) else None
     tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
     tables += [*tuned_tables(study, options.confidence), *image_tables(study, baseline, options.confidence)]
-    tables += probe_tables(study, options.confidence)
+    tables += [*task_tables(study, options.confidence), *probe_tables(study, options.confidence)]
     return [_said_to_be_tuned(with_cost_of_trials(table, study), study) for table in tables]
 
 

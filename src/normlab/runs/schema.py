@@ -225,6 +225,8 @@ EVALUATION = {
     "epoch": Bounds(0, MOST_EPOCHS, whole=True, needed=True),  # 0: of imported runs, before training
     "step": _STEP,
     **{f"{images}_accuracy": _ACCURACY for images in ("train", "val", "test")},
+    "task": Bounds(1, MOST_COLUMNS, whole=True),
+    **{f"task_{number}_accuracy": _ACCURACY for number in range(1, MOST_COLUMNS)},
     "images_per_second": Bounds(0),
     "wall_seconds": Bounds(0, MOST_SECONDS),
 }

@@ -48,11 +48,15 @@ def spread_over_epochs(config: Mapping[str, Any]) -> str:
         "" if its first epochs are those of a longer run, as far as the settings tell.
     """
     schedule, norm = config["schedule"]["name"], config["norm"]
+    if config["sampler"]["name"] == "class_incremental":
+        return "sampler=class_incremental spreads its tasks over all epochs"
     if schedule != "constant":
         return f"schedule={schedule} spreads over all epochs"
     for option in ("unit", "ramp_unit"):
         if norm.get(option) == "fraction":
             return f"norm={norm['name']} changes with the share of all epochs that is done (norm.{option}=fraction)"
+    if config["model"].get("binarize_at", 0) not in (0, 1):
+        return "model=binary_resnet has binary weights after a share of all epochs (model.binarize_at)"
     for name, probe in config["probe"].items():
         if probe["times"] is not None and probe["times"] > 1:
             return f"probe={name} measures {probe['times']} times, evenly over all epochs (probe.{name}.steps does not)"

@@ -30,6 +30,7 @@ _FORM: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("threads", "processes", "peak_memory_bytes"), int),
     "averaged": (dict, type(None)),
 }
+_OF_SOME = {"exemplar_ranks"}  # of runs that choose their memory; `resume` compares it with theirs
 
 
 class _Hashing:
@@ -135,7 +136,7 @@ def read(path: Path, run_id: str) -> dict[str, Any]:
             raise ValueError(f"it lacks {key}")
         if not isinstance(checkpoint[key], kind) or isinstance(checkpoint[key], bool):
             raise ValueError(f"its {key} is of another kind")
-    if unknown := checkpoint.keys() - _FORM.keys():
+    if unknown := checkpoint.keys() - _FORM.keys() - _OF_SOME:
         raise ValueError(f"it has {len(unknown)} unknown keys")
     if checkpoint["run_id"] != run_id:
         raise ValueError("it belongs to another run")

@@ -50,14 +50,18 @@ class AdaptiveClipping:
 
     With `vectors`, as in the authors' code, every vector and scalar (bias, gain, a branch's scalar, also the
     classifier's bias) counts as one unit. One that starts at 0 then takes at most 1e-3 · ratio of a gradient at first.
+    A module that is `unclipped` is left alone.
     Invariant: no unit's gradient is longer than `ratio` times its weights, which keeps relative updates small.
     """
 
     def __init__(self, network: nn.Module, ratio: float, *, vectors: bool) -> None:
         self.ratio = ratio
         left_alone = set(network.get_submodule(classifier_of(network)).parameters())
+        unclipped = {p for m in network.modules() if getattr(m, "unclipped", False) for p in m.parameters()}
         self.parameters = [
-            p for p in network.parameters() if p.requires_grad and (vectors if _is_vector(p) else p not in left_alone)
+            p
+            for p in network.parameters()
+            if p.requires_grad and p not in unclipped and (vectors if _is_vector(p) else p not in left_alone)
         ]
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from normlab.common.rng import key
 from normlab.data.batches import Split
 from normlab.norms import batch_statistics, independent_processes, precise_statistics
 from normlab.probes import Probes, StepSnapshot
+from normlab.training import class_incremental
 from normlab.training.device import autocast, generator_of
 from normlab.training.evaluation import Evaluation
 from normlab.training.interrupt import StopRequest
@@ -36,8 +37,10 @@ def train(state: TrainingState, recorder: Recorder, stop: StopRequest) -> None:
         while position.epoch < config.epochs:
             train_epoch(state, supervisor)
             done = position.epoch + 1
-            if done % config.eval_every == 0 or done == config.epochs:
+            if done % config.eval_every == 0 or done == config.epochs or state.ends_task:
                 recorder.metrics(evaluate_epoch(state, supervisor))
+            if state.ends_task and state.herding:
+                class_incremental.choose_exemplars(state, state.herding)
             position.next_epoch()
             recorder.heartbeat(state)
     except InterruptedRunError:  # an interrupted evaluation or measurement of probes begins anew in a resume
@@ -53,6 +56,8 @@ def train_epoch(state: TrainingState, supervisor: Supervisor) -> None:
         InterruptedRunError: when a stop was requested.
     """
     step, engine, position = state.step, state.engine, state.position
+    if state.data.train.tasks:
+        class_incremental.start_epoch(state, state.data.train.tasks)
     step.network.train()
     supervisor.start_epoch()
     engine.start_epoch(position.epoch)
@@ -126,6 +131,7 @@ def evaluate_epoch(state: TrainingState, supervisor: Supervisor) -> dict[str, An
         InterruptedRunError: when a stop was requested.
     """
     config, data, position, task = state.config, state.data, state.position, state.step.task
+    tasks = data.train.tasks
     network = state.step.averaged.module if state.step.averaged else state.step.network
     end = state.steps_until(position.epoch + 1)
     sizes = torch.full_like(position.losses, config.batch)
@@ -136,7 +142,11 @@ def evaluate_epoch(state: TrainingState, supervisor: Supervisor) -> dict[str, An
         for name, split in (("val", data.val), ("test", data.test)):
             if split is not None:
                 evaluation = evaluate(state, network, name, split, supervisor)
-                row |= task.metrics(name, float(evaluation.loss), int(evaluation.correct), len(split))
+                images = tasks.seen_images(position.epoch, split.labels) if tasks else len(split)
+                if images:  # of the classes that have come, there may be none
+                    row |= task.metrics(name, float(evaluation.loss), int(evaluation.correct), images)
+                if name == "test" and tasks:
+                    row |= tasks.accuracies(position.epoch, evaluation.hits.cpu(), split.labels)
                 if name == "test" and position.epoch + 1 == config.epochs and data.test_order:
                     state.correct = evaluation.hits.bool().cpu()
     supervisor.stopwatch.lap(training=False)

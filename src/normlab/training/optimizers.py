@@ -118,19 +118,33 @@ def _in_memory_order(row: tuple[Tensor, ...]) -> list[Tensor]:
     return [one.permute(order) if one.dim() else one for one in row]
 
 
+def restart_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Set an optimizer to where one that is new would be, in place: a captured step keeps its tensors."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float = 1.0) -> float:
     """Return the learning rate of `step` (0-based) of a run, of parameters that learn at the rate over `divisor`.
 
     After a linear warm-up that reaches `base` at its end, the schedule runs over the rest, t in [0, 1):
     step: base · gamma^(milestones passed, as fractions of the whole run); cosine: from base to final_lr by
     half a cosine; polynomial: final_lr + (base - final_lr) · (1 - t)^power. `divisor` divides base, and final_lr only
-    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate.
+    with `divide_final_lr`: in the code of Davis & Frank 2021 all parameters end at one rate. With `cycles` this
+    holds of each of the equal parts that the run is then made of.
     """
     return _undivided_rate(config, step, steps_per_epoch, divisor) / divisor
 
 
 def _undivided_rate(config: RunConfig, step: int, steps_per_epoch: int, divisor: float) -> float:
-    schedule, base, epochs = config.schedule, config.optimizer.lr, config.epochs
+    schedule, base = config.schedule, config.optimizer.lr
+    steps = config.scheduled_epochs * steps_per_epoch
+    step %= steps  # each task has a schedule of its own
+    cycles = getattr(schedule, "cycles", 1)
+    step -= math.ceil(step * cycles // steps * steps / cycles)  # the first of its cycle
+    epochs = config.scheduled_epochs / cycles
     warmup = schedule.warmup_epochs
     epoch = step / steps_per_epoch
     if epoch < warmup:

@@ -191,6 +191,11 @@ def restore(state: TrainingState, saved: Saved, run: runs.Run) -> None:
         if state.probes:
             state.probes.load_state_dict(content["probes"])
         step.scaler.load_state_dict(content["scaler"])
+        if state.herding:
+            state.herding.ranks.copy_(content["exemplar_ranks"])
+            epoch = content["position"]["epoch"]
+            if state.herding.epochs <= epoch < state.config.epochs and not len(state.herding.exemplars(1)):
+                raise ValueError("exemplar_ranks leave the memory empty")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         why = first_line(error) or type(error).__name__
         if saved.shorter is None and _network_changed(state, saved):

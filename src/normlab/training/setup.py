@@ -26,7 +26,7 @@ from normlab.training.optimizers import build_optimizer
 from normlab.training.record import Recorder
 from normlab.training.state import Position, TrainingState
 from normlab.training.step import TrainingStep
-from normlab.training.tasks import Task, task_of
+from normlab.training.tasks import SeenClasses, Task, task_of
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 CHANNELS_LAST_FROM = 16  # pixels, on a CPU: smaller maps gain nothing or lose (docs/performance.md)
@@ -82,7 +82,10 @@ def set_up(
     make_way()
     images = torch.zeros(1, data.channels, data.image_size, data.image_size, device=where)
     memory_format = saved["memory_format"] if saved else choose_memory_format(config, network, images)
-    step = build_step(config, network, task_of(data.task, config.label_smoothing), images, group, memory_format)
+    task: Task = task_of(data.task, config.label_smoothing)
+    if data.train.tasks:
+        task = SeenClasses(len(data.classes), where)
+    step = build_step(config, network, task, images, group, memory_format)
     make_way()
     device.forget_peak_memory(where)
     position = Position.start(data.train.steps, where)

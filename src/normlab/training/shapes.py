@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from normlab import models
 from normlab.common.errors import UserError, first_line
-from normlab.config.schema import Paired, RegressionDataset, RunConfig
+from normlab.config.schema import ClassIncremental, Paired, RegressionDataset, RunConfig
 from normlab.data.datasets import Data
 from normlab.data.inventory import Inventory
 from normlab.norms import batch_norm_refused, independent_processes
@@ -53,8 +53,10 @@ def of_inventory(config: RunConfig, data: Inventory) -> Shapes | None:
     """Return the shapes of a run before its data is read, in one process; None if the size is not known."""
     dataset, whole = config.dataset, data.train_images // config.batch * config.batch
     trained = whole if config.drop_last else data.train_images
-    if isinstance(config.sampler, Paired):  # whose batches are all full
+    if isinstance(config.sampler, Paired):  # whose batches are all full, as those of the next
         trained = -(-data.train_images // config.batch) * config.batch
+    elif isinstance(config.sampler, ClassIncremental):
+        trained = config.batch
     if isinstance(dataset, RegressionDataset):
         batches = _batches(config, [trained, 0, data.test_images], 1)
         return Shapes(dataset.features, 1, dataset.features, batches)

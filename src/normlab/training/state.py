@@ -10,6 +10,7 @@ from torch import Tensor
 
 from normlab.config.schema import RunConfig
 from normlab.data.datasets import Data
+from normlab.data.incremental import TaskSequence
 from normlab.probes import Probes
 from normlab.training import device
 from normlab.training.distributed.process_group import ProcessGroup
@@ -120,6 +121,18 @@ class TrainingState:
         """Return the number of steps before `epoch`."""
         return epoch * self.data.train.steps
 
+    @property
+    def ends_task(self) -> bool:
+        """Whether the position's epoch is the last one of a task."""
+        tasks = self.data.train.tasks
+        return tasks is not None and (self.position.epoch + 1) % tasks.epochs == 0
+
+    @property
+    def herding(self) -> TaskSequence | None:
+        """The tasks of a run whose network chooses the images that are kept; None of others."""
+        tasks = self.data.train.tasks
+        return tasks if tasks is not None and tasks.sampler.exemplars == "herding" else None
+
     def peak_memory(self) -> int:
         """Return the run's highest memory use in bytes, as far as this process knows it."""
         return max(self.peak_memory_before, device.peak_memory_bytes(self.device))
@@ -143,4 +156,5 @@ class TrainingState:
             "memory_format": self.memory_format,
             "processes": self.group.world,
             "peak_memory_bytes": self.peak_memory_before,
+            **({"exemplar_ranks": self.herding.ranks} if self.herding else {}),
         }

@@ -56,7 +56,12 @@ class TrainingStep:
         with updating(self.device):
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.layers.end()
+        self.layers.end(lambda: self._outputs(images))
         if self.averaged:
             self.averaged.update_parameters(self.network)
         return loss.detach(), self.task.correct(outputs, labels)
+
+    def _outputs(self, images: Tensor) -> Tensor:
+        with autocast(self.config, self.device):
+            outputs: Tensor = self.parallel(images)
+        return outputs

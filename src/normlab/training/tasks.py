@@ -3,6 +3,7 @@
 Losses and numbers of correct classifications of shares of a batch, or of batches of an evaluation, add up.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -43,6 +44,41 @@ class Classification:
     def metrics(self, part: str, loss: float, correct: int, images: int) -> dict[str, float]:
         """Return the means over the images of a part of the data, from sums."""
         return {f"{part}_loss": loss / images, f"{part}_accuracy": correct / images}
+
+
+class SeenClasses(Classification):
+    """Classification among the classes that have come so far, whose others have logits of -inf.
+
+    So it is a classifier that grows, up to the start of its new rows, with tensors of one size. Evaluations sum over
+    the images of classes that have come.
+
+    Args:
+        classes: the number of all.
+        device: of the outputs.
+
+    Attributes:
+        seen: whether each class has come; bool (classes,), changed in place.
+    """
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        super().__init__(label_smoothing=0.0)
+        self.seen = torch.ones(classes, dtype=torch.bool, device=device)
+
+    def _among_seen(self, outputs: Tensor) -> Tensor:
+        return outputs.masked_fill(~self.seen, -math.inf)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Classification`."""
+        return super().loss(self._among_seen(outputs), targets)
+
+    def test_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Classification`."""
+        losses = F.cross_entropy(self._among_seen(outputs).float(), targets, reduction="none")
+        return torch.where(self.seen.index_select(0, targets), losses, 0.0).sum()
+
+    def hits(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """See `Classification`."""
+        return super().hits(self._among_seen(outputs), targets) & self.seen.index_select(0, targets)
 
 
 class Regression:

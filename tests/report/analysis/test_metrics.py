@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 from planted import PLANTABLE, Planted, evaluations_of, probes_of
 
-from normlab.report.analysis.metrics import METRICS, chance
+from normlab.report.analysis.metrics import METRICS, chance, ends_of_tasks, task_metrics
 
 
 @pytest.mark.parametrize("name", PLANTABLE)
@@ -30,6 +30,24 @@ def test_what_was_not_measured_is_nan(name):
 def test_a_landscape_that_overflows_at_most_steps_is_infinite():
     rows = pd.DataFrame({"step": [0, 1, 2], "loss_low": [1.0] * 3, "loss_high": [2.0, math.nan, math.nan]})
     assert METRICS["loss_band"].read(rows) == math.inf
+
+
+def test_accuracy_and_forgetting_over_tasks_by_hand():
+    """Four tasks of two evaluations, of which the second counts."""
+    ends = [(0.9,), (0.7, 0.8), (0.75, 0.5, 0.6), (0.2, 0.6, 0.1, 1.0)]
+    rows = []
+    for task, accuracies in enumerate(ends, start=1):
+        of_each = {f"task_{n}_accuracy": x for n, x in enumerate(accuracies, start=1)}
+        end = {"task": task, "test_accuracy": sum(accuracies) / task, **of_each}
+        rows += [{**end, **dict.fromkeys(of_each, 1.0), "test_accuracy": 1.0}, end]
+    frame = pd.DataFrame(rows).assign(epoch=range(1, 9), run="one")
+    expected = (90 + 75 + 185 / 3 + 47.5) / 4
+    assert METRICS["incremental_accuracy"].read(frame) == pytest.approx(expected)
+    assert METRICS["forgetting"].read(frame) == pytest.approx(((90 - 20) + (80 - 60) + (60 - 10)) / 3)
+    assert [metric.name for metric in task_metrics(frame)[2:]] == [f"task_{n}_accuracy" for n in range(1, 5)]
+    assert [metric.read(frame) for metric in task_metrics(frame)[2:]] == pytest.approx([20, 60, 10, 100])
+    both = pd.concat([frame, frame.assign(run="other")])
+    assert list(ends_of_tasks(both)["epoch"]) == [2, 4, 6, 8] * 2
 
 
 @pytest.mark.parametrize("name", ["scale_drift", "shift_drift", "sharpness"])

@@ -367,7 +367,7 @@ def test_activations_change_from_a_step_to_the_next_and_grow_from_the_first_site
     same = {"skewness": 0.5, "large": 0.01, "large_normalised": 0.02}
     rows = [
         {"step": step, "layer": f"bn{i}", "position": i, "mean": 0.3 * (step % 2), "variance": 1.0 - 0.5 * (step % 2)}
-        | {"output_norm": 2.0 * 3.0 ** (i * step), **same}
+        | {"output_norm": 2.0 * 3.0 ** (i * step), "sample_cosine": 0.1 * i, "stable_rank": 2.0**i, **same}
         for step in (0, 1, 8, 9)
         for i in (2, 0, 1)
     ]
@@ -376,6 +376,7 @@ def test_activations_change_from_a_step_to_the_next_and_grow_from_the_first_site
     found = means_by_arm(table).loc["bn"]
     assert (found["mean_change"], found["variance_change"]) == pytest.approx((0.3, 0.5))
     assert found["output_growth"] == pytest.approx(3.0**18)
+    assert (found["sample_cosine"], found["stable_rank"]) == pytest.approx((0.1, 2.0))  # the latter's mean is geometric
     assert (found["large"], found["large_share"], found["skewness"]) == pytest.approx((1, 2, 0.5))
     assert texts_of(table)["digits, resnet18"]["change of mean"].tolist() == ["0.3"]
 

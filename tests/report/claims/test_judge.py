@@ -123,7 +123,6 @@ def normal(mean, sd):
     return lambda generator: generator.normal(mean, sd)
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_without_an_effect_at_most_5_per_cent_of_studies_support_any_claim(judged):
     found = judged(dict.fromkeys(("bn", "affine", "bnminus", "none"), normal(60, 2)), 1001)
@@ -131,7 +130,6 @@ def test_without_an_effect_at_most_5_per_cent_of_studies_support_any_claim(judge
     assert 0 < sum(bool({SUPPORTED, CONTRADICTED} & verdicts) for verdicts in found) <= 70
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_a_difference_of_2_standard_deviations_of_the_paired_differences_is_found_9_times_in_10_with_5_seeds(judged):
     sd = 1.5  # of each arm; that of their differences is larger by the square root of 2
@@ -140,7 +138,6 @@ def test_a_difference_of_2_standard_deviations_of_the_paired_differences_is_foun
     assert found.count({CONTRADICTED}) == 0
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("difference", [-1.0, 1.0, 2.0])
 def test_arms_that_differ_by_the_margin_or_more_are_called_equal_in_at_most_5_per_cent(difference, judged):

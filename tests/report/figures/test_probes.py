@@ -57,6 +57,7 @@ def activations(level, step):
     histogram = {"histogram": [1, 3, 4], "edges": [0.0, 1.0, 2.0, 4.0]}
     for position in range(3):
         place = {"layer": f"bn{position}", "position": position, "output_norm": level * 10.0**position}
+        place |= {"sample_cosine": 0.1 * position + 0.01 * step, "stable_rank": level * (1 + step)}
         yield same | place | (histogram if position == 1 else dict.fromkeys(histogram))
 
 
@@ -144,6 +145,11 @@ def test_activations_are_drawn_along_the_layers_and_as_shares_and_histograms(pla
     assert drawn_lines(inputs)[0] == pytest.approx([0.3, 0.3, 0.3])
     assert (outputs.get_ylabel(), inputs.get_ylabel()) == ("outputs beyond 3 (%)", "inputs beyond 3 std (%)")
     assert "activation_changes" not in found  # of single steps
+    cosines, ranks = found["condensation"].axes
+    assert drawn_lines(cosines) == [pytest.approx([0.1, 0.2, 0.3])] * 2
+    assert drawn_lines(ranks)[0] == pytest.approx([1.25, 13.75, 26.25])
+    assert (cosines.get_ylabel(), ranks.get_ylabel()) == ("cosine of samples", "stable rank")
+    assert drawn_lines(found["sample_cosines"].axes[0])[1] == pytest.approx([0.1, 0.2, 0.3])
     histograms = found["activation_histograms"].axes
     assert [ax.get_title() for ax in histograms] == ["bn\nbn1 (seed 0)", "none\nbn1 (seed 0)"]
     assert [label.get_text() for label in histograms[0].get_yticklabels()] == ["20", "10", "0"]  # downwards

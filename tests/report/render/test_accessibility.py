@@ -31,8 +31,9 @@ def planted(tmp_path_factory) -> Path:
 
 
 def recorded(folder: Path) -> Path:
+    """Without figures, which take half a minute: `under_way` has some."""
     (folder / RECORDED.name).symlink_to(RECORDED)
-    return report.build(str(folder / RECORDED.name), folder, report.options(thresholds=[]))
+    return report.build(str(folder / RECORDED.name), folder, report.options(figures=False, thresholds=[]))
 
 
 def under_way(folder: Path) -> Path:

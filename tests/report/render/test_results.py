@@ -16,7 +16,6 @@ OPTIONS = options()
 TABLES_ONLY = replace(OPTIONS, figures=False)
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 def test_the_page_in_the_documentation_is_made_from_the_records(tmp_path, monkeypatch) -> None:
     """With figures that are drawn and laid out, but not turned into pixels, which takes as long again."""

@@ -95,7 +95,6 @@ def assert_is_what_the_files_say(found: pd.DataFrame, runs: list[Path], file: st
             np.testing.assert_array_equal(found[name].to_numpy(), plain)
 
 
-@pytest.mark.no_cover
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_recorded_study_is_the_same_with_an_index_and_read_plainly(tmp_path, name, read_line_by_line) -> None:

@@ -1,11 +1,12 @@
 """The metrics of a report: one number per run each, from its evaluations or from a probe's rows.
 
 `METRICS` declares all of them. Those of `EVALUATED` are what a study can be compared by; those with a heading are
-columns of their probe's table; claims.yaml names any of them. Every reading here that a paper does not fix is ours,
-[A]; docs/statistics.md lists them for a reader.
+columns of their probe's table, or that of tasks; claims.yaml names any of them. Every reading here that a paper does
+not fix is ours, [A]; docs/statistics.md lists them for a reader.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
 NEAR_BEST = 5.0  # [A] points of accuracy below its best at which an arm still tolerates a learning rate
 RATES = "rates"  # not a probe: what `tuning.rate_curves` gives of a cell and seed
+TASK_ACCURACY = re.compile(r"task_\d+_accuracy")
 SHARE: Bounds = (0.0, 100.0)  # of an accuracy, in per cent
 _IMAGES = {"test": "test", "val": "validation", "train": "training"}
 
@@ -158,6 +160,18 @@ def rates_near_the_best(rows: pd.DataFrame) -> Values:
 # ---- which rows
 
 
+def ends_of_tasks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the last evaluation of each task of one run or several, in their order; no row of other runs.
+
+    Args:
+        rows: evaluations, with the column run if they are of several.
+    """
+    if "task" not in rows:
+        return rows.iloc[:0]
+    keys = [key for key in ("run", "task") if key in rows]
+    return rows.dropna(subset=["task"]).drop_duplicates(keys, keep="last")
+
+
 def _last_step(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["step"].eq(rows["step"].max())]
 
@@ -194,6 +208,16 @@ def _band(quantity: str) -> Callable[[pd.DataFrame], Values]:
 
 def _gap(rows: pd.DataFrame) -> Values:
     return _column(rows, "train_accuracy") - _column(rows, "test_accuracy")
+
+
+def _forgetting(rows: pd.DataFrame) -> Values:
+    """Return by how much each task but the last fell from its best end to the last one (Chaudhry et al. 2018).
+
+    Their f is the highest accuracy on a task at the ends of it and of later ones but the last, minus that at the last
+    one's; accuracies are among all classes seen (theirs: of a single head, too).
+    """
+    columns = [_column(rows, f"task_{number}_accuracy") for number in range(1, len(rows))]
+    return np.array([column[own:-1].max() - column[-1] for own, column in enumerate(columns)])
 
 
 def _shifted_cosine(rows: pd.DataFrame) -> Values:
@@ -258,7 +282,7 @@ def _decades(values: Values) -> float:
 
 def _average(values: Values) -> float:
     """Return the mean, nan if any value is missing."""
-    return float(values.mean())
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _log(value: float) -> float:
@@ -266,6 +290,26 @@ def _log(value: float) -> float:
 
 
 # ---- the table
+
+
+def task_metrics(rows: pd.DataFrame) -> list[Metric]:
+    """Return the metrics of runs whose classes come task after task, with each task's accuracy at the end."""
+    numbers = sorted(int(name.split("_")[1]) for name in map(str, rows) if TASK_ACCURACY.fullmatch(name))
+    names = [f"task_{number}_accuracy" for number in numbers]
+    of_each = [
+        Metric(
+            name,
+            f"final test accuracy on the classes of task {number}",
+            name,
+            _last,
+            heading=f"task {number}",
+            unit="%",
+            decimals=1,
+            bounds=SHARE,
+        )
+        for number, name in zip(numbers, names, strict=True)
+    ]
+    return [*(METRICS[name] for name in OF_TASKS), *of_each]
 
 
 def _evaluated(images: str, kind: str) -> Metric:
@@ -287,6 +331,11 @@ _TABLE = [
            unit="%", diverged="chance", bounds=SHARE),
     Metric("setbacks", "training accuracy lost between evaluations, in all", "train_accuracy", _drops,
            unit="%", diverged=100.0),
+    Metric("incremental_accuracy", "average incremental accuracy", "test_accuracy", _average, None,
+           "average incremental", ends_of_tasks, unit="%", higher_is_better=True, decimals=1, diverged="chance",
+           bounds=SHARE),
+    Metric("forgetting", "forgetting", _forgetting, _average, None, "forgetting", ends_of_tasks, unit="%", decimals=1,
+           higher_is_better=False, bounds=(-100.0, 100.0)),
     Metric("ics", "internal covariate shift, L2", "l2", _mean_log, "ics", "‖G - G'‖", log=True, diverged="before"),
     Metric("relative_ics", "relative internal covariate shift", _ratio("l2", "gradient_norm"), _mean_log,
            "ics", "‖G - G'‖ / ‖G‖", log=True, diverged="before"),
@@ -306,6 +355,10 @@ _TABLE = [
            bounds=SHARE),
     Metric("large_share", "normalized values beyond 3", "large_normalised", _mean,
            "activations", "beyond 3 std (%)", unit="%", diverged="before", bounds=SHARE),
+    Metric("sample_cosine", "cosine between samples", "sample_cosine", _mean, "activations", "cosine of samples",
+           diverged="before", bounds=(-1.0, 1.0)),
+    Metric("stable_rank", "stable rank of the activations", "stable_rank", _mean_log, "activations", "stable rank",
+           log=True, diverged="before"),
     Metric("output_growth", "growth of the outputs over the layers", "output_norm", _log_growth,
            "activations", "growth", _last_step_by_layer, log=True),
     Metric("scale_mean", "mean of gamma", "scale_mean", _mean, "affine", "gamma", _last_step),
@@ -332,6 +385,7 @@ _TABLE = [
 # fmt: on
 METRICS = {metric.name: metric for metric in _TABLE}
 EVALUATED = tuple(metric.name for metric in _TABLE if metric.epoch)
+OF_TASKS = ("incremental_accuracy", "forgetting")  # of runs whose classes come task after task
 ACCURACY, LOSS = METRICS["test_accuracy"], METRICS["test_loss"]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from normlab.report.analysis import cells, frames
 from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, grids, lists, note_on_cut
 from normlab.report.analysis.frames import CELL, COUNTS, named_rows
 from normlab.report.analysis.highlight import highlight_rule
-from normlab.report.analysis.metrics import BEST, METRICS, Metric
+from normlab.report.analysis.metrics import BEST, METRICS, Metric, task_metrics
 from normlab.report.analysis.statistics import ENOUGH, RESAMPLES, TOO_FEW
 from normlab.report.study.load import Study
 from normlab.runs import reading
@@ -216,6 +216,8 @@ def _best_epoch(summary: _Summary) -> str:
     """Return in words how the best epoch is chosen."""
     metric, evaluations = summary.metric, summary.study.evaluations
     done = evaluations[evaluations["state"] == "done"]
+    if frames.column_of(done, "task").notna().any():
+        return "as a rule that of the first task, whose classes are fewest"
     validated = done[frames.column_of(done, metric.validation_column).notna()]["run"].nunique()
     own = f"chosen on the {metric.images} images, hence optimistic"
     best = "that with the best value on the validation images"
@@ -236,6 +238,20 @@ def _not_counted(tidy: pd.DataFrame) -> str:
     return notes + (" No ± where n = 1." if (tidy["n"] == 1).any() else "")
 
 
+def task_tables(study: Study, confidence: float) -> Iterator[Table]:
+    """Yield the table of the tasks, of runs whose classes come task after task."""
+    rows = study.evaluations
+    if "task" in rows:
+        metrics = {metric.name: metric for metric in task_metrics(rows)}
+        tasked = {run for run, config in study.configs.items() if _sampler(config) == "class_incremental"}
+        rows = rows[rows["task"].notna()]
+        yield from _measured_table(study, "tasks", rows, metrics, tasked, confidence)
+
+
+def _sampler(config: Mapping[str, Any]) -> object:
+    return (config.get("sampler") or {}).get("name")
+
+
 def probe_tables(study: Study, confidence: float) -> list[Table]:
     """Return one table per probe that a done run has measurements of."""
     probes = [probe for probe in dict.fromkeys(m.probe for m in METRICS.values()) if probe in study.probes]
@@ -244,12 +260,24 @@ def probe_tables(study: Study, confidence: float) -> list[Table]:
 
 def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]:
     metrics = {metric.name: metric for metric in METRICS.values() if metric.probe == probe and metric.heading}
-    rows = study.probes[probe]
+    probed = {run for run, config in study.configs.items() if probe in (config.get("probe") or {})}
+    yield from _measured_table(study, f"probe_{probe}", study.probes[probe], metrics, probed, confidence)
+
+
+def _measured_table(
+    study: Study,
+    name: str,
+    rows: pd.DataFrame,
+    metrics: Mapping[str, Metric],
+    measuring: Container[str],
+    confidence: float,
+) -> Iterator[Table]:
+    """Yield the table of some metrics of the done runs that have these rows; `measuring`: those that were to."""
     values = frames.probe_outcomes(rows, list(metrics.values()))
     if values.empty:
         return
     lost = study.runs[study.runs["state"] == "diverged"]
-    lost = lost[lost["run"].map(lambda run: probe in (study.configs[run].get("probe") or {})).astype(bool)]
+    lost = lost[lost["run"].map(lambda run: run in measuring).astype(bool)]
     here = study.runs.merge(pd.concat([values[CELL], lost[CELL]]).drop_duplicates(), on=CELL)
     # Of a cell's runs some may have had the probe: a done one without it is no gap.
     measured = here[(here["state"] != "done") | here["run"].isin(values["run"])]
@@ -262,9 +290,13 @@ def _probe_table(study: Study, probe: str, confidence: float) -> Iterator[Table]
     shown = lists(
         tidy,
         {name: metric.heading for name, metric in metrics.items()},
-        lambda row: cells.with_geometric_interval(row) if metrics[row.quantity].log else cells.with_interval(row, None),
+        lambda row: (
+            cells.with_geometric_interval(row)
+            if metrics[row.quantity].log
+            else cells.with_interval(row, metrics[row.quantity].decimals)
+        ),
     )
     words = _texts("words", percent=f"{per_cent(confidence)} %")
-    texts = _texts(f"probe_{probe}", **words)
+    texts = _texts(name, **words)
     texts["caption"] += note_on_cut(tidy[~logs], "what a share can be")
-    yield Table(f"probe_{probe}", **texts, tidy=tidy, rows=shown, runs=list(measured["run"]))
+    yield Table(name, **texts, tidy=tidy, rows=shown, runs=list(measured["run"]))

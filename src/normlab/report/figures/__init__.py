@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from normlab.common.errors import per_cent
 from normlab.report.analysis.cells import Table
 from normlab.report.analysis.frames import outcomes
-from normlab.report.analysis.metrics import Metric
+from normlab.report.analysis.metrics import Metric, ends_of_tasks
 from normlab.report.figures import accuracy, probe_figures, sensitivity
 from normlab.report.figures.panels import SINGLE_SEED, Drawing, Panel, Theme, arrange, common_setting, paged, split
 from normlab.report.figures.style import CROWD, PAPER, Canvas, encode, missing_glyphs, styles
@@ -125,6 +125,11 @@ def _of_training(study: Study, metric: Metric, theme: Theme) -> Kinds:
     x = "epoch" if curves["batch"].nunique() > 1 or "step" not in curves else "step"
     draw = partial(accuracy.learning_curves, metric=metric, theme=theme, x=x)
     yield "learning_curves", paged(split(curves), theme.canvas.panels, draw)
+    ends = ends_of_tasks(curves)
+    if len(ends):
+        ends = ends.drop(columns=[metric.train_column] if metric.train_column != metric.name else [], errors="ignore")
+        draw = partial(accuracy.learning_curves, metric=metric, theme=theme, x="task")
+        yield "tasks", paged(split(ends), theme.canvas.panels, draw)
     if metric.train_column in curves and metric.train_column != metric.name:
         panels = split(curves[curves["state"] == "done"].dropna(subset=[metric.name, metric.train_column]))
         if any(panel.crowded for panel in panels):  # so many ends lie on each other

@@ -94,7 +94,7 @@ def learning_curves(panels: Sequence[Panel], metric: Metric, theme: Theme, x: st
         panels: rows are the evaluations of done and diverged runs (variant, seed, state, epoch, step, ...).
         measure: the measure that is drawn.
         theme: the styles and the canvas.
-        x: `step`, as Ioffe 2017 and Santurkar et al. 2018 have it, or `epoch`, in which batch sizes compare.
+        x: `step`, as Ioffe 2017 and Santurkar et al. 2018 have it, `epoch`, in which batch sizes compare, or `task`.
     """
     every = rows_of(panels)
     both = dict.fromkeys((metric.train_column, metric.name))

@@ -43,6 +43,7 @@ from normlab.report.study.columns import as_numbers
 _NUMBERS = (
     *("position", "l2", "cosine", "loss_low", "loss_high", "predictiveness_low", "predictiveness_high", "beta"),
     *("eigenvalue", "mean", "variance", "large", "large_normalised", "output_norm", "norm"),
+    *("sample_cosine", "stable_rank"),
     *("scale_start", "scale_drift", "shift_drift"),
 )  # columns of our probes that a record may lack, or hold something else in
 BEFORE = "before a divergence"  # an entry of a legend
@@ -314,6 +315,12 @@ _FIGURES: tuple[tuple[str, str, Make], ...] = (
         "large_values",
         _of(_single_steps, _trends(100.0, large="outputs beyond 3 (%)", large_normalised="inputs beyond 3 std (%)")),
     ),
+    (
+        "activations",
+        "condensation",
+        _of(_single_steps, _trends(sample_cosine="cosine of samples", stable_rank="stable rank")),
+    ),
+    ("activations", "sample_cosines", _layers("sample_cosine", "cosine of samples")),
     ("activations", "output_norms", _layers("output_norm", "output of the convolution (rms)")),
     (
         "affine",

@@ -136,19 +136,24 @@ _MARKERS = "os^DvPX*<"
 
 
 def _known_styles() -> dict[str, Style]:
-    """Return the style of each known arm: within a family no color comes twice; blue is BN's alone, black none's."""
-    known = {}
+    """Return the style of each known arm, none for two; blue is BN's alone, black none's.
+
+    Among the first eight of a family no color comes twice.
+    """
+    known, others = {}, []
     colors: tuple[str, ...] = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE, WINE)
     for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms have one style
-        for i, arm in enumerate(family):
-            known[arm] = Style(colors[i], _MARKERS[(i + shift) % len(_MARKERS)])
-        colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN)
-    return known
+        for i, (arm, color) in enumerate(zip(family, colors, strict=False)):
+            known[arm] = Style(color, _MARKERS[(i + shift) % len(_MARKERS)])
+        others += family[len(colors) :]
+        colors = (ORANGE, PURPLE, SKY, GREY, GREEN, VERMILION, BROWN, WINE)
+    free = [style for style in _OTHERS if style not in known.values()]
+    return known | dict(zip(others, free, strict=False))
 
 
-_KNOWN = _known_styles()
 _COLORS = (PURPLE, SKY, ORANGE, GREY, GREEN, VERMILION, BROWN)
 _OTHERS = [Style(color, marker) for marker in _MARKERS for color in _COLORS]
+_KNOWN = _known_styles()
 
 
 def styles(arms: Iterable[str]) -> dict[str, Style]:

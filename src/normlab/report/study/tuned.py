@@ -17,7 +17,8 @@ from normlab.runs.states import State
 
 MOST_SETTINGS = 5  # that can be tuned at once
 _NOT_TUNED = ("seed", "batch", "depth", "norm.imported")
-_NOT_TUNED_OF_GROUPS = ("name", "kind", "target", "_target_", "stem", "weights")  # those that make another thing of one
+# Those that make another thing of one.
+_NOT_TUNED_OF_GROUPS = ("name", "kind", "target", "_target_", "stem", "width", "weights")
 _NOT_TUNED_OF_DATA = ("train_size", "test_size", "val_size", "split_seed", "test_fraction")
 
 Values = tuple[Hashable, ...]  # one per tuned setting

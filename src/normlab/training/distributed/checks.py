@@ -3,7 +3,7 @@
 from torch import nn
 
 from normlab.common.errors import UserError
-from normlab.config.schema import RunConfig
+from normlab.config.schema import ClassIncremental, RunConfig
 from normlab.data.datasets import Data
 from normlab.norms import BatchStatistics, Noise
 
@@ -28,6 +28,11 @@ def check_settings(config: RunConfig, world: int) -> None:
         raise UserError(
             f"probe=[{','.join(config.probe)}] measures in one process, and this run has {world}.\n"
             "Use one process, or probe=[]."
+        )
+    if isinstance(config.sampler, ClassIncremental):
+        raise UserError(
+            f"sampler=class_incremental makes batches of two parts, which {world} processes would not divide alike.\n"
+            "Use one process, or sampler=iid."
         )
     if config.optimizer.precondition:
         raise UserError(
