@@ -277,6 +277,9 @@ SETTINGS = {  # what a norm needs that the others do not; docs/variants.md says 
     "powernorm": ("optimizer.lr=5e-3",),
     "nf": ("optimizer.lr=0.1",),  # adaptive clipping keeps steps small
     "fixup": ("dataset.train_size=null", "epochs=4"),
+    "skipinit": ("optimizer.lr=0.1",),  # nothing sets the scale of its steps, nor that of the next two
+    "dyt": ("optimizer.lr=0.1",),
+    "derf": ("optimizer.lr=0.1",),
     "noisy_bn": ("eval_stats=precise",),
     "noisy_none": ("model=resnet",),  # its noise grows from layer to layer
     "gn": ("norm.groups=8",),  # the network's layers have 16 channels and more
