@@ -140,7 +140,8 @@ def _known_styles() -> dict[str, Style]:
 
     Among the first eight of a family no color comes twice.
     """
-    known, others = {}, []
+    known: dict[str, Style] = {}
+    others: list[str] = []
     colors: tuple[str, ...] = (BLUE, VERMILION, GREEN, BLACK, PURPLE, SKY, ORANGE, WINE)
     for family, shift in zip(FAMILIES.values(), (0, 1, 2, 4), strict=True):  # such that no two arms have one style
         for i, (arm, color) in enumerate(zip(family, colors, strict=False)):
