@@ -404,8 +404,13 @@ def test_runs_of_a_cell_without_the_probe_are_no_part_of_its_table(add_run, add_
     assert set(provenance_of(load(study), table.origin).runs) == {measured.name, diverged.name}
 
 
-def test_what_was_not_measured_is_dashes(add_run, add_probe, probe_tables_of):
+def test_what_a_run_did_not_measure_is_dashes_and_what_none_did_is_no_column(add_run, add_probe, probe_tables_of):
     row = {"step": 5, "layer": "bn1", "position": 0, "shift_mean": 0.0, "shift_drift": 0.2}
-    add_probe(add_run(), "affine", [row | {"scale_mean": None, "scale_start": None, "scale_drift": None}])
+    unscaled = row | {"scale_mean": None, "scale_start": None, "scale_drift": None}
+    add_probe(add_run("ln"), "affine", [unscaled])
     texts = texts_of(probe_tables_of()["probe_affine"])["digits, resnet18"]
-    assert (texts["gamma"].item(), texts["drift of beta"].item()) == ("--", "0.200")
+    assert "gamma" not in texts
+    add_probe(add_run("bn"), "affine", [unscaled | {"scale_mean": 0.5}])
+    texts = texts_of(probe_tables_of()["probe_affine"])["digits, resnet18"].set_index("arm")
+    assert texts["gamma"].to_dict() == {"bn": "0.500", "ln": "--"}
+    assert texts["drift of beta"].to_dict() == {"bn": "0.200", "ln": "0.200"}

@@ -276,6 +276,7 @@ def _measured_table(
     values = frames.probe_outcomes(rows, list(metrics.values()))
     if values.empty:
         return
+    metrics = {name: metric for name, metric in metrics.items() if values[name].notna().any()}  # records may be older
     lost = study.runs[study.runs["state"] == "diverged"]
     lost = lost[lost["run"].map(lambda run: run in measuring).astype(bool)]
     here = study.runs.merge(pd.concat([values[CELL], lost[CELL]]).drop_duplicates(), on=CELL)
