@@ -41,6 +41,10 @@ def print_ratios(columns: str, ratios: dict[str, list[float]]) -> None:
         print(f"| `{name}` | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} |")
 
 
+def described(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "each": values}
+
+
 def machine(where: str) -> dict[str, Any]:
     """Hardware, versions, commit and date of a measurement on `where`, cpu or cuda."""
     found = device.provenance(CPU)

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, configure, machine, machine_line, spread, table
+from benchmarks.common import ROOT, configure, described, machine, machine_line, spread, table
 from normlab import runs
 from normlab.common.cpu import cores
 
@@ -146,10 +145,6 @@ def summary(found: Measured, key: str, faster: str) -> dict[str, Any]:
         pairs = zip(ours, each, strict=False) if faster == "more" else zip(each, ours, strict=False)
         ratios[who] = described([a / b for a, b in pairs])
     return {key: {who: described(each) for who, each in values.items() if each}, "times_as_fast_as": ratios}
-
-
-def described(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "each": values}
 
 
 def child(contender: str, **wanted: Any) -> dict[str, Any]:

@@ -191,6 +191,8 @@ class Declaration:
         family: the group that figures show it in.
         order: its place in tables and figures, counted over all families.
         needs: a setting beside the class without which it is not what the name says.
+        formula, source, over, parameters, conv, use, cost: of a norm, its row in docs/variants.md, as the top of that
+            page explains them; `conv` where it needs a convolution. scripts/variants.py makes the page.
     """
 
     name: str
@@ -200,6 +202,13 @@ class Declaration:
     family: str = ""
     order: int = 1000
     needs: str = ""
+    formula: str = ""
+    source: str = ""
+    over: str = ""
+    parameters: str = ""
+    conv: str = ""
+    use: str = ""
+    cost: str = ""
 
     def defaults(self) -> dict[str, Any]:
         """Return the default of each option."""
@@ -215,7 +224,7 @@ def register(name: str, *, defaults: Mapping[str, Any] | None = None, **details:
     Args:
         name: of its YAML file.
         defaults: of options whose default is another one under this name.
-        details: `aliases`, `family`, `order` and `needs` of its `Declaration`.
+        details: the other attributes of its `Declaration`.
     """
 
     def decorate(cls: _Class) -> _Class:

@@ -140,11 +140,13 @@ class GainedConv2d(ReparametrizedConv2d):
 
 
 @register(
-    "bnn_free",
-    aliases=("bnnnobn", "bnfreebnn", "bnfree"),
-    family="weights, starts and gradients",
-    order=35,
-)
+    "bnn_free", aliases=("bnnnobn", "bnfreebnn", "bnfree"), family="weights, starts and gradients", order=35,
+    formula="w = gain · u, u = (v - mean v) / (deviation of v + eps) / sqrt(fan-in), with binary weights gain · mean "
+    "abs u · sign(u); h + 0.2 · f(h / beta); sets `optimizer.agc=0.02`",
+    source="Chen et al. 2021, 2104.08215, as its code, for `model=binary_resnet`", over="a filter's weights",
+    parameters="v, gain", conv="yes", use="binary networks (`model=binary_resnet`) without batch normalization",
+    cost="work on weights, constant scalings; clipping",
+)  # fmt: skip
 class BinaryNormalizerFree(Variant):
     """Binary networks without batch normalization (Chen et al. 2021, 2104.08215), as their code has it.
 

@@ -45,7 +45,12 @@ class GroupedVariant(Variant):
             )
 
 
-@register("gn", aliases=("group", "groupnorm", "groupnormalization"), family="statistics of a sample", order=14)
+@register(
+    "gn", aliases=("group", "groupnorm", "groupnormalization"), family="statistics of a sample", order=14,
+    formula="gamma · (x - mu) / sqrt(v + eps) + beta", source="Wu & He 2018, 1803.08494",
+    over="C / 32 channels, H, W (`norm.groups`)", parameters="gamma, beta",
+    use="small batches, which it does not depend on", cost="PyTorch's kernel",
+)  # fmt: skip
 class GroupNorm(GroupedVariant):
     """Group normalization (Wu & He 2018, 1803.08494), by PyTorch's kernel.
 
@@ -65,11 +70,12 @@ class GroupNorm(GroupedVariant):
 
 
 @register(
-    "ln",
-    aliases=("layer", "layernorm", "layernorm2d", "layernormalization"),
-    family="statistics of a sample",
+    "ln", aliases=("layer", "layernorm", "layernorm2d", "layernormalization"), family="statistics of a sample",
     order=15,
-)
+    formula="the same with one group", source="as in Wu & He 2018", over="C, H, W",
+    parameters="gamma, beta per channel",
+    use="as `gn`, without a number of groups to choose; the usual norm of transformers", cost="as `gn`",
+)  # fmt: skip
 class LayerNorm(GroupNorm):
     """Layer normalization of the maps: `GroupNorm` with one group, as in its paper.
 
@@ -80,11 +86,12 @@ class LayerNorm(GroupNorm):
 
 
 @register(
-    "in",
-    aliases=("instance", "instancenorm", "instancenorm2d", "instancenormalization"),
-    family="statistics of a sample",
-    order=16,
-)
+    "in", aliases=("instance", "instancenorm", "instancenorm2d", "instancenormalization"),
+    family="statistics of a sample", order=16,
+    formula="the same with C groups; 1x1 maps are refused", source="as in Wu & He 2018", over="H, W",
+    parameters="gamma, beta", use="images whose contrast should not matter, as in the transfer of styles",
+    cost="as `gn`",
+)  # fmt: skip
 class InstanceNorm(Variant):
     """Instance normalization: `GroupNorm` with a group for each channel, without moving averages.
 

@@ -107,9 +107,23 @@ class LpNorm2d(BatchStatistics):
         return moments
 
 
-@register("lp1", aliases=("l1norm",), family="statistics of the batch", order=8)
-@register("lp2", aliases=("l2norm",), family="statistics of the batch", order=9, defaults={"p": 2})
-@register("lpinf", aliases=("linfnorm",), family="statistics of the batch", order=10, defaults={"p": "inf"})
+@register(
+    "lp1", aliases=("l1norm",), family="statistics of the batch", order=8,
+    formula="gamma · (x - mu) / (mean abs x + sqrt(eps)) + beta", source="Santurkar et al. 2018 [A]", over="N, H, W",
+    parameters="gamma, beta", use="to see whether the deviation can be another norm", cost="own backward pass",
+)  # fmt: skip
+@register(
+    "lp2", aliases=("l2norm",), family="statistics of the batch", order=9, defaults={"p": 2},
+    formula="gamma · (x - mu) / sqrt(mean x² + eps) + beta", source="Santurkar et al. 2018 [A]", over="N, H, W",
+    parameters="gamma, beta", use="as `lp1`; equals `bn` where a channel has no mean",
+    cost="two plain means instead of the kernel's variance",
+)  # fmt: skip
+@register(
+    "lpinf", aliases=("linfnorm",), family="statistics of the batch", order=10, defaults={"p": "inf"},
+    formula="gamma · (x - mu) / max(max abs x, sqrt(eps)) + beta", source="Santurkar et al. 2018 [A]",
+    over="N, H, W; the maximum grows with `norm_batch`", parameters="gamma, beta",
+    use="as `lp1`; hangs on the largest value of a channel", cost="the maxima are found again for the gradient",
+)  # fmt: skip
 class LpNorm(Variant):
     """Normalization by the average Lp norm, p = 1, 2, inf (Santurkar et al. 2018; the equation is our reading [A]).
 

@@ -86,7 +86,13 @@ class LogitBatchNorm(GroupedBatchNorm2d):
         return super().moments(input.reshape(*input.shape[:2], -1, 1))
 
 
-@register("mimicnorm", aliases=("mimic",), family="statistics of the batch", order=13)
+@register(
+    "mimicnorm", aliases=("mimic",), family="statistics of the batch", order=13,
+    formula="no norms; after each update W <- W - mean W where filters have over 50 inputs; branches times a scalar; "
+    "(a - mu) / sqrt(v + eps) of the logits a",
+    source="2010.09278, as its code", over="the logits over N", parameters="a bias per filter, a scalar per branch",
+    conv="yes", use="to train with a single norm, over the logits", cost="two small operations per convolution",
+)  # fmt: skip
 class MimicNorm(NoNorm):
     """MimicNorm (2010.09278), as its authors' code has it: no norm but one, over the logits, just before the loss.
 

@@ -331,7 +331,14 @@ class _MovingVariant(Variant):
         return copy_affine(norm, self.layer(norm.num_features, clock=self.clock, **self.options))
 
 
-@register("mabn", aliases=("movingaveragebatchnorm",), family="statistics of the batch", order=11)
+@register(
+    "mabn", aliases=("movingaveragebatchnorm",), family="statistics of the batch", order=11,
+    formula="gamma · r · x / sqrt(SMA x² + eps) + beta, r = clip(sqrt(SMA / EMA), 1/5, 5), EMA the average of SMA; "
+    "weights W - mean W; the gradient likewise by moving averages",
+    source="Yan et al., ICLR 2020, as its code", over="N, H, W of the last 16 groups", parameters="gamma, beta",
+    conv="yes", use="small groups of images (`norm_batch`); without groups see [below](#where-papers-and-codes-differ)",
+    cost="two passes each way, small operations, centering",
+)  # fmt: skip
 class MABN(_MovingVariant):
     """Moving average batch normalization (Yan et al., ICLR 2020), for norms over few images.
 
@@ -378,7 +385,14 @@ class MABN(_MovingVariant):
         return CenteredConv2d.of(convolution)
 
 
-@register("powernorm", aliases=("power",), family="statistics of the batch", order=12)
+@register(
+    "powernorm", aliases=("power",), family="statistics of the batch", order=12,
+    formula="gamma · x / sqrt(phi + eps) + beta, of x divided by its root mean square over the channels; phi and the "
+    "gradient's nu are moving averages",
+    source="Shen et al. 2020, 2003.07845, as its code", over="C at each position, then N, H, W of past batches",
+    parameters="gamma, beta", use="where statistics of batches vary much, as its authors found in transformers of text",
+    cost="as `mabn`, without window and centering",
+)  # fmt: skip
 class PowerNorm(_MovingVariant):
     """Power normalization (Shen et al. 2020, 2003.07845), as its authors' code has it.
 

@@ -58,7 +58,14 @@ class _NoisyVariant(Variant):
         return noise if isinstance(layer, nn.Identity) else nn.Sequential(layer, noise)
 
 
-@register("noisy_bn", aliases=("noisybatchnorm",), family="BN and its parts", order=5)
+@register(
+    "noisy_bn", aliases=("noisybatchnorm",), family="BN and its parts", order=5,
+    formula="training: s · BN(x) + m; per step and channel mean ~ U(-0.5, 0.5), deviation ~ U(1, 1.25); per value m ~ "
+    "U(mean ± 0.1), s ~ N(deviation, 0.1)",
+    source="Santurkar et al. 2018", over="N, H, W", parameters="gamma, beta",
+    use="to test whether unstable distributions of activations harm training",
+    cost="a uniform and a normal number drawn for every value",
+)  # fmt: skip
 class NoisyBatchNorm(_NoisyVariant, BatchNorm):
     """Batch normalization, then `Noise` (Santurkar et al. 2018, "Noisy BN").
 
@@ -68,7 +75,11 @@ class NoisyBatchNorm(_NoisyVariant, BatchNorm):
     """
 
 
-@register("noisy_none", family="BN and its parts", order=6)
+@register(
+    "noisy_none", family="BN and its parts", order=6,
+    formula="training: s · x + m, the same noise", source="Santurkar et al. 2018", over="nothing", parameters="none",
+    use="the control of `noisy_bn`", cost="the same draws",
+)  # fmt: skip
 class NoisyNoNorm(_NoisyVariant, NoNorm):
     """The same `Noise` in a network without normalization.
 

@@ -48,11 +48,13 @@ class FilterResponseNorm2d(nn.Module):
 
 
 @register(
-    "frn",
-    aliases=("filterresponsenorm", "filterresponsenormalization", "tlu"),
-    family="statistics of a sample",
+    "frn", aliases=("filterresponsenorm", "filterresponsenormalization", "tlu"), family="statistics of a sample",
     order=17,
-)
+    formula="max(gamma · x / sqrt(mean x² + eps) + beta, tau) in place of norm and ReLU",
+    source="Singh & Krishnan 2019, 1911.09737", over="H, W", parameters="gamma, beta, tau at a ReLU",
+    use="small batches, with a warm-up of the learning rate; of 1x1 maps it leaves the sign alone",
+    cost="one reduction, a few passes; saves the ReLU",
+)  # fmt: skip
 class FilterResponseNorm(Variant):
     """Filter Response Normalization (Singh & Krishnan 2019, 1911.09737) with its thresholded linear unit.
 
@@ -149,7 +151,13 @@ class _EvoNorm(Variant):
         return copy_affine(norm, self.layer(norm.num_features)), nn.Identity()
 
 
-@register("evonorm_s0", aliases=("evonorm",), family="statistics of a sample", order=18)
+@register(
+    "evonorm_s0", aliases=("evonorm",), family="statistics of a sample", order=18,
+    formula="gamma · x · sigmoid(v x) / sqrt(Var + eps) + beta in place of norm and activation; gamma · x + beta "
+    "where there is none",
+    source="Liu et al. 2020, 2004.02967", over="C / 32 channels, H, W", parameters="gamma, beta, v",
+    use="small batches, norm and activation in one", cost="moments and a sigmoid in passes of their own",
+)  # fmt: skip
 class EvoNormS0(_EvoNorm, GroupedVariant):
     """EvoNorm-S0 (Liu et al. 2020, 2004.02967): a norm and activation in one, of each image by itself.
 
@@ -211,7 +219,12 @@ class EvoNorm2dB0(BatchStatistics):
         return ((square - mean.square()).clamp_min(0),)
 
 
-@register("evonorm_b0", family="statistics of a sample", order=19)
+@register(
+    "evonorm_b0", family="statistics of a sample", order=19,
+    formula="gamma · x / max(sqrt(Var_batch + eps), v x + sqrt(Var_image + eps)) + beta, likewise",
+    source="Liu et al. 2020, 2004.02967", over="N, H, W, and H, W of the image", parameters="gamma, beta, v",
+    use="large batches, norm and activation in one", cost="one set of moments for both variances",
+)  # fmt: skip
 class EvoNormB0(_EvoNorm):
     """EvoNorm-B0 (Liu et al. 2020, 2004.02967): a norm and activation in one, with statistics of the batch.
 

@@ -74,7 +74,16 @@ class ConstantScale(nn.Module):
         return f"{self.factor:.6g}"
 
 
-@register("fixup", family="weights, starts and gradients", order=25)
+@register(
+    "fixup", family="weights, starts and gradients", order=25,
+    formula="h + (a · f(h) + b); scalar biases before convolutions but the first, activations and the classifier; in "
+    "L branches of m layers the last starts at 0, the others times L^(-1/(2m-2)); scalars and biases learn at lr / 10 "
+    "and decay",
+    source="Zhang, Dauphin & Ma 2019, 1901.09321, as its code", over="nothing", parameters="scalars; a, b per branch",
+    conv="yes, and residual branches",
+    use="deep residual networks without norms; wants a large learning rate, as its scalars learn slowly",
+    cost="scalar passes",
+)  # fmt: skip
 class Fixup(Variant):
     """Fixup (Zhang, Dauphin & Ma 2019, section 3): no normalization, but a start that keeps its updates small.
 
@@ -150,7 +159,13 @@ def _has_weights(network: fx.GraphModule, node: fx.Node) -> bool:
 _ZERO_ONCE = {"fixup": "branches that start at zero twice, by their weights and by their scale, never leave it"}
 
 
-@register("skipinit", family="weights, starts and gradients", order=33)
+@register(
+    "skipinit", family="weights, starts and gradients", order=33,
+    formula="no norms; h + s · f(h), s from 0 (`norm.start`)", source="De & Smith 2020, 2002.10444", over="nothing",
+    parameters="s per branch", conv="yes, and residual branches",
+    use="residual networks without norms, by one scalar per branch; wants a large learning rate",
+    cost="a scalar pass per branch",
+)  # fmt: skip
 class SkipInit(NoNorm):
     """SkipInit (De & Smith 2020, 2002.10444): no normalization, and residual branches f that start at zero.
 
@@ -207,18 +222,16 @@ class ScaledStandardConv2d(ReparametrizedConv2d):
 
 
 @register(
-    "nf",
-    aliases=(
-        "adaptivegradientclipping",
-        "nfnet",
-        "nfresnet",
-        "normalizerfree",
-        "scaledweightstandardization",
-        "weightstandardization",
-    ),
-    family="weights, starts and gradients",
-    order=24,
-)
+    "nf", family="weights, starts and gradients", order=24,
+    aliases=("adaptivegradientclipping", "nfnet", "nfresnet", "normalizerfree",
+             "scaledweightstandardization", "weightstandardization"),
+    formula="w = gain · (v - mean v) / sqrt(fan-in · var v + eps); activations scaled to unit variance; h + 0.2 · s · "
+    "f(h / beta), s from 0; sets `optimizer.agc=0.01`",
+    source="Brock et al. 2021, 2101.08692 and 2102.06171; for networks with the ReLU after the sum [A]",
+    over="a filter's weights", parameters="v, gain, bias; s per branch", conv="yes",
+    use="residual networks without norms at large learning rates, which its clipping allows",
+    cost="work on weights, constant scalings; clipping",
+)  # fmt: skip
 class NormalizerFree(Variant):
     """Normalizer-free networks (Brock, De & Smith 2021a; Brock, De, Smith & Simonyan 2021b).
 

@@ -160,7 +160,15 @@ class OnlineNorm2d(BatchStatistics):
         self.noted.zero_()
 
 
-@register("online", aliases=("onlinenorm", "onlinenormalization"), family="statistics of the batch", order=30)
+@register(
+    "online", aliases=("onlinenorm", "onlinenormalization"), family="statistics of the batch", order=30,
+    formula="gamma · (x - m) / sqrt(s² + eps) + beta by moving averages m, s² of the images before this one; the "
+    "gradient is kept orthogonal to y and 1 by averages v, u; then divided by the image's root mean square "
+    "(`norm.guard`)",
+    source="Chiley et al. 2019, 1905.05894, as its code", over="H, W of the images before it, one after the other",
+    parameters="gamma, beta", use="batches down to a single image",
+    cost="log2(images) rounds of small operations per average",
+)  # fmt: skip
 class OnlineNorm(Variant):
     """Online normalization (Chiley et al. 2019, 1905.05894), which works at batch 1.
 

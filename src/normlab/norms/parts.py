@@ -83,7 +83,12 @@ class _Part(Variant):
         return copy_affine(norm, layer) if self.affine else layer.requires_grad_(False)
 
 
-@register("bn_var", aliases=("variancenorm", "variancenormalization"), family="BN and its parts", order=28)
+@register(
+    "bn_var", aliases=("variancenorm", "variancenormalization"), family="BN and its parts", order=28,
+    formula="gamma · x / sqrt(v + eps) + beta, v about mu; `norm.affine=false`: without gamma and beta",
+    source="variance normalization, as in Lubana et al. 2021, 2106.05956", over="N, H, W", parameters="gamma, beta",
+    use="to see what centering buys", cost="two means that autograd sees",
+)  # fmt: skip
 class VarianceNorm(_Part):
     """Batch normalization without its centering (variance normalization, as in Lubana et al. 2021, 2106.05956).
 
@@ -100,7 +105,12 @@ class VarianceNorm(_Part):
     eps: float = option(1e-5, gt=0)
 
 
-@register("bn_mean", aliases=("meannorm", "meanonlynorm"), family="BN and its parts", order=29)
+@register(
+    "bn_mean", aliases=("meannorm", "meanonlynorm"), family="BN and its parts", order=29,
+    formula="gamma · (x - mu) + beta; `norm.affine=false`: x - mu",
+    source="mean-only batch normalization; with weight normalization: `wn_mean`", over="N, H, W",
+    parameters="gamma, beta", use="to see what the division buys", cost="one mean that autograd sees",
+)  # fmt: skip
 class MeanNorm(_Part):
     """Batch normalization without its division: y = gamma · (x - mu) + beta (mean-only batch normalization).
 

@@ -107,11 +107,16 @@ class MemorizedBatchNorm2d(BatchStatistics):
 
 
 @register(
-    "mbn_style",
-    aliases=("mbn", "memorizedbn", "memorizedbatchnorm", "memorizedbatchnormalization"),
-    family="statistics of the batch",
-    order=40,
-)
+    "mbn_style", aliases=("mbn", "memorizedbn", "memorizedbatchnorm", "memorizedbatchnormalization"),
+    family="statistics of the batch", order=40,
+    formula="a reconstruction: gamma · (x - m) / sqrt(s + eps) + beta, m and s of the batch and the 5 newest past "
+    "ones, weights 0.9^age, by the law of total variance; a batch is stored as it is after its update, by a second "
+    "forward pass; evaluation by the stored ones [A]",
+    source="after Guo et al. 2018, 2010.04947, which has no code; what is known of it: [papers.md](papers.md)",
+    over="N, H, W of the batch and of past ones, constants to the gradient", parameters="gamma, beta",
+    use="small batches; a result is one of this reconstruction, not of the paper's method",
+    cost="as `lp2`, and a second forward pass",
+)  # fmt: skip
 class MemorizedBatchNorm(Variant):
     """A reconstruction of memorized batch normalization (Guo et al. 2018, 2010.04947), which has no public code.
 
@@ -238,11 +243,16 @@ class CrossIterationBatchNorm2d(BatchStatistics):
 
 
 @register(
-    "cbn",
-    aliases=("crossiterationbn", "crossiterationbatchnorm", "crossiterationbatchnormalization"),
-    family="statistics of the batch",
-    order=41,
-)
+    "cbn", aliases=("crossiterationbn", "crossiterationbatchnorm", "crossiterationbatchnormalization"),
+    family="statistics of the batch", order=41,
+    formula="gamma · (x - m) / (sqrt(q - m²) + eps) + beta; m and q are means of the batch's mean and mean square and "
+    "of those of 3 steps before, moved to today's filters by their derivatives, without those that give a negative "
+    "variance; `bn`'s statistics in the first 8 steps; a convolution's filters are kept three times for each step",
+    source="Yao et al. 2020, 2002.05712, as its code",
+    over="N, H, W of the batch and of past ones, constants to the gradient", parameters="gamma, beta", conv="yes",
+    use="small batches or groups: 4 steps share their statistics",
+    cost="two gradients by the filters, passes over the kept ones",
+)  # fmt: skip
 class CrossIterationBatchNorm(Variant):
     """Cross-iteration batch normalization (Yao et al. 2020, 2002.05712), as the authors' code.
 

@@ -43,7 +43,11 @@ class ChannelAffine(nn.Module):
         return str(self.weight.numel())
 
 
-@register("affine", aliases=("affinelayer",), family="BN and its parts", order=1)
+@register(
+    "affine", aliases=("affinelayer",), family="BN and its parts", order=1,
+    formula="gamma · x + beta", source="Peerthum & Stamp 2023", over="nothing", parameters="gamma, beta",
+    use="to see what normalizing buys beyond a scale and a shift", cost="one multiply-add",
+)  # fmt: skip
 class Affine(Variant):
     """The AffineLayer of Peerthum & Stamp 2023: BatchNorm's shift and scale without its normalization.
 
@@ -57,15 +61,22 @@ class Affine(Variant):
         return copy_affine(norm, ChannelAffine(norm.num_features))
 
 
-@register("none", aliases=("identity", "nonorm"), family="BN and its parts", order=3)
 @register(
-    "bnp",
-    aliases=("batchnormpreconditioning",),
-    family="weights, starts and gradients",
-    order=26,
-    needs="optimizer.precondition=bnp",
-    defaults={"conv_bias": True},
-)
+    "none", aliases=("identity", "nonorm"), family="BN and its parts", order=3,
+    formula="x; with `norm.conv_bias=true` convolutions without a bias get one", source="Peerthum & Stamp 2023",
+    over="nothing", parameters="none", use="the baseline without a norm", cost="nothing",
+)  # fmt: skip
+@register(
+    "bnp", aliases=("batchnormpreconditioning",), family="weights, starts and gradients", order=26,
+    needs="optimizer.precondition=bnp", defaults={"conv_bias": True},
+    formula="a reconstruction: `none` with biases; dW = (g_W - g_b mu^T) / s², db = g_b - dW mu by statistics of each "
+    "layer's input (`optimizer.precondition=bnp`)",
+    source="BNP-style, after Lange, Helfrich & Ye 2022; the derivation is ours, the paper's exact scaling is not "
+    "known to us",
+    over="each layer's input over N, H, W of the batch", parameters="none", conv="yes",
+    use="to study what statistics of the batch do to the gradient alone; wants a small learning rate",
+    cost="one pass over each layer's input",
+)  # fmt: skip
 class NoNorm(Variant):
     """No normalization: y = x.
 

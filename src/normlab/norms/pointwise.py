@@ -35,7 +35,12 @@ class Pointwise(FullPrecision):
         return str(self.weight.numel())
 
 
-@register("dyt", aliases=("dynamictanh",), family="statistics of a sample", order=31)
+@register(
+    "dyt", aliases=("dynamictanh",), family="statistics of a sample", order=31,
+    formula="gamma · tanh(alpha · x) + beta", source="Zhu et al. 2025, 2503.10622", over="nothing",
+    parameters="gamma, beta, one alpha from 0.5", use="transformers; its authors report losses in the place of `bn`",
+    cost="a function and two products per value",
+)  # fmt: skip
 class DynamicTanh(Variant):
     """Dynamic tanh (Zhu et al. 2025, 2503.10622), for each value of x (N, C, H, W) by itself.
 
@@ -54,7 +59,12 @@ class DynamicTanh(Variant):
         return copy_affine(norm, Pointwise(norm.num_features, alpha=self.alpha, shifts=self.shifts))
 
 
-@register("derf", aliases=("dynamicerf",), family="statistics of a sample", order=32)
+@register(
+    "derf", aliases=("dynamicerf",), family="statistics of a sample", order=32,
+    formula="gamma · erf(alpha · x + s) + beta", source="Chen et al. 2025, 2512.10938", over="nothing",
+    parameters="gamma, beta, one alpha from 0.5, one s from 0",
+    use="transformers, with Adam or AdamW: SGD takes too large steps of s", cost="as `dyt`",
+)  # fmt: skip
 class DynamicErf(DynamicTanh):
     """Dynamic erf (Chen et al. 2025, 2512.10938): `DynamicTanh` with another function and a shift.
 

@@ -107,7 +107,14 @@ class BatchRenorm2d(BatchStatistics):
         return mean, torch.sqrt(self.eps + (square - mean.square()).clamp_min(0))
 
 
-@register("renorm", aliases=("brn", "batchrenorm", "batchrenormalization"), family="statistics of the batch", order=7)
+@register(
+    "renorm", aliases=("brn", "batchrenorm", "batchrenormalization"), family="statistics of the batch", order=7,
+    formula="gamma · ((x - mu) / s_B · r + d) + beta; r = clip(s_B / s), d = clip((mu - running mean) / s), constants "
+    "to the gradient; s, s_B deviations with eps inside the root; a ramp in fractions of the run or in steps",
+    source="Ioffe 2017", over="N, H, W, corrected by moving averages", parameters="gamma (`norm.learn_scale`), beta",
+    use="small batches, and batches that are not iid: training and evaluation normalize alike",
+    cost="`bn`'s kernels and a dozen operations per channel",
+)  # fmt: skip
 class BatchRenorm(Variant):
     """Batch renormalization (Ioffe 2017, 1702.03275).
 

@@ -100,12 +100,15 @@ class TaskBalancedBatchNorm2d(GroupedBatchNorm2d):
 
 
 @register(
-    "tbbn",
-    aliases=("taskbalancedbn", "taskbalancedbatchnorm"),
-    family="statistics of the batch",
-    order=34,
+    "tbbn", aliases=("taskbalancedbn", "taskbalancedbatchnorm"), family="statistics of the batch", order=34,
     needs="sampler=class_incremental",
-)
+    formula="per split: gamma · (x - mu) / sqrt(v + eps) + beta; of the images of the current task n is in split n "
+    "mod r, a copy of each image of the memory in every split, whose mean it becomes; r the largest common divisor of "
+    "both parts up to current / memory · task, 1 in the first; for `sampler=class_incremental` alone",
+    source="Cha et al. 2023, 2201.12559, as its code", over="N, H, W of a split", parameters="gamma, beta",
+    use="class-incremental learning with a memory, and nothing else",
+    cost="moments of each image and one multiply-add, in passes of their own",
+)  # fmt: skip
 class TaskBalancedBatchNorm(BatchNorm):
     """Task-balanced batch normalization (Cha et al. 2023, 2201.12559, as their code), for sampler=class_incremental.
 
