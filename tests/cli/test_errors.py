@@ -278,7 +278,7 @@ def test_a_study_that_does_not_exist_is_answered_with_how_to_start_it(command) -
 def test_help_is_the_menu_and_does_not_import_torch(command, tmp_path) -> None:
     status, out, _ = command("train.py", "--help")
     assert status == 0
-    menu = "norm: affine, bn, bn_frozen, bn_scaled, bnminus"
+    menu = "norm: affine, bn, bn_frozen, bn_mean, bn_scaled"
     for word in (menu, "hydra/launcher", "depth: 18", "python train.py -m norm="):
         assert word in out
     code = (

@@ -126,7 +126,7 @@ def test_from_the_command_to_the_verdicts(name, command, tmp_path) -> None:
     small = (
         "budget=smoke",
         "seed=0",
-        "epochs=20" if "deep_linear" in name else "epochs=1",  # whose epoch is a step
+        f"epochs={EPOCHS.get(name, 1)}",
         *(("schedule.warmup_epochs=0.5",) if "warmup_epochs" in text else ()),
         *(("model.width=0.25",) if "/model: vgg" in text else ()),
         *(("dataset.train_size=32",) if name == "small_batch" else ()),  # which has 41 runs

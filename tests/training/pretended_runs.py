@@ -164,7 +164,7 @@ def test_what_is_measured_between_steps_waits_where_it_may(tiny, settings) -> No
         ("model=binary_resnet", "norm=bnn_free", "optimizer=adam", "model.binarize_at=0.75"),
         ("model=vgg", "depth=11", "dataset.image_size=32", "model.width=0.25"),
         ("model=gitman_cifar", "dataset.image_size=22", "dataset.crop_size=20"),
-        ("model=inception_v3", "dataset.image_size=75", "dataset.train_size=8", "dataset.test_size=2", "batch=2"),
+        ("model=inception_v3", "dataset.image_size=75", "dataset.train_size=10", "dataset.test_size=10", "batch=2"),
     ],
     ids=" ".join,
 )
