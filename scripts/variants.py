@@ -82,7 +82,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def norms(family: Sequence[Declaration]) -> str:
     rows = [
-        [f"`{each.name}`", each.formula, each.source, each.over, each.parameters, each.conv or "no", each.use]
+        [
+            f"`{each.name}`",
+            f"{'a reconstruction: ' * each.reconstruction}{each.formula}",
+            each.source,
+            each.over,
+            each.parameters,
+            each.conv or "no",
+            each.use,
+        ]
         for each in family
     ]
     return table(["`norm=`", "formula", "source", "over", "parameters", "conv", "use"], rows)

@@ -67,6 +67,23 @@ def test_a_file_is_read_with_its_own_split(make, tmp_path, shape, compressed) ->
         np.testing.assert_array_equal(found, arrays[f"{part}_labels"][:, 0])
 
 
+def test_what_is_named_beside_images_and_labels_is_passed_over_and_names_of_labels_are_those_of_classes(
+    make, tmp_path
+) -> None:
+    more = {"image_ids": np.arange(12), "my_train_labels": labels(12) * 0, "label_names": np.array(["a", "b", "c"])}
+    data, expected = (load(make, write(tmp_path / "set.npz", whole(4, 4) | each)) for each in (more, {}))
+    for found, known in zip(content(data.train), content(expected.train), strict=True):
+        np.testing.assert_array_equal(found, known)
+    assert data.classes == ("a", "b", "c")
+
+
+def test_images_of_one_color_are_refused(make, tmp_path) -> None:
+    """Such are pictures of floats from 0 to 1 whose fractions were cut off."""
+    path = write(tmp_path / "set.npz", whole(4, 4, test_images=(images(9, 4, 4) / 256).astype(np.uint8)))
+    with pytest.raises(UserError, match=r"All pixels of test_images in .* are 0\.\n.*np\.round"):
+        load(make, path)
+
+
 @pytest.mark.parametrize("layout", ["npy", "npz", "x_y", "fortran"])
 def test_a_folder_says_the_same_as_a_file(make, tmp_path, layout) -> None:
     arrays = whole(4, 4, val_images=None, val_labels=None)
@@ -119,11 +136,11 @@ def test_val_is_tested_on_where_there_is_no_test_and_images_are_resized(make, tm
 
 SPLIT = ("dataset.test_fraction=0.2",)
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
-    "float": ({"train_images": images(12, 4, 4) / 255}, (), "is float64; images are expected as uint8: round"),
+    "float": ({"train_images": images(12, 4, 4) / 255}, (), "Write np.round(255 * x).astype(np.uint8), if 1 is white."),
     "16 bits": ({"train_images": images(12, 4, 4).astype(np.uint16)}, (), "is uint16; images are expected as uint8"),
     "channels first": ({"train_images": images(12, 3, 4, 4)}, (), "np.moveaxis(x, 1, -1)"),
     "flat": ({"train_images": images(12, 16)}, (), "has the shape (12, 16)"),
-    "rgba": ({"train_images": images(12, 4, 4, 4)}, (), "expected as (N, H, W, 3)"),
+    "rgba": ({"train_images": images(12, 4, 4, 4)}, (), "Leave the transparency out: x[..., :3]."),
     "empty": ({"train_images": images(0, 4, 4), "train_labels": labels(0)}, (), "is empty"),
     "not square": ({"train_images": images(12, 4, 5)}, (), "images of 4x5 pixels"),
     "other sizes": ({"test_images": images(9, 5, 5)}, (), "other sizes or channels in other parts"),
@@ -143,7 +160,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "one class": (
         {f"{p}_labels": labels(n, 1) for p, n in (("train", 12), ("val", 6), ("test", 9))},
         (),
-        "two or more",
+        "two or more.\nGive images of another class.",
     ),
     "classes differ": ({"test_labels": labels(9, 4)}, (), "only one of them has 3"),
     "a class is missing": ({"test_labels": labels(9, 2)}, (), "only one of them has 2"),
@@ -153,7 +170,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "two splits": ({}, SPLIT, "would split off others"),
     "two validations": ({}, ("dataset.val_size=3",), "has 6 of its own"),
     "objects": ({"train_labels": np.array([{}] * 12)}, (), "Python's objects are not read"),
-    "object images": ({"train_images": np.array([{}] * 12)}, (), "is object; images are expected as uint8"),
+    "object images": ({"train_images": np.array([{}] * 12)}, (), "Write all images at one size, with np.stack."),
     "no test": (dict.fromkeys(k for k in whole(4, 4) if not k.startswith("train")), (), "has no test images"),
     "rare": (
         {**dict.fromkeys(whole(4, 4)), "images": images(21, 4, 4), "labels": np.array([0] * 20 + [1])},

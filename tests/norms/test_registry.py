@@ -85,7 +85,7 @@ def test_a_value_that_an_option_cannot_have_is_refused(name: str, options: dict[
         ("gn", {"groups": 5}, "groups=5 does not divide"),
         ("bn", {"norm": 4}, "Expected one of: eps, momentum, scale_init, scale_lr_divisor."),
         ("affine", {"eps": 1e-3}, "Expected none."),
-        ("bnp", {}, "There is no variant bnp."),
+        ("bnp", {}, "it needs optimizer.precondition=bnp, which train.py has."),
         (norms.Affine(), {"eps": 1e-3}, "Affine has its options already"),
     ],
 )

@@ -87,6 +87,26 @@ def test_terminal_and_csv_have_states_failures_and_the_table(sweep, tmp_path, ca
     assert float(bn["high"]) - 90.5 == pytest.approx(12.7062047364 * 0.5, abs=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("norm", "precondition", "ours"),
+    [("MemorizedBatchNorm", None, True), ("NoNorm", "bnp", True), ("NoNorm", None, False)],
+)
+def test_whatever_shows_a_reconstruction_says_so_however_the_arm_is_called(add_run, tmp_path, norm, precondition, ours):
+    for seed in (0, 1):
+        add_run("bn", seed=seed, optimizer__precondition=None)
+        config = add_run("mine", seed=seed, optimizer__precondition=precondition) / "config.yaml"
+        config.write_text(config.read_text().replace("normlab.norms.mine", f"normlab.norms.{norm}"))
+    folder = build("study", tmp_path / "outputs").parent
+    sentence = "mine is a reconstruction of ours, as the paper leaves open what it does"
+    captions = [*folder.glob("*.tex"), *(each for each in folder.glob("*.md") if each.stem != "report")]
+    assert len(captions) > 6
+    assert [each.name for each in captions if (sentence in " ".join(each.read_text().split())) != ours] == []
+    for page in ("report.md", "index.html"):
+        shown = (folder / page).read_text().count(sentence)
+        assert shown >= len(captions) / 2 + 2 if ours else shown == 0  # of tables and figures
+
+
 def test_a_wide_table_fits_80_columns(add_run, tmp_path, capsys):
     for batch in (2, 4, 8, 16, 32, 64, 128, 256):
         add_run("bn", batch)

@@ -135,5 +135,5 @@ def switch_meant(path: str, value: object) -> str:
 def not_one_of(path: str, value: object, choices: Iterable[str]) -> str:
     """Return the sentence for a setting whose value is none of its `choices`."""
     options = list(choices)
-    expected = f"{path}={as_typed(value)} is not valid: expected one of {', '.join(options)}."
+    expected = f"{path}={as_typed(value)} is not valid: expected{' one of' * (len(options) > 1)} {', '.join(options)}."
     return expected + did_you_mean(value, options, f"{path}=")

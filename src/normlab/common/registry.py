@@ -193,6 +193,7 @@ class Declaration:
         needs: a setting beside the class without which it is not what the name says.
         formula, source, over, parameters, conv, use, cost: of a norm, its row in docs/variants.md, as the top of that
             page explains them; `conv` where it needs a convolution. scripts/variants.py makes the page.
+        reconstruction: whether the paper leaves open what a norm does, so that this is our reading of it.
     """
 
     name: str
@@ -209,6 +210,7 @@ class Declaration:
     conv: str = ""
     use: str = ""
     cost: str = ""
+    reconstruction: bool = False
 
     def defaults(self) -> dict[str, Any]:
         """Return the default of each option."""

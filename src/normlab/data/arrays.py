@@ -20,6 +20,7 @@ KINDS = {  # words in the names of arrays, beside those of `PARTS`
     "labels": ("labels", "label", "y", "targets"),
     "classes": ("classes", "names"),
 }
+_KNOWN = {word for meant in (KINDS, PARTS) for words in meant.values() for word in words}
 EXPECTED = (
     "Expected arrays train_images, train_labels, test_images, test_labels (val_... too), or images and labels with"
     " dataset.test_fraction=0.2: in one .npz, or in a folder of .npy, or of train.npz and test.npz."
@@ -152,29 +153,38 @@ def _opened(place: Place) -> Iterator[IO[bytes]]:
 
 
 def _places(path: Path) -> dict[tuple[str, str], Place]:
-    """Return where each array is, by its part ("train" if it names none) and kind; others are passed over."""
+    """Return where each array is, by its part ("train" if it names none) and kind; others are passed over.
+
+    Of several that say the same, it is the one with the fewest other words in its name: images, not image_ids.
+    """
     if not path.exists():
         raise UserError(f"dataset.path={path} is not there.\n{EXPECTED}")
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".npz", ".npy") and file.is_file())
     else:
         files = [path] if path.suffix in (".npz", ".npy") and path.is_file() else []
-    found: dict[tuple[str, str], Place] = {}
+    found: dict[tuple[str, str], tuple[int, Place]] = {}
     for place in (place for file in files for place in _in_file(file)):
         name = place.file.stem if place.member is None else place.member.removesuffix(".npy")
-        kind = _word(name, KINDS)
+        kind, others = _word(name, KINDS), len(_words(name) - _KNOWN)
         part = _word(name, PARTS) or (_word(place.file.stem, PARTS) if path.is_dir() else None) or "train"
-        if kind is not None:
-            if (part, kind) in found:
-                raise UserError(f"{found[part, kind]} and {place} are both {part} {kind}.\nKeep one, rename the other.")
-            found[part, kind] = place
-    return found
+        if kind is None:
+            continue
+        least, known = found.get((part, kind), (others + 1, place))
+        if others == least:
+            raise UserError(f"{known} and {place} are both {part} {kind}.\nKeep one, rename the other.")
+        if others < least:
+            found[part, kind] = others, place
+    return {key: place for key, (_, place) in found.items()}
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split("[^a-z]+", name.lower())) - {""}
 
 
 def _word(name: str, meant: Mapping[str, Sequence[str]]) -> str | None:
     """Return what a name says it is, by any of its words."""
-    words = set(re.split("[^a-z]+", name.lower()))
-    return next((each for each, names in meant.items() if words.intersection(names)), None)
+    return next((each for each, names in reversed([*meant.items()]) if _words(name).intersection(names)), None)
 
 
 def _in_file(file: Path) -> list[Place]:
@@ -194,11 +204,20 @@ def _image_shape(place: Place) -> tuple[int, ...]:
         of_version = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, _, dtype = of_version[version[0]](file)
     if dtype != np.uint8:
-        hint = "round(255 * x) of values from 0 to 1" if dtype.kind == "f" else "0 is black and 255 white"
-        raise UserError(f"{place} is {dtype}; images are expected as uint8: {hint}.\nWrite x.astype(np.uint8).")
+        written = {
+            "f": "np.round(255 * x).astype(np.uint8), if 1 is white",
+            "O": "all images at one size, with np.stack",
+        }
+        raise UserError(
+            f"{place} is {dtype}; images are expected as uint8, 0 is black and 255 white.\n"
+            f"Write {written.get(dtype.kind, 'x.astype(np.uint8), if no value is above 255')}."
+        )
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-        first = len(shape) == 4 and shape[1] in (1, 3)
-        hint = "Channels go last: np.moveaxis(x, 1, -1)." if first else "Gray images may leave the last out."
+        hint = "Gray images may leave the last out."
+        if len(shape) == 4 and shape[1] in (1, 3):
+            hint = "Channels go last: np.moveaxis(x, 1, -1)."
+        elif len(shape) == 4 and shape[3] == 4:
+            hint = "Leave the transparency out: x[..., :3]."
         raise UserError(f"{place} has the shape {shape}; images are expected as (N, H, W, 3) or (N, H, W, 1).\n{hint}")
     if not all(shape):
         raise UserError(f"{place} is empty: it has the shape {shape}.\n{EXPECTED}")
@@ -228,7 +247,12 @@ def _number_of_classes(places: Mapping[tuple[str, str], Place], labels: Mapping[
     if train[0] != 0 or train[-1] != len(train) - 1 or len(train) < 2:
         raise UserError(
             f"{places['train', 'labels']} has the labels {listed(train.tolist(), NAMED)}; expected are 0 to the number"
-            " of classes - 1, each of them, and two or more.\nWrite np.unique(labels, return_inverse=True)[1]."
+            " of classes - 1, each of them, and two or more.\n"
+            + (
+                "Write np.unique(labels, return_inverse=True)[1]."
+                if len(train) > 1
+                else "Give images of another class."
+            )
         )
     for part, others in known.items():
         odd = np.setxor1d(train, others)

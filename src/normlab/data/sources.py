@@ -156,6 +156,10 @@ def of_arrays(dataset: ArrayDataset, data_dir: Path, log: Log) -> Source:
         images = images.view(*images.shape[:3], -1).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).contiguous()
         if len(images) != len(found.labels[part]) or images.shape[-1] != found.image_size:
             raise UserError(f"{place} changed while it was read.\nStart again.")
+        if images.eq(images[0, 0, 0, 0]).all():
+            raise UserError(
+                f"All pixels of {place} are {images[0, 0, 0, 0]}.\n255 is white; of 1, write np.round(255 * x)."
+            )
         parts[part] = images, torch.from_numpy(found.labels[part])
     if "test" not in parts:
         images, labels = parts["train"]

@@ -47,7 +47,7 @@ def build(
         if value in rewriting.refused.get(setting, {}):
             raise UserError(
                 f"norm={config.norm.name} cannot have {setting}={value}: {rewriting.refused[setting][value]}.\n"
-                f"Use another {setting}, or another norm."
+                f"Use {'sync_stats=false' if setting == 'sync_stats' else f'another {setting}'}, or another norm."
             )
     if config.weights is not None and (why := rewriting.refused.get("model.weights")):
         raise UserError(

@@ -109,13 +109,13 @@ class MemorizedBatchNorm2d(BatchStatistics):
 @register(
     "mbn_style", aliases=("mbn", "memorizedbn", "memorizedbatchnorm", "memorizedbatchnormalization"),
     family="statistics of the batch", order=40,
-    formula="a reconstruction: gamma · (x - m) / sqrt(s + eps) + beta, m and s of the batch and the 5 newest past "
+    formula="gamma · (x - m) / sqrt(s + eps) + beta, m and s of the batch and the 5 newest past "
     "ones, weights 0.9^age, by the law of total variance; a batch is stored as it is after its update, by a second "
     "forward pass; evaluation by the stored ones [A]",
     source="after Guo et al. 2018, 2010.04947, which has no code; what is known of it: [papers.md](papers.md)",
     over="N, H, W of the batch and of past ones, constants to the gradient", parameters="gamma, beta",
     use="small batches; a result is one of this reconstruction, not of the paper's method",
-    cost="as `lp2`, and a second forward pass",
+    cost="as `lp2`, and a second forward pass", reconstruction=True,
 )  # fmt: skip
 class MemorizedBatchNorm(Variant):
     """A reconstruction of memorized batch normalization (Guo et al. 2018, 2010.04947), which has no public code.

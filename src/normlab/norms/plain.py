@@ -69,13 +69,13 @@ class Affine(Variant):
 @register(
     "bnp", aliases=("batchnormpreconditioning",), family="weights, starts and gradients", order=26,
     needs="optimizer.precondition=bnp", defaults={"conv_bias": True},
-    formula="a reconstruction: `none` with biases; dW = (g_W - g_b mu^T) / s², db = g_b - dW mu by statistics of each "
+    formula="`none` with biases; dW = (g_W - g_b mu^T) / s², db = g_b - dW mu by statistics of each "
     "layer's input (`optimizer.precondition=bnp`)",
     source="BNP-style, after Lange, Helfrich & Ye 2022; the derivation is ours, the paper's exact scaling is not "
     "known to us",
     over="each layer's input over N, H, W of the batch", parameters="none", conv="yes",
     use="to study what statistics of the batch do to the gradient alone; wants a small learning rate",
-    cost="one pass over each layer's input",
+    cost="one pass over each layer's input", reconstruction=True,
 )  # fmt: skip
 class NoNorm(Variant):
     """No normalization: y = x.

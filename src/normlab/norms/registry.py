@@ -27,6 +27,11 @@ def named(name: str, **options: Any) -> Variant:
         UserError: for a name or an option that does not exist, with the nearest that does; for a value out of range.
     """
     known = variants()
+    if (found := registered(Variant).get(name)) and found[1].needs:
+        raise UserError(
+            f"{name} is more than a variant of a network: it needs {found[1].needs}, which train.py has.\n"
+            f"Its layers alone are those of norms.{found[0].__name__}; docs/python.md says what belongs to them."
+        )
     if name not in known:
         close = nearest(name, known)
         raise UserError(

@@ -135,8 +135,8 @@ class TaskBalancedBatchNorm(BatchNorm):
         if self.replay is None:
             raise UserError(
                 "tbbn balances the tasks of a batch, and nothing says which images are of which.\n"
-                "Use sampler=class_incremental, or give the variant `replay`: tasks, images of the current task and of"
-                " the memory in a batch."
+                "Use sampler=class_incremental; in Python set the variant's `replay`, e.g. to (10, 48, 16): tasks,"
+                " images of the current task and of the memory in a batch."
             )
         return TaskSplits(*self.replay)
 

@@ -35,26 +35,23 @@ def make_tables(study: Study, metric: Metric, options: Options) -> list[Table]:
     tables = build_tables(study, metric, baseline, options.thresholds, options.confidence)
     tables += [*tuned_tables(study, options.confidence), *image_tables(study, baseline, options.confidence)]
     tables += [*task_tables(study, options.confidence), *probe_tables(study, options.confidence)]
-    return [_said_to_be_tuned(with_cost_of_trials(table, study), study) for table in tables]
+    return [_with_caveats(with_cost_of_trials(table, study), study) for table in tables]
 
 
-def _said_to_be_tuned(table: Table, study: Study) -> Table:
-    """Return the table with the number of settings that each arm was given, in its caption and its CSV."""
-    if study.tuning is None:
-        return table
-    sentence = study.tuning.sentence
-    caption = f"{table.caption} {sentence[0].upper()}{sentence[1:]}."
-    return replace(table, caption=caption, tidy=table.tidy.assign(tuned=sentence))
+def _with_caveats(table: Table, study: Study) -> Table:
+    """Return the table with the study's caveats in its caption; how it was tuned also in its CSV."""
+    tidy = table.tidy.assign(tuned=study.tuning.sentence) if study.tuning else table.tidy
+    return replace(table, caption=" ".join([table.caption, *study.caveats]), tidy=tidy)
 
 
 def judged_tables(study: Study, metric: Metric, options: Options) -> tuple[list[Table], list[Judgement]]:
     """Return the same tables, those of the verdicts and of what is inconclusive, where there are any; the verdicts."""
     tables, judgements = make_tables(study, metric, options), judge(study, options.confidence, options.alpha)
     if judgements:
-        tables.append(_said_to_be_tuned(texts.verdict_table(judgements, options.confidence), study))
+        tables.append(_with_caveats(texts.verdict_table(judgements, options.confidence), study))
     found = more_seeds.needs(study, metric, options, judgements)
     wanted = more_seeds.seeds_table(study, found, options)
-    return [*tables, *([_said_to_be_tuned(wanted, study)] if wanted else [])], judgements
+    return [*tables, *([_with_caveats(wanted, study)] if wanted else [])], judgements
 
 
 def csv_tables(study: Study, options: Options) -> dict[str, str]:

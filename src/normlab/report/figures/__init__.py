@@ -51,8 +51,9 @@ def draw(
 
 
 def _draw(study: Study, table: Table, metric: Metric, confidence: float, canvas: Canvas) -> Iterator[NamedFigure]:
-    tuned = f"{study.tuning.sentence[0].upper()}{study.tuning.sentence[1:]}. " if study.tuning else ""
-    common = f"{common_setting(study)}. ".removeprefix(". ") + tuned
+    common = "".join(
+        f"{sentence} " for sentence in (f"{common_setting(study)}.".lstrip("."), *study.caveats) if sentence
+    )
     theme = Theme(styles(arrange(study, study.placed)["variant"]), canvas)
     finished = {probe: arrange(study, _finished(rows)) for probe, rows in study.probes.items()}
     words: dict[str, Any] = {"percent": per_cent(confidence), "label": metric.label}

@@ -33,6 +33,7 @@ __all__ = [
     "cell_key",
     "flat_cells",
     "in_order",
+    "is_reconstruction",
     "natural",
     "places",
     "varying",
@@ -44,6 +45,7 @@ FAMILIES = {  # grouped for figures that cannot show all of them at once
     family: tuple(norm.name for norm in _NORMS if norm.family == family)
     for family in dict.fromkeys(norm.family for norm in _NORMS)
 }
+_RECONSTRUCTIONS = {(f"normlab.norms.{norm.class_name}", norm.needs) for norm in _NORMS if norm.reconstruction}
 KNOWN_ARMS = tuple(itertools.chain(*FAMILIES.values()))
 _ALWAYS_SPLIT = ("depth", "model.", "dataset.")  # never regarded as following the batch size
 
@@ -82,6 +84,18 @@ def places(configs: Sequence[Mapping[str, Any]], without: Collection[str] = ()) 
     of_cell = dict(zip(cells, zip(settings, arms, strict=True), strict=True))
     in_tables = [Place(*of_cell[cell_key(config)], config["batch"], config["seed"]) for config in configs]
     return in_tables, _remarks(settings, flat, following)
+
+
+def is_reconstruction(config: Mapping[str, Any]) -> bool:
+    """Return whether the paper of a run's norm leaves open what it does, by the class, whatever the arm is called."""
+    target = (config.get("norm") or {}).get("_target_")
+    return any(target == known and (not needs or _has(config, needs)) for known, needs in _RECONSTRUCTIONS)
+
+
+def _has(config: Mapping[str, Any], needs: str) -> bool:
+    path, _, value = needs.partition("=")
+    group, _, name = path.partition(".")
+    return (config.get(group) or {}).get(name) == value
 
 
 def _beside_trained(flat: Sequence[Mapping[str, Hashable]]) -> list[Mapping[str, Hashable]]:

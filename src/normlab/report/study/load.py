@@ -15,7 +15,7 @@ import pandas as pd
 from normlab import runs
 from normlab.common.errors import UserError, count, first_line, listed
 from normlab.common.progress import one_line
-from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, places, varying
+from normlab.report.study.arms import Place, cell_key, flat_cells, in_order, is_reconstruction, places, varying
 from normlab.report.study.columns import Columns, length, tidy
 from normlab.report.study.find import find_study, packed_name
 from normlab.report.study.index import Index
@@ -101,6 +101,17 @@ class Study:
             return self.tuning.study.called(run)  # which knows those that are not chosen, too
         name = self.names.get(run)
         return f"{name} ({run.rpartition('-')[2]})" if name else run
+
+    @cached_property
+    def caveats(self) -> list[str]:
+        """Return the sentences that no table or figure goes without: what was chosen, and which arms are ours."""
+        sentences = [f"{self.tuning.sentence[0].upper()}{self.tuning.sentence[1:]}."] if self.tuning else []
+        ours = {run for run, config in self.configs.items() if is_reconstruction(config)}
+        arms = in_order(self.placed["arm"][self.placed["run"].isin(ours)])
+        if arms:
+            what = "are reconstructions" if len(arms) > 1 else "is a reconstruction"
+            sentences.append(f"{listed(arms, len(arms))} {what} of ours, as the paper leaves open what it does [A].")
+        return sentences
 
     @cached_property
     def packed(self) -> bool:
