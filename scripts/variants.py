@@ -49,20 +49,12 @@ ENOUGH = 90  # per cent; a norm below that has a reason, by its name
 REASONS = {
     "noisy_bn": "its moving averages are of noisy inputs, and evaluation is without noise; trains with"
     " `eval_stats=precise`",
-    "mabn": "with one group per batch its window reaches 16 steps back, see above; trains with `norm_batch=2`",
-    "frn": "the network ends in 1x1 maps of an 8x8 image, and of a single value it leaves the sign; trains in"
-    " `model=cifar_resnet`",
+    "noisy_none": "nothing bounds what the noise adds, and some seeds do not leave chance",
     "nf": "adaptive clipping bounds each step relative to its weights; that of scalars keeps the branches off; trains"
-    " with `optimizer.lr=0.1 optimizer.agc_vectors=false`",
-    "fixup": "starts with a classifier at zero and branches at zero, and its scalars learn at a tenth of the rate",
-    "skipinit": "branches that start at zero wait for their scalars",
-    "bnp": "gradients are divided by the variance of each input, which is small in a network without normalization;"
-    " trains with `optimizer.lr=0.001`",
-    "derf": "the one s of a layer, which has the gradients of all its values, takes too large steps of SGD; trains with"
-    " `optimizer=adam optimizer.lr=0.001` (its authors use AdamW)",
+    " with `optimizer.agc_vectors=false`",
 }
-ABSENT = {  # why a norm is in no study of the digits and ResNet-18
-    "in": "which refuses networks that end in 1x1 maps, as ResNet-18 of an 8x8 image does",
+ABSENT = {  # why a norm is not in the study
+    "bn_frozen": "which is for a network that was trained with `bn`",
     "tbbn": "which is for `sampler=class_incremental` alone",
 }
 
@@ -174,7 +166,9 @@ def commands(study: Study) -> Iterator[str]:
     """The commands that made the runs, without where they were written."""
     for words in sorted({tuple(each.get("command", ())) for each in study.provenance.values()} - {()}):
         kept = ["-m" if word == "--multirun" else word for word in words if not word.startswith(PLACES)]
-        yield " \\\n    ".join(textwrap.wrap(f"python {shlex.join(kept)}", 110, break_on_hyphens=False))
+        yield " \\\n    ".join(
+            textwrap.wrap(f"python {shlex.join(kept)}", 110, break_long_words=False, break_on_hyphens=False)
+        )
 
 
 def fill(text: str) -> str:

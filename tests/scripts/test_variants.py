@@ -32,7 +32,7 @@ def test_each_norm_is_shown_at_its_best_rate_by_validation_images(tmp_path: Path
     assert rows["bn"] == ["96.0 ± 2.5 (n=3)", "0.1", "0.01; 0.1; 1", ""]
     assert rows["nf"] == ["46.0 ± 2.5 (n=3)", "0.1", "0.01; 0.1; 1", variants.REASONS["nf"]]
     assert "each arm at its best of 3 values of optimizer.lr, chosen on validation" in " ".join(text.split())
-    assert "`in`, which refuses networks that end in 1x1 maps" in " ".join(text.split())
+    assert "`tbbn`, which is for `sampler=class_incremental` alone" in " ".join(text.split())
 
 
 def test_a_study_without_validation_images_leaves_the_section_as_it_is(tmp_path: Path) -> None:
