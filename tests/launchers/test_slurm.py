@@ -216,14 +216,17 @@ def a_run_in_several_tasks_stops_on_request_goes_on_and_finishes(here: Path) -> 
 
 def a_submitter_killed_at_submission_leaves_an_array_that_the_same_command_finds(here: Path) -> None:
     sweep = (*SETTINGS, *SLURM, "hydra.launcher.memory_gb=0.7", "seed=0,1")
-    deadly = wrapper(here, "sbatch", '$real "$@"; [ "$1" = --version ] || kill -KILL $PPID')
+    deadly = wrapper(here, "sbatch", '[ "$1" = --version ] && exec $real "$@"; $real --hold "$@"; kill -KILL $PPID')
     inside_of_a_job = {"SLURM_JOB_ID": "1", "SLURM_MEM_PER_CPU": "1", "SLURM_MEM_PER_NODE": "1"}  # srun refuses that
-    killed = train(here, *sweep, **SLOW, **deadly, **inside_of_a_job)
+    killed = train(here, *sweep, **deadly, **inside_of_a_job)
     assert killed.returncode == -signal.SIGKILL
-    again = train(here, *sweep, **SLOW)
+    again = train(here, *sweep, "hydra.launcher.wait=false")
     assert again.returncode == 0, again.stderr
-    assert "runs are queued or running already" in again.stdout
-    assert "Submitted" not in again.stdout
+    queued = re.search(r"2 of 2 runs are queued or running already \(job (\d+)\)", again.stdout)
+    assert queued, again.stdout
+    call("scontrol", "release", queued[1])
+    last = train(here, *sweep)
+    assert "Submitted" not in again.stdout + last.stdout
     assert ended(here / "outputs" / "default") == ["done", "done"]
 
 
