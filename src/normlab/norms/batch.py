@@ -83,11 +83,6 @@ class GroupedBatchNorm2d(BatchStatistics, nn.BatchNorm2d):  # type: ignore[misc]
             self.get_buffer(name).copy_(value)
         self.get_buffer("num_batches_tracked").fill_(batches)
 
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return mean and biased variance."""
-        mean, square = moments
-        return mean, (square - mean.square()).clamp_min(0)
-
 
 @register(
     "bn", aliases=("batch", "batchnorm", "batchnorm2d", "batchnormalization", "syncbatchnorm", "syncbn"),

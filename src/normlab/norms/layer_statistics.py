@@ -20,7 +20,8 @@ class BatchStatistics(FullPrecision):
     """A layer over x (N, C, H, W) with statistics per channel over the images of a group, and H and W.
 
     It has `weight` (C,) from 1, `bias` (C,) from 0, a buffer (C,) for each of `averages`, and an attribute for each
-    further keyword. A subclass defines `normalize` for one group, `evaluate`, and `averages_of` for precise statistics.
+    further keyword. A subclass defines `normalize` for one group and `evaluate`; with other averages than
+    running_mean and running_var also `averages_of`, for precise statistics.
 
     With `norm_batch` = k and N = G·k + r, image n < G·k belongs to group n mod G, so that the groups are a view
     (k, G·C, H, W) of x in which every group's channel is a channel; the last r images are a smaller group.
@@ -65,8 +66,13 @@ class BatchStatistics(FullPrecision):
         raise NotImplementedError
 
     def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return the value (C,) for each of `averages` from means over many batches of what `moments` returns."""
-        raise NotImplementedError
+        """Return the value (C,) for each of `averages` from means over many batches of what `moments` returns.
+
+        By default from the mean and the mean square: the mean and the biased variance.
+        """
+        mean, square = moments
+        known = {"running_mean": mean, "running_var": (square - mean.square()).clamp_min(0)}
+        return tuple(known[name] for name in self.averages)
 
     def start_averages(self, mean: Tensor, var: Tensor, batches: int) -> None:
         """Start at the moving averages (C,) of a BatchNorm that was trained, as far as this layer's follow from them.

@@ -213,11 +213,6 @@ class EvoNorm2dB0(BatchStatistics):
         divisor = std + F.relu(v * x + (torch.sqrt(instance + self.eps) - std))
         return x / divisor * gamma + beta
 
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return the biased variance."""
-        mean, square = moments
-        return ((square - mean.square()).clamp_min(0),)
-
 
 @register(
     "evonorm_b0", family="statistics of a sample", order=19,

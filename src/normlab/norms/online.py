@@ -145,11 +145,6 @@ class OnlineNorm2d(BatchStatistics):
         """See `BatchStatistics.evaluate`."""
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return mean and biased variance."""
-        mean, square = moments
-        return mean, (square - mean.square()).clamp_min(0)
-
     @torch.no_grad()
     def after_step(self) -> None:
         """Move v and u by what backward passes have noted: the mean over groups, weighted by images."""

@@ -32,11 +32,6 @@ class VarianceNorm2d(BatchStatistics):
         scale = per_group(self.weight, groups) * torch.rsqrt(v + self.eps)
         return torch.addcmul(broadcast(per_group(self.bias, groups)), x, broadcast(scale))
 
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return the biased variance."""
-        mean, square = moments
-        return ((square - mean.square()).clamp_min(0),)
-
 
 class MeanNorm2d(BatchStatistics):
     """See `MeanNorm`."""
@@ -57,10 +52,6 @@ class MeanNorm2d(BatchStatistics):
     def _center(self, x: Tensor, mu: Tensor, groups: int) -> Tensor:
         gamma, beta = per_group(self.weight, groups), per_group(self.bias, groups)
         return torch.addcmul(broadcast(beta), x - broadcast(mu), broadcast(gamma))
-
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return the mean."""
-        return moments[:1]
 
 
 class _Part(Variant):

@@ -94,11 +94,6 @@ class MemorizedBatchNorm2d(BatchStatistics):
         """See `BatchStatistics.evaluate`."""
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return mean and biased variance."""
-        mean, square = moments
-        return mean, (square - mean.square()).clamp_min(0)
-
     def start_averages(self, mean: Tensor, var: Tensor, batches: int) -> None:
         """Begin with a memory full of the statistics of a BatchNorm that was trained."""
         super().start_averages(mean, var, max(batches, self.memory))
@@ -235,11 +230,6 @@ class CrossIterationBatchNorm2d(BatchStatistics):
         """See `BatchStatistics.evaluate`."""
         square = (self.running_var.sqrt() + self.eps).square()
         return F.batch_norm(input, self.running_mean, square, self.weight, self.bias, False, 0.0, 0.0)
-
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return mean and biased variance."""
-        mean, square = moments
-        return mean, (square - mean.square()).clamp_min(0)
 
 
 @register(

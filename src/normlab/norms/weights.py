@@ -225,10 +225,6 @@ class MeanOnlyBatchNorm2d(BatchStatistics):
         """See `BatchStatistics.evaluate`."""
         return _shift(input, self.bias - self.running_mean)
 
-    def averages_of(self, *moments: Tensor) -> tuple[Tensor, ...]:
-        """Return the mean."""
-        return moments[:1]
-
 
 def _shift(input: Tensor, shift: Tensor) -> Tensor:
     # Under autocast the input is half precision: promotion computes in float32, the next layer wants half.
