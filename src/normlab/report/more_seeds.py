@@ -25,8 +25,8 @@ from normlab.report.analysis.metrics import RATES, Metric
 from normlab.report.analysis.power import MOST, POWER, seeds_needed
 from normlab.report.analysis.statistics import ENOUGH, paired, spread, t_interval
 from normlab.report.analysis.tuning import RATE, along_setting
-from normlab.report.claims.claims import Comparison, Side
-from normlab.report.claims.judge import INCONCLUSIVE, NOT_RUN, ComparisonResult, Judgement
+from normlab.report.claims.claims import MARGIN, MARGIN_FACTOR, Comparison, Side
+from normlab.report.claims.judge import INCONCLUSIVE, NOT_RUN, SUPPORTED, ComparisonResult, Judgement
 from normlab.report.options import TABLE_OPTIONS, Options
 from normlab.report.options import options as menu_options
 from normlab.report.reruns import foreign
@@ -37,7 +37,6 @@ from normlab.report.study.tuned import Choice
 from normlab.runs.states import State
 
 LOOKS = 2  # at a study, by default: the one that found it inconclusive, and one at the new seeds
-MARGIN, MARGIN_FACTOR = 1.0, 1.5  # [A] the smallest differences of interest where a claim names none: points, a factor
 COMMANDS = 3  # comparisons whose commands stand below the table
 MORE, WITH_RATES = "_more", "_rates"  # ends of the names of studies of new runs
 _TOGETHER = (
@@ -191,7 +190,7 @@ def _obstacle(result: ComparisonResult) -> str:
 def _not_run(study: Study, judgement: Judgement, result: ComparisonResult) -> str:
     """Return what the claim needs beside this comparison and no run has; "" where this one alone is a verdict."""
     missing = [each for each in judgement.results if each.verdict == NOT_RUN]
-    alone = not math.isnan(result.p) and result.favors == judgement.claim.any
+    alone = not math.isnan(result.p) and (result.conclusion == SUPPORTED) == judgement.claim.any
     if not missing or alone:
         return ""
     norms = {str(config["norm"]["name"]) for config in study.configs.values()}
@@ -340,7 +339,7 @@ def _planned(need: Need, obstacle: str) -> Need:
     if not deviation > 0:
         return _by_signs(need)
     distance = need.mean - comparison.reference
-    margin = _margin(comparison)
+    margin = comparison.smallest
     if comparison.expect == "equal":
         off = abs(distance)
         inside = [comparison.margin - off, comparison.margin + off]
@@ -362,15 +361,6 @@ def _by_signs(need: Need) -> Need:
     if seeds > MOST:
         return replace(need, note=f"more than {MOST} seeds, by the sign test")
     return replace(need, seeds=seeds, settles=True, note="by the sign test, if all agree")
-
-
-def _margin(comparison: Comparison) -> float:
-    """Return the smallest difference of interest: the claim's, else ours, on the scale of the measure."""
-    if comparison.expect == "equal":
-        return comparison.margin
-    if comparison.tolerates_equality:  # "not more than a point behind": what arms that are alike are away from
-        return abs(comparison.reference)
-    return MARGIN if comparison.in_points else math.log(MARGIN_FACTOR) if comparison.in_factors else math.nan
 
 
 def _alike(need: Need) -> str:

@@ -24,6 +24,7 @@ ORDINARY: dict[str, Any] = {
 }
 ORDINARY_OPTIONS: dict[str, dict[str, Any]] = {"bn": {"norm.scale_init": 1.0, "norm.scale_lr_divisor": 1.0}}
 LOWEST, HIGHEST = "lowest", "highest"
+MARGIN, MARGIN_FACTOR = 1.0, 1.5  # [A] the smallest differences of interest where a claim names none: points, a factor
 _DEFAULT_WEIGHTS = (1.0, -1.0, None, None)
 
 
@@ -66,6 +67,20 @@ class Comparison:
     def in_factors(self) -> bool:
         """Return whether values are natural logarithms, so that contrasts are factors."""
         return self.measure.log
+
+    @property
+    def smallest(self) -> float:
+        """Return the smallest difference of interest, the claim's or else ours, on the scale of the measure; or nan."""
+        if self.expect == "equal":
+            return self.margin
+        if self.tolerates_equality:  # "not more than a point behind": what arms that are alike are away from
+            return abs(self.reference)
+        return MARGIN if self.in_points else math.log(MARGIN_FACTOR) if self.in_factors else math.nan
+
+    @property
+    def denies_equality(self) -> bool:
+        """Return whether sides that are alike, to within the smallest difference of interest, answer it with no."""
+        return self.expect != "equal" and self.reference == 0 and len(self.sides) > 1 and not math.isnan(self.smallest)
 
     @property
     def tolerates_equality(self) -> bool:

@@ -1,4 +1,4 @@
-"""The claims tested on a study's runs: supported, contradicted or inconclusive. docs/statistics.md explains it.
+"""The claims tested on a study's runs: supported, contradicted, equal or inconclusive. docs/statistics.md explains it.
 
 A study has one verdict per claim, data set and network. For every comparison of a claim, `pairing` selects the runs;
 their contrast, averaged over cells, is one number per seed; Student's t-test decides; Holm's correction is over all
@@ -29,7 +29,9 @@ from normlab.report.claims.pairing import FinishedRun, Selection, finished_runs,
 from normlab.report.study.load import Study
 
 LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
-SUPPORTED, CONTRADICTED, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "inconclusive", "not run"
+SUPPORTED, CONTRADICTED, EQUAL, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "equal", "inconclusive", "not run"
+VERDICTS = (SUPPORTED, CONTRADICTED, EQUAL, INCONCLUSIVE)  # in the order in which they are counted
+_NO_ARM_LEARNED = "no arm learned"
 _NO_INTERVAL = Interval(math.nan, math.nan, math.nan, 0)
 
 
@@ -44,7 +46,7 @@ class ComparisonResult:
         interval: their mean and t-interval.
         p: p-value of the test, nan where none is made.
         p_holm: the same with Holm's correction over all comparisons of a study.
-        favors: whether the runs rather speak for the claim.
+        conclusion: the verdict that the runs rather speak for: supported, contradicted or equal.
         remarks: sentences about the runs and the test.
         runs: names of the runs.
     """
@@ -54,7 +56,7 @@ class ComparisonResult:
     contrasts: Mapping[int, float] = dataclasses.field(default_factory=dict)
     interval: Interval = _NO_INTERVAL
     p: float = math.nan
-    favors: bool = False
+    conclusion: str = INCONCLUSIVE
     remarks: tuple[str, ...] = ()
     runs: frozenset[str] = frozenset()
     p_holm: float = math.nan
@@ -71,7 +73,7 @@ class ComparisonResult:
             return NOT_RUN
         if not self.p_holm <= self.alpha:
             return INCONCLUSIVE
-        return SUPPORTED if self.favors else CONTRADICTED
+        return self.conclusion
 
     @property
     def label(self) -> str:
@@ -97,12 +99,17 @@ class Judgement:
 
     @property
     def verdict(self) -> str:
-        """Return the verdict: all comparisons have to hold and one contradicts; with `any`, the other way round."""
-        verdicts = [result.verdict for result in self.results]
-        decisive, unanimous = (SUPPORTED, CONTRADICTED) if self.claim.any else (CONTRADICTED, SUPPORTED)
-        if decisive in verdicts:
-            return decisive
-        return unanimous if set(verdicts) == {unanimous} else INCONCLUSIVE
+        """Return the verdict: all comparisons have to hold, and one that does not contradicts; with `any`, the reverse.
+
+        Equal sides do not hold. Where all are equal, so is the verdict.
+        """
+        verdicts = {result.verdict for result in self.results}
+        if len(verdicts) == 1:
+            return verdicts.pop() if NOT_RUN not in verdicts else INCONCLUSIVE
+        if self.claim.any:
+            denied = CONTRADICTED if verdicts <= {CONTRADICTED, EQUAL} else INCONCLUSIVE
+            return SUPPORTED if SUPPORTED in verdicts else denied
+        return CONTRADICTED if verdicts & {CONTRADICTED, EQUAL} else INCONCLUSIVE
 
     @property
     def place(self) -> str:
@@ -148,9 +155,9 @@ def _outlying_seeds(result: ComparisonResult, every: Sequence[ComparisonResult])
     distances = {seed: abs(value - median(finite)) for seed, value in contrasts.items()}
     for seed in (seed for seed, distance in distances.items() if distance == max(distances.values()) > 0):
         rest = {other: value for other, value in contrasts.items() if other != seed}
-        p, favors = _test(result.comparison, list(rest.values()))
+        p, conclusion = _test(result.comparison, list(rest.values()))
         adjusted = holm([p, *(other.p for other in every if other is not result)])[0]
-        without = dataclasses.replace(result, contrasts=rest, favors=favors, p_holm=adjusted)
+        without = dataclasses.replace(result, contrasts=rest, conclusion=conclusion, p_holm=adjusted)
         if without.verdict != result.verdict:
             yield f"rests on seed {seed}: without it {without.verdict}"
 
@@ -164,9 +171,11 @@ def _compare(
         return ComparisonResult(comparison, alpha)
     contrasts = {seed: _mean(_contrasts(selection, seed)) for seed in selection.seeds}
     values, weights = list(contrasts.values()), [side.weight for side in comparison.sides]
-    p, favors, remark = math.nan, False, _obstacle(selection)
+    p, conclusion, remark = math.nan, INCONCLUSIVE, _obstacle(selection)
     if not remark:
-        p, favors = _test(comparison, values)
+        p, conclusion = _test(comparison, values)
+        if conclusion == EQUAL and comparison.measure.diverged == "chance" and not _any_side_learned(selection):
+            p, conclusion, remark = math.nan, INCONCLUSIVE, _NO_ARM_LEARNED
         if any(values) and not spread(values) > 0:
             above = sum(value > comparison.reference for value in values)
             remark = f"sign test: higher in {above} of {len(values)} seeds"
@@ -176,7 +185,7 @@ def _compare(
         contrasts,
         t_interval(values, confidence, contrast_bounds(weights, comparison.measure.bounds)),
         p,
-        favors,
+        conclusion,
         remarks=(*_remarks(selection), *filter(None, [remark])),
         runs=frozenset(run.name for run in selection.runs),
     )
@@ -202,7 +211,7 @@ def _obstacle(selection: Selection) -> str:
     if selection.survivors:
         return "no test: it would be of the runs that survived alone"
     if comparison.tolerates_equality and comparison.measure.diverged == "chance" and not _any_side_learned(selection):
-        return "no arm learned"
+        return _NO_ARM_LEARNED
     return ""
 
 
@@ -231,19 +240,25 @@ def _mean(values: Sequence[float]) -> float:
     return 0.0 if math.isnan(mean) else mean
 
 
-def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, bool]:
-    """Return the p-value of the conclusion that the values rather speak for, and whether that is the claim.
+def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, str]:
+    """Return the p-value of the conclusion that the values rather speak for, and that conclusion.
 
-    greater, less: the test against the reference. equal: two one-sided tests (TOST) against the ends of the margin;
-    or, where that is the smaller, the test of lying outside. Only one of the two conclusions can be wrong, so that
-    choosing between them inflates no error. All are two-sided: a verdict at 5 % is where the 95 % interval lies.
+    equal: two one-sided tests (TOST) against the ends of the margin, or the test of lying outside. greater, less: the
+    test against the reference, or the TOST of lying within the smallest difference of interest around it. The smaller
+    p-value concludes. Of two conclusions only one can be wrong, so that choosing between them inflates no error. All
+    are two-sided: a verdict at 5 % is where the 95 % interval lies.
     """
-    ends = (comparison.reference - comparison.margin, comparison.reference + comparison.margin)
-    low, high = (tails(values, end, comparison.exact) for end in ends)
-    if comparison.expect == "equal":
-        inside, outside = max(low.above, high.below), min(low.below, high.above)
-        return min(1.0, 2 * min(inside, outside)), inside <= outside
-    return low.two_sided, (low.above < low.below) == (comparison.expect == "greater")
+    reference, margin = comparison.reference, comparison.smallest
+    if comparison.expect == "equal" or comparison.denies_equality:
+        low, high = (tails(values, end, comparison.exact) for end in (reference - margin, reference + margin))
+        inside, outside = min(1.0, 2 * max(low.above, high.below)), min(1.0, 2 * min(low.below, high.above))
+        if comparison.expect == "equal":
+            return min((inside, SUPPORTED), (outside, CONTRADICTED))
+    else:
+        inside = math.inf
+    tested = tails(values, reference, comparison.exact)
+    conclusion = SUPPORTED if (tested.above < tested.below) == (comparison.expect == "greater") else CONTRADICTED
+    return (inside, EQUAL) if inside < tested.two_sided else (tested.two_sided, conclusion)
 
 
 def _remarks(selection: Selection) -> Iterator[str]:

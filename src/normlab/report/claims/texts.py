@@ -9,7 +9,7 @@ import pandas as pd
 from normlab.common.errors import exact, per_cent
 from normlab.report.analysis.cells import NOTHING, Row, Table, TableCell, p_text
 from normlab.report.claims.claims import Claim, Comparison, claims
-from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, NOT_RUN, SUPPORTED, ComparisonResult, Judgement
+from normlab.report.claims.judge import NOT_RUN, VERDICTS, ComparisonResult, Judgement
 from normlab.report.render.markdown import markdown
 
 _CAPTION = (
@@ -19,7 +19,8 @@ _CAPTION = (
     " tests), with Holm's correction over all comparisons of this table; d_z: distance from what is expected in"
     " standard deviations of the"
     " contrast. supported: p at most {alpha} for all of a claim's comparisons (where one is enough: for one);"
-    " contradicted: the same the other way; inconclusive: neither, or fewer than 3 seeds. Margins are ours;"
+    " contradicted: the same the other way; equal: within the smallest difference of interest (1 point, a factor of 1.5),"
+    " by two one-sided tests; inconclusive: none of these, or fewer than 3 seeds. Margins are ours;"
     " docs/statistics.md explains them."
 )
 
@@ -54,7 +55,7 @@ def claims_page(judgements: Sequence[Judgement]) -> str:
     by_claim = judgements_by_claim(judgements)
     missing = [claim for claim, found in by_claim if not found]
     tally = Counter(judgement.verdict for judgement in judgements)
-    counted = ", ".join(f"{tally[verdict]} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE))
+    counted = ", ".join(f"{tally[verdict]} {verdict}" for verdict in VERDICTS)
     levels = sorted({result.alpha for judgement in judgements for result in judgement.results})
     level = f" at p <= {' or '.join(map(exact, levels))}" if levels else ""
     sections = [

@@ -12,7 +12,7 @@ from normlab.report.analysis.frames import named_rows
 from normlab.report.analysis.leaders import Leader, Out, Rival
 from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import ENOUGH, Interval
-from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
+from normlab.report.claims.judge import VERDICTS, Judgement
 from normlab.report.study.arms import in_order, natural, without_norm_batch
 from normlab.report.study.load import Study
 from normlab.runs.states import State
@@ -329,7 +329,7 @@ def _went_wrong(states: Counter[str]) -> str:
 def _claims(judgements: Sequence[Judgement]) -> Iterator[str]:
     tally = Counter(judgement.verdict for judgement in judgements)
     if judgements:
-        words = [f"{tally[verdict]} {verdict}" for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE) if tally[verdict]]
+        words = [f"{tally[verdict]} {verdict}" for verdict in VERDICTS if tally[verdict]]
         yield f"Papers' claims: {', '.join(words)}."
 
 

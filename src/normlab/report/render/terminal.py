@@ -14,12 +14,12 @@ from normlab.common.errors import count
 from normlab.common.progress import COLORS
 from normlab.common.terminal import say
 from normlab.report.analysis.cells import Row, Table
-from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
+from normlab.report.claims.judge import CONTRADICTED, EQUAL, INCONCLUSIVE, SUPPORTED, Judgement
 from normlab.report.claims.texts import judgements_by_claim, verdict_lines
 from normlab.report.render.layout import column_parts, filled
 from normlab.report.study.load import Study
 
-_VERDICTS = {SUPPORTED: "green", CONTRADICTED: "red", INCONCLUSIVE: "yellow"}
+_VERDICTS = {SUPPORTED: "green", CONTRADICTED: "red", EQUAL: "cyan", INCONCLUSIVE: "yellow"}
 
 
 def show(
