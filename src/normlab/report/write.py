@@ -23,13 +23,13 @@ from normlab.report.render.html import PageFigure, PageTable, cell_numbers, html
 from normlab.report.render.html.live import as_live
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import caption, commands, escaped, markdown_table, page, sources_sentence
-from normlab.report.render.results import results_page
+from normlab.report.render.results import StudyPage, results_page, study_page
 from normlab.report.render.terminal import show, show_claims, show_path
 from normlab.report.study.arms import in_order
 from normlab.report.study.find import find_studies
 from normlab.report.study.load import Study, load
 from normlab.report.study.provenance import Provenance, continued, mixed_cells, mixed_provenance, provenance_of
-from normlab.report.tables import chosen_runs, judged_tables, make_tables, table_options
+from normlab.report.tables import chosen_runs, judged_tables, table_options
 from normlab.runs import archive, files
 from normlab.runs.inside import make_own_folder
 
@@ -141,14 +141,16 @@ def _studies(folder: Path, warnings: list[str], options: Options) -> Iterator[St
 
 
 def build_results(output_dir: str | Path, page: str | Path, options: Options) -> Path:
-    """Write tables, figures and verdicts of every study below `output_dir` on one page, figures to figures/ beside it.
+    """Write the verdicts of all studies below `output_dir` on one page, and a page of tables and figures for each.
+
+    Beside the page, studies' pages go to a folder of its name (results/ of results.md), figures to figures/.
 
     Raises:
         UserError: for a folder without studies and one that cannot be written, and options that leave cells out.
     """
     _refuse_selection("results", options)
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
-    studies, judgements = [], []
+    pages: list[StudyPage] = []
     warnings: list[str] = []
     for study in _studies(folder, warnings, options):
         if study.finished.empty:
@@ -159,18 +161,21 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         except UserError as error:
             warnings.append(f"{study.name} is left out: {first_line(error)}")
             continue
-        tables = make_tables(study, metric, options)
+        tables, judgements = judged_tables(study, metric, options)
         drawn = list(_figures_of_page(study, tables[0], metric, options, page)) if options.figures else []
-        studies.append((study, tables, drawn))
-        judgements += judge(study, options.confidence, options.alpha)
-    if not studies:
+        pages.append(StudyPage(study, tables, drawn, judgements))
+    if not pages:
         measured = f" and {options.metric}" if options.metric else ""
         raise UserError(
             f"There is no study with a finished run{measured} in {folder}.\n"
             f"To start one: {command_name('train')} -m {study_words('default', folder)} norm=bn,none"
         )
-    files.make_folder(page.parent)
-    return _write_claims_page(page, results_page(studies, judgements), judgements, warnings, options)
+    for each in pages:
+        path = page.with_suffix("") / f"{each.study.name}.md"
+        files.make_folder(path.parent)
+        _write(path, study_page(each, "../" * (1 + each.study.name.count("/"))))
+    judgements = [judgement for each in pages for judgement in each.judgements]
+    return _write_claims_page(page, results_page(pages, page.stem), judgements, warnings, options)
 
 
 def show_next(study: str, output_dir: str | Path, options: Options, looks: object) -> None:

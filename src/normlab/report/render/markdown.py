@@ -63,15 +63,22 @@ def _link(found: re.Match[str]) -> str:
     return found[0] if safe else "&#93;"
 
 
-def markdown(frame: pd.DataFrame, bold: Collection[tuple[int, str]] = ()) -> str:
+def markdown(frame: pd.DataFrame, bold: Collection[tuple[int, str]] = (), raw: Collection[str] = ()) -> str:
     """Return a pipe table, padded to be read as plain text; its first column and sentences are left-aligned.
 
     Args:
         frame: texts and numbers, which are escaped.
         bold: number of the row and column of each cell whose number is to be bold.
+        raw: columns that are Markdown already.
     """
+
+    def shown(i: int, heading: str, cell: object) -> str:
+        if heading in raw:
+            return str(cell)
+        return _bold(str(cell)) if (i, heading) in bold else escaped(cell)
+
     texts = [
-        [_bold(str(cell)) if (i, heading) in bold else escaped(cell) for heading, cell in zip(frame, row, strict=True)]
+        [shown(i, heading, cell) for heading, cell in zip(frame, row, strict=True)]
         for i, row in enumerate(frame.to_numpy())
     ]
     lines = [[escaped(heading) for heading in frame], *texts]

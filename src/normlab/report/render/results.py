@@ -1,71 +1,252 @@
-"""Every study of a folder on one Markdown page: verdicts first, then the tables and figures of each study."""
+"""Every study of a folder in Markdown: a page of all verdicts by paper, and a page of tables and figures per study."""
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import pandas as pd
 
+from normlab.common.errors import count
 from normlab.common.installation import command_name
-from normlab.report.analysis.cells import Table
-from normlab.report.claims.judge import CONTRADICTED, INCONCLUSIVE, SUPPORTED, Judgement
-from normlab.report.claims.texts import claims_page, judgements_by_claim
-from normlab.report.render.description import facts, run_counts
+from normlab.report.analysis.cells import NOTHING, Table, p_text
+from normlab.report.claims.claims import Claim, claims
+from normlab.report.claims.judge import (
+    CONTRADICTED,
+    EQUAL,
+    INCONCLUSIVE,
+    NOT_RUN,
+    SUPPORTED,
+    VERDICTS,
+    ComparisonResult,
+    Judgement,
+)
+from normlab.report.claims.texts import format_effect, format_expectation, judgements_by_claim
+from normlab.report.render.description import facts, question, run_counts
 from normlab.report.render.markdown import caption, escaped, markdown, markdown_table, notes, paragraphs
 from normlab.report.study.load import Study
 
-_LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "verdicts")
+MARKS = {SUPPORTED: "✓", CONTRADICTED: "✗", EQUAL: "=", INCONCLUSIVE: "?", NOT_RUN: NOTHING}
+# The figure by which the page shows the studies of an experiment, in the order of the page.
+MAIN_FIGURES = {
+    "peerthum2023_accuracy": "accuracy_against_batch",
+    "gitman2017_imagenet": "accuracy_by_condition",
+    "ioffe2017_noniid": "accuracy_by_condition",
+    "davis2021_scale": "accuracy_against_option",
+    "santurkar2018_landscape": "landscape",
+    "small_batch": "accuracy_against_norm_batch",
+}
+_LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "seeds")
+_BUDGETS = ("paper", "laptop")  # those that can answer, the one that answers more first
+_OTHERS = "Studies of no paper"
 _INTRODUCTION = """\
-This page is made by `{report} results` from the records of the studies below; nothing on it is typed but the
-sections called "What we checked". A verdict holds for the data set, network and budget that stand beside it, and for no
-more: most of these studies are far smaller than the papers'. docs/statistics.md says how verdicts are reached, and
-what "inconclusive" means. All margins are ours. "n/a": the paper's number is not known to us."""
+Every number on this page is computed by `{report} results` from the records of the studies; only the paragraphs on what came out
+and what we checked are written by people. {sizes} A verdict holds for the data set, network and length of its study, which stand
+with it, and for no more. All margins are ours. docs/statistics.md says how verdicts are reached. n/a: the paper's number is not
+known to us."""
 
 
-def results_page(
-    studies: Sequence[tuple[Study, Sequence[Table], Sequence[tuple[str, str]]]], judgements: Sequence[Judgement]
-) -> str:
-    """Return the page.
+@dataclass(frozen=True)
+class StudyPage:
+    """A study with what its page shows.
+
+    Attributes:
+        tables: all of them, that of the metric first.
+        figures: path (relative to the folder of the page of all studies) and caption of each.
+        judgements: the verdicts that it allows.
+    """
+
+    study: Study
+    tables: Sequence[Table]
+    figures: Sequence[tuple[str, str]]
+    judgements: Sequence[Judgement]
+
+    @property
+    def experiment(self) -> str:
+        """Return the experiment of its runs; "" where they are of none, or of several."""
+        names = {str(config.get("experiment") or "") for config in self.study.configs.values()}
+        return names.pop() if len(names) == 1 else ""
+
+    @property
+    def budgets(self) -> set[str]:
+        """Return the budgets of its runs."""
+        return {str(config.get("budget")) for config in self.study.configs.values()}
+
+    @property
+    def paper(self) -> str:
+        """Return the paper whose experiment it is; "" for one of none."""
+        return next((claim.paper for claim in claims() if self.experiment in claim.experiments), "")
+
+
+class Answer(NamedTuple):
+    """A claim with its verdict in the study that was made for it, the longest if there are several, and in others."""
+
+    claim: Claim
+    main: Judgement | None
+    others: Sequence[Judgement]
+
+    @property
+    def verdict(self) -> str:
+        """Return the verdict of the main study."""
+        return self.main.verdict if self.main else NOT_RUN
+
+
+def answers_to_claims(pages: Sequence[StudyPage]) -> list[Answer]:
+    """Return every claim, in the order of claims.yaml, with its verdicts."""
+    experiments = {page.study.name: page.experiment for page in pages}
+
+    def rank(claim: Claim, judgement: Judgement) -> tuple[int, int]:
+        experiment, budget = experiments[judgement.study], judgement.budget
+        return (
+            claim.experiments.index(experiment) if experiment in claim.experiments else len(claim.experiments),
+            _BUDGETS.index(budget) if budget in _BUDGETS else len(_BUDGETS),
+        )
+
+    found = judgements_by_claim([judgement for page in pages for judgement in page.judgements])
+    ranked = [(claim, sorted(every, key=lambda each: rank(claim, each))) for claim, every in found]
+    return [Answer(claim, every[0] if every else None, every[1:]) for claim, every in ranked]
+
+
+def results_page(pages: Sequence[StudyPage], folder: str) -> str:
+    """Return the page of all studies: verdicts, main figures, and a section per paper.
 
     Args:
-        studies: each with its tables, and with path (relative to the page) and caption of its figures.
-        judgements: of all studies.
+        pages: of all studies.
+        folder: that of the studies' pages, relative to this one.
     """
-    details = re.sub(r"^(#+) ", r"#\1 ", claims_page(judgements), flags=re.MULTILINE)
-    introduction = _INTRODUCTION.format(report=command_name("report"))
-    lines = ["# Results", introduction, "## At a glance", markdown(_summary(judgements)).rstrip()]
-    lines += [details.rstrip(), "## The studies"]
-    for study, tables, figures in studies:
-        lines += _section(study, tables, figures)
+    answers = answers_to_claims(pages)
+    introduction = _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages))
+    lines = ["# Results", introduction, "## At a glance", _tally(answers)]
+    lines += [markdown(_summary(answers, folder), raw=["study"]).rstrip()]
+    lines += [f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}; n: seeds.", *_main_figures(pages)]
+    for paper in dict.fromkeys([answer.claim.paper for answer in answers]):
+        of_paper = [page for page in pages if page.paper == paper]
+        lines += [f"## {escaped(paper)}", *_claims([each for each in answers if each.claim.paper == paper], folder)]
+        for page in of_paper:
+            lines += _study(page, folder)
+    if others := [page for page in pages if not page.paper]:
+        lines += [f"## {_OTHERS}", *(line for page in others for line in _study(page, folder))]
     return paragraphs(lines)
 
 
-def _section(study: Study, tables: Sequence[Table], figures: Sequence[tuple[str, str]]) -> Iterator[str]:
-    yield from (f"### {escaped(study.name)}", run_counts(study))
-    yield from (f"- {escaped(fact)}" for fact in facts(study))
-    for table in tables:
+def study_page(page: StudyPage, up: str) -> str:
+    """Return the page of one study: what was run, verdicts, tables, figures, and what a person wrote.
+
+    Args:
+        page: the study.
+        up: the folder of the page of all studies, relative to this one.
+    """
+    study = page.study
+    lines = [f"# {escaped(study.name)}", escaped(question(study)), run_counts(study)]
+    lines += [f"- {escaped(fact)}" for fact in facts(study)]
+    for table in page.tables:
         if table.name not in _LEFT_OUT:
-            yield from (f"#### {escaped(table.title)}", *markdown_table(table), caption(table))
-    for path, words in figures:
-        yield from (f"![{escaped(Path(path).stem)}]({quote(path, errors='surrogateescape')})", escaped(words))
+            lines += [f"## {escaped(table.title)}", *markdown_table(table), caption(table)]
+    for path, words in page.figures:
+        lines += _figure(path, words, up)
     if study.notes:
-        yield from ("#### What we checked", notes(study.notes))
+        lines += ["## What we checked", notes(study.notes)]
+    return paragraphs(lines)
 
 
-def _summary(judgements: Sequence[Judgement]) -> pd.DataFrame:
-    """Return one row per claim: the studies by verdict."""
+def _figure(path: str, words: str, up: str = "") -> list[str]:
+    return [f"![{escaped(Path(path).stem)}]({quote(up + path, errors='surrogateescape')})", escaped(words)]
+
+
+def _link(name: str, folder: str) -> str:
+    return f"[{escaped(name)}]({quote(f'{folder}/{name}.md', errors='surrogateescape')})"
+
+
+def _sizes(pages: Sequence[StudyPage]) -> str:
+    """Return which studies of the papers' experiments were run at the paper's size."""
+    of_papers = [page for page in pages if page.experiment]
+    full = [page.study.name for page in of_papers if page.budgets == {"paper"}]
+    if not full:
+        return "No study here was run at its paper's size."
+    return f"Of {len(of_papers)} studies of experiments only {', '.join(full)} had the paper's size."
+
+
+def _tally(answers: Sequence[Answer]) -> str:
+    """Return how many claims have which verdict in their main studies, and how many verdicts there are in all."""
+    of_claims = [answer.verdict for answer in answers]
+    counted = ", ".join(f"{of_claims.count(verdict)} {verdict}" for verdict in (*VERDICTS, NOT_RUN))
+    decided = sum(verdict not in (INCONCLUSIVE, NOT_RUN) for verdict in of_claims)
+    every = [each.verdict for answer in answers for each in (*([answer.main] if answer.main else []), *answer.others)]
+    return (
+        f"{count(len(answers), 'claim')}: {counted}; {decided} decided. These are verdicts of the studies that were made"
+        f" for the claims. In all studies: {', '.join(f'{every.count(verdict)} {verdict}' for verdict in VERDICTS)}."
+    )
+
+
+def _summary(answers: Sequence[Answer], folder: str) -> pd.DataFrame:
+    """Return one row per claim: the verdict, the comparison that it rests on, and its study."""
     rows = []
-    for claim, found in judgements_by_claim(judgements):
-        row = {"claim": claim.sentence, "paper": claim.paper}
-        for verdict in (SUPPORTED, CONTRADICTED, INCONCLUSIVE):
-            row[verdict] = "; ".join(dict.fromkeys(_place(each) for each in found if each.verdict == verdict))
-        rows.append(row if found else row | {INCONCLUSIVE: "not run"})
+    for claim, judgement, _ in answers:
+        row = {"": MARKS[NOT_RUN], "claim": claim.sentence, "paper": claim.paper, "effect": "", "n": "", "study": ""}
+        if judgement:
+            result = _telling(judgement)
+            effect = f"{result.label}: {format_effect(result)}"
+            row |= {"": MARKS[judgement.verdict], "effect": effect, "n": str(result.interval.n or NOTHING)}
+            row |= {"study": _link(judgement.study, folder)}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _place(judgement: Judgement) -> str:
-    numbers = {result.interval.n for result in judgement.results if result.interval.n}
-    seeds = f", n = {'/'.join(map(str, sorted(numbers)))}" if numbers else ""
-    tuned = f"; {judgement.tuned}" if judgement.tuned else ""
-    return f"{judgement.study} ({judgement.dataset}, {judgement.model}{seeds}{tuned})"
+def _telling(judgement: Judgement) -> ComparisonResult:
+    """Return the comparison that a verdict rests on: the first one that has it, else the first."""
+    return next((each for each in judgement.results if each.verdict == judgement.verdict), judgement.results[0])
+
+
+def _main_figures(pages: Sequence[StudyPage]) -> Iterator[str]:
+    found = [
+        (page, *figure)
+        for experiment, name in MAIN_FIGURES.items()
+        for page in pages
+        if page.experiment == experiment
+        for figure in page.figures
+        if Path(figure[0]).stem == name
+    ]
+    if found:
+        yield "## Main figures"
+    for page, path, words in found:
+        yield from _figure(path, f"{page.study.name}: {words}")
+
+
+def _claims(answers: Sequence[Answer], folder: str) -> Iterator[str]:
+    for claim, judgement, others in answers:
+        yield f"### {escaped(claim.sentence)}"
+        source = escaped(f"{claim.citation}; the paper's number: {claim.number}. {claim.notes}".strip())
+        if judgement is None:
+            yield f"Not run: `{claim.command}`. {source}"
+            continue
+        of_main = f"**{judgement.verdict}** by {_link(judgement.study, folder)} ({escaped(judgement.place)})."
+        yield f"{MARKS[judgement.verdict]} {of_main} {source}"
+        yield from (f"- {escaped(_sentence(result))}" for result in judgement.results)
+        if others:
+            also = "; ".join(f"{MARKS[each.verdict]} {_link(each.study, folder)}" for each in others)
+            yield f"Other studies that speak to it: {also}."
+
+
+def _sentence(result: ComparisonResult) -> str:
+    """Return a comparison in words: what was expected, what came out, how sure it is."""
+    if result.verdict == NOT_RUN:
+        return f"{result.label}: not run"
+    p = p_text(result.p_holm, "= ")
+    tested = "" if p == NOTHING else f", p {p}"
+    remarks = f". {'; '.join(result.remarks)}" if result.remarks else ""
+    return (
+        f"{result.label}, {result.comparison.measure.full_label}: {format_effect(result)}, expected"
+        f" {format_expectation(result.comparison)} (n = {result.interval.n}{tested}){remarks}"
+    )
+
+
+def _study(page: StudyPage, folder: str) -> Iterator[str]:
+    """Yield what was asked and done in a study, and what a person wrote about it."""
+    study = page.study
+    yield f"### {_link(study.name, folder)}"
+    yield f"{escaped(question(study))} {run_counts(study)}"
+    yield " ".join(f"{escaped(fact).rstrip('.')}." for fact in facts(study))
+    if study.notes:
+        yield re.sub(r"^#+ (.*)$", r"**\1**", notes(study.notes), flags=re.MULTILINE)
