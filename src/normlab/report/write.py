@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 from normlab.common.errors import UserError, as_typed, count, did_you_mean, first_line, listed
 from normlab.common.installation import command_name, study_words
@@ -20,6 +21,7 @@ from normlab.report.options import options as menu_options
 from normlab.report.render.answers import answers
 from normlab.report.render.csv import as_csv
 from normlab.report.render.html import PageFigure, PageTable, cell_numbers, html_page
+from normlab.report.render.html.gallery import gallery
 from normlab.report.render.html.live import as_live
 from normlab.report.render.latex import latex
 from normlab.report.render.markdown import caption, commands, escaped, markdown_table, page, sources_sentence
@@ -143,7 +145,8 @@ def _studies(folder: Path, warnings: list[str], options: Options) -> Iterator[St
 def build_results(output_dir: str | Path, page: str | Path, options: Options) -> Path:
     """Write the verdicts of all studies below `output_dir` on one page, and a page of tables and figures for each.
 
-    Beside the page, studies' pages go to a folder of its name (results/ of results.md), figures to figures/.
+    Beside the page, studies' pages go to a folder of its name (results/ of results.md), figures to figures/, and all of
+    them into one HTML file (results_gallery.html).
 
     Raises:
         UserError: for a folder without studies and one that cannot be written, and options that leave cells out.
@@ -174,6 +177,8 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         path = page.with_suffix("") / f"{each.study.name}.md"
         files.make_folder(path.parent)
         _write(path, study_page(each, "../" * (1 + each.study.name.count("/"))))
+    if options.figures:
+        _write(page.with_name(f"{page.stem}_gallery.html"), gallery(pages))
     judgements = [judgement for each in pages for judgement in each.judgements]
     return _write_claims_page(page, results_page(pages, page.stem), judgements, warnings, options)
 
@@ -374,7 +379,8 @@ def _drawings(
             provenance = provenance_of(study, drawn.rows)
             _write(folder / f"{drawn.name}.sources.json", provenance.as_json())
             svg = as_svg(drawn.figure, drawn.name, cells, canvas)
-            drawings.append(PageFigure(drawn.name, drawn.caption, svg, provenance))
+            links = {suffix: f"{drawn.name}.{suffix}" for suffix in ("pdf", "png")}
+            drawings.append(PageFigure(drawn.name, drawn.caption, svg, links, provenance))
     if not missing:
         return drawings, ""
     characters = f"{count(len(missing), 'character')} ({listed(sorted(map(plain, missing)), 8)})"
@@ -383,14 +389,19 @@ def _drawings(
 
 def _figures_of_page(
     study: Study, first: Table, metric: Metric, options: Options, page: Path
-) -> Iterator[tuple[str, str]]:
-    """Yield path as seen from the page, and caption; then remove figures that are made no more."""
+) -> Iterator[PageFigure]:
+    """Yield each figure, with the address of its file as seen from the page; then remove those that are made no more."""
+    from normlab.report.figures import Canvas, as_svg
+
+    canvas = Canvas(options.figure_size, options.figure_style)
     folder = page.parent / "figures" / study.name
     make_own_folder(folder, page.parent)
     made = set()
     for figure in _figures(study, first, metric, options, folder, ("png",)):
         made.add(f"{figure.name}.png")
-        yield f"figures/{study.name}/{figure.name}.png", figure.caption
+        path = quote(f"figures/{study.name}/{figure.name}.png", errors="surrogateescape")
+        name = f"{study.name}-{figure.name}"
+        yield PageFigure(name, figure.caption, as_svg(figure.figure, name, {}, canvas), {"png": path})
     for earlier in folder.glob("*.png"):
         if earlier.name not in made:
             earlier.unlink(missing_ok=True)  # another report may be made at the same time

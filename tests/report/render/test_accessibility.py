@@ -57,8 +57,44 @@ def of_100_arms(folder: Path) -> Path:
     return report.build("study", folder, report.options(figures=False, thresholds=[]))
 
 
+def gallery(folder: Path) -> Path:
+    """Two studies, one of them of a paper; the page has no cells."""
+    for study in ("mine", "theirs"):
+        own = {"experiment": "peerthum2023_accuracy", "budget": "laptop"} if study == "theirs" else {}
+        for batch, arms in ACCURACIES.items():
+            for arm, accuracy in arms.items():
+                for seed in range(3):
+                    adder(folder)(arm, batch, seed, (0.1, 0.2, accuracy + NOISE[seed]), study=study, **own)
+    (folder / "mine" / "notes.md").write_text("What we *checked* <b>.")
+    page = report.build_results(folder, folder / "all.md", report.options())
+    return page.with_name("all_gallery.html")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("made", [recorded, under_way, of_100_arms])
+def test_the_gallery_has_verdicts_main_figures_and_every_study(browser, tmp_path) -> None:
+    window = browser.new_page(viewport={"width": 1280, "height": 800})
+    window.goto(gallery(tmp_path).as_uri())
+    row = window.locator("#results tr", has_text="a higher accuracy than no normalization")
+    assert "theirs" in row.inner_text()
+    assert window.locator("#figures svg").count() == 1
+    row.locator("a").click()
+    assert window.locator("#study-theirs[open] .verdict", has_text="than no normalization").count() == 1
+    folded = window.locator("#study-mine")
+    folded.locator("summary").first.click()
+    assert "What we *checked* <b>." in folded.inner_text()
+    assert folded.locator("svg").count() == 3
+    for link in folded.locator("figcaption a").all():
+        assert (tmp_path / link.get_attribute("href")).exists()
+    marks = window.locator("svg .mark")
+    assert marks.count()
+    assert not window.locator("svg [data-cell]").count()
+    ids = window.evaluate("[...document.querySelectorAll('[id]')].map((each) => each.id)")
+    assert len(ids) == len(set(ids))
+    window.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", [recorded, under_way, of_100_arms, gallery])
 def test_axe_finds_nothing_and_nothing_is_wider_than_a_phone(made, browser, tmp_path) -> None:
     page, axe = made(tmp_path), axe_script()
     for scheme, rules in {"light": None, "dark": ["color-contrast"]}.items():  # a theme changes colors alone
@@ -71,6 +107,9 @@ def test_axe_finds_nothing_and_nothing_is_wider_than_a_phone(made, browser, tmp_
             window.locator("#unfold").click()
         window.add_script_tag(content=axe)
         assert window.evaluate(AXE, ["body", rules]) == [], scheme
+        if made is gallery:  # which has no cells
+            context.close()
+            continue
         window.locator("#tables button.cell").first.click()
         assert window.evaluate(AXE, ["dialog", None]) == [], f"{scheme}, with the runs of a cell"
         context.close()

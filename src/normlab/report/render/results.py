@@ -25,6 +25,7 @@ from normlab.report.claims.judge import (
 )
 from normlab.report.claims.texts import format_effect, format_expectation, judgements_by_claim
 from normlab.report.render.description import facts, question, run_counts
+from normlab.report.render.html.svg import PageFigure
 from normlab.report.render.markdown import caption, escaped, markdown, markdown_table, notes, paragraphs
 from normlab.report.study.load import Study
 
@@ -40,7 +41,7 @@ MAIN_FIGURES = {
 }
 _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "seeds")
 _BUDGETS = ("paper", "laptop")  # those that can answer, the one that answers more first
-_OTHERS = "Studies of no paper"
+OTHERS = "Studies of no paper"
 _INTRODUCTION = """\
 Every number on this page is computed by `{report} results` from the records of the studies; only the paragraphs on what came out
 and what we checked are written by people. {sizes} A verdict holds for the data set, network and length of its study, which stand
@@ -54,13 +55,13 @@ class StudyPage:
 
     Attributes:
         tables: all of them, that of the metric first.
-        figures: path (relative to the folder of the page of all studies) and caption of each.
+        figures: with addresses relative to the page of all studies; the main one first.
         judgements: the verdicts that it allows.
     """
 
     study: Study
     tables: Sequence[Table]
-    figures: Sequence[tuple[str, str]]
+    figures: Sequence[PageFigure]
     judgements: Sequence[Judgement]
 
     @property
@@ -117,18 +118,26 @@ def results_page(pages: Sequence[StudyPage], folder: str) -> str:
         folder: that of the studies' pages, relative to this one.
     """
     answers = answers_to_claims(pages)
-    introduction = _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages))
-    lines = ["# Results", introduction, "## At a glance", _tally(answers)]
+    lines = ["# Results", introduction(pages), "## At a glance", tally(answers)]
     lines += [markdown(_summary(answers, folder), raw=["study"]).rstrip()]
-    lines += [f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}; n: seeds.", *_main_figures(pages)]
+    lines += [f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}; n: seeds."]
+    if found := main_figures(pages):
+        lines.append("## Main figures")
+    for page, figure in found:
+        lines += _figure(figure, f"{page.study.name}: ")
     for paper in dict.fromkeys([answer.claim.paper for answer in answers]):
         of_paper = [page for page in pages if page.paper == paper]
         lines += [f"## {escaped(paper)}", *_claims([each for each in answers if each.claim.paper == paper], folder)]
         for page in of_paper:
             lines += _study(page, folder)
     if others := [page for page in pages if not page.paper]:
-        lines += [f"## {_OTHERS}", *(line for page in others for line in _study(page, folder))]
+        lines += [f"## {OTHERS}", *(line for page in others for line in _study(page, folder))]
     return paragraphs(lines)
+
+
+def introduction(pages: Sequence[StudyPage]) -> str:
+    """Return what stands above all results."""
+    return _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages))
 
 
 def study_page(page: StudyPage, up: str) -> str:
@@ -144,15 +153,20 @@ def study_page(page: StudyPage, up: str) -> str:
     for table in page.tables:
         if table.name not in _LEFT_OUT:
             lines += [f"## {escaped(table.title)}", *markdown_table(table), caption(table)]
-    for path, words in page.figures:
-        lines += _figure(path, words, up)
+    for figure in page.figures:
+        lines += _figure(figure, up=up)
     if study.notes:
         lines += ["## What we checked", notes(study.notes)]
     return paragraphs(lines)
 
 
-def _figure(path: str, words: str, up: str = "") -> list[str]:
-    return [f"![{escaped(Path(path).stem)}]({quote(up + path, errors='surrogateescape')})", escaped(words)]
+def _figure(figure: PageFigure, of_study: str = "", up: str = "") -> list[str]:
+    return [f"![{escaped(_kind(figure))}]({up}{figure.files['png']})", escaped(of_study + figure.caption)]
+
+
+def _kind(figure: PageFigure) -> str:
+    """Return the name of a figure within its study."""
+    return Path(figure.files["png"]).stem
 
 
 def _link(name: str, folder: str) -> str:
@@ -168,7 +182,7 @@ def _sizes(pages: Sequence[StudyPage]) -> str:
     return f"Of {len(of_papers)} studies of experiments only {', '.join(full)} had the paper's size."
 
 
-def _tally(answers: Sequence[Answer]) -> str:
+def tally(answers: Sequence[Answer]) -> str:
     """Return how many claims have which verdict in their main studies, and how many verdicts there are in all."""
     of_claims = [answer.verdict for answer in answers]
     counted = ", ".join(f"{of_claims.count(verdict)} {verdict}" for verdict in (*VERDICTS, NOT_RUN))
@@ -186,7 +200,7 @@ def _summary(answers: Sequence[Answer], folder: str) -> pd.DataFrame:
     for claim, judgement, _ in answers:
         row = {"": MARKS[NOT_RUN], "claim": claim.sentence, "paper": claim.paper, "effect": "", "n": "", "study": ""}
         if judgement:
-            result = _telling(judgement)
+            result = telling(judgement)
             effect = f"{result.label}: {format_effect(result)}"
             row |= {"": MARKS[judgement.verdict], "effect": effect, "n": str(result.interval.n or NOTHING)}
             row |= {"study": _link(judgement.study, folder)}
@@ -194,24 +208,21 @@ def _summary(answers: Sequence[Answer], folder: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _telling(judgement: Judgement) -> ComparisonResult:
+def telling(judgement: Judgement) -> ComparisonResult:
     """Return the comparison that a verdict rests on: the first one that has it, else the first."""
     return next((each for each in judgement.results if each.verdict == judgement.verdict), judgement.results[0])
 
 
-def _main_figures(pages: Sequence[StudyPage]) -> Iterator[str]:
-    found = [
-        (page, *figure)
+def main_figures(pages: Sequence[StudyPage]) -> list[tuple[StudyPage, PageFigure]]:
+    """Return the figures of `MAIN_FIGURES` that there are, with their studies."""
+    return [
+        (page, figure)
         for experiment, name in MAIN_FIGURES.items()
         for page in pages
         if page.experiment == experiment
         for figure in page.figures
-        if Path(figure[0]).stem == name
+        if _kind(figure) == name
     ]
-    if found:
-        yield "## Main figures"
-    for page, path, words in found:
-        yield from _figure(path, f"{page.study.name}: {words}")
 
 
 def _claims(answers: Sequence[Answer], folder: str) -> Iterator[str]:

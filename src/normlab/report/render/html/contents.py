@@ -89,7 +89,7 @@ def html_page(
     by_name = {each.table.name: (each, parts) for each, parts in shown}
     title, _, rest = _sentence(question(study))
     return (
-        _environment()
+        environment()
         .get_template("index.html.j2")
         .render(
             study=study,
@@ -123,7 +123,8 @@ def _sentence(text: str) -> tuple[str, str, str]:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Return what lays out a page: its templates, style and scripts."""
     loader = jinja2.FunctionLoader(_text)
     environment = jinja2.Environment(
         loader=loader,

@@ -1,0 +1,53 @@
+"""All studies on one HTML page, by the parts and the style of a study's page: verdicts, then every figure."""
+
+from collections.abc import Sequence
+
+from normlab.report.render.description import facts, question, run_counts
+from normlab.report.render.html.contents import environment
+from normlab.report.render.results import (
+    MARKS,
+    OTHERS,
+    StudyPage,
+    answers_to_claims,
+    introduction,
+    main_figures,
+    tally,
+    telling,
+)
+
+
+def gallery(pages: Sequence[StudyPage]) -> str:
+    """Return the page. Texts from disk are escaped."""
+    answers = answers_to_claims(pages)
+    papers = dict.fromkeys([*(answer.claim.paper for answer in answers), ""])
+    main = main_figures(pages)
+    return (
+        environment()
+        .get_template("gallery.html.j2")
+        .render(
+            introduction=introduction(pages),
+            tally=tally(answers),
+            rows=[(answer, telling(answer.main) if answer.main else None) for answer in answers],
+            marks=MARKS,
+            main=main,
+            sections={
+                paper or OTHERS: found
+                for paper in papers
+                if (found := [_section(page, main) for page in pages if page.paper == paper])
+            },
+            data={"measure": {"label": "", "unit": "", "images": ""}, "cells": [], "runs": []},
+        )
+    )
+
+
+def _section(page: StudyPage, above: Sequence[tuple[StudyPage, object]]) -> dict[str, object]:
+    """Return what is shown of a study, without the figures above."""
+    shown = [figure for _, figure in above]
+    return {
+        "study": page.study,
+        "question": question(page.study),
+        "counts": run_counts(page.study),
+        "facts": facts(page.study),
+        "judgements": page.judgements,
+        "figures": [figure for figure in page.figures if figure not in shown],
+    }
