@@ -1,3 +1,3 @@
 """normlab: what does a normalization layer actually buy?"""
 
-__version__ = "0.7.0"  # pyproject.toml reads it from here
+__version__ = "0.8.0"  # pyproject.toml reads it from here

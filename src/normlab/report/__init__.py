@@ -1,7 +1,7 @@
 """From the runs of a study to its tables, figures and page. Needs neither torch nor Hydra.
 
 `load` gives a study as tidy DataFrames, for analyses of your own; `build` writes the whole report,
-`build_claims` the verdicts on all claims over all studies, `build_results` both on one page; `study_status` prints
+`build_claims` the verdicts on all claims over all studies, `build_results` both on pages; `study_status` prints
 how far a study is, `show_next` what would settle what is inconclusive in it, `pack_study` makes one file of it,
 `verify_study` checks it. `options` are those of conf/report.yaml.
 """

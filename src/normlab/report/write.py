@@ -100,7 +100,7 @@ def write_report(study: str, output_dir: str | Path, options: Options, stamp: st
     warnings = [*chosen.warnings, *tuning_warnings(chosen), *_remarks(whole, chosen, metric, options)]
     warnings += [missing] if missing else []
     warnings += [*mixed_cells(chosen), *mixed_provenance(chosen), *continued(chosen)]
-    shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings]
+    shown = [(drawing.name, drawing.caption, drawing.sources) for drawing in drawings if drawing.sources]
     _write(folder / "report.md", page(chosen, made, shown, warnings))
     found = leaders(chosen, metric, tables[0].tidy, options.confidence)
     told = answers(chosen, found, judgements, metric, (options.confidence, options.alpha))
@@ -153,6 +153,8 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     """
     _refuse_selection("results", options)
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
+    if not page.suffix:
+        raise UserError(f"page={as_typed(str(page))} is not valid: expected a file's name, such as {page.name}.md.")
     pages: list[StudyPage] = []
     warnings: list[str] = []
     for study in _studies(folder, warnings, options):
@@ -174,8 +176,8 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
             f"To start one: {command_name('train')} -m {study_words('default', folder)} norm=bn,none"
         )
     for each in pages:
-        path = page.with_suffix("") / f"{each.study.name}.md"
-        files.make_folder(path.parent)
+        path = page.parent / page.stem / f"{each.study.name}.md"
+        make_own_folder(path.parent, page.parent)
         _write(path, study_page(each, "../" * (1 + each.study.name.count("/"))))
     if options.figures:
         _write(page.with_name(f"{page.stem}_gallery.html"), gallery(pages))
@@ -387,10 +389,8 @@ def _drawings(
     return drawings, f"The font of the figures lacks {characters}: a box is drawn for each in PNG and PDF files."
 
 
-def _figures_of_page(
-    study: Study, first: Table, metric: Metric, options: Options, page: Path
-) -> Iterator[PageFigure]:
-    """Yield each figure, with the address of its file as seen from the page; then remove those that are made no more."""
+def _figures_of_page(study: Study, first: Table, metric: Metric, options: Options, page: Path) -> Iterator[PageFigure]:
+    """Yield each figure, its file's address seen from the page; then remove those that are made no more."""
     from normlab.report.figures import Canvas, as_svg
 
     canvas = Canvas(options.figure_size, options.figure_style)

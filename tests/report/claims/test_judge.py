@@ -151,7 +151,7 @@ def test_arms_that_differ_by_the_margin_or_more_are_called_equal_in_at_most_5_pe
 @pytest.mark.slow
 @pytest.mark.parametrize("difference", [0.0, 0.5, 1.0])
 def test_where_a_difference_is_claimed_a_wrong_verdict_is_as_rare(difference, judged):
-    """At 0 "supported" and "contradicted" are wrong, at the margin "equal" and "contradicted"; between, only the last."""
+    """At 0 "supported" and "contradicted" are wrong, at the margin "equal" and "contradicted", between only that."""
     found = judged({"bn": normal(60 + difference, 0.3), "none": normal(60, 0.3)}, 1001)
     wrong = {0.0: (SUPPORTED, CONTRADICTED), 0.5: (CONTRADICTED,), 1.0: (EQUAL, CONTRADICTED)}[difference]
     assert sum(found.count({each}) for each in wrong) <= 50

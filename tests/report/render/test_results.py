@@ -13,6 +13,7 @@ from normlab.report.claims.claims import claims
 ROOT = Path(__file__).parents[3]
 RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"
 OPTIONS = options()
+FIRST = "| Batch normalization reaches a higher accuracy than no normalization."
 TABLES_ONLY = replace(OPTIONS, figures=False)
 
 
@@ -64,7 +65,7 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
             folder = add_run(arm, 32, seed, (0.5, 0.55, accuracy)).parent
     (folder / "notes.md").write_text("# Checked\n\nWe looked at the moving averages.\n")
     page = build_results(folder.parent, tmp_path / "page" / "all.md", OPTIONS)
-    [row] = [line for line in page.read_text().splitlines() if "| Batch normalization reaches a higher accuracy than no norm" in line]
+    [row] = [line for line in page.read_text().splitlines() if FIRST in line]
     mark, _, _, effect, seeds, study = (cell.strip() for cell in row.split("|")[1:-1])
     assert (mark, seeds, study) == ("✓", "5", f"[{folder.name}](all/{folder.name}.md)")
     assert effect.startswith("bn - none: +30.40 ± 0.39")
@@ -88,7 +89,7 @@ def test_the_verdict_of_a_claim_is_that_of_the_longest_study_of_its_own_experime
             add_run("bn", 32, seed, (0.3, 0.4, accuracy), study=study, **own)
             add_run("none", 32, seed, (0.3, 0.4, 0.4 + 0.001 * seed), study=study, **own)
     page = build_results(tmp_path / "outputs", tmp_path / "all.md", OPTIONS).read_text()
-    [row] = [line for line in page.splitlines() if "| Batch normalization reaches a higher accuracy than no norm" in line]
+    [row] = [line for line in page.splitlines() if FIRST in line]
     assert "bn - none: +39.90" in row
     assert "[paper](all/paper.md)" in row
     assert re.search(r"speak to it: ✓ \[laptop\].*; ✓ \[smoke\].*; ✓ \[aside\]", page)
@@ -144,6 +145,11 @@ def test_figures_stay_where_drawing_is_stopped(add_run, tmp_path, monkeypatch) -
 def test_a_path_that_is_none_is_a_sentence(tmp_path, wrong) -> None:
     with pytest.raises(UserError, match="null is not valid: expected a path"):
         build_results(**{"output_dir": tmp_path, "page": tmp_path, "options": OPTIONS, **wrong})
+
+
+def test_a_page_is_a_file(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"expected a file's name, such as results\.md"):
+        build_results(tmp_path, tmp_path / "results", OPTIONS)
 
 
 def test_a_folder_without_studies_is_a_sentence(tmp_path) -> None:

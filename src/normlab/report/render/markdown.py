@@ -72,7 +72,7 @@ def markdown(frame: pd.DataFrame, bold: Collection[tuple[int, str]] = (), raw: C
         raw: columns that are Markdown already.
     """
 
-    def shown(i: int, heading: str, cell: object) -> str:
+    def shown(i: int, heading: object, cell: object) -> str:
         if heading in raw:
             return str(cell)
         return _bold(str(cell)) if (i, heading) in bold else escaped(cell)

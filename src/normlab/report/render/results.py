@@ -43,10 +43,10 @@ _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost",
 _BUDGETS = ("paper", "laptop")  # those that can answer, the one that answers more first
 OTHERS = "Studies of no paper"
 _INTRODUCTION = """\
-Every number on this page is computed by `{report} results` from the records of the studies; only the paragraphs on what came out
-and what we checked are written by people. {sizes} A verdict holds for the data set, network and length of its study, which stand
-with it, and for no more. All margins are ours. docs/statistics.md says how verdicts are reached. n/a: the paper's number is not
-known to us."""
+Every number on this page is computed by `{report} results` from the records of the studies; only the paragraphs on
+what came out and what we checked are written by people. {sizes} A verdict holds for the data set, network and length of
+its study, which stand with it, and for no more. All margins are ours. docs/statistics.md says how verdicts are reached.
+n/a: the paper's number is not known to us."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,12 @@ def tally(answers: Sequence[Answer]) -> str:
     of_claims = [answer.verdict for answer in answers]
     counted = ", ".join(f"{of_claims.count(verdict)} {verdict}" for verdict in (*VERDICTS, NOT_RUN))
     decided = sum(verdict not in (INCONCLUSIVE, NOT_RUN) for verdict in of_claims)
-    every = [each.verdict for answer in answers for each in (*([answer.main] if answer.main else []), *answer.others)]
+    judged = [each for _, main, others in answers for each in (main, *others) if each]
+    every = [judgement.verdict for judgement in judged]
+    in_all = ", ".join(f"{every.count(verdict)} {verdict}" for verdict in VERDICTS)
     return (
-        f"{count(len(answers), 'claim')}: {counted}; {decided} decided. These are verdicts of the studies that were made"
-        f" for the claims. In all studies: {', '.join(f'{every.count(verdict)} {verdict}' for verdict in VERDICTS)}."
+        f"{count(len(answers), 'claim')}: {counted}; {decided} decided. These are verdicts of the studies made"
+        f" for the claims. In all studies: {in_all}."
     )
 
 
