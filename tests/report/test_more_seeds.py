@@ -127,6 +127,20 @@ def test_verdicts_are_planned_for_by_the_margins_of_their_claims() -> None:
             assert need.seeds == least([abs(mean - comparison.reference) / deviation], need.level)
 
 
+def test_arms_of_a_claim_that_are_nearly_alike_are_planned_to_be_called_equal_where_that_takes_fewer_seeds() -> None:
+    minus = [0.75, -0.9, 1.05, -0.6, 0.15]
+    runs = [
+        Planted({"norm.name": arm}, seed, {"test_accuracy": BN[seed] + difference})
+        for arm, minus in (("bn", [0.0] * 5), ("none", minus))
+        for seed, difference in enumerate(minus)
+    ]
+    judgements = judge(planted(runs))
+    [need] = _of_verdicts(planted(runs), report.options(), judgements, 2)
+    deviation, mean = np.std(minus, ddof=1), abs(np.mean(minus))
+    assert need.seeds == least([(1 - mean) / deviation, (1 + mean) / deviation], need.level)
+    assert need.note == "to call them equal, within 1 point"
+
+
 def test_new_seeds_are_new_and_what_cannot_be_trained_has_no_command(study) -> None:
     here = study([2.0, -1.0, 3.0, 0.5, 1.0])
     [need] = found(here)

@@ -26,7 +26,7 @@ from normlab.report.analysis.power import MOST, POWER, seeds_needed
 from normlab.report.analysis.statistics import ENOUGH, paired, spread, t_interval
 from normlab.report.analysis.tuning import RATE, along_setting
 from normlab.report.claims.claims import MARGIN, MARGIN_FACTOR, Comparison, Side
-from normlab.report.claims.judge import INCONCLUSIVE, NOT_RUN, SUPPORTED, ComparisonResult, Judgement
+from normlab.report.claims.judge import INCONCLUSIVE, NOT_RUN, ComparisonResult, Judgement
 from normlab.report.options import TABLE_OPTIONS, Options
 from normlab.report.options import options as menu_options
 from normlab.report.reruns import foreign
@@ -190,7 +190,7 @@ def _obstacle(result: ComparisonResult) -> str:
 def _not_run(study: Study, judgement: Judgement, result: ComparisonResult) -> str:
     """Return what the claim needs beside this comparison and no run has; "" where this one alone is a verdict."""
     missing = [each for each in judgement.results if each.verdict == NOT_RUN]
-    alone = not math.isnan(result.p) and (result.conclusion == SUPPORTED) == judgement.claim.any
+    alone = not math.isnan(result.p) and result.favors == judgement.claim.any
     if not missing or alone:
         return ""
     norms = {str(config["norm"]["name"]) for config in study.configs.values()}
@@ -349,6 +349,10 @@ def _planned(need: Need, obstacle: str) -> Need:
     seeds = seeds_needed([each / deviation for each in observed], need.level)
     at_margin = None if math.isnan(margin) else seeds_needed([each / deviation for each in planned], need.level)
     note = "" if seeds else f"more than {MOST} seeds: {_alike(need)}"
+    if need.claim and comparison.denies_equality and observed[0] < margin:
+        equal = seeds_needed([(margin - observed[0]) / deviation, (margin + observed[0]) / deviation], need.level)
+        if equal and (seeds is None or equal < seeds):
+            seeds, note = equal, f"to call them equal, within {_amount(margin, comparison)}"
     return replace(need, seeds=seeds, at_margin=at_margin, margin=margin, note=note, settles=seeds is not None)
 
 

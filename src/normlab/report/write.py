@@ -145,8 +145,8 @@ def _studies(folder: Path, warnings: list[str], options: Options) -> Iterator[St
 def build_results(output_dir: str | Path, page: str | Path, options: Options) -> Path:
     """Write the verdicts of all studies below `output_dir` on one page, and a page of tables and figures for each.
 
-    Beside the page, studies' pages go to a folder of its name (results/ of results.md), figures to figures/, and all of
-    them into one HTML file (results_gallery.html).
+    Beside the page, studies' pages go to a folder of its name (results/ of results.md), figures to figures/, and
+    verdicts and figures into one HTML file (results_gallery.html).
 
     Raises:
         UserError: for a folder without studies and one that cannot be written, and options that leave cells out.
@@ -167,7 +167,8 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
             warnings.append(f"{study.name} is left out: {first_line(error)}")
             continue
         tables, judgements = judged_tables(study, metric, options)
-        drawn = list(_figures_of_page(study, tables[0], metric, options, page)) if options.figures else []
+        name = f"study{len(pages)}"
+        drawn = list(_figures_of_page(study, name, tables[0], metric, options, page)) if options.figures else []
         pages.append(StudyPage(study, tables, drawn, judgements))
     if not pages:
         measured = f" and {options.metric}" if options.metric else ""
@@ -179,8 +180,7 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         path = page.parent / page.stem / f"{each.study.name}.md"
         make_own_folder(path.parent, page.parent)
         _write(path, study_page(each, "../" * (1 + each.study.name.count("/"))))
-    if options.figures:
-        _write(page.with_name(f"{page.stem}_gallery.html"), gallery(pages))
+    _write(page.with_name(f"{page.stem}_gallery.html"), gallery(pages))
     judgements = [judgement for each in pages for judgement in each.judgements]
     return _write_claims_page(page, results_page(pages, page.stem), judgements, warnings, options)
 
@@ -389,8 +389,13 @@ def _drawings(
     return drawings, f"The font of the figures lacks {characters}: a box is drawn for each in PNG and PDF files."
 
 
-def _figures_of_page(study: Study, first: Table, metric: Metric, options: Options, page: Path) -> Iterator[PageFigure]:
-    """Yield each figure, its file's address seen from the page; then remove those that are made no more."""
+def _figures_of_page(
+    study: Study, name: str, first: Table, metric: Metric, options: Options, page: Path
+) -> Iterator[PageFigure]:
+    """Yield each figure of a study, with a name that begins with this one, and its file's address seen from the page.
+
+    Then remove those that are made no more.
+    """
     from normlab.report.figures import Canvas, as_svg
 
     canvas = Canvas(options.figure_size, options.figure_style)
@@ -400,8 +405,8 @@ def _figures_of_page(study: Study, first: Table, metric: Metric, options: Option
     for figure in _figures(study, first, metric, options, folder, ("png",)):
         made.add(f"{figure.name}.png")
         path = quote(f"figures/{study.name}/{figure.name}.png", errors="surrogateescape")
-        name = f"{study.name}-{figure.name}"
-        yield PageFigure(name, figure.caption, as_svg(figure.figure, name, {}, canvas), {"png": path})
+        unique = f"{name}-{figure.name}"
+        yield PageFigure(unique, figure.caption, as_svg(figure.figure, unique, {}, canvas), {"png": path})
     for earlier in folder.glob("*.png"):
         if earlier.name not in made:
             earlier.unlink(missing_ok=True)  # another report may be made at the same time

@@ -92,8 +92,8 @@ def test_the_verdict_of_a_claim_is_that_of_the_longest_study_of_its_own_experime
     [row] = [line for line in page.splitlines() if FIRST in line]
     assert "bn - none: +39.90" in row
     assert "[paper](all/paper.md)" in row
-    assert re.search(r"speak to it: ✓ \[laptop\].*; ✓ \[smoke\].*; ✓ \[aside\]", page)
-    assert "Of 3 studies of experiments only paper had the paper's size." in page
+    assert re.search(r"speak to it: ✓ \[laptop\].*; ✓ \[aside\].*; ✓ \[smoke\].*answers nothing", page)
+    assert "paper had the size of its paper; 2 others had not." in page
     figure = "figures/paper/accuracy_by_arm.png"
     assert page.count(figure) == 0  # the main figure of that experiment is against the batch size
     assert "### [aside](all/aside.md)" in page.partition("## Studies of no paper")[2]

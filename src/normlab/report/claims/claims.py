@@ -79,8 +79,13 @@ class Comparison:
 
     @property
     def denies_equality(self) -> bool:
-        """Return whether sides that are alike, to within the smallest difference of interest, answer it with no."""
-        return self.expect != "equal" and self.reference == 0 and len(self.sides) > 1 and not math.isnan(self.smallest)
+        """Return whether two sides that are alike, to within the smallest difference of interest, answer it with no.
+
+        Of accuracies and of factors: of other measures we know no such difference.
+        """
+        weights = [side.weight for side in self.sides if side.weight]
+        measured = self.measure.diverged == "chance" or self.in_factors
+        return self.expect != "equal" and self.reference == 0 and weights == [1, -1] and measured
 
     @property
     def tolerates_equality(self) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from normlab.common.errors import count
+from normlab.report.analysis.cells import p_text
 from normlab.report.analysis.metrics import Metric
 from normlab.report.analysis.statistics import (
     ENOUGH,
@@ -31,7 +32,6 @@ from normlab.report.study.load import Study
 LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
 SUPPORTED, CONTRADICTED, EQUAL, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "equal", "inconclusive", "not run"
 VERDICTS = (SUPPORTED, CONTRADICTED, EQUAL, INCONCLUSIVE)  # in the order in which they are counted
-_NO_ARM_LEARNED = "no arm learned"
 _NO_INTERVAL = Interval(math.nan, math.nan, math.nan, 0)
 
 
@@ -46,7 +46,9 @@ class ComparisonResult:
         interval: their mean and t-interval.
         p: p-value of the test, nan where none is made.
         p_holm: the same with Holm's correction over all comparisons of a study.
-        conclusion: the verdict that the runs rather speak for: supported, contradicted or equal.
+        favors: whether the runs rather speak for the claim.
+        p_equal: p-value of lying within the smallest difference of interest (TOST), nan where that is not tested.
+        p_equal_holm: the same with Holm's correction over all such tests of a study.
         remarks: sentences about the runs and the test.
         runs: names of the runs.
     """
@@ -56,10 +58,12 @@ class ComparisonResult:
     contrasts: Mapping[int, float] = dataclasses.field(default_factory=dict)
     interval: Interval = _NO_INTERVAL
     p: float = math.nan
-    conclusion: str = INCONCLUSIVE
+    favors: bool = False
     remarks: tuple[str, ...] = ()
     runs: frozenset[str] = frozenset()
     p_holm: float = math.nan
+    p_equal: float = math.nan
+    p_equal_holm: float = math.nan
 
     @property
     def d_z(self) -> float:
@@ -71,9 +75,9 @@ class ComparisonResult:
         """Return the verdict on this comparison alone."""
         if not self.contrasts and not self.remarks:
             return NOT_RUN
-        if not self.p_holm <= self.alpha:
-            return INCONCLUSIVE
-        return self.conclusion
+        if self.p_holm <= self.alpha:
+            return SUPPORTED if self.favors else CONTRADICTED
+        return EQUAL if self.p_equal_holm <= self.alpha else INCONCLUSIVE
 
     @property
     def label(self) -> str:
@@ -136,7 +140,11 @@ def judge(study: Study, confidence: float = 0.95, alpha: float = 0.05) -> list[J
     every = [result for judgement in judgements for result in judgement.results]
     for result, adjusted in zip(every, holm([result.p for result in every]), strict=True):
         result.p_holm = adjusted
+    for result, adjusted in zip(every, holm([result.p_equal for result in every]), strict=True):
+        result.p_equal_holm = adjusted
     for result in every:
+        if result.verdict == EQUAL:
+            result.remarks += (f"{_within(result.comparison)}, p {p_text(result.p_equal_holm, '= ')} (TOST)",)
         result.remarks += tuple(_outlying_seeds(result, every))
     return judgements
 
@@ -155,9 +163,11 @@ def _outlying_seeds(result: ComparisonResult, every: Sequence[ComparisonResult])
     distances = {seed: abs(value - median(finite)) for seed, value in contrasts.items()}
     for seed in (seed for seed, distance in distances.items() if distance == max(distances.values()) > 0):
         rest = {other: value for other, value in contrasts.items() if other != seed}
-        p, conclusion = _test(result.comparison, list(rest.values()))
+        p, favors = _test(result.comparison, list(rest.values()))
         adjusted = holm([p, *(other.p for other in every if other is not result)])[0]
-        without = dataclasses.replace(result, contrasts=rest, conclusion=conclusion, p_holm=adjusted)
+        p_equal = math.nan if math.isnan(result.p_equal) else _test_of_equality(result.comparison, list(rest.values()))
+        equal = holm([p_equal, *(other.p_equal for other in every if other is not result)])[0]
+        without = dataclasses.replace(result, contrasts=rest, favors=favors, p_holm=adjusted, p_equal_holm=equal)
         if without.verdict != result.verdict:
             yield f"rests on seed {seed}: without it {without.verdict}"
 
@@ -171,11 +181,11 @@ def _compare(
         return ComparisonResult(comparison, alpha)
     contrasts = {seed: _mean(_contrasts(selection, seed)) for seed in selection.seeds}
     values, weights = list(contrasts.values()), [side.weight for side in comparison.sides]
-    p, conclusion, remark = math.nan, INCONCLUSIVE, _obstacle(selection)
+    p, favors, p_equal, remark = math.nan, False, math.nan, _obstacle(selection)
     if not remark:
-        p, conclusion = _test(comparison, values)
-        if conclusion == EQUAL and comparison.measure.diverged == "chance" and not _any_side_learned(selection):
-            p, conclusion, remark = math.nan, INCONCLUSIVE, _NO_ARM_LEARNED
+        p, favors = _test(comparison, values)
+        if _may_be_equal(selection):
+            p_equal = _test_of_equality(comparison, values)
         if any(values) and not spread(values) > 0:
             above = sum(value > comparison.reference for value in values)
             remark = f"sign test: higher in {above} of {len(values)} seeds"
@@ -185,7 +195,8 @@ def _compare(
         contrasts,
         t_interval(values, confidence, contrast_bounds(weights, comparison.measure.bounds)),
         p,
-        conclusion,
+        favors,
+        p_equal=p_equal,
         remarks=(*_remarks(selection), *filter(None, [remark])),
         runs=frozenset(run.name for run in selection.runs),
     )
@@ -211,8 +222,16 @@ def _obstacle(selection: Selection) -> str:
     if selection.survivors:
         return "no test: it would be of the runs that survived alone"
     if comparison.tolerates_equality and comparison.measure.diverged == "chance" and not _any_side_learned(selection):
-        return _NO_ARM_LEARNED
+        return "no arm learned"
     return ""
+
+
+def _may_be_equal(selection: Selection) -> bool:
+    """Return whether alikeness can be told from runs: of such a comparison, if none diverged and any side learned."""
+    comparison = selection.comparison
+    if not comparison.denies_equality or any(run.diverged for run in selection.runs):
+        return False
+    return comparison.in_factors or _any_side_learned(selection)
 
 
 def _any_side_learned(selection: Selection) -> bool:
@@ -240,25 +259,40 @@ def _mean(values: Sequence[float]) -> float:
     return 0.0 if math.isnan(mean) else mean
 
 
-def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, str]:
-    """Return the p-value of the conclusion that the values rather speak for, and that conclusion.
+def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, bool]:
+    """Return the p-value of the conclusion that the values rather speak for, and whether that is the claim.
 
-    equal: two one-sided tests (TOST) against the ends of the margin, or the test of lying outside. greater, less: the
-    test against the reference, or the TOST of lying within the smallest difference of interest around it. The smaller
-    p-value concludes. Of two conclusions only one can be wrong, so that choosing between them inflates no error. All
-    are two-sided: a verdict at 5 % is where the 95 % interval lies.
+    greater, less: the test against the reference. equal: two one-sided tests (TOST) against the ends of the margin;
+    or, where that is the smaller, the test of lying outside. Only one of the two conclusions can be wrong but on the
+    margin itself. All are two-sided: a verdict at 5 % is where the 95 % interval lies.
     """
+    if comparison.expect == "equal":
+        inside, outside = _within_and_outside(comparison, values)
+        return min(inside, outside), inside <= outside
+    tested = tails(values, comparison.reference, comparison.exact)
+    return tested.two_sided, (tested.above < tested.below) == (comparison.expect == "greater")
+
+
+def _test_of_equality(comparison: Comparison, values: Sequence[float]) -> float:
+    """Return the p-value of lying within the smallest difference of interest, where a difference is claimed."""
+    return _within_and_outside(comparison, values)[0]
+
+
+def _within_and_outside(comparison: Comparison, values: Sequence[float]) -> tuple[float, float]:
+    """Return the p-values of lying within the smallest difference of interest (TOST), and of lying outside of it."""
     reference, margin = comparison.reference, comparison.smallest
-    if comparison.expect == "equal" or comparison.denies_equality:
-        low, high = (tails(values, end, comparison.exact) for end in (reference - margin, reference + margin))
-        inside, outside = min(1.0, 2 * max(low.above, high.below)), min(1.0, 2 * min(low.below, high.above))
-        if comparison.expect == "equal":
-            return min((inside, SUPPORTED), (outside, CONTRADICTED))
-    else:
-        inside = math.inf
-    tested = tails(values, reference, comparison.exact)
-    conclusion = SUPPORTED if (tested.above < tested.below) == (comparison.expect == "greater") else CONTRADICTED
-    return (inside, EQUAL) if inside < tested.two_sided else (tested.two_sided, conclusion)
+    low, high = (tails(values, end, comparison.exact) for end in (reference - margin, reference + margin))
+    return min(1.0, 2 * max(low.above, high.below)), min(1.0, 2 * min(low.below, high.above))
+
+
+def _within(comparison: Comparison) -> str:
+    """Return the smallest difference of interest in words."""
+    size = comparison.smallest
+    return (
+        f"within a factor of {math.exp(size):g}"
+        if comparison.in_factors
+        else f"within {size:g} point{'s' * (size != 1)}"
+    )
 
 
 def _remarks(selection: Selection) -> Iterator[str]:

@@ -82,7 +82,10 @@ class StudyPage:
 
 
 class Answer(NamedTuple):
-    """A claim with its verdict in the study that was made for it, the longest if there are several, and in others."""
+    """A claim with its verdict in the study made for it, the longest if there are several, and in others.
+
+    Where no study was made for it, the main one is the first of those that speak to it.
+    """
 
     claim: Claim
     main: Judgement | None
@@ -98,9 +101,10 @@ def answers_to_claims(pages: Sequence[StudyPage]) -> list[Answer]:
     """Return every claim, in the order of claims.yaml, with its verdicts."""
     experiments = {page.study.name: page.experiment for page in pages}
 
-    def rank(claim: Claim, judgement: Judgement) -> tuple[int, int]:
+    def rank(claim: Claim, judgement: Judgement) -> tuple[bool, int, int]:
         experiment, budget = experiments[judgement.study], judgement.budget
         return (
+            budget == "smoke",
             claim.experiments.index(experiment) if experiment in claim.experiments else len(claim.experiments),
             _BUDGETS.index(budget) if budget in _BUDGETS else len(_BUDGETS),
         )
@@ -179,7 +183,8 @@ def _sizes(pages: Sequence[StudyPage]) -> str:
     full = [page.study.name for page in of_papers if page.budgets == {"paper"}]
     if not full:
         return "No study here was run at its paper's size."
-    return f"Of {len(of_papers)} studies of experiments only {', '.join(full)} had the paper's size."
+    others = f"; {count(len(of_papers) - len(full), 'other')} had not" if len(full) < len(of_papers) else ""
+    return f"{escaped(', '.join(full))} had the size of its paper{others}."
 
 
 def tally(answers: Sequence[Answer]) -> str:
@@ -191,8 +196,8 @@ def tally(answers: Sequence[Answer]) -> str:
     every = [judgement.verdict for judgement in judged]
     in_all = ", ".join(f"{every.count(verdict)} {verdict}" for verdict in VERDICTS)
     return (
-        f"{count(len(answers), 'claim')}: {counted}; {decided} decided. These are verdicts of the studies made"
-        f" for the claims. In all studies: {in_all}."
+        f"{count(len(answers), 'claim')}: {counted}; {decided} decided. Each is judged by the study made for it"
+        f" where there is one. In all studies: {in_all}."
     )
 
 
@@ -211,8 +216,9 @@ def _summary(answers: Sequence[Answer], folder: str) -> pd.DataFrame:
 
 
 def telling(judgement: Judgement) -> ComparisonResult:
-    """Return the comparison that a verdict rests on: the first one that has it, else the first."""
-    return next((each for each in judgement.results if each.verdict == judgement.verdict), judgement.results[0])
+    """Return the comparison that a verdict rests on: the first one that has it, or that is equal; else the first."""
+    found = {result.verdict: result for result in reversed(judgement.results)}
+    return found.get(judgement.verdict) or found.get(EQUAL) or judgement.results[0]
 
 
 def main_figures(pages: Sequence[StudyPage]) -> list[tuple[StudyPage, PageFigure]]:
@@ -238,7 +244,9 @@ def _claims(answers: Sequence[Answer], folder: str) -> Iterator[str]:
         yield f"{MARKS[judgement.verdict]} {of_main} {source}"
         yield from (f"- {escaped(_sentence(result))}" for result in judgement.results)
         if others:
-            also = "; ".join(f"{MARKS[each.verdict]} {_link(each.study, folder)}" for each in others)
+            also = "; ".join(
+                f"{MARKS[each.verdict]} {_link(each.study, folder)} ({escaped(each.place)})" for each in others
+            )
             yield f"Other studies that speak to it: {also}."
 
 
@@ -262,4 +270,8 @@ def _study(page: StudyPage, folder: str) -> Iterator[str]:
     yield f"{escaped(question(study))} {run_counts(study)}"
     yield " ".join(f"{escaped(fact).rstrip('.')}." for fact in facts(study))
     if study.notes:
-        yield re.sub(r"^#+ (.*)$", r"**\1**", notes(study.notes), flags=re.MULTILINE)
+        yield notes(
+            re.sub(r"^#+ (.*)$", r"**\1**", study.notes, flags=re.MULTILINE)
+            if "```" not in study.notes
+            else study.notes
+        )

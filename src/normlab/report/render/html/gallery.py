@@ -21,6 +21,7 @@ def gallery(pages: Sequence[StudyPage]) -> str:
     answers = answers_to_claims(pages)
     papers = dict.fromkeys([*(answer.claim.paper for answer in answers), ""])
     main = main_figures(pages)
+    numbers = {page.study.name: number for number, page in enumerate(pages)}
     return (
         environment()
         .get_template("gallery.html.j2")
@@ -30,6 +31,7 @@ def gallery(pages: Sequence[StudyPage]) -> str:
             rows=[(answer, telling(answer.main) if answer.main else None) for answer in answers],
             marks=MARKS,
             main=main,
+            numbers=numbers,
             sections={
                 paper or OTHERS: found
                 for paper in papers
