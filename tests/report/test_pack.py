@@ -98,7 +98,8 @@ def test_its_report_is_written_beside_it_and_has_no_links_to_folders_that_are_no
     assert '"href": ""' in page.read_text()
     assert find.find_studies(outputs) == ["study"]
     results = report.build_results(outputs, outputs / "results.md", report.options(figures=False)).read_text()
-    assert "#### What we checked\n\nWe looked." in results
+    assert "### [study](results/study.md)" in results
+    assert "\n\nWe looked.\n" in results
 
 
 def test_its_status_is_told_once_and_nothing_in_it_goes_on(outputs, capsys) -> None:
@@ -246,7 +247,7 @@ def test_a_file_that_is_none_costs_no_other_study(outputs) -> None:
     (outputs / "bad.normlab.zip").write_text("something else")
     (outputs / "gone.normlab.zip").symlink_to("nowhere")
     page = report.build_results(outputs, outputs / "results.md", report.options(figures=False))
-    assert "### study" in page.read_text()
+    assert "### [study]" in page.read_text()
     report.build_claims(outputs, report.options())
 
 

@@ -78,8 +78,8 @@ def test_the_gallery_has_verdicts_main_figures_and_every_study(browser, tmp_path
     assert "theirs" in row.inner_text()
     assert window.locator("#figures svg").count() == 1
     row.locator("a").click()
-    assert window.locator("#study-theirs[open] .verdict", has_text="than no normalization").count() == 1
-    folded = window.locator("#study-mine")
+    assert window.locator("#study-1[open] .verdict", has_text="than no normalization").count() == 1
+    folded = window.locator("#study-0")
     folded.locator("summary").first.click()
     assert "What we *checked* <b>." in folded.inner_text()
     assert folded.locator("svg").count() == 3

@@ -1,6 +1,7 @@
 """Every study of a folder in Markdown: a page of all verdicts by paper, and a page of tables and figures per study."""
 
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +43,12 @@ MAIN_FIGURES = {
 _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost", "seeds")
 _BUDGETS = ("paper", "laptop")  # those that can answer, the one that answers more first
 OTHERS = "Studies of no paper"
-_INTRODUCTION = """\
-Every number on this page is computed by `{report} results` from the records of the studies; only the paragraphs on
-what came out and what we checked are written by people. {sizes} A verdict holds for the data set, network and length of
-its study, which stand with it, and for no more. All margins are ours. docs/statistics.md says how verdicts are reached.
-n/a: the paper's number is not known to us."""
+_INTRODUCTION = (
+    "Every number on this page is computed by `{report} results` from the records of the studies; only the paragraphs"
+    " on what came out and what we checked are written by people. {sizes} A verdict holds for the data set, network and"
+    " length of its study, which stand with it, and for no more. All margins are ours. docs/statistics.md says how"
+    " verdicts are reached. n/a: the paper's number is not known to us."
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def results_page(pages: Sequence[StudyPage], folder: str) -> str:
 
 def introduction(pages: Sequence[StudyPage]) -> str:
     """Return what stands above all results."""
-    return _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages))
+    text = _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages))
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def study_page(page: StudyPage, up: str) -> str:
