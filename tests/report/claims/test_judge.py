@@ -216,7 +216,7 @@ def test_factors_of_less_than_one_and_a_half_are_equal_where_no_difference_is_fo
 
 
 def test_a_bound_that_is_claimed_is_not_missed_by_being_near_to_it():
-    """At most 2 points behind, and above 25 %: there is no difference that could be too small to matter."""
+    """At most 2 points behind: there is no difference that could be too small to matter."""
     behind = verdict(
         planted(accuracies(bn=NEAR, lp1=[x - 2 for x in NEAR], lp2=NEAR, lpinf=[*NEAR[1:], NEAR[0]])),
         "santurkar2018-lp",

@@ -63,16 +63,16 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
     for seed in range(5):
         for arm, accuracy in (("bn", 0.9 + 0.002 * seed), ("none", 0.6)):
             folder = add_run(arm, 32, seed, (0.5, 0.55, accuracy)).parent
-    (folder / "notes.md").write_text("# Checked\n\nWe looked at the moving averages.\n")
+    (folder / "notes.md").write_text("We looked at the moving averages.\n")
     page = build_results(folder.parent, tmp_path / "page" / "all.md", OPTIONS)
     [row] = [line for line in page.read_text().splitlines() if FIRST in line]
     mark, _, _, effect, seeds, study = (cell.strip() for cell in row.split("|")[1:-1])
     assert (mark, seeds, study) == ("✓", "5", f"[{folder.name}](all/{folder.name}.md)")
     assert effect.startswith("bn - none: +30.40 ± 0.39")
-    assert "**Checked**\n\nWe looked at the moving averages." in page.read_text()
+    assert "\n\nWe looked at the moving averages.\n" in page.read_text()
     assert "No study here was run at its paper's size." in page.read_text()
     of_study = tmp_path / "page" / "all" / f"{folder.name}.md"
-    assert "# Checked\n\nWe looked at the moving averages." in of_study.read_text()
+    assert "## What we checked\n\nWe looked at the moving averages." in of_study.read_text()
     for title in ("Difference to bn", "Verdicts on the papers' claims"):
         assert f"\n## {title}" in of_study.read_text()
     shown = re.findall(r"^!\[.*?\]\((.+?)\)$", of_study.read_text(), re.MULTILINE)

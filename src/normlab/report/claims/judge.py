@@ -165,7 +165,9 @@ def _outlying_seeds(result: ComparisonResult, every: Sequence[ComparisonResult])
         rest = {other: value for other, value in contrasts.items() if other != seed}
         p, favors = _test(result.comparison, list(rest.values()))
         adjusted = holm([p, *(other.p for other in every if other is not result)])[0]
-        p_equal = math.nan if math.isnan(result.p_equal) else _test_of_equality(result.comparison, list(rest.values()))
+        p_equal = math.nan
+        if not math.isnan(result.p_equal):
+            p_equal, _ = _within_and_outside(result.comparison, list(rest.values()))
         equal = holm([p_equal, *(other.p_equal for other in every if other is not result)])[0]
         without = dataclasses.replace(result, contrasts=rest, favors=favors, p_holm=adjusted, p_equal_holm=equal)
         if without.verdict != result.verdict:
@@ -185,7 +187,7 @@ def _compare(
     if not remark:
         p, favors = _test(comparison, values)
         if _may_be_equal(selection):
-            p_equal = _test_of_equality(comparison, values)
+            p_equal, _ = _within_and_outside(comparison, values)
         if any(values) and not spread(values) > 0:
             above = sum(value > comparison.reference for value in values)
             remark = f"sign test: higher in {above} of {len(values)} seeds"
@@ -271,11 +273,6 @@ def _test(comparison: Comparison, values: Sequence[float]) -> tuple[float, bool]
         return min(inside, outside), inside <= outside
     tested = tails(values, comparison.reference, comparison.exact)
     return tested.two_sided, (tested.above < tested.below) == (comparison.expect == "greater")
-
-
-def _test_of_equality(comparison: Comparison, values: Sequence[float]) -> float:
-    """Return the p-value of lying within the smallest difference of interest, where a difference is claimed."""
-    return _within_and_outside(comparison, values)[0]
 
 
 def _within_and_outside(comparison: Comparison, values: Sequence[float]) -> tuple[float, float]:

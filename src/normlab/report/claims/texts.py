@@ -46,7 +46,7 @@ def verdict_lines(judgements: Sequence[Judgement]) -> Iterator[tuple[str, str]]:
     """Yield each verdict with its claim, results and source on one line, for a terminal."""
     for judgement in judgements:
         several = len({result.comparison.measure for result in judgement.results}) > 1
-        results = "; ".join(_result_text(result, several) for result in judgement.results)
+        results = "; ".join(result_text(result, several) for result in judgement.results)
         yield judgement.verdict, f"{judgement.claim.sentence} [{results}; {_source(judgement.claim)}]"
 
 
@@ -135,7 +135,8 @@ def _rows(judgement: Judgement) -> list[dict[str, str]]:
     return rows
 
 
-def _result_text(result: ComparisonResult, with_measure: bool) -> str:
+def result_text(result: ComparisonResult, with_measure: bool) -> str:
+    """Return what came out of a comparison, how sure it is, and remarks, in one line."""
     label = f"{result.label}, {result.comparison.measure.full_label}" if with_measure else result.label
     if result.verdict == NOT_RUN:
         return f"{label}: not run"

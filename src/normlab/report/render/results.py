@@ -1,6 +1,5 @@
 """Every study of a folder in Markdown: a page of all verdicts by paper, and a page of tables and figures per study."""
 
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import pandas as pd
 
 from normlab.common.errors import count
 from normlab.common.installation import command_name
-from normlab.report.analysis.cells import NOTHING, Table, p_text
+from normlab.report.analysis.cells import NOTHING, Table
 from normlab.report.claims.claims import Claim, claims
 from normlab.report.claims.judge import (
     CONTRADICTED,
@@ -24,7 +23,7 @@ from normlab.report.claims.judge import (
     ComparisonResult,
     Judgement,
 )
-from normlab.report.claims.texts import format_effect, format_expectation, judgements_by_claim
+from normlab.report.claims.texts import format_effect, format_expectation, judgements_by_claim, result_text
 from normlab.report.render.description import facts, question, run_counts
 from normlab.report.render.html.svg import PageFigure
 from normlab.report.render.markdown import caption, escaped, markdown, markdown_table, notes, paragraphs
@@ -245,25 +244,13 @@ def _claims(answers: Sequence[Answer], folder: str) -> Iterator[str]:
             continue
         of_main = f"**{judgement.verdict}** by {_link(judgement.study, folder)} ({escaped(judgement.place)})."
         yield f"{MARKS[judgement.verdict]} {of_main} {source}"
-        yield from (f"- {escaped(_sentence(result))}" for result in judgement.results)
+        for result in judgement.results:
+            yield f"- {escaped(f'{result_text(result, True)}; expected {format_expectation(result.comparison)}')}"
         if others:
             also = "; ".join(
                 f"{MARKS[each.verdict]} {_link(each.study, folder)} ({escaped(each.place)})" for each in others
             )
             yield f"Other studies that speak to it: {also}."
-
-
-def _sentence(result: ComparisonResult) -> str:
-    """Return a comparison in words: what was expected, what came out, how sure it is."""
-    if result.verdict == NOT_RUN:
-        return f"{result.label}: not run"
-    p = p_text(result.p_holm, "= ")
-    tested = "" if p == NOTHING else f", p {p}"
-    remarks = f". {'; '.join(result.remarks)}" if result.remarks else ""
-    return (
-        f"{result.label}, {result.comparison.measure.full_label}: {format_effect(result)}, expected"
-        f" {format_expectation(result.comparison)} (n = {result.interval.n}{tested}){remarks}"
-    )
 
 
 def _study(page: StudyPage, folder: str) -> Iterator[str]:
@@ -273,8 +260,4 @@ def _study(page: StudyPage, folder: str) -> Iterator[str]:
     yield f"{escaped(question(study))} {run_counts(study)}"
     yield " ".join(f"{escaped(fact).rstrip('.')}." for fact in facts(study))
     if study.notes:
-        yield notes(
-            re.sub(r"^#+ (.*)$", r"**\1**", study.notes, flags=re.MULTILINE)
-            if "```" not in study.notes
-            else study.notes
-        )
+        yield notes(study.notes)
