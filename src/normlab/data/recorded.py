@@ -59,8 +59,8 @@ class ImageFiles:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run records: path, numbers of classes and files, both digests, and the files left out."""
-        described = {"path": str(self.path), **self._counts(), "listing": self.listing, "contents": self.contents}
+        """Return what a run records: path as given, numbers of classes and files, digests, and the files left out."""
+        described = {"path": self._dataset.path, **self._counts(), "listing": self.listing, "contents": self.contents}
         if not isinstance(self._dataset, FolderDataset) or not self._lenient:
             return described
         left_out = usable_images(self._dataset, self._data_dir, log=lambda sentence: None).left_out

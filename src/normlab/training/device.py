@@ -169,7 +169,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         },
         "git": checkout.state(),
         "snapshot": snapshot.name if (snapshot := frozen.folder()) else None,
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # a packed study names no folder of its machine
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "device": name_of(device),
