@@ -85,6 +85,13 @@ def test_gitmans_network_has_the_sizes_of_its_configuration_files(gitman) -> Non
     assert network(images).shape == (2, 10)
 
 
+def test_gitmans_network_has_a_share_of_its_filters(make) -> None:
+    narrow = models.build(make("model=gitman_cifar", "norm=bn", "model.width=0.25"), num_classes=10, image_size=28)
+    network, images = meta(narrow, 28)
+    maps = sizes(network, nn.Conv2d, images)
+    assert maps == [(32, 28)] * 3 + [(64, 14)] * 3 + [(80, 5), (80, 5), (10, 5)]
+
+
 def test_gitmans_network_is_normalized_after_the_third_and_the_sixth_convolution_only(gitman) -> None:
     kinds = [type(module).__name__.replace("GroupedB", "B") for module in gitman.features]
     plain, normalized = ["Conv2d", "ReLU"], ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"]

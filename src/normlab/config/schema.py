@@ -189,6 +189,9 @@ def _weights(value: Any) -> Any:
     return str(Path(value).expanduser()) if weights.is_file(value) else value
 
 
+Width = Annotated[Annotated[Number, Field(ge=1 / 8, le=1)], Since(4, neutral=1.0)]
+
+
 class _Trainable(_Section):
     """A network that can start from trained weights."""
 
@@ -202,7 +205,7 @@ class ResNetConfig(_Trainable):
     name: Name
     stem: Literal["small", "imagenet"] | None
     dropout: Fraction
-    width: Annotated[Annotated[Number, Field(ge=1 / 8, le=1)], Since(4, neutral=1.0)]
+    width: Width
 
 
 class CustomModelConfig(_Trainable):
@@ -259,6 +262,7 @@ class GitmanCifarConfig(_Section):
 
     kind: Literal["gitman_cifar"]
     name: Name
+    width: Width
 
 
 class DeepLinearConfig(_Section):

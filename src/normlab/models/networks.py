@@ -40,8 +40,8 @@ def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Modu
             return _torchvision(model, num_classes)
         case schema.TimmConfig() as model:
             return _timm(model, num_classes)
-        case schema.GitmanCifarConfig():
-            return GitmanCifarNet(num_classes)
+        case schema.GitmanCifarConfig() as model:
+            return GitmanCifarNet(num_classes, model.width)
         case schema.DeepLinearConfig():
             return DeepLinear(num_classes, depth)
         case schema.CustomModelConfig() as model:
@@ -307,11 +307,16 @@ class GitmanCifarNet(nn.Module):
 
     Those are files for Caffe, whose pooling rounds sizes up, and whose "xavier" is U(-a, a) with
     a = sqrt(3 / fan-in) and biases at 0 ([A]: not Glorot's mean of fan-in and fan-out).
+
+    Args:
+        num_classes: of the images.
+        width: this share of the filters, rounded ([A]: the files have all).
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, width: float = 1.0) -> None:
         super().__init__()
-        widths = (3, 128, 128, 128, 256, 256, 256, 320, 320, num_classes)
+        inner = (round(filters * width) for filters in (128, 128, 128, 256, 256, 256, 320, 320))
+        widths = (3, *inner, num_classes)
         layers: list[nn.Module] = []
         for number, (before, filters) in enumerate(itertools.pairwise(widths), start=1):
             normalized = number in (3, 6)
