@@ -84,8 +84,9 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
 def test_the_verdict_of_a_claim_is_that_of_the_longest_study_of_its_own_experiment(add_run, tmp_path) -> None:
     accuracies = {"aside": 0.5, "smoke": 0.6, "laptop": 0.7, "paper": 0.8}
     for study, accuracy in accuracies.items():
-        own = {} if study == "aside" else {"experiment": "peerthum2023_accuracy", "budget": study}
         for seed in range(3):
+            added = study == "aside" or seed == 2  # as the commands of `next` add runs, which name no experiment
+            own = {} if added else {"experiment": "peerthum2023_accuracy", "budget": study}
             add_run("bn", 32, seed, (0.3, 0.4, accuracy), study=study, **own)
             add_run("none", 32, seed, (0.3, 0.4, 0.4 + 0.001 * seed), study=study, **own)
     page = build_results(tmp_path / "outputs", tmp_path / "all.md", OPTIONS).read_text()

@@ -129,7 +129,8 @@ def judge(study: Study, confidence: float = 0.95, alpha: float = 0.05) -> list[J
     found = finished_runs(study)
     rates, tuned = with_rates(found, study), study.tuning.sentence if study.tuning else ""
     for (dataset, model), here in found.items():
-        budgets = dict.fromkeys(str(study.configs[run.name].get("budget") or "n/a") for run in here)
+        named = (study.configs[run.name].get("budget") for run in here)  # `next` adds runs that name none
+        budgets = list(dict.fromkeys(str(budget) for budget in named if budget)) or ["n/a"]
         for claim in claims():
             compared = rates[dataset, model] if claim.tuning else here
             results = tuple(

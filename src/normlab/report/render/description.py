@@ -24,9 +24,16 @@ _HARDWARE = {  # by path in a run's provenance
 
 def question(study: Study) -> str:
     """Return the question of the study: the words of its experiment, else the arms that it compares."""
-    names = {config.get("experiment") for config in study.configs.values()}
-    experiment = names.pop() if len(names) == 1 else None
-    return _question_of_experiment(str(experiment)) or _question_of_arms(study)
+    return _question_of_experiment(experiment_of(study)) or _question_of_arms(study)
+
+
+def experiment_of(study: Study) -> str:
+    """Return the experiment that the runs name; "" where none does, or they name several.
+
+    Runs that name none are left aside: the commands of `next` train such, into the study of an experiment.
+    """
+    names = {str(config.get("experiment") or "") for config in study.configs.values()} - {""}
+    return names.pop() if len(names) == 1 else ""
 
 
 def _question_of_experiment(name: str) -> str:

@@ -24,7 +24,7 @@ from normlab.report.claims.judge import (
     Judgement,
 )
 from normlab.report.claims.texts import format_effect, format_expectation, judgements_by_claim, result_text
-from normlab.report.render.description import facts, question, run_counts
+from normlab.report.render.description import experiment_of, facts, question, run_counts
 from normlab.report.render.html.svg import PageFigure
 from normlab.report.render.markdown import caption, escaped, markdown, markdown_table, notes, paragraphs
 from normlab.report.study.load import Study
@@ -68,13 +68,12 @@ class StudyPage:
     @property
     def experiment(self) -> str:
         """Return the experiment of its runs; "" where they are of none, or of several."""
-        names = {str(config.get("experiment") or "") for config in self.study.configs.values()}
-        return names.pop() if len(names) == 1 else ""
+        return experiment_of(self.study)
 
     @property
     def budgets(self) -> set[str]:
-        """Return the budgets of its runs."""
-        return {str(config.get("budget")) for config in self.study.configs.values()}
+        """Return the budgets that its runs name."""
+        return {str(config["budget"]) for config in self.study.configs.values() if config.get("budget")}
 
     @property
     def paper(self) -> str:
