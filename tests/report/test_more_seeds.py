@@ -141,6 +141,18 @@ def test_arms_of_a_claim_that_are_nearly_alike_are_planned_to_be_called_equal_wh
     assert need.note == "to call them equal, within 1 point"
 
 
+def test_arms_that_have_learned_nothing_are_not_planned_to_be_called_equal() -> None:
+    """As no number of seeds lets a report call them so."""
+    at_chance = {"bn": [10.0, 10.2, 9.9, 10.1, 10.0], "none": [10.1, 10.1, 10.0, 10.0, 9.9]}
+    runs = [
+        Planted({"norm.name": arm}, seed, {"test_accuracy": value})
+        for arm, values in at_chance.items()
+        for seed, value in enumerate(values)
+    ]
+    [need] = _of_verdicts(planted(runs), report.options(), judge(planted(runs)), 2)
+    assert "equal" not in need.note
+
+
 def test_new_seeds_are_new_and_what_cannot_be_trained_has_no_command(study) -> None:
     here = study([2.0, -1.0, 3.0, 0.5, 1.0])
     [need] = found(here)

@@ -42,3 +42,8 @@ def test_a_packed_run_says_that_it_is_packed(tiny, monkeypatch) -> None:
         [tiny()], 1, torch.device("cpu"), lambda config, mine: train_run(config, resources=Resources("cpu", 1, mine))
     )
     assert said == [False, True]
+
+
+def test_the_command_is_recorded_without_the_folder_of_its_program(monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/home/jane/normlab/train.py", "-m", "norm=bn"])
+    assert device.provenance(torch.device("cpu"))["command"] == ["train.py", "-m", "norm=bn"]

@@ -59,7 +59,7 @@ class ImageFiles:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run records: path as given, numbers of classes and files, digests, and the files left out."""
+        """Return what a run records: path as set, numbers of classes and files, digests, and the files left out."""
         described = {"path": self._dataset.path, **self._counts(), "listing": self.listing, "contents": self.contents}
         if not isinstance(self._dataset, FolderDataset) or not self._lenient:
             return described

@@ -172,6 +172,7 @@ def _of_verdicts(study: Study, options: Options, judgements: Sequence[Judgement]
                     family=_level(options, reports),
                 ),
                 _not_run(study, judgement, result) or _obstacle(result) or _unfinished(study, result),
+                equality=not math.isnan(result.p_equal),
             )
 
 
@@ -324,8 +325,14 @@ def _grid(study: Study, choices: Sequence[Choice]) -> list[str]:
 # ---- the plan
 
 
-def _planned(need: Need, obstacle: str) -> Need:
-    """Return the comparison with the number of new seeds that it needs, or with a note on why there is none."""
+def _planned(need: Need, obstacle: str, *, equality: bool = False) -> Need:
+    """Return the comparison with the number of new seeds that it needs, or with a note on why there is none.
+
+    Args:
+        need: what is inconclusive.
+        obstacle: why new seeds do not help, "" if they may.
+        equality: whether the arms can be called equal, too.
+    """
     values, comparison, n = need.differences, need.comparison, len(need.differences)
     if obstacle in (_UNFINISHED, _DIVERGED):
         return replace(need, note=obstacle)
@@ -349,7 +356,7 @@ def _planned(need: Need, obstacle: str) -> Need:
     seeds = seeds_needed([each / deviation for each in observed], need.level)
     at_margin = None if math.isnan(margin) else seeds_needed([each / deviation for each in planned], need.level)
     note = "" if seeds else f"more than {MOST} seeds: {_alike(need)}"
-    if need.claim and comparison.denies_equality and observed[0] < margin:
+    if equality and observed[0] < margin:
         equal = seeds_needed([(margin - observed[0]) / deviation, (margin + observed[0]) / deviation], need.level)
         if equal and (seeds is None or equal < seeds):
             seeds, note = equal, f"to call them equal, within {_amount(margin, comparison)}"
@@ -598,8 +605,9 @@ def lines(study: Study, found: Sequence[Need], options: Options, looks: int) -> 
         f" each comparison at its share of {alpha} (alpha={exact(options.alpha)} over {count(looks, 'look')}): whatever"
         f" their number, and whatever was seen before, they make a false verdict in at most"
         f" {per_cent(options.alpha / looks)} % of studies in the table of differences, and in at most as many in that"
-        f" of verdicts. Together with the old ones they would not (docs/statistics.md). Their chance to settle a"
-        f" comparison is {per_cent(POWER)} %, if effect and standard deviation (sd) are as observed."
+        f" of verdicts; in at most as many they call arms equal that are not. Together with the old ones they would not"
+        f" (docs/statistics.md). Their chance to settle a comparison is {per_cent(POWER)} %, if effect and standard"
+        f" deviation (sd) are as observed."
         f"{_TOGETHER if _are_judged_together(found) else ''}"
     )
     printed: dict[tuple[str, ...], int] = {}

@@ -176,13 +176,27 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
             f"There is no study with a finished run{measured} in {folder}.\n"
             f"To start one: {command_name('train')} -m {study_words('default', folder)} norm=bn,none"
         )
-    for each in pages:
-        path = page.parent / page.stem / f"{each.study.name}.md"
+    own = page.parent / page.stem
+    _refuse_folder_of_study(page, own, pages)
+    paths = {own / f"{each.study.name}.md": each for each in pages}
+    for path, each in paths.items():
         make_own_folder(path.parent, page.parent)
         _write(path, study_page(each, "../" * (1 + each.study.name.count("/"))))
+    if others := sorted(path.relative_to(own).as_posix() for path in own.rglob("*.md") if path not in paths):
+        warnings.append(f"{own} has pages of no study of {folder}: {listed(others, 3)}. Remove them, if they are old.")
     _write(page.with_name(f"{page.stem}_gallery.html"), gallery(pages))
     judgements = [judgement for each in pages for judgement in each.judgements]
     return _write_claims_page(page, results_page(pages, page.stem), judgements, warnings, options)
+
+
+def _refuse_folder_of_study(page: Path, own: Path, pages: Sequence[StudyPage]) -> None:
+    """Refuse to write the studies' pages into the folder of a study."""
+    for each in pages:
+        if each.study.folder.resolve().is_relative_to(own.resolve()):
+            raise UserError(
+                f"page={as_typed(str(page))}: the pages of studies would go to {own}, where the study"
+                f" {each.study.name} is.\nName another page: page={page.with_name('all_results.md')}"
+            )
 
 
 def show_next(study: str, output_dir: str | Path, options: Options, looks: object) -> None:

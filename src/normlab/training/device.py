@@ -169,7 +169,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         },
         "git": checkout.state(),
         "snapshot": snapshot.name if (snapshot := frozen.folder()) else None,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # a packed study names no folder of its machine
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],  # without its folder
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "device": name_of(device),

@@ -204,6 +204,22 @@ def test_where_a_difference_is_claimed_p_of_less_than_a_point_is_that_of_statsmo
     assert result.remarks[0].startswith("within 1 point, p ")
 
 
+def test_a_value_that_overflowed_in_one_seed_leaves_no_arms_equal():
+    runs = [
+        Planted({"norm.name": norm}, seed, {"beta": math.inf if (norm, seed) == ("bn", 0) else 1.0})
+        for norm in ("bn", "none")
+        for seed in range(12)
+    ]
+    assert verdict(planted(runs), "santurkar2018-smoothness").verdict == INCONCLUSIVE
+
+
+def test_ranges_of_rates_are_never_called_equal():
+    """The grid is coarser than the smallest factor of interest."""
+    for claim in CLAIMS.values():
+        if claim.tuning:
+            assert not any(comparison.denies_equality for comparison in claim.comparisons)
+
+
 @pytest.mark.parametrize(("factor", "expectation"), [(1.01, EQUAL), (1.4, CONTRADICTED), (1.6, CONTRADICTED)])
 def test_factors_of_less_than_one_and_a_half_are_equal_where_no_difference_is_found(factor, expectation):
     generator = np.random.default_rng(1)

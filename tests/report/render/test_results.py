@@ -8,7 +8,10 @@ import pytest
 
 from normlab.common.errors import UserError
 from normlab.report import build_results, figures, options
-from normlab.report.claims.claims import claims
+from normlab.report.analysis.metrics import METRICS
+from normlab.report.claims.claims import Comparison, claims
+from normlab.report.claims.judge import INCONCLUSIVE, ComparisonResult, Judgement
+from normlab.report.render.results import telling
 
 ROOT = Path(__file__).parents[3]
 RECORDS, PAGE = ROOT / "outputs" / "reference", ROOT / "docs" / "results.md"
@@ -94,7 +97,7 @@ def test_the_verdict_of_a_claim_is_that_of_the_longest_study_of_its_own_experime
     assert "bn - none: +39.90" in row
     assert "[paper](all/paper.md)" in row
     assert re.search(r"speak to it: ✓ \[laptop\].*; ✓ \[aside\].*; ✓ \[smoke\].*answers nothing", page)
-    assert "paper had the size of its paper; 2 others had not." in page
+    assert "At the size of its paper: paper; 2 others smaller." in page
     figure = "figures/paper/accuracy_by_arm.png"
     assert page.count(figure) == 0  # the main figure of that experiment is against the batch size
     assert "### [aside](all/aside.md)" in page.partition("## Studies of no paper")[2]
@@ -117,6 +120,39 @@ def test_a_study_that_lacks_the_metric_is_left_out_with_a_warning(add_run, add_l
     page = build_results(tmp_path / "outputs", tmp_path / "results.md", by_accuracy)
     assert "### [whole]" in page.read_text()
     assert "losses is left out: metric=test_accuracy is not" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_claim_of_which_a_part_was_not_run_is_shown_by_that_part() -> None:
+    part, other = (Comparison((), METRICS["test_accuracy"], "greater", 0.0, 0.0) for _ in range(2))
+    ran = ComparisonResult(part, 0.05, {0: 1.0}, p_holm=0.01, favors=True)
+    missing = ComparisonResult(other, 0.05)
+    judgement = Judgement(claims()[0], "study", "digits", "resnet", "laptop", (ran, missing))
+    assert judgement.verdict == INCONCLUSIVE
+    assert telling(judgement) is missing
+
+
+def test_names_of_studies_are_those_of_the_format(add_run, tmp_path) -> None:
+    for study in ("_u_", "x~1"):
+        add_run("bn", 32, study=study, experiment="peerthum2023_accuracy", budget="paper")
+    page = build_results(tmp_path / "outputs", tmp_path / "all.md", TABLES_ONLY)
+    assert r"At the size of its paper: \_u\_, x" in page.read_text()
+    assert "At the size of its paper: _u_, x~1." in (tmp_path / "all_gallery.html").read_text()
+
+
+def test_pages_of_studies_that_are_gone_are_named(add_run, tmp_path, capsys) -> None:
+    add_run("bn")
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "old.md").touch()
+    build_results(tmp_path / "outputs", tmp_path / "all.md", TABLES_ONLY)
+    assert "has pages of no study of" in (told := capsys.readouterr().out.replace("\n", " "))
+    assert "old.md" in told
+    assert (tmp_path / "all" / "old.md").exists()
+
+
+def test_pages_do_not_go_into_the_folder_of_a_study(add_run, tmp_path) -> None:
+    add_run("bn", study="results")
+    with pytest.raises(UserError, match="where the study results is"):
+        build_results(tmp_path / "outputs", tmp_path / "outputs" / "results.md", TABLES_ONLY)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from normlab.common.installation import command_name
-from normlab.report.analysis.metrics import METRICS, Metric
+from normlab.report.analysis.metrics import METRICS, RATES, Metric
 from normlab.runs import reading
 
 # Values that the runs of a side must have where a claim does not name the setting, so that a deliberate oddity of a
@@ -81,10 +81,10 @@ class Comparison:
     def denies_equality(self) -> bool:
         """Return whether two sides that are alike, to within the smallest difference of interest, answer it with no.
 
-        Of accuracies and of factors: of other measures we know no such difference.
+        Of accuracies and of factors: of other measures, and of ranges of rates, we know no such difference.
         """
         weights = [side.weight for side in self.sides if side.weight]
-        measured = self.measure.diverged == "chance" or self.in_factors
+        measured = self.measure.probe != RATES and (self.measure.diverged == "chance" or self.in_factors)
         return self.expect != "equal" and self.reference == 0 and weights == [1, -1] and measured
 
     @property

@@ -1,8 +1,8 @@
 """The claims tested on a study's runs: supported, contradicted, equal or inconclusive. docs/statistics.md explains it.
 
 A study has one verdict per claim, data set and network. For every comparison of a claim, `pairing` selects the runs;
-their contrast, averaged over cells, is one number per seed; Student's t-test decides; Holm's correction is over all
-comparisons of the study.
+their contrast, averaged over cells, is one number per seed; Student's t-test decides. Holm's correction is over all
+comparisons of the study, and once more over all tests of equality beside them.
 """
 
 import dataclasses
@@ -187,7 +187,7 @@ def _compare(
     p, favors, p_equal, remark = math.nan, False, math.nan, _obstacle(selection)
     if not remark:
         p, favors = _test(comparison, values)
-        if _may_be_equal(selection):
+        if _may_be_equal(selection) and all(map(math.isfinite, values)):
             p_equal, _ = _within_and_outside(comparison, values)
         if any(values) and not spread(values) > 0:
             above = sum(value > comparison.reference for value in values)

@@ -19,8 +19,9 @@ _CAPTION = (
     " tests), with Holm's correction over all comparisons of this table; d_z: distance from what is expected in"
     " standard deviations of the"
     " contrast. supported: p at most {alpha} for all of a claim's comparisons (where one is enough: for one);"
-    " contradicted: the same the other way; equal: within the smallest difference of interest (1 point, a factor of"
-    " 1.5), by two one-sided tests; inconclusive: none of these, or fewer than 3 seeds. Margins are ours;"
+    " contradicted: one of them the other way, or equal (where one is enough: all); equal: all within the smallest"
+    " difference of interest (1 point, a factor of 1.5), by two one-sided tests with a correction of their own;"
+    " inconclusive: none of these, or fewer than 3 seeds. Margins are ours;"
     " docs/statistics.md explains them."
 )
 

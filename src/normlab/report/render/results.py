@@ -1,7 +1,7 @@
 """Every study of a folder in Markdown: a page of all verdicts by paper, and a page of tables and figures per study."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +43,7 @@ _LEFT_OUT = ("convergence", "epochs_to_accuracy", "seconds_to_accuracy", "cost",
 _BUDGETS = ("paper", "laptop")  # those that can answer, the one that answers more first
 OTHERS = "Studies of no paper"
 _INTRODUCTION = (
-    "Every number on this page is computed by `{report} results` from the records of the studies; only the paragraphs"
+    "Every result on this page is computed by `{report} results` from the records of the studies; only the paragraphs"
     " on what came out and what we checked are written by people. {sizes} A verdict holds for the data set, network and"
     " length of its study, which stand with it, and for no more. All margins are ours. docs/statistics.md says how"
     " verdicts are reached. n/a: the paper's number is not known to us."
@@ -122,7 +122,7 @@ def results_page(pages: Sequence[StudyPage], folder: str) -> str:
         folder: that of the studies' pages, relative to this one.
     """
     answers = answers_to_claims(pages)
-    lines = ["# Results", introduction(pages), "## At a glance", tally(answers)]
+    lines = ["# Results", introduction(pages, escaped), "## At a glance", tally(answers)]
     lines += [markdown(_summary(answers, folder), raw=["study"]).rstrip()]
     lines += [f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}; n: seeds."]
     if found := main_figures(pages):
@@ -139,9 +139,14 @@ def results_page(pages: Sequence[StudyPage], folder: str) -> str:
     return paragraphs(lines)
 
 
-def introduction(pages: Sequence[StudyPage]) -> str:
-    """Return what stands above all results."""
-    text = _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages))
+def introduction(pages: Sequence[StudyPage], shown: Callable[[str], str] = str) -> str:
+    """Return what stands above all results.
+
+    Args:
+        pages: of all studies.
+        shown: makes a name one of the page's format.
+    """
+    text = _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages, shown))
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -178,14 +183,14 @@ def _link(name: str, folder: str) -> str:
     return f"[{escaped(name)}]({quote(f'{folder}/{name}.md', errors='surrogateescape')})"
 
 
-def _sizes(pages: Sequence[StudyPage]) -> str:
+def _sizes(pages: Sequence[StudyPage], shown: Callable[[str], str]) -> str:
     """Return which studies of the papers' experiments were run at the paper's size."""
-    of_papers = [page for page in pages if page.experiment]
+    of_papers = [page for page in pages if page.paper]
     full = [page.study.name for page in of_papers if page.budgets == {"paper"}]
     if not full:
         return "No study here was run at its paper's size."
-    others = f"; {count(len(of_papers) - len(full), 'other')} had not" if len(full) < len(of_papers) else ""
-    return f"{escaped(', '.join(full))} had the size of its paper{others}."
+    others = f"; {count(len(of_papers) - len(full), 'other')} smaller" if len(full) < len(of_papers) else ""
+    return f"At the size of its paper: {shown(', '.join(full))}{others}."
 
 
 def tally(answers: Sequence[Answer]) -> str:
@@ -217,18 +222,18 @@ def _summary(answers: Sequence[Answer], folder: str) -> pd.DataFrame:
 
 
 def telling(judgement: Judgement) -> ComparisonResult:
-    """Return the comparison that a verdict rests on: the first one that has it, or that is equal; else the first."""
+    """Return the comparison that a verdict rests on: the first that has it, or that is equal, or that was not run."""
     found = {result.verdict: result for result in reversed(judgement.results)}
-    return found.get(judgement.verdict) or found.get(EQUAL) or judgement.results[0]
+    return next(found[each] for each in (judgement.verdict, EQUAL, NOT_RUN, *VERDICTS) if each in found)
 
 
 def main_figures(pages: Sequence[StudyPage]) -> list[tuple[StudyPage, PageFigure]]:
-    """Return the figures of `MAIN_FIGURES` that there are, with their studies."""
+    """Return the figures of `MAIN_FIGURES` that there are, with their studies; none of a smoke test."""
     return [
         (page, figure)
         for experiment, name in MAIN_FIGURES.items()
         for page in pages
-        if page.experiment == experiment
+        if page.experiment == experiment and page.budgets != {"smoke"}
         for figure in page.figures
         if _kind(figure) == name
     ]
