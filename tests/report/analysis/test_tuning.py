@@ -17,7 +17,7 @@ from normlab.report.analysis.tables import build_tables
 from normlab.report.analysis.tuning import best_of, rate_curves, tune, tuning_warnings
 from normlab.report.claims.judge import CONTRADICTED, NOT_RUN, SUPPORTED, judge
 from normlab.report.options import options
-from normlab.report.render.description import run_counts
+from normlab.report.render.description import facts, run_counts
 from normlab.report.study.provenance import provenance_of
 from normlab.report.tables import judged_tables, read_table_options, table_options
 from normlab.report.write import render
@@ -221,6 +221,12 @@ def test_the_number_that_chose_is_shown():
     [row] = next(table for table in tables if table.name == "tuned").rows["digits, resnet18"]
     assert row["validation (%)"].value == pytest.approx(np.mean(accuracies[0.1][:3]))
     assert row["seeds"].text == "3"
+
+
+def test_the_facts_of_a_study_do_not_list_the_values_that_were_chosen():
+    study = study_of({"bn": {0.01: [80.0, 81.0], 0.1: [90.0, 91.0]}, "none": {0.01: [80.0, 81.0], 0.1: [70.0, 71.0]}})
+    assert "Optimizer: sgd (lr=tuned)" in facts(tuned(study))
+    assert "Optimizer: sgd (lr=0.01) or sgd (lr=0.1)" in facts(study)
 
 
 def test_where_no_cell_has_several_values_nothing_is_said_to_be_chosen_on_validation_images():

@@ -99,7 +99,7 @@ def test_the_verdict_of_a_claim_is_that_of_the_longest_study_of_its_own_experime
     assert re.search(r"speak to it: ✓ \[laptop\].*; ✓ \[aside\].*; ✓ \[smoke\].*answers nothing", page)
     assert "At the size of its paper: paper; 2 others smaller." in page
     figure = "figures/paper/accuracy_by_arm.png"
-    assert page.count(figure) == 0  # the main figure of that experiment is against the batch size
+    assert page.count(figure) == 0  # the main figure of that experiment is by depth
     assert "### [aside](all/aside.md)" in page.partition("## Studies of no paper")[2]
 
 

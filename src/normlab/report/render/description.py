@@ -1,7 +1,7 @@
 """A study in words, for all formats: its question, the runs that it has, their protocol and hardware."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from normlab import runs
@@ -78,12 +78,13 @@ def _arms_and_seeds(study: Study) -> Iterator[str]:
 
 def _protocol(study: Study) -> Iterator[str]:
     configs = [study.configs[run] for run in study.runs["run"] if run in study.configs]
+    tuned = study.tuning.settings if study.tuning else ()
     parts: dict[str, list[object]] = {
         "Epochs": [config.get("epochs") for config in configs],
         "Training images": [config["dataset"].get("train_size") or "all" for config in configs],
         "Test images": [_test_images(config["dataset"]) for config in configs],
-        "Optimizer": [_group(runs.identity(config).get("optimizer")) for config in configs],
-        "Schedule": [_group(runs.identity(config).get("schedule")) for config in configs],
+        "Optimizer": [_group(config, "optimizer", tuned) for config in configs],
+        "Schedule": [_group(config, "schedule", tuned) for config in configs],
         "Precision": [config.get("precision") for config in configs],
     }
     for name, values in parts.items():
@@ -95,10 +96,13 @@ def _test_images(dataset: Mapping[str, Any]) -> str:
     return f"{chosen} of {fraction} of each class (split_seed={dataset.get('split_seed')})" if fraction else str(chosen)
 
 
-def _group(group: object) -> str:
+def _group(config: Mapping[str, Any], name: str, tuned: Sequence[str]) -> str:
+    """Return a group of settings in words; the values of tuned ones are in the tables."""
+    group = runs.identity(config).get(name)
     if not isinstance(group, Mapping):
         return "n/a" if group is None else str(group)
-    options = ", ".join(f"{key}={value}" for key, value in group.items() if key != "name")
+    values = {key: "tuned" if f"{name}.{key}" in tuned else value for key, value in group.items() if key != "name"}
+    options = ", ".join(f"{key}={value}" for key, value in values.items())
     return f"{group.get('name')} ({options})" if options else str(group.get("name"))
 
 

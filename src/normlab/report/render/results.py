@@ -32,7 +32,7 @@ from normlab.report.study.load import Study
 MARKS = {SUPPORTED: "✓", CONTRADICTED: "✗", EQUAL: "=", INCONCLUSIVE: "?", NOT_RUN: NOTHING}
 # The figure by which the page shows the studies of an experiment, in the order of the page.
 MAIN_FIGURES = {
-    "peerthum2023_accuracy": "accuracy_against_batch",
+    "peerthum2023_accuracy": "accuracy_by_condition",
     "gitman2017_imagenet": "accuracy_by_condition",
     "ioffe2017_noniid": "accuracy_by_condition",
     "davis2021_scale": "accuracy_against_option",
