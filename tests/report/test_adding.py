@@ -131,4 +131,4 @@ def test_texts_arrive_as_they_are(composed, text) -> None:
 def test_recorded_studies_get_the_same_runs_with_other_seeds(composed, path) -> None:
     cells = list({cell_key(config): config for config in load(path).configs.values()}.values())
     lines = commands(cells, [90, 91], "a_study", "an output's folder")
-    assert added(composed, lines) == wanted(cells, (90, 91))
+    assert added(composed, lines) == sorted(set(wanted(cells, (90, 91))))  # cells may differ in threads alone
