@@ -10,7 +10,10 @@ from PIL import Image
 from recorded import adder
 
 from normlab import report
+from normlab.cli.commands import _carry_out
 from normlab.common.errors import UserError
+from normlab.common.installation import CONF
+from normlab.runs import reading
 
 OPTIONS = report.options()
 
@@ -157,6 +160,9 @@ def test_commands_over_all_studies_refuse_to_leave_cells_out(outputs):
     ):
         with pytest.raises(UserError, match=r"arms=\[bn\]: .* is about whole studies"):
             command()
+    for command in ("claims", "results"):
+        with pytest.raises(UserError, match=f"study=mine: `{command}` is about all studies of output_dir"):
+            _carry_out(command, {**reading.read_yaml(CONF / "report.yaml"), "study": "mine"})
 
 
 def test_a_verdict_needs_a_p_value_of_at_most_alpha_and_its_caption_says_so(swept):

@@ -80,6 +80,11 @@ def _report(line: CommandLine) -> None:
 def _check(command: str | None, study: object, page: object, output_dir: object, watch: object) -> None:
     if not study or not isinstance(study, str):
         raise UserError(f"study={as_typed(study)} is not valid: expected a study's name, or its path.")
+    if command in ("claims", "results") and study != "default":
+        raise UserError(
+            f"study={as_typed(study)}: `{command}` is about all studies of output_dir. Leave it out.\n"
+            f"To report one study: {command_name('report')} study={study}"
+        )
     if output_dir == "" or page == "":
         raise UserError(f"{'page' if output_dir else 'output_dir'}= is empty: expected a path.")
     if watch is not False and command not in (None, "status"):

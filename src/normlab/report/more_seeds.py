@@ -195,7 +195,7 @@ def _not_run(study: Study, judgement: Judgement, result: ComparisonResult) -> st
     if not missing or alone:
         return ""
     norms = {str(config["norm"]["name"]) for config in study.configs.values()}
-    named = dict.fromkeys(str(side.where["norm.name"]) for each in missing for side in each.comparison.sides)
+    named = dict.fromkeys(side.norm for each in missing for side in each.comparison.sides)
     lacking = [name for name in named if name not in norms]
     of_arms = f" (the study has no {listed(lacking, 3)})" if lacking else ""
     needed = listed([f"{each.label}, {each.comparison.measure.full_label}" for each in missing], 2, "; ")

@@ -122,20 +122,21 @@ def build_claims(output_dir: str | Path, options: Options) -> Path:
         raise UserError(f"There is no folder {folder}.\nGive the one that holds studies: output_dir=...")
     judgements: list[Judgement] = []
     warnings: list[str] = []
-    for study in _studies(folder, warnings, options):
+    for study in _studies(folder, warnings, [], options):
         judgements += judge(study, options.confidence, options.alpha)
     files.make_folder(folder)
     text = verdict_texts.claims_page(judgements)
     return _write_claims_page(folder / "claims.md", text, judgements, warnings, options)
 
 
-def _studies(folder: Path, warnings: list[str], options: Options) -> Iterator[Study]:
-    """Yield every study of a folder, tuned as the options say; add sentences to `warnings` on what cannot be read."""
+def _studies(folder: Path, warnings: list[str], left_out: list[str], options: Options) -> Iterator[Study]:
+    """Yield every study of a folder, tuned as the options say; of those that cannot be read add names and sentences."""
     for name in find_studies(folder):
         try:
             study = chosen_runs(load(name, folder), options)
         except UserError as error:
             warnings.append(f"{name} is left out: {first_line(error)}")
+            left_out.append(name)
             continue
         warnings += study.warnings
         warnings += [f"{name}: {warning}" for warning in tuning_warnings(study)]
@@ -153,18 +154,21 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
     """
     _refuse_selection("results", options)
     folder, page = _folder("output_dir", output_dir), _folder("page", page)
-    if not page.suffix:
-        raise UserError(f"page={as_typed(str(page))} is not valid: expected a file's name, such as {page.name}.md.")
+    if page.suffix != ".md":
+        raise UserError(f"page={as_typed(str(page))} is not valid: expected a page in Markdown, {page.stem}.md.")
     pages: list[StudyPage] = []
     warnings: list[str] = []
-    for study in _studies(folder, warnings, options):
+    left_out: list[str] = []
+    for study in _studies(folder, warnings, left_out, options):
         if study.finished.empty:
             warnings.append(f"{study.name} has no finished run yet and is left out.")
+            left_out.append(study.name)
             continue
         try:
             metric = metric_of(study.evaluations, options.metric, options.value)
         except UserError as error:
             warnings.append(f"{study.name} is left out: {first_line(error)}")
+            left_out.append(study.name)
             continue
         tables, judgements = judged_tables(study, metric, options)
         name = f"study{len(pages)}"
@@ -184,9 +188,9 @@ def build_results(output_dir: str | Path, page: str | Path, options: Options) ->
         _write(path, study_page(each, "../" * (1 + each.study.name.count("/"))))
     if others := sorted(path.relative_to(own).as_posix() for path in own.rglob("*.md") if path not in paths):
         warnings.append(f"{own} has pages of no study of {folder}: {listed(others, 3)}. Remove them, if they are old.")
-    _write(page.with_name(f"{page.stem}_gallery.html"), gallery(pages))
+    _write(page.with_name(f"{page.stem}_gallery.html"), gallery(pages, left_out))
     judgements = [judgement for each in pages for judgement in each.judgements]
-    return _write_claims_page(page, results_page(pages, page.stem), judgements, warnings, options)
+    return _write_claims_page(page, results_page(pages, page.stem, left_out), judgements, warnings, options)
 
 
 def _refuse_folder_of_study(page: Path, own: Path, pages: Sequence[StudyPage]) -> None:

@@ -156,6 +156,13 @@ def test_among_equal_values_the_middle_is_chosen():
     assert best_of([{}, {}]) is None
 
 
+def test_a_value_at_which_all_runs_diverged_is_chosen_only_where_there_is_no_other():
+    guessing = {0: 9.7, 1: 9.8}  # finished, and below chance, as which divergence counts
+    [choice] = tuned(study_of({"bn": {0.1: [9.7, 9.8], 0.2: [None, None], 0.3: [None, None]}})).tuning.choices
+    assert (choice.chosen.values, choice.chosen.scores) == ((0.1,), guessing)
+    assert best_of([{0: 10.0}] * 3, lost=range(3)).chosen == 1
+
+
 def test_runs_that_are_added_to_a_value_do_not_change_the_choice():
     even = [{0: 50.0, 1: 60.0}, {0: 54.0, 1: 64.1}, {0: 10.0, 1: 20.0}]
     more = {**even[2], 2: 10.0, 3: 99.0}
@@ -376,6 +383,12 @@ def test_a_rate_beyond_a_gap_is_not_tolerated():
     first = {arm: next(run for run in study.runs[study.runs["arm"] == arm]["run"]) for arm in ("bn", "none")}
     assert METRICS["lr_width"].read(curves[first["bn"]]) == 0
     assert METRICS["lr_width"].read(curves[first["none"]]) == pytest.approx(1)
+
+
+def test_a_seed_that_learned_at_no_rate_has_no_range():
+    study = rates_study([90.0, 80.0, 12.0, None], [14.0, 12.0, None, None])
+    arms = dict(zip(study.runs["run"], study.runs["arm"], strict=True))
+    assert [arms[run] for run in rate_curves(study)] == ["bn"] * 5
 
 
 CLAIMED = ("santurkar2018-rates-width", "bjorck2018-rates-larger")

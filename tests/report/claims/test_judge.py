@@ -80,7 +80,7 @@ def test_no_key_of_the_file_is_overlooked():
             assert compared["expect"] in ("greater", "less", "equal")
             assert ("within" in compared) == (compared["expect"] == "equal")
             assert not {"to", "than"} & set(compared) - {"to" if compared["expect"] == "equal" else "than"}
-            assert all("norm.name" in {**entry.get("where", {}), **side} for side in compared["sides"])
+            assert all({"norm.name", "norm._target_"} & {*entry.get("where", {}), *side} for side in compared["sides"])
     assert len({entry["id"] for entry in entries}) == len(entries)
 
 
@@ -639,12 +639,20 @@ def test_data_sets_and_networks_have_verdicts_of_their_own():
     assert found[0].place == "digits, cifar_resnet, budget smoke (answers nothing)"
 
 
-def test_values_of_a_list_are_cells_and_not_one_pool():
+@pytest.mark.parametrize("name", ["bn_scaled", "bn"])  # the same layer by its own name, and by its options
+def test_values_of_a_list_are_cells_and_not_one_pool(name):
     effects = {"dataset": 30.0, "none": 0.0, "bn": -3.0}
+    layer = {"norm._target_": "normlab.norms.BatchNorm"}
+    options = [(1.0, 1.0), (0.1, 100.0)]
     runs = [
-        Planted({"norm.name": arm, "input_norm": how}, seed, {"test_accuracy": 50.0 + seed + (effect if i else 0.0)})
+        Planted(
+            {"norm.name": name if i else "bn", "input_norm": how, **layer}
+            | {"norm.scale_init": options[i][0], "norm.scale_lr_divisor": options[i][1]},
+            seed,
+            {"test_accuracy": 50.0 + seed + (effect if i else 0.0)},
+        )
         for how, effect in effects.items()
-        for i, arm in enumerate(("bn", "bn_scaled"))
+        for i in range(2)
         for seed in range(3)
     ]
     [result] = verdict(planted(runs), "davis2021-small-slow-gamma").results

@@ -111,6 +111,23 @@ def test_a_study_without_a_finished_run_is_left_out_with_a_warning(add_run, tmp_
     page = build_results(tmp_path / "outputs", tmp_path / "results.md", TABLES_ONLY)
     assert "### [whole]" in page.read_text()
     assert "torn has no finished run yet and is left out" in capsys.readouterr().out.replace("\n", " ")
+    for path in (page, page.with_name("results_gallery.html")):
+        assert "Not read, and not on this page: torn." in " ".join(path.read_text().split())
+
+
+def test_a_study_of_another_size_than_its_experiment_has_now_says_so(add_run, tmp_path) -> None:
+    sizes = {
+        **{"dataset__kind": "image_folder", "dataset__image_size": 16, "dataset__test_size": 2000, "depth": 20},
+        **{"model__kind": "cifar_resnet", "precision": "bf16", "weight_average": 0.98},
+    }
+    for study, images in (("alike", 10000), ("smaller", 500)):
+        own = {"study": study, "experiment": "ioffe2017_baseline", "budget": "laptop", "dataset__train_size": images}
+        add_run("bn", 32, 0, (0.5,) * 20, epochs=20, **own, **sizes)
+    page = build_results(tmp_path / "outputs", tmp_path / "all.md", TABLES_ONLY)
+    sentence = "Not of the size that its experiment's file has now: dataset.train_size=500 (there 10000)\n"
+    assert sentence in (tmp_path / "all" / "smaller.md").read_text()
+    assert "Not of the size" not in (tmp_path / "all" / "alike.md").read_text()
+    assert "1 of 2 have other sizes than their experiment's file" in " ".join(page.read_text().split())
 
 
 def test_a_study_that_lacks_the_metric_is_left_out_with_a_warning(add_run, add_losses, tmp_path, capsys) -> None:
@@ -184,9 +201,10 @@ def test_a_path_that_is_none_is_a_sentence(tmp_path, wrong) -> None:
         build_results(**{"output_dir": tmp_path, "page": tmp_path, "options": OPTIONS, **wrong})
 
 
-def test_a_page_is_a_file(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"expected a file's name, such as results\.md"):
-        build_results(tmp_path, tmp_path / "results", OPTIONS)
+@pytest.mark.parametrize("name", ["results", "results.html"])
+def test_a_page_is_a_file_in_markdown(tmp_path, name) -> None:
+    with pytest.raises(UserError, match=r"expected a page in Markdown, results\.md"):
+        build_results(tmp_path, tmp_path / name, OPTIONS)
 
 
 def test_a_folder_without_studies_is_a_sentence(tmp_path) -> None:

@@ -21,6 +21,7 @@ from normlab.report.study.columns import as_numbers
 
 FINAL, BEST = "final", "best"
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}  # by kind, or the name in imported runs
+LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
 NEAR_BEST = 5.0  # [A] points of accuracy below its best at which an arm still tolerates a learning rate
 RATES = "rates"  # not a probe: what `tuning.rate_curves` gives of a cell and seed
 TASK_ACCURACY = re.compile(r"task_\d+_accuracy")

@@ -6,7 +6,7 @@ fewer values or seeds than other cells, divergence.
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ import pandas as pd
 from normlab.common.errors import UserError, count, listed
 from normlab.common.installation import command_name
 from normlab.report.analysis import statistics
-from normlab.report.analysis.metrics import BEST, chance
+from normlab.report.analysis.metrics import BEST, LEARNED, chance
 from normlab.report.study.load import Study
 from normlab.report.study.tuned import (
     Choice,
@@ -56,7 +56,7 @@ class Best(NamedTuple):
     compared: list[int]
 
 
-def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> Best | None:
+def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95, lost: Collection[int] = ()) -> Best | None:
     """Choose the value with the best mean score over the same seeds: those that more than half of the values have.
 
     Runs that are added to one value do not change the choice. Values that lack one of these seeds are left out. Where
@@ -67,6 +67,7 @@ def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> 
     Args:
         scores: per value, in the order of the values, its score by seed.
         confidence: of the intervals.
+        lost: positions of values at which all runs diverged, chosen only where there is no other.
 
     Returns:
         None where no value has a score, where no two share a seed, and where that leaves open which are compared.
@@ -76,8 +77,9 @@ def best_of(scores: Sequence[Mapping[int, float]], confidence: float = 0.95) -> 
         return None
     scores = [{seed: each[seed] for seed in seeds} if i in compared else {} for i, each in enumerate(scores)]
     means = {i: math.fsum(scores[i].values()) / len(seeds) for i in compared}
-    highest = max(means.values())
-    equal = [i for i, mean in means.items() if math.isclose(mean, highest, rel_tol=1e-12)]
+    candidates = {i: mean for i, mean in means.items() if i not in lost} or means
+    highest = max(candidates.values())
+    equal = [i for i, mean in candidates.items() if math.isclose(mean, highest, rel_tol=1e-12)]
     chosen = equal[(len(equal) - 1) // 2]
     ties = []
     for i in means:
@@ -143,7 +145,8 @@ def tune(
 
 def _choice(cell: tuple[str, str, int], every: Sequence[Tried], confidence: float) -> Choice:
     """Return what is chosen in a cell, with the marks that it has by itself."""
-    found = best_of([each.scores for each in every], confidence)
+    lost = [i for i, each in enumerate(every) if each.diverged == len(each.runs)]
+    found = best_of([each.scores for each in every], confidence, lost)
     if found is None:
         finished = any(each.scores for each in every)
         none = [f"no seeds say which values to compare ({_seeds_of(every)})"] if finished else []
@@ -283,13 +286,14 @@ def rate_curves(study: Study) -> dict[str, pd.DataFrame]:
     """Return the test accuracy against the learning rate of each seed of each cell whose rates were tried.
 
     By the name of the chosen run of that seed: rows in the order of the rates, with the columns lr and accuracy (per
-    cent, chance where a run diverged). Other tuned settings have their chosen value. Seeds that lack a rate are left
-    out, as are cells with fewer than `FEWEST_RATES` rates.
+    cent, chance where a run diverged). Other tuned settings have their chosen value. Left out are seeds that lack a
+    rate, seeds that learned at none (`LEARNED`), and cells with fewer than `FEWEST_RATES` rates.
     """
     tuning = study.tuning
     if tuning is None or RATE not in tuning.settings or "test_accuracy" not in tuning.study.evaluations:
         return {}
     accuracies = final_values(tuning.study, "test_accuracy")
+    guesses = _guesses(tuning.study, tuning.study.runs[tuning.study.runs["run"].isin(accuracies)])
     position, curves = list(tuning.settings).index(RATE), {}
     for choice in tuning.choices:
         along = along_setting(choice, position)
@@ -297,7 +301,8 @@ def rate_curves(study: Study) -> dict[str, pd.DataFrame]:
             continue
         for seed, name in choice.chosen.runs.items():
             points = [(each.values[position], accuracies.get(each.runs.get(seed, ""), math.nan)) for each in along]
-            if not any(math.isnan(accuracy) for _, accuracy in points):
+            best = max(accuracy for _, accuracy in points)
+            if best >= guesses[name] + LEARNED and not any(math.isnan(accuracy) for _, accuracy in points):
                 curves[name] = pd.DataFrame(points, columns=["lr", "accuracy"]).astype(float)
     return curves
 

@@ -40,6 +40,11 @@ class Side:
     weight: float
     where: Mapping[str, Any]
 
+    @property
+    def norm(self) -> str:
+        """Return the norm's name, or its class where runs of several names are selected by that."""
+        return str(self.where.get("norm.name") or self.where["norm._target_"].rpartition(".")[2])
+
 
 @dataclass(frozen=True)
 class Comparison:

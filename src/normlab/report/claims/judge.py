@@ -13,7 +13,7 @@ from statistics import median
 
 from normlab.common.errors import count
 from normlab.report.analysis.cells import p_text
-from normlab.report.analysis.metrics import Metric
+from normlab.report.analysis.metrics import LEARNED, Metric
 from normlab.report.analysis.statistics import (
     ENOUGH,
     TOO_FEW,
@@ -29,7 +29,6 @@ from normlab.report.claims.claims import Claim, Comparison, Side, claims
 from normlab.report.claims.pairing import FinishedRun, Selection, finished_runs, select, with_rates
 from normlab.report.study.load import Study
 
-LEARNED = 5.0  # [A] points above chance, from which an arm counts as one that has learned
 SUPPORTED, CONTRADICTED, EQUAL, INCONCLUSIVE, NOT_RUN = "supported", "contradicted", "equal", "inconclusive", "not run"
 VERDICTS = (SUPPORTED, CONTRADICTED, EQUAL, INCONCLUSIVE)  # in the order in which they are counted
 _NO_INTERVAL = Interval(math.nan, math.nan, math.nan, 0)
@@ -334,7 +333,7 @@ def _as_what(diverged: FinishedRun, measure: Metric) -> str:
 def _contrast_text(comparison: Comparison) -> str:
     """Return a contrast in words, with the settings in which its arms differ."""
     sides = comparison.sides
-    keys = dict.fromkeys(key for side in sides for key in side.where if key != "norm.name")
+    keys = dict.fromkeys(key for side in sides for key in side.where if key not in ("norm.name", "norm._target_"))
     differing = [key for key in keys if len({str(side.where.get(key)) for side in sides}) > 1]
     ratio = comparison.in_factors and len(sides) > 1
     text = ""
@@ -352,5 +351,4 @@ def _arm_text(side: Side, keys: Sequence[str] = ()) -> str:
     options = [
         f"{key.removeprefix('norm.').removesuffix('.name')}={side.where[key]}" for key in keys if key in side.where
     ]
-    name = str(side.where["norm.name"])
-    return f"{name} ({', '.join(options)})" if options else name
+    return f"{side.norm} ({', '.join(options)})" if options else side.norm

@@ -1,8 +1,9 @@
 """A figure as SVG for a page: what matplotlib draws, made small, with its marks and the keys of its series on top.
 
 Elements of a series have the class `s0`, `s1`, ..., its entries in legends `k0`, `k1`, ...; what answers a pointer lies
-on top: `mark` has the text of a point, `key` an entry of a legend. Texts have the page's font; black, white and the
-grey of the grid are left to its style (`render/html/figures.css`), so that a dark page has a dark figure.
+on top: `mark` has the text of a point, `key` an entry of a legend. Texts have the page's font, what is black has the
+colour of its text, and white and the grey of the grid are left to its style (`render/html/figures.css`), so that a dark
+page has a dark figure.
 """
 
 import io
@@ -25,6 +26,7 @@ from normlab.common.terminal import plain
 from normlab.report.figures.marks import Cell, shown
 from normlab.report.figures.style import PAPER, Canvas
 
+BLACK = "#000000"
 LONG = 40  # points of a line that is thinned
 _RC: dict[Any, Any] = {"svg.fonttype": "none", "savefig.bbox": None}
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
@@ -87,7 +89,7 @@ def as_svg(figure: Figure, name: str, cells: Mapping[Cell, int], canvas: Canvas 
             "aria-describedby": f"caption-{name}",
         },
     )
-    root.extend(_Tidy(name, _places_of_lines(figure)).children(drawn))
+    root.extend(_Tidy(name, _places_of_lines(figure), "currentColor" if themed else BLACK).children(drawn))
     root.append(_keys(keys, numbers, height))
     root.append(_marks(figure, cells, height))
     for group in root.iter("g"):  # one stop of the tab key, and arrows from there (figures.js)
@@ -163,8 +165,8 @@ def _marks(figure: Figure, cells: Mapping[Cell, int], height: float) -> Element:
 class _Tidy:
     """Makes matplotlib's elements small: without wrappers, defaults, long ids and needless digits."""
 
-    def __init__(self, name: str, places: Mapping[str, tuple[str, float]]) -> None:
-        self.name, self.places, self.ids = name, places, dict[str, str]()
+    def __init__(self, name: str, places: Mapping[str, tuple[str, float]], black: str) -> None:
+        self.name, self.places, self.black, self.ids = name, places, black, dict[str, str]()
 
     def children(self, element: Element) -> Iterator[Element]:
         """Yield what replaces the children of an element."""
@@ -194,6 +196,9 @@ class _Tidy:
         new.extend(children)
         yield new
 
+    def _value(self, said: str) -> str:
+        return self.black if said == BLACK else _rounded(said)
+
     def _id(self, old: str) -> str:
         return self.ids.setdefault(old, f"{self.name}-{len(self.ids)}")
 
@@ -202,7 +207,7 @@ class _Tidy:
             key = qualified.rpartition("}")[2]
             if key == "style":
                 pairs = [part.split(": ", 1) for part in value.split("; ") if part]
-                yield from ((name, _rounded(said)) for name, said in pairs if name not in _UNSAID)
+                yield from ((name, self._value(said)) for name, said in pairs if name not in _UNSAID)
             elif key == "clip-path":
                 yield key, f"url(#{self._id(value[5:-1])})"
             elif key == "href":

@@ -1,8 +1,12 @@
 """A study in words, for all formats: its question, the runs that it has, their protocol and hardware."""
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from normlab import runs
 from normlab.common.errors import count, listed
@@ -14,12 +18,19 @@ _HARDWARE = {  # by path in a run's provenance
     "device": "Device",
     "cores": "Cores",
     "threads": "Threads of a run",
+    "instructions": "Instructions",
+    "versions.normlab": "normlab",
+    "versions.python": "Python",
     "versions.torch": "torch",
     "versions.torchvision": "torchvision",
     "versions.timm": "timm",
     "git.commit": "Commit",
     "data.left_out.images": "Images left out, which cannot be read",
 }
+
+
+FOLDER = "image_folder"  # kind of a data set that may be any
+_NO_SIZES = ("seed", "dataset.path", "dataset.name")
 
 
 def question(study: Study) -> str:
@@ -38,11 +49,16 @@ def experiment_of(study: Study) -> str:
 
 def _question_of_experiment(name: str) -> str:
     """Return the first paragraph of comments in an experiment's file; "" if there is no such file."""
-    path = {path.stem: path for path in (CONF / "experiment").glob("*.yaml")}.get(name)
+    path = _file(name)
     if path is None:
         return ""
     lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is Hydra's
     return " ".join(line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("# "), lines))
+
+
+def _file(experiment: str) -> Path | None:
+    """Return the file of an experiment; None for one that is not among ours."""
+    return {path.stem: path for path in (CONF / "experiment").glob("*.yaml")}.get(experiment)
 
 
 def _question_of_arms(study: Study) -> str:
@@ -61,10 +77,38 @@ def run_counts(study: Study, *, zeros: bool = False) -> str:
     return f"{count(len(study.every), 'run')}: {study.counted(zeros=zeros)}."
 
 
+def departures(study: Study) -> list[str]:
+    """Return the settings in which a study is not of the size that its experiment's file has for its budget."""
+    budgets = {str(config["budget"]) for config in study.configs.values() if config.get("budget")}
+    path = _file(experiment_of(study))
+    if path is None or len(budgets) != 1:
+        return []
+    sizes = yaml.safe_load(path.read_text(encoding="utf-8"))["hydra"]["sweeper"].get("sizes", {})
+    found = []
+    for key, value in sizes.get(budgets.pop(), {}).items():
+        there = yaml.safe_load(value) if isinstance(value, str) else value
+        if key in _NO_SIZES or (isinstance(there, str) and re.search(r"[,(]", there)):
+            continue  # swept over
+        here = [_comparable(_at(key, config)) for config in study.configs.values()]
+        unlike = [each for each in here if each not in (_comparable(there), FOLDER)]
+        if unlike:
+            found.append(f"{key}={_either(unlike)} (there {_either([there])})")
+    return found
+
+
+def _comparable(value: Any) -> Any:
+    """Return a setting as it is compared: of a group its kind or name, of a path its last part."""
+    if isinstance(value, Mapping):
+        value = value.get("kind") or value.get("name")
+    return "null" if value is None else value
+
+
 def facts(study: Study) -> list[str]:
     """Return a sentence per setting with its arms and seeds, then one for each part of the protocol and hardware."""
+    other = departures(study)
+    size = [f"Not of the size that its experiment's file has now: {'; '.join(other)}"] if other else []
     tuned = [f"Tuned: {study.tuning.sentence}"] if study.tuning else []
-    return [*_arms_and_seeds(study), *tuned, *_protocol(study), *_hardware(study)]
+    return [*_arms_and_seeds(study), *size, *tuned, *_protocol(study), *_hardware(study)]
 
 
 def _arms_and_seeds(study: Study) -> Iterator[str]:

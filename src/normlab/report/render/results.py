@@ -24,7 +24,7 @@ from normlab.report.claims.judge import (
     Judgement,
 )
 from normlab.report.claims.texts import format_effect, format_expectation, judgements_by_claim, result_text
-from normlab.report.render.description import experiment_of, facts, question, run_counts
+from normlab.report.render.description import departures, experiment_of, facts, question, run_counts
 from normlab.report.render.html.svg import PageFigure
 from normlab.report.render.markdown import caption, escaped, markdown, markdown_table, notes, paragraphs
 from normlab.report.study.load import Study
@@ -46,7 +46,7 @@ _INTRODUCTION = (
     "Every result on this page is computed by `{report} results` from the records of the studies; only the paragraphs"
     " on what came out and what we checked are written by people. {sizes} A verdict holds for the data set, network and"
     " length of its study, which stand with it, and for no more. All margins are ours. docs/statistics.md says how"
-    " verdicts are reached. n/a: the paper's number is not known to us."
+    " verdicts are reached. n/a: the paper's number is not known to us.{left_out}"
 )
 
 
@@ -114,15 +114,16 @@ def answers_to_claims(pages: Sequence[StudyPage]) -> list[Answer]:
     return [Answer(claim, every[0] if every else None, every[1:]) for claim, every in ranked]
 
 
-def results_page(pages: Sequence[StudyPage], folder: str) -> str:
+def results_page(pages: Sequence[StudyPage], folder: str, left_out: Sequence[str] = ()) -> str:
     """Return the page of all studies: verdicts, main figures, and a section per paper.
 
     Args:
         pages: of all studies.
         folder: that of the studies' pages, relative to this one.
+        left_out: names of studies of the folder that are not among them.
     """
     answers = answers_to_claims(pages)
-    lines = ["# Results", introduction(pages, escaped), "## At a glance", tally(answers)]
+    lines = ["# Results", introduction(pages, left_out, escaped), "## At a glance", tally(answers)]
     lines += [markdown(_summary(answers, folder), raw=["study"]).rstrip()]
     lines += [f"{', '.join(f'{mark} {verdict}' for verdict, mark in MARKS.items())}; n: seeds."]
     if found := main_figures(pages):
@@ -139,14 +140,16 @@ def results_page(pages: Sequence[StudyPage], folder: str) -> str:
     return paragraphs(lines)
 
 
-def introduction(pages: Sequence[StudyPage], shown: Callable[[str], str] = str) -> str:
+def introduction(pages: Sequence[StudyPage], left_out: Sequence[str], shown: Callable[[str], str] = str) -> str:
     """Return what stands above all results.
 
     Args:
         pages: of all studies.
+        left_out: names of studies that are not among them.
         shown: makes a name one of the page's format.
     """
-    text = _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages, shown))
+    lacking = f" Not read, and not on this page: {shown(', '.join(left_out))}." if left_out else ""
+    text = _INTRODUCTION.format(report=command_name("report"), sizes=_sizes(pages, shown), left_out=lacking)
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -171,7 +174,7 @@ def study_page(page: StudyPage, up: str) -> str:
 
 
 def _figure(figure: PageFigure, of_study: str = "", up: str = "") -> list[str]:
-    return [f"![{escaped(_kind(figure))}]({up}{figure.files['png']})", escaped(of_study + figure.caption)]
+    return [f"![{escaped(of_study + _kind(figure))}]({up}{figure.files['png']})", escaped(of_study + figure.caption)]
 
 
 def _kind(figure: PageFigure) -> str:
@@ -187,10 +190,13 @@ def _sizes(pages: Sequence[StudyPage], shown: Callable[[str], str]) -> str:
     """Return which studies of the papers' experiments were run at the paper's size."""
     of_papers = [page for page in pages if page.paper]
     full = [page.study.name for page in of_papers if page.budgets == {"paper"}]
+    departing = len([page for page in of_papers if departures(page.study)])
+    unlike = f" {departing} of {len(of_papers)} have other sizes than their experiment's file has now; their pages name them."
+    unlike = unlike if departing else ""
     if not full:
-        return "No study here was run at its paper's size."
+        return f"No study here was run at its paper's size.{unlike}"
     others = f"; {count(len(of_papers) - len(full), 'other')} smaller" if len(full) < len(of_papers) else ""
-    return f"At the size of its paper: {shown(', '.join(full))}{others}."
+    return f"At the size of its paper: {shown(', '.join(full))}{others}.{unlike}"
 
 
 def tally(answers: Sequence[Answer]) -> str:
@@ -214,11 +220,18 @@ def _summary(answers: Sequence[Answer], folder: str) -> pd.DataFrame:
         row = {"": MARKS[NOT_RUN], "claim": claim.sentence, "paper": claim.paper, "effect": "", "n": "", "study": ""}
         if judgement:
             result = telling(judgement)
-            effect = f"{result.label}: {format_effect(result)}"
+            effect = f"{result.label}: {format_effect(result)}; {expected(judgement)}"
             row |= {"": MARKS[judgement.verdict], "effect": effect, "n": str(result.interval.n or NOTHING)}
             row |= {"study": _link(judgement.study, folder)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def expected(judgement: Judgement) -> str:
+    """Return what the claim expects of the comparison that its verdict rests on, and how many others it makes."""
+    others = len(judgement.results) - 1
+    also = f"; {count(others, 'more comparison')}" if others else ""
+    return f"expected {format_expectation(telling(judgement).comparison)}{also}"
 
 
 def telling(judgement: Judgement) -> ComparisonResult:

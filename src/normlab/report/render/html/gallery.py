@@ -9,6 +9,7 @@ from normlab.report.render.results import (
     OTHERS,
     StudyPage,
     answers_to_claims,
+    expected,
     introduction,
     main_figures,
     tally,
@@ -16,8 +17,13 @@ from normlab.report.render.results import (
 )
 
 
-def gallery(pages: Sequence[StudyPage]) -> str:
-    """Return the page. Texts from disk are escaped."""
+def gallery(pages: Sequence[StudyPage], left_out: Sequence[str] = ()) -> str:
+    """Return the page. Texts from disk are escaped.
+
+    Args:
+        pages: of all studies.
+        left_out: names of studies of the folder that are not among them.
+    """
     answers = answers_to_claims(pages)
     papers = dict.fromkeys([*(answer.claim.paper for answer in answers), ""])
     main = main_figures(pages)
@@ -26,10 +32,11 @@ def gallery(pages: Sequence[StudyPage]) -> str:
         environment()
         .get_template("gallery.html.j2")
         .render(
-            introduction=introduction(pages),
+            introduction=introduction(pages, left_out),
             tally=tally(answers),
             rows=[(answer, telling(answer.main) if answer.main else None) for answer in answers],
             marks=MARKS,
+            expected=expected,
             main=main,
             numbers=numbers,
             sections={
