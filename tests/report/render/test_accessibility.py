@@ -65,7 +65,7 @@ def gallery(folder: Path) -> Path:
             for arm, accuracy in arms.items():
                 for seed in range(3):
                     adder(folder)(arm, batch, seed, (0.1, 0.2, accuracy + NOISE[seed]), study=study, **own)
-    (folder / "mine" / "notes.md").write_text("What we *checked* <b>.")
+    (folder / "mine" / "notes.md").write_text("What we *checked* <b>.\n\nOf `bn`.")
     page = report.build_results(folder, folder / "all.md", report.options())
     return page.with_name("all_gallery.html")
 
@@ -82,6 +82,7 @@ def test_the_gallery_has_verdicts_main_figures_and_every_study(browser, tmp_path
     folded = window.locator("#study-0")
     folded.locator("summary").first.click()
     assert "What we *checked* <b>." in folded.inner_text()
+    assert folded.locator("code").inner_text() == "bn"
     assert folded.locator("svg").count() == 3
     for link in folded.locator("figcaption a").all():
         assert (tmp_path / link.get_attribute("href")).exists()
