@@ -391,6 +391,11 @@ def test_a_seed_that_learned_at_no_rate_has_no_range():
     assert [arms[run] for run in rate_curves(study)] == ["bn"] * 5
 
 
+def test_a_seed_whose_runs_go_on_has_no_range_yet():
+    study = tuned(study_of({"bn": {rate: [80.0, "running"] for rate in RATES}}))
+    assert len(rate_curves(study)) == 1
+
+
 CLAIMED = ("santurkar2018-rates-width", "bjorck2018-rates-larger")
 
 

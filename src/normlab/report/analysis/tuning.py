@@ -301,8 +301,8 @@ def rate_curves(study: Study) -> dict[str, pd.DataFrame]:
             continue
         for seed, name in choice.chosen.runs.items():
             points = [(each.values[position], accuracies.get(each.runs.get(seed, ""), math.nan)) for each in along]
-            best = max(accuracy for _, accuracy in points)
-            if best >= guesses[name] + LEARNED and not any(math.isnan(accuracy) for _, accuracy in points):
+            known = not any(math.isnan(accuracy) for _, accuracy in points)
+            if known and max(accuracy for _, accuracy in points) >= guesses[name] + LEARNED:
                 curves[name] = pd.DataFrame(points, columns=["lr", "accuracy"]).astype(float)
     return curves
 
