@@ -191,7 +191,7 @@ def _sizes(pages: Sequence[StudyPage], shown: Callable[[str], str]) -> str:
     of_papers = [page for page in pages if page.paper]
     full = [page.study.name for page in of_papers if page.budgets == {"paper"}]
     departing = len([page for page in of_papers if departures(page.study)])
-    unlike = f" {departing} of {len(of_papers)} have other sizes than their experiment's file has now, as their pages say."
+    unlike = f" {departing} of {len(of_papers)} have other sizes than their experiment's file now, as their pages say."
     unlike = unlike if departing else ""
     if not full:
         return f"No study here was run at its paper's size.{unlike}"
