@@ -115,6 +115,8 @@ def test_a_long_line_is_thinned_to_within_a_fraction_of_a_point() -> None:
 
 def test_black_and_white_are_the_pages_unless_a_style_has_grounds_of_its_own() -> None:
     assert 'class="themed"' in (plain := figures.as_svg(figure_of(), "one", {}))
+    assert "#000000" not in plain  # of markers, too, which a page's style does not reach
+    assert 'stroke="currentColor"' in plain
     assert "#ffffff" not in plain
     dark = Canvas(style="dark_background")
     assert "themed" not in figures.as_svg(figure_of(canvas=dark), "one", {}, dark)

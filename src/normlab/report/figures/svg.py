@@ -24,9 +24,8 @@ from matplotlib.transforms import Bbox
 
 from normlab.common.terminal import plain
 from normlab.report.figures.marks import Cell, shown
-from normlab.report.figures.style import PAPER, Canvas
+from normlab.report.figures.style import BLACK, PAPER, Canvas
 
-BLACK = "#000000"
 LONG = 40  # points of a line that is thinned
 _RC: dict[Any, Any] = {"svg.fonttype": "none", "savefig.bbox": None}
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
