@@ -257,13 +257,17 @@ def test_the_large_head_of_vgg_takes_all_filters(make) -> None:
         models.build(make("model=vgg", "model.width=0.5", "model.head=imagenet"), num_classes=10, image_size=32)
 
 
-@pytest.mark.parametrize(("depth", "stem"), [(18, "small"), (50, "imagenet")])
-def test_a_resnet_of_a_quarter_of_its_width_has_a_quarter_of_the_channels_at_every_place(make, depth, stem) -> None:
+@pytest.mark.parametrize(
+    "network",
+    [("depth=18", "model.stem=small"), ("depth=50", "model.stem=imagenet"), ("model=binary_resnet",)],
+    ids=" ".join,
+)
+def test_a_resnet_of_a_quarter_of_its_width_has_a_quarter_of_the_channels_at_every_place(make, network) -> None:
     def channels(*settings: str) -> list[tuple[int, ...]]:
-        config = make(f"depth={depth}", f"model.stem={stem}", *settings)
+        config = make(*network, *settings)
         with torch.device("meta"):
-            network = models.build(config, num_classes=7, image_size=32)
-        layers = (layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.Linear))
+            built = models.build(config, num_classes=7, image_size=32)
+        layers = (layer for layer in built.modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d | nn.Linear))
         return [tuple(layer.weight.shape) for layer in layers]
 
     def quarter(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -260,7 +260,6 @@ def test_norms_that_rewrite_convolutions_are_refused(make, norm) -> None:
     [
         (("depth=34",), r"depth=34 is not a depth of the binary ResNet"),
         (("model.binarize_at=1.5",), r"binarize_at"),
-        (("+model.width=0.5",), r"model.*width"),
         (("model.weights=DEFAULT",), "is no file, and model=binary_resnet has no library"),
         (("init=bn_folded",), "init=bn_folded folds norms into convolutions, and model=binary_resnet has binary ones"),
         (("norm=bnn_free", "init=zero_gamma"), "cannot have init=zero_gamma"),

@@ -230,6 +230,7 @@ class BinaryResNetConfig(_Trainable):
     kind: Literal["binary_resnet"]
     name: Name
     binarize_at: Annotated[Number, Field(ge=0, le=1)]
+    width: Width
 
 
 class VGGConfig(_Trainable):

@@ -20,19 +20,25 @@ class BinaryResNet(nn.Module):
     second. Convolutions start as PyTorch's.
 
     Invariant: before `binarize_at` it has the convolutions and norms of torchvision's ResNet-18 with a small stem.
+
+    Args:
+        num_classes: of the images.
+        binarize_at: fraction of the run.
+        width: this share of the channels, rounded ([A]: the paper's has all).
     """
 
-    def __init__(self, num_classes: int, binarize_at: float) -> None:
+    def __init__(self, num_classes: int, binarize_at: float, width: float = 1.0) -> None:
         super().__init__()
         clock = Clock("fraction", partial(_stage, binarize_at))
-        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = _layer(64, 64, clock)
-        self.layer2 = _layer(64, 128, clock)
-        self.layer3 = _layer(128, 256, clock)
-        self.layer4 = _layer(256, 512, clock)
+        first, second, third, last = (round(channels * width) for channels in (64, 128, 256, 512))
+        self.conv1 = nn.Conv2d(3, first, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = _layer(first, first, clock)
+        self.layer2 = _layer(first, second, clock)
+        self.layer3 = _layer(second, third, clock)
+        self.layer4 = _layer(third, last, clock)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(last, num_classes)
         self.fc.unclipped = True  # type: ignore[assignment]  # as the authors' adaptive clipping, its bias too
         for module in self.modules():
             if isinstance(module, BinaryConv2d) and binarize_at == 0:

@@ -33,7 +33,7 @@ def make(config: schema.RunConfig, num_classes: int, image_size: int) -> nn.Modu
                     f"model=binary_resnet is for images of up to {schema.SMALL_STEM_UP_TO} pixels, and these have"
                     f" {image_size}.\nUse dataset.image_size=32: its authors' network for ImageNet is another one."
                 )
-            return BinaryResNet(num_classes, model.binarize_at)
+            return BinaryResNet(num_classes, model.binarize_at, model.width)
         case schema.VGGConfig() as model:
             return _vgg(model, depth, num_classes, image_size)
         case schema.TorchvisionConfig() as model:
