@@ -185,6 +185,7 @@ def test_an_experiment_of_one_run_is_no_sweep(tmp_path) -> None:
     shown = line("experiment=small_batch dataset.train_size=64 --cfg job")
     assert shown.words()[-1] == "dataset.train_size=64"
     assert line("experiment=small_batch dataset.train_size=64").words()[-1] == "dataset.train_size=choice(64)"
+    assert line("experiment=small_batch hydra.mode=RUN dataset.train_size=64").words()[-1] == "dataset.train_size=64"
 
 
 def test_a_choice_that_another_replaces_is_told() -> None:

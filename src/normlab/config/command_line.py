@@ -95,7 +95,8 @@ class CommandLine:
     @property
     def is_sweep(self) -> bool:
         """Whether the line asks for several runs."""
-        return self._of_experiment or "--multirun" in self.flags or "hydra.mode=MULTIRUN" in self.settings
+        asked = "--multirun" in self.flags or "hydra.mode=MULTIRUN" in self.settings
+        return asked or (self._of_experiment and "hydra.mode=RUN" not in self.settings)
 
     @cached_property
     def _swept(self) -> set[str]:
