@@ -12,7 +12,7 @@ from hydra.core.utils import JobReturn
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from hydra_plugins.normlab_launchers import SweepLauncher
@@ -26,8 +26,8 @@ class GridSweeper(Sweeper):
     An experiment is a union of grids. A grid maps settings to a value, a list of values, or a mapping from budgets to
     one of these; values are written as on the command line, and its runs are the product of its lists. A budget's
     size is such a mapping too, and takes the place of every grid's own values; what the user gives on the command line
-    takes the place of both. Whoever chooses another norm there (or model, init, ...) leaves behind its options, which
-    the other may not have.
+    takes the place of both. A norm there (or model, init, ...) that a grid has keeps its options and goes to that grid
+    alone; another goes to every grid and leaves behind the options, which it may not have.
 
     Args:
         grids: of the experiment; none: the command line is the grid.
@@ -109,16 +109,44 @@ class GridSweeper(Sweeper):
             given = f"has no budget={self.budget}" if self.budget else "needs a budget"
             known = ", ".join(f"budget={name}" for name in self.sizes)
             raise HydraException(f"experiment={self.experiment} {given}. Expected one of: {known}.")
-        chosen = {override.key_or_group for override in parser.parse_overrides(list(arguments))} & _WITH_OPTIONS
-        runs: dict[tuple[str, ...], list[str]] = {}
-        for grid in self.grids:
-            own = [
-                f"{key}={_as_word(self._at_budget(key, value))}"
-                for key, value in {**grid, **self.sizes[self.budget]}.items()
-                if key.partition(".")[0] not in chosen
-            ]
-            runs |= {tuple(sorted(run)): run for run in _product(parser, [*own, *arguments])}
+        typed = {override.get_key_element() for override in parser.parse_overrides(list(arguments))}
+        chosen = sorted(typed & _WITH_OPTIONS)
+        grids = [
+            {key: self._at_budget(key, value) for key, value in {**grid, **self.sizes[self.budget]}.items()}
+            for grid in self.grids
+        ]
+        choices = self._choices(parser, chosen, grids, [word for word in arguments if word.startswith("experiment=")])
+        of_any = {group: {value for each in choices for value in each[group]} for group in chosen}
+        found: list[tuple[tuple[str, ...], bool, list[str]]] = []
+        for grid, own in zip(grids, choices, strict=True):
+            words = [f"{key}={_as_word(value)}" for key, value in grid.items() if key not in chosen]
+            for run in _product(parser, [*words, *arguments]):
+                settings = dict(word.split("=", 1) for word in run)
+                others = {group for group in chosen if settings[group] not in own[group]}
+                fits = not any(settings[group] in of_any[group] for group in others)
+                kept = [f"{k}={v}" for k, v in settings.items() if k in typed or k.partition(".")[0] not in others]
+                found.append((tuple(settings[group] for group in chosen), fits, kept))
+        fitting = {values for values, fits, _ in found if fits}
+        runs = {tuple(sorted(run)): run for values, fits, run in found if fits or values not in fitting}
         return list(runs.values())
+
+    def _choices(
+        self, parser: OverridesParser, groups: Sequence[str], grids: Sequence[Mapping[str, Any]], file: list[str]
+    ) -> list[dict[str, set[str]]]:
+        """Return for each grid what it has of each group: its values, or else the choice of the experiment's file."""
+        in_file: Mapping[str, Any] = {}
+        if groups and self.hydra_context:
+            composed = self.hydra_context.config_loader.load_configuration("config", file, RunMode.MULTIRUN)
+            in_file = composed.hydra.runtime.choices
+        return [
+            {
+                group: {word.split("=", 1)[1] for [word] in _product(parser, [f"{group}={_as_word(grid[group])}"])}
+                if group in grid
+                else {str(in_file.get(group))}
+                for group in groups
+            }
+            for grid in grids
+        ]
 
     def _at_budget(self, key: str, value: Any) -> Any:
         if not isinstance(value, Mapping):

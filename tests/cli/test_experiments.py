@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 from hydra import initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import open_dict
 
 from hydra_plugins.normlab_sweepers import GridSweeper
@@ -97,12 +98,41 @@ def test_what_the_user_says_takes_the_place_of_the_grids_and_the_budget() -> Non
 def test_another_choice_leaves_the_options_of_the_first_behind() -> None:
     [run] = runs_of("gitman2017_cifar", "smoke", "seed=0", "norm=ln")
     assert not [setting for setting in run if setting.startswith(("norm.", "norm=bn", "norm=wn"))]
-    [run] = runs_of("davis2021_scale", "laptop", "seed=0", "norm=bn", "norm.eps=1e-3", "probe=[]")
+    [run] = runs_of("davis2021_scale", "laptop", "seed=0", "norm=bnminus", "norm.eps=1e-3", "probe=[]")
     assert [setting for setting in run if setting.startswith(("norm", "probe"))] == [
-        "norm=bn",
+        "norm=bnminus",
         "norm.eps=0.001",
         "probe=[]",
     ]
+
+
+def test_a_choice_of_the_grids_keeps_its_options_and_the_settings_of_its_grid() -> None:
+    def options(name: str, *overrides: str) -> list[list[str]]:
+        runs = runs_of(name, "laptop", "seed=0", "optimizer.lr=0.1", *overrides)
+        return [[word for word in run if word.startswith(("norm", "init", "sampler"))] for run in runs]
+
+    assert options("gitman2017_cifar", "norm=ln,wn,bn,none") == [
+        ["norm=ln"],
+        ["norm.eps=0.0001", "norm=bn"],
+        ["norm.init=data", "norm=wn"],
+        ["norm=none"],
+    ]
+    assert options("gitman2017_cifar", "norm=wn", "norm.init=weights") == [["norm.init=weights", "norm=wn"]]
+    every = [sorted(run) for run in runs_of("small_batch", "smoke") if "norm=bn" in run]
+    assert [sorted(run) for run in runs_of("small_batch", "smoke", "norm=bn")] == every
+    both = options("peerthum2023_init", "norm=bn", "init=bn_folded", "depth=18")  # each in another grid
+    assert both == [["norm=bn", "init=bn_folded"]]
+
+
+def test_the_choice_of_the_file_keeps_its_options(loaded) -> None:
+    def widths(choice: str) -> set[bool]:
+        name = "peerthum2023_accuracy"
+        sweeper = GridSweeper(**read(name)[1]["hydra"]["sweeper"], budget="laptop", experiment=name)
+        sweeper.hydra_context = HydraContext(config_loader=loaded[0], callbacks=Callbacks())
+        runs = sweeper.runs([f"experiment={name}", "budget=laptop", "seed=0", choice])
+        return {"model.width=0.25" in run for run in runs}
+
+    assert (widths("model=resnet"), widths("model=vgg")) == ({True}, {False})
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "override /probe" in read(name)[0]])
