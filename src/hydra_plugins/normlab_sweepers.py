@@ -126,7 +126,7 @@ class GridSweeper(Sweeper):
                 fits = not any(settings[group] in of_any[group] for group in others)
                 kept = [f"{k}={v}" for k, v in settings.items() if k in typed or k.partition(".")[0] not in others]
                 found.append((tuple(settings[group] for group in chosen), fits, kept))
-        fitting = {values for values, fits, _ in found if fits}
+        fitting = {values for values, fits, _ in found if fits}  # choices that no grid has together go to every grid
         runs = {tuple(sorted(run)): run for values, fits, run in found if fits or values not in fitting}
         return list(runs.values())
 
@@ -135,7 +135,7 @@ class GridSweeper(Sweeper):
     ) -> list[dict[str, set[str]]]:
         """Return for each grid what it has of each group: its values, or else the choice of the experiment's file."""
         in_file: Mapping[str, Any] = {}
-        if groups and self.hydra_context:
+        if self.hydra_context and any(group not in grid for grid in grids for group in groups):
             composed = self.hydra_context.config_loader.load_configuration("config", file, RunMode.MULTIRUN)
             in_file = composed.hydra.runtime.choices
         return [
