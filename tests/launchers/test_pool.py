@@ -238,13 +238,15 @@ def test_a_signal_stops_a_command_and_its_run_can_go_on(tmp_path, mode, number) 
 
 @pytest.mark.slow
 def test_an_interrupt_before_the_first_step_stops_a_sweep(tmp_path) -> None:
-    def imports_torch(launcher: int) -> bool:
-        """Whether a child of it has begun to."""
-        children = psutil.Process(launcher).children()
-        return any("libtorch" in mapped.path for child in children for mapped in child.memory_maps())
+    def imports_torch(child: psutil.Process) -> bool:
+        try:
+            return any("libtorch" in mapped.path for mapped in child.memory_maps())
+        except psutil.Error:  # it has ended
+            return False
 
     with start(tmp_path, "train.py", "-m", *LONG) as process:
-        wait_for(lambda: imports_torch(process.pid), "a worker that imports torch")
+        launcher = psutil.Process(process.pid)
+        wait_for(lambda: any(map(imports_torch, launcher.children())), "a worker that imports torch")
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
