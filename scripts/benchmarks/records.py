@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-RECORDED = ROOT / "outputs" / "reference" / "small_batch_laptop.normlab.zip"
+RECORDED = ROOT / "outputs" / "reference" / "digits_every_norm.normlab.zip"
 ARMS = ("bn", "none", "affine", "gn", "ln", "lp1", "lp2", "lpinf", "renorm", "wn")
+LR = 0.1  # of the runs that are taken: each arm has one
 BATCHES = (8, 16, 32, 64, 128)
 OPEN = 100  # runs that end between two reports
 STUDY = "records"
@@ -46,13 +47,15 @@ class Synthetic:
             seed, batch, arm = cell
             template, text, status, provenance = templates[arm]
             config = {**template, "study": STUDY, "seed": seed, "batch": batch, "epochs": epochs}
+            run_id = records.run_id(config)
+            text = text.replace(f"\nrun_id: {status['run_id']}\n", f"\nrun_id: {run_id}\n")
             for key in ("study", "seed", "batch", "epochs"):
                 text = text.replace(f"\n{key}: {template[key]}\n", f"\n{key}: {config[key]}\n")
             run = self.folder / records.run_name(config)
             run.mkdir(parents=True)
             (run / "config.yaml").write_text(text[1:])
             (run / "provenance.json").write_text(provenance)
-            self.runs[cell] = run, {**status, "run_id": records.run_id(config)}
+            self.runs[cell] = run, {**status, "run_id": run_id}
         unfinished = set(self.open)
         for cell in cells:
             self._write(cell, epochs - (cell in unfinished))
@@ -86,10 +89,17 @@ def _template(arm: str) -> tuple[dict[str, Any], str, dict[str, Any], str]:
     from normlab.runs import archive
 
     with archive.opened(RECORDED) as study:
-        run = next(run for run in records.find(study) if run.name.startswith(f"cifar_resnet20-digits-{arm}-b32-s0-"))
-        config, status = records.read_config(run), records.read_status(run)
+        name = f"cifar_resnet20-digits-{arm}-b32-s0-"
+        found = ((run, records.read_config(run)) for run in records.find(study) if run.name.startswith(name))
+        run, config = next(
+            each for each in found if each[1]["init"]["name"] == "default" and each[1]["optimizer"]["lr"] == LR
+        )
+        status = records.read_status(run) or {}
         text, provenance = ((run / name).read_bytes().decode() for name in ("config.yaml", "provenance.json"))
-    return config, f"\n{text}", status or {}, provenance
+    for there, here in (("tuned:\n- optimizer.lr", "tuned: []"), ("eval_every: 5", "eval_every: 1")):
+        text = text.replace(f"\n{there}\n", f"\n{here}\n")
+    config |= {"tuned": [], "eval_every": 1}
+    return config, f"\n{text}", status, provenance
 
 
 def _rows(cell: tuple[int, int, str]) -> Iterator[dict[str, Any]]:
