@@ -3,21 +3,24 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.normlab_launchers import SweepLauncher
 
-_WITH_OPTIONS = {"norm", "model", "init", "sampler", "schedule", "probe"}  # groups whose choices have their own
+_WITH_OPTIONS = {"norm", "model", "init", "sampler", "schedule"}  # groups whose choices have their own
 
 
 class GridSweeper(Sweeper):
@@ -27,7 +30,8 @@ class GridSweeper(Sweeper):
     one of these; values are written as on the command line, and its runs are the product of its lists. A budget's
     size is such a mapping too, and takes the place of every grid's own values; what the user gives on the command line
     takes the place of both. A norm there (or model, init, ...) that a grid has keeps its options and goes to that grid
-    alone; another goes to every grid and leaves behind the options, which it may not have.
+    alone; another goes to every grid and leaves behind the options, which it may not have. Probes leave behind the
+    options of those that are not among them.
 
     Args:
         grids: of the experiment; none: the command line is the grid.
@@ -103,7 +107,7 @@ class GridSweeper(Sweeper):
             HydraException: for a budget that is not there.
         """
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader if self.hydra_context else None)
-        if not self.grids:
+        if not self.grids and not self.sizes:
             return _product(parser, arguments)
         if self.budget is None or self.budget not in self.sizes:
             given = f"has no budget={self.budget}" if self.budget else "needs a budget"
@@ -112,8 +116,8 @@ class GridSweeper(Sweeper):
         typed = {override.get_key_element() for override in parser.parse_overrides(list(arguments))}
         chosen = sorted(typed & _WITH_OPTIONS)
         grids = [
-            {key: self._at_budget(key, value) for key, value in {**grid, **self.sizes[self.budget]}.items()}
-            for grid in self.grids
+            {key: self._at_budget(key, value) for key, value in {**(grid or {}), **self.sizes[self.budget]}.items()}
+            for grid in self.grids or [{}]
         ]
         choices = self._choices(parser, chosen, grids, [word for word in arguments if word.startswith("experiment=")])
         of_any = {group: {value for each in choices for value in each[group]} for group in chosen}
@@ -122,9 +126,14 @@ class GridSweeper(Sweeper):
             words = [f"{key}={_as_word(value)}" for key, value in grid.items() if key not in chosen]
             for run in _product(parser, [*words, *arguments]):
                 settings = dict(word.split("=", 1) for word in run)
-                others = {group for group in chosen if settings[group] not in own[group]}
-                fits = not any(settings[group] in of_any[group] for group in others)
-                kept = [f"{k}={v}" for k, v in settings.items() if k in typed or k.partition(".")[0] not in others]
+                choice = {group: _names(parser, f"{group}={settings[group]}") for group in chosen}
+                others = {group for group in chosen if not choice[group] <= own[group]}
+                fits = not any(choice[group] <= of_any[group] for group in others)
+                lost = {key for key in settings if key.partition(".")[0] in others}
+                if "probe" in typed:
+                    probes = _names(parser, f"probe={settings['probe']}")
+                    lost |= {key for key in settings if key.startswith("probe.") and key.split(".")[1] not in probes}
+                kept = [f"{key}={value}" for key, value in settings.items() if key in typed or key not in lost]
                 found.append((tuple(settings[group] for group in chosen), fits, kept))
         fitting = {values for values, fits, _ in found if fits}  # choices that no grid has together go to every grid
         runs = {tuple(sorted(run)): run for values, fits, run in found if fits or values not in fitting}
@@ -140,7 +149,11 @@ class GridSweeper(Sweeper):
             in_file = composed.hydra.runtime.choices
         return [
             {
-                group: {word.split("=", 1)[1] for [word] in _product(parser, [f"{group}={_as_word(grid[group])}"])}
+                group: {
+                    name
+                    for [word] in _product(parser, [f"{group}={_as_word(grid[group])}"])
+                    for name in _names(parser, word)
+                }
                 if group in grid
                 else {str(in_file.get(group))}
                 for group in groups
@@ -174,6 +187,19 @@ def _product(parser: OverridesParser, arguments: Sequence[str]) -> list[list[str
         if not choices[key]:
             raise HydraException(f"{override.input_line}: nothing matches, so the sweep has no runs.")
     return [list(run) for run in itertools.product(*choices.values())]
+
+
+def _names(parser: OverridesParser, word: str) -> frozenset[str]:
+    """Return the choices that a word names, however it is written: norm=wn, norm="wn", norm=[wn], norm=wn.yaml."""
+    value = parser.parse_override(word).value()
+    texts = [str(each.text if isinstance(each, QuotedString) else each) for each in _listed(value)]
+    with suppress(OmegaConfBaseException):  # what cannot be resolved here is refused where it is composed
+        texts = [str(OmegaConf.create({"choice": text}).choice) for text in texts]
+    return frozenset(text.removeprefix("./").removesuffix(".yaml") for text in texts)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _as_word(value: Any) -> str:

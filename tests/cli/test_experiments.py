@@ -120,6 +120,9 @@ def test_a_choice_of_the_grids_keeps_its_options_and_the_settings_of_its_grid() 
     assert options("gitman2017_cifar", "norm=wn", "norm.init=weights") == [["norm.init=weights", "norm=wn"]]
     every = [sorted(run) for run in runs_of("small_batch", "smoke") if "norm=bn" in run]
     assert [sorted(run) for run in runs_of("small_batch", "smoke", "norm=bn")] == every
+    for written in ('"wn"', "[wn]", "wn.yaml", "${oc.env:NO_SUCH_NAME,wn}"):
+        [[option, _]] = options("gitman2017_cifar", f"norm={written}")
+        assert option == "norm.init=data"
     both = options("peerthum2023_init", "norm=bn", "init=bn_folded", "depth=18")  # each in another grid
     assert both == [["norm=bn", "init=bn_folded"]]
 
@@ -133,6 +136,25 @@ def test_the_choice_of_the_file_keeps_its_options(loaded) -> None:
         return {"model.width=0.25" in run for run in runs}
 
     assert (widths("model=resnet"), widths("model=vgg")) == ({True}, {False})
+
+
+@pytest.mark.parametrize("probes", ["probe=ics", "probe=[ics]", "probe=[affine,ics]"])
+def test_a_probe_keeps_its_options(probes) -> None:
+    for run in runs_of("santurkar2018_ics", "laptop", "seed=0", probes):
+        assert "probe.ics.times=12" in run
+    for run in runs_of("santurkar2018_landscape", "laptop", "seed=0", "probe=[sharpness,affine]"):
+        assert [word for word in run if word.startswith("probe.")] == ["probe.sharpness.times=3"]
+
+
+def test_an_experiment_without_grids_has_the_sizes_of_its_budget() -> None:
+    for grids in ([], [None], [{}]):
+        sweeper = GridSweeper(grids=grids, sizes={"smoke": {"epochs": 1}}, budget="smoke", experiment="mine")
+        assert sweeper.runs(["norm=gn,bn"]) == [["epochs=1", "norm=gn"], ["epochs=1", "norm=bn"]]
+
+
+def test_a_budget_is_refused_for_one_run(command) -> None:
+    status, _, error = command("train.py", "experiment=gitman2017_cifar", "budget=smoke", "norm=wn", "hydra.mode=RUN")
+    assert (status, "budget=smoke is the size of an experiment's sweep" in error) == (1, True)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "override /probe" in read(name)[0]])

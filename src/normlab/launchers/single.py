@@ -44,6 +44,11 @@ def run(composed: DictConfig) -> float | None:
     processes, mode = Processes(), HydraConfig.get().mode
     try:
         refuse_folders(HydraConfig.get())
+        if mode == RunMode.RUN and composed.budget is not None:
+            raise UserError(
+                f"budget={composed.budget} is the size of an experiment's sweep, and this is one run.\n"
+                "With an experiment leave out hydra.mode=RUN, without one budget."
+            )
         processes = find()
         if processes.world > 1:
             # torchrun sends it to those that are left once a process has ended: each ends with a status of its own.
