@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,7 @@ class GridSweeper(Sweeper):
             {key: self._at_budget(key, value) for key, value in {**(grid or {}), **self.sizes[self.budget]}.items()}
             for grid in self.grids or [{}]
         ]
+        names = cache(partial(_names, parser))
         choices = self._choices(parser, chosen, grids, [word for word in arguments if word.startswith("experiment=")])
         of_any = {group: {value for each in choices for value in each[group]} for group in chosen}
         found: list[tuple[tuple[str, ...], bool, list[str]]] = []
@@ -126,12 +128,12 @@ class GridSweeper(Sweeper):
             words = [f"{key}={_as_word(value)}" for key, value in grid.items() if key not in chosen]
             for run in _product(parser, [*words, *arguments]):
                 settings = dict(word.split("=", 1) for word in run)
-                choice = {group: _names(parser, f"{group}={settings[group]}") for group in chosen}
+                choice = {group: names(f"{group}={settings[group]}") for group in chosen}
                 others = {group for group in chosen if not choice[group] <= own[group]}
                 fits = not any(choice[group] <= of_any[group] for group in others)
                 lost = {key for key in settings if key.partition(".")[0] in others}
                 if "probe" in typed:
-                    probes = _names(parser, f"probe={settings['probe']}")
+                    probes = names(f"probe={settings['probe']}")
                     lost |= {key for key in settings if key.startswith("probe.") and key.split(".")[1] not in probes}
                 kept = [f"{key}={value}" for key, value in settings.items() if key in typed or key not in lost]
                 found.append((tuple(settings[group] for group in chosen), fits, kept))
