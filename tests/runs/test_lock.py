@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -67,6 +69,13 @@ def test_a_killed_holder_is_gone_at_once(tmp_path) -> None:
             mine = lock.holder(tmp_path)
             assert mine is not None
             assert mine.pid == os.getpid()
+
+
+def test_a_claim_whose_process_is_about_to_end_is_waited_for(tmp_path, without_flock) -> None:
+    with hold(tmp_path) as other:  # a killed process has lost its locks a moment before it is gone
+        threading.Timer(0.3, other.kill).start()
+        with lock.held(tmp_path, wait_seconds=60):
+            assert other.wait() == -signal.SIGKILL
 
 
 def test_where_the_file_system_has_no_locks_the_claim_alone_keeps_others_out(tmp_path, without_flock) -> None:

@@ -219,9 +219,10 @@ def held(folder: Path, wait_seconds: float = 0.0) -> Iterator[RunClaim]:
         RunBusyError: if another process holds it.
         UserError: if the folder cannot be written.
     """
+    patience = time.monotonic() + wait_seconds
     try:
-        with _kernel_lock(folder / LOCK, wait_seconds):
-            claim = _take(folder)
+        with _kernel_lock(folder / LOCK, patience):
+            claim = _take(folder, patience)
             try:
                 yield claim
             finally:
@@ -238,8 +239,8 @@ class _UnwritableError(Exception):
         self.reason = reason
 
 
-def _take(folder: Path) -> RunClaim:
-    """Take the claim, from a dead holder if need be."""
+def _take(folder: Path, patience: float) -> RunClaim:
+    """Take the claim, from a dead holder if need be; wait until `patience` (`time.monotonic`) for one of this host."""
     path, myself, elsewhere = folder / CLAIM, Holder.myself(), False
     while True:
         try:
@@ -248,6 +249,9 @@ def _take(folder: Path) -> RunClaim:
             other = holder(folder)
             if other is None:
                 continue  # released in between
+            if other.here and not other.gone and time.monotonic() < patience:  # a killed process loses its locks first
+                time.sleep(0.05)
+                continue
             if not other.gone and not other.silent:
                 raise RunBusyError(f"This run is already being trained by {other}.") from None
             if other.silent:
@@ -270,13 +274,12 @@ def _take(folder: Path) -> RunClaim:
 
 
 @contextmanager
-def _kernel_lock(path: Path, wait_seconds: float) -> Iterator[None]:
-    """Hold a lock of flock, where the file system has it.
+def _kernel_lock(path: Path, patience: float) -> Iterator[None]:
+    """Hold a lock of flock, where the file system has it; wait until `patience` (`time.monotonic`) for it.
 
     The file is removed at the end: a process that opened it before sees that its name has gone or is another file's,
     and starts over.
     """
-    patience = time.monotonic() + wait_seconds
     while True:
         try:
             file = files.open_to_append(path)
