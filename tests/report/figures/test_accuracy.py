@@ -250,6 +250,29 @@ def test_two_values_of_an_option_are_arms_and_no_axis(add_run, drawn):
     assert "accuracy_against_option" not in drawn()
 
 
+@pytest.mark.parametrize(
+    ("figure", "conditions"),
+    [
+        ("accuracy_by_arm", [{"norm": "bn"}, {"norm": "none"}]),
+        ("accuracy_against_batch", [{"batch": 8}, {"batch": 32}]),
+        ("accuracy_against_norm_batch", [{"norm_batch": size} for size in (1, 4, None)]),
+        ("accuracy_by_condition", [{"depth": 18}, {"depth": 34}]),
+        ("accuracy_against_option", [{"norm__scale_init": scale} for scale in (1.0, 0.1, 0.01)]),
+    ],
+)
+def test_every_seed_is_in_view(add_run, drawn, figure, conditions) -> None:
+    finals = [0.5] * 16 + [0.1, 0.9]  # the interval of their mean is a twentieth as long
+    for settings in conditions:
+        for seed, final in enumerate(finals):
+            add_run(seed=seed, accuracies=(0.1, 0.2, final), **{"batch": 8} | settings)
+    for ax in drawn()[figure].axes:
+        shown = "x" if figure == "accuracy_by_arm" else "y"
+        dots = [list(line.properties()[f"{shown}data"]) for line in ax.lines if line.get_marker() == "."]
+        assert dots
+        low, high = ax.properties()[f"{shown}lim"]
+        assert all(low < dot < high for line in dots for dot in line)
+
+
 def test_a_study_that_only_diverged_has_no_figure_of_final_values(add_run, drawn):
     add_run(accuracies=(0.3,), state="diverged")
     assert set(drawn()) == {"learning_curves"}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -77,9 +77,15 @@ class Finals:
     def _key(self, row: Any) -> tuple[Any, ...]:
         return tuple(getattr(row, column) for column in self.on)
 
+    def limit(self, ax: Axes, name: Literal["x", "y"], rows: pd.DataFrame) -> None:
+        """Set the limits of one axis around what is drawn of these rows: means, intervals and single seeds."""
+        seeds = self.values.merge(rows[[*self.on]].drop_duplicates(), on=[*self.on])["value"]
+        shown = pd.concat([rows["mean"], rows["low"], rows["high"], seeds])
+        limit(ax, name, shown, share=self.metric.unit == "%")
+
     def finish(self, figure: Figure, ax: Axes, rows: pd.DataFrame, label: str) -> Figure:
         """Set the vertical limits by these rows of a tidy frame, and the labels of the axes."""
-        limit(ax, "y", pd.concat([rows["mean"], rows["low"], rows["high"]]), share=self.metric.unit == "%")
+        self.limit(ax, "y", rows)
         figure.supxlabel(label)
         figure.supylabel(self.metric.axis_label)
         return figure
@@ -305,8 +311,7 @@ def by_arm(tidy: pd.DataFrame, finals: Finals, canvas: Canvas) -> Figure:
         ax.set_yticks(range(len(arms)), labels=[label[arm] for arm in arms])
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.set_title(title, loc="left")
-    shown = pd.concat([tidy["mean"], tidy["low"], tidy["high"]])
-    limit(axes[0], "x", shown, share=finals.metric.unit == "%")
+    finals.limit(axes[0], "x", tidy)
     axes[-1].set_xlabel(finals.metric.axis_label)
     return figure
 
