@@ -85,20 +85,23 @@ def test_a_study_shows_its_verdicts_its_tables_and_what_a_person_checked(add_run
 
 
 def test_the_verdict_of_a_claim_is_that_of_the_longest_study_of_its_own_experiment(add_run, tmp_path) -> None:
-    accuracies = {"aside": 0.5, "smoke": 0.6, "laptop": 0.7, "paper": 0.8}
+    experiment = "peerthum2023_accuracy"
+    own_name = f"{experiment}_paper"
+    accuracies = {"aside": 0.5, "smoke": 0.6, "laptop": 0.7, "batches": 0.75, own_name: 0.8}
     for study, accuracy in accuracies.items():
+        budget = study if study in ("smoke", "laptop") else "paper"
         for seed in range(3):
             added = study == "aside" or seed == 2  # as the commands of `next` add runs, which name no experiment
-            own = {} if added else {"experiment": "peerthum2023_accuracy", "budget": study}
+            own = {} if added else {"experiment": experiment, "budget": budget}
             add_run("bn", 32, seed, (0.3, 0.4, accuracy), study=study, **own)
             add_run("none", 32, seed, (0.3, 0.4, 0.4 + 0.001 * seed), study=study, **own)
     page = build_results(tmp_path / "outputs", tmp_path / "all.md", OPTIONS).read_text()
     [row] = [line for line in page.splitlines() if FIRST in line]
     assert "bn - none: +39.90" in row
-    assert "[paper](all/paper.md)" in row
-    assert re.search(r"speak to it: ✓ \[laptop\].*; ✓ \[aside\].*; ✓ \[smoke\].*answers nothing", page)
-    assert "At the size of its paper: paper; 2 others smaller." in page
-    figure = "figures/paper/accuracy_by_arm.png"
+    assert f"[{own_name}](all/{own_name}.md)" in row
+    assert re.search(r"speak to it: ✓ \[batches\].*; ✓ \[laptop\].*; ✓ \[aside\].*; ✓ \[smoke\].*answers nothing", page)
+    assert f"At the size of its paper: batches, {own_name}; 2 others smaller." in " ".join(page.split())
+    figure = f"figures/{own_name}/accuracy_by_arm.png"
     assert page.count(figure) == 0  # the main figure of that experiment is by depth
     assert "### [aside](all/aside.md)" in page.partition("## Studies of no paper")[2]
 

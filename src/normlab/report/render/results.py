@@ -82,9 +82,10 @@ class StudyPage:
 
 
 class Answer(NamedTuple):
-    """A claim with its verdict in the study made for it, the longest if there are several, and in others.
+    """A claim with its verdict in the study made for it and in others.
 
-    Where no study was made for it, the main one is the first of those that speak to it.
+    Of several the main one is the longest, and of these that under the experiment's own name. Where no study was made
+    for it, the main one is the first of those that speak to it.
     """
 
     claim: Claim
@@ -101,12 +102,13 @@ def answers_to_claims(pages: Sequence[StudyPage]) -> list[Answer]:
     """Return every claim, in the order of claims.yaml, with its verdicts."""
     experiments = {page.study.name: page.experiment for page in pages}
 
-    def rank(claim: Claim, judgement: Judgement) -> tuple[bool, int, int]:
+    def rank(claim: Claim, judgement: Judgement) -> tuple[bool, int, int, bool]:
         experiment, budget = experiments[judgement.study], judgement.budget
         return (
             budget == "smoke",
             claim.experiments.index(experiment) if experiment in claim.experiments else len(claim.experiments),
             _BUDGETS.index(budget) if budget in _BUDGETS else len(_BUDGETS),
+            judgement.study != f"{experiment}_{budget}",
         )
 
     found = judgements_by_claim([judgement for page in pages for judgement in page.judgements])
