@@ -31,7 +31,7 @@ class Forked:
             warnings.simplefilter("ignore")  # of Python 3.12, about the threads that are not in the fork
             self.pid = os.fork()
         if not self.pid:
-            signal.alarm(300)  # a command that hangs is ended, and its test fails
+            signal.alarm(900)  # ends a command that hangs; one that waits for SLURM takes minutes
             os.dup2(self._out.fileno(), 1)
             os.dup2(self._error.fileno(), 2)
             os.chdir(folder)
